@@ -1,0 +1,74 @@
+"""``megastar <command>``. Each command is a module of megastar/commands, imported only when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from megastar import __version__
+from megastar.commands.common import is_main_process, leave_message, nearest
+from megastar.errors import UserError
+
+COMMANDS = {  # name -> (module of megastar.commands, what it does)
+    "demo": ("demo", "pictures to scores on the embedded emoji, in one command"),
+    "train-tokenizer": ("train_tokenizer", "train the VQ tokenizer on pictures"),
+    "pretokenize": ("pretokenize", "turn pictures into token shards"),
+    "train": ("train", "train a model: ST-AR or the AR baseline"),
+    "export": ("export", "turn a checkpoint into a weights file"),
+    "sample": ("sample", "draw pictures from a run or a weights file"),
+    "evaluate": ("evaluate", "score pictures against real ones (FD-EffLite0)"),
+    "probe": ("probe", "linear probe of a model's features"),
+    "doctor": ("doctor", "show versions and what is missing on this machine"),
+}
+EXAMPLES = """examples:
+  megastar demo
+  megastar train configs/run/demo.yaml --nproc 2
+  megastar sample --classes food --out food.png
+  megastar train --help        every field with its default and meaning"""
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: megastar COMMAND ...", "", *lines, "", EXAMPLES, "", "megastar COMMAND --help tells more."]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0, or 2 after a mistake the user can mend, told in one sentence."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(words)
+    except UserError as error:
+        if is_main_process(os.environ):
+            print(f"megastar: error: {error}", file=sys.stderr)
+        else:
+            leave_message(str(error), os.environ)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe is gone, `megastar train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(words: list[str]) -> int:
+    words = [w for w in words if not w.startswith(("--local_rank=", "--local-rank="))]  # the deepspeed launcher's
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"megastar {__version__}")
+        return 0
+    name = words[0]
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}: {nearest(name, COMMANDS)}")
+    module = importlib.import_module(f"megastar.commands.{COMMANDS[name][0]}")
+    return module.main(words[1:]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What the commands share: parsers that raise one sentence, the launcher's environment, overrides."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from megastar.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """``megastar <command>``'s parser: wrong usage is a ``UserError``, the examples keep their lines."""
+
+    def __init__(self, command: str, description: str, examples: str, fields: str = ""):
+        epilog = "examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines())
+        super().__init__(
+            prog=f"megastar {command}",
+            description=description,
+            epilog=epilog + (f"\n\nfields (name, default, meaning):\n{fields}" if fields else ""),
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=terminal_width()),
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def terminal_width() -> int:
+    return max(80, min(140, shutil.get_terminal_size((110, 24)).columns))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error sentence: the nearest of the known names, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"
+
+
+def config_and_overrides(items: list[str]) -> tuple[str | None, list[str]]:
+    """Split ``[CONFIG] a.b=c ...``. Raises ``UserError`` for a second file."""
+    files = [i for i in items if "=" not in i]
+    if len(files) > 1:
+        raise UserError(f"two configurations, {files[0]} and {files[1]}: give one, and fields as section.field=value")
+    return (files[0] if files else None), [i for i in items if "=" in i]
+
+
+def positive(text: str) -> int:
+    """An argparse type."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+# Launchers ---------------------------------------------------------------------------------------------------------
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun, deepspeed or srun started this process as one of several."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return True
+    # A batch script has SLURM_PROCID too; only a step of srun has SLURM_STEP_ID.
+    return "SLURM_STEP_ID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))) > 1
+
+
+def is_main_process(environ: Mapping[str, str]) -> bool:
+    if "RANK" in environ:
+        return environ["RANK"] == "0"
+    return not is_launched(environ) or environ.get("SLURM_PROCID", "0") == "0"
+
+
+def leave_message(message: str, environ: Mapping[str, str]) -> None:
+    """A rank that is not the main one stays silent, but leaves its sentence where torch's launcher looks for it."""
+    path = environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(path).write_text(json.dumps(content))

@@ -1,0 +1,50 @@
+"""``megastar train``."""
+
+from __future__ import annotations
+
+import os
+
+from megastar.commands.common import Parser, config_and_overrides, is_launched, positive, terminal_width
+from megastar.config.help import fields_text
+from megastar.config.load import load_config, resolve_batch
+from megastar.config.schema import RunConfig
+
+EXAMPLES = """
+megastar train configs/run/demo.yaml --nproc 2                    two processes on this machine
+megastar train configs/run/demo.yaml train.steps=50 optim.lr=5e-4 other values
+megastar train configs/run/star_b_50ep.yaml model=configs/model/l.yaml run=runs/try --dry-run
+torchrun --nproc-per-node 8 -m megastar train configs/run/star_b_50ep.yaml
+deepspeed --num_gpus 8 --module megastar train configs/run/star_b_50ep.yaml
+sbatch slurm/train_b.sh configs/run/star_b_50ep.yaml
+The same command again resumes from the run folder's newest checkpoint.
+"""
+
+
+def parser() -> Parser:
+    p = Parser(
+        "train",
+        "Train a model on token shards, or go on with a run that was interrupted.",
+        EXAMPLES,
+        fields_text(RunConfig, terminal_width()),
+    )
+    p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="a YAML file, then other values")
+    p.add_argument(
+        "--nproc", type=positive, default=1, help="processes to start here (default 1); ignored in a launcher"
+    )
+    p.add_argument("--dry-run", action="store_true", help="build everything, run one fake step, print memory and batch")
+    return p
+
+
+def main(words: list[str]) -> int:
+    args = parser().parse_intermixed_args(words)
+    path, overrides = config_and_overrides(args.items)
+    cfg = load_config(path, overrides)
+    if args.nproc > 1 and not is_launched(os.environ):
+        from megastar.commands.launch import launch
+
+        resolve_batch(cfg, args.nproc)  # a wrong number of processes is told before they start
+        return launch(args.nproc, ["train", *args.items, *(["--dry-run"] if args.dry_run else [])])
+    from megastar.engine.loop import train
+
+    train(cfg, dry_run=args.dry_run)
+    return 0

@@ -1,0 +1,152 @@
+"""``megastar train-tokenizer``: pictures -> random crops -> the trainer -> one safetensors file with its scores."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megastar.commands.common import Parser, config_and_overrides, terminal_width
+from megastar.config.help import fields_text
+from megastar.config.load import load_tokenizer_config, save_config
+from megastar.config.schema import TokenizerTrainConfig
+from megastar.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from rich.console import Console
+
+    from megastar.data.pictures import PictureSet
+
+EXAMPLES = """
+megastar train-tokenizer configs/tokenizer/emoji64.yaml
+megastar train-tokenizer configs/tokenizer/emoji64.yaml steps=2000 out=runs/try tokenizer.codebook_size=1024
+megastar train-tokenizer pictures=photos/ out=runs/vq16 tokenizer.image_size=256
+The same command again resumes; the result is OUT/tokenizer.safetensors.
+"""
+
+
+def parser() -> Parser:
+    p = Parser(
+        "train-tokenizer",
+        "Train the VQ tokenizer that turns pictures into codes and back.",
+        EXAMPLES,
+        fields_text(TokenizerTrainConfig, terminal_width()),
+    )
+    p.add_argument("items", nargs="*", metavar="CONFIG | field=value", help="a YAML file, then other values")
+    return p
+
+
+def main(words: list[str]) -> int:
+    path, overrides = config_and_overrides(parser().parse_intermixed_args(words).items)
+    cfg = load_tokenizer_config(path, overrides)
+    from rich.console import Console
+
+    command = " ".join(["megastar train-tokenizer", *([path] if path else []), *overrides])
+    result, scores = train_tokenizer(cfg, Console(), command)
+    print(f"{result}: " + "; ".join(f"{k}: {v['psnr']:.2f} dB, {v['codes_used']:.1%} codes" for k, v in scores.items()))
+    return 0
+
+
+def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = "") -> tuple[Path, dict[str, Any]]:
+    """Train to ``cfg.steps`` (resuming) and write ``out/tokenizer.safetensors``; returns it and scores by subset."""
+    import torch
+
+    from megastar.data.pictures import PictureSet
+    from megastar.device import pick_device, pick_dtype
+    from megastar.tokenizer.io import save_tokenizer
+    from megastar.tokenizer.train import Trainer
+
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    device, out = pick_device(), Path(cfg.out)
+    pictures = PictureSet(cfg.pictures, cfg.subset or None)
+    if len(pictures) < cfg.batch:
+        raise UserError(f"{cfg.pictures} holds {len(pictures)} pictures, fewer than batch {cfg.batch}: lower batch")
+    subsets = [s for s in (cfg.val_subset, cfg.test_subset) if s]
+    held_out = {s: center_crops(PictureSet(cfg.pictures, s), cfg.tokenizer.image_size) for s in subsets}
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(cfg, device, pick_dtype(cfg.dtype, device))
+    with Batches(pictures, cfg) as batches:
+        trainer.fit(batches, held_out.get(cfg.val_subset), out, console)
+    if batches.broken:
+        names = ", ".join(sorted(batches.broken)[:3])
+        console.print(f"{len(batches.broken)} pictures could not be read and were replaced by the next one: {names}")
+    scores = {s: trainer.score(crops) for s, crops in held_out.items()}
+    about = {"command": command, "seed": cfg.seed, "steps": cfg.steps, "pictures": len(pictures), "scores": scores}
+    save_config(cfg, out / "config.yaml")
+    result = out / "tokenizer.safetensors"
+    save_tokenizer(trainer.average, result, about | {"config": asdict(cfg)})
+    (out / "scores.json").write_text(json.dumps(about, indent=1) + "\n")
+    return result, scores
+
+
+def center_crops(pictures: PictureSet, size: int) -> torch.Tensor:
+    """All readable pictures, cut from the centre: uint8 (N, size, size, 3)."""
+    import numpy as np
+    import torch
+
+    from megastar.data.pictures import PictureError, center_crop
+
+    crops = []
+    for i in range(len(pictures)):
+        try:
+            crops.append(np.asarray(center_crop(pictures.read(i), size)))
+        except PictureError:
+            continue
+    if not crops:
+        raise UserError(f"no picture of {pictures.source} (subset {pictures.subset!r}) can be read")
+    return torch.from_numpy(np.stack(crops))
+
+
+class Batches:
+    """step -> uint8 (B, H, W, 3): a pure function of the step and the seed, computed one step ahead.
+
+    An unreadable picture is replaced by the next one and remembered in ``broken``.
+    """
+
+    def __init__(self, pictures: PictureSet, cfg: TokenizerTrainConfig):
+        self.pictures, self.cfg = pictures, cfg
+        self.broken: set[str] = set()
+        self.ahead: dict[int, Future[torch.Tensor]] = {}
+        self.maker, self.decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(4)
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.maker.shutdown(cancel_futures=True)
+        self.decoders.shutdown(cancel_futures=True)
+
+    def __call__(self, step: int) -> torch.Tensor:
+        wanted = self.ahead.pop(step, None) or self.maker.submit(self.make, step)
+        self.ahead = {step + 1: self.maker.submit(self.make, step + 1)}
+        return wanted.result()
+
+    def make(self, step: int) -> torch.Tensor:
+        import numpy as np
+        import torch
+
+        from megastar.data.pictures import random_crop
+
+        c = self.cfg
+        epoch, k = divmod(step, len(self.pictures) // c.batch)
+        order = np.random.default_rng([c.seed, epoch]).permutation(len(self.pictures))
+        chosen = order[k * c.batch : (k + 1) * c.batch]
+        rng = np.random.default_rng([c.seed, step, 1])
+        images = self.decoders.map(self.read, chosen.tolist())
+        return torch.from_numpy(np.stack([random_crop(i, c.tokenizer.image_size, rng, c.max_scale) for i in images]))
+
+    def read(self, i: int) -> Image.Image:
+        from megastar.data.pictures import PictureError
+
+        for k in range(len(self.pictures)):
+            j = (i + k) % len(self.pictures)
+            try:
+                return self.pictures.read(j)
+            except PictureError:
+                self.broken.add(self.pictures.pictures[j].key)
+        raise UserError(f"no picture of {self.pictures.source} can be read")

@@ -1,0 +1,152 @@
+"""configs/ds/*.json merged with the run: batch, clip and dtype have one place, the run. No torch.
+
+The JSON says the ZeRO stage, offload and communication. What it says of the run's fields must agree with the run;
+what is known to train wrongly is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any
+
+from megastar.config.files import require_file
+from megastar.config.schema import RunConfig
+from megastar.errors import UserError
+
+KNOWN = (
+    *("zero_optimization", "tensor_parallel", "aio", "checkpoint", "data_types", "sparse_gradients", "steps_per_print"),
+    *(
+        "communication_data_type",
+        "seq_parallel_communication_data_type",
+        "gradient_predivide_factor",
+        "prescale_gradients",
+    ),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "comms_logger", "flops_profiler", "dump_state"),
+    *("wall_clock_breakdown", "memory_breakdown"),
+    # the run's own, allowed when they agree with it
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("bf16", "fp16"),
+)
+ZERO_PLUS_PLUS = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+REFUSED = {
+    "optimizer": "the engine's own AdamW keeps the teacher's average; set the optim section of the run",
+    "scheduler": "the run's optim.schedule decides",
+    "elasticity": "it is not supported with this engine",
+    "compression_training": "it is not supported with this engine",
+    "activation_checkpointing": "set parallel.activation_checkpointing in the run",
+    "amp": "set train.dtype in the run",
+    "torch_autocast": "set train.dtype in the run",
+    "compile": "it is not supported with this engine",
+}
+
+
+def read_deepspeed(name: str) -> dict[str, Any]:
+    """The JSON as it stands. Raises ``UserError`` when it is missing or no JSON object."""
+    path = require_file(name, "parallel.deepspeed:")
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"parallel.deepspeed: {path} is not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"parallel.deepspeed: {path} holds no JSON object")
+    return data
+
+
+def deepspeed_problems(cfg: RunConfig) -> list[str]:
+    """What is wrong with the JSON for this run, before the number of ranks is known."""
+    try:
+        data = read_deepspeed(cfg.parallel.deepspeed)
+    except UserError as error:
+        return [str(error)]
+    file, t = cfg.parallel.deepspeed, cfg.train
+    out = [f"{file}: {key} is set, but {why}; remove it" for key, why in REFUSED.items() if key in data]
+    for key in data:
+        if key not in KNOWN and key not in REFUSED:
+            close = difflib.get_close_matches(key, KNOWN, 1, 0.6)
+            out.append(f"{file}: unknown key {key}" + (f": did you mean {close[0]}?" if close else ": remove it"))
+    out += _disagreement(data, file, "train_batch_size", "train.global_batch", t.global_batch)
+    out += _disagreement(data, file, "gradient_clipping", "optim.grad_clip", cfg.optim.grad_clip)
+    if t.micro_batch:
+        out += _disagreement(data, file, "train_micro_batch_size_per_gpu", "train.micro_batch", t.micro_batch)
+    tp, section = cfg.parallel.tensor_parallel, data.get("tensor_parallel") or {}
+    out += _disagreement(section, file, "autotp_size", "parallel.tensor_parallel", tp)
+    if t.dtype != "auto":
+        out += _dtype_problems(data, file, t.dtype)
+    return out + _zero_problems(data.get("zero_optimization"), file, tp)
+
+
+def deepspeed_config(
+    cfg: RunConfig, micro_batch: int, accumulation: int, *, world_size: int, dtype: str
+) -> dict[str, Any]:
+    """The dict for ``deepspeed.initialize``; ``dtype`` is "bf16" or "fp32", "auto" resolved by the caller.
+
+    ``train_batch_size`` is left out: DeepSpeed checks it against the whole world, tensor ranks included.
+    Raises one ``UserError`` with every disagreement between the JSON and the run.
+    """
+    ranks = world_size // cfg.parallel.tensor_parallel
+    assert micro_batch * accumulation * ranks == cfg.train.global_batch, (micro_batch, accumulation, world_size)
+    problems = deepspeed_problems(cfg)
+    if not problems:
+        data, file = read_deepspeed(cfg.parallel.deepspeed), cfg.parallel.deepspeed
+        problems += _disagreement(data, file, "train_micro_batch_size_per_gpu", "a micro batch of", micro_batch)
+        problems += _disagreement(data, file, "gradient_accumulation_steps", "an accumulation of", accumulation)
+        problems += _dtype_problems(data, file, dtype)
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
+    merged = {k: v for k, v in data.items() if k not in ("train_batch_size", "fp16", "tensor_parallel")}
+    merged.setdefault("steps_per_print", 10**9)  # the engine writes its own lines
+    return merged | {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": cfg.optim.grad_clip,
+        "bf16": {"enabled": dtype == "bf16"},
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def _disagreement(data: dict[str, Any], file: str, key: str, name: str, value: float) -> list[str]:
+    """A value that the JSON repeats may stand there only if it is the run's; "auto" says nothing."""
+    if data.get(key, "auto") in ("auto", value):
+        return []
+    return [f"{file} says {key} {data[key]}, the run says {name} {value}: the run decides, remove it from the JSON"]
+
+
+def _dtype_problems(data: dict[str, Any], file: str, dtype: str) -> list[str]:
+    out = []
+    for key in ("bf16", "fp16"):
+        section = data.get(key)
+        said = section.get("enabled", "auto") if isinstance(section, dict) else ("auto" if section is None else section)
+        if said != "auto" and bool(said) != (key == dtype):
+            out.append(
+                f"{file} says {key}.enabled {json.dumps(said)}, the run says train.dtype {dtype}: "
+                "the run decides, remove it from the JSON"
+            )
+    zero = data.get("zero_optimization")
+    if dtype == "bf16" and isinstance(zero, dict) and zero.get("stage", 0) == 0:
+        out.append(f"{file}: ZeRO stage 0 with train.dtype bf16 loses precision (no fp32 masters): use stage 1 to 3")
+    return out
+
+
+def _zero_problems(zero: Any, file: str, tp: int) -> list[str]:
+    if not isinstance(zero, dict):
+        return [f"{file}: zero_optimization is missing: give it a stage, as in configs/ds/zero3.json"]
+    stage = zero.get("stage")
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        return [f"{file}: zero_optimization.stage = {json.dumps(stage)}: must be 0, 1, 2 or 3"]
+    out = []
+    wrong = [k for k in ZERO_PLUS_PLUS if zero.get(k)]
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        wrong.append("zero_hpz_partition_size")
+    if tp > 1:
+        out += [
+            f"{file}: {key} with parallel.tensor_parallel {tp} trains silently wrong: "
+            "remove it, or set tensor_parallel to 1"
+            for key in wrong
+        ]
+    if zero.get("mics_shard_size", -1) > 0:
+        out.append(f"{file}: mics_shard_size is set, but MiCS is not supported with this engine; remove it")
+    for key in ("offload_param", "offload_optimizer"):
+        if (zero.get(key) or {}).get("device") == "nvme":
+            out.append(f'{file}: {key} to nvme is not supported with this engine: use "cpu" or "none"')
+    return out

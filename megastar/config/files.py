@@ -1,0 +1,63 @@
+"""Where a file named in a configuration lies, and how YAML is read. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megastar.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+INSTALLED = Path(sys.prefix) / "share" / "megastar"  # setup.py puts configs/ there
+
+
+def find_file(name: str | Path, near: Path | None = None) -> Path | None:
+    """The file ``name`` below the working directory, a parent of ``near``, the repository, or the installed configs.
+
+    The first that exists wins; None when there is none.
+    """
+    path = Path(name).expanduser()
+    roots = [Path()]
+    if near is not None:
+        roots += near.resolve().parents
+    for root in [*roots, REPOSITORY, INSTALLED]:
+        if (root / path).is_file():
+            return root / path
+    return None
+
+
+def require_file(name: str | Path, what: str, near: Path | None = None) -> Path:
+    """``find_file`` or a ``UserError`` that names the nearest file beside it."""
+    found = find_file(name, near)
+    if found is not None:
+        return found
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"{what} {path} is a folder: name a file in it")
+    folder = next((r / path.parent for r in (Path(), REPOSITORY, INSTALLED) if (r / path.parent).is_dir()), None)
+    beside = sorted(p.name for p in folder.iterdir() if p.suffix == path.suffix) if folder else []
+    close = difflib.get_close_matches(path.name, beside, 1, 0.5)
+    hint = f"did you mean {path.parent / close[0]}?" if close else "check the path"
+    raise UserError(f"{what} {path} does not exist: {hint}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a dict, ``${...}`` resolved. Raises ``UserError`` for what is not a mapping of sections."""
+    try:
+        loaded = OmegaConf.load(path)
+        data = OmegaConf.to_container(loaded, resolve=True)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where} is not YAML ({getattr(error, 'problem', None) or error})") from error
+    except (OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a list, not sections of `field: value`")
+    return {str(k): v for k, v in data.items()}

@@ -1,0 +1,183 @@
+"""The rules of a configuration: every broken one is reported, before anything is built. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig, TokenizerConfig, TokenizerTrainConfig
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One sentence, and the dotted fields it is about: a field of the wrong type is judged no further."""
+
+    text: str
+    about: tuple[str, ...]
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def words(values: list[Any]) -> str:
+    """1, 2 or 4"""
+    shown = [str(v) for v in values]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
+
+
+def tensor_parallel_degrees(m: ModelConfig) -> list[int]:
+    """Degrees that divide the heads, the SwiGLU width and the vocabulary."""
+    return divisors(math.gcd(m.n_head, m.ffn_dim, m.vocab_size))
+
+
+def find_problems(cfg: Any) -> list[Problem]:
+    """Everything wrong with a ``RunConfig`` or ``TokenizerTrainConfig``, field by field, then rule by rule."""
+    found = list(_bounds(cfg))
+    broken = {name for problem in found for name in problem.about}
+    rules = _run_rules if isinstance(cfg, RunConfig) else _tokenizer_rules
+    return found + [p for p in rules(cfg) if not broken & set(p.about)]
+
+
+def _bounds(section: Any, prefix: str = "") -> Iterator[Problem]:
+    """The metadata of schema.py: choices, low, high, above, below."""
+    for f in fields(section):
+        name, value, meta = prefix + f.name, getattr(section, f.name), f.metadata
+        if is_dataclass(value):
+            yield from _bounds(value, name + ".")
+            continue
+        if "choices" in meta:
+            if value not in meta["choices"]:
+                yield Problem(f"{name} = {value}: must be {words(list(meta['choices']))}", (name,))
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, float) and not math.isfinite(one):
+                yield Problem(f"{name} = {one}: must be a finite number", (name,))
+            elif "low" in meta and one < meta["low"]:
+                yield Problem(f"{name} = {one}: must be at least {meta['low']}", (name,))
+            elif "above" in meta and one <= meta["above"]:
+                yield Problem(f"{name} = {one}: must be above {meta['above']}", (name,))
+            elif "high" in meta and one > meta["high"]:
+                yield Problem(f"{name} = {one}: must be at most {meta['high']}", (name,))
+            elif "below" in meta and one >= meta["below"]:
+                yield Problem(f"{name} = {one}: must be below {meta['below']}", (name,))
+
+
+def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
+    yield from _model_rules(cfg.model)
+    if cfg.self_guided.enabled:
+        yield from _self_guided_rules(cfg.self_guided, cfg.model)
+    m, tp, t = cfg.model, cfg.parallel.tensor_parallel, cfg.train
+    legal = tensor_parallel_degrees(m)
+    if tp not in legal:
+        yield Problem(
+            f"parallel.tensor_parallel = {tp}: must divide model.n_head {m.n_head}, the ffn width {m.ffn_dim} and "
+            f"model.vocab_size {m.vocab_size}; use {words(legal)}",
+            ("parallel.tensor_parallel", "model.n_head", "model.dim", "model.multiple_of", "model.vocab_size"),
+        )
+    if t.steps == 0 and t.epochs == 0:
+        yield Problem("train.steps and train.epochs are both 0: give one of them", ("train.steps", "train.epochs"))
+    if t.micro_batch and t.global_batch % t.micro_batch:
+        yield Problem(
+            f"train.micro_batch = {t.micro_batch}: must divide train.global_batch {t.global_batch}; "
+            f"use {words(_near(divisors(t.global_batch), t.micro_batch))}",
+            ("train.micro_batch", "train.global_batch"),
+        )
+    if not cfg.run:
+        yield Problem("run is empty: name the run folder", ("run",))
+    if not cfg.data.shards:
+        yield Problem(
+            "data.shards is empty: name a folder of token shards (megastar pretokenize makes it)", ("data.shards",)
+        )
+    if t.steps and cfg.optim.warmup_steps > t.steps:
+        yield Problem(
+            f"optim.warmup_steps = {cfg.optim.warmup_steps}: must be at most train.steps {t.steps}",
+            ("optim.warmup_steps", "train.steps"),
+        )
+
+
+def _near(values: list[int], wanted: int, count: int = 4) -> list[int]:
+    """The few values nearest to the wanted one."""
+    return sorted(sorted(values, key=lambda v: abs(v - wanted))[:count])
+
+
+def _model_rules(m: ModelConfig) -> Iterator[Problem]:
+    if m.dim % m.n_head:
+        yield Problem(
+            f"model.n_head = {m.n_head}: must divide model.dim {m.dim}; "
+            f"use {words(_near([d for d in divisors(m.dim) if m.dim // d % 4 == 0], m.n_head))}",
+            ("model.n_head", "model.dim"),
+        )
+    elif m.head_dim % 4:
+        yield Problem(
+            f"model.dim / model.n_head = {m.dim} / {m.n_head} = {m.head_dim}: must be a multiple of 4 (2-D rotary pairs)",
+            ("model.n_head", "model.dim"),
+        )
+    if m.grid**2 != m.image_tokens:
+        side = math.isqrt(m.image_tokens)
+        yield Problem(
+            f"model.image_tokens = {m.image_tokens}: must be a square number, as {side**2} or {(side + 1) ** 2}",
+            ("model.image_tokens",),
+        )
+
+
+def _self_guided_rules(s: SelfGuidedConfig, m: ModelConfig) -> Iterator[Problem]:
+    here = "self_guided."
+    if s.view_loss and s.views < 2:
+        yield Problem(
+            f"{here}views = {s.views}: the view loss compares two crops; set views to 2, or view_loss to false",
+            (here + "views",),
+        )
+    if s.student_views > s.views:
+        yield Problem(
+            f"{here}student_views = {s.student_views}: must be at most {here}views {s.views}",
+            (here + "student_views", here + "views"),
+        )
+    if (s.step_loss or s.view_loss) and s.contrastive_block > m.n_layer:
+        yield Problem(
+            f"{here}contrastive_block = {s.contrastive_block}: the model has {m.n_layer} blocks (model.n_layer)",
+            (here + "contrastive_block", "model.n_layer"),
+        )
+    if s.step_loss and s.positions < 2:
+        yield Problem(
+            f"{here}positions = {s.positions}: the step loss compares two positions; "
+            "set positions to 2 or more, or step_loss to false",
+            (here + "positions",),
+        )
+    if (s.step_loss or s.view_loss) and s.positions > m.image_tokens:
+        yield Problem(
+            f"{here}positions = {s.positions}: a picture has {m.image_tokens} tokens (model.image_tokens)",
+            (here + "positions", "model.image_tokens"),
+        )
+
+
+def _tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
+    t: TokenizerConfig = cfg.tokenizer
+    here = "tokenizer."
+    if not t.channel_multipliers:
+        yield Problem(f"{here}channel_multipliers is empty: give one number a level", (here + "channel_multipliers",))
+        return
+    if t.image_size % t.downsample:
+        yield Problem(
+            f"{here}image_size = {t.image_size}: must be a multiple of {t.downsample} "
+            f"({len(t.channel_multipliers)} levels)",
+            (here + "image_size", here + "channel_multipliers"),
+        )
+    widths = sorted({t.channels * m for m in t.channel_multipliers})
+    odd = [w for w in widths if w % t.norm_groups]
+    if odd:
+        yield Problem(
+            f"{here}norm_groups = {t.norm_groups}: must divide the width of every level, not so for {words(odd)}",
+            (here + "norm_groups", here + "channels", here + "channel_multipliers"),
+        )
+    if cfg.continuous_steps >= cfg.steps:
+        yield Problem(
+            f"continuous_steps = {cfg.continuous_steps}: must be below steps {cfg.steps}, or no code book is made",
+            ("continuous_steps", "steps"),
+        )
+    if not cfg.pictures:
+        yield Problem("pictures is empty: name a folder of class folders, a .tar, or a folder of tars", ("pictures",))
+    if not cfg.out:
+        yield Problem("out is empty: name the run folder", ("out",))

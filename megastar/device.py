@@ -1,0 +1,36 @@
+"""Which device and which precision a command uses. The one place that asks the hardware."""
+
+from __future__ import annotations
+
+import torch
+
+from megastar.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """ "auto" is the first GPU, else the CPU. Raises ``UserError`` for a device this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; use cpu or auto")
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 is faster than fp32 here: Ampere and later, or a CPU with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bf16 where the hardware has it, else fp32."""
+    if name == "auto":
+        name = "bf16" if has_bf16(device) else "fp32"
+    return DTYPES[name]

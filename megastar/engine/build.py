@@ -1,0 +1,143 @@
+"""Process group, precision, and the two DeepSpeed engines: the student with its optimizer, the teacher without."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+# DeepSpeed reads this at import; on a machine without a GPU it would otherwise warn and guess.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+# torch 2.13 renamed two collectives that DeepSpeed calls: one warning a call, none of them the user's to mend.
+warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated.*")
+
+import deepspeed
+import torch.distributed as dist
+from torch import nn
+
+from megastar.config.deepspeed import deepspeed_config
+from megastar.config.load import resolve_batch
+from megastar.config.schema import RunConfig
+from megastar.engine.networks import Student
+from megastar.engine.sharding import AdamWEMA, parameter_groups, refresh_teacher, shard_pairs
+from megastar.errors import UserError
+from megastar.model.transformer import Transformer
+
+
+@dataclass
+class Context:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass
+class Engines:
+    student: Any  # deepspeed.DeepSpeedEngine around Student
+    teacher: Any | None  # deepspeed.DeepSpeedEngine around Transformer, no optimizer
+    optimizer: AdamWEMA
+    pairs: list[tuple[nn.Parameter, nn.Parameter]]
+    micro_batch: int
+    accumulation: int
+
+    def refresh_teacher(self) -> None:
+        refresh_teacher(self.pairs)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 is faster than fp32 here: Ampere and later, or a CPU with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bf16" if has_bf16(device) else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def start(cfg: RunConfig) -> Context:
+    """Join the process group that torchrun, deepspeed or srun described; alone without one."""
+    slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    for name, other in slurm.items():
+        if name not in os.environ and "SLURM_STEP_ID" in os.environ:
+            os.environ[name] = os.environ[other]
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError("MASTER_ADDR is not set: start with torchrun or deepspeed, or set it in the batch script")
+    alone = "RANK" not in os.environ
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(cfg.train.threads or max(1, cores // local_world))
+        # Compiling DeepSpeed's shared-memory collective takes minutes and gloo does not need it.
+        # (By its full name: the attribute deepspeed.comm.torch is torch itself.)
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    backend = "nccl" if cuda else "gloo"
+    if alone and not dist.is_initialized():  # no launcher: a store of our own needs no free port
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return Context(rank, world, device, resolve_dtype(cfg.train.dtype, device))
+
+
+def build(cfg: RunConfig, ctx: Context) -> Engines:
+    """Student and teacher with equal weights, each born in its shards. Raises ``UserError`` for an impossible split."""
+    micro, accumulation = resolve_batch(cfg, ctx.world)
+    config = deepspeed_config(
+        cfg, micro, accumulation, world_size=ctx.world, dtype="bf16" if ctx.dtype == torch.bfloat16 else "fp32"
+    )
+    stage = config["zero_optimization"]["stage"]
+    if stage != 3:
+        raise UserError(
+            f"{cfg.parallel.deepspeed} asks for ZeRO stage {stage}: the engine shards the teacher by stage 3, use configs/ds/zero3.json"
+        )
+    if cfg.parallel.tensor_parallel != 1:
+        raise UserError(
+            f"parallel.tensor_parallel={cfg.parallel.tensor_parallel}: the engine has no tensor parallelism yet, set it to 1"
+        )
+    torch.manual_seed(cfg.train.seed)  # the same weights on every rank, of which each keeps its shard
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        student = Student(cfg)
+    optimizer = AdamWEMA(
+        parameter_groups(student, cfg.optim.weight_decay),
+        lr=cfg.optim.lr,
+        betas=(cfg.optim.beta1, cfg.optim.beta2),
+        eps=cfg.optim.eps,
+    )
+    engine, wrapped, _, _ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
+    if not cfg.self_guided.enabled:
+        return Engines(engine, None, optimizer, [], micro, accumulation)
+
+    teacher_config = {k: v for k, v in config.items() if k != "gradient_clipping"}
+    # A persistent (never partitioned) parameter would not see the refresh, silently.
+    teacher_config["zero_optimization"] = {**config["zero_optimization"], "stage3_param_persistence_threshold": 0}
+    with deepspeed.zero.Init(config_dict_or_path=teacher_config):
+        transformer = Transformer(cfg.model)
+    transformer.requires_grad_(False).eval()
+    teacher, *_ = deepspeed.initialize(model=transformer, config=teacher_config)
+    teacher.eval()
+    pairs = shard_pairs(engine.module.transformer, teacher.module)
+    engines = Engines(engine, teacher, optimizer, pairs, micro, accumulation)
+    engines.refresh_teacher()
+    return engines

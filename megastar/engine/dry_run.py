@@ -1,0 +1,76 @@
+"""``megastar train --dry-run``: build everything, move one fake batch, say what a real run would use."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megastar.config.schema import RunConfig
+from megastar.data.shards import Manifest
+from megastar.engine.build import Context, Engines
+from megastar.engine.schedule import learning_rate, total_steps
+from megastar.engine.step import losses
+from megastar.teacher.schedule import decay_at
+
+
+def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest) -> None:
+    """One forward, backward and update on random codes; prints parameters, memory a rank, batch and schedule."""
+    B, M, T = engines.micro_batch, cfg.self_guided.views if cfg.self_guided.enabled else 1, cfg.model.image_tokens
+    g = torch.Generator().manual_seed(ctx.rank)
+    batch = {
+        "codes": torch.randint(0, cfg.model.vocab_size, (B, M, T), generator=g),
+        "labels": torch.randint(0, cfg.model.num_classes, (B,), generator=g),
+        "ids": torch.arange(B),
+        "epochs": torch.zeros(B, dtype=torch.int64),
+    }
+    batch["true_labels"] = batch["labels"]
+    steps = total_steps(cfg, manifest.samples)
+    for group in engines.optimizer.param_groups:
+        group["lr"] = 0.0
+    engines.student.train()
+    start = time.perf_counter()
+    for _ in range(engines.accumulation):
+        loss, _ = losses(cfg, engines, ctx, batch, 0)
+        engines.student.backward(loss)
+        engines.student.step()
+    engines.refresh_teacher()
+    seconds = time.perf_counter() - start
+    if not ctx.main:
+        return
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.ds_numel for p in module.parameters())
+
+    student = engines.student.module
+    trunk, extra = count(student.transformer), count(student) - count(student.transformer)
+    element = 2 if ctx.dtype == torch.bfloat16 else 4
+    # Compute copy and gradient in the compute type; master, two moments and the average in fp32.
+    shard = (trunk + extra) * (2 * element + 16) + (trunk * element if engines.teacher else 0)
+    if ctx.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(ctx.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    o = cfg.optim
+    rows = {
+        "transformer": f"{trunk / 1e6:.1f} M parameters" + (f", projector {extra / 1e6:.1f} M" if extra else ""),
+        "ranks": f"{ctx.world} x {ctx.device.type}, {str(ctx.dtype).removeprefix('torch.')}, {cfg.parallel.deepspeed}",
+        "states a rank": f"{shard / ctx.world / 2**20:.0f} MiB (weights, gradients, AdamW, average, teacher)",
+        "peak memory, rank 0": f"{peak / 2**20:.0f} MiB" + (" (whole process)" if ctx.device.type == "cpu" else ""),
+        "batch": f"{cfg.train.global_batch} images x {M} views = {ctx.world} ranks x {engines.micro_batch} x {engines.accumulation} accumulated",
+        "data": f"{manifest.samples} pictures, {manifest.views} stored views of {manifest.tokens} tokens",
+        "length": f"{steps} steps = {steps * cfg.train.global_batch / manifest.samples:.1f} epochs",
+        "learning rate": f"{learning_rate(cfg, 0, steps):.2e} -> {max(learning_rate(cfg, s, steps) for s in {o.warmup_steps, 0}):.2e}"
+        f" -> {learning_rate(cfg, steps - 1, steps):.2e} ({o.schedule}, {o.warmup_steps} warm-up)",
+        "teacher": f"decay {decay_at(0, cfg.self_guided):.4f} -> {decay_at(steps - 1, cfg.self_guided):.4f}"
+        if engines.teacher
+        else "none (AR baseline)",
+        "fake step": f"loss {loss.item():.4f}, {seconds:.1f} s",
+    }
+    table = Table(title=f"dry run of {cfg.run}", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)

@@ -1,0 +1,41 @@
+"""What may end a run early: signals, a loss that is no longer finite. Every rank takes the same decision."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megastar.engine.build import Context
+
+PREEMPTED = 85  # a status of our own: SLURM counts a clean exit as done and would not requeue it
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss stopped being finite; the last checkpoint is good."""
+
+
+class StopFlag:
+    """Set by TERM, USR1 or the first INT; the loop saves and leaves at the next step. A second INT ends at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def agree(ctx: Context, loss: Tensor, stop: int) -> tuple[bool, int]:
+    """(is the loss finite on every rank, the largest stop signal of any rank), before the optimizer moves."""
+    flags = torch.stack([(~torch.isfinite(loss.detach())).to(torch.int64), torch.tensor(stop, device=loss.device)])
+    if ctx.world > 1:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    bad, signal_number = flags.tolist()
+    return not bad, int(signal_number)

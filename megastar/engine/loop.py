@@ -1,0 +1,158 @@
+"""The training loop. ``train`` is what `megastar train` calls on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from megastar.config.load import diff_configs, load_config, save_config
+from megastar.config.schema import RunConfig
+from megastar.data.loader import TokenLoader, check_manifest, validation_batches
+from megastar.data.shards import Manifest, load_manifest
+from megastar.engine import checkpoint
+from megastar.engine.build import Context, Engines, build, start
+from megastar.engine.faults import PREEMPTED, NonFiniteLoss, StopFlag, agree
+from megastar.engine.metrics import Metrics
+from megastar.engine.schedule import learning_rate, total_steps
+from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
+from megastar.errors import UserError
+from megastar.tokenizer.io import tokenizer_hash
+
+
+def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
+    """Train to the end, resuming from the run folder's newest checkpoint. Exits with 85 when a signal asked to stop."""
+    manifest = open_data(cfg)
+    ctx = start(cfg)
+    if not dry_run:
+        claim_run_folder(cfg, ctx)
+    engines = build(cfg, ctx)
+    if dry_run:
+        from megastar.engine.dry_run import describe
+
+        describe(cfg, ctx, engines, manifest)
+        return
+    found = checkpoint.latest(checkpoint.folder_of(cfg))
+    done = checkpoint.load(ctx, engines, found)["step"] if found else 0
+    if not found:
+        torch.manual_seed(cfg.train.seed * 100_003 + ctx.rank)  # dropout differs between data ranks
+    steps = total_steps(cfg, manifest.samples)
+    if done >= steps:
+        if ctx.main:
+            Console().print(f"{cfg.run} is done: {done} of {steps} steps; raise train.steps to go on")
+        return
+    loader = make_loader(cfg, ctx, engines, done)
+    metrics = Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main)
+    metrics.note(f"resumed {found} at step {done}" if found else f"{cfg.run}: {steps} steps on {ctx.world} rank(s)")
+    try:
+        run(cfg, ctx, engines, loader, metrics, done, steps)
+    finally:
+        loader.close()
+        metrics.close()
+
+
+def run(
+    cfg: RunConfig, ctx: Context, engines: Engines, loader: TokenLoader, metrics: Metrics, done: int, steps: int
+) -> None:
+    """The loop itself: batch -> losses -> backward -> agree -> step -> teacher."""
+    stop, batches = StopFlag(), iter(loader)
+    validation = make_validation(cfg, ctx, engines)
+    engines.student.train()
+    for step in range(done, steps):
+        sums: dict[str, torch.Tensor] = {}
+        for _ in range(engines.accumulation):
+            loss, parts = losses(cfg, engines, ctx, next(batches), step)
+            finite, signal_number = agree(ctx, loss, stop.signal)
+            if not finite:
+                raise NonFiniteLoss(f"step {step}: the loss is not finite; resume from the last checkpoint with a lower optim.lr")
+            engines.student.backward(loss)
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / engines.accumulation
+            if engines.student.is_gradient_accumulation_boundary():
+                set_schedules(cfg, engines, step, steps)
+            engines.student.step()
+        engines.refresh_teacher()
+        if (step + 1) % cfg.train.log_every == 0 or step + 1 == steps:
+            row = average_over_ranks(ctx, sums)
+            row |= {"grad_norm": float(engines.student.get_global_grad_norm()), "lr": learning_rate(cfg, step, steps)}
+        else:
+            row = {}
+        metrics.step(step + 1, cfg.train.global_batch, row)
+        last = step + 1 == steps
+        if validation and (last or (step + 1) % cfg.train.val_every == 0):
+            value = validation_loss(cfg, engines, ctx, validation)
+            metrics.write(step + 1, {"val_loss_ar": value})
+            metrics.note(f"step {step + 1}: validation next-token loss {value:.4f}")
+        if last or signal_number or (step + 1) % cfg.train.save_every == 0:
+            path = checkpoint.save(cfg, ctx, engines, step + 1, {"data": {"step": step + 1}, "steps": steps})
+            if signal_number and not last:
+                metrics.note(f"signal {signal_number}: saved {path}; the same command resumes")
+                raise SystemExit(PREEMPTED)
+
+
+# Data ------------------------------------------------------------------------------------------------------------
+def open_data(cfg: RunConfig) -> Manifest:
+    """Check everything about the shards that can be known before anything is built."""
+    expected = tokenizer_hash(cfg.data.tokenizer) if cfg.data.tokenizer and Path(cfg.data.tokenizer).is_file() else None
+    if cfg.data.tokenizer and expected is None:
+        raise UserError(f"data.tokenizer={cfg.data.tokenizer} does not exist: name the tokenizer that made the shards")
+    manifest = load_manifest(cfg.data.shards)
+    check_manifest(manifest, cfg.model, expected, views_of(cfg))
+    if cfg.data.val_shards:
+        check_manifest(load_manifest(cfg.data.val_shards), cfg.model, expected, 1)
+    return manifest
+
+
+def views_of(cfg: RunConfig) -> int:
+    return cfg.self_guided.views if cfg.self_guided.enabled else 1
+
+
+def make_loader(cfg: RunConfig, ctx: Context, engines: Engines, done: int) -> TokenLoader:
+    return TokenLoader(
+        cfg.data.shards,
+        seed=cfg.train.seed,
+        global_batch=cfg.train.global_batch,
+        rank=ctx.rank,
+        world=ctx.world,
+        accumulation=engines.accumulation,
+        views=views_of(cfg),
+        class_dropout_prob=cfg.model.class_dropout_prob,
+        num_classes=cfg.model.num_classes,
+        vocab_size=cfg.model.vocab_size,
+        tokens=cfg.model.image_tokens,
+        window=cfg.data.window,
+        start_step=done,
+    )
+
+
+def make_validation(cfg: RunConfig, ctx: Context, engines: Engines) -> list[dict[str, Any]]:
+    if not cfg.data.val_shards or not cfg.train.val_every:
+        return []
+    batches: Iterator[dict[str, Any]] = validation_batches(
+        cfg.data.val_shards, cfg.train.val_images, engines.micro_batch, ctx.rank, ctx.world
+    )
+    return list(batches)
+
+
+# The run folder ----------------------------------------------------------------------------------------------------
+RESUMABLE = ("train.steps", "train.epochs", "train.log_every", "train.val_every", "train.save_every", "train.keep", "train.threads")
+
+
+def claim_run_folder(cfg: RunConfig, ctx: Context) -> None:
+    """Write config.yaml, or compare with the one there. Raises ``UserError`` naming the differing fields.
+
+    Only length and housekeeping may differ when a run is resumed.
+    """
+    path = Path(cfg.run) / "config.yaml"
+    problem = ""
+    if path.is_file():
+        differing = [d for d in diff_configs(load_config(path), cfg) if not d.startswith(RESUMABLE)]
+        if differing:
+            problem = f"{cfg.run} holds a run of another configuration: {'; '.join(differing)}: choose another run=... or restore the fields"
+    if problem:
+        raise UserError(problem)
+    if ctx.main:
+        save_config(cfg, path)

@@ -1,0 +1,40 @@
+"""The student as one module for one DeepSpeed engine: transformer plus projector. The teacher is a transformer alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from megastar.config.schema import RunConfig
+from megastar.model.masks import MaskSpec
+from megastar.model.projector import Projector
+from megastar.model.transformer import Transformer
+
+
+class StudentOutput(NamedTuple):
+    logits: Tensor  # (N, T, V), N = B * student views
+    last: Tensor | None  # (N, T, D) before the final norm
+    anchors: Tensor | None  # (N, K, D) projected features at the drawn positions
+
+
+class Student(nn.Module):
+    """``student.transformer`` has LlamaGen's weight names; ``student.projector`` exists when self-guided."""
+
+    def __init__(self, cfg: RunConfig):
+        super().__init__()
+        self.transformer = Transformer(cfg.model)
+        guided = cfg.self_guided
+        self.block = guided.contrastive_block if guided.enabled else None
+        self.checkpointing = cfg.parallel.activation_checkpointing
+        if guided.enabled:
+            self.projector = Projector(cfg.model.dim, guided.projector_dim)
+
+    def forward(
+        self, labels: Tensor, tokens: Tensor, mask: MaskSpec | None = None, positions: Tensor | None = None
+    ) -> StudentOutput:
+        """labels (N,), tokens (N, T-1), positions (K,) or None for plain next-token prediction."""
+        block = self.block if positions is not None else None
+        out = self.transformer(labels, tokens, mask=mask, features_at=block, checkpointing=self.checkpointing)
+        anchors = None if positions is None else self.projector(out.features[:, positions])
+        return StudentOutput(out.logits, out.last, anchors)

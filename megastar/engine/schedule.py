@@ -1,0 +1,28 @@
+"""Learning rate and run length, as pure functions of the configuration and the step."""
+
+from __future__ import annotations
+
+import math
+
+from megastar.config.schema import RunConfig
+
+
+def total_steps(cfg: RunConfig, samples: int) -> int:
+    """Optimizer steps of the run: ``train.steps``, or epochs over ``samples`` pictures."""
+    if cfg.train.steps:
+        return cfg.train.steps
+    return max(1, round(cfg.train.epochs * samples / cfg.train.global_batch))
+
+
+def learning_rate(cfg: RunConfig, step: int, steps: int) -> float:
+    """Rate of the step that follows ``step`` finished ones; scaled with global_batch / 256 when ``scale_lr`` [P]."""
+    o = cfg.optim
+    peak = o.lr * (cfg.train.global_batch / 256 if o.scale_lr else 1.0)
+    if step < o.warmup_steps:
+        return peak * (step + 1) / o.warmup_steps
+    progress = min(1.0, (step - o.warmup_steps) / max(1, steps - o.warmup_steps))
+    if o.schedule == "cosine":
+        return peak * (o.min_lr_ratio + (1 - o.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    if o.schedule == "linear":
+        return peak * (1 - (1 - o.min_lr_ratio) * progress)
+    return peak

@@ -1,0 +1,128 @@
+"""One forward pass of the method: batch -> student and teacher -> losses. Legend: B images, M views, N = B * views,
+T image tokens, S = T positions, K sampled positions, D width, V codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megastar.config.schema import RunConfig
+from megastar.engine.build import Context, Engines
+from megastar.engine.schedule import learning_rate
+from megastar.model.masks import MaskSpec, draw_hidden
+from megastar.objectives.next_token import next_token_loss
+from megastar.objectives.self_guided import draw_positions, total
+from megastar.parallel.collectives import gather_rows
+from megastar.teacher.schedule import decay_at
+
+
+def hidden_mask(cfg: RunConfig, batch: dict[str, Any], views: int) -> MaskSpec | None:
+    """One set of hidden keys a sequence, a function of (seed, epoch, sample, view): (B * views, S)."""
+    if cfg.self_guided.mask_ratio == 0:
+        return None
+    T = cfg.model.image_tokens
+    draws = [
+        draw_hidden(cfg.train.seed, batch["epochs"], batch["ids"], T, cfg.self_guided.mask_ratio, view=m)
+        for m in range(views)
+    ]
+    return MaskSpec.hidden(torch.stack(draws, dim=1).flatten(0, 1))
+
+
+def losses(
+    cfg: RunConfig, engines: Engines, ctx: Context, batch: dict[str, Any], step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The total loss of one micro-batch, with a graph through the student only, and its parts.
+
+    ``batch``: codes (B, M, T) int64, labels (B,) with dropped ones already the null class, ids and epochs (B,).
+    """
+    codes = batch["codes"].to(ctx.device, non_blocking=True)
+    labels = batch["labels"].to(ctx.device, non_blocking=True)
+    B, M, T = codes.shape
+    guided = cfg.self_guided
+    if not guided.enabled:
+        codes = codes[:, 0]  # (B, T)
+        out = engines.student(labels, codes[:, :-1])
+        loss, metrics = next_token_loss(out.logits, codes)
+        return loss, {"loss": loss.detach(), **metrics}
+
+    assert engines.teacher is not None
+    Ms = guided.student_views
+    positions = draw_positions(cfg.train.seed, step, T, guided.positions).to(ctx.device)  # (K,)
+    mask = hidden_mask(cfg, batch, Ms)
+    student_codes = codes[:, :Ms].flatten(0, 1)  # (B*Ms, T)
+    student_labels = labels.repeat_interleave(Ms)
+    out = engines.student(student_labels, student_codes[:, :-1], mask=mask, positions=positions)
+
+    with torch.no_grad():
+        teacher_labels = labels if guided.share_label_drop else batch["true_labels"].to(ctx.device)
+        if Ms == M:
+            seen = engines.teacher(
+                teacher_labels.repeat_interleave(M),
+                codes.flatten(0, 1)[:, :-1],
+                features_at=guided.contrastive_block,
+                need_logits=False,
+            )
+            last = seen.last  # (B*M, T, D)
+            targets = seen.features[:, positions].unflatten(0, (B, M))  # (B, M, K, D)
+        else:  # the views that the student does not see are needed no deeper than the contrastive block
+            first = engines.teacher(
+                teacher_labels.repeat_interleave(Ms),
+                student_codes[:, :-1],
+                features_at=guided.contrastive_block,
+                need_logits=False,
+            )
+            rest = engines.teacher(
+                teacher_labels.repeat_interleave(M - Ms),
+                codes[:, Ms:].flatten(0, 1)[:, :-1],
+                features_at=guided.contrastive_block,
+                last_block=guided.contrastive_block,
+                need_logits=False,
+            )
+            last = first.last
+            parts = [first.features.unflatten(0, (B, Ms)), rest.features.unflatten(0, (B, M - Ms))]
+            targets = torch.cat(parts, dim=1)[:, :, positions]  # (B, M, K, D)
+
+    group = dist.group.WORLD if ctx.world > 1 else None
+    return total(
+        guided,
+        logits=out.logits,
+        tokens=student_codes,
+        student_last=out.last,
+        teacher_last=last,
+        anchors=out.anchors.unflatten(0, (B, Ms)),  # (B, Ms, K, D)
+        targets=targets,
+        gather=lambda x: gather_rows(x, group),
+        rank_offset=ctx.rank,
+    )
+
+
+@torch.no_grad()
+def validation_loss(cfg: RunConfig, engines: Engines, ctx: Context, batches: list[dict[str, Any]]) -> float:
+    """Mean next-token loss of the student on fixed pictures: one view, no mask, no dropout, true classes."""
+    engines.student.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
+    for batch in batches:
+        codes = batch["codes"][:, 0].to(ctx.device)
+        out = engines.student(batch["labels"].to(ctx.device), codes[:, :-1])
+        loss, _ = next_token_loss(out.logits, codes)
+        sums += torch.tensor([loss.item() * len(codes), len(codes)], dtype=torch.float64, device=ctx.device)
+    if ctx.world > 1:
+        dist.all_reduce(sums)
+    engines.student.train()
+    return (sums[0] / sums[1]).item()
+
+
+def set_schedules(cfg: RunConfig, engines: Engines, step: int, steps: int) -> None:
+    for group in engines.optimizer.param_groups:
+        group["lr"] = learning_rate(cfg, step, steps)
+        group["ema_decay"] = decay_at(step, cfg.self_guided)
+
+
+def average_over_ranks(ctx: Context, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    stacked = torch.stack(list(sums.values()))
+    if ctx.world > 1:
+        dist.all_reduce(stacked)
+    return dict(zip(sums, (stacked / ctx.world).tolist(), strict=True))

@@ -1,0 +1,52 @@
+"""Causal self-attention: fused qkv, 2-D RoPE, no bias. B batch, S sequence, D width, H heads, d head dimension."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from megastar.config.schema import ModelConfig
+from megastar.model.kernels import attention
+from megastar.model.layers import Dropout, Linear
+from megastar.model.masks import MaskSpec
+from megastar.model.rope import apply_rope
+
+
+class Cache(Protocol):
+    """Keys and values of earlier positions."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H, S, d) at positions start..start + S - 1; return those of 0..start + S - 1."""
+        ...
+
+
+class Attention(nn.Module):
+    """x (B, S, D) -> (B, S, D)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        self.wqkv = Linear(cfg.dim, 3 * cfg.dim, cfg.initializer_range)
+        self.wo = Linear(cfg.dim, cfg.dim, cfg.initializer_range)
+        self.resid_dropout = Dropout(cfg.resid_dropout_p)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rope: Tensor,
+        mask: MaskSpec | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
+        start: int = 0,
+    ) -> Tensor:
+        # Heads are counted from the output's width: a tensor-parallel rank holds some of them.
+        qkv = self.wqkv(x).unflatten(-1, (3, -1, self.head_dim))  # (B, S, 3, H, d)
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # (2, B, H, S, d), (1, B, H, S, d)
+        q, k = apply_rope(qk, rope).unbind()  # (B, H, S, d) each
+        v = v.squeeze(0)
+        if cache is not None:
+            k, v = cache.update(layer, k, v, start)
+        out = attention(q, k, v, mask)  # (B, H, S, d)
+        return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))

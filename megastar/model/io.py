@@ -1,0 +1,112 @@
+"""Weights files: one safetensors with the network's configuration and its provenance inside."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megastar.config.schema import ModelConfig
+from megastar.errors import UserError
+from megastar.model.transformer import Transformer
+
+FORMAT = "megastar-model"
+
+
+def save_model(
+    path: str | Path,
+    state_dict: Mapping[str, Tensor],
+    cfg: ModelConfig,
+    provenance: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write weights, in ``dtype`` if given, with the configuration and the provenance (anything JSON can hold).
+
+    The file appears whole or not at all. Raises ``UserError`` when the names or shapes are not this configuration's.
+    """
+    path = Path(path)
+    _check(path, {k: tuple(v.shape) for k, v in state_dict.items()}, _expected(cfg))
+    tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state_dict.items()}
+    about = {"format": FORMAT, "megastar": json.dumps({"model": asdict(cfg), "provenance": dict(provenance)})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file(tensors, temporary, metadata=about)
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_model_metadata(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Configuration and provenance, without reading the weights. Raises ``UserError``."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights {path} do not exist: name a .safetensors file that megastar wrote")
+    try:
+        with safe_open(path, "pt") as f:
+            about = f.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"weights {path} are not a readable safetensors file ({error}): copy or export them again"
+        ) from error
+    if about.get("format") != FORMAT:
+        raise UserError(f"{path} holds {about.get('format', 'no format')!r}, not megastar weights")
+    content = json.loads(about["megastar"])
+    unknown = sorted(set(content["model"]) - {f.name for f in fields(ModelConfig)})
+    if unknown:
+        raise UserError(
+            f"weights {path} have unknown fields {', '.join(unknown)}: a newer megastar wrote them, update this one"
+        )
+    return ModelConfig(**content["model"]), content["provenance"]
+
+
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Transformer, dict[str, Any]]:
+    """The network in ``dtype``, frozen, in eval mode, and the file's provenance.
+
+    Raises ``UserError`` for a missing file, a file of another kind, and weights that do not fit its configuration.
+    """
+    cfg, provenance = read_model_metadata(path)
+    expected = _expected(cfg)
+    with safe_open(path, "pt") as f:
+        names = list(f.keys())
+        _check(Path(path), {k: tuple(f.get_slice(k).get_shape()) for k in names}, expected)
+        state = {k: f.get_tensor(k).to(device, dtype) for k in names}
+    model = _skeleton(cfg)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval(), provenance
+
+
+def _skeleton(cfg: ModelConfig) -> Transformer:
+    """The network without memory: no time is spent on initial weights that a file replaces."""
+    with torch.device("meta"):
+        return Transformer(cfg)
+
+
+def _expected(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(v.shape) for k, v in _skeleton(cfg).state_dict().items()}
+
+
+def _check(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    """Names every kind of mismatch at once, three of each."""
+    missing = [k for k in expected if k not in found]
+    extra = [k for k in found if k not in expected]
+    shapes = [f"{k} is {found[k]}, not {s}" for k, s in expected.items() if k in found and found[k] != s]
+    problems = []
+    for what, some in (("missing", missing), ("not of this network", extra), ("of another shape", shapes)):
+        if some:
+            shown = ", ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
+            problems.append(f"{len(some)} {what} ({shown})")
+    if problems:
+        raise UserError(f"weights {path} do not fit their configuration: {'; '.join(problems)}")

@@ -1,0 +1,71 @@
+"""The small layers every block is made of. Weights are drawn inside each layer's constructor.
+
+DeepSpeed's ``zero.Init`` shards a layer's weights when its constructor returns, so nothing may draw them later.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` without a bias whose weight starts as N(0, std^2); std 0 gives zeros."""
+
+    def __init__(self, in_features: int, out_features: int, std: float):
+        self.std = std
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        draw_normal_(self.weight, self.std)
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` whose table starts as N(0, std^2)."""
+
+    def __init__(self, rows: int, dim: int, std: float):
+        self.std = std
+        super().__init__(rows, dim)
+
+    def reset_parameters(self) -> None:
+        draw_normal_(self.weight, self.std)
+
+
+def draw_normal_(weight: Tensor, std: float) -> None:
+    """In place, N(0, std^2); std 0 gives zeros without a draw."""
+    if std:
+        nn.init.normal_(weight, std=std)
+    else:
+        nn.init.zeros_(weight)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, then a learned scale, as LlamaGen's: (..., D) -> (..., D)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if x.dtype == torch.float64 else x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return h.type_as(x) * self.weight
+
+
+class Dropout(nn.Dropout):
+    """``nn.Dropout`` with a fast path on CPU, where torch draws one number an element on one thread.
+
+    There each element takes 16 random bits: the probability is p to within 1/131072, the scale is exact for it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or x.numel() == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p, True)
+        n, dropped = x.numel(), round(self.p * 65536)
+        bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        keep = (bits[:n] >= dropped - 32768).view(x.shape)
+        return x * (keep.to(x.dtype) * (65536 / (65536 - dropped)))

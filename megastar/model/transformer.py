@@ -1,0 +1,138 @@
+"""LlamaGen's autoregressive image transformer (github.com/FoundationVision/LlamaGen, autoregressive/models/gpt.py).
+
+B batch, S sequence, T image tokens, D width, V vocabulary. The sequence is the class embedding, then the first T - 1
+tokens, so S = T in training and output t predicts token t. Weight names and shapes are LlamaGen's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megastar.config.schema import ModelConfig
+from megastar.model.attention import Attention, Cache
+from megastar.model.layers import Dropout, Embedding, Linear, RMSNorm
+from megastar.model.masks import MaskSpec
+from megastar.model.rope import rope_table
+
+
+class Output(NamedTuple):
+    """What a forward pass returns, each None where it was not asked for."""
+
+    logits: Tensor | None  # (B, S, V), in the weights' dtype
+    features: Tensor | None  # (B, S, D), output of block ``features_at``
+    last: Tensor | None  # (B, S, D), output of the last block that ran, before the final norm
+
+
+class LabelEmbedder(nn.Module):
+    """labels (B,) -> (B, 1, D); the last row of the table, number num_classes, is the null class."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.embedding_table = Embedding(cfg.num_classes + 1, cfg.dim, cfg.initializer_range)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)[:, None]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: x (B, S, D) -> (B, S, D)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.w1 = Linear(cfg.dim, cfg.ffn_dim, cfg.initializer_range)
+        self.w3 = Linear(cfg.dim, cfg.ffn_dim, cfg.initializer_range)
+        self.w2 = Linear(cfg.ffn_dim, cfg.dim, cfg.initializer_range)
+        self.ffn_dropout = Dropout(cfg.ffn_dropout_p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: x (B, S, D) -> (B, S, D).
+
+    All but x goes by keyword: DeepSpeed's hooks look into positional arguments only, and have no business there.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attention = Attention(cfg)
+        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.feed_forward = FeedForward(cfg)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rope: Tensor,
+        mask: MaskSpec | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
+        start: int = 0,
+    ) -> Tensor:
+        h = x + self.attention(
+            self.attention_norm(x), rope=rope, mask=mask, cache=cache, layer=layer, start=start
+        )
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    """The network. Weights start as N(0, initializer_range^2), the head as zero, from torch's global generator."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.cls_embedding = LabelEmbedder(cfg)
+        self.tok_embeddings = Embedding(cfg.vocab_size, cfg.dim, cfg.initializer_range)
+        self.tok_dropout = Dropout(cfg.token_dropout_p)
+        self.layers = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.n_layer))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.output = Linear(cfg.dim, cfg.vocab_size, std=0.0)
+
+    def forward(
+        self,
+        labels: Tensor | None,
+        tokens: Tensor | None = None,
+        mask: MaskSpec | None = None,
+        features_at: int | None = None,
+        last_block: int | None = None,
+        checkpointing: bool = False,
+        cache: Cache | None = None,
+        start: int = 0,
+        need_logits: bool = True,
+    ) -> Output:
+        """labels (B,) with num_classes for the null class, tokens (B, 0..T - 1) -> ``Output`` with S = 1 + tokens.
+
+        mask: hidden keys; None is plain causal. features_at: the block, counted from 1, whose output is returned.
+        last_block: stop after that block (no logits). checkpointing: recompute each block in the backward pass.
+        cache, start: these are positions start..start + S - 1 and the cache holds the earlier ones; with start > 0
+        labels is None and only tokens are embedded. The model drops no labels itself: the caller does.
+        """
+        cfg = self.cfg
+        parts = [] if labels is None else [self.cls_embedding(labels)]
+        if tokens is not None and tokens.shape[1]:
+            parts.append(self.tok_embeddings(tokens))
+        h = self.tok_dropout(torch.cat(parts, 1) if len(parts) > 1 else parts[0])  # (B, S, D)
+
+        kind = torch.complex128 if h.dtype == torch.float64 else torch.complex64
+        rope = rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, h.device, kind)[start : start + h.shape[1]]
+        features = None
+        for i, block in enumerate(self.layers):
+            if i == last_block:
+                break
+            known = {"rope": rope, "mask": mask, "cache": cache, "layer": i, "start": start}
+            if checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, use_reentrant=False, **known)
+            else:
+                h = block(h, **known)
+            if i + 1 == features_at:
+                features = h
+        whole = last_block is None or last_block >= cfg.n_layer
+        logits = self.output(self.norm(h)) if need_logits and whole else None
+        return Output(logits, features, h)

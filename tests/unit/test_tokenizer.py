@@ -1,0 +1,221 @@
+"""The tokenizer: quantizer against brute force, LlamaGen's weight names, training that resumes, files that refuse."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+
+from megastar.config.schema import TokenizerConfig, TokenizerTrainConfig
+from megastar.errors import UserError
+from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, save_tokenizer, tokenizer_hash
+from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
+from megastar.tokenizer.train import Trainer, kmeans, learning_rate, score, to_images
+from megastar.tokenizer.vq import VectorQuantizer, VQModel
+
+SMALL = TokenizerConfig(
+    image_size=16, channels=8, channel_multipliers=[1, 2], res_blocks=1, z_channels=8, codebook_size=32,
+    codebook_embed_dim=4, norm_groups=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_quantizer_picks_the_nearest_code_and_passes_gradients_straight_through(l2_norm):
+    torch.manual_seed(0)
+    vq = VectorQuantizer(16, 4, l2_norm)
+    vq.embedding.weight.data.normal_()
+    z = torch.randn(2, 4, 3, 3, requires_grad=True)
+    q = vq(z)
+    flat = z.detach().permute(0, 2, 3, 1).reshape(-1, 4)
+    book = vq.embedding.weight.detach()
+    if l2_norm:
+        flat, book = F.normalize(flat, dim=1), F.normalize(book, dim=1)
+    slow = torch.tensor([min(range(16), key=lambda v: (row - book[v]).square().sum().item()) for row in flat])
+    assert torch.equal(q.codes.flatten(), slow)
+    nearest = book[slow]
+    assert torch.allclose(q.latents.detach().permute(0, 2, 3, 1).reshape(-1, 4), nearest, atol=1e-6)
+    expected = (nearest - flat).square().mean()
+    assert math.isclose(q.codebook_loss.item(), expected.item(), rel_tol=1e-5)
+    assert math.isclose(q.commitment_loss.item(), expected.item(), rel_tol=1e-5)
+    weights = torch.randn_like(z)
+    (gradient,) = torch.autograd.grad((q.latents * weights).sum(), z, retain_graph=True)
+    plain = z.detach().clone().requires_grad_()
+    through = F.normalize(plain, dim=1) if l2_norm else plain
+    (reference,) = torch.autograd.grad((through * weights).sum(), plain)
+    assert torch.allclose(gradient, reference, atol=1e-6)  # the quantization itself is the identity
+    (book_gradient,) = torch.autograd.grad(q.codebook_loss, vq.embedding.weight)
+    unused = torch.ones(16, dtype=torch.bool).index_fill_(0, slow, False)
+    assert book_gradient[unused].abs().max() == 0 if unused.any() else True
+    assert book_gradient.abs().sum() > 0
+
+
+def test_weights_are_llamagens_by_name_and_count():
+    with torch.device("meta"):
+        model = VQModel(TokenizerConfig())
+    names = set(model.state_dict())
+    for name in (
+        "encoder.conv_blocks.0.res.1.conv2.weight",
+        "encoder.conv_blocks.3.downsample.conv.weight",
+        "encoder.conv_blocks.4.attn.1.proj_out.weight",
+        "encoder.mid.1.q.weight",
+        "decoder.conv_blocks.0.attn.2.norm.weight",
+        "decoder.conv_blocks.0.upsample.conv.bias",
+        "decoder.conv_blocks.1.res.0.nin_shortcut.weight",
+        "quantize.embedding.weight",
+        "quant_conv.weight",
+        "post_quant_conv.bias",
+    ):
+        assert name in names, name
+    assert "encoder.conv_blocks.4.downsample.conv.weight" not in names
+    # VQ-16 of LlamaGen has 72 M parameters (README of FoundationVision/LlamaGen).
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(72e6, rel=0.01)
+
+
+def test_encode_and_decode_shapes_and_determinism():
+    torch.manual_seed(0)
+    model = VQModel(SMALL).eval()
+    images = torch.randn(3, 3, 16, 16).clamp(-1, 1)
+    codes = model.encode(images)
+    assert codes.shape == (3, SMALL.grid**2) == (3, 64)
+    assert torch.equal(codes[1:2], model.encode(images[1:2]))  # a picture's codes do not depend on its batch
+    pictures = model.decode_codes(codes)
+    assert pictures.shape == images.shape and pictures.abs().max() <= 1
+
+
+def test_kmeans_finds_separated_clusters_and_leaves_no_code_empty():
+    g = torch.Generator().manual_seed(0)
+    centres = F.normalize(torch.randn(8, 6, generator=g), dim=1)
+    points = F.normalize(centres.repeat_interleave(50, 0) + 0.02 * torch.randn(400, 6, generator=g), dim=1)
+    found = kmeans(points, 16, iterations=20, generator=g)
+    assert (centres @ found.t()).max(1).values.min() > 0.99
+    assert torch.allclose(found.norm(dim=1), torch.ones(16), atol=1e-5)
+    assert kmeans(points[:4], 16, iterations=2, generator=g).shape == (16, 6)  # fewer points than codes
+
+
+def test_psnr_of_a_known_error():
+    a = torch.zeros(2, 3, 8, 8)
+    b = a + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)
+    assert torch.allclose(psnr(a, b), torch.tensor([20.0, 40.0]), atol=1e-3)  # 0.2 of a range of 2 is 0.1 of 1
+
+
+def test_hinge_loss_and_discriminator():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.0])
+    assert hinge_discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.5))
+    assert PatchDiscriminator(8)(torch.zeros(2, 3, 64, 64)).shape[:2] == (2, 1)
+
+
+def test_perceptual_loss_ranks_blur_above_a_shift_of_brightness():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    torch.manual_seed(0)
+    loss = PerceptualLoss()
+    image = F.interpolate(torch.rand(2, 3, 8, 8), 64) * 2 - 1
+    blurred = F.avg_pool2d(image, 9, 1, 4)
+    brighter = image + (blurred - image).square().mean().sqrt()  # the same L2 distance
+    assert loss(image, image).item() == pytest.approx(0, abs=1e-6)
+    assert loss(image, blurred) > 1.5 * loss(image, brighter)
+    assert all(not p.requires_grad for p in loss.parameters())
+
+
+def _config(**changes) -> TokenizerTrainConfig:
+    base = dict(
+        tokenizer=SMALL, steps=12, batch=4, continuous_steps=3, revive_every=2, save_every=6, eval_every=6,
+        perceptual=0.0, dtype="fp32", warmup=2,
+    )  # fmt: skip
+    return TokenizerTrainConfig(**{**base, **changes})
+
+
+def _batch(step: int) -> torch.Tensor:
+    return torch.randint(0, 256, (4, 16, 16, 3), generator=torch.Generator().manual_seed(step), dtype=torch.uint8)
+
+
+def _fit(out, **changes):
+    out.mkdir(exist_ok=True)
+    trainer = Trainer(_config(**changes), torch.device("cpu"), torch.float32)
+    scores = trainer.fit(_batch, _batch(99), out, Console(quiet=True))
+    return trainer, scores
+
+
+def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
+    whole, scores = _fit(tmp_path / "a")
+    assert set(scores) == {"psnr", "psnr_of_mean", "codes_used"}
+    original = Trainer.train_step
+
+    def dies(self, images):
+        if self.step == 8:
+            raise KeyboardInterrupt
+        return original(self, images)
+
+    monkeypatch.setattr(Trainer, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        _fit(tmp_path / "b")
+    monkeypatch.setattr(Trainer, "train_step", original)
+    resumed, _ = _fit(tmp_path / "b")
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    last = json.loads((tmp_path / "b/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 12 and math.isfinite(last["loss"])
+
+
+def test_training_lowers_the_error_and_revives_dead_codes():
+    trainer = Trainer(_config(steps=150, lr=3e-3), torch.device("cpu"), torch.float32)
+    trainer.batch_of = _batch
+    images = to_images(_batch(0))
+    first = trainer.train_step(images)["l2"]
+    for _ in range(100):
+        last = trainer.train_step(images)["l2"]
+    assert last < 0.7 * first
+    trainer.uses.zero_()
+    trainer.uses[0] = 1  # as if only one code had been used
+    before = trainer.model.quantize.embedding.weight.detach().clone()
+    trainer._revive(trainer.model.latents(images))
+    moved = (trainer.model.quantize.embedding.weight - before).abs().sum(1) > 0
+    assert moved[1:].all() and not moved[0]
+    assert trainer.uses.sum() == 0
+
+
+def test_adversarial_training_runs_and_touches_the_discriminator():
+    c = _config(tokenizer=TokenizerConfig(**{**vars(SMALL), "image_size": 64}), adversarial=0.1, adversarial_start=0)
+    trainer = Trainer(c, torch.device("cpu"), torch.float32)
+    trainer.batch_of = _batch
+    before = [p.detach().clone() for p in trainer.discriminator.parameters()]
+    trainer.train_step(torch.rand(4, 3, 64, 64) * 2 - 1)
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.discriminator.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
+    _fit(tmp_path, steps=6)
+    other = TokenizerConfig(**{**vars(SMALL), "codebook_size": 64})
+    with pytest.raises(UserError, match="another tokenizer: codebook_size differ"):
+        _fit(tmp_path, tokenizer=other, steps=6)
+
+
+def test_learning_rate_warms_up_and_decays():
+    c = _config(steps=100, warmup=10, lr=1.0)
+    rates = [learning_rate(s, c) for s in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[100] == pytest.approx(0.01)
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+
+
+def test_files_round_trip_and_refuse(tmp_path):
+    torch.manual_seed(1)
+    model = VQModel(SMALL).half().float().eval()  # so that half precision on disk loses nothing
+    path = tmp_path / "deep" / "tok.safetensors"
+    save_tokenizer(model, path, {"seed": 1})
+    config, provenance = read_tokenizer_metadata(path)
+    assert config == SMALL and provenance == {"seed": 1}
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    again = load_tokenizer(path)
+    assert torch.equal(again.encode(images), model.encode(images))
+    assert not any(p.requires_grad for p in again.parameters())
+    assert score(again, _batch(0))["psnr"] == score(model, _batch(0))["psnr"]
+    digest = tokenizer_hash(path)
+    model.quant_conv.bias.data += 1
+    save_tokenizer(model, path, {"seed": 1})
+    assert len(digest) == 64 and tokenizer_hash(path) != digest
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(tmp_path / "none.safetensors")
+    (tmp_path / "junk.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        load_tokenizer(tmp_path / "junk.safetensors")
