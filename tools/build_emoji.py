@@ -219,11 +219,8 @@ def to_webp(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_tar(pictures: list[Picture], out: Path, workers: int) -> None:
+def write_tar(names: list[str], files: list[bytes], out: Path) -> None:
     """Sorted members, no times or owners: the same pictures give the same bytes."""
-    names = member_names(pictures)
-    with ProcessPoolExecutor(workers) as pool:
-        files = list(pool.map(to_webp, [p.pixels for p in pictures], chunksize=64))
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -251,7 +248,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     pictures = from_npz(args.npz) if args.npz else from_packages(args.packages, args.workers)
-    write_tar(pictures, args.out, args.workers)
+    with ProcessPoolExecutor(args.workers) as pool:
+        files = list(pool.map(to_webp, [p.pixels for p in pictures], chunksize=64))
+    write_tar(member_names(pictures), files, args.out)
 
 
 if __name__ == "__main__":

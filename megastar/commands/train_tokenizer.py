@@ -57,6 +57,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
 
     from megastar.data.pictures import PictureSet
     from megastar.device import pick_device, pick_dtype
+    from megastar.evaluation.pictures import load_images
     from megastar.tokenizer.io import save_tokenizer
     from megastar.tokenizer.train import Trainer
 
@@ -67,7 +68,8 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     if len(pictures) < cfg.batch:
         raise UserError(f"{cfg.pictures} holds {len(pictures)} pictures, fewer than batch {cfg.batch}: lower batch")
     subsets = [s for s in (cfg.val_subset, cfg.test_subset) if s]
-    held_out = {s: center_crops(PictureSet(cfg.pictures, s), cfg.tokenizer.image_size) for s in subsets}
+    size = cfg.tokenizer.image_size
+    held_out = {s: torch.from_numpy(load_images(cfg.pictures, subset=s, size=size, console=console)) for s in subsets}
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(cfg, device, pick_dtype(cfg.dtype, device))
     with Batches(pictures, cfg) as batches:
@@ -82,24 +84,6 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     save_tokenizer(trainer.average, result, about | {"config": asdict(cfg)})
     (out / "scores.json").write_text(json.dumps(about, indent=1) + "\n")
     return result, scores
-
-
-def center_crops(pictures: PictureSet, size: int) -> torch.Tensor:
-    """All readable pictures, cut from the centre: uint8 (N, size, size, 3)."""
-    import numpy as np
-    import torch
-
-    from megastar.data.pictures import PictureError, center_crop
-
-    crops = []
-    for i in range(len(pictures)):
-        try:
-            crops.append(np.asarray(center_crop(pictures.read(i), size)))
-        except PictureError:
-            continue
-    if not crops:
-        raise UserError(f"no picture of {pictures.source} (subset {pictures.subset!r}) can be read")
-    return torch.from_numpy(np.stack(crops))
 
 
 class Batches:

@@ -91,11 +91,6 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "data.shards is empty: name a folder of token shards (megastar pretokenize makes it)", ("data.shards",)
         )
-    if t.steps and cfg.optim.warmup_steps > t.steps:
-        yield Problem(
-            f"optim.warmup_steps = {cfg.optim.warmup_steps}: must be at most train.steps {t.steps}",
-            ("optim.warmup_steps", "train.steps"),
-        )
 
 
 def _near(values: list[int], wanted: int, count: int = 4) -> list[int]:
@@ -146,9 +141,9 @@ def _self_guided_rules(s: SelfGuidedConfig, m: ModelConfig) -> Iterator[Problem]
             "set positions to 2 or more, or step_loss to false",
             (here + "positions",),
         )
-    if (s.step_loss or s.view_loss) and s.positions > m.image_tokens:
+    if (s.step_loss or s.view_loss) and s.positions >= m.image_tokens:
         yield Problem(
-            f"{here}positions = {s.positions}: a picture has {m.image_tokens} tokens (model.image_tokens)",
+            f"{here}positions = {s.positions}: there are {m.image_tokens - 1} to draw from (model.image_tokens less the class's)",
             (here + "positions", "model.image_tokens"),
         )
 

@@ -21,7 +21,7 @@ class OrderSpec:
         return sum(self.shard_sizes)
 
 
-def _permutation(n: int, *key: int) -> np.ndarray:
+def permutation(n: int, *key: int) -> np.ndarray:
     """A seeded permutation of range(n). Sorts raw PCG64 output, the part of numpy's generators that never changes."""
     bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
     return np.argsort(bits, kind="stable")
@@ -35,12 +35,12 @@ def epoch_order(spec: OrderSpec, epoch: int) -> np.ndarray:
     at any time only one group's shards are read.
     """
     starts = np.concatenate([[0], np.cumsum(spec.shard_sizes)])
-    shards = _permutation(len(spec.shard_sizes), spec.seed, epoch, 0)
+    shards = permutation(len(spec.shard_sizes), spec.seed, epoch, 0)
     order = np.empty(spec.samples, np.int64)
     filled = 0
     for group in range(0, len(shards), spec.window):
         ids = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[group : group + spec.window]])
-        order[filled : filled + len(ids)] = ids[_permutation(len(ids), spec.seed, epoch, 1, group)]
+        order[filled : filled + len(ids)] = ids[permutation(len(ids), spec.seed, epoch, 1, group)]
         filled += len(ids)
     order.flags.writeable = False
     return order

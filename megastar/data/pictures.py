@@ -5,8 +5,8 @@ Two layouts, the same for folders and tars:
 * ``.../<class>/<name>.png``: the parent folder names the class (ImageNet's layout);
 * ``<key>.png`` beside ``<key>.cls``: WebDataset's layout, the class is the integer in ``.cls``.
 
-A ``subset`` keeps the pictures below one top folder (``train``, ``val``). The list is sorted by key, so
-picture i is the same on every machine.
+A ``subset`` keeps the pictures below one top folder (``train``, ``val``); classes are numbered over the whole source,
+so that subsets agree. The list is sorted by key, so picture i is the same on every machine.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megastar.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 40_000_000  # from the header, before anything is decoded
+MAX_ASPECT = 100  # a longer strip, enlarged to the crop's short side, would fill the memory
+CLASS_LIMIT = 1_000_000
+
+# Pillow warns at 89 megapixels, which are refused here at 40. A filter set around each call is not thread-safe.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+Entry = tuple[str, Path, int, int, "int | None"]  # key, file, offset, size, label of .cls
 
 
 @dataclass(frozen=True)
@@ -56,75 +63,88 @@ class PictureSet:
     """
 
     def __init__(self, source: str | Path, subset: str | None = None):
-        self.source, self.subset = Path(source), subset
+        self.source, self.subset = Path(source), (subset or "").strip("/")
         tars = self._tars()
-        entries = list(self._from_tars(tars) if tars else self._from_folder())
-        if subset:
-            prefix = subset.strip("/") + "/"
-            entries = [e for e in entries if e[0].startswith(prefix)]
+        everything = sorted(
+            self._from_tars(tars) if tars else self._from_folder(), key=lambda e: (e[0], str(e[1]), e[2])
+        )
+        entries = [e for e in everything if e[0].startswith(self.subset + "/")] if self.subset else everything
         if not entries:
-            where = f"{self.source}" + (f" (subset {subset!r})" if subset else "")
-            raise UserError(f"no pictures in {where}: expected {', '.join(SUFFIXES)} files in one folder per class, or tars of them")
-        self.pictures, self.class_names = self._label(entries)
+            where = f"{self.source}" + (f" (subset {self.subset!r})" if self.subset else "")
+            raise UserError(
+                f"no pictures in {where}: expected {', '.join(SUFFIXES)} files in one folder per class, or tars of them"
+            )
+        self.pictures, self.class_names = self._label(entries, everything)
 
     def _tars(self) -> list[Path]:
         if not self.source.exists():
-            raise UserError(f"picture source {self.source} does not exist: give a folder of pictures, a .tar, or a folder of tars")
+            raise UserError(
+                f"picture source {self.source} does not exist: give a folder of pictures, a .tar, or a folder of tars"
+            )
         if self.source.is_file():
             if not self.source.name.endswith((".tar", ".tar.gz", ".tgz")):
                 raise UserError(f"picture source {self.source} is neither a folder nor a .tar file")
             return [self.source]
         return sorted(self.source.glob("*.tar"))
 
-    def _from_folder(self) -> Iterator[tuple[str, Path, int, int, int | None]]:
-        for path in sorted(self.source.rglob("*")):
-            name = path.relative_to(self.source).as_posix()
+    def _from_folder(self) -> Iterator[Entry]:
+        for path in self.source.rglob("*"):
             if path.suffix.lower() in SUFFIXES and path.is_file():
                 cls = path.with_name(_split(path.name)[0] + ".cls")
                 label = _parse_label(cls.read_bytes(), cls) if cls.is_file() else None
-                yield _split(name)[0], path, -1, -1, label
+                yield _key(path.relative_to(self.source).as_posix()), path, -1, -1, label
 
-    def _from_tars(self, tars: Sequence[Path]) -> Iterator[tuple[str, Path, int, int, int | None]]:
+    def _from_tars(self, tars: Sequence[Path]) -> Iterator[Entry]:
         for tar in tars:
-            images: dict[str, tuple[int, int]] = {}
+            images: list[tuple[str, int, int]] = []
             labels: dict[str, int] = {}
             try:
                 with tarfile.open(tar) as archive:
                     for member in archive:
-                        if not member.isfile():
-                            continue
-                        key, extension = _split(member.name)
-                        if extension.endswith(SUFFIXES):
-                            images[key] = (member.offset_data, member.size)
-                        elif extension == ".cls":
+                        extension = _split(member.name)[1]
+                        if member.isfile() and extension.endswith(SUFFIXES):
+                            images.append((member.name, member.offset_data, member.size))
+                        elif member.isfile() and extension == ".cls":
                             data = archive.extractfile(member)
                             assert data is not None
-                            labels[key] = _parse_label(data.read(64), f"{tar}:{member.name}")
-            except tarfile.TarError as error:
-                raise UserError(f"{tar} is not a readable tar ({error}): make it again") from error
-            if tar.name.endswith("gz") and images:
+                            labels[_split(member.name)[0]] = _parse_label(data.read(64), f"{tar}:{member.name}")
+                    end = archive.offset
+            except (tarfile.TarError, EOFError, OSError) as error:
+                raise UserError(f"{tar} is not a readable tar ({error}): make or copy it again") from error
+            if tar.name.endswith("gz"):
                 raise UserError(f"{tar} is compressed, so pictures cannot be read by position: gunzip it first")
-            for key, (offset, size) in images.items():
-                yield key, tar, offset, size, labels.get(key)
+            with tar.open("rb") as f:  # tarfile stops in silence where a header is broken or the file was cut
+                f.seek(end)
+                if f.read(512) != bytes(512):
+                    raise UserError(
+                        f"{tar} is broken or cut at byte {end}, after {len(images)} pictures: copy it again"
+                    )
+            for name, offset, size in images:
+                yield _key(name), tar, offset, size, labels.get(_split(name)[0])
 
-    def _label(self, entries: list) -> tuple[list[Picture], list[str]]:
-        entries.sort(key=lambda e: (e[0], str(e[1]), e[2]))
-        with_cls = [e for e in entries if e[4] is not None]
-        if with_cls and len(with_cls) != len(entries):
-            missing = next(e for e in entries if e[4] is None)
-            raise UserError(f"{self.source}: {len(entries) - len(with_cls)} of {len(entries)} pictures have no .cls, the first is {missing[0]!r}: label all or none")
-        if with_cls:
-            top = max(e[4] for e in entries)
-            names = [str(i) for i in range(top + 1)]
-            return [Picture(k, label, f, o, s) for k, f, o, s, label in entries], names
-        folders = [PurePosixPath(e[0]).parent.name for e in entries]
-        names = sorted(set(folders))
-        if "" in names and len(names) > 1:
-            loose = entries[folders.index("")][0]
-            raise UserError(f"{self.source}: picture {loose!r} lies outside any class folder, others lie in one: move it or remove it")
+    def _label(self, entries: list[Entry], everything: list[Entry]) -> tuple[list[Picture], list[str]]:
+        """Classes of the chosen ``entries``, numbered over ``everything`` in the source."""
+        unlabelled = [e for e in entries if e[4] is None]
+        if 0 < len(unlabelled) < len(entries):
+            raise UserError(
+                f"{self.source}: {len(unlabelled)} of {len(entries)} pictures have no .cls, the first is {unlabelled[0][0]!r}: label all or none"
+            )
+        if not unlabelled:
+            names = [str(i) for i in range(1 + max(e[4] for e in everything if e[4] is not None))]
+            return [Picture(k, label, f, o, s) for k, f, o, s, label in entries if label is not None], names
+        folders = [str(PurePosixPath(e[0]).parent) for e in entries]
+        loose = [e[0] for e, folder in zip(entries, folders, strict=True) if folder == (self.subset or ".")]
+        if 0 < len(loose) < len(entries):
+            raise UserError(
+                f"{self.source}: picture {loose[0]!r} lies outside any class folder, others lie in one: move it or remove it"
+            )
+        # With a subset, a picture right below some top folder (an unlabelled test set) names no class.
+        parents = {PurePosixPath(e[0]).parent for e in everything}
+        deep = {p.name for p in parents if not self.subset or len(p.parts) > 1}
+        names = sorted(deep | {PurePosixPath(folder).name for folder in folders})
         index = {name: i for i, name in enumerate(names)}
-        made = [Picture(e[0], index[c], e[1], e[2], e[3]) for e, c in zip(entries, folders, strict=True)]
-        return made, names
+        classes = [index[PurePosixPath(folder).name] for folder in folders]
+        return [Picture(e[0], c, e[1], e[2], e[3]) for e, c in zip(entries, classes, strict=True)], names
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -132,13 +152,18 @@ class PictureSet:
     def read(self, i: int) -> Image.Image:
         """Picture i as RGB on white. Raises ``PictureError`` for a broken or gigantic one, never decoding the latter."""
         p = self.pictures[i]
-        if p.offset < 0:
-            data = p.file.read_bytes()
-        else:
+        try:
             with p.file.open("rb") as f:
-                f.seek(p.offset)
+                f.seek(max(0, p.offset))
                 data = f.read(p.size)
+        except OSError as error:
+            raise PictureError(f"{p.key}: {error}") from error
         return decode(data, p.key)
+
+
+def _key(name: str) -> str:
+    """The whole name less the picture's suffix: names with dots stay apart."""
+    return str(PurePosixPath(name).with_suffix(""))
 
 
 def _parse_label(data: bytes, where: object) -> int:
@@ -146,20 +171,25 @@ def _parse_label(data: bytes, where: object) -> int:
         label = int(data)
     except ValueError:
         label = -1
-    if not 0 <= label < 1_000_000:
-        raise UserError(f"{where} holds {data[:20]!r}: a class is an integer from 0 to 999999")
+    if not 0 <= label < CLASS_LIMIT:
+        raise UserError(f"{where} holds {data[:20]!r}: a class is an integer from 0 to {CLASS_LIMIT - 1}")
     return label
 
 
 def decode(data: bytes, name: str) -> Image.Image:
     """Bytes of a picture -> RGB, transparency laid on white. Raises ``PictureError``."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
             image = Image.open(io.BytesIO(data))
+        except Image.DecompressionBombError as error:  # Pillow's own limit, of twice 89 megapixels
+            raise PictureError(f"{name}: over {MAX_PIXELS // 1_000_000} megapixels ({error})") from error
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise PictureError(f"{name}: {width} x {height} is over {MAX_PIXELS // 1_000_000} megapixels")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise PictureError(f"{name}: {width} x {height} is over {MAX_ASPECT} times as long as wide")
+        if image.mode.startswith("I;16"):  # convert("RGB") would clip, not scale
+            image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -168,6 +198,8 @@ def decode(data: bytes, name: str) -> Image.Image:
         return image.convert("RGB")
     except PictureError:
         raise
+    except UnidentifiedImageError as error:  # its text names a memory address, another one each time
+        raise PictureError(f"{name}: unreadable (no known picture format)") from error
     except Exception as error:  # Pillow raises a dozen types for broken files; none may end the run
         raise PictureError(f"{name}: unreadable ({type(error).__name__}: {error})") from error
 

@@ -54,7 +54,9 @@ class Manifest:
     tokenizer_sha256: str
     shards: list[ShardInfo]
     skipped: list[dict[str, str]] = field(default_factory=list)  # {"picture": key, "reason": sentence}
-    made_by: dict[str, object] = field(default_factory=dict)  # subset, seed, shard size, dtype, digest of the picture list
+    made_by: dict[str, object] = field(
+        default_factory=dict
+    )  # subset, seed, shard size, dtype, digest of the picture list
     format: int = FORMAT
 
     @property
@@ -84,9 +86,14 @@ def load_manifest(folder: str | Path) -> Manifest:
         if found != FORMAT:
             raise UserError(f"{path} has format {found!r}, this version of megastar reads {FORMAT}: pretokenize again")
         known = {f.name for f in fields(Manifest)}
-        manifest = Manifest(**{k: v for k, v in data.items() if k in known and k != "shards"}, shards=[ShardInfo(**s) for s in data["shards"]])
+        manifest = Manifest(
+            **{k: v for k, v in data.items() if k in known and k != "shards"},
+            shards=[ShardInfo(**s) for s in data["shards"]],
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a manifest of token shards ({type(error).__name__}: {error}): pretokenize again") from error
+        raise UserError(
+            f"{path} is not a manifest of token shards ({type(error).__name__}: {error}): pretokenize again"
+        ) from error
     if manifest.samples != sum(manifest.shard_sizes) or manifest.samples == 0:
         counted = sum(manifest.shard_sizes)
         raise UserError(f"{path} promises {manifest.samples} samples and its shards {counted}: pretokenize again")
@@ -138,7 +145,9 @@ class ShardWriter:
         """Append a sample: ``codes`` (views, T) integers below 65536, its class, the key of its picture."""
         assert "." not in key and codes.ndim == 2, (key, codes.shape)
         if codes.min() < 0 or codes.max() >= MAX_CODEBOOK:
-            raise UserError(f"code {int(codes.max())} of {source!r} does not fit in 16 bits: the code book may have {MAX_CODEBOOK} codes")
+            raise UserError(
+                f"code {int(codes.max())} of {source!r} does not fit in 16 bits: the code book may have {MAX_CODEBOOK} codes"
+            )
         npy = io.BytesIO()
         np.lib.format.write_array(npy, np.ascontiguousarray(codes, dtype="<u2"), version=(1, 0), allow_pickle=False)
         note = json.dumps({"source": source}, ensure_ascii=False).encode()
@@ -148,7 +157,9 @@ class ShardWriter:
             self._tar.addfile(member, io.BytesIO(data))
         self.samples += 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._tar.close()
@@ -211,7 +222,7 @@ class ShardSet:
 
     def read(self, shard: int, sample: int) -> tuple[np.ndarray, int, int]:
         """Sample ``sample`` of shard ``shard`` -> codes (views, T) uint16 (a view of the file), class, id."""
-        data = self._open(shard)
+        data = self.open(shard)
         index = self._indexes[shard]
         m = self.manifest
         codes = np.frombuffer(data, "<u2", m.views * m.tokens, int(index.offsets[sample])).reshape(m.views, m.tokens)
@@ -228,7 +239,7 @@ class ShardSet:
         return codes, labels
 
     def where(self, sample_id: int) -> str:
-        """"shard-00003.tar, sample 17": for messages."""
+        """ "shard-00003.tar, sample 17": for messages."""
         shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
         return f"{self.manifest.shards[shard].name}, sample {sample_id - int(self.starts[shard])}"
 
@@ -236,16 +247,21 @@ class ShardSet:
         """Drop the memory maps; arrays that still look into one keep it alive."""
         self._maps.clear()
 
-    def _open(self, shard: int) -> mmap.mmap:
+    def open(self, shard: int) -> mmap.mmap:
+        """Map shard ``shard``, the first time index and check it. Raises ``UserError`` for a cut or changed file."""
         if shard in self._maps:
             self._maps.move_to_end(shard)
             return self._maps[shard]
         info = self.manifest.shards[shard]
         path = self._locate(info.name)
         if not path.is_file():
-            raise UserError(f"token shard {path} is missing though the manifest lists it: copy it again or pretokenize again")
+            raise UserError(
+                f"token shard {path} is missing though the manifest lists it: copy it again or pretokenize again"
+            )
         if (size := path.stat().st_size) != info.bytes:
-            raise UserError(f"token shard {path} has {size} bytes, the manifest says {info.bytes}: it was cut or changed, copy it again or pretokenize again")
+            raise UserError(
+                f"token shard {path} has {size} bytes, the manifest says {info.bytes}: it was cut or changed, copy it again or pretokenize again"
+            )
         with path.open("rb") as f:
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         if shard not in self._indexes:
@@ -259,7 +275,9 @@ class ShardSet:
         """Find every sample by walking the headers, and check them: a tar's own end mark proves nothing."""
         m = self.manifest
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (m.views, m.tokens)})
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "<u2", "fortran_order": False, "shape": (m.views, m.tokens)}
+        )
         npy, wanted = header.getvalue(), m.views * m.tokens * 2
         offsets: dict[str, int] = {}
         labels: dict[str, int] = {}
@@ -271,17 +289,23 @@ class ShardSet:
             name, size = _parse_header(block, path, position)
             start = position + _BLOCK
             if start + size > end:
-                raise UserError(f"token shard {path} ends inside {name}: it was cut, copy it again or pretokenize again")
+                raise UserError(
+                    f"token shard {path} ends inside {name}: it was cut, copy it again or pretokenize again"
+                )
             key, _, extension = name.partition(".")
             if extension == "codes.npy":
                 if data[start : start + len(npy)] != npy or size != len(npy) + wanted:
-                    raise UserError(f"token shard {path}: {name} is not {m.views} views of {m.tokens} codes as the manifest says: pretokenize again")
+                    raise UserError(
+                        f"token shard {path}: {name} is not {m.views} views of {m.tokens} codes as the manifest says: pretokenize again"
+                    )
                 offsets[key] = start + len(npy)
             elif extension == "cls":
                 labels[key] = int(data[start : start + size])
             position = start + -(-size // _BLOCK) * _BLOCK
         if len(offsets) != info.samples or offsets.keys() != labels.keys():
-            raise UserError(f"token shard {path} holds {len(offsets)} samples, the manifest says {info.samples}: it was cut or changed, copy it again or pretokenize again")
+            raise UserError(
+                f"token shard {path} holds {len(offsets)} samples, the manifest says {info.samples}: it was cut or changed, copy it again or pretokenize again"
+            )
         return _Index(np.fromiter(offsets.values(), np.int64), np.fromiter((labels[k] for k in offsets), np.int64))
 
 
@@ -293,14 +317,18 @@ def _parse_header(block: bytes, path: Path, position: int) -> tuple[str, int]:
             raise ValueError("check sum")
         return block[:100].rstrip(b"\0").decode(), int(block[124:136].strip(b" \0"), 8)
     except ValueError as error:
-        raise UserError(f"token shard {path} has a broken header at byte {position}: copy it again or pretokenize again") from error
+        raise UserError(
+            f"token shard {path} has a broken header at byte {position}: copy it again or pretokenize again"
+        ) from error
 
 
 def verify(folder: str | Path) -> Manifest:
     """Read every shard and compare its SHA-256 with the manifest. Raises ``UserError`` naming the first that differs."""
     shards = ShardSet(folder)
     for number, info in enumerate(shards.manifest.shards):
-        shards.read(number, 0)
+        shards.open(number)
         if (found := sha256(shards.folder / info.name)) != info.sha256:
-            raise UserError(f"token shard {shards.folder / info.name} has SHA-256 {found}, the manifest says {info.sha256}: copy it again or pretokenize again")
+            raise UserError(
+                f"token shard {shards.folder / info.name} has SHA-256 {found}, the manifest says {info.sha256}: copy it again or pretokenize again"
+            )
     return shards.manifest

@@ -20,7 +20,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def _bits(seed: int, stream: int, epochs: np.ndarray, ids: np.ndarray, n: int) -> np.ndarray:
     """(B,), (B,) -> n random uint64 a sample, (B, n)."""
-    words = [np.uint64(seed & (2**64 - 1)), np.uint64(stream), epochs.astype(np.uint64)[:, None], ids.astype(np.uint64)[:, None]]
+    words = [
+        np.uint64(seed & (2**64 - 1)),
+        np.uint64(stream),
+        epochs.astype(np.uint64)[:, None],
+        ids.astype(np.uint64)[:, None],
+    ]
     state = np.zeros((len(ids), n), np.uint64)
     for word in [*words, np.arange(n, dtype=np.uint64)]:
         state = _mix((state + _GOLDEN) ^ word)
@@ -29,7 +34,7 @@ def _bits(seed: int, stream: int, epochs: np.ndarray, ids: np.ndarray, n: int) -
 
 def draw_views(seed: int, epochs: np.ndarray, ids: np.ndarray, stored: int, M: int) -> np.ndarray:
     """``M`` distinct stored views a sample: (B,), (B,) -> (B, M) int64 in random order."""
-    assert M <= stored, (M, stored)
+    assert stored >= M, (stored, M)
     return np.argsort(_bits(seed, _VIEWS, epochs, ids, stored), axis=1, kind="stable")[:, :M]
 
 

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
-# DeepSpeed reads this at import; on a machine without a GPU it would otherwise warn and guess.
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-# torch 2.13 renamed two collectives that DeepSpeed calls: one warning a call, none of them the user's to mend.
-warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated.*")
-
 import deepspeed
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
 from megastar.config.schema import RunConfig
+from megastar.device import pick_dtype
 from megastar.engine.networks import Student
 from megastar.engine.sharding import AdamWEMA, parameter_groups, refresh_teacher, shard_pairs
 from megastar.errors import UserError
@@ -57,19 +49,6 @@ class Engines:
         refresh_teacher(self.pairs)
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 is faster than fp32 here: Ampere and later, or a CPU with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "bf16" if has_bf16(device) else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
 def start(cfg: RunConfig) -> Context:
     """Join the process group that torchrun, deepspeed or srun described; alone without one."""
     slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -98,7 +77,7 @@ def start(cfg: RunConfig) -> Context:
     if alone and not dist.is_initialized():  # no launcher: a store of our own needs no free port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return Context(rank, world, device, resolve_dtype(cfg.train.dtype, device))
+    return Context(rank, world, device, pick_dtype(cfg.train.dtype, device))
 
 
 def build(cfg: RunConfig, ctx: Context) -> Engines:

@@ -1,7 +1,7 @@
 """Checkpoints: written under a temporary name, listed in a manifest, renamed, and only then named by ``latest``.
 
-    checkpoints/step-00000400/   DeepSpeed's files, one random-state file a rank, megastar.json (sizes and hashes)
-    checkpoints/latest           the name of the newest complete one
+checkpoints/step-00000400/   DeepSpeed's files, one random-state file a rank, megastar.json (sizes and hashes)
+checkpoints/latest           the name of the newest complete one
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def _random_state(ctx: Context) -> dict[str, Any]:
-    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state()[1].tolist(), "python": repr(random.getstate())}
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "python": repr(random.getstate()),
+    }
     if ctx.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(ctx.device)
     return state
@@ -140,9 +144,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     for name, entry in about["files"].items():
         file = checkpoint / name
         if not file.is_file():
-            raise UserError(f"{checkpoint} lacks {name}: restore it, or remove the folder to resume from an earlier one")
+            raise UserError(
+                f"{checkpoint} lacks {name}: restore it, or remove the folder to resume from an earlier one"
+            )
         if file.stat().st_size != entry["bytes"]:
-            raise UserError(f"{file} has {file.stat().st_size} bytes, its manifest says {entry['bytes']}: it is damaged")
+            raise UserError(
+                f"{file} has {file.stat().st_size} bytes, its manifest says {entry['bytes']}: it is damaged"
+            )
     return about
 
 
@@ -161,7 +169,9 @@ def load(ctx: Context, engines: Engines, checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} was written by {about['world']} ranks, this run has {ctx.world}: start it with {about['world']}"
         )
     if about["dtype"] != str(ctx.dtype):
-        raise UserError(f"{checkpoint} holds {about['dtype']} states, this run computes in {ctx.dtype}: set train.dtype")
+        raise UserError(
+            f"{checkpoint} holds {about['dtype']} states, this run computes in {ctx.dtype}: set train.dtype"
+        )
     path, _ = engines.student.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise UserError(f"{checkpoint} could not be loaded: DeepSpeed found no states in it")

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from megastar.config.load import config_from_dict
+from megastar.device import DTYPES
 from megastar.engine import checkpoint
 from megastar.errors import UserError
 from megastar.model.io import save_model
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,25 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     loader = make_loader(cfg, ctx, engines, done)
     metrics = Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main)
     metrics.note(f"resumed {found} at step {done}" if found else f"{cfg.run}: {steps} steps on {ctx.world} rank(s)")
+    about = {"steps": steps, "classes": manifest.classes, "command": " ".join(["megastar", *sys.argv[1:]])}
     try:
-        run(cfg, ctx, engines, loader, metrics, done, steps)
+        run(cfg, ctx, engines, loader, metrics, done, about)
     finally:
         loader.close()
         metrics.close()
 
 
 def run(
-    cfg: RunConfig, ctx: Context, engines: Engines, loader: TokenLoader, metrics: Metrics, done: int, steps: int
+    cfg: RunConfig,
+    ctx: Context,
+    engines: Engines,
+    loader: TokenLoader,
+    metrics: Metrics,
+    done: int,
+    about: dict[str, Any],
 ) -> None:
-    """The loop itself: batch -> losses -> backward -> agree -> step -> teacher."""
-    stop, batches = StopFlag(), iter(loader)
+    """The loop itself: batch -> losses -> backward -> agree -> step -> teacher. ``about`` goes into each checkpoint."""
+    stop, batches, steps = StopFlag(), iter(loader), about["steps"]
     validation = make_validation(cfg, ctx, engines)
     engines.student.train()
     for step in range(done, steps):
@@ -67,7 +75,9 @@ def run(
             loss, parts = losses(cfg, engines, ctx, next(batches), step)
             finite, signal_number = agree(ctx, loss, stop.signal)
             if not finite:
-                raise NonFiniteLoss(f"step {step}: the loss is not finite; resume from the last checkpoint with a lower optim.lr")
+                raise NonFiniteLoss(
+                    f"step {step}: the loss is not finite; resume from the last checkpoint with a lower optim.lr"
+                )
             engines.student.backward(loss)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / engines.accumulation
@@ -87,7 +97,7 @@ def run(
             metrics.write(step + 1, {"val_loss_ar": value})
             metrics.note(f"step {step + 1}: validation next-token loss {value:.4f}")
         if last or signal_number or (step + 1) % cfg.train.save_every == 0:
-            path = checkpoint.save(cfg, ctx, engines, step + 1, {"data": {"step": step + 1}, "steps": steps})
+            path = checkpoint.save(cfg, ctx, engines, step + 1, {"data": {"step": step + 1}, **about})
             if signal_number and not last:
                 metrics.note(f"signal {signal_number}: saved {path}; the same command resumes")
                 raise SystemExit(PREEMPTED)
@@ -138,7 +148,15 @@ def make_validation(cfg: RunConfig, ctx: Context, engines: Engines) -> list[dict
 
 
 # The run folder ----------------------------------------------------------------------------------------------------
-RESUMABLE = ("train.steps", "train.epochs", "train.log_every", "train.val_every", "train.save_every", "train.keep", "train.threads")
+RESUMABLE = (
+    "train.steps",
+    "train.epochs",
+    "train.log_every",
+    "train.val_every",
+    "train.save_every",
+    "train.keep",
+    "train.threads",
+)
 
 
 def claim_run_folder(cfg: RunConfig, ctx: Context) -> None:

@@ -60,7 +60,13 @@ class Metrics:
         row = {**row, "images_per_s": self.images / seconds, "step_s": seconds / max(1, step - self.last_step)}
         self.clock, self.images, self.last_step = time.perf_counter(), 0, step
         self.write(step, row)
-        names = {"loss": "loss", "loss_ar": "ar", "acc_step": "acc_step", "acc_view": "acc_view", "images_per_s": "images/s"}
+        names = {
+            "loss": "loss",
+            "loss_ar": "ar",
+            "acc_step": "acc_step",
+            "acc_view": "acc_view",
+            "images_per_s": "images/s",
+        }
         self.shown = "  ".join(f"{short} {row[name]:.3g}" for name, short in names.items() if name in row)
         self.bar.update(self.task, line=self.shown)
         if not self.console.is_terminal:  # a log file gets a line instead of a bar

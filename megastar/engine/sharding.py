@@ -8,6 +8,7 @@ shard of the teacher, so neither the update nor the refresh communicates.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -73,10 +74,8 @@ def refresh_teacher(pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
     """Copy this rank's fp32 EMA shards into the teacher's compute shards. Before the first step: the masters."""
     for p, q in pairs:
         source: Tensor | None = None
-        try:
+        with suppress(KeyError, ValueError):  # no optimizer step yet
             source = safe_get_local_optimizer_state(p, "ema")
-        except (KeyError, ValueError):
-            pass  # no optimizer step yet
         if source is None:
             source = safe_get_local_fp32_param(p)
         q.ds_tensor.data.copy_(source)

@@ -53,14 +53,17 @@ def evaluate(
     start = time.perf_counter()
     images = load_images(generated, subset=generated_subset, console=console)
     _check_count(generated, len(images))
+    height, width = images.shape[1:3]
+    if height != width:
+        raise UserError(f"{generated} holds {width} x {height} pixels: only square pictures are scored, cut them first")
     extract = FeatureExtractor(device)
     made = extract(images, batch, console, "generated")
-    wanted, about_real = real_features(real, images.shape[1], extract, real_subset, batch, console, cache)
+    wanted, about_real = real_features(real, height, extract, real_subset, batch, console, cache)
     about_generated = {
         "source": str(generated),
         "subset": generated_subset,
         "pictures": len(images),
-        "size": images.shape[1],
+        "size": height,
         "sha256": source_hash(generated, subset=generated_subset),
     }
     result = _score(made, wanted) | {"generated": about_generated, "real": about_real}

@@ -23,7 +23,7 @@ class MaskSpec:
     """
 
     end: Tensor | None = None
-    _built: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _built: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def hidden(cls, hidden: Tensor) -> MaskSpec:

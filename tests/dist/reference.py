@@ -95,7 +95,11 @@ def train(cfg: RunConfig, accumulation: int) -> dict:
                 average[name] = decay * average[name] + (1 - decay) * p
         history.append(sums)
     weights = {k.removeprefix("transformer."): v.detach() for k, v in student.named_parameters()}
-    return {"history": history, "student": weights, "ema": {k.removeprefix("transformer."): v for k, v in average.items()}}
+    return {
+        "history": history,
+        "student": weights,
+        "ema": {k.removeprefix("transformer."): v for k, v in average.items()},
+    }
 
 
 def _guided(cfg, student, teacher, b, step):

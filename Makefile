@@ -1,0 +1,44 @@
+# make demo   pictures to scores on this machine     make test   the tests     make lint   ruff and mypy
+# make slow   the long tests                         make bench  figures       make clean  remove what make made
+#
+# PYTHON chooses the interpreter (3.10 to 3.12). TORCH_INDEX chooses where torch comes from, for example the index of
+# CPU builds that PyTorch's site names: without it pip takes its default build, with CUDA libraries of some GB.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+# DeepSpeed's own operators are compiled when first used, not now.
+export DS_BUILD_OPS := 0
+
+.PHONY: demo test slow lint bench clean install
+
+install: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"Python {v[0]}.{v[1]} is not supported: make PYTHON=python3.11, or any from 3.10 to 3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH_FROM) $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[eval,dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/megastar demo
+
+test: $(STAMP)
+	$(BIN)/pytest -m 'not gpu and not slow'
+
+slow: $(STAMP)
+	$(BIN)/pytest -m 'slow and not gpu'
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

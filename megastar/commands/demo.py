@@ -1,0 +1,227 @@
+"""``megastar demo``: every step from pictures to scores on the embedded emoji; a finished step is not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megastar.commands.common import Parser, config_and_overrides, positive
+from megastar.config.files import REPOSITORY
+from megastar.config.load import diff_configs, load_config
+from megastar.config.schema import RunConfig
+from megastar.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CONFIG = "configs/run/demo.yaml"
+PICTURES = "assets/emoji64/emoji64.tar"
+EXAMPLES = """
+megastar demo                                      about a quarter of an hour on two CPU cores
+megastar demo train.steps=1000 run=runs/long/run   a longer run in a folder of its own
+The same command again goes on where it was interrupted, or says that it is done.
+"""
+
+
+def parser() -> Parser:
+    p = Parser("demo", f"Pictures -> codes -> {CONFIG} -> samples -> scores, in one command.", EXAMPLES)
+    p.add_argument("items", nargs="*", metavar="section.field=value", help=f"other values than {CONFIG}'s")
+    p.add_argument("--samples", type=positive, default=2000, help="pictures that are scored (default 2000)")
+    p.add_argument("--nproc", type=positive, default=None, help="processes (default: the GPUs, at most 2; 2 on a CPU)")
+    return p
+
+
+def main(words: list[str]) -> int:
+    a = parser().parse_intermixed_args(words)
+    file, overrides = config_and_overrides(a.items)
+    if file:
+        raise UserError(f"megastar demo trains {CONFIG}: for {file} take megastar train {file}")
+    os.chdir(clone())
+    cfg = load_config(CONFIG, overrides)
+    return Demo(cfg, overrides, a.samples, a.nproc).run()
+
+
+def clone() -> Path:
+    """The working directory or the repository of this package, whichever holds the pictures. Raises ``UserError``."""
+    for root in (Path.cwd(), REPOSITORY):
+        if (root / PICTURES).is_file() and (root / CONFIG).is_file():
+            return root
+    raise UserError(
+        f"the demo needs a clone of the repository: {PICTURES} is neither in {Path.cwd()} nor in {REPOSITORY}"
+    )
+
+
+class Demo:
+    """The steps, and the folder that holds what they made."""
+
+    def __init__(self, cfg: RunConfig, overrides: list[str], samples: int, nproc: int | None):
+        from rich.console import Console
+
+        self.cfg, self.overrides, self.samples, self.nproc = cfg, overrides, samples, nproc
+        self.folder = Path(cfg.run).parent
+        self.scores_file, self.grid = self.folder / "scores.json", self.folder / "grid.png"
+        self.console: Console = Console()
+        self.start = time.perf_counter()
+
+    def run(self) -> int:
+        scores = self.finished()
+        if scores is None:
+            self.heading("1/4  pictures -> codes")
+            self.pretokenize()
+            self.heading("2/4  training")
+            status = self.train()
+            if status:
+                return status
+            self.heading("3/4  sampling")
+            blocks = self.sample()
+            self.heading("4/4  scores")
+            scores = self.evaluate(blocks)
+        else:
+            self.console.print("the demo is done already; remove its folder to start afresh", highlight=False)
+        self.report(scores)
+        return 0
+
+    def heading(self, text: str) -> None:
+        seconds = time.perf_counter() - self.start
+        self.console.rule(f"[bold]{text}[/]  [dim]{seconds // 60:.0f} min {seconds % 60:.0f} s[/]", align="left")
+
+    def finished(self) -> dict[str, Any] | None:
+        """The scores of an earlier demo of the same configuration that came to its end."""
+        if not (self.scores_file.is_file() and self.grid.is_file()):
+            return None
+        scores = json.loads(self.scores_file.read_text())
+        same = scores["config"] == asdict(self.cfg) and scores["samples"] == self.samples
+        return scores if same and scores["shipped"] == fingerprint(shipped_weights()) else None
+
+    def pretokenize(self) -> None:
+        from megastar.data.pretokenize import pretokenize
+
+        for subset, out in (("train", self.cfg.data.shards), ("val", self.cfg.data.val_shards)):
+            pretokenize(PICTURES, subset, self.cfg.data.tokenizer, out, console=self.console)
+
+    def train(self) -> int:
+        from megastar.commands.launch import launch
+        from megastar.engine.checkpoint import folder_of, latest, name_of
+
+        there, newest = Path(self.cfg.run) / "config.yaml", latest(folder_of(self.cfg))
+        unchanged = there.is_file() and not diff_configs(load_config(there), self.cfg)
+        if unchanged and newest is not None and newest.name == name_of(self.cfg.train.steps):
+            self.console.print(f"{self.cfg.run} is done: {self.cfg.train.steps} steps", highlight=False)
+            return 0
+        return launch(self.nproc or default_processes(), ["train", CONFIG, *self.overrides])
+
+    def sample(self) -> list[tuple[str, Path, dict[str, Any]]]:
+        """(name, .npz of pictures, provenance) of this run and of the shipped weights; writes the grid of both."""
+        import numpy as np
+
+        from megastar.commands.sample import class_names, draw_pictures, find_weights, labels_of, save_npz
+        from megastar.model.io import read_model_metadata
+        from megastar.sampling.grid import Block, picture_grid, save_grid
+
+        rng = np.random.default_rng([self.cfg.train.seed, 1])
+        labels = rng.choice(labels_of(self.cfg.data.shards), self.samples).tolist()
+        sources = {"this run": find_weights(self.cfg.run).file}
+        if shipped := shipped_weights():
+            sources["shipped weights"] = shipped
+        blocks, made = [], []
+        for name, weights in sources.items():
+            model, about = read_model_metadata(weights)
+            file = self.folder / "samples" / f"{weights.stem}-{fingerprint(weights)}-{self.samples}.npz"
+            if not file.is_file():
+                self.console.print(f"{name}: {weights}", highlight=False)
+                pictures = draw_pictures(
+                    weights,
+                    self.cfg.data.tokenizer,
+                    labels,
+                    seed=self.cfg.train.seed,
+                    cfg_scale=1.5,
+                    console=self.console,
+                )
+                save_npz(file, pictures, labels)
+            with np.load(file) as archive:
+                caption = f"{name}: {about['step']:,} steps"
+                blocks.append(Block(caption, archive["arr_0"], archive["arr_1"].tolist()))
+            names = class_names(model.num_classes, about)
+            made.append((name, file, about))
+        save_grid(picture_grid(blocks, names), self.grid, {n: about for n, _, about in made})
+        return made
+
+    def evaluate(self, made: list[tuple[str, Path, dict[str, Any]]]) -> dict[str, Any]:
+        from megastar.device import pick_device
+        from megastar.evaluation.runner import evaluate
+
+        rows = {}
+        for name, file, about in made:
+            out = file.with_suffix(".json")
+            if not out.is_file():
+                evaluate(
+                    file,
+                    PICTURES,
+                    real_subset="train",
+                    out=out,
+                    device=pick_device(),
+                    console=self.console,
+                    provenance=about,
+                    cache=self.folder / "cache",
+                )
+            result = json.loads(out.read_text())
+            rows[name] = {k: result[k] for k in ("metric", "value", "floor")} | {"step": about["step"]}
+        scores = {"rows": rows, "samples": self.samples, "config": asdict(self.cfg)}
+        scores["shipped"] = fingerprint(shipped_weights())
+        temporary = self.scores_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(scores, indent=1) + "\n")
+        temporary.replace(self.scores_file)
+        return scores
+
+    def report(self, scores: dict[str, Any]) -> None:
+        from rich.table import Table
+
+        first, last = ends_of(Path(self.cfg.run) / "metrics.jsonl")
+        training = Table("this run", "step", *SHOWN, title="training")
+        for name, row in (("first", first), ("last", last)):
+            training.add_row(name, str(row.get("step", "")), *(f"{row[k]:.4g}" if k in row else "" for k in SHOWN))
+        metric = next(iter(scores["rows"].values()))["metric"]
+        table = Table(
+            "weights", "steps", metric, "floor", title=f"{scores['samples']} pictures against the training set"
+        )
+        for name, row in scores["rows"].items():
+            table.add_row(name, f"{row['step']:,}", f"{row['value']:.2f}", f"{row['floor']:.2f}")
+        self.console.rule("[bold]done[/]", align="left")
+        self.console.print(training, table)
+        for what, path in (("picture grid", self.grid), ("run folder", self.cfg.run), ("scores", self.scores_file)):
+            self.console.print(f"{what + ':':<14}{Path(path).resolve()}", highlight=False, soft_wrap=True, markup=False)
+
+
+SHOWN = ("loss", "loss_ar", "loss_mim", "acc_step", "acc_view")
+
+
+def ends_of(metrics: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """First and last row of training metrics."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    rows = [r for r in rows if "loss" in r] or [{}]
+    return rows[0], rows[-1]
+
+
+def default_processes() -> int:
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return min(2, gpus) if gpus else 2
+
+
+def shipped_weights() -> Path | None:
+    from megastar.commands.sample import SHIPPED_WEIGHTS
+
+    path = Path(SHIPPED_WEIGHTS)
+    return path if path.is_file() else None
+
+
+def fingerprint(path: Path | None) -> str:
+    """A few digits of the file's SHA-256: other weights never meet old samples."""
+    from megastar.data.shards import sha256
+
+    return sha256(path)[:12] if path else ""

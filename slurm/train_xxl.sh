@@ -1,0 +1,15 @@
+#!/bin/bash
+#SBATCH --job-name=megastar-xxl
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=48:00:00
+#SBATCH --signal=USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+# sbatch slurm/train_xxl.sh [CONFIG] [section.field=value ...]   (default: configs/run/star_xxl.yaml)
+source slurm/env.sh
+[ $# -gt 0 ] || set -- configs/run/star_xxl.yaml
+train "$@"

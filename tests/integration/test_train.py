@@ -1,0 +1,162 @@
+"""`megastar train` as a user runs it: to the end, killed and resumed, refused, exported."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megastar.engine import checkpoint
+from megastar.engine.export import full_weights
+from megastar.model.io import load_model
+from tests.integration.conftest import ROOT, environment, megastar
+
+pytestmark = pytest.mark.dist
+
+
+def rows(run: Path) -> dict[int, dict]:
+    """Step -> all that was written for it, timings aside."""
+    out: dict[int, dict] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        out.setdefault(row.pop("step"), {}).update(
+            {k: v for k, v in row.items() if k not in ("images_per_s", "step_s")}
+        )
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory) -> Path:
+    """An uninterrupted run of 12 steps on two ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = world.write_config(folder / "run.yaml", folder / "run")
+    megastar("train", config, ranks=2)
+    return folder / "run"
+
+
+def test_a_run_leaves_what_the_documentation_promises(whole):
+    done = rows(whole)
+    assert sorted(done) == list(range(1, 13))
+    assert {"loss", "loss_ar", "loss_mim", "loss_step", "loss_view", "acc_step", "acc_view", "grad_norm", "lr"} <= set(
+        done[5]
+    )
+    assert "val_loss_ar" in done[6] and "val_loss_ar" in done[12] and "val_loss_ar" not in done[5]
+    assert done[1]["loss_ar"] == pytest.approx(
+        torch.log(torch.tensor(64.0)).item(), rel=1e-4
+    )  # the head starts at zero
+    assert done[12]["loss_ar"] < done[1]["loss_ar"]
+    names = sorted(p.name for p in (whole / "checkpoints").iterdir())
+    assert names == ["latest", "step-00000008", "step-00000012"]  # keep_last 2
+    assert (whole / "config.yaml").is_file() and list((whole / "tensorboard").iterdir())
+    checkpoint.verify(whole / "checkpoints/step-00000012")
+
+
+def start_and_stop(config: Path, run: Path, at_step: int, how: signal.Signals) -> int:
+    """Start two ranks in a session of their own, signal them once ``at_step`` is logged; the launcher's status."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "megastar"]
+    process = subprocess.Popen(
+        [*command, "train", str(config)], cwd=ROOT, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    try:
+        while not (run / "metrics.jsonl").is_file() or max(rows(run), default=0) < at_step:
+            assert time.monotonic() < deadline and process.poll() is None, process.poll()
+            time.sleep(0.02)
+        os.killpg(process.pid, how)
+        return process.wait(timeout=100)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_an_interrupted_run_repeats_every_number(world, tmp_path, how):
+    """fp32 on CPU, dropout on, the last checkpoint some steps behind: equal to the last bit."""
+    straight = world.write_config(tmp_path / "a.yaml", tmp_path / "a", steps=40, save_every=6)
+    megastar("train", straight, ranks=2)
+    broken = world.write_config(tmp_path / "b.yaml", tmp_path / "b", steps=40, save_every=6)
+    start_and_stop(broken, tmp_path / "b", 9, how)
+    stopped_at = max(rows(tmp_path / "b"))
+    assert stopped_at < 40, "the run ended before the signal: the test proves nothing"
+    found = checkpoint.latest(tmp_path / "b/checkpoints")
+    assert found is not None
+    if how == signal.SIGTERM:  # it saved on its way out
+        assert int(found.name.removeprefix("step-")) >= stopped_at
+    megastar("train", broken, ranks=2)
+    assert rows(tmp_path / "b") == rows(tmp_path / "a")
+    last = "checkpoints/step-00000040"
+    for kind in ("student", "ema"):
+        a, b = (full_weights(tmp_path / name / last, kind) for name in "ab")
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(world, tmp_path, whole):
+    config = world.write_config(tmp_path / "run.yaml", whole)
+    again = megastar("train", config, ranks=2)
+    assert "is done: 12 of 12 steps" in again.stdout
+    other = megastar("train", config, "optim.lr=0.1", "self_guided.alpha=2", check=False)
+    assert other.returncode == 2
+    assert (
+        "another configuration" in other.stderr and "optim.lr" in other.stderr and "self_guided.alpha" in other.stderr
+    )
+    assert other.stderr.count("\n") <= 6 and "Traceback" not in other.stderr
+    alone = megastar("train", config, check=False)
+    assert alone.returncode == 2 and "written by 2 ranks, this run has 1" in alone.stderr
+
+
+def test_export_gives_the_gathered_weights(whole, tmp_path):
+    out = tmp_path / "ema.safetensors"
+    megastar("export", whole, "--out", out)
+    model, about = load_model(out)
+    expected = full_weights(whole / "checkpoints/step-00000012", "ema")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert about["provenance"]["step"] == 12 and about["provenance"]["weights"] == "ema"
+    missing = megastar("export", tmp_path / "nothing", "--out", out, check=False)
+    assert missing.returncode == 2 and "no complete checkpoint" in missing.stderr
+
+
+def test_a_world_that_does_not_divide_the_batch(world, tmp_path):
+    config = world.write_config(tmp_path / "run.yaml", tmp_path / "run")
+    done = megastar("train", config, ranks=3, check=False)
+    assert done.returncode != 0 and "8" in done.stderr and "3" in done.stderr and "divi" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_builds_everything_and_leaves_nothing(world, tmp_path):
+    config = world.write_config(tmp_path / "run.yaml", tmp_path / "run")
+    out = megastar("train", config, "--dry-run").stdout
+    for word in ("parameters", "memory", "batch", "learning rate", "fake step"):
+        assert word in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_during_a_checkpoint_keeps_the_former_one(world, tmp_path):
+    """Writes beyond a file-size limit fail as they do on a full disk, in the middle of the file."""
+    run = tmp_path / "run"
+    config = world.write_config(tmp_path / "run.yaml", run, steps=4)
+    megastar("train", config)
+    before = sorted(p.name for p in (run / "checkpoints").iterdir())
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [sys.executable, "-m", "megastar", "train", str(config), "train.steps=8"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), preexec_fn=limit, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "step 8" in done.stderr and "step-00000004 stays valid" in done.stderr and "Traceback" not in done.stderr
+    assert set(before) <= {p.name for p in (run / "checkpoints").iterdir()}
+    assert checkpoint.latest(run / "checkpoints").name == "step-00000004"
+    megastar("train", config, "train.steps=8")  # room again: it resumes
+    assert checkpoint.latest(run / "checkpoints").name == "step-00000008"

@@ -1,0 +1,181 @@
+"""Parts of the engine that need no process group: schedules, the EMA optimizer, checkpoint folders, metrics."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from megastar.config.schema import OptimConfig, RunConfig, SelfGuidedConfig, TrainConfig
+from megastar.device import pick_dtype
+from megastar.engine import checkpoint
+from megastar.engine.build import Context
+from megastar.engine.export import find_checkpoint
+from megastar.engine.faults import StopFlag, agree
+from megastar.engine.metrics import Metrics
+from megastar.engine.schedule import learning_rate, total_steps
+from megastar.engine.sharding import AdamWEMA, parameter_groups
+from megastar.errors import UserError
+
+
+def test_learning_rate_scales_with_the_batch_and_follows_its_schedule():
+    cfg = RunConfig(optim=OptimConfig(lr=1e-4, warmup_steps=4), train=TrainConfig(global_batch=512))
+    assert learning_rate(cfg, 0, 100) == pytest.approx(2e-4 / 4)
+    assert [learning_rate(cfg, s, 100) for s in (3, 50, 99)] == [2e-4] * 3  # constant
+    cfg.optim.scale_lr, cfg.optim.schedule = False, "cosine"
+    assert learning_rate(cfg, 4, 104) == pytest.approx(1e-4)
+    assert learning_rate(cfg, 54, 104) == pytest.approx(1e-4 * (0.01 + 0.99 / 2))
+    assert learning_rate(cfg, 104, 104) == pytest.approx(1e-6)
+    cfg.optim.schedule = "linear"
+    assert learning_rate(cfg, 54, 104) == pytest.approx(1e-4 * (1 - 0.99 / 2))
+
+
+def test_run_length_from_steps_or_epochs():
+    cfg = RunConfig(train=TrainConfig(global_batch=256, epochs=50))
+    assert total_steps(cfg, 1_281_167) == 250_228  # the paper's 5,004 steps an epoch, up to rounding
+    cfg.train.steps = 7
+    assert total_steps(cfg, 1_281_167) == 7
+
+
+def test_the_average_follows_the_recursion_from_the_initial_weights():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(50))
+    plain = torch.nn.Parameter(p.detach().clone())
+    ours, theirs = AdamWEMA([p], lr=0.1, weight_decay=0.1), torch.optim.AdamW([plain], lr=0.1, weight_decay=0.1)
+    expected = p.detach().double()
+    for step in range(20):
+        ours.param_groups[0]["ema_decay"] = decay = min(0.9, (1 + step) / (10 + step))
+        gradient = torch.randn(50)
+        p.grad, plain.grad = gradient.clone(), gradient.clone()
+        ours.step()
+        theirs.step()
+        assert torch.equal(p, plain)  # the step itself is torch's
+        expected = decay * expected + (1 - decay) * p.detach().double()
+    assert (ours.state[p]["ema"].double() - expected).abs().max() < 1e-6
+    saved = ours.state_dict()
+    fresh = AdamWEMA([torch.nn.Parameter(p.detach().clone())], lr=0.1)
+    fresh.load_state_dict(saved)
+    assert torch.equal(fresh.state[fresh.param_groups[0]["params"][0]]["ema"], ours.state[p]["ema"])
+
+
+def test_weight_decay_is_for_matrices_only():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    decayed, rest = parameter_groups(module, 0.05)
+    assert decayed["weight_decay"] == 0.05 and [p.shape for p in decayed["params"]] == [(4, 3)]
+    assert rest["weight_decay"] == 0.0 and len(rest["params"]) == 3
+
+
+def test_self_guided_defaults_are_the_papers():
+    s = SelfGuidedConfig()
+    assert (s.alpha, s.beta, s.mask_ratio, s.positions, s.views, s.teacher_decay) == (1.0, 0.5, 0.25, 4, 2, 0.9999)
+
+
+# Checkpoint folders ------------------------------------------------------------------------------------------------
+def make_checkpoint(folder, step: int, content: bytes = b"x" * 100):
+    path = folder / checkpoint.name_of(step)
+    path.mkdir(parents=True)
+    (path / "states.pt").write_bytes(content)
+    files = {"states.pt": {"bytes": len(content), "sha256": checkpoint._digest(path / "states.pt")}}
+    (path / checkpoint.MANIFEST).write_text(json.dumps({"step": step, "files": files}))
+    return path
+
+
+def test_latest_names_only_complete_checkpoints(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    a, b = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20)
+    (tmp_path / "latest").write_text(a.name + "\n")
+    assert checkpoint.latest(tmp_path) == a
+    (tmp_path / "latest").unlink()  # killed between the rename and the pointer
+    assert checkpoint.latest(tmp_path) == b
+    (b / checkpoint.MANIFEST).unlink()
+    assert checkpoint.latest(tmp_path) == a
+    (tmp_path / "latest").write_text(b.name + "\n")  # never trust a pointer to half a checkpoint
+    assert checkpoint.latest(tmp_path) == a
+    assert find_checkpoint(tmp_path) == a and find_checkpoint(a) == a
+
+
+def test_retention_keeps_the_last_and_each_nth(tmp_path):
+    cfg = RunConfig(run=str(tmp_path), train=TrainConfig(keep_last=2, keep_every=30))
+    for step in (10, 20, 30, 40, 50):
+        make_checkpoint(tmp_path, step)
+    checkpoint.retire(cfg, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.name_of(s) for s in (30, 40, 50)]
+
+
+def test_damage_is_found_and_named(tmp_path):
+    path = make_checkpoint(tmp_path, 10)
+    checkpoint.verify(path)
+    (path / "states.pt").write_bytes(b"x" * 50 + b"y" + b"x" * 49)
+    with pytest.raises(UserError, match="states.pt is damaged"):
+        checkpoint.verify(path)
+    (path / "states.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match="has 1 bytes, its manifest says 100"):
+        checkpoint.read_manifest(path)
+    (path / "states.pt").unlink()
+    with pytest.raises(UserError, match="lacks states.pt"):
+        checkpoint.read_manifest(path)
+    (path / checkpoint.MANIFEST).unlink()
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        checkpoint.read_manifest(path)
+
+
+def test_too_little_disk_is_told_before_the_first_byte(tmp_path, monkeypatch):
+    class Engines:
+        class student:
+            module = torch.nn.Linear(1, 1)
+
+    ctx = Context(0, 1, torch.device("cpu"), torch.float32)
+    make_checkpoint(tmp_path / "checkpoints", 10)
+    monkeypatch.setattr(checkpoint, "needed_bytes", lambda engines: 5_000_000)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(UserError, match=r"step 20 .*5 MB needed, 1 MB free.*step-00000010 stays valid"):
+        checkpoint.save(RunConfig(run=str(tmp_path)), ctx, Engines, 20, {})
+
+
+# Agreement, metrics ------------------------------------------------------------------------------------------------
+def test_a_loss_that_is_not_finite_is_seen_before_the_step():
+    ctx = Context(0, 1, torch.device("cpu"), torch.float32)
+    assert agree(ctx, torch.tensor(1.0), 0) == (True, 0)
+    assert agree(ctx, torch.tensor(float("nan")), 15) == (False, 15)
+    assert agree(ctx, torch.tensor(float("inf")), 0) == (False, 0)
+
+
+def test_a_signal_sets_the_flag_and_a_second_interrupt_ends_at_once():
+    import signal
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        flag = StopFlag()
+        assert flag.signal == 0
+        signal.raise_signal(signal.SIGUSR1)
+        assert flag.signal == signal.SIGUSR1
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_resumed_run_holds_each_step_once(tmp_path):
+    first = Metrics(tmp_path, 0, 10, 1, True)
+    for step in range(1, 6):
+        first.step(step, 4, {"loss": float(step)})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 6, "lo')  # cut by a crash
+    second = Metrics(tmp_path, 3, 10, 1, True)
+    second.step(4, 4, {"loss": 40.0})
+    second.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in rows] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert all(r["images_per_s"] > 0 for r in rows)
+
+
+def test_dtype_auto_is_one_of_the_two():
+    device = torch.device("cpu")
+    assert pick_dtype("auto", device) in (torch.bfloat16, torch.float32)
+    assert pick_dtype("fp32", device) is torch.float32

@@ -1,0 +1,111 @@
+"""The tensor-parallel table: which weights it splits, and that the split layers add up to the whole one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor, nn
+
+from megastar.config.schema import ModelConfig
+from megastar.model.projector import Projector
+from megastar.model.rope import rope_table
+from megastar.model.transformer import Transformer
+from megastar.parallel.collectives import gather_rows
+from megastar.parallel.plan import TENSOR_PLAN, Split, legal_degrees
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "model"
+TINY = ModelConfig(n_layer=2, n_head=4, dim=16, multiple_of=8, vocab_size=12, num_classes=5, image_tokens=9)
+
+
+def matches(name: str) -> list[Split]:
+    return [split for split in TENSOR_PLAN if re.match(split.pattern, name)]
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "module.student."])
+def test_each_weight_is_named_at_most_once(prefix: str) -> None:
+    model = nn.ModuleDict({"transformer": Transformer(TINY), "projector": Projector(16, 32)})
+    split = {name for name, _ in model.named_parameters() if matches(prefix + name)}
+    for name in split:
+        assert len(matches(prefix + name)) == 1
+    inside = ("wqkv", "wo", "w1", "w2", "w3")
+    want = {n for n, _ in model.named_parameters() if "layers." in n and n.split(".")[-2] in inside}
+    assert split == want | {"transformer.output.weight"}
+
+
+def shard(weight: Tensor, split: Split, rank: int, degree: int) -> Tensor:
+    """What AutoTP gives a rank: output rows of each fused part, or input columns."""
+    if split.partition == "row":
+        return weight.chunk(degree, 1)[rank]
+    parts = weight.chunk(split.shape[0] if split.shape else 1, 0)
+    return torch.cat([part.chunk(degree, 0)[rank] for part in parts])
+
+
+def sharded(module: nn.Module, prefix: str, rank: int, degree: int) -> dict[str, Tensor]:
+    return {n: shard(p, *matches(prefix + n), rank, degree) for n, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("degree", legal_degrees(TINY))
+def test_parts_add_up(degree: int) -> None:
+    torch.manual_seed(0)
+    model = Transformer(TINY).double().eval()
+    nn.init.normal_(model.output.weight)
+    block = model.layers[1]
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    rope = rope_table(3, 4, 10000.0, x.device, torch.complex128)[:9]
+
+    def parts(module: nn.Module, prefix: str, **kwargs: Tensor) -> list[Tensor]:
+        return [
+            torch.func.functional_call(module, sharded(module, prefix, rank, degree), (x,), kwargs)
+            for rank in range(degree)
+        ]
+
+    torch.testing.assert_close(
+        sum(parts(block.attention, "layers.1.attention.", rope=rope)), block.attention(x, rope=rope)
+    )
+    torch.testing.assert_close(sum(parts(block.feed_forward, "layers.1.feed_forward.")), block.feed_forward(x))
+    assert matches("output.weight")[0].gather_output
+    torch.testing.assert_close(torch.cat(parts(model.output, "output."), -1), model.output(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees"),
+    [("b", [1, 2, 4]), ("l", [1, 2, 4, 8, 16]), ("xl", [1, 2, 4]), ("xxl", [1, 2, 4, 8]), ("3b", [1, 2, 4, 8, 16, 32])],
+)
+def test_legal_degrees(name: str, degrees: list[int]) -> None:
+    assert legal_degrees(ModelConfig(**yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))) == degrees
+
+
+def test_legal_degrees_look_at_heads_ffn_and_vocabulary() -> None:
+    base = ModelConfig(n_head=12, dim=768, multiple_of=256, vocab_size=12)
+    assert legal_degrees(base) == [1, 2, 4]  # 2048 is no multiple of 3
+    assert legal_degrees(ModelConfig(n_head=12, dim=720, multiple_of=12, vocab_size=24)) == [1, 2, 3, 4, 6, 12]
+    assert legal_degrees(ModelConfig(n_head=12, dim=720, multiple_of=12, vocab_size=9)) == [1, 3]
+
+
+def test_gather_without_a_group_is_the_tensor_itself() -> None:
+    x = torch.randn(3, 2, requires_grad=True)
+    got = gather_rows(x)
+    assert torch.equal(got, x) and not got.requires_grad
+
+
+def gather_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    x = (torch.arange(6.0).view(3, 2) + 100 * rank).requires_grad_()
+    got = gather_rows(x.t().contiguous().t(), dist.group.WORLD)  # not contiguous
+    want = torch.cat([torch.arange(6.0).view(3, 2) + 100 * r for r in range(2)])
+    assert torch.equal(got, want) and not got.requires_grad
+    assert torch.equal(gather_rows(x.bfloat16(), dist.group.WORLD), want.bfloat16())
+    alone = [dist.new_group([r]) for r in range(2)][rank]
+    assert torch.equal(gather_rows(x, alone), x)
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+def test_gather_keeps_rank_order(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(gather_worker, (str(tmp_path),), nprocs=2)
