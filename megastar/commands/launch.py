@@ -16,7 +16,9 @@ def launch(nproc: int, words: list[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     # The ranks tell what is wrong themselves; the launcher's own report would repeat it as a traceback.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.run")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     try:
         run(parse_args(["--standalone", f"--nproc-per-node={nproc}", "-m", "megastar", *words]))

@@ -141,7 +141,9 @@ class SelfGuidedConfig:
     contrastive_block: int = knob(
         6, "block, counted from 1, whose output feeds the contrastive losses [P: B 6, L 18, XL 18]", low=1
     )
-    positions: int = knob(4, "positions K drawn once a step, shared by the batch and the views [P]; never the class's [C]", low=1)
+    positions: int = knob(
+        4, "positions K drawn once a step, shared by the batch and the views [P]; never the class's [C]", low=1
+    )
     temperature: float = knob(0.2, "tau of both InfoNCE losses [C]", above=0)
     projector_dim: int = knob(2048, "hidden width of the student's projector [C]", low=1)
     step_loss: bool = knob(True, "the agreement between positions (L_step); false for the ablation")

@@ -36,7 +36,7 @@ from megastar.tokenizer.vq import VQModel
 
 SKIPPED = "skipped.jsonl"
 PROGRESS = ".progress"
-_CPU_BYTES = 10 << 20  # of one full-resolution activation: more does not stay in the caches
+_CPU_BYTES = 5 << 20  # of one full-resolution activation: 20 crops of the demo, measured 1.4 times as fast as 80
 _GPU_CROPS = 64
 
 Crops = Callable[..., np.ndarray]

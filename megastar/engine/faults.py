@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megastar.engine.build import Context
+from megastar.errors import UserError
 
 PREEMPTED = 85  # a status of our own: SLURM counts a clean exit as done and would not requeue it
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError):
     """The loss stopped being finite; the last checkpoint is good."""
 
 

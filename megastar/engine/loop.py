@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from megastar.config.load import diff_configs, load_config, save_config
+from megastar.config.load import diff_configs, load_config, resolve_batch, save_config
 from megastar.config.schema import RunConfig
 from megastar.data.loader import TokenLoader, check_manifest, validation_batches
 from megastar.data.shards import Manifest, load_manifest
@@ -28,6 +28,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     """Train to the end, resuming from the run folder's newest checkpoint. Exits with 85 when a signal asked to stop."""
     manifest = open_data(cfg)
     ctx = start(cfg)
+    resolve_batch(cfg, ctx.world)  # before the run folder exists
     if not dry_run:
         claim_run_folder(cfg, ctx)
     engines = build(cfg, ctx)

@@ -17,7 +17,11 @@ ROOT = Path(__file__).parents[2]
 CASES = [
     {"name": "guided", "changes": {}, "accumulation": 1},
     {"name": "one_student_view", "changes": {"self_guided": {"student_views": 1}}, "accumulation": 2},
-    {"name": "baseline", "changes": {"self_guided": {"enabled": False}}, "accumulation": 2},
+    {
+        "name": "baseline",
+        "changes": {"self_guided": {"enabled": False}, "optim": {"grad_clip": 0.05}},
+        "accumulation": 2,
+    },
     {"name": "recomputed", "changes": {"parallel": {"activation_checkpointing": True}}, "accumulation": 1},
     {"name": "bf16", "changes": {"train": {"dtype": "bf16"}}, "accumulation": 1},
 ]
@@ -54,7 +58,8 @@ def test_sharded_training_equals_one_process(runs, case):
         for name in a:
             if bf16 and not name.startswith("loss"):
                 continue
-            tolerance = 0.02 if bf16 else 2e-5
+            # bf16 rounds every activation: the sum must hold to 1 %, its small parts to 5 %.
+            tolerance = (0.01 if name == "loss" else 0.05) if bf16 else 2e-5
             assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance / 10), (step, name)
     if bf16:
         return

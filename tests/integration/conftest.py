@@ -43,7 +43,14 @@ class World:
     def write_config(self, path: Path, run: Path, **train: object) -> Path:
         """A run of a two-block model with dropout on, in fp32."""
         fields = {
-            "global_batch": 8, "steps": 12, "epochs": 0, "dtype": "fp32", "log_every": 1, "val_every": 6, "val_images": 6, "save_every": 4
+            "global_batch": 8,
+            "steps": 12,
+            "epochs": 0,
+            "dtype": "fp32",
+            "log_every": 1,
+            "val_every": 6,
+            "val_images": 6,
+            "save_every": 4,
         }
         lines = "\n".join(f"  {k}: {v}" for k, v in {**fields, **train}.items())
         path.write_text(f"""

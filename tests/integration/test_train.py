@@ -120,7 +120,7 @@ def test_export_gives_the_gathered_weights(whole, tmp_path):
     expected = full_weights(whole / "checkpoints/step-00000012", "ema")
     for name, value in model.state_dict().items():
         assert torch.equal(value, expected[name]), name
-    assert about["provenance"]["step"] == 12 and about["provenance"]["weights"] == "ema"
+    assert about["step"] == 12 and about["weights"] == "ema" and about["classes"] == ["circle", "square", "stroke"]
     missing = megastar("export", tmp_path / "nothing", "--out", out, check=False)
     assert missing.returncode == 2 and "no complete checkpoint" in missing.stderr
 
