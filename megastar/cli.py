@@ -25,7 +25,7 @@ COMMANDS = {  # name -> (module of megastar.commands, what it does)
 EXAMPLES = """examples:
   megastar demo
   megastar train configs/run/demo.yaml --nproc 2
-  megastar sample --classes food --out food.png
+  megastar sample --classes food-drink --out food.png
   megastar train --help        every field with its default and meaning"""
 
 

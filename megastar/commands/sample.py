@@ -21,7 +21,7 @@ SHIPPED_TOKENIZER = "assets/tokenizer/emoji64-vq.safetensors"
 EXAMPLES = """
 megastar sample                                                 the shipped weights, all classes -> samples.png
 megastar sample runs/demo/run --out run.png                     the newest checkpoint's averaged weights
-megastar sample --classes food,travel --per-class 24 --cfg-scale 2 --seed 1
+megastar sample --classes food-drink,travel-places --per-class 24 --cfg-scale 2 --seed 1
 megastar sample w.safetensors --tokenizer t.safetensors --count 50000 --cfg-scale 1 --npz samples.npz
 megastar sample --count 5000 --like runs/demo/codes/train --npz samples.npz
 """

@@ -4,6 +4,7 @@ import io
 import struct
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 
 from megastar.data.pictures import PictureError, PictureSet, center_crop, decode, random_crop, ten_crop
 from megastar.errors import UserError
+
+EMBEDDED = Path(__file__).parents[2] / "assets" / "emoji64" / "emoji64.tar"
 
 
 def png(value: int = 0, size=(20, 16), mode: str = "RGB") -> bytes:
@@ -88,7 +91,7 @@ def test_webdataset_tars(tmp_path):
 
 
 def test_the_embedded_pictures():
-    sets = {s: PictureSet("assets/emoji64/emoji64.tar", s) for s in ("train", "val", "test")}
+    sets = {s: PictureSet(EMBEDDED, s) for s in ("train", "val", "test")}
     assert sum(map(len, sets.values())) == 8939
     assert all(s.class_names == sets["train"].class_names and len(s.class_names) == 9 for s in sets.values())
     concepts = {n: {p.key.split("/")[-1].split("__")[0] for p in s.pictures} for n, s in sets.items()}

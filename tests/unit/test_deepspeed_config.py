@@ -29,10 +29,9 @@ def zero(stage=3, **more):
     return {"zero_optimization": {"stage": stage, **more}}
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
-def test_shipped_files_say_nothing_of_the_run(name):
+def test_the_shipped_file_says_nothing_of_the_run():
     cfg = RunConfig()
-    cfg.parallel.deepspeed = f"configs/ds/{name}.json"
+    cfg.parallel.deepspeed = "configs/ds/zero3.json"
     merged = deepspeed_config(cfg, 16, 2, world_size=8, dtype="bf16")
     said = json.loads((ROOT / cfg.parallel.deepspeed).read_text())
     assert merged["zero_optimization"] == said["zero_optimization"]
