@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -48,11 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             leave_message(str(error), os.environ)
         return 2
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader of a pipe is gone, `megastar train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EISDIR):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"megastar: error: cannot write{where} ({error.strerror}): free space or name another place",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def run(words: list[str]) -> int:

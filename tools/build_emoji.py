@@ -23,7 +23,7 @@ import re
 import sys
 import tarfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -248,8 +248,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     pictures = from_npz(args.npz) if args.npz else from_packages(args.packages, args.workers)
-    with ProcessPoolExecutor(args.workers) as pool:
-        files = list(pool.map(to_webp, [p.pixels for p in pictures], chunksize=64))
+    with ThreadPoolExecutor(args.workers) as pool:  # the encoder releases the interpreter lock
+        files = list(pool.map(to_webp, [p.pixels for p in pictures]))
     write_tar(member_names(pictures), files, args.out)
 
 

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -78,3 +79,5 @@ def leave_message(message: str, environ: Mapping[str, str]) -> None:
     if path:
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(path).write_text(json.dumps(content))
+    else:
+        print(f"megastar: error: rank {environ.get('RANK', '?')}: {message}", file=sys.stderr)

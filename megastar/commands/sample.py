@@ -67,11 +67,13 @@ def find_weights(source: str | Path | None, weights: str = "ema") -> Weights:
     path = Path(source or SHIPPED_WEIGHTS)
     if not path.is_dir():
         return Weights(find_file(path) or path, None, None)
-    from megastar.engine.checkpoint import read_manifest
+    from megastar.data.shards import sha256
+    from megastar.engine.checkpoint import MANIFEST, read_manifest
     from megastar.engine.export import export, find_checkpoint
 
     checkpoint = find_checkpoint(path)
-    file = checkpoint.parent.parent / "export" / f"{weights}-{checkpoint.name}.safetensors"
+    digest = sha256(checkpoint / MANIFEST)[:8]  # a run that was started afresh has the same names
+    file = checkpoint.parent.parent / "export" / f"{weights}-{checkpoint.name}-{digest}.safetensors"
     cfg = config_from_dict(read_manifest(checkpoint)["config"])
     if not file.is_file():
         export(checkpoint, file, weights, "fp32")

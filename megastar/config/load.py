@@ -138,8 +138,12 @@ def _fill(
             elif value is not None:
                 problems.append(Problem(f"{name} = {value!r}: is a section, write {name}.field: value", (name,)))
         else:
+            if hint is str and value is None:
+                value = ""  # an empty value, `data.val_shards=`, turns a file off
             if hint is int and isinstance(value, float) and value.is_integer():
                 value = int(value)  # 1e4 is a float in YAML
+            if hint is str and value is None:
+                value = ""  # `data.val_shards=`
             try:
                 OmegaConf.update(config, name, value)
             except (OmegaConfBaseException, ValueError, TypeError):

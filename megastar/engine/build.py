@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megastar.config.deepspeed import deepspeed_config
+from megastar.config.deepspeed import deepspeed_config, read_deepspeed
 from megastar.config.load import resolve_batch
 from megastar.config.schema import RunConfig
 from megastar.device import pick_dtype
@@ -49,8 +49,22 @@ class Engines:
         refresh_teacher(self.pairs)
 
 
+def check_supported(cfg: RunConfig) -> None:
+    """Refuse what the configuration can say and the engine cannot do yet."""
+    stage = read_deepspeed(cfg.parallel.deepspeed)["zero_optimization"]["stage"]
+    if stage != 3:
+        raise UserError(
+            f"{cfg.parallel.deepspeed} asks for ZeRO stage {stage}: the engine runs stage 3 only, use configs/ds/zero3.json"
+        )
+    if cfg.parallel.tensor_parallel != 1:
+        raise UserError(
+            f"parallel.tensor_parallel={cfg.parallel.tensor_parallel}: the engine has no tensor parallelism yet, set it to 1"
+        )
+
+
 def start(cfg: RunConfig) -> Context:
     """Join the process group that torchrun, deepspeed or srun described; alone without one."""
+    check_supported(cfg)
     slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     for name, other in slurm.items():
         if name not in os.environ and "SLURM_STEP_ID" in os.environ:
@@ -59,13 +73,21 @@ def start(cfg: RunConfig) -> Context:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("MASTER_ADDR is not set: start with torchrun or deepspeed, or set it in the batch script")
     alone = "RANK" not in os.environ
+    if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # --gpus-per-task=1: each task sees its own GPU alone, as number 0
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local} has no GPU of its own, this process sees {torch.cuda.device_count()}: start at most one process a GPU"
+            )
         torch.cuda.set_device(device)
+        if cfg.train.threads:
+            torch.set_num_threads(cfg.train.threads)
     else:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
         cores = len(os.sched_getaffinity(0))
@@ -86,15 +108,6 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     config = deepspeed_config(
         cfg, micro, accumulation, world_size=ctx.world, dtype="bf16" if ctx.dtype == torch.bfloat16 else "fp32"
     )
-    stage = config["zero_optimization"]["stage"]
-    if stage != 3:
-        raise UserError(
-            f"{cfg.parallel.deepspeed} asks for ZeRO stage {stage}: the engine shards the teacher by stage 3, use configs/ds/zero3.json"
-        )
-    if cfg.parallel.tensor_parallel != 1:
-        raise UserError(
-            f"parallel.tensor_parallel={cfg.parallel.tensor_parallel}: the engine has no tensor parallelism yet, set it to 1"
-        )
     torch.manual_seed(cfg.train.seed)  # the same weights on every rank, of which each keeps its shard
     with deepspeed.zero.Init(config_dict_or_path=config):
         student = Student(cfg)

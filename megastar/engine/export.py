@@ -64,6 +64,7 @@ def export(source: Path, out: Path, weights: str = "ema", dtype: str = "fp32") -
     """Write the student's (``student``) or the averaged (``ema``) transformer to ``out``; returns the provenance."""
     folder = find_checkpoint(Path(source))
     about = checkpoint.read_manifest(folder)
+    checkpoint.verify(folder)
     cfg = config_from_dict(about["config"])
     provenance = {
         "weights": weights,

@@ -33,6 +33,14 @@ class StopFlag:
         self.signal = number
 
 
+def check_moved(skipped_before: int, skipped_now: int, step: int) -> None:
+    """DeepSpeed drops a step whose gradient norm is not finite, on all ranks alike, and says nothing."""
+    if skipped_now > skipped_before:
+        raise NonFiniteLoss(
+            f"step {step}: the gradient is not finite; resume from the last checkpoint with a lower optim.lr"
+        )
+
+
 def agree(ctx: Context, loss: Tensor, stop: int) -> tuple[bool, int]:
     """(is the loss finite on every rank, the largest stop signal of any rank), before the optimizer moves."""
     flags = torch.stack([(~torch.isfinite(loss.detach())).to(torch.int64), torch.tensor(stop, device=loss.device)])

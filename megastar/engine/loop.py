@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from megastar.data.loader import TokenLoader, check_manifest, validation_batches
 from megastar.data.shards import Manifest, load_manifest
 from megastar.engine import checkpoint
 from megastar.engine.build import Context, Engines, build, start
-from megastar.engine.faults import PREEMPTED, NonFiniteLoss, StopFlag, agree
+from megastar.engine.faults import PREEMPTED, NonFiniteLoss, StopFlag, agree, check_moved
 from megastar.engine.metrics import Metrics
 from megastar.engine.schedule import learning_rate, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
@@ -37,8 +38,15 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
 
         describe(cfg, ctx, engines, manifest)
         return
-    found = checkpoint.latest(checkpoint.folder_of(cfg))
-    done = checkpoint.load(ctx, engines, found)["step"] if found else 0
+    found = checkpoint.newest(ctx, checkpoint.folder_of(cfg))
+    done, data = 0, digest_of(manifest)
+    if found:
+        restored = checkpoint.load(ctx, engines, found)
+        done = restored["step"]
+        if restored["data"] != data:
+            raise UserError(
+                f"{cfg.data.shards} holds other shards than {found} was trained on: restore them, or choose another run=..."
+            )
     if not found:
         torch.manual_seed(cfg.train.seed * 100_003 + ctx.rank)  # dropout differs between data ranks
     steps = total_steps(cfg, manifest.samples)
@@ -49,7 +57,12 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     loader = make_loader(cfg, ctx, engines, done)
     metrics = Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main)
     metrics.note(f"resumed {found} at step {done}" if found else f"{cfg.run}: {steps} steps on {ctx.world} rank(s)")
-    about = {"steps": steps, "classes": manifest.classes, "command": " ".join(["megastar", *sys.argv[1:]])}
+    about = {
+        "steps": steps,
+        "data": data,
+        "classes": manifest.classes,
+        "command": " ".join(["megastar", *sys.argv[1:]]),
+    }
     try:
         run(cfg, ctx, engines, loader, metrics, done, about)
     finally:
@@ -84,7 +97,9 @@ def run(
                 sums[name] = sums.get(name, 0) + value.detach().float() / engines.accumulation
             if engines.student.is_gradient_accumulation_boundary():
                 set_schedules(cfg, engines, step, steps)
+            skipped = engines.student.skipped_steps
             engines.student.step()
+            check_moved(skipped, engines.student.skipped_steps, step)
         engines.refresh_teacher()
         if (step + 1) % cfg.train.log_every == 0 or step + 1 == steps:
             row = average_over_ranks(ctx, sums)
@@ -98,7 +113,7 @@ def run(
             metrics.write(step + 1, {"val_loss_ar": value})
             metrics.note(f"step {step + 1}: validation next-token loss {value:.4f}")
         if last or signal_number or (step + 1) % cfg.train.save_every == 0:
-            path = checkpoint.save(cfg, ctx, engines, step + 1, {"data": {"step": step + 1}, **about})
+            path = checkpoint.save(cfg, ctx, engines, step + 1, about)
             if signal_number and not last:
                 metrics.note(f"signal {signal_number}: saved {path}; the same command resumes")
                 raise SystemExit(PREEMPTED)
@@ -113,8 +128,18 @@ def open_data(cfg: RunConfig) -> Manifest:
     manifest = load_manifest(cfg.data.shards)
     check_manifest(manifest, cfg.model, expected, views_of(cfg))
     if cfg.data.val_shards:
-        check_manifest(load_manifest(cfg.data.val_shards), cfg.model, expected, 1)
+        validation = load_manifest(cfg.data.val_shards)
+        check_manifest(validation, cfg.model, expected, 1)
+        if validation.classes != manifest.classes:
+            raise UserError(
+                f"{cfg.data.val_shards} and {cfg.data.shards} name other classes: make both from folders of the same names"
+            )
     return manifest
+
+
+def digest_of(manifest: Manifest) -> str:
+    """SHA-256 over the shards' own: a run resumes on the samples it was trained on, or not at all."""
+    return hashlib.sha256("".join(s.sha256 for s in manifest.shards).encode()).hexdigest()
 
 
 def views_of(cfg: RunConfig) -> int:
@@ -150,6 +175,7 @@ def make_validation(cfg: RunConfig, ctx: Context, engines: Engines) -> list[dict
 
 # The run folder ----------------------------------------------------------------------------------------------------
 RESUMABLE = (
+    "model.name",
     "train.steps",
     "train.epochs",
     "train.log_every",

@@ -25,16 +25,18 @@ class Student(nn.Module):
         super().__init__()
         self.transformer = Transformer(cfg.model)
         guided = cfg.self_guided
-        self.block = guided.contrastive_block if guided.enabled else None
+        self.block = guided.contrastive_block
         self.checkpointing = cfg.parallel.activation_checkpointing
-        if guided.enabled:
+        self.contrastive = guided.enabled and guided.beta > 0 and (guided.step_loss or guided.view_loss)
+        if self.contrastive:
             self.projector = Projector(cfg.model.dim, guided.projector_dim)
 
     def forward(
         self, labels: Tensor, tokens: Tensor, mask: MaskSpec | None = None, positions: Tensor | None = None
     ) -> StudentOutput:
         """labels (N,), tokens (N, T-1), positions (K,) or None for plain next-token prediction."""
+        positions = positions if self.contrastive else None
         block = self.block if positions is not None else None
         out = self.transformer(labels, tokens, mask=mask, features_at=block, checkpointing=self.checkpointing)
-        anchors = None if positions is None else self.projector(out.features[:, positions])
+        anchors = None if positions is None else self.projector(out.features[:, positions.to(out.features.device)])
         return StudentOutput(out.logits, out.last, anchors)

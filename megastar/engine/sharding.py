@@ -79,3 +79,6 @@ def refresh_teacher(pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
         if source is None:
             source = safe_get_local_fp32_param(p)
         q.ds_tensor.data.copy_(source)
+    if torch.cuda.is_available():
+        # DeepSpeed gathers the teacher on a stream of its own, which does not wait for these copies.
+        torch.cuda.current_stream().synchronize()

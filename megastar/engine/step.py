@@ -13,8 +13,9 @@ from megastar.config.schema import RunConfig
 from megastar.engine.build import Context, Engines
 from megastar.engine.schedule import learning_rate
 from megastar.model.masks import MaskSpec, draw_hidden
+from megastar.model.transformer import Output
 from megastar.objectives.next_token import next_token_loss
-from megastar.objectives.self_guided import draw_positions, total
+from megastar.objectives.self_guided import at_positions, draw_positions, total
 from megastar.parallel.collectives import gather_rows
 from megastar.teacher.schedule import decay_at
 
@@ -50,41 +51,16 @@ def losses(
 
     assert engines.teacher is not None
     Ms = guided.student_views
-    positions = draw_positions(cfg.train.seed, step, T, guided.positions).to(ctx.device)  # (K,)
+    contrastive = engines.student.module.contrastive  # false in the ablation without both contrastive losses
+    block = guided.contrastive_block if contrastive else None
+    positions = draw_positions(cfg.train.seed, step, T, guided.positions) if contrastive else None  # (K,)
     mask = hidden_mask(cfg, batch, Ms)
     student_codes = codes[:, :Ms].flatten(0, 1)  # (B*Ms, T)
     student_labels = labels.repeat_interleave(Ms)
     out = engines.student(student_labels, student_codes[:, :-1], mask=mask, positions=positions)
-
-    with torch.no_grad():
-        teacher_labels = labels if guided.share_label_drop else batch["true_labels"].to(ctx.device)
-        if Ms == M:
-            seen = engines.teacher(
-                teacher_labels.repeat_interleave(M),
-                codes.flatten(0, 1)[:, :-1],
-                features_at=guided.contrastive_block,
-                need_logits=False,
-            )
-            last = seen.last  # (B*M, T, D)
-            targets = seen.features[:, positions].unflatten(0, (B, M))  # (B, M, K, D)
-        else:  # the views that the student does not see are needed no deeper than the contrastive block
-            first = engines.teacher(
-                teacher_labels.repeat_interleave(Ms),
-                student_codes[:, :-1],
-                features_at=guided.contrastive_block,
-                need_logits=False,
-            )
-            rest = engines.teacher(
-                teacher_labels.repeat_interleave(M - Ms),
-                codes[:, Ms:].flatten(0, 1)[:, :-1],
-                features_at=guided.contrastive_block,
-                last_block=guided.contrastive_block,
-                need_logits=False,
-            )
-            last = first.last
-            parts = [first.features.unflatten(0, (B, Ms)), rest.features.unflatten(0, (B, M - Ms))]
-            targets = torch.cat(parts, dim=1)[:, :, positions]  # (B, M, K, D)
-
+    teacher_labels = labels if guided.share_label_drop else batch["true_labels"].to(ctx.device)
+    last, targets = teacher_pass(engines, codes, teacher_labels, Ms, block, positions)
+    anchors = None if out.anchors is None else out.anchors.unflatten(0, (B, Ms))  # (B, Ms, K, D)
     group = dist.group.WORLD if ctx.world > 1 else None
     return total(
         guided,
@@ -92,11 +68,35 @@ def losses(
         tokens=student_codes,
         student_last=out.last,
         teacher_last=last,
-        anchors=out.anchors.unflatten(0, (B, Ms)),  # (B, Ms, K, D)
+        anchors=anchors,
         targets=targets,
         gather=lambda x: gather_rows(x, group),
         rank_offset=ctx.rank,
     )
+
+
+@torch.no_grad()
+def teacher_pass(
+    engines: Engines, codes: Tensor, labels: Tensor, student_views: int, block: int | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Unmasked teacher on codes (B, M, T): last-layer features of the student's views (B * Ms, T, D), and block
+    ``block``'s of all views at the positions, (B, M, K, D), or None without positions."""
+    M, Ms = codes.shape[1], student_views
+
+    def see(views: Tensor, last_block: int | None = None) -> Output:  # views (B, m, T)
+        inputs = views.flatten(0, 1)[:, :-1]
+        repeated = labels.repeat_interleave(views.shape[1])
+        return engines.teacher(repeated, inputs, features_at=block, last_block=last_block, need_logits=False)
+
+    if positions is None:
+        return see(codes[:, :Ms]).last, None
+    if Ms == M:
+        seen = see(codes)
+        return seen.last, at_positions(seen.features, positions, M)
+    # The views that the student does not see are needed no deeper than the contrastive block.
+    first, rest = see(codes[:, :Ms]), see(codes[:, Ms:], last_block=block)
+    parts = [at_positions(first.features, positions, Ms), at_positions(rest.features, positions, M - Ms)]
+    return first.last, torch.cat(parts, dim=1)
 
 
 @torch.no_grad()

@@ -33,18 +33,21 @@ def learning_rate(step: int, c: TokenizerTrainConfig) -> float:
 
 
 @torch.no_grad()
-def kmeans(points: Tensor, k: int, iterations: int = 10, generator: torch.Generator | None = None) -> Tensor:
-    """Spherical k-means: unit vectors (N, E) -> centres (k, E); empty clusters are re-drawn from the points."""
+def kmeans(
+    points: Tensor, k: int, iterations: int = 10, generator: torch.Generator | None = None, spherical: bool = True
+) -> Tensor:
+    """Points (N, E) -> centres (k, E), both unit vectors if ``spherical``; empty clusters are re-drawn from the points."""
     centres = points[torch.randperm(len(points), generator=generator)[:k]].clone()
     if len(centres) < k:
         centres = centres[torch.arange(k) % len(centres)]
     for _ in range(iterations):
-        nearest = (points @ centres.t()).argmax(1)
+        # |c|^2 is 1 for all on the sphere, and |x|^2 is the same for every centre.
+        nearest = (points @ centres.t() - centres.square().sum(1) / 2).argmax(1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
         counts = torch.bincount(nearest, minlength=k)
         empty = counts == 0
         sums[empty] = points[torch.randint(len(points), (int(empty.sum()),), generator=generator)]
-        centres = F.normalize(sums, dim=1)
+        centres = F.normalize(sums, dim=1) if spherical else sums / counts.clamp_min(1)[:, None]
     return centres
 
 
@@ -98,7 +101,7 @@ class Trainer:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not torch.isfinite(norm):
-            raise FloatingPointError(
+            raise UserError(
                 f"tokenizer step {self.step}: gradient norm is {norm.item()}; lower lr (now {c.lr}) and resume"
             )
         self.optimizer.step()
@@ -143,7 +146,7 @@ class Trainer:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 pool.append(self._points(self.model.latents(self.to_images(self.batch_of(step)))))
             step += 1
-        centres = kmeans(torch.cat(pool), self.c.tokenizer.codebook_size)
+        centres = kmeans(torch.cat(pool), self.c.tokenizer.codebook_size, spherical=self.c.tokenizer.codebook_l2_norm)
         for model in (self.model, self.average):
             model.quantize.embedding.weight.copy_(centres)
 
@@ -189,7 +192,7 @@ class Trainer:
         if state["config"]["tokenizer"] != asdict(self.c.tokenizer):
             differ = [k for k, v in asdict(self.c.tokenizer).items() if state["config"]["tokenizer"].get(k) != v]
             raise UserError(
-                f"{path} holds another tokenizer: {', '.join(differ)} differ; choose another --out or remove it"
+                f"{path} holds another tokenizer: {', '.join(differ)} differ; choose another out=... or remove it"
             )
         for k in ("model", "average", "optimizer", "discriminator", "d_optimizer"):
             if getattr(self, k) and k in state:

@@ -105,6 +105,7 @@ def train(cfg: RunConfig, accumulation: int) -> dict:
 def _guided(cfg, student, teacher, b, step):
     guided, (B, M, _) = cfg.self_guided, b["codes"].shape
     Ms = guided.student_views
+    contrastive = guided.step_loss or guided.view_loss
     K = draw_positions(cfg.train.seed, step, TOKENS, guided.positions)
     hidden = [draw_hidden(cfg.train.seed, b["epochs"], b["ids"], TOKENS, guided.mask_ratio, view=m) for m in range(Ms)]
     mask = MaskSpec.hidden(torch.stack(hidden, 1).flatten(0, 1))
@@ -117,5 +118,5 @@ def _guided(cfg, student, teacher, b, step):
     targets = seen.features[:, K].unflatten(0, (B, M))
     return total(
         guided, logits=out.logits, tokens=codes, student_last=out.last, teacher_last=last,
-        anchors=out.anchors.unflatten(0, (B, Ms)), targets=targets,
+        anchors=out.anchors.unflatten(0, (B, Ms)) if contrastive else None, targets=targets if contrastive else None,
     )  # fmt: skip

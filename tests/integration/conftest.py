@@ -101,7 +101,7 @@ def world(tmp_path_factory) -> World:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def megastar(*words: object, ranks: int = 1, check: bool = True, timeout: int = 240) -> subprocess.CompletedProcess:

@@ -123,8 +123,8 @@ def test_all_problems_are_reported_together(base):
         ("self_guided.enabled=perhaps", "self_guided.enabled = 'perhaps': must be true or false"),
         ("optim.lr=fast", "optim.lr = 'fast': must be a number"),
         ("optim.lr=nan", "optim.lr = nan: must be a finite number"),
-        ("run=", "run = None: must be a text"),
-        ("run=''", "run is empty: name the run folder"),
+        ("run=", "run is empty: name the run folder"),
+        ("train.steps=", "train.steps = None: must be an integer"),
         ("data.shards=''", "data.shards is empty: name a folder of token shards (megastar pretokenize makes it)"),
         (
             "model=configs/model/bb.yaml",
@@ -153,7 +153,10 @@ def test_all_problems_are_reported_together(base):
             "self_guided.positions = 1: the step loss compares two positions; "
             "set positions to 2 or more, or step_loss to false",
         ),
-        ("self_guided.positions=65", "self_guided.positions = 65: a picture has 64 tokens (model.image_tokens)"),
+        (
+            "self_guided.positions=65",
+            "self_guided.positions = 65: there are 63 to draw from (model.image_tokens less the class's)",
+        ),
         ("train.epochs=0", "train.steps and train.epochs are both 0: give one of them"),
         ("train.micro_batch=12", "train.micro_batch = 12: must divide train.global_batch 64; use 2, 4, 8 or 16"),
         (
