@@ -1,5 +1,5 @@
 # make demo   pictures to scores on this machine     make test   the tests     make lint   ruff and mypy
-# make slow   the long tests                         make clean  remove what make made
+# make clean  remove what make made
 #
 # PYTHON chooses the interpreter (3.10 to 3.12). TORCH_INDEX chooses where torch comes from, for example the index of
 # CPU builds that PyTorch's site names: without it pip takes its default build, with CUDA libraries of some GB.
@@ -11,7 +11,7 @@ TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 # DeepSpeed's own operators are compiled when first used, not now.
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test slow lint clean install
+.PHONY: demo test lint clean install
 
 install: $(STAMP)
 
@@ -27,9 +27,6 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest -m 'not gpu and not slow'
-
-slow: $(STAMP)
-	$(BIN)/pytest -m 'slow and not gpu'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -58,6 +58,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """An argparse type: 0, 1, 2 ..."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 on")
+    return int(text)
+
+
 # Launchers ---------------------------------------------------------------------------------------------------------
 def is_launched(environ: Mapping[str, str]) -> bool:
     """Whether torchrun, deepspeed or srun started this process as one of several."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megastar.commands.common import Parser, positive
+from megastar.commands.common import Parser, natural, positive
 
 EXAMPLES = """
 megastar pretokenize assets/emoji64/emoji64.tar --subset train --tokenizer assets/tokenizer/emoji64-vq.safetensors \\
@@ -22,11 +22,11 @@ def parser() -> Parser:
     p.add_argument("--subset", default=None, help="only pictures below this top folder, for example train")
     p.add_argument("--crops", default="ten:1.1", help="ten:SCALE, center-flip or center (default ten:1.1, LlamaGen's)")
     p.add_argument("--shard-size", type=positive, default=1000, help="pictures a shard (default 1000)")
-    p.add_argument("--workers", type=int, default=0, help="threads that decode; 0: the cores (default 0)")
+    p.add_argument("--workers", type=natural, default=0, help="threads that decode; 0: the cores (default 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the encoder (default fp32)")
-    p.add_argument("--batch", type=int, default=0, help="crops an encoder call; 0: by device and size (default 0)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the order of the pictures (default 0)")
+    p.add_argument("--batch", type=natural, default=0, help="crops an encoder call; 0: by device and size (default 0)")
+    p.add_argument("--seed", type=natural, default=0, help="seed of the order of the pictures (default 0)")
     return p
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megastar.commands.common import Parser, positive
+from megastar.commands.common import Parser, natural, positive
 from megastar.errors import UserError
 
 EXAMPLES = """
@@ -25,7 +25,7 @@ def parser() -> Parser:
     p.add_argument("--positions", type=positive, default=8, help="evenly spaced positions (default 8)")
     p.add_argument("--epochs", type=positive, default=90, help="passes over the features (default 90)")
     p.add_argument("--limit", type=positive, default=None, help="use at most this many pictures of each set")
-    p.add_argument("--seed", type=int, default=0, help="default 0")
+    p.add_argument("--seed", type=natural, default=0, help="default 0")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
     p.add_argument("--out", type=Path, default=None, help="JSON file for the accuracies")
     return p

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands.common import Parser, nearest, positive
+from megastar.commands.common import Parser, natural, nearest, positive
 from megastar.config.files import find_file
 from megastar.config.load import config_from_dict
 from megastar.errors import UserError
@@ -42,10 +42,10 @@ def parser() -> Parser:
     p.add_argument("--cfg-scale", type=float, default=1.5, help="classifier-free guidance; 1: none (default 1.5)")
     p.add_argument("--cfg-interval", type=int, default=-1, help="guide up to this token; -1: all (default -1)")
     p.add_argument("--temperature", type=float, default=1.0, help="default 1")
-    p.add_argument("--top-k", type=int, default=0, help="keep the k likeliest codes; 0: all (default 0)")
+    p.add_argument("--top-k", type=natural, default=0, help="keep the k likeliest codes; 0: all (default 0)")
     p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes up to this mass (default 1)")
     p.add_argument(
-        "--seed", type=int, default=0, help="picture i depends on the seed, i and its class only (default 0)"
+        "--seed", type=natural, default=0, help="picture i depends on the seed, i and its class only (default 0)"
     )
     p.add_argument("--batch", type=positive, default=64, help="pictures at once (default 64)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
@@ -196,7 +196,10 @@ def main(words: list[str]) -> int:
     )
     origin = {"weights": str(found.file), "tokenizer": tokenizer, "seed": a.seed, **options, "trained": about}
     columns = min(a.per_class, max(labels.count(c) for c in set(labels)))
-    save_grid(picture_grid([Block("", pictures, labels)], names, columns=columns), a.out, origin)
+    shown = set(sorted(set(labels))[:16])  # a thousand classes make no picture that anyone looks at
+    some = [i for i, c in enumerate(labels) if c in shown]
+    block = Block("", pictures[some], [labels[i] for i in some])
+    save_grid(picture_grid([block], names, columns=columns), a.out, origin)
     if a.npz:
         save_npz(a.npz, pictures, labels)
     written = f"{a.out}" + (f" and {a.npz}" if a.npz else "")

@@ -83,7 +83,8 @@ class Encoder:
         parts = []
         for part in torch.from_numpy(crops).split(self.batch):
             images = to_images(part, self.device).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # fp32 means fp32, on a GPU too
+            with exact, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 parts.append(self.model.encode(images).cpu())
         return torch.cat(parts).numpy()
 

@@ -16,8 +16,10 @@ from megastar.engine.schedule import learning_rate, total_steps
 from megastar.engine.step import losses
 from megastar.teacher.schedule import decay_at
 
+IMAGENET = 1_281_167  # training pictures of ImageNet-1k, where there are no shards to count
 
-def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest) -> None:
+
+def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest | None) -> None:
     """One forward, backward and update on random codes; prints parameters, memory a rank, batch and schedule."""
     B, M, T = engines.micro_batch, cfg.self_guided.views if cfg.self_guided.enabled else 1, cfg.model.image_tokens
     g = torch.Generator().manual_seed(ctx.rank)
@@ -28,7 +30,8 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest)
         "epochs": torch.zeros(B, dtype=torch.int64),
     }
     batch["true_labels"] = batch["labels"]
-    steps = total_steps(cfg, manifest.samples)
+    samples = manifest.samples if manifest else IMAGENET
+    steps = total_steps(cfg, samples)
     for group in engines.optimizer.param_groups:
         group["lr"] = 0.0
     engines.student.train()
@@ -56,13 +59,16 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     o = cfg.optim
     rows = {
-        "transformer": f"{trunk / 1e6:.1f} M parameters" + (f", projector {extra / 1e6:.1f} M" if extra else ""),
+        "transformer": f"{cfg.model.name}, {trunk / 1e6:.1f} M parameters"
+        + (f", projector {extra / 1e6:.1f} M" if extra else ""),
         "ranks": f"{ctx.world} x {ctx.device.type}, {str(ctx.dtype).removeprefix('torch.')}, {cfg.parallel.deepspeed}",
         "states a rank": f"{shard / ctx.world / 2**20:.0f} MiB (weights, gradients, AdamW, average, teacher)",
         "peak memory, rank 0": f"{peak / 2**20:.0f} MiB" + (" (whole process)" if ctx.device.type == "cpu" else ""),
         "batch": f"{cfg.train.global_batch} images x {M} views = {ctx.world} ranks x {engines.micro_batch} x {engines.accumulation} accumulated",
-        "data": f"{manifest.samples} pictures, {manifest.views} stored views of {manifest.tokens} tokens",
-        "length": f"{steps} steps = {steps * cfg.train.global_batch / manifest.samples:.1f} epochs",
+        "data": f"{manifest.samples} pictures, {manifest.views} stored views of {manifest.tokens} tokens"
+        if manifest
+        else f"{cfg.data.shards} is not there; ImageNet's {IMAGENET} pictures assumed",
+        "length": f"{steps} steps = {steps * cfg.train.global_batch / samples:.1f} epochs",
         "learning rate": f"{learning_rate(cfg, 0, steps):.2e} -> {max(learning_rate(cfg, s, steps) for s in {o.warmup_steps, 0}):.2e}"
         f" -> {learning_rate(cfg, steps - 1, steps):.2e} ({o.schedule}, {o.warmup_steps} warm-up)",
         "teacher": f"decay {decay_at(0, cfg.self_guided):.4f} -> {decay_at(steps - 1, cfg.self_guided):.4f}"

@@ -27,7 +27,7 @@ from megastar.tokenizer.io import tokenizer_hash
 
 def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     """Train to the end, resuming from the run folder's newest checkpoint. Exits with 85 when a signal asked to stop."""
-    manifest = open_data(cfg)
+    manifest = open_data(cfg) if not dry_run or Path(cfg.data.shards).exists() else None
     ctx = start(cfg)
     resolve_batch(cfg, ctx.world)  # before the run folder exists
     if not dry_run:
@@ -38,6 +38,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
 
         describe(cfg, ctx, engines, manifest)
         return
+    assert manifest is not None
     found = checkpoint.newest(ctx, checkpoint.folder_of(cfg))
     done, data = 0, digest_of(manifest)
     if found:

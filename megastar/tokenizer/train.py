@@ -22,6 +22,7 @@ from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_
 from megastar.tokenizer.vq import VQModel
 
 BatchOf = Callable[[int], Tensor]
+MAY_DIFFER = ("steps", "threads", "out", "val_subset", "test_subset", "eval_every", "save_every")  # when it resumes
 
 
 def learning_rate(step: int, c: TokenizerTrainConfig) -> float:
@@ -189,10 +190,11 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["config"]["tokenizer"] != asdict(self.c.tokenizer):
-            differ = [k for k, v in asdict(self.c.tokenizer).items() if state["config"]["tokenizer"].get(k) != v]
+        was, now = state["config"], asdict(self.c)
+        differing = [f"{k}: {was.get(k)} -> {v}" for k, v in now.items() if k not in MAY_DIFFER and was.get(k) != v]
+        if differing:
             raise UserError(
-                f"{path} holds another tokenizer: {', '.join(differ)} differ; choose another out=... or remove it"
+                f"{path} holds a run of another configuration ({'; '.join(differing)}): choose another out=... or remove it"
             )
         for k in ("model", "average", "optimizer", "discriminator", "d_optimizer"):
             if getattr(self, k) and k in state:

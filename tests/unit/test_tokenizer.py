@@ -94,6 +94,14 @@ def test_kmeans_finds_separated_clusters_and_leaves_no_code_empty():
     assert kmeans(points[:4], 16, iterations=2, generator=g).shape == (16, 6)  # fewer points than codes
 
 
+def test_kmeans_off_the_sphere_minimises_euclidean_distance():
+    g = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[1.0, 0.0], [5.0, 0.0], [0.0, 3.0]])  # two share a direction
+    points = centres.repeat_interleave(60, 0) + 0.05 * torch.randn(180, 2, generator=g)
+    found = kmeans(points, 6, iterations=20, generator=g, spherical=False)
+    assert torch.cdist(centres, found).min(1).values.max() < 0.2
+
+
 def test_psnr_of_a_known_error():
     a = torch.zeros(2, 3, 8, 8)
     b = a + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)
@@ -187,7 +195,9 @@ def test_adversarial_training_runs_and_touches_the_discriminator():
 def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
     _fit(tmp_path, steps=6)
     other = TokenizerConfig(**{**vars(SMALL), "codebook_size": 64})
-    with pytest.raises(UserError, match="another tokenizer: codebook_size differ"):
+    with pytest.raises(
+        UserError, match="another configuration .tokenizer: .*'codebook_size': 32.* -> .*'codebook_size': 64"
+    ):
         _fit(tmp_path, tokenizer=other, steps=6)
 
 
