@@ -8,6 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+GPU := command -v nvidia-smi >/dev/null
 # DeepSpeed's own operators are compiled when first used, not now.
 export DS_BUILD_OPS := 0
 
@@ -18,8 +19,9 @@ install: $(STAMP)
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"Python {v[0]}.{v[1]} is not supported: make PYTHON=python3.11, or any from 3.10 to 3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH_FROM) $$(grep '^torch==' constraints.txt)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[eval,dev]'
+	@$(GPU) || [ -n '$(TORCH_INDEX)' ] || echo 'no NVIDIA GPU here: if pip now fetches CUDA libraries, TORCH_INDEX can name an index of CPU builds'
+	$(BIN)/pip install $(TORCH_FROM) $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install -c constraints.txt -e '.[eval,dev]'
 	touch $@
 
 demo: $(STAMP)

@@ -113,3 +113,12 @@ def megastar(*words: object, ranks: int = 1, check: bool = True, timeout: int = 
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+@pytest.fixture(scope="session")
+def whole(world, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run of 12 steps on two ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = world.write_config(folder / "run.yaml", folder / "run")
+    megastar("train", config, ranks=2)
+    return folder / "run"

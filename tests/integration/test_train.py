@@ -33,15 +33,6 @@ def rows(run: Path) -> dict[int, dict]:
     return out
 
 
-@pytest.fixture(scope="module")
-def whole(world, tmp_path_factory) -> Path:
-    """An uninterrupted run of 12 steps on two ranks."""
-    folder = tmp_path_factory.mktemp("whole")
-    config = world.write_config(folder / "run.yaml", folder / "run")
-    megastar("train", config, ranks=2)
-    return folder / "run"
-
-
 def test_a_run_leaves_what_the_documentation_promises(whole):
     done = rows(whole)
     assert sorted(done) == list(range(1, 13))

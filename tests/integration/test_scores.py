@@ -1,0 +1,66 @@
+"""From a run folder to pictures, scores and a probe through the command line; and what is refused before training."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megastar.tokenizer.io import save_tokenizer
+from megastar.tokenizer.vq import VQModel
+from tests.integration.conftest import TOKENIZER, megastar
+
+pytestmark = pytest.mark.dist
+
+
+def test_a_run_becomes_pictures_and_scores(world, whole, tmp_path):
+    npz, grid = tmp_path / "samples.npz", tmp_path / "grid.png"
+    words = ("sample", whole, "--count", 30, "--npz", npz, "--out", grid, "--seed", 3)
+    megastar(*words)
+    with np.load(npz) as archive:
+        first, labels = archive["arr_0"], archive["arr_1"]
+    assert first.shape == (30, 16, 16, 3) and first.dtype == np.uint8
+    assert np.bincount(labels).tolist() == [10, 10, 10]
+    assert Image.open(grid).size[0] > 16 * 10
+    megastar(*words, "--batch", 7)
+    with np.load(npz) as archive:
+        assert np.array_equal(first, archive["arr_0"])  # picture i does not depend on the batch
+
+    scores = tmp_path / "scores.json"
+    megastar("evaluate", npz, "--real", world.pictures, "--real-subset", "train", "--out", scores)
+    result = json.loads(scores.read_text())
+    assert result["metric"] == "FD-EffLite0" and result["value"] > 0 and result["floor"] > 0
+    assert any("5,000" in w or "5000" in w for w in result["warnings"])  # far too few pictures, and it says so
+
+    probe = tmp_path / "probe.json"
+    megastar("probe", whole, "--val-shards", world.codes("val"), "--block", 2, "--epochs", 3, "--out", probe)
+    accuracy = json.loads(probe.read_text())["accuracy"]
+    assert len(accuracy) == 8 and all(0 <= a <= 1 for a in accuracy)
+
+
+def test_shards_of_another_tokenizer_are_refused_before_training(world, tmp_path):
+    torch.manual_seed(1)
+    save_tokenizer(VQModel(TOKENIZER), tmp_path / "other.safetensors", {"seed": 1})
+    config = world.write_config(tmp_path / "run.yaml", tmp_path / "run")
+    done = megastar("train", config, f"data.tokenizer={tmp_path / 'other.safetensors'}", check=False)
+    assert done.returncode == 2 and "another tokenizer" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resume_on_other_shards_is_refused(world, whole, tmp_path):
+    source = ("pretokenize", world.pictures, "--subset", "train", "--tokenizer", world.tokenizer)
+    other = tmp_path / "codes"
+    megastar(*source, "--out", other, "--shard-size", 9)
+    config = world.write_config(tmp_path / "run.yaml", tmp_path / "run", steps=2)
+    megastar("train", config)
+    kept = world.codes("train").rename(world.folder / "kept")
+    try:
+        other.rename(world.codes("train"))
+        done = megastar("train", config, "train.steps=4", check=False)
+    finally:
+        world.codes("train").rename(other)
+        kept.rename(world.codes("train"))
+    assert done.returncode == 2 and "holds other shards" in done.stderr and "Traceback" not in done.stderr
