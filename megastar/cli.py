@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from megastar import __version__
-from megastar.commands.common import is_main_process, leave_message, nearest
+from megastar.commands.common import nearest, tell
 from megastar.errors import UserError
 
 COMMANDS = {  # name -> (module of megastar.commands, what it does)
@@ -44,10 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(words)
     except UserError as error:
-        if is_main_process(os.environ):
-            print(f"megastar: error: {error}", file=sys.stderr)
-        else:
-            leave_message(str(error), os.environ)
+        tell(str(error), os.environ)
         return 2
     except BrokenPipeError:  # the reader of a pipe is gone, `megastar train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -66,6 +66,9 @@ def natural(text: str) -> int:
 
 
 # Launchers ---------------------------------------------------------------------------------------------------------
+BY_US = "MEGASTAR_LAUNCHER"  # set for the processes that launch.py starts
+
+
 def is_launched(environ: Mapping[str, str]) -> bool:
     """Whether torchrun, deepspeed or srun started this process as one of several."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
@@ -80,11 +83,13 @@ def is_main_process(environ: Mapping[str, str]) -> bool:
     return not is_launched(environ) or environ.get("SLURM_PROCID", "0") == "0"
 
 
-def leave_message(message: str, environ: Mapping[str, str]) -> None:
-    """A rank that is not the main one stays silent, but leaves its sentence where torch's launcher looks for it."""
+def tell(message: str, environ: Mapping[str, str]) -> None:
+    """Say a user's mistake once: the main rank prints it; below our launcher, which prints for all, no rank does.
+
+    The others leave the sentence where torch's launchers look for it, and print it where there is no such place.
+    """
     path = environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
-        Path(path).write_text(json.dumps(content))
-    else:
-        print(f"megastar: error: rank {environ.get('RANK', '?')}: {message}", file=sys.stderr)
+    if path and (not is_main_process(environ) or BY_US in environ):
+        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+        return
+    print(f"megastar: error: {message}", file=sys.stderr)

@@ -138,7 +138,8 @@ class Demo:
                     self.cfg.data.tokenizer,
                     labels,
                     seed=self.cfg.train.seed,
-                    cfg_scale=1.5,
+                    cfg_scale=3.0,
+                    temperature=0.9,
                     console=self.console,
                 )
                 save_npz(file, pictures, labels)

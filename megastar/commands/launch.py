@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 
+from megastar.commands.common import BY_US
 from megastar.errors import UserError
 
 
@@ -24,11 +25,12 @@ def launch(nproc: int, words: list[str]) -> int:
     options = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     if "--shutdown-timeout" in get_args_parser().format_help():
         options.append("--shutdown-timeout=600")
+    os.environ[BY_US] = "1"
     try:
         run(parse_args(["--standalone", f"--nproc-per-node={nproc}", *options, "-m", "megastar", *words]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == 2 and rank != 0:
+        if failure.exitcode == 2 and failure.error_file_data.get("message"):
             raise UserError(str(failure.message)) from error
         if failure.exitcode < 0:
             print(f"megastar: error: process {rank} was ended by {failure.signal_name()}", file=sys.stderr)
@@ -36,4 +38,6 @@ def launch(nproc: int, words: list[str]) -> int:
         return failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
+    finally:
+        del os.environ[BY_US]
     return 0

@@ -39,9 +39,9 @@ def parser() -> Parser:
     p.add_argument("--per-class", type=positive, default=12, help="pictures of each class (default 12)")
     p.add_argument("--count", type=positive, default=None, help="pictures in all, spread over the classes, for scores")
     p.add_argument("--like", default=None, help="token shards whose class frequencies --count follows")
-    p.add_argument("--cfg-scale", type=float, default=1.5, help="classifier-free guidance; 1: none (default 1.5)")
+    p.add_argument("--cfg-scale", type=float, default=3.0, help="classifier-free guidance; 1: none (default 3)")
     p.add_argument("--cfg-interval", type=int, default=-1, help="guide up to this token; -1: all (default -1)")
-    p.add_argument("--temperature", type=float, default=1.0, help="default 1")
+    p.add_argument("--temperature", type=float, default=0.9, help="1: as trained; less is tidier (default 0.9)")
     p.add_argument("--top-k", type=natural, default=0, help="keep the k likeliest codes; 0: all (default 0)")
     p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes up to this mass (default 1)")
     p.add_argument(

@@ -1,6 +1,5 @@
 """The only package that imports deepspeed. What must be said before that import is said here."""
 
-import logging
 import os
 import warnings
 
@@ -11,5 +10,3 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # torch 2.13 renamed two collectives that DeepSpeed calls: a warning a call, none of them the user's to mend.
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated.*")
-# Its warnings are about choices made here on purpose (a client optimizer under ZeRO, say).
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megastar.config.deepspeed import deepspeed_config, read_deepspeed
+from megastar.config.deepspeed import ZERO_PLUS_PLUS, deepspeed_config, read_deepspeed
 from megastar.config.load import resolve_batch
 from megastar.config.schema import RunConfig
 from megastar.device import pick_dtype
@@ -20,6 +21,11 @@ from megastar.engine.networks import Student
 from megastar.engine.sharding import AdamWEMA, parameter_groups, refresh_teacher, shard_pairs
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
+
+# Its warnings are about choices made here on purpose (a client optimizer under ZeRO, say).
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+OFFLOAD = ("offload_optimizer", "offload_param")
 
 
 @dataclass
@@ -51,10 +57,19 @@ class Engines:
 
 def check_supported(cfg: RunConfig) -> None:
     """Refuse what the configuration can say and the engine cannot do yet."""
-    stage = read_deepspeed(cfg.parallel.deepspeed)["zero_optimization"]["stage"]
+    zero = read_deepspeed(cfg.parallel.deepspeed)["zero_optimization"]
+    stage = zero["stage"]
     if stage != 3:
         raise UserError(
             f"{cfg.parallel.deepspeed} asks for ZeRO stage {stage}: the engine runs stage 3 only, use configs/ds/zero3.json"
+        )
+    # Each keeps weights in a second place, which the teacher's refresh does not know of.
+    unproven = [
+        k for k in ("zero_hpz_partition_size", *ZERO_PLUS_PLUS, *OFFLOAD) if zero.get(k) not in (None, 1, False)
+    ]
+    if unproven:
+        raise UserError(
+            f"{cfg.parallel.deepspeed} sets {', '.join(unproven)}: not proven with the sharded teacher, remove it"
         )
     if cfg.parallel.tensor_parallel != 1:
         raise UserError(

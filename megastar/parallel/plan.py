@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megastar.config.schema import ModelConfig
-
 
 @dataclass(frozen=True)
 class Split:
@@ -29,9 +27,3 @@ TENSOR_PLAN: tuple[Split, ...] = (
     Split(r"(.*\.)?layers\.\d+\.feed_forward\.w2\.weight$", "row"),
     Split(r"(.*\.)?output\.weight$", "column", gather_output=True),
 )
-
-
-def legal_degrees(cfg: ModelConfig) -> list[int]:
-    """Tensor-parallel degrees that divide the heads, the SwiGLU width and the vocabulary, ascending."""
-    sizes = (cfg.n_head, cfg.ffn_dim, cfg.vocab_size)
-    return [degree for degree in range(1, cfg.n_head + 1) if all(size % degree == 0 for size in sizes)]

@@ -165,13 +165,22 @@ def test_launchers_are_recognised(environ, launched, main):
     assert common.is_main_process(environ) is main
 
 
-def test_only_the_main_process_prints_others_leave_a_message(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("RANK", "1")
+def test_a_mistake_is_told_once(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "error.json"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    assert cli.main(["trian"]) == 2
-    assert capsys.readouterr() == ("", "")
-    assert "unknown command 'trian'" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    for rank, ours, printed in [("0", False, True), ("1", False, False), ("0", True, False), ("1", True, False)]:
+        file.unlink(missing_ok=True)
+        monkeypatch.setenv("RANK", rank)
+        if ours:
+            monkeypatch.setenv(common.BY_US, "1")
+        assert cli.main(["trian"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err == (
+            "megastar: error: unknown command 'trian': did you mean train?\n" if printed else ""
+        )
+        assert file.exists() is not printed
+    assert json.loads(file.read_text())["message"] == "unknown command 'trian': did you mean train?"
 
 
 def test_a_failure_of_another_rank_reaches_the_user(monkeypatch, tmp_path):
@@ -179,7 +188,7 @@ def test_a_failure_of_another_rank_reaches_the_user(monkeypatch, tmp_path):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     file = tmp_path / "error.json"
-    common.leave_message("the disk of node 2 is full: free some space", {"TORCHELASTIC_ERROR_FILE": str(file)})
+    common.tell("the disk of node 2 is full: free some space", {"RANK": "1", "TORCHELASTIC_ERROR_FILE": str(file)})
 
     def failing(code, rank, file=""):
         def fake(args):
@@ -198,7 +207,12 @@ def test_a_failure_of_another_rank_reaches_the_user(monkeypatch, tmp_path):
 
 @pytest.mark.dist
 def test_two_processes_say_a_mistake_once():
-    code = "import sys; from megastar.commands.launch import launch; sys.exit(launch(2, ['probe', 'weights']))"
+    code = (
+        "import sys, megastar.cli\n"
+        "from megastar.commands import launch, train\n"
+        "train.main = lambda words: launch.launch(2, ['probe', 'weights'])\n"
+        "sys.exit(megastar.cli.main(['train']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2
     wanted = "megastar: error: the following arguments are required: --val-shards; see megastar probe --help\n"

@@ -12,11 +12,12 @@ import yaml
 from torch import Tensor, nn
 
 from megastar.config.schema import ModelConfig
+from megastar.config.validate import tensor_parallel_degrees
 from megastar.model.projector import Projector
 from megastar.model.rope import rope_table
 from megastar.model.transformer import Transformer
 from megastar.parallel.collectives import gather_rows
-from megastar.parallel.plan import TENSOR_PLAN, Split, legal_degrees
+from megastar.parallel.plan import TENSOR_PLAN, Split
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 TINY = ModelConfig(n_layer=2, n_head=4, dim=16, multiple_of=8, vocab_size=12, num_classes=5, image_tokens=9)
@@ -49,7 +50,7 @@ def sharded(module: nn.Module, prefix: str, rank: int, degree: int) -> dict[str,
     return {n: shard(p, *matches(prefix + n), rank, degree) for n, p in module.named_parameters()}
 
 
-@pytest.mark.parametrize("degree", legal_degrees(TINY))
+@pytest.mark.parametrize("degree", tensor_parallel_degrees(TINY))
 def test_parts_add_up(degree: int) -> None:
     torch.manual_seed(0)
     model = Transformer(TINY).double().eval()
@@ -76,15 +77,22 @@ def test_parts_add_up(degree: int) -> None:
     ("name", "degrees"),
     [("b", [1, 2, 4]), ("l", [1, 2, 4, 8, 16]), ("xl", [1, 2, 4]), ("xxl", [1, 2, 4, 8]), ("3b", [1, 2, 4, 8, 16, 32])],
 )
-def test_legal_degrees(name: str, degrees: list[int]) -> None:
-    assert legal_degrees(ModelConfig(**yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))) == degrees
+def test_tensor_parallel_degrees(name: str, degrees: list[int]) -> None:
+    assert tensor_parallel_degrees(ModelConfig(**yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))) == degrees
 
 
-def test_legal_degrees_look_at_heads_ffn_and_vocabulary() -> None:
+def test_tensor_parallel_degrees_look_at_heads_ffn_and_vocabulary() -> None:
     base = ModelConfig(n_head=12, dim=768, multiple_of=256, vocab_size=12)
-    assert legal_degrees(base) == [1, 2, 4]  # 2048 is no multiple of 3
-    assert legal_degrees(ModelConfig(n_head=12, dim=720, multiple_of=12, vocab_size=24)) == [1, 2, 3, 4, 6, 12]
-    assert legal_degrees(ModelConfig(n_head=12, dim=720, multiple_of=12, vocab_size=9)) == [1, 3]
+    assert tensor_parallel_degrees(base) == [1, 2, 4]  # 2048 is no multiple of 3
+    assert tensor_parallel_degrees(ModelConfig(n_head=12, dim=720, multiple_of=12, vocab_size=24)) == [
+        1,
+        2,
+        3,
+        4,
+        6,
+        12,
+    ]
+    assert tensor_parallel_degrees(ModelConfig(n_head=12, dim=720, multiple_of=12, vocab_size=9)) == [1, 3]
 
 
 def test_gather_without_a_group_is_the_tensor_itself() -> None:
