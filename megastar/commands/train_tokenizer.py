@@ -25,6 +25,8 @@ EXAMPLES = """
 megastar train-tokenizer configs/tokenizer/emoji64.yaml
 megastar train-tokenizer configs/tokenizer/emoji64.yaml steps=2000 out=runs/try tokenizer.codebook_size=1024
 megastar train-tokenizer pictures=photos/ out=runs/vq16 tokenizer.image_size=256
+megastar train-tokenizer configs/tokenizer/emoji64.yaml init=assets/tokenizer/emoji64-vq.safetensors \
+    continuous_steps=0 lr=5e-4 out=runs/tokenizer-more
 The same command again resumes; the result is OUT/tokenizer.safetensors.
 """
 
@@ -58,7 +60,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     from megastar.data.pictures import PictureSet
     from megastar.device import pick_device, pick_dtype
     from megastar.evaluation.pictures import load_images
-    from megastar.tokenizer.io import save_tokenizer
+    from megastar.tokenizer.io import read_tokenizer_metadata, save_tokenizer
     from megastar.tokenizer.train import Trainer
 
     if cfg.threads:
@@ -79,6 +81,8 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
         console.print(f"{len(batches.broken)} pictures could not be read and were replaced by the next one: {names}")
     scores = {s: trainer.score(crops) for s, crops in held_out.items()}
     about = {"command": command, "seed": cfg.seed, "steps": cfg.steps, "pictures": len(pictures), "scores": scores}
+    if cfg.init:
+        about["init"] = read_tokenizer_metadata(cfg.init)[1]  # how that file was made
     save_config(cfg, out / "config.yaml")
     result = out / "tokenizer.safetensors"
     save_tokenizer(trainer.average, result, about | {"config": asdict(cfg)})

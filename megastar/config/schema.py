@@ -59,6 +59,7 @@ class TokenizerTrainConfig:
     val_subset: str = knob("", "score on the pictures below this top folder")
     test_subset: str = knob("", "score once more, at the end, on the pictures below this top folder")
     out: str = knob("runs/tokenizer", "run folder")
+    init: str = knob("", "tokenizer file to go on from, with continuous_steps 0; empty: random weights")
     steps: int = knob(20000, "optimizer steps", low=1)
     batch: int = knob(64, "pictures a step", low=1)
     lr: float = knob(1e-3, "peak learning rate (AdamW), cosine to a hundredth", above=0)

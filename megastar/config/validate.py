@@ -172,6 +172,11 @@ def _tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
             f"continuous_steps = {cfg.continuous_steps}: must be below steps {cfg.steps}, or no code book is made",
             ("continuous_steps", "steps"),
         )
+    if cfg.init and cfg.continuous_steps:
+        yield Problem(
+            f"continuous_steps = {cfg.continuous_steps}: k-means would replace the code book of init {cfg.init}: set it to 0",
+            ("continuous_steps", "init"),
+        )
     if not cfg.pictures:
         yield Problem("pictures is empty: name a folder of class folders, a .tar, or a folder of tars", ("pictures",))
     if not cfg.out:

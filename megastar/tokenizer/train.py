@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
+from megastar.tokenizer.io import load_tokenizer
 from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
 from megastar.tokenizer.vq import VQModel
 
@@ -58,7 +59,7 @@ class Trainer:
     def __init__(self, c: TokenizerTrainConfig, device: torch.device, dtype: torch.dtype):
         torch.manual_seed(c.seed)
         self.c, self.device, self.dtype = c, device, dtype
-        self.model = VQModel(c.tokenizer).to(device)
+        self.model = self._initial().to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay
@@ -72,6 +73,18 @@ class Trainer:
         )
         self.uses = torch.zeros(c.tokenizer.codebook_size, dtype=torch.long)  # of each code since the last revival
         self.step = 0
+
+    def _initial(self) -> VQModel:
+        if not self.c.init:
+            return VQModel(self.c.tokenizer)
+        model = load_tokenizer(self.c.init)
+        was, now = asdict(model.config), asdict(self.c.tokenizer)
+        differing = [f"{k}: {was[k]} there, {v} here" for k, v in now.items() if was[k] != v]
+        if differing:
+            raise UserError(
+                f"init {self.c.init} is of another architecture ({'; '.join(differing)}): set tokenizer.* to the file's values"
+            )
+        return model.requires_grad_(True)
 
     # One step ------------------------------------------------------------------------------------------------
     def train_step(self, images: Tensor) -> dict[str, float]:

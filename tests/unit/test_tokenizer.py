@@ -201,6 +201,23 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
         _fit(tmp_path, tokenizer=other, steps=6)
 
 
+def test_training_goes_on_from_a_file(tmp_path):
+    trainer, _ = _fit(tmp_path / "a")
+    save_tokenizer(trainer.average, tmp_path / "tok.safetensors", {}, torch.float32)
+    more = Trainer(
+        _config(init=str(tmp_path / "tok.safetensors"), continuous_steps=0), torch.device("cpu"), torch.float32
+    )
+    assert more.score(_batch(99)) == trainer.score(_batch(99))
+    more.batch_of = _batch
+    more.train_step(to_images(_batch(0)))
+    assert not torch.equal(more.model.encoder.conv_in.weight, trainer.average.encoder.conv_in.weight)
+    other = TokenizerConfig(**{**vars(SMALL), "codebook_size": 64})
+    with pytest.raises(UserError, match="another architecture .codebook_size: 32 there, 64 here"):
+        Trainer(
+            _config(init=str(tmp_path / "tok.safetensors"), tokenizer=other), torch.device("cpu"), torch.float32
+        )
+
+
 def test_learning_rate_warms_up_and_decays():
     c = _config(steps=100, warmup=10, lr=1.0)
     rates = [learning_rate(s, c) for s in range(101)]
