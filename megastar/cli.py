@@ -21,6 +21,7 @@ COMMANDS = {  # name -> (module of megastar.commands, what it does)
     "sample": ("sample", "draw pictures from a run or a weights file"),
     "evaluate": ("evaluate", "score pictures against real ones (FD-EffLite0)"),
     "probe": ("probe", "linear probe of a model's features"),
+    "plan": ("plan", "memory, communication and time of a run on a machine"),
     "doctor": ("doctor", "show versions and what is missing on this machine"),
 }
 EXAMPLES = """examples:

@@ -105,7 +105,7 @@ class Demo:
 
     def train(self) -> int:
         from megastar.commands.launch import launch
-        from megastar.engine.checkpoint import folder_of, latest, name_of
+        from megastar.engine.folders import folder_of, latest, name_of
 
         there, newest = Path(self.cfg.run) / "config.yaml", latest(folder_of(self.cfg))
         unchanged = there.is_file() and not diff_configs(load_config(there), self.cfg)

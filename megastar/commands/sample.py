@@ -68,8 +68,8 @@ def find_weights(source: str | Path | None, weights: str = "ema") -> Weights:
     if not path.is_dir():
         return Weights(find_file(path) or path, None, None)
     from megastar.data.shards import sha256
-    from megastar.engine.checkpoint import MANIFEST, read_manifest
-    from megastar.engine.export import export, find_checkpoint
+    from megastar.engine.export import export
+    from megastar.engine.folders import MANIFEST, find_checkpoint, read_manifest
 
     checkpoint = find_checkpoint(path)
     digest = sha256(checkpoint / MANIFEST)[:8]  # a run that was started afresh has the same names

@@ -182,6 +182,9 @@ class ParallelConfig:
     tensor_parallel: int = knob(
         1, "ranks that share one copy of each layer; must divide heads, ffn and vocabulary", low=1
     )
+    check_batches: bool = knob(
+        False, "debugging aid: compare, each step, the batches that the ranks of a tensor group see"
+    )
     activation_checkpointing: bool = knob(False, "recompute each block's activations in the backward pass")
 
 
@@ -203,6 +206,7 @@ class TrainConfig:
     save_every: int = knob(1000, "steps between checkpoints; one is always written at the end", low=1)
     keep_last: int = knob(2, "checkpoints kept; older ones are removed after a newer one is complete", low=1)
     keep_every: int = knob(0, "also keep each checkpoint whose step is a multiple of this; 0: none", low=0)
+    keep_best: bool = knob(False, "also keep the checkpoint with the lowest validation loss at its step")
     threads: int = knob(0, "CPU threads a rank; 0: cores / local ranks on CPU, torch's choice on a GPU", low=0)
 
 

@@ -5,81 +5,77 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.utils import groups
 from torch import nn
 
-from megastar.config.deepspeed import ZERO_PLUS_PLUS, deepspeed_config, read_deepspeed
+from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
 from megastar.config.schema import RunConfig
 from megastar.device import pick_dtype
 from megastar.engine.networks import Student
-from megastar.engine.sharding import AdamWEMA, parameter_groups, refresh_teacher, shard_pairs
+from megastar.engine.sharding import AdamWEMA, Shard, parameter_groups, shards
+from megastar.engine.teachers import ReplicatedTeacher, ShardedTeacher
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
+from megastar.parallel.mesh import Mesh
+from megastar.parallel.plan import autotp_section
 
 # Its warnings are about choices made here on purpose (a client optimizer under ZeRO, say).
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
-OFFLOAD = ("offload_optimizer", "offload_param")
-
 
 @dataclass
 class Context:
-    """Where this process stands."""
+    """Where this process stands: device, precision, mesh and its process groups (None: no other rank)."""
 
     rank: int
     world: int
     device: torch.device
     dtype: torch.dtype
+    tensor: int = 1
+    data_group: dist.ProcessGroup | None = None
+    tensor_group: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(self.world, self.tensor, self.rank)
+
 
 @dataclass
 class Engines:
     student: Any  # deepspeed.DeepSpeedEngine around Student
-    teacher: Any | None  # deepspeed.DeepSpeedEngine around Transformer, no optimizer
+    teacher: ShardedTeacher | ReplicatedTeacher | None
     optimizer: AdamWEMA
-    pairs: list[tuple[nn.Parameter, nn.Parameter]]
     micro_batch: int
     accumulation: int
 
     def refresh_teacher(self) -> None:
-        refresh_teacher(self.pairs)
+        if self.teacher is not None:
+            self.teacher.refresh()
 
+    def grad_norm(self) -> float:
+        """Of the last step, before clipping; NaN where nothing computes it (stage 0 without clipping)."""
+        norm = self.student.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
 
-def check_supported(cfg: RunConfig) -> None:
-    """Refuse what the configuration can say and the engine cannot do yet."""
-    zero = read_deepspeed(cfg.parallel.deepspeed)["zero_optimization"]
-    stage = zero["stage"]
-    if stage != 3:
-        raise UserError(
-            f"{cfg.parallel.deepspeed} asks for ZeRO stage {stage}: the engine runs stage 3 only, use configs/ds/zero3.json"
-        )
-    # Each keeps weights in a second place, which the teacher's refresh does not know of.
-    unproven = [
-        k for k in ("zero_hpz_partition_size", *ZERO_PLUS_PLUS, *OFFLOAD) if zero.get(k) not in (None, 1, False)
-    ]
-    if unproven:
-        raise UserError(
-            f"{cfg.parallel.deepspeed} sets {', '.join(unproven)}: not proven with the sharded teacher, remove it"
-        )
-    if cfg.parallel.tensor_parallel != 1:
-        raise UserError(
-            f"parallel.tensor_parallel={cfg.parallel.tensor_parallel}: the engine has no tensor parallelism yet, set it to 1"
-        )
+    def shards(self) -> list[Shard]:
+        return list(shards(self.student, self.optimizer))
 
 
 def start(cfg: RunConfig) -> Context:
     """Join the process group that torchrun, deepspeed or srun described; alone without one."""
-    check_supported(cfg)
     slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     for name, other in slurm.items():
         if name not in os.environ and "SLURM_STEP_ID" in os.environ:
@@ -114,7 +110,16 @@ def start(cfg: RunConfig) -> Context:
     if alone and not dist.is_initialized():  # no launcher: a store of our own needs no free port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return Context(rank, world, device, pick_dtype(cfg.train.dtype, device))
+    context = Context(rank, world, device, pick_dtype(cfg.train.dtype, device), cfg.parallel.tensor_parallel)
+    resolve_batch(cfg, world)  # the world must fit before groups are made of it
+    context.data_group = dist.group.WORLD if world > 1 else None
+    if context.tensor > 1:
+        groups._init_tp_mesh_device(tensor_model_parallel_size=context.tensor)
+        context.tensor_group = groups.get_tensor_model_parallel_group()
+        context.data_group = groups.get_data_parallel_group()
+        assert dist.get_rank(context.tensor_group) == context.mesh.tensor_rank
+        assert dist.get_rank(context.data_group) == context.mesh.data_rank
+    return context
 
 
 def build(cfg: RunConfig, ctx: Context) -> Engines:
@@ -123,28 +128,61 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     config = deepspeed_config(
         cfg, micro, accumulation, world_size=ctx.world, dtype="bf16" if ctx.dtype == torch.bfloat16 else "fp32"
     )
+    stage = config["zero_optimization"]["stage"]
     torch.manual_seed(cfg.train.seed)  # the same weights on every rank, of which each keeps its shard
-    with deepspeed.zero.Init(config_dict_or_path=config):
+    with born_sharded(config, ctx):
         student = Student(cfg)
-    optimizer = AdamWEMA(
-        parameter_groups(student, cfg.optim.weight_decay),
-        lr=cfg.optim.lr,
-        betas=(cfg.optim.beta1, cfg.optim.beta2),
-        eps=cfg.optim.eps,
-    )
-    engine, wrapped, _, _ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
+    config |= {"tensor_parallel": autotp_section(ctx.tensor)} if ctx.tensor > 1 else {}
+    o = cfg.optim
+    optimizer = AdamWEMA(parameter_groups(student, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+    engine = initialize(student, config, optimizer)
+    engines = Engines(engine, None, optimizer, micro, accumulation)
     if not cfg.self_guided.enabled:
-        return Engines(engine, None, optimizer, [], micro, accumulation)
+        return engines
 
     teacher_config = {k: v for k, v in config.items() if k != "gradient_clipping"}
-    # A persistent (never partitioned) parameter would not see the refresh, silently.
-    teacher_config["zero_optimization"] = {**config["zero_optimization"], "stage3_param_persistence_threshold": 0}
-    with deepspeed.zero.Init(config_dict_or_path=teacher_config):
-        transformer = Transformer(cfg.model)
-    transformer.requires_grad_(False).eval()
-    teacher, *_ = deepspeed.initialize(model=transformer, config=teacher_config)
-    teacher.eval()
-    pairs = shard_pairs(engine.module.transformer, teacher.module)
-    engines = Engines(engine, teacher, optimizer, pairs, micro, accumulation)
+    if stage == 3:
+        zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+        # A persistent (never partitioned) parameter would not see the refresh, silently.
+        teacher_config["zero_optimization"] = {**zero, "stage3_param_persistence_threshold": 0}
+        with born_sharded(teacher_config, ctx):
+            transformer = Transformer(cfg.model)
+        transformer.requires_grad_(False).eval()
+        teacher = initialize(transformer, teacher_config)
+        teacher.eval()
+        engines.teacher = ShardedTeacher(teacher, engine, optimizer)
+    else:
+        transformer = Transformer(cfg.model).to(ctx.device, ctx.dtype)
+        transformer.requires_grad_(False).eval()
+        if ctx.tensor > 1:  # an engine of stage 0 only splits the layers
+            transformer = initialize(transformer, teacher_config | {"zero_optimization": {"stage": 0}}).module
+        engines.teacher = ReplicatedTeacher(transformer, engine, optimizer)
+    assert not any(q.requires_grad for q in transformer.parameters())
     engines.refresh_teacher()
     return engines
+
+
+def born_sharded(config: dict[str, Any], ctx: Context) -> AbstractContextManager[Any]:
+    """``zero.Init`` at stage 3, so that no rank ever holds a whole network; nothing at the other stages.
+
+    It must know the data group: over all ranks it would mix the shards of tensor ranks.
+    """
+    if config["zero_optimization"]["stage"] < 3:
+        return nullcontext()
+    group = ctx.data_group if ctx.tensor > 1 else None
+    return deepspeed.zero.Init(config_dict_or_path=config, data_parallel_group=group)
+
+
+def initialize(module: nn.Module, config: dict[str, Any], optimizer: AdamWEMA | None = None) -> Any:
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    # DeepSpeed compares the first batch of a tensor group by pickling it; `parallel.check_batches` does every one.
+    if hook := getattr(engine, "first_dataloader_check", None):
+        hook.remove()
+    if optimizer is not None and engine.zero_optimization_stage() == 0:
+        # Without ZeRO the engine clips but forgets the norm; it looks for it on the optimizer.
+        def clip() -> None:
+            norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu)
+            optimizer._global_grad_norm = norm  # type: ignore[attr-defined]
+
+        engine.clip_fp32_gradients = clip
+    return engine

@@ -1,149 +1,215 @@
-"""Checkpoints: written under a temporary name, listed in a manifest, renamed, and only then named by ``latest``.
+"""Save and resume. A save copies this rank's shards to host memory and writes them while training goes on.
 
-checkpoints/step-00000400/   DeepSpeed's files, one random-state file a rank, megastar.json (sizes and hashes)
-checkpoints/latest           the name of the newest complete one
+Every rank writes its own files into ``.writing`` and then a note of their sizes and hashes; rank 0 waits for all the
+notes, writes the manifest, renames the folder and points ``latest`` to it. Threads never use collectives.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megastar.config.schema import RunConfig
-from megastar.engine.build import Context, Engines
+from megastar.engine import folders
+from megastar.engine.folders import WRITING, folder_of, name_of
+from megastar.engine.state_files import FORMAT, KINDS, Piece, StateReader, state_file, write_pieces
 from megastar.errors import UserError
+from megastar.parallel.plan import split_of
 
-WRITING = ".writing"
-MANIFEST = "megastar.json"
+if TYPE_CHECKING:  # it imports deepspeed
+    from megastar.engine.build import Context, Engines
 
-
-def name_of(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def folder_of(cfg: RunConfig) -> Path:
-    return Path(cfg.run) / "checkpoints"
+PATIENCE = 1800.0  # seconds that rank 0 waits for the other ranks' files
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of ``folder``, or None. A half-written one never counts."""
-    pointer = folder / "latest"
-    if pointer.is_file() and (folder / pointer.read_text().strip() / MANIFEST).is_file():
-        return folder / pointer.read_text().strip()
-    complete = sorted(p.parent for p in folder.glob(f"step-*/{MANIFEST}"))
-    return complete[-1] if complete else None
+def random_file(data_rank: int) -> str:
+    return f"random-{data_rank:05d}.pt"
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-        os.fsync(f.fileno())
-    return digest.hexdigest()
+def full_shapes(engines: Engines, ctx: Context) -> dict[str, list[int]]:
+    """Name -> shape of the whole parameter, whatever this rank holds of it."""
+    out = {}
+    for name, p in engines.student.module.named_parameters():
+        shape = list(getattr(p, "ds_shape", p.shape))
+        if (split := split_of(name)) and ctx.tensor > 1:
+            shape[1 if split.partition == "row" else 0] *= ctx.tensor
+        out[name] = shape
+    return out
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+def owned(engines: Engines, ctx: Context) -> list[Any]:
+    """The shards that this rank writes: what replicas hold alike is divided among them."""
+    out = []
+    replicas = engines.student.zero_optimization_stage() == 0
+    for shard in engines.shards():
+        if replicas:
+            shard = shard.part(ctx.mesh.data_rank, ctx.mesh.data)
+        if ctx.tensor > 1 and not split_of(shard.name):
+            shard = shard.part(ctx.mesh.tensor_rank, ctx.tensor)
+        if shard.start < shard.stop:
+            out.append(shard)
+    return out
 
 
-def _random_state(ctx: Context) -> dict[str, Any]:
-    state = {"torch": torch.get_rng_state()}  # all other draws are functions of the seed and the step
-    if ctx.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(ctx.device)
-    return state
+class Saver:
+    """One save at a time. ``save`` returns when the copy is made; ``finish`` when the last save is on the disk."""
 
+    def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines):
+        self.cfg, self.ctx, self.engines = cfg, ctx, engines
+        self.folder = folder_of(cfg)
+        self.shapes = full_shapes(engines, ctx)
+        self.host: dict[tuple[str, str], Tensor] = {}  # pinned copies, kept from save to save
+        self.thread: threading.Thread | None = None
+        self.cancelled = threading.Event()
+        self.error: OSError | None = None
+        self.done: Path | None = None
 
-def needed_bytes(engines: Engines) -> int:
-    """What this rank will write: fp32 master, two moments and the average (16 B an element) and the compute copy."""
-    elements = sum(p.ds_tensor.numel() for p in engines.student.module.parameters())
-    return elements * (16 + 4) + (1 << 20)
+    @property
+    def failed(self) -> bool:
+        return self.error is not None
 
+    def save(self, step: int, about: dict[str, Any]) -> float:
+        """Save after ``step`` steps; ``about`` goes into the manifest. Returns the seconds that training stood still.
 
-def save(cfg: RunConfig, ctx: Context, engines: Engines, step: int, state: dict[str, Any]) -> Path:
-    """Save after ``step`` steps. Raises ``UserError`` when the disk is full; the former checkpoint stays valid.
+        Raises ``UserError`` when the disk is full; the former checkpoint stays valid.
+        """
+        self.finish()
+        start = time.perf_counter()
+        self.step = step
+        mine = owned(self.engines, self.ctx)
+        need = torch.tensor([sum(s.stop - s.start for s in mine) * 4 * len(KINDS)], dtype=torch.int64)
+        need = need.to(self.ctx.device)
+        if self.ctx.world > 1:
+            dist.all_reduce(need)
+        if problem := on_main(self.ctx, lambda: self._prepare(int(need.item()) + (1 << 20))):
+            raise self._told(problem)
+        pieces = [self._copy(s) for s in mine]
+        if self.ctx.device.type == "cuda":
+            torch.cuda.synchronize()
+        random = {"torch": torch.get_rng_state()}  # all other draws are functions of the seed and the step
+        if self.ctx.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.ctx.device)
+        manifest = {"format": FORMAT, "step": step, **about}
+        manifest |= {
+            "mesh": {
+                "data": self.ctx.mesh.data,
+                "tensor": self.ctx.tensor,
+                "zero_stage": self.engines.student.zero_optimization_stage(),
+            },
+            "dtype": str(self.ctx.dtype),
+            "optimizer_step": step,
+            "parameters": self.shapes,
+            "config": asdict(self.cfg),
+        }
+        self.cancelled.clear()
+        self.thread = threading.Thread(target=self._write, args=(pieces, random, manifest), daemon=True)
+        self.thread.start()
+        return time.perf_counter() - start
 
-    What rank 0 does alone (room, hashes, rename) is agreed before the others go on. A rank that fails inside
-    DeepSpeed's save cannot agree, since the others wait in a barrier there: it ends, and the launcher ends them.
-    """
-    folder, name = folder_of(cfg), name_of(step)
-    writing = folder / WRITING
-    need = torch.tensor([needed_bytes(engines)], dtype=torch.int64, device=ctx.device)
-    if ctx.world > 1:
-        dist.all_reduce(need)
+    def _copy(self, shard: Any) -> tuple[Piece, dict[str, Tensor]]:
+        rank = self.ctx.mesh.tensor_rank if split_of(shard.name) else 0
+        copies = {}
+        for kind in KINDS:
+            source = shard.view(kind)
+            if source.device.type == "cuda":
+                if (shard.name, kind) not in self.host:
+                    self.host[shard.name, kind] = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+                copies[kind] = self.host[shard.name, kind].copy_(source, non_blocking=True)
+            else:
+                copies[kind] = source.clone()
+        return Piece(shard.name, rank, shard.start, shard.stop), copies
 
-    def prepare() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def _prepare(self, need: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        writing = self.folder / WRITING
         if writing.exists():  # what a killed save left
             shutil.rmtree(writing)
-        writing.mkdir()
-        free = shutil.disk_usage(folder).free
-        if free < need.item():
-            raise OSError(f"{need.item() / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+        (writing / name_of(self.step)).mkdir(parents=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            raise OSError(f"{need / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
 
-    def write() -> None:
-        # DeepSpeed copies a recovery script beside the files; ours are converted by `megastar export`.
-        engines.student._copy_recovery_script = lambda path: None
-        engines.student.save_checkpoint(str(writing), tag=name, client_state={}, save_latest=False)
-        torch.save(_random_state(ctx), writing / name / f"random_rank_{ctx.rank}.pt")
+    def _write(self, pieces: Any, random: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+        try:
+            written = self.folder / WRITING / name_of(self.step)
+            size, digest = write_pieces(written / state_file(self.ctx.rank), pieces)
+            mesh = self.ctx.mesh
+            whose = f"rank {mesh.rank}: data rank {mesh.data_rank}, tensor rank {mesh.tensor_rank}"
+            note = {state_file(mesh.rank): {"bytes": size, "sha256": digest, "whose": whose}}
+            if mesh.tensor_rank == 0:
+                file = written / random_file(mesh.data_rank)
+                torch.save(random, file)
+                entry = {"bytes": file.stat().st_size, "sha256": folders.digest_of(file), "whose": whose}
+                note[file.name] = entry
+            folders.write_atomically(self._note(mesh.rank), json.dumps(note))
+            if self.ctx.main:
+                self.done = self._complete(manifest)
+        except (OSError, RuntimeError) as error:
+            self.error = error if isinstance(error, OSError) else OSError(str(error))
 
-    def finish() -> None:
-        files = sorted(p for p in (writing / name).iterdir() if p.is_file())
-        with ThreadPoolExecutor(4) as pool:
-            digests = list(pool.map(_digest, files))
-        listed = {p.name: {"bytes": p.stat().st_size, "sha256": d} for p, d in zip(files, digests, strict=True)}
-        about = {"format": 1, "step": step, "world": ctx.world, "dtype": str(ctx.dtype), **state}
-        about |= {"config": asdict(cfg), "files": listed}
-        _write_atomically(writing / name / MANIFEST, json.dumps(about, indent=1))
-        if (folder / name).exists():  # the same step again, after a resume
-            shutil.rmtree(folder / name)
-        (writing / name).rename(folder / name)
-        _write_atomically(folder / "latest", name + "\n")
+    def _note(self, rank: int) -> Path:
+        return self.folder / WRITING / f"{name_of(self.step)}.rank-{rank:05d}.json"
 
-    def told(problem: str) -> UserError:
-        former = latest(folder)
+    def _complete(self, manifest: dict[str, Any]) -> Path:
+        """Rank 0: wait for every rank's note, then publish."""
+        waiting, files = set(range(self.ctx.world)), {}
+        deadline = time.monotonic() + PATIENCE
+        while waiting:
+            for rank in sorted(waiting):
+                if self._note(rank).is_file():
+                    files |= json.loads(self._note(rank).read_text())
+                    waiting.discard(rank)
+            if waiting and time.monotonic() > deadline:
+                raise OSError(f"rank {min(waiting)} wrote no files within {PATIENCE:.0f} s")
+            if waiting and self.cancelled.wait(0.02):
+                raise OSError("another rank could not write")
+        done = folders.publish(self.folder, name_of(self.step), manifest | {"files": dict(sorted(files.items()))})
+        folders.retire(self.cfg, self.folder)
+        return done
+
+    def finish(self) -> Path | None:
+        """Wait until the save under way is complete, on all ranks alike. Raises ``UserError`` if it failed anywhere."""
+        if self.thread is None:
+            return self.done
+        if not self.ctx.main:
+            self.thread.join()
+        mine = str(self.error or "")
+        if self.ctx.world > 1:  # rank 0 must not wait half an hour for the files of a rank that failed
+            problems: list[Any] = [None] * self.ctx.world
+            dist.all_gather_object(problems, mine)
+            mine = next((p for p in problems if p), "")
+        if self.ctx.main:
+            if mine:
+                self.cancelled.set()
+            self.thread.join()
+        last = [str(self.error or ""), self.done]
+        if self.ctx.world > 1:
+            dist.broadcast_object_list(last, src=0, device=self.ctx.device)
+        self.thread, self.error, self.done = None, None, last[1]
+        if problem := mine or last[0]:
+            raise self._told(problem)
+        return self.done
+
+    def _told(self, problem: str) -> UserError:
+        former = folders.latest(self.folder)
         kept = f"{former} stays valid" if former else "there is no earlier checkpoint"
         return UserError(
-            f"checkpoint of step {step} in {folder} could not be written ({problem}); {kept}: "
+            f"checkpoint of step {self.step} in {self.folder} could not be written ({problem}); {kept}: "
             "free some space and start again"
         )
 
-    if problem := _main_only(ctx, prepare):
-        raise told(problem)
-    try:
-        write()
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(w in str(error) for w in _WRITE_ERRORS):
-            raise
-        raise told(str(error)) from error
-    _barrier(ctx)
-    if problem := _main_only(ctx, finish):
-        raise told(problem)
-    if ctx.main:  # the checkpoint is complete: what cannot be tidied up is no reason to stop
-        shutil.rmtree(writing, ignore_errors=True)
-        retire(cfg, folder)
-    return folder / name
 
-
-_WRITE_ERRORS = ("PytorchStreamWriter", "unexpected pos", "No space left", "File too large", "write")  # of torch.save
-
-
-def _main_only(ctx: Context, work: Callable[[], None]) -> str:
+def on_main(ctx: Context, work: Callable[[], None]) -> str:
     """Run ``work`` on rank 0; every rank learns what went wrong on its disk, or the empty string."""
     problem = [""]
     if ctx.main:
@@ -156,82 +222,58 @@ def _main_only(ctx: Context, work: Callable[[], None]) -> str:
     return problem[0]
 
 
-def retire(cfg: RunConfig, folder: Path) -> None:
-    """Remove all but the last ``keep_last`` complete checkpoints and each ``keep_every``-th step."""
-    complete = sorted(p.parent for p in folder.glob(f"step-*/{MANIFEST}"))
-    for old in complete[: -max(1, cfg.train.keep_last)]:
-        step = int(old.name.removeprefix("step-"))
-        if not (cfg.train.keep_every and step % cfg.train.keep_every == 0):
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after its files were compared with it in name and size."""
-    path = checkpoint / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{checkpoint} is no complete checkpoint: {MANIFEST} is missing; name a folder step-* of a run")
-    about = json.loads(path.read_text())
-    for name, entry in about["files"].items():
-        file = checkpoint / name
-        if not file.is_file():
-            raise UserError(
-                f"{checkpoint} lacks {name}: restore it, or remove the folder to resume from an earlier one"
-            )
-        if file.stat().st_size != entry["bytes"]:
-            raise UserError(
-                f"{file} has {file.stat().st_size} bytes, its manifest says {entry['bytes']}: it is damaged"
-            )
-    return about
-
-
-def verify(checkpoint: Path) -> None:
-    """Compare every file's hash with the manifest; ``UserError`` names the damaged one."""
-    for name, entry in read_manifest(checkpoint)["files"].items():
-        _compare(checkpoint / name, entry)
-
-
-def _compare(file: Path, entry: dict[str, Any]) -> None:
-    if _digest(file) != entry["sha256"]:
-        raise UserError(f"{file} is damaged: its SHA-256 differs from the manifest's; restore it, or remove its folder")
-
-
 def newest(ctx: Context, folder: Path) -> Path | None:
     """``latest`` as rank 0 sees it, on every rank: views of a shared file system may differ for a while."""
-    found = [latest(folder) if ctx.main else None]
+    found = [folders.latest(folder) if ctx.main else None]
     if ctx.world > 1:
         dist.broadcast_object_list(found, src=0, device=ctx.device)
     return found[0]
 
 
-def load(ctx: Context, engines: Engines, checkpoint: Path) -> dict[str, Any]:
-    """Restore everything from ``checkpoint``; returns its manifest.
+@torch.no_grad()
+def load(cfg: RunConfig, ctx: Context, engines: Engines, checkpoint: Path) -> dict[str, Any]:
+    """Restore everything from ``checkpoint``, whatever ranks and ZeRO stage wrote it; returns its manifest.
 
-    Raises ``UserError`` for another world size or dtype, and for files that are not what was written.
+    With another number of data ranks dropout draws other numbers from here on; all else goes on as it was. Raises
+    ``UserError`` for another network and for files that are not what was written.
     """
-    about = read_manifest(checkpoint)
-    mine = (f"_rank_{ctx.rank}_", f"_rank_{ctx.rank}.pt")
-    for name, entry in about["files"].items():  # the ranks share the hashing: each checks what it will read
-        if any(m in name for m in mine) or ctx.main and "_rank_" not in name:
-            _compare(checkpoint / name, entry)
-    if about["world"] != ctx.world:
-        raise UserError(
-            f"{checkpoint} was written by {about['world']} ranks, this run has {ctx.world}: start it with {about['world']}"
-        )
-    if about["dtype"] != str(ctx.dtype):
-        raise UserError(
-            f"{checkpoint} holds {about['dtype']} states, this run computes in {ctx.dtype}: set train.dtype"
-        )
-    path, _ = engines.student.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if path is None:
-        raise UserError(f"{checkpoint} could not be loaded: DeepSpeed found no states in it")
+    from megastar.engine.sharding import publish_masters
+
+    about = folders.read_manifest(checkpoint)
+    names = list(about["files"])
+    folders.verify(checkpoint, names[ctx.rank :: ctx.world])  # the ranks share the hashing
+    if ctx.world > 1:
+        dist.barrier()
+    _same_network(about["parameters"], full_shapes(engines, ctx), checkpoint)
+    reader = StateReader(checkpoint, about)
+    for shard in engines.shards():
+        where = (ctx.tensor, ctx.mesh.tensor_rank, shard.start, shard.stop)
+        for kind in KINDS:
+            shard.view(kind).copy_(reader.range(shard.name, kind, *where))
+        engines.optimizer.state[shard.flat]["step"].fill_(reader.optimizer_step)
+    publish_masters(engines.student)
     engines.refresh_teacher()
-    state = torch.load(checkpoint / f"random_rank_{ctx.rank}.pt", weights_only=True)
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], ctx.device)
+    engines.student.global_steps = about["step"]
+    random = checkpoint / random_file(ctx.mesh.data_rank)
+    if about["mesh"]["data"] == ctx.mesh.data:
+        state = torch.load(random, weights_only=True)
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and ctx.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], ctx.device)
+    else:
+        seed_dropout(cfg, ctx, about["step"])
     return about
 
 
-def _barrier(ctx: Context) -> None:
-    if ctx.world > 1:
-        dist.barrier()
+def seed_dropout(cfg: RunConfig, ctx: Context, step: int) -> None:
+    """Dropout differs between data ranks and agrees within a tensor group."""
+    torch.manual_seed((cfg.train.seed * 1_000_003 + step) * 100_003 + ctx.mesh.data_rank)
+
+
+def _same_network(theirs: dict[str, list[int]], ours: dict[str, list[int]], checkpoint: Path) -> None:
+    for name in [*ours, *theirs]:
+        if theirs.get(name) != ours.get(name):
+            raise UserError(
+                f"{checkpoint} is of another network: {name} is {theirs.get(name, 'absent')} there, "
+                f"{ours.get(name, 'absent')} in this configuration: use the checkpoint's model section"
+            )

@@ -12,6 +12,8 @@ from rich.table import Table
 from megastar.config.schema import RunConfig
 from megastar.data.shards import Manifest
 from megastar.engine.build import Context, Engines
+from megastar.engine.checkpoint import full_shapes
+from megastar.engine.memory import state_bytes
 from megastar.engine.schedule import learning_rate, total_steps
 from megastar.engine.step import losses
 from megastar.teacher.schedule import decay_at
@@ -22,7 +24,7 @@ IMAGENET = 1_281_167  # training pictures of ImageNet-1k, where there are no sha
 def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest | None) -> None:
     """One forward, backward and update on random codes; prints parameters, memory a rank, batch and schedule."""
     B, M, T = engines.micro_batch, cfg.self_guided.views if cfg.self_guided.enabled else 1, cfg.model.image_tokens
-    g = torch.Generator().manual_seed(ctx.rank)
+    g = torch.Generator().manual_seed(ctx.mesh.data_rank)
     batch = {
         "codes": torch.randint(0, cfg.model.vocab_size, (B, M, T), generator=g),
         "labels": torch.randint(0, cfg.model.num_classes, (B,), generator=g),
@@ -45,14 +47,10 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest 
     if not ctx.main:
         return
 
-    def count(module: torch.nn.Module) -> int:
-        return sum(p.ds_numel for p in module.parameters())
-
-    student = engines.student.module
-    trunk, extra = count(student.transformer), count(student) - count(student.transformer)
-    element = 2 if ctx.dtype == torch.bfloat16 else 4
-    # Compute copy and gradient in the compute type; master, two moments and the average in fp32.
-    shard = (trunk + extra) * (2 * element + 16) + (trunk * element if engines.teacher else 0)
+    sizes = {n: torch.Size(shape).numel() for n, shape in full_shapes(engines, ctx).items()}
+    trunk = sum(size for n, size in sizes.items() if n.startswith("transformer."))
+    extra = sum(sizes.values()) - trunk
+    states = state_bytes(engines)
     if ctx.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(ctx.device)
     else:
@@ -61,10 +59,12 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest 
     rows = {
         "transformer": f"{cfg.model.name}, {trunk / 1e6:.1f} M parameters"
         + (f", projector {extra / 1e6:.1f} M" if extra else ""),
-        "ranks": f"{ctx.world} x {ctx.device.type}, {str(ctx.dtype).removeprefix('torch.')}, {cfg.parallel.deepspeed}",
-        "states a rank": f"{shard / ctx.world / 2**20:.0f} MiB (weights, gradients, AdamW, average, teacher)",
+        "ranks": f"{ctx.mesh.data} data x {ctx.tensor} tensor, {ctx.device.type}, {str(ctx.dtype).removeprefix('torch.')}, {cfg.parallel.deepspeed}",
+        "states, rank 0": f"{sum(states.values()) / 2**20:.0f} MiB held: "
+        + ", ".join(f"{cause} {size / 2**20:.0f}" for cause, size in states.items())
+        + " (optimizer: masters, moments, average)",
         "peak memory, rank 0": f"{peak / 2**20:.0f} MiB" + (" (whole process)" if ctx.device.type == "cpu" else ""),
-        "batch": f"{cfg.train.global_batch} images x {M} views = {ctx.world} ranks x {engines.micro_batch} x {engines.accumulation} accumulated",
+        "batch": f"{cfg.train.global_batch} images x {M} views = {ctx.mesh.data} data ranks x {engines.micro_batch} x {engines.accumulation} accumulated",
         "data": f"{manifest.samples} pictures, {manifest.views} stored views of {manifest.tokens} tokens"
         if manifest
         else f"{cfg.data.shards} is not there; ImageNet's {IMAGENET} pictures assumed",

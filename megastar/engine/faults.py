@@ -41,10 +41,12 @@ def check_moved(skipped_before: int, skipped_now: int, step: int) -> None:
         )
 
 
-def agree(ctx: Context, loss: Tensor, stop: int) -> tuple[bool, int]:
-    """(is the loss finite on every rank, the largest stop signal of any rank), before the optimizer moves."""
-    flags = torch.stack([(~torch.isfinite(loss.detach())).to(torch.int64), torch.tensor(stop, device=loss.device)])
+def agree(ctx: Context, loss: Tensor, stop: int, lost: bool = False) -> tuple[bool, int, bool]:
+    """Before the optimizer moves, on every rank alike: (is the loss finite everywhere, the largest stop signal of any
+    rank, did the save under way fail anywhere)."""
+    bad = (~torch.isfinite(loss.detach())).to(torch.int64)
+    flags = torch.stack([bad, torch.tensor(stop, device=loss.device), torch.tensor(int(lost), device=loss.device)])
     if ctx.world > 1:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    bad, signal_number = flags.tolist()
-    return not bad, int(signal_number)
+    nonfinite, signal_number, failed = flags.tolist()
+    return not nonfinite, int(signal_number), bool(failed)

@@ -15,7 +15,7 @@ from megastar.config.load import diff_configs, load_config, resolve_batch, save_
 from megastar.config.schema import RunConfig
 from megastar.data.loader import TokenLoader, check_manifest, validation_batches
 from megastar.data.shards import Manifest, load_manifest
-from megastar.engine import checkpoint
+from megastar.engine import checkpoint, folders
 from megastar.engine.build import Context, Engines, build, start
 from megastar.engine.faults import PREEMPTED, NonFiniteLoss, StopFlag, agree, check_moved
 from megastar.engine.metrics import Metrics
@@ -39,17 +39,17 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
         describe(cfg, ctx, engines, manifest)
         return
     assert manifest is not None
-    found = checkpoint.newest(ctx, checkpoint.folder_of(cfg))
+    found = checkpoint.newest(ctx, folders.folder_of(cfg))
     done, data = 0, digest_of(manifest)
     if found:
-        restored = checkpoint.load(ctx, engines, found)
+        restored = checkpoint.load(cfg, ctx, engines, found)
         done = restored["step"]
         if restored["data"] != data:
             raise UserError(
                 f"{cfg.data.shards} holds other shards than {found} was trained on: restore them, or choose another run=..."
             )
     if not found:
-        torch.manual_seed(cfg.train.seed * 100_003 + ctx.rank)  # dropout differs between data ranks
+        checkpoint.seed_dropout(cfg, ctx, 0)
     steps = total_steps(cfg, manifest.samples)
     if done >= steps:
         if ctx.main:
@@ -82,17 +82,20 @@ def run(
 ) -> None:
     """The loop itself: batch -> losses -> backward -> agree -> step -> teacher. ``about`` goes into each checkpoint."""
     stop, batches, steps = StopFlag(), iter(loader), about["steps"]
+    saver = checkpoint.Saver(cfg, ctx, engines)
     validation = make_validation(cfg, ctx, engines)
     engines.student.train()
     for step in range(done, steps):
         sums: dict[str, torch.Tensor] = {}
         for _ in range(engines.accumulation):
             loss, parts = losses(cfg, engines, ctx, next(batches), step)
-            finite, signal_number = agree(ctx, loss, stop.signal)
+            finite, signal_number, lost = agree(ctx, loss, stop.signal, saver.failed)
             if not finite:
                 raise NonFiniteLoss(
                     f"step {step}: the loss is not finite; resume from the last checkpoint with a lower optim.lr"
                 )
+            if lost:
+                saver.finish()  # raises
             engines.student.backward(loss)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / engines.accumulation
@@ -104,7 +107,7 @@ def run(
         engines.refresh_teacher()
         if (step + 1) % cfg.train.log_every == 0 or step + 1 == steps:
             row = average_over_ranks(ctx, sums)
-            row |= {"grad_norm": float(engines.student.get_global_grad_norm()), "lr": learning_rate(cfg, step, steps)}
+            row |= {"grad_norm": engines.grad_norm(), "lr": learning_rate(cfg, step, steps)}
         else:
             row = {}
         metrics.step(step + 1, cfg.train.global_batch, row)
@@ -112,12 +115,15 @@ def run(
         if validation and (last or (step + 1) % cfg.train.val_every == 0):
             value = validation_loss(cfg, engines, ctx, validation)
             metrics.write(step + 1, {"val_loss_ar": value})
+            about["val_loss_ar"] = value
             metrics.note(f"step {step + 1}: validation next-token loss {value:.4f}")
         if last or signal_number or (step + 1) % cfg.train.save_every == 0:
-            path = checkpoint.save(cfg, ctx, engines, step + 1, about)
-            if signal_number and not last:
-                metrics.note(f"signal {signal_number}: saved {path}; the same command resumes")
-                raise SystemExit(PREEMPTED)
+            metrics.write(step + 1, {"save_blocked_s": saver.save(step + 1, about)})
+            about.pop("val_loss_ar", None)  # of this step, or of none
+        if signal_number and not last:
+            metrics.note(f"signal {signal_number}: saved {saver.finish()}; the same command resumes")
+            raise SystemExit(PREEMPTED)
+    saver.finish()
 
 
 # Data ------------------------------------------------------------------------------------------------------------
@@ -152,8 +158,8 @@ def make_loader(cfg: RunConfig, ctx: Context, engines: Engines, done: int) -> To
         cfg.data.shards,
         seed=cfg.train.seed,
         global_batch=cfg.train.global_batch,
-        rank=ctx.rank,
-        world=ctx.world,
+        rank=ctx.mesh.data_rank,
+        world=ctx.mesh.data,
         accumulation=engines.accumulation,
         views=views_of(cfg),
         class_dropout_prob=cfg.model.class_dropout_prob,
@@ -169,7 +175,7 @@ def make_validation(cfg: RunConfig, ctx: Context, engines: Engines) -> list[dict
     if not cfg.data.val_shards or not cfg.train.val_every:
         return []
     batches: Iterator[dict[str, Any]] = validation_batches(
-        cfg.data.val_shards, cfg.train.val_images, engines.micro_batch, ctx.rank, ctx.world
+        cfg.data.val_shards, cfg.train.val_images, engines.micro_batch, ctx.mesh.data_rank, ctx.mesh.data
     )
     return list(batches)
 
@@ -184,13 +190,15 @@ RESUMABLE = (
     "train.save_every",
     "train.keep",
     "train.threads",
+    "train.micro_batch",
+    "parallel.",
 )
 
 
 def claim_run_folder(cfg: RunConfig, ctx: Context) -> None:
     """Write config.yaml, or compare with the one there. Raises ``UserError`` naming the differing fields.
 
-    Only length and housekeeping may differ when a run is resumed.
+    Only length, the split over ranks and housekeeping may differ when a run is resumed.
     """
     path = Path(cfg.run) / "config.yaml"
     problem = ""

@@ -12,11 +12,13 @@ from torch import Tensor
 from megastar.config.schema import RunConfig
 from megastar.engine.build import Context, Engines
 from megastar.engine.schedule import learning_rate
+from megastar.errors import UserError
 from megastar.model.masks import MaskSpec, draw_hidden
 from megastar.model.transformer import Output
-from megastar.objectives.next_token import next_token_loss
+from megastar.objectives.next_token import CrossEntropy, cross_entropy, next_token_loss
 from megastar.objectives.self_guided import at_positions, draw_positions, total
 from megastar.parallel.collectives import gather_rows
+from megastar.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megastar.teacher.schedule import decay_at
 
 
@@ -39,6 +41,8 @@ def losses(
 
     ``batch``: codes (B, M, T) int64, labels (B,) with dropped ones already the null class, ids and epochs (B,).
     """
+    if cfg.parallel.check_batches:
+        check_batch(ctx, batch, step)
     codes = batch["codes"].to(ctx.device, non_blocking=True)
     labels = batch["labels"].to(ctx.device, non_blocking=True)
     B, M, T = codes.shape
@@ -46,7 +50,7 @@ def losses(
     if not guided.enabled:
         codes = codes[:, 0]  # (B, T)
         out = engines.student(labels, codes[:, :-1])
-        loss, metrics = next_token_loss(out.logits, codes)
+        loss, metrics = next_token_loss(out.logits, codes, reduction(ctx))
         return loss, {"loss": loss.detach(), **metrics}
 
     assert engines.teacher is not None
@@ -61,7 +65,6 @@ def losses(
     teacher_labels = labels if guided.share_label_drop else batch["true_labels"].to(ctx.device)
     last, targets = teacher_pass(engines, codes, teacher_labels, Ms, block, positions)
     anchors = None if out.anchors is None else out.anchors.unflatten(0, (B, Ms))  # (B, Ms, K, D)
-    group = dist.group.WORLD if ctx.world > 1 else None
     return total(
         guided,
         logits=out.logits,
@@ -70,9 +73,35 @@ def losses(
         teacher_last=last,
         anchors=anchors,
         targets=targets,
-        gather=lambda x: gather_rows(x, group),
-        rank_offset=ctx.rank,
+        gather=lambda x: gather_rows(x, ctx.data_group),
+        rank_offset=ctx.mesh.data_rank,
+        reduce=reduction(ctx),
     )
+
+
+def check_batch(ctx: Context, batch: dict[str, Any], step: int) -> None:
+    """Raise ``UserError`` on all ranks of a tensor group when their batches differ."""
+    if ctx.tensor_group is None:
+        return
+    total = torch.zeros((), dtype=torch.int64)
+    for name in ("codes", "labels", "ids", "epochs"):
+        values = batch[name].flatten().to(torch.int64)
+        places = torch.arange(1, len(values) + 1) * 0x1E3779B97F4A7C15  # int64 wraps: a hash that sees order
+        total = total * 31 + (values * places).sum()
+    seen = gather_rows(total.view(1).to(ctx.device), ctx.tensor_group)
+    if (seen != seen[0]).any():
+        raise UserError(
+            f"step {step}: the ranks of a tensor group (rank {ctx.rank} among them) got different batches "
+            f"({seen.tolist()}): the loader must be given the data rank, not the rank"
+        )
+
+
+def reduction(ctx: Context) -> CrossEntropy:
+    """The cross-entropy that fits the head: whole, or split over the tensor group's shares of the vocabulary."""
+    if ctx.tensor_group is None:
+        return cross_entropy
+    group = ctx.tensor_group
+    return lambda logits, targets: vocab_parallel_cross_entropy(logits, targets, group)
 
 
 @torch.no_grad()
@@ -107,7 +136,7 @@ def validation_loss(cfg: RunConfig, engines: Engines, ctx: Context, batches: lis
     for batch in batches:
         codes = batch["codes"][:, 0].to(ctx.device)
         out = engines.student(batch["labels"].to(ctx.device), codes[:, :-1])
-        loss, _ = next_token_loss(out.logits, codes)
+        loss, _ = next_token_loss(out.logits, codes, reduction(ctx))
         sums += torch.tensor([loss.item() * len(codes), len(codes)], dtype=torch.float64, device=ctx.device)
     if ctx.world > 1:
         dist.all_reduce(sums)

@@ -33,9 +33,9 @@ def save_model(
     The file appears whole or not at all. Raises ``UserError`` when the names or shapes are not this configuration's.
     """
     path = Path(path)
-    _check(path, {k: tuple(v.shape) for k, v in state_dict.items()}, _expected(cfg))
+    check_fits(path, {k: tuple(v.shape) for k, v in state_dict.items()}, cfg)
     tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state_dict.items()}
-    about = {"format": FORMAT, "megastar": json.dumps({"model": asdict(cfg), "provenance": dict(provenance)})}
+    about = metadata_of(cfg, provenance)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -45,6 +45,11 @@ def save_model(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def metadata_of(cfg: ModelConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The safetensors metadata of a weights file."""
+    return {"format": FORMAT, "megastar": json.dumps({"model": asdict(cfg), "provenance": dict(provenance)})}
 
 
 def read_model_metadata(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -57,7 +62,7 @@ def read_model_metadata(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
             about = f.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"weights {path} are not a readable safetensors file ({error}): copy or export them again"
+            f"weights {path} are not a readable safetensors file ({error}): copy or convert them again"
         ) from error
     if about.get("format") != FORMAT:
         raise UserError(f"{path} holds {about.get('format', 'no format')!r}, not megastar weights")
@@ -78,10 +83,9 @@ def load_model(
     Raises ``UserError`` for a missing file, a file of another kind, and weights that do not fit its configuration.
     """
     cfg, provenance = read_model_metadata(path)
-    expected = _expected(cfg)
     with safe_open(path, "pt") as f:
         names = list(f.keys())
-        _check(Path(path), {k: tuple(f.get_slice(k).get_shape()) for k in names}, expected)
+        check_fits(Path(path), {k: tuple(f.get_slice(k).get_shape()) for k in names}, cfg)
         state = {k: f.get_tensor(k).to(device, dtype) for k in names}
     model = _skeleton(cfg)
     model.load_state_dict(state, assign=True)
@@ -98,8 +102,9 @@ def _expected(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {k: tuple(v.shape) for k, v in _skeleton(cfg).state_dict().items()}
 
 
-def _check(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
-    """Names every kind of mismatch at once, three of each."""
+def check_fits(path: Path, found: Mapping[str, tuple[int, ...]], cfg: ModelConfig) -> None:
+    """Compare names and shapes with the network's. The ``UserError`` names every kind of mismatch, three of each."""
+    expected = _expected(cfg)
     missing = [k for k in expected if k not in found]
     extra = [k for k in found if k not in expected]
     shapes = [f"{k} is {found[k]}, not {s}" for k, s in expected.items() if k in found and found[k] != s]

@@ -13,7 +13,7 @@ from torch import Tensor
 from megastar.config.schema import SelfGuidedConfig
 from megastar.objectives.contrastive import Gather, identity, step_loss, view_loss
 from megastar.objectives.masked_image import masked_image_loss
-from megastar.objectives.next_token import next_token_loss
+from megastar.objectives.next_token import CrossEntropy, cross_entropy, next_token_loss
 
 _STREAM = int.from_bytes(b"position", "big")  # keeps these draws apart from every other use of the run's seed
 
@@ -44,10 +44,11 @@ def total(
     targets: Tensor | None = None,
     gather: Gather = identity,
     rank_offset: int = 0,
+    reduce: CrossEntropy = cross_entropy,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum and its parts.
 
-    logits (N, S, V) of the masked student and tokens (N, T) feed L_AR; student_last and teacher_last (N, S, D), the
+    logits (N, S, V) of the masked student and tokens (N, T) feed L_AR by way of ``reduce``; student_last and teacher_last (N, S, D), the
     same sequences through both networks, feed L_MIM; anchors (B, M_s, K, D), projected student features, and targets
     (B, M, K, D), raw teacher features, feed the contrastive losses, ``gather`` and ``rank_offset`` as in
     contrastive.py. A term that is off (``enabled``, weight 0, ``step_loss``, ``view_loss``) is not computed, counts
@@ -55,7 +56,7 @@ def total(
 
     Returns (scalar, detached scalars among loss, loss_ar, loss_mim, loss_step, loss_view, acc_step, acc_view).
     """
-    loss, metrics = next_token_loss(logits, tokens)
+    loss, metrics = next_token_loss(logits, tokens, reduce)
     if cfg.enabled and cfg.alpha:
         assert student_last is not None and teacher_last is not None
         mim, values = masked_image_loss(student_last, teacher_last)

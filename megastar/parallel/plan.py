@@ -1,29 +1,71 @@
-"""Which weight is split how over tensor-parallel ranks. One table; the engine hands it to DeepSpeed's AutoTP."""
+"""Which weight is split how over tensor-parallel ranks. One table: the engine hands it to DeepSpeed's AutoTP, and
+checkpoints are cut and joined by it."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Split:
     """Weights whose full name matches ``pattern`` are split by output rows ("column") or input columns ("row").
 
-    ``shape`` views a fused weight before the split: (3, -1) gives each rank its share of q, of k and of v.
-    ``gather_output`` makes every rank hold the whole output.
+    ``fused`` weights lie below each other in one tensor: each rank gets its share of q, of k and of v.
     """
 
     pattern: str
     partition: str
-    shape: tuple[int, ...] | None = None
-    gather_output: bool = False
+    fused: int = 1
+
+    def cut(self, whole: Tensor, degree: int, rank: int) -> Tensor:
+        """The part (rows / degree, columns) or (rows, columns / degree) of rank ``rank``."""
+        if self.partition == "row":
+            return whole.chunk(degree, 1)[rank]
+        parts: Tensor = whole.unflatten(0, (self.fused, degree, -1))[:, rank]  # (fused, rows / fused / degree, columns)
+        return parts.flatten(0, 1)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The whole weight from every rank's part, in rank order."""
+        import torch
+
+        if self.partition == "row":
+            return torch.cat(list(parts), 1)
+        return torch.cat([p.unflatten(0, (self.fused, 1, -1)) for p in parts], 1).flatten(0, 2)
+
+    def local_shape(self, shape: Sequence[int], degree: int) -> tuple[int, ...]:
+        """Shape of a rank's part of a weight of ``shape``."""
+        rows, columns = shape
+        return (rows, columns // degree) if self.partition == "row" else (rows // degree, columns)
 
 
-# Everything else (embeddings, norms, projector) is whole on every rank.
+# Everything else (embeddings, norms, projector) is whole on every rank. The head's output stays split: the loss is
+# computed on each rank's share of the vocabulary (cross_entropy.py).
 TENSOR_PLAN: tuple[Split, ...] = (
-    Split(r"(.*\.)?layers\.\d+\.attention\.wqkv\.weight$", "column", shape=(3, -1)),
+    Split(r"(.*\.)?layers\.\d+\.attention\.wqkv\.weight$", "column", fused=3),
     Split(r"(.*\.)?layers\.\d+\.attention\.wo\.weight$", "row"),
     Split(r"(.*\.)?layers\.\d+\.feed_forward\.w[13]\.weight$", "column"),
     Split(r"(.*\.)?layers\.\d+\.feed_forward\.w2\.weight$", "row"),
-    Split(r"(.*\.)?output\.weight$", "column", gather_output=True),
+    Split(r"(.*\.)?output\.weight$", "column"),
 )
+
+
+def split_of(name: str) -> Split | None:
+    """The row of the table for the weight of that name; None for a weight that every rank holds whole."""
+    return next((split for split in TENSOR_PLAN if re.match(split.pattern, name)), None)
+
+
+def autotp_section(degree: int) -> dict[str, Any]:
+    """The table as DeepSpeed's ``tensor_parallel`` section."""
+    specs = []
+    for split in TENSOR_PLAN:
+        spec: dict[str, Any] = {"patterns": [split.pattern], "partition_type": split.partition}
+        if split.fused > 1:
+            spec["shape"] = [split.fused, -1]
+        specs.append(spec)
+    return {"autotp_size": degree, "partition_config": {"use_default_specs": False, "layer_specs": specs}}

@@ -1,4 +1,8 @@
-"""Run by torchrun from test_engine.py: trains the tiny run on every case in one process group."""
+"""Run by torchrun from test_engine.py: trains the tiny run on every case in one process group.
+
+A case: name, changes (of the configuration), tensor, accumulation, and maybe save_at (step), resume (a run's name),
+dropout (seed the generators).
+"""
 
 from __future__ import annotations
 
@@ -7,28 +11,53 @@ import sys
 from pathlib import Path
 
 import torch
+from deepspeed.utils import groups
 
-from megastar.engine import checkpoint
+from megastar.engine import checkpoint, folders
 from megastar.engine.build import build, start
 from megastar.engine.export import full_weights
+from megastar.engine.memory import state_bytes
 from megastar.engine.step import average_over_ranks, losses, set_schedules
 from tests.dist.reference import BATCH, STEPS, batch_of, config
 
 
-def run_case(out: Path, name: str, changes: dict, accumulation: int) -> None:
+def forget_mesh() -> None:
+    """DeepSpeed makes its groups once a process; here each case has its own."""
+    groups._TENSOR_MODEL_PARALLEL_GROUP = groups._DATA_PARALLEL_GROUP = groups._MODEL_PARALLEL_GROUP = None
+    groups.mpu = None
+
+
+def run_case(
+    out: Path,
+    name: str,
+    changes: dict,
+    tensor: int = 1,
+    accumulation: int = 1,
+    save_at: int = 0,
+    resume: str = "",
+    dropout: bool = False,
+) -> None:
+    forget_mesh()
     cfg = config(**changes)
-    cfg.run = str(out / name)
+    cfg.run, cfg.parallel.tensor_parallel = str(out / name), tensor
+    cfg.parallel.check_batches = tensor > 1
     ctx = start(cfg)
-    cfg.train.micro_batch = BATCH // ctx.world // accumulation
+    cfg.train.micro_batch = BATCH // ctx.mesh.data // accumulation
     engines = build(cfg, ctx)
     assert engines.accumulation == accumulation
+    if dropout:
+        checkpoint.seed_dropout(cfg, ctx, 0)
     engines.student.train()
+    done, saver = 0, checkpoint.Saver(cfg, ctx, engines)
+    if resume:
+        source = folders.latest(out / resume / "checkpoints")
+        done = checkpoint.load(cfg, ctx, engines, source)["step"]
     per, micro = BATCH // accumulation, cfg.train.micro_batch
     history = []
-    for step in range(STEPS):
+    for step in range(done, STEPS):
         sums: dict = {}
         for a in range(accumulation):
-            first = a * per + ctx.rank * micro
+            first = a * per + ctx.mesh.data_rank * micro
             loss, parts = losses(cfg, engines, ctx, batch_of(cfg, step, slice(first, first + micro)), step)
             engines.student.backward(loss)
             set_schedules(cfg, engines, step, STEPS)
@@ -37,22 +66,21 @@ def run_case(out: Path, name: str, changes: dict, accumulation: int) -> None:
                 sums[k] = sums.get(k, 0.0) + v.float() / accumulation
         engines.refresh_teacher()
         row = average_over_ranks(ctx, sums)
-        row["grad_norm"] = float(engines.student.get_global_grad_norm())
+        row["grad_norm"] = engines.grad_norm()
         history.append(row)
-    path = checkpoint.save(cfg, ctx, engines, STEPS, {})
-    shards = sum(p.ds_tensor.numel() for p in engines.student.module.parameters())
-    teacher = sum(q.ds_tensor.numel() for _, q in engines.pairs)
-    resident = sum(q.data.numel() for _, q in engines.pairs)
-    # The teacher's compute shard must be this rank's average, rounded to the compute type.
-    if engines.teacher is not None:
-        from deepspeed.utils import safe_get_local_optimizer_state
-
-        for p, q in engines.pairs:
-            mean = safe_get_local_optimizer_state(p, "ema")
-            assert torch.equal(q.ds_tensor.data, mean.to(q.ds_tensor.dtype))
-            assert q.grad is None and not q.requires_grad
+        if step + 1 == save_at:
+            saver.save(step + 1, {})  # goes on while the next steps run
+    path = saver.finish()
+    if not save_at:
+        saver.save(STEPS, {})
+        path = saver.finish()
+    assert path is not None
+    if engines.teacher is not None:  # its compute copy is this rank's average, rounded to the compute type
+        for shard, target in engines.teacher.pairs:
+            mean = shard.view("ema")
+            assert torch.equal(target.data.view(-1)[: len(mean)], mean.to(target.dtype)), shard.name
     if ctx.main:
-        result = {"history": history, "shards": shards, "teacher": teacher, "resident": resident}
+        result = {"history": history, "done": done, "bytes": state_bytes(engines)}
         (out / f"{name}.json").write_text(json.dumps(result))
         torch.save({w: full_weights(path, w) for w in ("student", "ema")}, out / f"{name}.pt")
 

@@ -18,7 +18,7 @@ from megastar.model.masks import MaskSpec, draw_hidden
 from megastar.objectives.self_guided import draw_positions, total
 from megastar.teacher.schedule import decay_at
 
-STEPS, BATCH, TOKENS, VOCAB, CLASSES = 6, 8, 16, 32, 5
+STEPS, BATCH, TOKENS, VOCAB, CLASSES = 8, 8, 16, 32, 5
 
 
 def config(**changes) -> RunConfig:
@@ -31,7 +31,8 @@ def config(**changes) -> RunConfig:
         model=model,
         data=DataConfig(),
         self_guided=SelfGuidedConfig(contrastive_block=2, projector_dim=24, teacher_decay=0.9, teacher_warmup=True),
-        optim=OptimConfig(lr=3e-3, scale_lr=False, grad_clip=0.5, warmup_steps=2, schedule="cosine"),
+        # A larger eps than a run's: with 1e-8 Adam makes whole steps of gradients that are rounding errors.
+        optim=OptimConfig(lr=3e-3, eps=1e-6, scale_lr=False, grad_clip=0.5, warmup_steps=2, schedule="cosine"),
         parallel=ParallelConfig(deepspeed="configs/ds/zero3.json"),
         train=TrainConfig(global_batch=BATCH, steps=STEPS, dtype="fp32", threads=1),
     )
@@ -68,7 +69,7 @@ def train(cfg: RunConfig, accumulation: int) -> dict:
     rest = [p for p in student.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": cfg.optim.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        betas=(cfg.optim.beta1, cfg.optim.beta2),
+        betas=(cfg.optim.beta1, cfg.optim.beta2), eps=cfg.optim.eps,
     )
     history = []
     for step in range(STEPS):

@@ -1,4 +1,4 @@
-"""The sharded engine against plain training in one process: losses, gradient norms, final weights, teacher."""
+"""The sharded engine against plain training in one process: losses, gradient norms, final weights, teacher, resuming."""
 
 from __future__ import annotations
 
@@ -11,24 +11,61 @@ from pathlib import Path
 import pytest
 import torch
 
+from megastar.parallel.budget import state_bytes
 from tests.dist.reference import STEPS, config, train
 
 ROOT = Path(__file__).parents[2]
-CASES = [
-    {"name": "guided", "changes": {}, "accumulation": 1},
-    {"name": "one_student_view", "changes": {"self_guided": {"student_views": 1}}, "accumulation": 2},
-    {
-        "name": "baseline",
-        "changes": {"self_guided": {"enabled": False}, "optim": {"grad_clip": 0.05}},
-        "accumulation": 2,
-    },
-    {"name": "mim_only", "changes": {"self_guided": {"step_loss": False, "view_loss": False}}, "accumulation": 1},
-    {"name": "recomputed", "changes": {"parallel": {"activation_checkpointing": True}}, "accumulation": 1},
-    {"name": "bf16", "changes": {"train": {"dtype": "bf16"}}, "accumulation": 1},
+SAVED = STEPS // 2
+
+
+def changes(stage: str, **more) -> dict:
+    file = f"configs/ds/zero{stage}.json" if stage != "0" else "tests/dist/zero0.json"
+    return {**more, "parallel": {"deepspeed": file, **more.get("parallel", {})}}
+
+
+def case(name: str, stage: str, tensor: int = 1, accumulation: int = 1, **more) -> dict:
+    known = {k: more.pop(k) for k in ("save_at", "resume", "dropout") if k in more}
+    return {"name": name, "changes": changes(stage, **more), "tensor": tensor, "accumulation": accumulation, **known}
+
+
+ONE_VIEW, BF16 = {"self_guided": {"student_views": 1}}, {"train": {"dtype": "bf16"}}
+BASELINE = {"self_guided": {"enabled": False}, "optim": {"grad_clip": 0.05}}
+MIM = {"self_guided": {"step_loss": False, "view_loss": False}}
+RECOMPUTED = {"parallel": {"activation_checkpointing": True}}
+DROPOUT = {"model": {"token_dropout_p": 0.1, "resid_dropout_p": 0.1, "ffn_dropout_p": 0.1}}
+EVERY_STAGE = ("0", "1", "2", "3")
+# Small weights stay gathered in the real configuration; here each must be cut, to count what a rank holds.
+CUT = [case(f"t{t}_cut_stage3", "3", t) for t in (1, 2)]
+for c in CUT:
+    c["changes"]["parallel"]["deepspeed"] = "tests/dist/zero3_cut.json"
+BOTH = [case(f"t{t}_stage{s}", s, t) for t in (1, 2) for s in EVERY_STAGE]
+CASES: dict[int, list[dict]] = {
+    4: [*BOTH, *CUT]
+    + [case(f"t{t}_stage{s}_accumulated", s, t, 2, **ONE_VIEW) for t in (1, 2) for s in EVERY_STAGE]
+    + [case(f"t{t}_stage{s}_bf16", s, t, **BF16) for t in (1, 2) for s in ("1", "2", "3")]
+    + [case("t2_offload", "3_offload", 2), case("t2_recomputed", "3", 2, **RECOMPUTED), case("t2_mim", "3", 2, **MIM)]
+    + [case("t2_baseline", "3", 2, 2, **BASELINE), case("t2_dropout", "3", 2, dropout=True, **DROPOUT)]
+    + [case("saved", "3", 2, save_at=SAVED), case("t2_resumed", "3", 2, resume="saved")]
+    + [case("t1_resumed", "3", 1, resume="saved"), case("t1_resumed_stage1", "1", 1, resume="saved")]
+    + [case("t2_resumed_stage0", "0", 2, resume="saved"), case("saved1", "1", 1, save_at=SAVED)]
+    + [case("t2_resumed_from_stage1", "3", 2, resume="saved1")],
+    2: [*BOTH, *CUT]
+    + [case("t1_baseline", "3", 1, 2, **BASELINE), case("t1_mim", "2", **MIM), case("t1_recomputed", "1", **RECOMPUTED)]
+    + [case("t1_offload", "3_offload", 1), case("t2_offload_bf16", "3_offload", 2, **BF16)]
+    + [case("t1_dropout", "3", 1, dropout=True, **DROPOUT)]
+    + [case("t1_resumed", "3", 1, resume="saved"), case("t2_resumed", "3", 2, resume="saved")]
+    + [case("t2_resumed_stage2", "2", 2, resume="saved1")],
+    1: [case("t1_resumed", "3", resume="saved"), case("t1_resumed_stage0", "0", resume="saved1")],
+}
+COMPARED = [
+    pytest.param(ranks, c, id=f"{ranks}ranks-{c['name']}")
+    for ranks, some in CASES.items()
+    for c in some
+    if not c.get("dropout")
 ]
 
 
-def launch(ranks: int, *arguments: str, timeout: int = 300) -> subprocess.CompletedProcess:
+def launch(ranks: int, *arguments: str, timeout: int = 400) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -36,52 +73,78 @@ def launch(ranks: int, *arguments: str, timeout: int = 300) -> subprocess.Comple
     return done
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def runs(request, tmp_path_factory) -> tuple[int, Path]:
-    out = tmp_path_factory.mktemp(f"ranks{request.param}")
-    launch(request.param, "tests/dist/engine_worker.py", str(out), json.dumps(CASES))
-    return request.param, out
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """One launch for each number of ranks, most first: the others resume what it saved."""
+    out = tmp_path_factory.mktemp("engine")
+    for ranks, some in CASES.items():
+        (out / f"{ranks}").mkdir()
+        for saved in ("saved", "saved1"):
+            if ranks != 4:
+                (out / f"{ranks}" / saved).symlink_to(out / "4" / saved)
+        launch(ranks, "tests/dist/engine_worker.py", str(out / f"{ranks}"), json.dumps(some))
+    return out
+
+
+REFERENCES: dict[str, dict] = {}
+
+
+def reference(c: dict) -> dict:
+    """Plain training of a case's configuration; how it is split and computed makes no difference to it."""
+    told = {k: v for k, v in c["changes"].items() if k not in ("parallel", "train")}
+    key = json.dumps([told, c["accumulation"]], sort_keys=True)
+    if key not in REFERENCES:
+        REFERENCES[key] = train(config(**told), c["accumulation"])
+    return REFERENCES[key]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
-def test_sharded_training_equals_one_process(runs, case):
-    ranks, out = runs
-    cfg = config(**case["changes"])
-    wanted = train(cfg, case["accumulation"])
-    got = json.loads((out / f"{case['name']}.json").read_text())
-    bf16 = cfg.train.dtype == "bf16"
-    assert len(got["history"]) == STEPS
+@pytest.mark.parametrize(("ranks", "c"), COMPARED)
+def test_sharded_training_equals_one_process(runs, ranks, c):
+    wanted, cfg = reference(c), config(**c["changes"])
+    got = json.loads((runs / f"{ranks}" / f"{c['name']}.json").read_text())
+    bf16, done = cfg.train.dtype == "bf16", SAVED if c.get("resume") else 0
+    assert got["done"] == done and len(got["history"]) == STEPS - done
     clipped = [row["grad_norm"] > cfg.optim.grad_clip for row in wanted["history"]]
     assert any(clipped), "no step was clipped: the case proves less than it should"
-    for step, (a, b) in enumerate(zip(got["history"], wanted["history"], strict=True)):
+    for step, (a, b) in enumerate(zip(got["history"], wanted["history"][done:], strict=True)):
         assert a.keys() == b.keys()
         for name in a:
             if bf16 and not name.startswith("loss"):
                 continue
             # bf16 rounds every activation: the sum must hold to 1 %, its small parts to 5 %.
-            tolerance = (0.01 if name == "loss" else 0.05) if bf16 else 2e-5
-            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance / 10), (step, name)
-    if bf16:
+            tolerance = (0.01 if name == "loss" else 0.05) if bf16 else 1e-5
+            # L_MIM is 1 - cos: its rounding is that of a cosine near 1, not of the small difference.
+            least = tolerance if name == "loss_mim" else tolerance / 10
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=least), (step, name)
+    if bf16 or c.get("save_at"):
         return
-    weights = torch.load(out / f"{case['name']}.pt")
+    weights = torch.load(runs / f"{ranks}" / f"{c['name']}.pt")
     for kind in ("student", "ema"):
-        reference = {k: v for k, v in wanted[kind].items() if not k.startswith("projector")}
-        assert weights[kind].keys() == reference.keys()
-        for name, value in reference.items():
-            # Adam divides by the root of tiny second moments: a last-digit difference of a gradient shows there.
-            torch.testing.assert_close(weights[kind][name], value, rtol=1e-4, atol=2e-6, msg=f"{kind} {name}")
+        expected = {k: v for k, v in wanted[kind].items() if not k.startswith("projector")}
+        assert weights[kind].keys() == expected.keys()
+        for name, value in expected.items():
+            # Of the whole tensor: Adam blows up the last digit of an element whose gradients nearly cancel.
+            assert (weights[kind][name] - value).norm() <= 1e-5 * value.norm(), f"{kind} {name}"
 
 
 @pytest.mark.dist
-def test_a_shard_is_a_shard(runs):
-    ranks, out = runs
-    got = json.loads((out / "guided.json").read_text())
-    weights = torch.load(out / "guided.pt")["student"]
-    trunk = sum(v.numel() for v in weights.values())
-    cfg = config()
-    hidden, dim = cfg.self_guided.projector_dim, cfg.model.dim
-    projector = dim * hidden + hidden + hidden * hidden + hidden + hidden * dim + dim
-    assert got["shards"] == pytest.approx((trunk + projector) / ranks, rel=0.02)
-    assert got["teacher"] == pytest.approx(trunk / ranks, rel=0.02)
-    assert got["resident"] < 0.05 * trunk  # nothing stays gathered between steps
+def test_dropout_agrees_within_a_tensor_group(runs):
+    two = json.loads((runs / "2/t1_dropout.json").read_text())["history"]  # 2 data ranks
+    four = json.loads((runs / "4/t2_dropout.json").read_text())["history"]  # 2 data x 2 tensor ranks
+    plain = json.loads((runs / "4/t2_stage3.json").read_text())["history"]
+    for a, b, c in zip(two, four, plain, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert abs(a["loss"] - c["loss"]) > 1e-4  # it did drop
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("ranks", "name"), [(r, c["name"]) for r in (2, 4) for c in [*BOTH, *CUT] if not c["name"].endswith("_stage3") or c in CUT])
+def test_a_shard_is_a_shard(runs, ranks, name):
+    c = next(c for c in CASES[ranks] if c["name"] == name)
+    got = json.loads((runs / f"{ranks}" / f"{name}.json").read_text())["bytes"]
+    cfg, stage = config(**c["changes"]), int(name[-1])
+    want = state_bytes(cfg, stage, c["tensor"], ranks // c["tensor"], "fp32")
+    want["optimizer"] += want["ema"]
+    for cause in ("weights", "optimizer", "teacher"):
+        assert got[cause] == pytest.approx(want[cause], rel=0.05), cause

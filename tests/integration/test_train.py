@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megastar.engine import checkpoint
+from megastar.engine import folders
 from megastar.engine.export import full_weights
 from megastar.model.io import load_model
 from tests.integration.conftest import ROOT, environment, megastar
@@ -28,7 +29,7 @@ def rows(run: Path) -> dict[int, dict]:
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         out.setdefault(row.pop("step"), {}).update(
-            {k: v for k, v in row.items() if k not in ("images_per_s", "step_s")}
+            {k: v for k, v in row.items() if k not in ("images_per_s", "step_s", "save_blocked_s")}
         )
     return out
 
@@ -47,7 +48,7 @@ def test_a_run_leaves_what_the_documentation_promises(whole):
     names = sorted(p.name for p in (whole / "checkpoints").iterdir())
     assert names == ["latest", "step-00000008", "step-00000012"]  # keep_last 2
     assert (whole / "config.yaml").is_file() and list((whole / "tensorboard").iterdir())
-    checkpoint.verify(whole / "checkpoints/step-00000012")
+    folders.verify(whole / "checkpoints/step-00000012")
 
 
 def start_and_stop(config: Path, run: Path, at_step: int, how: signal.Signals) -> int:
@@ -78,7 +79,7 @@ def test_an_interrupted_run_repeats_every_number(world, tmp_path, how):
     start_and_stop(broken, tmp_path / "b", 9, how)
     stopped_at = max(rows(tmp_path / "b"))
     assert stopped_at < 40, "the run ended before the signal: the test proves nothing"
-    found = checkpoint.latest(tmp_path / "b/checkpoints")
+    found = folders.latest(tmp_path / "b/checkpoints")
     assert found is not None
     if how == signal.SIGTERM:  # it saved on its way out
         assert int(found.name.removeprefix("step-")) >= stopped_at
@@ -100,8 +101,21 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(world, tmp_path, whole)
         "another configuration" in other.stderr and "optim.lr" in other.stderr and "self_guided.alpha" in other.stderr
     )
     assert other.stderr.count("\n") <= 6 and "Traceback" not in other.stderr
-    alone = megastar("train", config, check=False)
-    assert alone.returncode == 2 and "written by 2 ranks, this run has 1" in alone.stderr
+
+
+def test_one_process_at_another_stage_goes_on_from_two(world, tmp_path):
+    still = [f"model.{name}_dropout_p=0" for name in ("token", "resid", "ffn")]  # it is drawn for each data rank
+    two, one, step = tmp_path / "two", tmp_path / "one", "step-00000004"
+    megastar("train", world.write_config(tmp_path / "two.yaml", two), *still, "train.steps=8", ranks=2)
+    shutil.copytree(two / "checkpoints" / step, one / "checkpoints" / step)
+    config = world.write_config(tmp_path / "one.yaml", one)
+    out = megastar("train", config, *still, "train.steps=8", "parallel.deepspeed=configs/ds/zero1.json").stdout
+    assert "resumed" in out and "at step 4" in out
+    uninterrupted, resumed = rows(two), rows(one)
+    assert sorted(resumed) == [5, 6, 7, 8]
+    for number, row in resumed.items():
+        for name, value in row.items():
+            assert value == pytest.approx(uninterrupted[number][name], rel=2e-5, abs=2e-6), (number, name)
 
 
 def test_export_gives_the_gathered_weights(whole, tmp_path):
@@ -148,6 +162,6 @@ def test_a_full_disk_during_a_checkpoint_keeps_the_former_one(world, tmp_path):
     assert done.returncode == 2, done.stderr[-2000:]
     assert "step 8" in done.stderr and "step-00000004 stays valid" in done.stderr and "Traceback" not in done.stderr
     assert set(before) <= {p.name for p in (run / "checkpoints").iterdir()}
-    assert checkpoint.latest(run / "checkpoints").name == "step-00000004"
+    assert folders.latest(run / "checkpoints").name == "step-00000004"
     megastar("train", config, "train.steps=8")  # room again: it resumes
-    assert checkpoint.latest(run / "checkpoints").name == "step-00000008"
+    assert folders.latest(run / "checkpoints").name == "step-00000008"

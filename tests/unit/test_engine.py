@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
 
 from megastar.config.schema import OptimConfig, RunConfig, SelfGuidedConfig, TrainConfig
 from megastar.device import pick_dtype
-from megastar.engine import checkpoint
+from megastar.engine import folders
 from megastar.engine.build import Context
-from megastar.engine.export import find_checkpoint
 from megastar.engine.faults import StopFlag, agree
 from megastar.engine.metrics import Metrics
 from megastar.engine.schedule import learning_rate, total_steps
@@ -73,74 +71,70 @@ def test_self_guided_defaults_are_the_papers():
 
 
 # Checkpoint folders ------------------------------------------------------------------------------------------------
-def make_checkpoint(folder, step: int, content: bytes = b"x" * 100):
-    path = folder / checkpoint.name_of(step)
+def make_checkpoint(folder, step: int, content: bytes = b"x" * 100, **about):
+    path = folder / folders.name_of(step)
     path.mkdir(parents=True)
     (path / "states.pt").write_bytes(content)
-    files = {"states.pt": {"bytes": len(content), "sha256": checkpoint._digest(path / "states.pt")}}
-    (path / checkpoint.MANIFEST).write_text(json.dumps({"step": step, "files": files}))
+    files = {"states.pt": {"bytes": len(content), "sha256": folders.digest_of(path / "states.pt"), "whose": "rank 0"}}
+    (path / folders.MANIFEST).write_text(json.dumps({"format": folders.FORMAT, "step": step, "files": files, **about}))
     return path
 
 
 def test_latest_names_only_complete_checkpoints(tmp_path):
-    assert checkpoint.latest(tmp_path) is None
+    assert folders.latest(tmp_path) is None
     a, b = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20)
     (tmp_path / "latest").write_text(a.name + "\n")
-    assert checkpoint.latest(tmp_path) == a
+    assert folders.latest(tmp_path) == a
     (tmp_path / "latest").unlink()  # killed between the rename and the pointer
-    assert checkpoint.latest(tmp_path) == b
-    (b / checkpoint.MANIFEST).unlink()
-    assert checkpoint.latest(tmp_path) == a
+    assert folders.latest(tmp_path) == b
+    (b / folders.MANIFEST).unlink()
+    assert folders.latest(tmp_path) == a
     (tmp_path / "latest").write_text(b.name + "\n")  # never trust a pointer to half a checkpoint
-    assert checkpoint.latest(tmp_path) == a
-    assert find_checkpoint(tmp_path) == a and find_checkpoint(a) == a
+    assert folders.latest(tmp_path) == a
+    assert folders.find_checkpoint(tmp_path) == a and folders.find_checkpoint(a) == a
 
 
-def test_retention_keeps_the_last_and_each_nth(tmp_path):
+def test_retention_keeps_the_last_and_each_nth_and_the_best(tmp_path):
     cfg = RunConfig(run=str(tmp_path), train=TrainConfig(keep_last=2, keep_every=30))
-    for step in (10, 20, 30, 40, 50):
-        make_checkpoint(tmp_path, step)
-    checkpoint.retire(cfg, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.name_of(s) for s in (30, 40, 50)]
+    for step, loss in ((10, 3.0), (20, 1.0), (30, None), (40, 2.0), (50, 1.5)):
+        make_checkpoint(tmp_path, step, val_loss_ar=loss)
+    cfg.train.keep_best = True
+    folders.retire(cfg, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [folders.name_of(s) for s in (20, 30, 40, 50)]
+    cfg.train.keep_best = False
+    folders.retire(cfg, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [folders.name_of(s) for s in (30, 40, 50)]
 
 
 def test_damage_is_found_and_named(tmp_path):
     path = make_checkpoint(tmp_path, 10)
-    checkpoint.verify(path)
+    folders.verify(path)
     (path / "states.pt").write_bytes(b"x" * 50 + b"y" + b"x" * 49)
     with pytest.raises(UserError, match="states.pt is damaged"):
-        checkpoint.verify(path)
+        folders.verify(path)
     (path / "states.pt").write_bytes(b"x")
     with pytest.raises(UserError, match="has 1 bytes, its manifest says 100"):
-        checkpoint.read_manifest(path)
+        folders.read_manifest(path)
     (path / "states.pt").unlink()
-    with pytest.raises(UserError, match="lacks states.pt"):
-        checkpoint.read_manifest(path)
-    (path / checkpoint.MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"lacks states.pt \(rank 0\)"):
+        folders.read_manifest(path)
+    (path / folders.MANIFEST).write_text('{"format": 1}')
+    with pytest.raises(UserError, match="has format 1, this megastar reads 2"):
+        folders.read_manifest(path)
+    (path / folders.MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="megastar.json is damaged"):
+        folders.read_manifest(path)
+    (path / folders.MANIFEST).unlink()
     with pytest.raises(UserError, match="no complete checkpoint"):
-        checkpoint.read_manifest(path)
-
-
-def test_too_little_disk_is_told_before_the_first_byte(tmp_path, monkeypatch):
-    class Engines:
-        class student:
-            module = torch.nn.Linear(1, 1)
-
-    ctx = Context(0, 1, torch.device("cpu"), torch.float32)
-    make_checkpoint(tmp_path / "checkpoints", 10)
-    monkeypatch.setattr(checkpoint, "needed_bytes", lambda engines: 5_000_000)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(UserError, match=r"step 20 .*5 MB needed, 1 MB free.*step-00000010 stays valid"):
-        checkpoint.save(RunConfig(run=str(tmp_path)), ctx, Engines, 20, {})
+        folders.read_manifest(path)
 
 
 # Agreement, metrics ------------------------------------------------------------------------------------------------
 def test_a_loss_that_is_not_finite_is_seen_before_the_step():
     ctx = Context(0, 1, torch.device("cpu"), torch.float32)
-    assert agree(ctx, torch.tensor(1.0), 0) == (True, 0)
-    assert agree(ctx, torch.tensor(float("nan")), 15) == (False, 15)
-    assert agree(ctx, torch.tensor(float("inf")), 0) == (False, 0)
+    assert agree(ctx, torch.tensor(1.0), 0) == (True, 0, False)
+    assert agree(ctx, torch.tensor(float("nan")), 15) == (False, 15, False)
+    assert agree(ctx, torch.tensor(float("inf")), 0, True) == (False, 0, True)
 
 
 def test_a_signal_sets_the_flag_and_a_second_interrupt_ends_at_once():

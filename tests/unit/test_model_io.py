@@ -69,7 +69,7 @@ def test_cut_file(model, tmp_path):
     path = tmp_path / "x.safetensors"
     save_model(path, model.state_dict(), model.cfg, {})
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="copy or export them again"):
+    with pytest.raises(UserError, match="copy or convert them again"):
         load_model(path)
 
 

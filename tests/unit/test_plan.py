@@ -17,7 +17,8 @@ from megastar.model.projector import Projector
 from megastar.model.rope import rope_table
 from megastar.model.transformer import Transformer
 from megastar.parallel.collectives import gather_rows
-from megastar.parallel.plan import TENSOR_PLAN, Split
+from megastar.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megastar.parallel.plan import TENSOR_PLAN, Split, split_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 TINY = ModelConfig(n_layer=2, n_head=4, dim=16, multiple_of=8, vocab_size=12, num_classes=5, image_tokens=9)
@@ -38,16 +39,8 @@ def test_each_weight_is_named_at_most_once(prefix: str) -> None:
     assert split == want | {"transformer.output.weight"}
 
 
-def shard(weight: Tensor, split: Split, rank: int, degree: int) -> Tensor:
-    """What AutoTP gives a rank: output rows of each fused part, or input columns."""
-    if split.partition == "row":
-        return weight.chunk(degree, 1)[rank]
-    parts = weight.chunk(split.shape[0] if split.shape else 1, 0)
-    return torch.cat([part.chunk(degree, 0)[rank] for part in parts])
-
-
 def sharded(module: nn.Module, prefix: str, rank: int, degree: int) -> dict[str, Tensor]:
-    return {n: shard(p, *matches(prefix + n), rank, degree) for n, p in module.named_parameters()}
+    return {n: matches(prefix + n)[0].cut(p, degree, rank) for n, p in module.named_parameters()}
 
 
 @pytest.mark.parametrize("degree", tensor_parallel_degrees(TINY))
@@ -69,8 +62,44 @@ def test_parts_add_up(degree: int) -> None:
         sum(parts(block.attention, "layers.1.attention.", rope=rope)), block.attention(x, rope=rope)
     )
     torch.testing.assert_close(sum(parts(block.feed_forward, "layers.1.feed_forward.")), block.feed_forward(x))
-    assert matches("output.weight")[0].gather_output
     torch.testing.assert_close(torch.cat(parts(model.output, "output."), -1), model.output(x))
+
+
+@pytest.mark.parametrize("degree", [1, 2, 4])
+def test_cut_parts_join_to_the_whole(degree: int) -> None:
+    for name, p in Transformer(TINY).named_parameters():
+        if split := split_of("transformer." + name):
+            parts = [split.cut(p, degree, r) for r in range(degree)]
+            assert all(tuple(part.shape) == split.local_shape(p.shape, degree) for part in parts)
+            assert torch.equal(split.join(parts), p)
+    # Each rank has its heads of q, of k and of v, not the first rows of all.
+    qkv = torch.arange(12.0)[:, None].expand(12, 2)
+    assert split_of("layers.0.attention.wqkv.weight").cut(qkv, 2, 1)[:, 0].tolist() == [2, 3, 6, 7, 10, 11]
+    assert split_of("tok_embeddings.weight") is None and split_of("norm.weight") is None
+
+
+def cross_entropy_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    torch.manual_seed(0)
+    logits = (torch.randn(7, 20, dtype=torch.float64) * 30).requires_grad_()
+    targets = torch.randint(0, 20, (7,))
+    want = torch.nn.functional.cross_entropy(logits, targets)
+    (want * 3).backward()
+    mine = logits.detach().chunk(4, 1)[rank].clone().requires_grad_()
+    got = vocab_parallel_cross_entropy(mine, targets, dist.group.WORLD)
+    (got * 3).backward()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(mine.grad, logits.grad.chunk(4, 1)[rank])
+    half = logits.detach().bfloat16()
+    got = vocab_parallel_cross_entropy(half.chunk(4, 1)[rank], targets, dist.group.WORLD)
+    torch.testing.assert_close(got, torch.nn.functional.cross_entropy(half.float(), targets))
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+def test_vocabulary_parallel_cross_entropy(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(cross_entropy_worker, (str(tmp_path),), nprocs=4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,296 @@
+"""``megastar plan``: memory, communication and time of a run on a machine, before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+from megastar.commands.common import Parser, config_and_overrides, nearest, positive, terminal_width
+from megastar.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from megastar.config.schema import RunConfig
+    from megastar.parallel.budget import Zero
+    from megastar.parallel.cost import Machine, Plan
+
+EXAMPLES = """
+megastar plan configs/run/star_xl_300ep.yaml --gpus 8 --gpu h100
+megastar plan xl --gpus 16 --gpus-per-node 8 --gpu a100-40
+megastar plan 3b --gpus 32 --all train.global_batch=1024
+megastar plan xxl --tensor-parallel 2 --json
+megastar plan b --gpus 1 --gpu rtx4090 --memory 16 train.global_batch=64
+"""
+SIZES = {  # a size stands for its ST-AR run
+    "nano": "configs/run/demo.yaml",
+    "b": "configs/run/star_b_300ep.yaml",
+    "l": "configs/run/star_l_300ep.yaml",
+    "xl": "configs/run/star_xl_300ep.yaml",
+    "xxl": "configs/run/star_xxl.yaml",
+    "3b": "configs/run/star_3b.yaml",
+}
+STAGES = ("configs/ds/zero1.json", "configs/ds/zero2.json", "configs/ds/zero3.json", "configs/ds/zero3_offload.json")
+SHOWN, NEAREST = 5, 3  # rows without --all: the best that fit, the nearest that do not
+MEASURES = ("memory", "tflops", "hbm", "nvlink", "network")  # of a GPU, each an option
+
+
+def amount(text: str) -> float:
+    """An argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def parser() -> Parser:
+    p = Parser(
+        "plan",
+        "Show what a run needs on a machine for every legal split, and recommend one. Status 1 when nothing fits.",
+        EXAMPLES,
+    )
+    p.add_argument(
+        "items",
+        nargs="*",
+        metavar="RUN section.field=value",
+        help=f"a run configuration, or a size ({', '.join(SIZES)}: its ST-AR run), and fields",
+    )
+    p.add_argument("--gpus", type=positive, default=8, help="GPUs altogether (default 8)")
+    p.add_argument("--gpus-per-node", type=positive, help="GPUs of a node (default 8, or all when fewer)")
+    p.add_argument("--gpu", default="h100", help="kind of GPU (default h100); an unknown one lists them")
+    p.add_argument("--memory", type=amount, help="GiB of a GPU, instead of the kind's")
+    p.add_argument("--tflops", type=amount, help="its dense bf16 peak, TFLOP/s")
+    p.add_argument("--hbm", type=amount, help="its memory's bandwidth, GB/s")
+    p.add_argument("--nvlink", type=amount, help="bandwidth inside a node, GB/s a GPU, both directions together")
+    p.add_argument("--network", type=amount, help="bandwidth between nodes, GB/s a GPU and direction")
+    p.add_argument("--tensor-parallel", type=positive, default=0, help="only this degree")
+    p.add_argument("--all", action="store_true", help="every plan, not the best few")
+    p.add_argument("--json", action="store_true", help="every plan as JSON, bytes and seconds")
+    return p
+
+
+def main(words: list[str]) -> int:
+    args = parser().parse_intermixed_args(words)
+    from megastar.config.load import load_config
+    from megastar.parallel.cost import make_plans, recommend
+
+    run, overrides = config_and_overrides(args.items)
+    if run is None:
+        raise UserError(f"name a run configuration or a size, {', '.join(SIZES)}; see megastar plan --help")
+    if run not in SIZES and "." not in run and "/" not in run:
+        raise UserError(f"size {run!r} is unknown: {nearest(run, SIZES)}")
+    cfg = load_config(SIZES.get(run, run), overrides)
+    machine = describe_machine(args)
+    dtype = "bf16" if cfg.train.dtype == "auto" else cfg.train.dtype
+    plans = make_plans(cfg, machine, zeros_of(cfg, dtype), args.tensor_parallel, dtype)
+    plans.sort(key=lambda p: (not p.fits, p.seconds if p.fits else p.need))
+    best = recommend(plans)
+    if args.json:
+        print(json.dumps(as_json(cfg, machine, dtype, plans, best), indent=1))
+    else:
+        show(cfg, machine, dtype, plans, best, args.all)
+    return 0 if best else 1
+
+
+def describe_machine(args: argparse.Namespace) -> Machine:
+    from megastar.parallel.cost import GPUS, Machine
+
+    if args.gpu not in GPUS:
+        raise UserError(
+            f"gpu {args.gpu!r} is unknown: {nearest(args.gpu, GPUS)} "
+            "Another kind: give the nearest, and --memory, --tflops, --hbm, --nvlink, --network"
+        )
+    given = {name: getattr(args, name) for name in MEASURES if getattr(args, name) is not None}
+    per_node = args.gpus_per_node or min(8, args.gpus)
+    if args.gpus % per_node:
+        raise UserError(
+            f"{args.gpus} GPUs are not whole nodes of {per_node}: set --gpus to a multiple, or --gpus-per-node"
+        )
+    name = args.gpu + "".join(f", {k} {v:g}" for k, v in given.items())
+    return Machine(name, dataclasses.replace(GPUS[args.gpu], **given), args.gpus, per_node)
+
+
+def zeros_of(cfg: RunConfig, dtype: str) -> list[Zero]:
+    """The stages that are compared: those of configs/ds, and the run's own JSON in its stage's place."""
+    from megastar.config.deepspeed import read_deepspeed
+    from megastar.parallel.budget import Zero
+
+    own = Zero.read(read_deepspeed(cfg.parallel.deepspeed), cfg.parallel.deepspeed)
+    found = {z.label: z for z in (Zero.read(read_deepspeed(f), f) for f in STAGES)} | {own.label: own}
+    return [found[label] for label in sorted(found) if not (label == "0" and dtype == "bf16")]
+
+
+# Output ------------------------------------------------------------------------------------------------------------
+def why(plan: Plan, plans: list[Plan]) -> str:
+    """The reason for a recommendation, one sentence."""
+    from megastar.parallel.cost import NEAR, SPARE
+
+    fitting = [p for p in plans if p.fits]
+    fastest = min(fitting, key=lambda p: p.seconds)
+    without = [n for n, used in (("tensor ranks", plan.tensor > 1), ("recomputing", plan.checkpointing)) if not used]
+    without += [] if plan.zero.offload else ["offload"]
+    simple = (
+        f" without {' and '.join([', '.join(without[:-1]), without[-1]] if without[1:] else without)}"
+        if without
+        else ""
+    )
+    if len(fitting) == 1:
+        return "it is the only plan that fits"
+    if plan is fastest:
+        return f"of the {len(fitting)} plans that fit it is estimated the fastest{simple}"
+    slower = plan.seconds / fastest.seconds - 1
+    if slower > NEAR:
+        return f"the faster ones leave less than {SPARE:.0%} of the memory free; of the others it is the simplest of the fastest{simple}"
+    return (
+        f"it is simple{simple}, and estimated {slower:.1%} slower than the fastest that fits, which is as good as equal"
+    )
+
+
+def hint(plans: list[Plan], machine: Machine) -> str:
+    """What to do when nothing fits."""
+    near = min(plans, key=lambda p: p.need)
+    more = "give more GPUs" + (f", or set train.micro_batch below {near.micro}" if near.micro > 1 else "")
+    note = " (the contrastive losses then have fewer negatives)" if near.micro > 1 else ""
+    return f"nothing fits {machine.gpu.memory:g} GiB: the nearest plan needs {gib(near.need)} GiB; {more}{note}"
+
+
+def gib(value: float) -> str:
+    from megastar.parallel.budget import GIB
+
+    size = value / GIB
+    return f"{size:.1f}" if size >= 0.05 or size == 0 else "<0.1"
+
+
+def row(plan: Plan, best: Plan | None) -> list[str]:
+    m = plan.memory
+    rest = ("features", "contrastive", "working")
+    return [
+        ("-> " if plan is best else "") + str(plan.tensor),
+        plan.zero.label,
+        "yes" if plan.checkpointing else "no",
+        *(gib(m[k]) for k in ("weights", "gradients")),
+        gib(m["optimizer"] + m["ema"]),
+        *(gib(m[k]) for k in ("teacher", "activations", "logits")),
+        gib(sum(m[k] for k in rest)),
+        gib(m["gather"] + m["buckets"]),
+        gib(plan.need),
+        f"{plan.sent('tensor') / 1e9:.1f}",
+        f"{plan.sent('data') / 1e9:.1f}",
+        f"{plan.seconds:.3f}",
+        f"{plan.mfu:.0%}",
+    ]
+
+
+HEADS = (
+    *(
+        "tp",
+        "ZeRO",
+        "recom-\npute",
+        "wei-\nghts",
+        "gra-\ndients",
+        "AdamW\n+ EMA",
+        "tea-\ncher",
+        "acti-\nvations",
+        "log-\nits",
+    ),
+    *("other", "buf-\nfers", "needs\nGiB", "tensor\nGB", "data\nGB", "step\ns", "MFU"),
+)
+
+
+def table_of(plans: list[Plan], best: Plan | None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for head in HEADS:
+        table.add_column(head, justify="right", no_wrap=True)
+    after = False
+    for plan in plans:
+        if not plan.fits and table.rows and not after:
+            table.add_section()
+        after = after or not plan.fits
+        table.add_row(*row(plan, best), style=None if plan.fits else "dim")
+    return table
+
+
+def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: Plan | None, every: bool) -> None:
+    from rich.console import Console
+
+    from megastar.parallel.budget import trunk
+    from megastar.parallel.cost import ASSUMPTIONS, elements, student_views
+
+    # A pipe has no width of its own: give the table the one it needs.
+    console = Console(
+        width=max(118, terminal_width()) if not sys.stdout.isatty() else None, highlight=False, markup=False
+    )
+    counts, g, gpu = elements(cfg), cfg.self_guided, machine.gpu
+    P, extra = trunk(counts), sum(counts.values()) - trunk(counts)
+    views = f" x {student_views(cfg)} views (teacher {g.views})" if g.enabled else ""
+    data = "network" if machine.nodes > 1 else "NVLink"
+    console.print(
+        f"{cfg.model.name}: {P / 1e6:.1f} M parameters"
+        + (f" + projector {extra / 1e6:.1f} M" if extra else "")
+        + f", {dtype}, {cfg.train.global_batch} images{views} a step\n"
+        f"{machine.gpus} x {machine.name}, {machine.nodes} node{'s' * (machine.nodes > 1)}: {gpu.memory:g} GiB, "
+        f"{gpu.tflops:g} TFLOP/s, memory {gpu.hbm:g} GB/s, NVLink {gpu.nvlink:g} GB/s, network {gpu.network:g} GB/s"
+    )
+    fitting, others = [p for p in plans if p.fits], [p for p in plans if not p.fits]
+    shown = plans if every else fitting[:SHOWN] + others[:NEAREST]
+    if best and best not in shown:
+        shown.insert(0, best)
+    console.print(table_of(shown, best))
+    if len(shown) < len(plans):
+        console.print(f"{len(shown)} of {len(plans)} plans, {len(fitting)} fit; --all shows every one\n")
+    console.print(
+        "GiB a rank at the peak; other: L_MIM's features, contrastive losses, working memory; buffers: ZeRO-3's gathered "
+        "weights, reduction buckets; needs: their sum with reserve, below the line more than there "
+        f"is. GB that a rank sends a step in tensor groups (NVLink) and over data ranks ({data}). MFU counts student and teacher."
+    )
+    if best is None:
+        console.print(f"\n{hint(plans, machine)}")
+    else:
+        console.print(f"\nrecommended: {' '.join(best.overrides)}", soft_wrap=True)
+        console.print(f"  because {why(best, plans)}", soft_wrap=True)
+        host = f", {gib(best.host)} GiB of host memory a rank" if best.host else ""
+        console.print(
+            f"  {best.data} data ranks x {best.micro} images x {best.accumulation} accumulated, "
+            f"{cfg.train.global_batch / best.seconds:.0f} images/s{host}"
+        )
+        for t in best.transfers:
+            console.print(f"  {t.what}: {t.bytes / 1e9:.2f} GB in {t.count} calls ({t.link} ranks)")
+    console.print("\nTimes are estimates, not measurements. Assumed:")
+    for name, text in ASSUMPTIONS.items():
+        console.print(f"  {name}: {text}")
+
+
+def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: Plan | None) -> dict[str, Any]:
+    from megastar.parallel.cost import ASSUMPTIONS, step_flops
+
+    def one(p: Plan) -> dict[str, Any]:
+        known = {k: v for k, v in dataclasses.asdict(p).items() if k != "zero"}
+        derived = {
+            "zero": p.zero.label,
+            "deepspeed": p.zero.file,
+            "total": p.total,
+            "fits": p.fits,
+            "seconds": p.seconds,
+        }
+        return derived | known | {"images_per_s": cfg.train.global_batch / p.seconds, "overrides": p.overrides}
+
+    return {
+        "model": cfg.model.name,
+        "dtype": dtype,
+        "global_batch": cfg.train.global_batch,
+        "machine": dataclasses.asdict(machine),
+        "flops": step_flops(cfg),
+        "recommended": one(best) | {"why": why(best, plans)} if best else None,
+        "plans": [one(p) for p in plans],
+        "assumptions": ASSUMPTIONS,
+    }

@@ -1,0 +1,314 @@
+"""Memory of one rank by cause, from shapes alone: nothing is built, neither torch nor DeepSpeed is needed.
+
+Legend: D width, F SwiGLU width, H heads, S sequence, V vocabulary, N sequences of a forward pass, e bytes of an element
+of the compute type. State bytes are exact but for ZeRO's padding; activations follow what autograd saves in model/.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig
+from megastar.config.validate import tensor_parallel_degrees, words
+from megastar.errors import UserError
+from megastar.parallel.plan import split_of
+
+GIB = 2**30
+ELEMENT = {"bf16": 2, "fp32": 4}  # bytes of an element of the compute type
+
+# Bytes a logit at the peak of the loss: the saved softmax, its incoming and its outgoing gradient, all fp32.
+LOSS_BYTES = 12
+# The split loss in bf16 holds its gradient in both types for a moment (parallel/cross_entropy.py).
+SPLIT_LOSS_BYTES = {"bf16": 14, "fp32": 12}
+# Bytes an element that the optimizer's step adds for a moment: the fp32 gradient and AdamW's denominator.
+STEP_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What DeepSpeed's ``zero_optimization`` says of memory; sizes in elements, defaults DeepSpeed's own."""
+
+    stage: int
+    offload: tuple[str, ...] = ()  # of "optimizer" and "param": what lies in host memory
+    reduce_bucket: int = 500_000_000
+    prefetch: int = 50_000_000
+    max_live: int = 1_000_000_000
+    max_reuse: int = 1_000_000_000
+    persistence: int = 100_000
+    overlap: bool = False
+    file: str = ""  # the JSON it was read from
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage}+offload" if self.offload else str(self.stage)
+
+    @classmethod
+    def read(cls, json: Mapping[str, Any], file: str = "") -> Zero:
+        """From a DeepSpeed JSON that config/deepspeed.py found right."""
+        z = json["zero_optimization"]
+        said = {
+            "reduce_bucket": z.get("reduce_bucket_size"),
+            "prefetch": z.get("stage3_prefetch_bucket_size"),
+            "max_live": z.get("stage3_max_live_parameters"),
+            "max_reuse": z.get("stage3_max_reuse_distance"),
+            "persistence": z.get("stage3_param_persistence_threshold"),
+        }
+        sizes = {name: int(value) for name, value in said.items() if value not in (None, "auto")}
+        if z.get("contiguous_gradients") is False:
+            sizes["reduce_bucket"] = 0
+        there = [k for k in ("optimizer", "param") if (z.get(f"offload_{k}") or {}).get("device", "none") != "none"]
+        overlap = z.get("overlap_comm")
+        return cls(
+            z["stage"], tuple(there), overlap=z["stage"] == 3 if overlap is None else overlap, file=file, **sizes
+        )
+
+
+# Shapes ------------------------------------------------------------------------------------------------------------
+def has_projector(guided: SelfGuidedConfig | None) -> bool:
+    """Whether a contrastive loss is on, as engine/networks.py decides it."""
+    return bool(guided and guided.enabled and guided.beta > 0 and (guided.step_loss or guided.view_loss))
+
+
+def parameter_shapes(model: ModelConfig, guided: SelfGuidedConfig | None = None) -> dict[str, tuple[int, ...]]:
+    """Every weight of the student by its name, in the module's order: ``transformer.*``, then ``projector.*``."""
+    D, F, V = model.dim, model.ffn_dim, model.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.cls_embedding.embedding_table.weight": (model.num_classes + 1, D),
+        "transformer.tok_embeddings.weight": (V, D),
+    }
+    for i in range(model.n_layer):
+        block = {
+            "attention_norm.weight": (D,),
+            "attention.wqkv.weight": (3 * D, D),
+            "attention.wo.weight": (D, D),
+            "ffn_norm.weight": (D,),
+            "feed_forward.w1.weight": (F, D),
+            "feed_forward.w3.weight": (F, D),
+            "feed_forward.w2.weight": (D, F),
+        }
+        shapes |= {f"transformer.layers.{i}.{name}": shape for name, shape in block.items()}
+    shapes |= {"transformer.norm.weight": (D,), "transformer.output.weight": (V, D)}
+    if guided is not None and has_projector(guided):
+        P = guided.projector_dim
+        for name, rows, columns in (("w1", P, D), ("w2", P, P), ("w3", D, P)):
+            shapes |= {f"projector.{name}.weight": (rows, columns), f"projector.{name}.bias": (rows,)}
+    return shapes
+
+
+def check_tensor(model: ModelConfig, tensor: int) -> None:
+    """Raises ``UserError`` for a degree that divides no heads, ffn or vocabulary, naming those that do."""
+    legal = tensor_parallel_degrees(model)
+    if tensor not in legal:
+        raise UserError(
+            f"tensor parallel degree {tensor}: must divide {model.n_head} heads, the ffn width {model.ffn_dim} and "
+            f"{model.vocab_size} codes; use {words(legal)}"
+        )
+
+
+def elements(cfg: RunConfig, tensor: int = 1) -> dict[str, int]:
+    """Elements of each weight on one tensor rank: split ones divided by ``tensor``, the others whole."""
+    check_tensor(cfg.model, tensor)
+    counts = {name: math.prod(shape) for name, shape in parameter_shapes(cfg.model, cfg.self_guided).items()}
+    return {name: n // tensor if split_of(name) else n for name, n in counts.items()}
+
+
+def trunk(counts: Mapping[str, int]) -> int:
+    """Elements of the transformer, which the teacher has too; the projector is the student's alone."""
+    return sum(n for name, n in counts.items() if name.startswith("transformer."))
+
+
+def block_elements(counts: Mapping[str, int]) -> int:
+    """Elements of one block."""
+    return sum(n for name, n in counts.items() if name.startswith("transformer.layers.0."))
+
+
+# States ------------------------------------------------------------------------------------------------------------
+def state_bytes(
+    cfg: RunConfig, stage: int, tensor: int = 1, data: int = 1, dtype: str = "bf16", offload: Collection[str] = ()
+) -> dict[str, int]:
+    """Bytes that one rank holds between steps on its device: weights, gradients, optimizer (fp32 masters and two
+    moments), ema (in the optimizer), teacher (its compute copy, transformer only).
+
+    ``data`` is the number of data ranks, ``dtype`` the compute type, bf16 or fp32; ``offload`` holds "optimizer" or
+    "param" (stage 3). Exact but for padding: at stage 3 each weight is cut into ``data`` equal parts, rounded up;
+    at 1 and 2 the sum is. Raises ``UserError`` for an illegal ``tensor``, or a stage or type the engine does not know.
+    """
+    return _states(cfg, stage, tensor, data, dtype, offload)[0]
+
+
+def host_bytes(
+    cfg: RunConfig, stage: int, tensor: int = 1, data: int = 1, dtype: str = "bf16", offload: Collection[str] = ()
+) -> int:
+    """Bytes of the same states that one rank holds in host memory; 0 without offload."""
+    return sum(_states(cfg, stage, tensor, data, dtype, offload)[1].values())
+
+
+def _states(
+    cfg: RunConfig, stage: int, tensor: int, data: int, dtype: str, offload: Collection[str]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(on the device, in host memory)."""
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"ZeRO stage {stage}: must be 0, 1, 2 or 3")
+    if dtype not in ELEMENT:
+        raise UserError(f"dtype {dtype!r}: must be {words(list(ELEMENT))}")
+    if stage == 0 and dtype != "fp32":
+        raise UserError(f"ZeRO stage 0 with dtype {dtype} loses precision (no fp32 masters): use stage 1 to 3")
+    if offload and stage != 3:
+        raise UserError(f"offload of {words(sorted(offload))} needs ZeRO stage 3, not {stage}")
+    e, counts = ELEMENT[dtype], elements(cfg, tensor)
+    whole, theirs = sum(counts.values()), trunk(counts)
+    if stage == 3:
+        cut = {name: -(-n // data) for name, n in counts.items()}
+        part, their_part = sum(cut.values()), trunk(cut)
+    else:
+        part, their_part = -(-whole // (1 if stage == 0 else data)), theirs
+    states = {
+        "weights": e * (part if stage == 3 else whole),
+        "gradients": e * (part if stage >= 2 else whole),
+        "optimizer": part * (8 if stage == 0 else 12),  # at stage 0 the weights are the masters
+        "ema": part * 4,
+        "teacher": e * their_part if cfg.self_guided.enabled else 0,
+    }
+    host: dict[str, int] = {}
+    if "optimizer" in offload:
+        # DeepSpeed's buffer of gradient partitions follows the optimizer, and an fp32 copy feeds it.
+        host = {name: states[name] for name in ("gradients", "optimizer", "ema")} | {"fp32 gradients": part * 4}
+    if "param" in offload:
+        host |= {name: states[name] for name in ("weights", "teacher")}
+    return {name: 0 if name in host else value for name, value in states.items()}, host
+
+
+# Activations -------------------------------------------------------------------------------------------------------
+def block_activation_bytes(model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16") -> int:
+    """What autograd saves of one block for the backward pass (model/transformer.py, attention.py, layers.py, rope.py).
+
+    Each tensor rank holds the two norms whole: input in fp32, normalised, scaled (the next layers' input), 1 / rms in
+    fp32; and a one-byte mask for each dropout. Split over the tensor ranks: the fused q, k, v (kept whole by v, a
+    view of it), q and k turned by RoPE (its fp32 is not kept), attention's output, its log-sum-exp in fp32, and w1's
+    output, its SiLU, w3's output, their product.
+    """
+    e, D, F = ELEMENT[dtype], model.dim, model.ffn_dim
+    masks = D * ((model.resid_dropout_p > 0) + (model.ffn_dropout_p > 0))
+    whole = 2 * (4 * D + 2 * e * D + 4) + masks
+    split = (3 + 2 + 1) * e * D + 4 * model.n_head + 4 * e * F
+    return sequences * model.image_tokens * whole + sequences * model.image_tokens * split // tensor
+
+
+def kept_activation_bytes(
+    model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16", checkpointing: bool = False
+) -> int:
+    """What the student's forward pass leaves for its backward pass, without the loss.
+
+    With ``checkpointing`` a block leaves its input alone. The embedding (indices, mask) and the final norm always stay.
+    """
+    e, tokens = ELEMENT[dtype], sequences * model.image_tokens
+    block = tokens * e * model.dim if checkpointing else block_activation_bytes(model, sequences, tensor, dtype)
+    ends = tokens * (8 + model.dim * (model.token_dropout_p > 0) + 4 * model.dim + 2 * e * model.dim + 4)
+    return model.n_layer * block + ends
+
+
+def forward_working_bytes(model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16") -> int:
+    """The most that a forward pass without a graph holds at once: in RoPE, the SwiGLU or a norm of one block."""
+    e, D, F, tokens = ELEMENT[dtype], model.dim, model.ffn_dim, sequences * model.image_tokens
+    rope = (3 * e + 2 * (4 if e < 4 else 0) + 2 * 4 + 2 * e) * D // tensor
+    return tokens * (5 * e * D + max(rope, 3 * e * F // tensor, 3 * 4 * D))
+
+
+def backward_working_bytes(model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16") -> int:
+    """What one block's backward pass adds to what it frees: gradients of the SwiGLU's product, the stream, a norm."""
+    e, tokens = ELEMENT[dtype], sequences * model.image_tokens
+    return tokens * (e * model.ffn_dim // tensor + (2 * e + 4) * model.dim)
+
+
+def mask_bytes(cfg: RunConfig, sequences: int, dtype: str = "bf16") -> int:
+    """The student's hidden keys, dense and additive, once for all blocks (model/masks.py); 0 without them."""
+    if not cfg.self_guided.enabled or cfg.self_guided.mask_ratio == 0:
+        return 0
+    size: int = cfg.model.image_tokens**2
+    return sequences * size * (1 + ELEMENT[dtype])
+
+
+def loss_bytes(cfg: RunConfig, micro: int, tensor: int = 1, data: int = 1, dtype: str = "bf16") -> dict[str, int]:
+    """The peak of the losses of ``micro`` images: logits; features of L_MIM; the contrastive losses over ``data`` ranks.
+
+    L_MIM: both networks' last features, in fp32 the student's (a copy in bf16) and the teacher's unit vectors.
+    Contrastive: the gathered targets, their fp32 unit vectors and copies for each pair of views, and four copies of
+    the logits (product, selection, log-softmax, gradient).
+    """
+    e, m, g = ELEMENT[dtype], cfg.model, cfg.self_guided
+    N = micro * student_views(cfg)
+    per_logit = LOSS_BYTES if tensor == 1 else SPLIT_LOSS_BYTES[dtype]
+    out = {"logits": N * m.image_tokens * m.vocab_size * per_logit // tensor, "features": 0, "contrastive": 0}
+    if g.enabled and g.alpha:
+        out["features"] = N * m.image_tokens * m.dim * (2 * e + 4 + (4 if e < 4 else 0))
+    if has_projector(g):
+        K, Ms, pairs, everyone = g.positions, g.student_views, g.student_views * (g.views - 1), micro * data
+        vectors = everyone * K * m.dim * (e * g.views + 4 * (2 * g.views + pairs))
+        logits = micro * everyone * (Ms * K * (4 * K - 3) * g.step_loss + 4 * pairs * K * g.view_loss)
+        out["contrastive"] = vectors + 4 * logits
+    return out
+
+
+def student_views(cfg: RunConfig) -> int:
+    """Sequences an image that the student sees."""
+    return cfg.self_guided.student_views if cfg.self_guided.enabled else 1
+
+
+# ZeRO's buffers ----------------------------------------------------------------------------------------------------
+def kept_elements(counts: Mapping[str, int], zero: Zero) -> int:
+    """Weights that stage 3 leaves gathered from forward to backward pass: those whose reuse is near enough.
+
+    A weight p elements before the end of the forward pass comes again 2 p elements later.
+    """
+    return min(sum(counts.values()), zero.max_reuse // 2, zero.max_live)
+
+
+def buffer_bytes(cfg: RunConfig, zero: Zero, tensor: int = 1, dtype: str = "bf16") -> dict[str, int]:
+    """gather: weights that stage 3 holds whole at once; buckets: of the gradients' reduction.
+
+    The student's: those kept for the backward pass, or one block, and those fetched ahead, at most all; the teacher's:
+    one block, or its largest weight, and those fetched ahead. Two buckets: with ``overlap_comm`` one fills while
+    the other is sent (stages 1 and 2), and stage 3's reduce-scatter copies its bucket.
+    """
+    e, counts = ELEMENT[dtype], elements(cfg, tensor)
+    gather = 0
+    if zero.stage == 3:
+        one = max(block_elements(counts), *counts.values())
+        small = sum(n for n in counts.values() if n <= zero.persistence)
+        student = min(sum(counts.values()), max(kept_elements(counts, zero), one + small) + zero.prefetch)
+        teacher = min(trunk(counts), one + zero.prefetch) if cfg.self_guided.enabled else 0
+        gather = e * (student + teacher)
+    buckets = 0 if zero.stage == 0 else e * zero.reduce_bucket * (2 if zero.stage == 3 or zero.overlap else 1)
+    return {"gather": gather, "buckets": buckets}
+
+
+# Everything --------------------------------------------------------------------------------------------------------
+def memory_bytes(
+    cfg: RunConfig, zero: Zero, tensor: int, data: int, micro: int, checkpointing: bool, dtype: str = "bf16"
+) -> dict[str, int]:
+    """Peak bytes of one rank's device by cause; their sum is the peak of a step of ``micro`` images a pass.
+
+    ``activations`` is what waits for the backward pass, with the mask; ``logits``, ``features``, ``contrastive`` the
+    losses' peak; ``working`` what another moment needs more than the losses do: the teacher's forward pass, a
+    recomputed block and its backward pass, or the optimizer's step, when no activation is left.
+    """
+    m, N = cfg.model, micro * student_views(cfg)
+    out = state_bytes(cfg, zero.stage, tensor, data, dtype, zero.offload)
+    out["activations"] = kept_activation_bytes(m, N, tensor, dtype, checkpointing) + mask_bytes(cfg, N, dtype)
+    losses = loss_bytes(cfg, micro, tensor, data, dtype)
+    out |= losses
+    backward = backward_working_bytes(m, N, tensor, dtype)
+    if checkpointing:
+        backward += block_activation_bytes(m, N, tensor, dtype)
+    teacher = 0
+    if cfg.self_guided.enabled:
+        logits = N * m.image_tokens * m.vocab_size * ELEMENT[dtype] // tensor
+        teacher = logits + forward_working_bytes(m, micro * cfg.self_guided.views, tensor, dtype)
+    shard = sum(elements(cfg, tensor).values()) // (data if zero.stage else 1)
+    step = 0 if "optimizer" in zero.offload else STEP_BYTES * shard
+    most = max(backward, teacher, step - out["activations"])
+    out["working"] = max(0, most - sum(losses.values()))
+    return out | buffer_bytes(cfg, zero, tensor, dtype)

@@ -1,0 +1,344 @@
+"""Communication, arithmetic and time of a step, and the plans of a run on a machine. Estimates: see ``ASSUMPTIONS``.
+
+Communication is what a rank sends in ring collectives; arithmetic is counted from shapes, fused multiply-adds as two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megastar.config.load import resolve_batch
+from megastar.config.schema import RunConfig
+from megastar.config.validate import tensor_parallel_degrees, words
+from megastar.errors import UserError
+from megastar.parallel.budget import (
+    ELEMENT,
+    GIB,
+    Zero,
+    block_elements,
+    check_tensor,
+    elements,
+    has_projector,
+    host_bytes,
+    kept_elements,
+    memory_bytes,
+    parameter_shapes,
+    student_views,
+    trunk,
+)
+
+# Assumptions: none of them was measured on the machines below.
+RESERVED_GIB = 2.0  # driver, CUDA context, NCCL's and cuBLAS's buffers
+FRAGMENTATION = 0.05  # share of the peak that the allocator cannot use
+MATMUL_EFFICIENCY = 0.55  # of the GPU's dense peak, in the matrix products
+MEMORY_EFFICIENCY = 0.8  # of the GPU's memory bandwidth, in norms, rotations, dropouts, activations, losses, AdamW
+BANDWIDTH_EFFICIENCY = 0.7  # of a link's bandwidth, in collectives
+LATENCY = 25e-6  # seconds a collective takes beside its bytes
+OVERLAP = 0.5  # share of the computing time under which the data ranks' gathers and reductions can hide
+FP32_SLOWDOWN = 16  # bf16 peak over fp32 peak
+STREAM_BYTES = 90  # a token, block and width: what the norms, dropouts and sums of an eager bf16 forward pass move
+SPLIT_BYTES = 50  # likewise RoPE and attention, split over the tensor ranks
+FFN_BYTES = 10  # likewise, a token and SwiGLU width
+LOGIT_BYTES = 40  # a logit: what the loss and its gradient move
+BACKWARD = 2  # a backward pass computes and moves this many times what its forward pass does
+OPTIMIZER_TRAFFIC = 72  # bytes an element that AdamW (foreach) and the average move
+HOST_LINK = 20e9  # bytes a second between a GPU and host memory
+HOST_MEMORY = 20e9  # bytes a second of host memory for each rank, where AdamW runs under offload
+NEAR = 0.03  # plans within this share of the fastest count as equally fast: the simplest of them is recommended
+SPARE = 0.05  # share of the GPU's memory that a recommended plan leaves free, where one can
+
+ASSUMPTIONS = {
+    "reserved for driver and libraries": f"{RESERVED_GIB:g} GiB, and {FRAGMENTATION:.0%} of the peak lost to fragmentation",
+    "matrix products": f"{MATMUL_EFFICIENCY:g} of the dense peak (fp32: a {FP32_SLOWDOWN}th of the bf16 peak)",
+    "everything else": f"eager, {MEMORY_EFFICIENCY:g} of the memory bandwidth; a forward pass moves {STREAM_BYTES} D + {SPLIT_BYTES} D / tp"
+    f" + {FFN_BYTES} F / tp bytes a token and block, the loss {LOGIT_BYTES} a logit, AdamW {OPTIMIZER_TRAFFIC} an element",
+    "backward pass": f"{BACKWARD} times its forward pass",
+    "collectives": f"{BANDWIDTH_EFFICIENCY:g} of the bandwidth, {LATENCY * 1e6:g} us each; data ranks' hide under "
+    f"{OVERLAP:g} of the computing, tensor ranks' never",
+    "offload": f"{HOST_LINK / 1e9:g} GB/s to host memory, AdamW there at {HOST_MEMORY / 1e9:g} GB/s a rank",
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Data-sheet figures. memory GiB; tflops dense bf16; hbm GB/s of its memory; nvlink GB/s, both directions together
+    (PCIe where there is none); network GB/s a GPU and direction of the usual server (400 Gb/s = 50)."""
+
+    memory: float
+    tflops: float
+    hbm: float
+    nvlink: float
+    network: float
+
+
+# NVIDIA's data sheets; peaks without sparsity. Network: DGX A100 8 x 200 Gb/s, DGX H100, H200 and B200 8 x 400 Gb/s.
+GPUS = {
+    "a100-40": Gpu(40, 312, 1555, 600, 25),
+    "a100-80": Gpu(80, 312, 2039, 600, 25),
+    "h100": Gpu(80, 989, 3350, 900, 50),
+    "h100-pcie": Gpu(80, 756, 2000, 600, 50),
+    "h200": Gpu(141, 989, 4800, 900, 50),
+    "b200": Gpu(180, 2250, 8000, 1800, 50),
+    "l40s": Gpu(48, 362, 864, 64, 25),
+    "a10": Gpu(24, 125, 600, 64, 12.5),
+    "rtx4090": Gpu(24, 165, 1008, 64, 12.5),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    name: str
+    gpu: Gpu
+    gpus: int
+    per_node: int
+
+    @property
+    def nodes(self) -> int:
+        return self.gpus // self.per_node
+
+    def tensor_rate(self) -> float:
+        """Bytes a second and direction inside a node."""
+        return self.gpu.nvlink / 2 * 1e9 * BANDWIDTH_EFFICIENCY
+
+    def data_rate(self, tensor: int) -> float:
+        """Of the data group's ring. Between nodes it has the network cards of all its ranks on a node."""
+        network = self.gpu.network * (self.per_node // tensor)
+        return (
+            (self.gpu.nvlink / 2 if self.nodes == 1 else min(self.gpu.nvlink / 2, network)) * 1e9 * BANDWIDTH_EFFICIENCY
+        )
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One kind of collective: bytes that a rank sends in an optimizer step, in ``count`` calls."""
+
+    what: str
+    link: str  # "tensor" or "data"
+    bytes: int
+    count: int
+    hidden: bool = False  # whether it can run beside computing
+
+
+@dataclass
+class Plan:
+    """One way to run; bytes a rank, seconds an optimizer step."""
+
+    tensor: int
+    zero: Zero
+    checkpointing: bool
+    data: int
+    micro: int
+    accumulation: int
+    memory: dict[str, int]
+    host: int
+    need: float  # bytes with reserve and fragmentation
+    limit: float  # bytes of the GPU
+    transfers: list[Transfer]
+    compute: float
+    communication: float  # what is not hidden
+    optimizer: float
+    mfu: float
+
+    @property
+    def fits(self) -> bool:
+        return self.need <= self.limit
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.communication + self.optimizer
+
+    def sent(self, link: str) -> int:
+        return sum(t.bytes for t in self.transfers if t.link == link)
+
+    @property
+    def overrides(self) -> list[str]:
+        """The fields of the run that say this plan."""
+        return [
+            f"parallel.deepspeed={self.zero.file}",
+            f"parallel.tensor_parallel={self.tensor}",
+            f"parallel.activation_checkpointing={str(self.checkpointing).lower()}",
+        ]
+
+
+# Arithmetic --------------------------------------------------------------------------------------------------------
+def teacher_blocks(cfg: RunConfig) -> int:
+    """Blocks that the teacher runs on an image's views: views that the student does not see stop early."""
+    g, m = cfg.self_guided, cfg.model
+    if not g.enabled:
+        return 0
+    rest = (g.views - g.student_views) * g.contrastive_block if has_projector(g) else 0
+    return g.student_views * m.n_layer + rest
+
+
+def step_flops(cfg: RunConfig) -> dict[str, int]:
+    """Floating-point operations of an optimizer step of all ranks: student (forward and backward), teacher, and recompute
+    (the student's blocks once more, under checkpointing; no part of MFU).
+
+    A weight that multiplies each token costs 2 a token in a forward pass; attention 4 S D a token and block (logits and
+    values, the causal half not deducted, as in PaLM's MFU). Embeddings cost nothing.
+    """
+    m, B, T = cfg.model, cfg.train.global_batch, cfg.model.image_tokens
+    shapes = {n: math.prod(s) for n, s in parameter_shapes(m, cfg.self_guided).items() if len(s) == 2}
+    block = 2 * T * (block_elements(shapes) + 2 * T * m.dim)  # one block, one sequence, forward
+    N = B * student_views(cfg)
+    head = N * 2 * T * shapes["transformer.output.weight"]
+    projector = (
+        N * 2 * cfg.self_guided.positions * sum(n for name, n in shapes.items() if name.startswith("projector."))
+    )
+    blocks = N * m.n_layer * block
+    return {
+        "student": (1 + BACKWARD) * (blocks + head + projector),
+        "teacher": B * teacher_blocks(cfg) * block,
+        "recompute": blocks,
+    }
+
+
+def compute_seconds(cfg: RunConfig, machine: Machine, tensor: int, checkpointing: bool, dtype: str) -> float:
+    """Matrix products split over all GPUs; the rest bound by memory, the stream of width D whole on each tensor rank."""
+    m, e, flops = cfg.model, ELEMENT[dtype], step_flops(cfg)
+    operations = flops["student"] + flops["teacher"] + checkpointing * flops["recompute"]
+    peak = machine.gpu.tflops * 1e12 / (FP32_SLOWDOWN if dtype == "fp32" else 1)
+    images = cfg.train.global_batch * tensor / machine.gpus  # of a rank
+    passes = student_views(cfg) * m.n_layer * (1 + BACKWARD + checkpointing) + teacher_blocks(cfg)
+    moved = passes * (STREAM_BYTES * m.dim + (SPLIT_BYTES * m.dim + FFN_BYTES * m.ffn_dim) / tensor) * e / 2
+    moved += student_views(cfg) * LOGIT_BYTES * m.vocab_size / tensor
+    traffic = images * m.image_tokens * moved / (machine.gpu.hbm * 1e9 * MEMORY_EFFICIENCY)
+    return operations / (machine.gpus * peak * MATMUL_EFFICIENCY) + traffic
+
+
+# Communication -----------------------------------------------------------------------------------------------------
+def transfers(
+    cfg: RunConfig, zero: Zero, tensor: int, data: int, micro: int, accumulation: int, checkpointing: bool, dtype: str
+) -> list[Transfer]:
+    """Every collective of an optimizer step on ``tensor`` x ``data`` ranks; small reductions of metrics left out.
+
+    AutoTP sums two outputs a block forward (wo, w2) and three input gradients backward (wqkv, w1, w3), and the head's.
+    DeepSpeed's stages 1 and 2 reduce gradients by all-reduce (use_multi_rank_bucket_allreduce), stage 3 by
+    reduce-scatter; from stage 2 on at each micro-batch. Stages 1 and 2 gather new weights, and the teacher's, once.
+    """
+    e, m, g, A = ELEMENT[dtype], cfg.model, cfg.self_guided, accumulation
+    counts = elements(cfg, tensor)
+    P, theirs, L = sum(counts.values()), trunk(counts), m.n_layer
+    out: list[Transfer] = []
+    if tensor > 1:
+        sequences, ring = micro * student_views(cfg), 2 * (tensor - 1) / tensor
+        one = m.image_tokens * m.dim * e * ring
+
+        def reduce(what: str, calls: int, size: float) -> None:
+            out.append(Transfer(what, "tensor", round(A * calls * size), A * calls))
+
+        reduce("all-reduce outputs, student", 2 * L * (1 + checkpointing), sequences * one)
+        reduce("all-reduce input gradients", 3 * L + 1, sequences * one)
+        reduce("all-reduce loss", 2, sequences * m.image_tokens * 1.5 * 4 * ring)
+        if g.enabled:
+            calls = 2 * (L + (teacher_blocks(cfg) > g.student_views * L) * g.contrastive_block)
+            size = micro * teacher_blocks(cfg) * 2 * one / calls
+            reduce("all-reduce outputs, teacher", calls, size)
+    if data > 1:
+        ring = (data - 1) / data
+
+        def share(what: str, size: float, times: int, bucket: int = 0, hidden: bool = True) -> None:
+            calls = max(1, math.ceil(size / bucket)) if bucket else 1
+            out.append(Transfer(what, "data", round(times * e * size * ring), times * calls, hidden))
+
+        if zero.stage == 3:
+            ahead, reused = max(zero.prefetch, block_elements(counts)), kept_elements(counts, zero)
+            share("all-gather weights", 2 * P - reused, A, ahead)
+            share("reduce-scatter gradients", P, A, zero.reduce_bucket or P)
+            if g.enabled:
+                used = theirs - counts["transformer.output.weight"] - counts["transformer.norm.weight"]
+                again = (teacher_blocks(cfg) > g.student_views * L) * g.contrastive_block * block_elements(counts)
+                share("all-gather teacher", used + again, A, ahead)
+        else:
+            share("all-reduce gradients", 2 * P, A if zero.stage == 2 else 1, zero.reduce_bucket or 2 * P)
+            if zero.stage:
+                share("all-gather weights", P, 1, hidden=False)
+            if zero.stage and g.enabled:
+                share("all-gather teacher", theirs, 1, hidden=False)
+        if has_projector(g):
+            share("all-gather targets", micro * data * g.views * g.positions * m.dim, A, hidden=False)
+    return out
+
+
+# Plans -------------------------------------------------------------------------------------------------------------
+def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpointing: bool, dtype: str) -> Plan:
+    """One row. Raises ``UserError`` when the data ranks do not divide the batch."""
+    parallel = dataclasses.replace(cfg.parallel, tensor_parallel=tensor)
+    data = machine.gpus // tensor
+    micro, accumulation = resolve_batch(dataclasses.replace(cfg, parallel=parallel), machine.gpus)
+    memory = memory_bytes(cfg, zero, tensor, data, micro, checkpointing, dtype)
+    need = sum(memory.values()) * (1 + FRAGMENTATION) + RESERVED_GIB * GIB
+    sent = transfers(cfg, zero, tensor, data, micro, accumulation, checkpointing, dtype)
+    compute = compute_seconds(cfg, machine, tensor, checkpointing, dtype)
+    exposed, beside = 0.0, 0.0
+    for t in sent:
+        rate = machine.tensor_rate() if t.link == "tensor" else machine.data_rate(tensor)
+        seconds = t.bytes / rate + t.count * LATENCY
+        exposed, beside = exposed + seconds * (not t.hidden), beside + seconds * t.hidden
+    shard = sum(elements(cfg, tensor).values()) / (data if zero.stage else 1)
+    e = ELEMENT[dtype]
+    if "optimizer" in zero.offload:  # gradients down, new weights up unless they stay there
+        optimizer = shard * (e * (accumulation + 1) / HOST_LINK + OPTIMIZER_TRAFFIC / HOST_MEMORY)
+    else:
+        optimizer = shard * OPTIMIZER_TRAFFIC / (machine.gpu.hbm * 1e9 * MEMORY_EFFICIENCY)
+    if "param" in zero.offload:  # student forward and backward, teacher
+        optimizer += 3 * accumulation * shard * e / HOST_LINK
+    flops = step_flops(cfg)
+    plan = Plan(
+        tensor, zero, checkpointing, data, micro, accumulation, memory,
+        host_bytes(cfg, zero.stage, tensor, data, dtype, zero.offload), need, machine.gpu.memory * GIB, sent,
+        compute, exposed + max(0.0, beside - OVERLAP * compute), optimizer, 0.0,
+    )  # fmt: skip
+    peak = machine.gpus * machine.gpu.tflops * 1e12
+    plan.mfu = (flops["student"] + flops["teacher"]) / (plan.seconds * peak)
+    return plan
+
+
+def legal_degrees(cfg: RunConfig, machine: Machine) -> list[int]:
+    """Tensor degrees whose groups lie inside a node."""
+    return [d for d in tensor_parallel_degrees(cfg.model) if machine.per_node % d == 0]
+
+
+def make_plans(
+    cfg: RunConfig, machine: Machine, zeros: Sequence[Zero], tensor: int = 0, dtype: str = "bf16"
+) -> list[Plan]:
+    """Every legal plan, or those of one degree. Raises ``UserError`` when there is none."""
+    degrees = legal_degrees(cfg, machine)
+    if tensor and tensor not in degrees:
+        check_tensor(cfg.model, tensor)
+        raise UserError(
+            f"tensor parallel degree {tensor}: must divide the {machine.per_node} GPUs of a node; use {words(degrees)}"
+        )
+    out, errors = [], []
+    for degree in [tensor] if tensor else degrees:
+        try:
+            out += [make_plan(cfg, machine, z, degree, c, dtype) for z in zeros for c in (False, True)]
+        except UserError as error:
+            errors.append(error)
+    if not out:
+        raise errors[0]
+    return out
+
+
+def simplicity(plan: Plan) -> tuple[int, bool, bool, int]:
+    return plan.tensor, bool(plan.zero.offload), plan.checkpointing, plan.zero.stage
+
+
+def recommend(plans: Sequence[Plan]) -> Plan | None:
+    """The simplest of the fastest that fit: no tensor ranks, no offload, no recomputing, a low stage; None if none fits.
+
+    Plans that need nearly all of the memory are taken only where there are no others.
+    """
+    fitting = [p for p in plans if p.fits]
+    if not fitting:
+        return None
+    fitting = [p for p in fitting if p.need <= (1 - SPARE) * p.limit] or fitting
+    best = min(p.seconds for p in fitting)
+    return min((p for p in fitting if p.seconds <= best * (1 + NEAR)), key=simplicity)

@@ -1,0 +1,179 @@
+"""A checkpoint is complete or it does not count, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from megastar.engine import checkpoint, folders
+from megastar.engine.state_files import KINDS, Piece, StateReader, state_file, write_pieces
+from megastar.errors import UserError
+from megastar.parallel.plan import split_of
+from tests.dist.test_engine import launch
+
+SHAPES = {
+    "transformer.tok_embeddings.weight": (6, 4),
+    "transformer.layers.0.attention.wqkv.weight": (12, 4),
+    "transformer.layers.0.attention.wo.weight": (4, 4),
+    "transformer.norm.weight": (5,),
+}
+
+
+@pytest.mark.dist
+def test_a_save_killed_anywhere_leaves_a_checkpoint_to_resume(tmp_path):
+    launch(1, "tests/dist/checkpoint_worker.py", str(tmp_path))
+    results = json.loads((tmp_path / "kills.json").read_text())
+    assert len(results) > 10 and all(r["killed"] for r in results[:-1]) and not results[-1]["killed"]
+    assert {r["step"] for r in results} == {1, 2} and results[-1]["step"] == 2
+    assert [r["step"] for r in results] == sorted(r["step"] for r in results)  # before the rename 1, after it 2
+    for step in (1, 2):  # whatever was interrupted, the resumed step is the same
+        assert len({r["loss"] for r in results if r["step"] == step}) == 1
+    assert all(".writing" not in r["left"] for r in results)
+
+
+# Pieces ------------------------------------------------------------------------------------------------------------
+def write(folder: Path, data: int, tensor: int) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
+    """A checkpoint of SHAPES by data x tensor ranks, as the engine lays it out; returns the whole tensors."""
+    torch.manual_seed(0)
+    whole = {n: {k: torch.randn(s) for k in KINDS} for n, s in SHAPES.items()}
+    written = folder / folders.WRITING / folders.name_of(3)
+    written.mkdir(parents=True)
+    files = {}
+    for rank in range(data * tensor):
+        pieces = []
+        for name, kinds in whole.items():
+            split = split_of(name) if tensor > 1 else None
+            t = rank % tensor
+            local = {k: (split.cut(v, tensor, t) if split else v).reshape(-1) for k, v in kinds.items()}
+            size, d = local["fp32"].numel(), rank // tensor
+            parts, part = (data, d) if split else (data * tensor, rank)
+            low, high = size * part // parts, size * (part + 1) // parts
+            piece = Piece(name, t if split else 0, low, high)
+            pieces.append((piece, {k: v[low:high] for k, v in local.items()}))
+        size, digest = write_pieces(written / state_file(rank), pieces)
+        files[state_file(rank)] = {"bytes": size, "sha256": digest, "whose": f"rank {rank}"}
+    manifest = {
+        "format": folders.FORMAT, "step": 3, "optimizer_step": 3, "mesh": {"data": data, "tensor": tensor},
+        "parameters": {n: list(s) for n, s in SHAPES.items()}, "files": files,
+    }  # fmt: skip
+    folders.publish(folder, folders.name_of(3), manifest)
+    return whole, manifest
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 1), (3, 1), (1, 2), (2, 2), (1, 4)])
+def test_any_mesh_reads_any_checkpoint(tmp_path, data, tensor):
+    whole, _ = write(tmp_path, data, tensor)
+    found = folders.latest(tmp_path)
+    folders.verify(found)
+    reader = StateReader(found, folders.read_manifest(found))
+    for name, kinds in whole.items():
+        for kind, value in kinds.items():
+            assert torch.equal(reader.whole(name, kind), value)
+            for degree in (1, 2, 4):
+                split = split_of(name) if degree > 1 else None
+                for rank in range(degree):
+                    flat = (split.cut(value, degree, rank) if split else value).reshape(-1)
+                    got = reader.range(name, kind, degree, rank, 1, len(flat) - 1)
+                    assert torch.equal(got, flat[1:-1])
+
+
+def test_a_missing_or_damaged_part_is_named(tmp_path):
+    write(tmp_path, 2, 2)
+    found = folders.latest(tmp_path)
+    manifest = folders.read_manifest(found)
+    for name in [*manifest["files"]]:
+        good = (found / name).read_bytes()
+        for place in (4, len(good) // 2, len(good) - 1):  # in the header, in the middle, at the end
+            bad = bytearray(good)
+            bad[place] ^= 1
+            (found / name).write_bytes(bad)
+            with pytest.raises(UserError, match=f"{name} is damaged"):
+                folders.verify(found)
+        (found / name).write_bytes(good)
+    (found / state_file(1)).rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"lacks state-00001.safetensors \(rank 1\)"):
+        folders.read_manifest(found)
+    with pytest.raises(UserError, match="lacks state-00001"):
+        StateReader(found, manifest)
+    less = {k: v for k, v in manifest["files"].items() if k != state_file(1)}
+    with pytest.raises(UserError, match=r"elements 6 on of 24 of transformer.tok_embeddings.weight .* none of its files"):
+        StateReader(found, manifest | {"files": less})
+    (found / state_file(1)).write_bytes(b"junk")
+    with pytest.raises(UserError, match="state-00001.safetensors is damaged"):
+        StateReader(found, manifest)
+
+
+# The thread that writes --------------------------------------------------------------------------------------------
+class Student:
+    """What ``Saver`` asks of the engine, at stage 0 in one process."""
+
+    module = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.arange(4.0))})
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+
+def saver_for(folder: Path) -> checkpoint.Saver:
+    from megastar.config.schema import RunConfig
+    from megastar.engine.build import Context, Engines
+    from megastar.engine.sharding import AdamWEMA
+
+    Student.optimizer = optimizer = AdamWEMA(Student.module.values(), lr=0.1)
+    engines = Engines(Student(), None, optimizer, 1, 1)
+    return checkpoint.Saver(RunConfig(run=str(folder)), Context(0, 1, torch.device("cpu"), torch.float32), engines)
+
+
+def test_training_goes_on_while_a_save_is_written(tmp_path, monkeypatch):
+    saver, gate = saver_for(tmp_path), threading.Event()
+    original = checkpoint.write_pieces
+
+    def slow(*arguments):
+        assert gate.wait(20)
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_pieces", slow)
+    saver.save(5, {})
+    with torch.no_grad():
+        Student.module["a"].fill_(-1.0)  # the next step
+    assert folders.latest(tmp_path / "checkpoints") is None
+    gate.set()
+    done = saver.finish()
+    reader = StateReader(done, folders.read_manifest(done))
+    assert reader.whole("a", "fp32").tolist() == [0.0, 1.0, 2.0, 3.0]  # of the moment of the save
+
+
+def test_a_save_that_fails_in_the_background_is_told_and_the_former_stays(tmp_path, monkeypatch):
+    saver = saver_for(tmp_path)
+    saver.save(5, {})
+    saver.finish()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_pieces", full)
+    saver.save(6, {})
+    saver.thread.join()
+    assert saver.failed
+    with pytest.raises(UserError, match=r"step 6 .*No space left.*step-00000005 stays valid"):
+        saver.finish()
+    assert not saver.failed and folders.latest(tmp_path / "checkpoints").name == folders.name_of(5)
+
+
+def test_too_little_disk_is_told_before_the_first_byte(tmp_path, monkeypatch):
+    saver = saver_for(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"step 20 .*1 MB needed, 0 MB free.*no earlier checkpoint"):
+        saver.save(20, {})
+
+
+def test_another_network_is_refused():
+    with pytest.raises(UserError, match=r"norm.weight is \[4\] there, \[8\] in this configuration"):
+        checkpoint._same_network({"norm.weight": [4]}, {"norm.weight": [8]}, Path("runs/x"))
+    with pytest.raises(UserError, match="projector.w1.weight is absent there"):
+        checkpoint._same_network({}, {"projector.w1.weight": [8]}, Path("runs/x"))
