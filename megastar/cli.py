@@ -17,7 +17,7 @@ COMMANDS = {  # name -> (module of megastar.commands, what it does)
     "train-tokenizer": ("train_tokenizer", "train the VQ tokenizer on pictures"),
     "pretokenize": ("pretokenize", "turn pictures into token shards"),
     "train": ("train", "train a model: ST-AR or the AR baseline"),
-    "export": ("export", "turn a checkpoint into a weights file"),
+    "convert": ("convert", "look into a checkpoint, or turn it into weights or another format"),
     "sample": ("sample", "draw pictures from a run or a weights file"),
     "evaluate": ("evaluate", "score pictures against real ones (FD-EffLite0)"),
     "probe": ("probe", "linear probe of a model's features"),

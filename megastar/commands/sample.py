@@ -63,20 +63,20 @@ class Weights:
 
 
 def find_weights(source: str | Path | None, weights: str = "ema") -> Weights:
-    """A run folder or checkpoint is exported first, to RUN/export, once a step. Raises ``UserError``."""
+    """A run folder or checkpoint is converted first, to RUN/weights, once a step. Raises ``UserError``."""
     path = Path(source or SHIPPED_WEIGHTS)
     if not path.is_dir():
         return Weights(find_file(path) or path, None, None)
     from megastar.data.shards import sha256
-    from megastar.engine.export import export
+    from megastar.engine.convert import convert
     from megastar.engine.folders import MANIFEST, find_checkpoint, read_manifest
 
     checkpoint = find_checkpoint(path)
     digest = sha256(checkpoint / MANIFEST)[:8]  # a run that was started afresh has the same names
-    file = checkpoint.parent.parent / "export" / f"{weights}-{checkpoint.name}-{digest}.safetensors"
+    file = checkpoint.parent.parent / "weights" / f"{weights}-{checkpoint.name}-{digest}.safetensors"
     cfg = config_from_dict(read_manifest(checkpoint)["config"])
     if not file.is_file():
-        export(checkpoint, file, weights, "fp32")
+        convert(checkpoint, "safetensors", file, weights=weights, force=True)  # another process may be as far
     return Weights(file, cfg.data.tokenizer or None, cfg.data.shards or None)
 
 

@@ -177,7 +177,8 @@ class ParallelConfig:
     """How the work is split. The world size is tensor_parallel x data ranks."""
 
     deepspeed: str = knob(
-        "configs/ds/zero3.json", "DeepSpeed JSON; it says ZeRO stage and offload, never batch, clip or dtype"
+        "configs/ds/zero3.json",
+        "DeepSpeed JSON, or zero1, zero2, zero3, zero3_offload; it says ZeRO stage and offload, never batch, clip or dtype",
     )
     tensor_parallel: int = knob(
         1, "ranks that share one copy of each layer; must divide heads, ffn and vocabulary", low=1
@@ -200,6 +201,7 @@ class TrainConfig:
     epochs: float = knob(50, "passes over the shards when steps is 0", low=0)
     dtype: str = knob("bf16", "bf16, fp32, or auto: bf16 where the hardware has it", choices=("bf16", "fp32", "auto"))
     seed: int = knob(0, "seed of every draw", low=0)
+    init: str = knob("", "weights file to start from instead of random weights; the projector starts at random")
     log_every: int = knob(10, "steps between lines of metrics", low=1)
     val_every: int = knob(1000, "steps between validation losses; 0: never", low=0)
     val_images: int = knob(1024, "images of the fixed validation split that are scored", low=1)
@@ -207,6 +209,7 @@ class TrainConfig:
     keep_last: int = knob(2, "checkpoints kept; older ones are removed after a newer one is complete", low=1)
     keep_every: int = knob(0, "also keep each checkpoint whose step is a multiple of this; 0: none", low=0)
     keep_best: bool = knob(False, "also keep the checkpoint with the lowest validation loss at its step")
+    upload: str = knob("", "s3://bucket/prefix to copy each complete checkpoint to; empty: nowhere")
     threads: int = knob(0, "CPU threads a rank; 0: cores / local ranks on CPU, torch's choice on a GPU", low=0)
 
 

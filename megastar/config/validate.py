@@ -85,6 +85,8 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
             f"use {words(_near(divisors(t.global_batch), t.micro_batch))}",
             ("train.micro_batch", "train.global_batch"),
         )
+    if t.upload and not (t.upload.startswith("s3://") and t.upload.removeprefix("s3://").split("/")[0]):
+        yield Problem(f"train.upload = {t.upload}: must read s3://bucket/prefix", ("train.upload",))
     if not cfg.run:
         yield Problem("run is empty: name the run folder", ("run",))
     if not cfg.data.shards:

@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor
 
 from megastar.config.schema import RunConfig
 from megastar.engine import folders
 from megastar.engine.folders import WRITING, folder_of, name_of
 from megastar.engine.state_files import FORMAT, KINDS, Piece, StateReader, state_file, write_pieces
+from megastar.engine.upload import Uploader
 from megastar.errors import UserError
+from megastar.model.io import read_model_metadata
 from megastar.parallel.plan import split_of
 
 if TYPE_CHECKING:  # it imports deepspeed
@@ -68,10 +71,11 @@ class Saver:
         self.cfg, self.ctx, self.engines = cfg, ctx, engines
         self.folder = folder_of(cfg)
         self.shapes = full_shapes(engines, ctx)
-        self.host: dict[tuple[str, str], Tensor] = {}  # pinned copies, kept from save to save
+        self.host: dict[tuple[str, str], Tensor] = {}  # the copies, pinned for a GPU, kept from save to save
         self.thread: threading.Thread | None = None
         self.cancelled = threading.Event()
         self.error: OSError | None = None
+        self.uploader = Uploader(cfg.train.upload) if cfg.train.upload and ctx.main else None
         self.done: Path | None = None
 
     @property
@@ -121,12 +125,10 @@ class Saver:
         copies = {}
         for kind in KINDS:
             source = shard.view(kind)
-            if source.device.type == "cuda":
-                if (shard.name, kind) not in self.host:
-                    self.host[shard.name, kind] = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-                copies[kind] = self.host[shard.name, kind].copy_(source, non_blocking=True)
-            else:
-                copies[kind] = source.clone()
+            if (shard.name, kind) not in self.host:
+                cuda = source.device.type == "cuda"
+                self.host[shard.name, kind] = torch.empty(source.shape, dtype=source.dtype, pin_memory=cuda)
+            copies[kind] = self.host[shard.name, kind].copy_(source, non_blocking=True)
         return Piece(shard.name, rank, shard.start, shard.stop), copies
 
     def _prepare(self, need: int) -> None:
@@ -175,6 +177,8 @@ class Saver:
                 raise OSError("another rank could not write")
         done = folders.publish(self.folder, name_of(self.step), manifest | {"files": dict(sorted(files.items()))})
         folders.retire(self.cfg, self.folder)
+        if self.uploader:
+            self.uploader.put(done)
         return done
 
     def finish(self) -> Path | None:
@@ -199,6 +203,11 @@ class Saver:
         if problem := mine or last[0]:
             raise self._told(problem)
         return self.done
+
+    def close(self) -> str:
+        """Wait for the save and, on rank 0, the upload under way; returns what became of uploads that failed."""
+        self.finish()
+        return self.uploader.finish() if self.uploader else ""
 
     def _told(self, problem: str) -> UserError:
         former = folders.latest(self.folder)
@@ -263,6 +272,31 @@ def load(cfg: RunConfig, ctx: Context, engines: Engines, checkpoint: Path) -> di
     else:
         seed_dropout(cfg, ctx, about["step"])
     return about
+
+
+@torch.no_grad()
+def load_initial(cfg: RunConfig, ctx: Context, engines: Engines) -> dict[str, Any]:
+    """Put the weights file ``train.init`` into the masters of student and average; returns the file's provenance.
+
+    Every rank reads one whole tensor at a time. Raises ``UserError`` for a file of another network.
+    """
+    from megastar.engine.sharding import publish_masters
+
+    model, provenance = read_model_metadata(cfg.train.init)
+    with safe_open(cfg.train.init, "pt") as f:
+        theirs = {"transformer." + n: list(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118
+        ours = {n: s for n, s in full_shapes(engines, ctx).items() if n.startswith("transformer.")}
+        _same_network(theirs, ours, Path(cfg.train.init))
+        for shard in engines.shards():
+            if shard.name in theirs:
+                value = f.get_tensor(shard.name.removeprefix("transformer.")).float()
+                split = split_of(shard.name) if ctx.tensor > 1 else None
+                local = split.cut(value, ctx.tensor, ctx.mesh.tensor_rank) if split else value
+                for kind in ("fp32", "ema"):
+                    shard.view(kind).copy_(local.reshape(-1)[shard.start : shard.stop])
+    publish_masters(engines.student)
+    engines.refresh_teacher()
+    return {"file": cfg.train.init, "model": model.name, **provenance}
 
 
 def seed_dropout(cfg: RunConfig, ctx: Context, step: int) -> None:

@@ -22,12 +22,15 @@ from megastar.engine.metrics import Metrics
 from megastar.engine.schedule import learning_rate, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.errors import UserError
+from megastar.model.io import read_model_metadata
 from megastar.tokenizer.io import tokenizer_hash
 
 
 def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     """Train to the end, resuming from the run folder's newest checkpoint. Exits with 85 when a signal asked to stop."""
     manifest = open_data(cfg) if not dry_run or Path(cfg.data.shards).exists() else None
+    if cfg.train.init and not folders.latest(folders.folder_of(cfg)):
+        read_model_metadata(cfg.train.init)  # it exists, before anything is built
     ctx = start(cfg)
     resolve_batch(cfg, ctx.world)  # before the run folder exists
     if not dry_run:
@@ -43,12 +46,13 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     done, data = 0, digest_of(manifest)
     if found:
         restored = checkpoint.load(cfg, ctx, engines, found)
-        done = restored["step"]
+        done, origin = restored["step"], restored.get("init")
         if restored["data"] != data:
             raise UserError(
                 f"{cfg.data.shards} holds other shards than {found} was trained on: restore them, or choose another run=..."
             )
-    if not found:
+    else:
+        origin = checkpoint.load_initial(cfg, ctx, engines) if cfg.train.init else None
         checkpoint.seed_dropout(cfg, ctx, 0)
     steps = total_steps(cfg, manifest.samples)
     if done >= steps:
@@ -62,6 +66,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
         "steps": steps,
         "data": data,
         "classes": manifest.classes,
+        "init": origin,
         "command": " ".join(["megastar", *sys.argv[1:]]),
     }
     try:
@@ -122,8 +127,9 @@ def run(
             about.pop("val_loss_ar", None)  # of this step, or of none
         if signal_number and not last:
             metrics.note(f"signal {signal_number}: saved {saver.finish()}; the same command resumes")
-            raise SystemExit(PREEMPTED)
-    saver.finish()
+            raise SystemExit(PREEMPTED)  # the next run's uploads catch up
+    if problem := saver.close():
+        metrics.note(problem)
 
 
 # Data ------------------------------------------------------------------------------------------------------------
@@ -190,6 +196,7 @@ RESUMABLE = (
     "train.save_every",
     "train.keep",
     "train.threads",
+    "train.upload",
     "train.micro_batch",
     "parallel.",
 )

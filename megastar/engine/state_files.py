@@ -67,11 +67,11 @@ class StateReader:
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.handles: dict[str, BufferedReader] = {}
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in manifest["parameters"].items()}
         self.tensor: int = manifest["mesh"]["tensor"]
         self.optimizer_step: int = manifest["optimizer_step"]
-        self.handles: dict[str, BufferedReader] = {}
         self.where: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
         self.first_byte: dict[tuple[str, str, str], int] = {}  # file, kind, name
         for file in sorted(n for n in manifest["files"] if n.startswith("state-")):

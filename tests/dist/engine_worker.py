@@ -1,7 +1,7 @@
 """Run by torchrun from test_engine.py: trains the tiny run on every case in one process group.
 
 A case: name, changes (of the configuration), tensor, accumulation, and maybe save_at (step), resume (a run's name),
-dropout (seed the generators).
+dropout (seed the generators), init (start from a weights file).
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from deepspeed.utils import groups
 
 from megastar.engine import checkpoint, folders
 from megastar.engine.build import build, start
-from megastar.engine.export import full_weights
+from megastar.engine.convert import full_weights
 from megastar.engine.memory import state_bytes
 from megastar.engine.step import average_over_ranks, losses, set_schedules
-from tests.dist.reference import BATCH, STEPS, batch_of, config
+from megastar.model.io import save_model
+from tests.dist.reference import BATCH, STEPS, batch_of, config, initial_weights
 
 
 def forget_mesh() -> None:
@@ -36,6 +38,7 @@ def run_case(
     save_at: int = 0,
     resume: str = "",
     dropout: bool = False,
+    init: bool = False,
 ) -> None:
     forget_mesh()
     cfg = config(**changes)
@@ -45,6 +48,12 @@ def run_case(
     cfg.train.micro_batch = BATCH // ctx.mesh.data // accumulation
     engines = build(cfg, ctx)
     assert engines.accumulation == accumulation
+    if init:
+        cfg.train.init = str(out / "initial.safetensors")
+        if ctx.main:
+            save_model(cfg.train.init, initial_weights(), cfg.model, {"step": 5})
+        dist.barrier()
+        assert checkpoint.load_initial(cfg, ctx, engines)["step"] == 5
     if dropout:
         checkpoint.seed_dropout(cfg, ctx, 0)
     engines.student.train()

@@ -56,13 +56,23 @@ def batch_of(cfg: RunConfig, step: int, rows: slice) -> dict:
     return {k: v[rows] for k, v in whole.items()}
 
 
-def train(cfg: RunConfig, accumulation: int) -> dict:
+def initial_weights() -> dict[str, torch.Tensor]:
+    """A transformer's weights that no seed of a run draws."""
+    from megastar.model.transformer import Transformer
+
+    torch.manual_seed(77)
+    return {k: v + 0.05 * torch.randn_like(v) for k, v in Transformer(config().model).state_dict().items()}
+
+
+def train(cfg: RunConfig, accumulation: int, initial: dict[str, torch.Tensor] | None = None) -> dict:
     """Losses and gradient norm of each step, and the last weights of student and average."""
     from megastar.engine.networks import Student
     from megastar.model.transformer import Transformer
 
     torch.manual_seed(cfg.train.seed)
     student, guided = Student(cfg), cfg.self_guided
+    if initial:
+        student.transformer.load_state_dict(initial)
     average = {k: v.detach().clone() for k, v in student.named_parameters()}
     teacher = Transformer(cfg.model).eval()
     decayed = [p for p in student.parameters() if p.dim() >= 2]

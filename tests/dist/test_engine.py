@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megastar.parallel.budget import state_bytes
-from tests.dist.reference import STEPS, config, train
+from tests.dist.reference import STEPS, config, initial_weights, train
 
 ROOT = Path(__file__).parents[2]
 SAVED = STEPS // 2
@@ -24,7 +24,7 @@ def changes(stage: str, **more) -> dict:
 
 
 def case(name: str, stage: str, tensor: int = 1, accumulation: int = 1, **more) -> dict:
-    known = {k: more.pop(k) for k in ("save_at", "resume", "dropout") if k in more}
+    known = {k: more.pop(k) for k in ("save_at", "resume", "dropout", "init") if k in more}
     return {"name": name, "changes": changes(stage, **more), "tensor": tensor, "accumulation": accumulation, **known}
 
 
@@ -45,6 +45,7 @@ CASES: dict[int, list[dict]] = {
     + [case(f"t{t}_stage{s}_bf16", s, t, **BF16) for t in (1, 2) for s in ("1", "2", "3")]
     + [case("t2_offload", "3_offload", 2), case("t2_recomputed", "3", 2, **RECOMPUTED), case("t2_mim", "3", 2, **MIM)]
     + [case("t2_baseline", "3", 2, 2, **BASELINE), case("t2_dropout", "3", 2, dropout=True, **DROPOUT)]
+    + [case("t2_initial", "3", 2, init=True), case("t1_initial", "1", init=True)]
     + [case("saved", "3", 2, save_at=SAVED), case("t2_resumed", "3", 2, resume="saved")]
     + [case("t1_resumed", "3", 1, resume="saved"), case("t1_resumed_stage1", "1", 1, resume="saved")]
     + [case("t2_resumed_stage0", "0", 2, resume="saved"), case("saved1", "1", 1, save_at=SAVED)]
@@ -92,9 +93,9 @@ REFERENCES: dict[str, dict] = {}
 def reference(c: dict) -> dict:
     """Plain training of a case's configuration; how it is split and computed makes no difference to it."""
     told = {k: v for k, v in c["changes"].items() if k not in ("parallel", "train")}
-    key = json.dumps([told, c["accumulation"]], sort_keys=True)
+    key = json.dumps([told, c["accumulation"], c.get("init")], sort_keys=True)
     if key not in REFERENCES:
-        REFERENCES[key] = train(config(**told), c["accumulation"])
+        REFERENCES[key] = train(config(**told), c["accumulation"], initial_weights() if c.get("init") else None)
     return REFERENCES[key]
 
 

@@ -1,4 +1,4 @@
-"""`megastar train` as a user runs it: to the end, killed and resumed, refused, exported."""
+"""`megastar train` as a user runs it: to the end, killed and resumed, refused, converted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megastar.engine import folders
-from megastar.engine.export import full_weights
+from megastar.engine.convert import full_weights
 from megastar.model.io import load_model
 from tests.integration.conftest import ROOT, environment, megastar
 
@@ -118,15 +118,15 @@ def test_one_process_at_another_stage_goes_on_from_two(world, tmp_path):
             assert value == pytest.approx(uninterrupted[number][name], rel=2e-5, abs=2e-6), (number, name)
 
 
-def test_export_gives_the_gathered_weights(whole, tmp_path):
+def test_convert_gives_the_gathered_weights(whole, tmp_path):
     out = tmp_path / "ema.safetensors"
-    megastar("export", whole, "--out", out)
+    megastar("convert", whole, "--to", "safetensors", "--out", out)
     model, about = load_model(out)
     expected = full_weights(whole / "checkpoints/step-00000012", "ema")
     for name, value in model.state_dict().items():
         assert torch.equal(value, expected[name]), name
     assert about["step"] == 12 and about["weights"] == "ema" and about["classes"] == ["circle", "square", "stroke"]
-    missing = megastar("export", tmp_path / "nothing", "--out", out, check=False)
+    missing = megastar("convert", tmp_path / "nothing", "--to", "safetensors", "--out", out, check=False)
     assert missing.returncode == 2 and "no complete checkpoint" in missing.stderr
 
 

@@ -103,15 +103,18 @@ def test_each_disagreement_has_its_sentence(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size"])
-def test_zero_plus_plus_with_tensor_parallelism(tmp_path, key):
-    cfg = run_with(tmp_path, zero(**{key: 2 if "hpz" in key else True}))
-    assert deepspeed_problems(cfg) == []
-    cfg.parallel.tensor_parallel = 4
-    (problem,) = deepspeed_problems(cfg)
-    assert (
-        f"{key} with parallel.tensor_parallel 4 trains silently wrong: remove it, or set tensor_parallel to 1"
-        in problem
-    )
+def test_what_keeps_weights_in_a_second_place_is_refused(tmp_path, key):
+    (problem,) = deepspeed_problems(run_with(tmp_path, zero(**{key: 2 if "hpz" in key else True})))
+    assert f"{key} is not proven with the sharded teacher; remove it" in problem
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_offload_needs_stage_3(tmp_path, stage):
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    (problem,) = deepspeed_problems(run_with(tmp_path, zero(stage, **offload)))
+    assert f"offload_optimizer at stage {stage} is not proven: use stage 3" in problem
+    assert deepspeed_problems(run_with(tmp_path, zero(3, **offload))) == []
+    assert deepspeed_problems(run_with(tmp_path, zero(stage, offload_optimizer={"device": "none"}))) == []
 
 
 def test_what_only_the_started_run_knows(tmp_path):

@@ -1,0 +1,66 @@
+"""Memory and speed of `megastar convert` on a checkpoint of the B size (111 M parameters and the projector).
+
+python -m benchmarks.convert [FOLDER]      (4 GB there, half of it the checkpoint of 2 data x 2 tensor ranks)
+
+Each conversion runs in a process of its own. ``peak_gib`` is its highest resident memory less what the interpreter
+holds once torch is imported; ``mb_per_s`` counts the bytes written, over the whole conversion with both checks: the
+hashes of the source before, the output read back after.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megastar.config.load import load_config
+from megastar.engine.staging import remove
+from tests.checkpoints import write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_GIB = 1.3
+CASES = {
+    "safetensors": {},
+    "llamagen": {"dtype": "bf16"},
+    "universal": {},
+    "checkpoint": {"data": 4, "tensor": 1},
+}
+CHILD = """
+import json, sys, time
+from pathlib import Path
+
+def kb(field):
+    return int(next(s for s in open("/proc/self/status") if s.startswith(field)).split()[1])
+
+import torch
+base, start = kb("VmRSS"), time.perf_counter()
+from megastar.engine.convert import convert, size_of
+source, to, out, options = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
+told = convert(source, to, out, **options)
+seconds = time.perf_counter() - start
+peak, mb = kb("VmHWM") - base, size_of(out) / 1e6
+print(json.dumps({"to": to, **options, "peak_gib": round(peak / 2**20, 3), "base_gib": round(base / 2**20, 3),
+                  "seconds": round(seconds, 1), "mb": round(mb, 1), "mb_per_s": round(mb / seconds)}))
+"""
+
+
+def measure(folder: Path) -> Iterator[dict[str, Any]]:
+    """A row for each format; what they write is removed again."""
+    cfg = load_config(ROOT / "configs/run/star_b_50ep.yaml")
+    source = write_checkpoint(folder / "run", cfg, 2, 2)
+    for to, options in CASES.items():
+        out = folder / to
+        command = [sys.executable, "-c", CHILD, str(source), to, str(out), json.dumps(options)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        yield json.loads(done.stdout)
+        remove(out)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as place:
+        for row in measure(Path(place)):
+            print(json.dumps(row), flush=True)

@@ -1,0 +1,91 @@
+"""``megastar convert``: look into a checkpoint, or turn it into another format."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megastar.commands.common import Parser, positive
+from megastar.errors import UserError
+
+EXAMPLES = """
+megastar convert --inspect runs/demo/run                              what a checkpoint holds, and its health
+megastar convert --inspect runs/demo/run --verify                     ... with every file's hash
+megastar convert runs/demo/run --to safetensors --out demo.safetensors              the averaged weights (the teacher)
+megastar convert runs/demo/run --to safetensors --out s.safetensors --weights student --dtype bf16
+megastar convert runs/b --to llamagen --out b.pt                      for LlamaGen's sample_c2i.py --gpt-ckpt
+megastar convert runs/b --to universal --out b-universal              for DeepSpeed's checkpoint: {load_universal: true}
+megastar convert runs/b --to checkpoint --out runs/b-wide --data 16 --tensor 2      files for 32 ranks
+A run resumes any checkpoint on any number of ranks as it is: --to checkpoint only makes its reading quicker.
+"""
+ONLY = {  # option -> the formats it is for
+    "weights": ("safetensors", "llamagen"),
+    "dtype": ("safetensors", "llamagen"),
+    "data": ("checkpoint",),
+    "tensor": ("checkpoint",),
+}
+
+
+def parser() -> Parser:
+    p = Parser("convert", "Show what a checkpoint holds, or write it in another format.", EXAMPLES)
+    p.add_argument(
+        "source", type=Path, help="run folder (its newest checkpoint), its checkpoints folder, or a checkpoint"
+    )
+    p.add_argument("--inspect", action="store_true", help="print what it holds; exit status 1 if a file is damaged")
+    p.add_argument("--verify", action="store_true", help="with --inspect: compare hashes, not only sizes")
+    p.add_argument(
+        "--to",
+        choices=("safetensors", "llamagen", "universal", "checkpoint"),
+        help="weights file of megastar, or of LlamaGen (.pt); DeepSpeed's universal folder; a checkpoint of other ranks",
+    )
+    p.add_argument("--out", type=Path, help="file or folder to write; it appears whole and checked, or not at all")
+    p.add_argument("--weights", choices=("ema", "student"), help="weights files: which (default ema)")
+    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="weights files: their precision (default fp32)")
+    p.add_argument("--data", type=positive, help="checkpoint: number of data ranks")
+    p.add_argument("--tensor", type=positive, help="checkpoint: number of tensor ranks (default 1)")
+    p.add_argument("--force", action="store_true", help="replace --out if it exists")
+    return p
+
+
+def check(a: argparse.Namespace) -> None:
+    """Options that contradict each other, in one sentence."""
+    if a.inspect and (a.to or a.out):
+        raise UserError("--inspect only looks: give either --inspect, or --to and --out")
+    if not a.inspect and (not a.to or not a.out):
+        missing = "--out" if a.to else "--to"
+        raise UserError(f"{missing} is missing: give --to FORMAT and --out, or --inspect; see megastar convert --help")
+    if a.verify and not a.inspect:
+        raise UserError("--verify belongs to --inspect: a conversion always compares hashes")
+    for option, formats in ONLY.items():
+        if getattr(a, option) is not None and a.to not in formats:
+            what = f"--to {a.to}" if a.to else "--inspect"
+            raise UserError(f"--{option} is for --to {' and '.join(formats)}: leave it out with {what}")
+    if a.to == "checkpoint" and a.data is None:
+        raise UserError("--to checkpoint needs --data, the number of data ranks (and --tensor, default 1)")
+
+
+def main(words: list[str]) -> int:
+    a = parser().parse_args(words)
+    check(a)
+    from rich.console import Console
+
+    console = Console()
+    if a.inspect:
+        from megastar.engine.inspection import inspect
+
+        return 0 if inspect(a.source, a.verify, console) else 1
+    from megastar.engine.convert import convert
+
+    told = convert(
+        a.source,
+        a.to,
+        a.out,
+        weights=a.weights or "ema",
+        dtype=a.dtype or "fp32",
+        data=a.data or 1,
+        tensor=a.tensor or 1,
+        force=a.force,
+        console=console,
+    )
+    console.print(told, markup=False, highlight=False, soft_wrap=True)
+    return 0
