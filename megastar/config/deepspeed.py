@@ -129,6 +129,17 @@ def _dtype_problems(data: dict[str, Any], file: str, dtype: str) -> list[str]:
     zero = data.get("zero_optimization")
     if dtype == "bf16" and isinstance(zero, dict) and zero.get("stage", 0) == 0:
         out.append(f"{file}: ZeRO stage 0 with train.dtype bf16 loses precision (no fp32 masters): use stage 1 to 3")
+    kinds = data.get("data_types") or {}
+    if (
+        dtype == "bf16"
+        and isinstance(zero, dict)
+        and zero.get("stage") == 1
+        and kinds.get("grad_accum_dtype") == "fp32"
+    ):
+        out.append(
+            f"{file}: data_types.grad_accum_dtype fp32 at stage 1 makes DeepSpeed use another optimizer, which has no "
+            "place for the teacher: use stage 2 or 3"
+        )
     return out
 
 

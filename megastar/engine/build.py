@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
 from megastar.config.schema import RunConfig
 from megastar.device import pick_dtype
+from megastar.engine.errors import NONFINITE_GRADIENT, NonFiniteLoss
 from megastar.engine.networks import Student
 from megastar.engine.sharding import AdamWEMA, Shard, parameter_groups, shards
 from megastar.engine.teachers import ReplicatedTeacher, ShardedTeacher
@@ -66,9 +68,8 @@ class Engines:
             self.teacher.refresh()
 
     def grad_norm(self) -> float:
-        """Of the last step, before clipping; NaN where nothing computes it (stage 0 without clipping)."""
-        norm = self.student.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        """Of the last step, before clipping."""
+        return float(self.student.get_global_grad_norm())
 
     def shards(self) -> list[Shard]:
         return list(shards(self.student, self.optimizer))
@@ -129,6 +130,8 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
         cfg, micro, accumulation, world_size=ctx.world, dtype="bf16" if ctx.dtype == torch.bfloat16 else "fp32"
     )
     stage = config["zero_optimization"]["stage"]
+    if stage == 0 and not cfg.optim.grad_clip:
+        config["gradient_clipping"] = 1e30  # clips nothing, but the norm is computed and looked at
     torch.manual_seed(cfg.train.seed)  # the same weights on every rank, of which each keeps its shard
     with born_sharded(config, ctx):
         student = Student(cfg)
@@ -179,9 +182,12 @@ def initialize(module: nn.Module, config: dict[str, Any], optimizer: AdamWEMA | 
     if hook := getattr(engine, "first_dataloader_check", None):
         hook.remove()
     if optimizer is not None and engine.zero_optimization_stage() == 0:
-        # Without ZeRO the engine clips but forgets the norm; it looks for it on the optimizer.
+        # Without ZeRO the engine clips but forgets the norm, which it looks for on the optimizer, and steps even when
+        # the norm is not finite.
         def clip() -> None:
             norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu)
+            if not math.isfinite(norm):  # the same on all ranks
+                raise NonFiniteLoss(NONFINITE_GRADIENT.format(engine.global_steps))
             optimizer._global_grad_norm = norm  # type: ignore[attr-defined]
 
         engine.clip_fp32_gradients = clip

@@ -1,12 +1,15 @@
 """Save and resume. A save copies this rank's shards to host memory and writes them while training goes on.
 
-Every rank writes its own files into ``.writing`` and then a note of their sizes and hashes; rank 0 waits for all the
-notes, writes the manifest, renames the folder and points ``latest`` to it. Threads never use collectives.
+Every rank writes its own files into ``.writing`` and tells rank 0 their sizes and hashes; rank 0 waits for all of them,
+writes the manifest, renames the folder and points ``latest`` to it. Threads never use collectives.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import secrets
 import shutil
 import threading
 import time
@@ -32,7 +35,8 @@ from megastar.parallel.plan import split_of
 if TYPE_CHECKING:  # it imports deepspeed
     from megastar.engine.build import Context, Engines
 
-PATIENCE = 1800.0  # seconds that rank 0 waits for the other ranks' files
+PATIENCE = 3600.0  # seconds that ranks wait for each other's files
+UPLOAD_PATIENCE = 86400.0
 
 
 def random_file(data_rank: int) -> str:
@@ -65,16 +69,22 @@ def owned(engines: Engines, ctx: Context) -> list[Any]:
 
 
 class Saver:
-    """One save at a time. ``save`` returns when the copy is made; ``finish`` when the last save is on the disk."""
+    """One save at a time. ``save`` returns when the copy is made; ``finish`` when the last save is on the disk.
+
+    Ranks tell each other what became of their files through the process group's key-value store: a thread may use it
+    while collectives run, nothing there times out, and no rank has to see another's files before rank 0 does.
+    """
 
     def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines):
         self.cfg, self.ctx, self.engines = cfg, ctx, engines
         self.folder = folder_of(cfg)
         self.shapes = full_shapes(engines, ctx)
-        self.host: dict[tuple[str, str], Tensor] = {}  # the copies, pinned for a GPU, kept from save to save
+        self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+        self.token = ""  # of the last save: a name that no other save has, in this job or in one that is dying
+        self.host: Tensor | None = None  # the copies, pinned for a GPU, kept from save to save
         self.thread: threading.Thread | None = None
-        self.cancelled = threading.Event()
         self.error: OSError | None = None
+        self.warning = ""
         self.uploader = Uploader(cfg.train.upload) if cfg.train.upload and ctx.main else None
         self.done: Path | None = None
 
@@ -90,18 +100,23 @@ class Saver:
         self.finish()
         start = time.perf_counter()
         self.step = step
+        align_replicas(self.engines, self.ctx)
         mine = owned(self.engines, self.ctx)
-        need = torch.tensor([sum(s.stop - s.start for s in mine) * 4 * len(KINDS)], dtype=torch.int64)
-        need = need.to(self.ctx.device)
+        elements = sum(s.stop - s.start for s in mine)
+        need = torch.tensor([elements * 4 * len(KINDS)], dtype=torch.int64, device=self.ctx.device)
         if self.ctx.world > 1:
             dist.all_reduce(need)
+        token = [secrets.token_hex(4)]
+        if self.ctx.world > 1:
+            dist.broadcast_object_list(token, src=0, device=self.ctx.device)
+        self.token = token[0]
+        self.written = self.folder / WRITING / self.token / name_of(step)
         if problem := on_main(self.ctx, lambda: self._prepare(int(need.item()) + (1 << 20))):
             raise self._told(problem)
-        pieces = [self._copy(s) for s in mine]
-        if self.ctx.device.type == "cuda":
-            torch.cuda.synchronize()
+        pieces = self._copy(mine, elements)
         random = {"torch": torch.get_rng_state()}  # all other draws are functions of the seed and the step
         if self.ctx.device.type == "cuda":
+            torch.cuda.synchronize()
             random["cuda"] = torch.cuda.get_rng_state(self.ctx.device)
         manifest = {"format": FORMAT, "step": step, **about}
         manifest |= {
@@ -115,68 +130,85 @@ class Saver:
             "parameters": self.shapes,
             "config": asdict(self.cfg),
         }
-        self.cancelled.clear()
         self.thread = threading.Thread(target=self._write, args=(pieces, random, manifest), daemon=True)
         self.thread.start()
         return time.perf_counter() - start
 
-    def _copy(self, shard: Any) -> tuple[Piece, dict[str, Tensor]]:
-        rank = self.ctx.mesh.tensor_rank if split_of(shard.name) else 0
-        copies = {}
-        for kind in KINDS:
-            source = shard.view(kind)
-            if (shard.name, kind) not in self.host:
-                cuda = source.device.type == "cuda"
-                self.host[shard.name, kind] = torch.empty(source.shape, dtype=source.dtype, pin_memory=cuda)
-            copies[kind] = self.host[shard.name, kind].copy_(source, non_blocking=True)
-        return Piece(shard.name, rank, shard.start, shard.stop), copies
+    def _copy(self, mine: list[Any], elements: int) -> list[tuple[Piece, dict[str, Tensor]]]:
+        """This rank's states in one host buffer."""
+        if self.host is None or self.host.numel() < elements * len(KINDS):
+            cuda = self.ctx.device.type == "cuda"
+            self.host = torch.empty(elements * len(KINDS), dtype=torch.float32, pin_memory=cuda)
+        offset, pieces = 0, []
+        for shard in mine:
+            rank = self.ctx.mesh.tensor_rank if split_of(shard.name) else 0
+            copies = {}
+            for kind in KINDS:
+                copies[kind] = self.host.narrow(0, offset, shard.stop - shard.start)
+                copies[kind].copy_(shard.view(kind), non_blocking=True)
+                offset += shard.stop - shard.start
+            pieces.append((Piece(shard.name, rank, shard.start, shard.stop), copies))
+        return pieces
 
     def _prepare(self, need: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        writing = self.folder / WRITING
-        if writing.exists():  # what a killed save left
-            shutil.rmtree(writing)
-        (writing / name_of(self.step)).mkdir(parents=True)
+        shutil.rmtree(self.folder / WRITING, ignore_errors=True)  # what a killed save left
+        self.written.mkdir(parents=True)
         free = shutil.disk_usage(self.folder).free
         if free < need:
-            raise OSError(f"{need / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+            raise OSError(errno.ENOSPC, f"{need / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
 
     def _write(self, pieces: Any, random: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+        """The thread: this rank's files, then word of them to rank 0; rank 0 goes on to complete the checkpoint."""
+        note: dict[str, Any] = {}
         try:
-            written = self.folder / WRITING / name_of(self.step)
-            size, digest = write_pieces(written / state_file(self.ctx.rank), pieces)
-            mesh = self.ctx.mesh
-            whose = f"rank {mesh.rank}: data rank {mesh.data_rank}, tensor rank {mesh.tensor_rank}"
-            note = {state_file(mesh.rank): {"bytes": size, "sha256": digest, "whose": whose}}
-            if mesh.tensor_rank == 0:
-                file = written / random_file(mesh.data_rank)
-                torch.save(random, file)
-                entry = {"bytes": file.stat().st_size, "sha256": folders.digest_of(file), "whose": whose}
-                note[file.name] = entry
-            folders.write_atomically(self._note(mesh.rank), json.dumps(note))
-            if self.ctx.main:
+            note = {"files": self._write_files(pieces, random)}
+        except Exception as error:  # whatever it is, it must reach the loop
+            self.error = as_os_error(error)
+            note = {"problem": f"rank {self.ctx.rank}: {self.error}"}
+        self.store.set(self._key(self.ctx.rank), json.dumps(note))
+        if self.ctx.main:
+            problem = ""
+            try:
                 self.done = self._complete(manifest)
-        except (OSError, RuntimeError) as error:
-            self.error = error if isinstance(error, OSError) else OSError(str(error))
+            except Exception as error:
+                self.error = self.error or as_os_error(error)
+                problem = str(self.error)
+            self.store.set(self._key("all"), problem)
 
-    def _note(self, rank: int) -> Path:
-        return self.folder / WRITING / f"{name_of(self.step)}.rank-{rank:05d}.json"
+    def _write_files(self, pieces: Any, random: dict[str, Tensor]) -> dict[str, Any]:
+        mesh = self.ctx.mesh
+        self.written.mkdir(parents=True, exist_ok=True)  # another node may not see it yet
+        size, digest = write_pieces(self.written / state_file(mesh.rank), pieces)
+        whose = f"rank {mesh.rank}: data rank {mesh.data_rank}, tensor rank {mesh.tensor_rank}"
+        files = {state_file(mesh.rank): {"bytes": size, "sha256": digest, "whose": whose}}
+        if mesh.tensor_rank == 0:
+            file = self.written / random_file(mesh.data_rank)
+            with file.open("wb") as f:
+                torch.save(random, f)
+                f.flush()
+                os.fsync(f.fileno())
+            entry = {"bytes": file.stat().st_size, "sha256": folders.digest_of(file), "whose": whose}
+            files[file.name] = entry
+        return files
+
+    def _key(self, whose: int | str) -> str:
+        return f"megastar/save/{self.token}/{whose}"
 
     def _complete(self, manifest: dict[str, Any]) -> Path:
-        """Rank 0: wait for every rank's note, then publish."""
-        waiting, files = set(range(self.ctx.world)), {}
-        deadline = time.monotonic() + PATIENCE
-        while waiting:
-            for rank in sorted(waiting):
-                if self._note(rank).is_file():
-                    files |= json.loads(self._note(rank).read_text())
-                    waiting.discard(rank)
-            if waiting and time.monotonic() > deadline:
-                raise OSError(f"rank {min(waiting)} wrote no files within {PATIENCE:.0f} s")
-            if waiting and self.cancelled.wait(0.02):
-                raise OSError("another rank could not write")
-        done = folders.publish(self.folder, name_of(self.step), manifest | {"files": dict(sorted(files.items()))})
-        folders.retire(self.cfg, self.folder)
+        """Rank 0: wait for every rank's word, then publish."""
+        files: dict[str, Any] = {}
+        for rank in range(self.ctx.world):
+            word = json.loads(wait_for(self.store, self._key(rank), f"rank {rank} wrote no files"))
+            if problem := word.get("problem"):
+                raise OSError(problem)
+            files |= word["files"]
+        manifest |= {"files": dict(sorted(files.items()))}
+        done = folders.publish(self.folder, name_of(self.step), manifest, self.written)
+        try:
+            folders.retire(self.cfg, self.folder)
+        except (OSError, ValueError) as error:  # the checkpoint is complete: no reason to stop
+            self.warning = f"older checkpoints in {self.folder} could not be removed ({error})"
         if self.uploader:
             self.uploader.put(done)
         return done
@@ -185,37 +217,77 @@ class Saver:
         """Wait until the save under way is complete, on all ranks alike. Raises ``UserError`` if it failed anywhere."""
         if self.thread is None:
             return self.done
-        if not self.ctx.main:
-            self.thread.join()
-        mine = str(self.error or "")
-        if self.ctx.world > 1:  # rank 0 must not wait half an hour for the files of a rank that failed
-            problems: list[Any] = [None] * self.ctx.world
-            dist.all_gather_object(problems, mine)
-            mine = next((p for p in problems if p), "")
-        if self.ctx.main:
-            if mine:
-                self.cancelled.set()
-            self.thread.join()
-        last = [str(self.error or ""), self.done]
-        if self.ctx.world > 1:
-            dist.broadcast_object_list(last, src=0, device=self.ctx.device)
-        self.thread, self.error, self.done = None, None, last[1]
-        if problem := mine or last[0]:
+        self.thread.join()
+        try:
+            problem = wait_for(self.store, self._key("all"), "rank 0 completed no checkpoint")
+        except OSError as error:
+            problem = str(error)
+        self.thread, self.error = None, None
+        if problem:
             raise self._told(problem)
+        self.done = self.folder / name_of(self.step)
         return self.done
 
     def close(self) -> str:
-        """Wait for the save and, on rank 0, the upload under way; returns what became of uploads that failed."""
+        """Wait for the save and the upload under way, on all ranks; returns what was left undone, or nothing.
+
+        No rank may leave while rank 0 still uploads: a launcher takes the first to leave for the end of the job.
+        """
         self.finish()
-        return self.uploader.finish() if self.uploader else ""
+        if not self.cfg.train.upload:
+            return self.warning
+        if self.uploader:
+            self.store.set(self._key("uploaded"), self.uploader.finish())
+        return wait_for(self.store, self._key("uploaded"), "rank 0 did not finish its upload", UPLOAD_PATIENCE)
 
     def _told(self, problem: str) -> UserError:
         former = folders.latest(self.folder)
         kept = f"{former} stays valid" if former else "there is no earlier checkpoint"
+        room = any(w in problem for w in ("No space left", "needed, ", "quota", "File too large"))
+        remedy = "free some space" if room else f"see that {self.folder} can be written on every node"
         return UserError(
             f"checkpoint of step {self.step} in {self.folder} could not be written ({problem}); {kept}: "
-            "free some space and start again"
+            f"{remedy} and start again"
         )
+
+
+def as_os_error(error: Exception) -> OSError:
+    return error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
+
+
+def wait_for(store: Any, key: str, otherwise: str, patience: float = PATIENCE) -> str:
+    """The value of ``key`` once some rank has set it. Polls: a blocking wait would hold the store for every thread."""
+    deadline = time.monotonic() + patience
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            raise OSError(f"{otherwise} within {patience:.0f} s")
+        time.sleep(0.02)
+    value: bytes = store.get(key)
+    return value.decode()
+
+
+@torch.no_grad()
+def align_replicas(engines: Engines, ctx: Context) -> None:
+    """Give all ranks of a tensor group tensor rank 0's values of the weights that each holds whole.
+
+    Their gradients are the same sum, but reduced in different groups, which may round differently: without this they
+    would drift apart, and a checkpoint would stitch parts of different replicas together.
+    """
+    if ctx.tensor_group is None:
+        return
+    from megastar.engine.sharding import publish_masters
+
+    source = ctx.mesh.rank - ctx.mesh.tensor_rank
+    for shard in engines.shards():
+        if not split_of(shard.name):
+            for kind in KINDS:
+                view = shard.view(kind)
+                value = view.to(ctx.device)
+                dist.broadcast(value, src=source, group=ctx.tensor_group)
+                if value is not view:
+                    view.copy_(value)
+    publish_masters(engines.student)
+    engines.refresh_teacher()
 
 
 def on_main(ctx: Context, work: Callable[[], None]) -> str:

@@ -22,7 +22,7 @@ IMAGENET = 1_281_167  # training pictures of ImageNet-1k, where there are no sha
 
 
 def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest | None) -> None:
-    """One forward, backward and update on random codes; prints parameters, memory a rank, batch and schedule."""
+    """Three steps on random codes, with a learning rate of 0; prints parameters, memory a rank, batch and schedule."""
     B, M, T = engines.micro_batch, cfg.self_guided.views if cfg.self_guided.enabled else 1, cfg.model.image_tokens
     g = torch.Generator().manual_seed(ctx.mesh.data_rank)
     batch = {
@@ -37,13 +37,14 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest 
     for group in engines.optimizer.param_groups:
         group["lr"] = 0.0
     engines.student.train()
-    start = time.perf_counter()
-    for _ in range(engines.accumulation):
-        loss, _ = losses(cfg, engines, ctx, batch, 0)
-        engines.student.backward(loss)
-        engines.student.step()
-    engines.refresh_teacher()
-    seconds = time.perf_counter() - start
+    for _ in range(3):  # ZeRO-3 gathers ahead from the second step on, when it knows the order of the layers
+        start = time.perf_counter()
+        for _ in range(engines.accumulation):
+            loss, _ = losses(cfg, engines, ctx, batch, 0)
+            engines.student.backward(loss)
+            engines.student.step()
+        engines.refresh_teacher()
+        seconds = time.perf_counter() - start
     if not ctx.main:
         return
 

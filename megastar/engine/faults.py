@@ -10,13 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megastar.engine.build import Context
-from megastar.errors import UserError
+from megastar.engine.errors import NONFINITE_GRADIENT, NonFiniteLoss
 
 PREEMPTED = 85  # a status of our own: SLURM counts a clean exit as done and would not requeue it
-
-
-class NonFiniteLoss(UserError):
-    """The loss stopped being finite; the last checkpoint is good."""
 
 
 class StopFlag:
@@ -36,9 +32,7 @@ class StopFlag:
 def check_moved(skipped_before: int, skipped_now: int, step: int) -> None:
     """DeepSpeed drops a step whose gradient norm is not finite, on all ranks alike, and says nothing."""
     if skipped_now > skipped_before:
-        raise NonFiniteLoss(
-            f"step {step}: the gradient is not finite; resume from the last checkpoint with a lower optim.lr"
-        )
+        raise NonFiniteLoss(NONFINITE_GRADIENT.format(step))
 
 
 def agree(ctx: Context, loss: Tensor, stop: int, lost: bool = False) -> tuple[bool, int, bool]:

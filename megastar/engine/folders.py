@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ from megastar.errors import UserError
 
 WRITING = ".writing"
 OLD = ".old"  # after the name of one that a new one of the same step replaces
+NAME = re.compile(r"step-\d{8}(\.old)?")
 
 
 def name_of(step: int) -> str:
@@ -32,8 +34,19 @@ def folder_of(cfg: RunConfig) -> Path:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints of ``folder``, oldest first. A half-written one never counts."""
-    return sorted(p.parent for p in folder.glob(f"step-*/{MANIFEST}"))
+    """The complete checkpoints of ``folder``, oldest first. A half-written one never counts, nor a user's copy."""
+    found = [p.parent for p in folder.glob(f"step-*/{MANIFEST}") if NAME.fullmatch(p.parent.name)]
+    return sorted(found, key=lambda p: (step_in(p), not p.name.endswith(OLD)))
+
+
+def step_in(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-").removesuffix(OLD))
+
+
+def remove(checkpoint: Path) -> None:
+    """Its manifest goes first, so that a removal that is cut off leaves nothing that looks complete."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def latest(folder: Path) -> Path | None:
@@ -72,17 +85,21 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def publish(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
-    """``.writing/name`` -> ``name``, with its manifest, and only then named by ``latest``."""
-    written = folder / WRITING / name
+def publish(folder: Path, name: str, manifest: dict[str, Any], written: Path | None = None) -> Path:
+    """``written`` (``.writing/name``) -> ``name``, with its manifest, and only then named by ``latest``."""
+    written = written or folder / WRITING / name
     write_atomically(written / MANIFEST, json.dumps(manifest, indent=1))
+    sync(written)
     before = folder / (name + OLD)
     if (folder / name).exists():  # the same step again, after a resume from an earlier one
+        if before.exists():  # what a killed save left
+            remove(before)
         (folder / name).rename(before)  # it still counts until the new one does
     written.rename(folder / name)
     sync(folder)
     write_atomically(folder / "latest", name + "\n")
-    shutil.rmtree(before, ignore_errors=True)
+    if before.exists():
+        remove(before)
     shutil.rmtree(folder / WRITING, ignore_errors=True)
     return folder / name
 
@@ -104,13 +121,13 @@ def retire(cfg: RunConfig, folder: Path) -> None:
     known = complete(folder)
     keep = set(known[-max(1, cfg.train.keep_last) :]) | {latest(folder)}
     if cfg.train.keep_every:
-        keep |= {p for p in known if int(p.name.removeprefix("step-").removesuffix(OLD)) % cfg.train.keep_every == 0}
+        keep |= {p for p in known if step_in(p) % cfg.train.keep_every == 0}
     if cfg.train.keep_best:
         scores = {p: json.loads((p / MANIFEST).read_text()).get("val_loss_ar") for p in known}
         scored = [p for p in known if scores[p] is not None]
         keep |= set(sorted(scored, key=lambda p: scores[p])[:1])
     for old in set(known) - keep:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
 
 
 def parse_manifest(checkpoint: Path) -> dict[str, Any]:

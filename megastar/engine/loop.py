@@ -17,7 +17,8 @@ from megastar.data.loader import TokenLoader, check_manifest, validation_batches
 from megastar.data.shards import Manifest, load_manifest
 from megastar.engine import checkpoint, folders
 from megastar.engine.build import Context, Engines, build, start
-from megastar.engine.faults import PREEMPTED, NonFiniteLoss, StopFlag, agree, check_moved
+from megastar.engine.errors import NonFiniteLoss
+from megastar.engine.faults import PREEMPTED, StopFlag, agree, check_moved
 from megastar.engine.metrics import Metrics
 from megastar.engine.schedule import learning_rate, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
@@ -31,6 +32,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     manifest = open_data(cfg) if not dry_run or Path(cfg.data.shards).exists() else None
     if cfg.train.init and not folders.latest(folders.folder_of(cfg)):
         read_model_metadata(cfg.train.init)  # it exists, before anything is built
+    stop = StopFlag()  # a signal while the engines are built is heeded after the first step
     ctx = start(cfg)
     resolve_batch(cfg, ctx.world)  # before the run folder exists
     if not dry_run:
@@ -70,7 +72,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
         "command": " ".join(["megastar", *sys.argv[1:]]),
     }
     try:
-        run(cfg, ctx, engines, loader, metrics, done, about)
+        run(cfg, ctx, engines, loader, metrics, done, about, stop)
     finally:
         loader.close()
         metrics.close()
@@ -84,32 +86,20 @@ def run(
     metrics: Metrics,
     done: int,
     about: dict[str, Any],
+    stop: StopFlag,
 ) -> None:
     """The loop itself: batch -> losses -> backward -> agree -> step -> teacher. ``about`` goes into each checkpoint."""
-    stop, batches, steps = StopFlag(), iter(loader), about["steps"]
+    batches, steps = iter(loader), about["steps"]
     saver = checkpoint.Saver(cfg, ctx, engines)
     validation = make_validation(cfg, ctx, engines)
     engines.student.train()
     for step in range(done, steps):
-        sums: dict[str, torch.Tensor] = {}
-        for _ in range(engines.accumulation):
-            loss, parts = losses(cfg, engines, ctx, next(batches), step)
-            finite, signal_number, lost = agree(ctx, loss, stop.signal, saver.failed)
-            if not finite:
-                raise NonFiniteLoss(
-                    f"step {step}: the loss is not finite; resume from the last checkpoint with a lower optim.lr"
-                )
-            if lost:
-                saver.finish()  # raises
-            engines.student.backward(loss)
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0) + value.detach().float() / engines.accumulation
-            if engines.student.is_gradient_accumulation_boundary():
-                set_schedules(cfg, engines, step, steps)
-            skipped = engines.student.skipped_steps
-            engines.student.step()
-            check_moved(skipped, engines.student.skipped_steps, step)
-        engines.refresh_teacher()
+        about.pop("val_loss_ar", None)
+        try:
+            sums, signal_number = train_step(cfg, ctx, engines, saver, batches, stop, step, steps)
+        except NonFiniteLoss:
+            saver.finish()  # the save under way is good
+            raise
         if (step + 1) % cfg.train.log_every == 0 or step + 1 == steps:
             row = average_over_ranks(ctx, sums)
             row |= {"grad_norm": engines.grad_norm(), "lr": learning_rate(cfg, step, steps)}
@@ -118,18 +108,49 @@ def run(
         metrics.step(step + 1, cfg.train.global_batch, row)
         last = step + 1 == steps
         if validation and (last or (step + 1) % cfg.train.val_every == 0):
-            value = validation_loss(cfg, engines, ctx, validation)
+            about["val_loss_ar"] = value = validation_loss(cfg, engines, ctx, validation)
             metrics.write(step + 1, {"val_loss_ar": value})
-            about["val_loss_ar"] = value
             metrics.note(f"step {step + 1}: validation next-token loss {value:.4f}")
         if last or signal_number or (step + 1) % cfg.train.save_every == 0:
             metrics.write(step + 1, {"save_blocked_s": saver.save(step + 1, about)})
-            about.pop("val_loss_ar", None)  # of this step, or of none
         if signal_number and not last:
             metrics.note(f"signal {signal_number}: saved {saver.finish()}; the same command resumes")
             raise SystemExit(PREEMPTED)  # the next run's uploads catch up
     if problem := saver.close():
         metrics.note(problem)
+
+
+def train_step(
+    cfg: RunConfig,
+    ctx: Context,
+    engines: Engines,
+    saver: checkpoint.Saver,
+    batches: Iterator[dict[str, Any]],
+    stop: StopFlag,
+    step: int,
+    steps: int,
+) -> tuple[dict[str, torch.Tensor], int]:
+    """One optimizer step over its micro-batches; returns the mean of its metrics and the stop signal, if any."""
+    sums: dict[str, torch.Tensor] = {}
+    for _ in range(engines.accumulation):
+        loss, parts = losses(cfg, engines, ctx, next(batches), step)
+        finite, signal_number, lost = agree(ctx, loss, stop.signal, saver.failed)
+        if not finite:
+            raise NonFiniteLoss(
+                f"step {step}: the loss is not finite; resume from the last checkpoint with a lower optim.lr"
+            )
+        if lost:
+            saver.finish()  # raises
+        engines.student.backward(loss)
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0) + value.detach().float() / engines.accumulation
+        if engines.student.is_gradient_accumulation_boundary():
+            set_schedules(cfg, engines, step, steps)
+        skipped = engines.student.skipped_steps
+        engines.student.step()
+        check_moved(skipped, engines.student.skipped_steps, step)
+    engines.refresh_teacher()
+    return sums, signal_number
 
 
 # Data ------------------------------------------------------------------------------------------------------------
@@ -189,6 +210,7 @@ def make_validation(cfg: RunConfig, ctx: Context, engines: Engines) -> list[dict
 # The run folder ----------------------------------------------------------------------------------------------------
 RESUMABLE = (
     "model.name",
+    "optim.lr",  # what a loss that is not finite asks for
     "train.steps",
     "train.epochs",
     "train.log_every",

@@ -144,6 +144,9 @@ def publish_masters(engine: Any) -> None:
         if zero.persistent_parameters:  # small ones that stay gathered
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        if torch.cuda.is_available():
+            # DeepSpeed gathers on a stream of its own, which does not wait for these copies.
+            torch.cuda.current_stream().synchronize()
 
 
 @torch.no_grad()

@@ -148,21 +148,46 @@ class StateReader:
 
     def whole(self, name: str, kind: str) -> Tensor:
         """The full weight (or moment, or average) in its full shape, fp32."""
-        split, local = self._split(name, self.tensor), self.local_shape(name, self.tensor)
-        size = torch.Size(local).numel()
-        parts = [self._range(name, kind, r, 0, size).view(local) for r in range(self.tensor if split else 1)]
-        return split.join(parts) if split else parts[0]
+        shape = self.shapes[name]
+        return self.range(name, kind, 1, 0, 0, torch.Size(shape).numel()).view(shape)
 
     def range(self, name: str, kind: str, tensor: int, rank: int, start: int, stop: int) -> Tensor:
         """Elements start..stop of what tensor rank ``rank`` of ``tensor`` has of a parameter, flat, fp32.
 
-        Reads no more than that when the checkpoint was written with the same tensor-parallel degree.
+        Reads no more than the rows that they lie in, whatever tensor-parallel degree wrote the checkpoint.
         """
-        split = self._split(name, tensor)
-        if split is None and self._split(name, self.tensor) is None:
+        split = split_of(name) if max(tensor, self.tensor) > 1 else None
+        if split is None:
             return self._range(name, kind, 0, start, stop)
         if tensor == self.tensor:
             return self._range(name, kind, rank, start, stop)
-        whole = self.whole(name, kind)
-        local = split.cut(whole, tensor, rank) if split else whole
-        return local.reshape(-1)[start:stop].clone()
+        width = self.local_shape(name, tensor)[1]
+        first, last = start // width, -(-stop // width)  # the rows, as the asking rank counts them
+        read = self._columns if split.partition == "row" else self._rows
+        rows = read(name, kind, split.fused, tensor, rank, first, last)
+        return rows.reshape(-1)[start - first * width : stop - first * width]
+
+    def _rows(self, name: str, kind: str, fused: int, tensor: int, rank: int, first: int, last: int) -> Tensor:
+        """Rows of a column-parallel weight: each is whole in one of the ranks that wrote it."""
+        width = self.shapes[name][1]
+        ours = self.shapes[name][0] // fused // tensor  # rows of each fused part that a rank has
+        theirs = self.shapes[name][0] // fused // self.tensor
+        out, row = [], first
+        while row < last:
+            part, within = divmod(row, ours)
+            source, there = divmod(rank * ours + within, theirs)
+            count = min(last - row, ours - within, theirs - there)
+            low = (part * theirs + there) * width
+            out.append(self._range(name, kind, source, low, low + count * width))
+            row += count
+        return torch.cat(out) if len(out) != 1 else out[0]
+
+    def _columns(self, name: str, kind: str, fused: int, tensor: int, rank: int, first: int, last: int) -> Tensor:
+        """Rows of a row-parallel weight: their columns lie with several of the ranks that wrote it."""
+        ours, theirs = self.shapes[name][1] // tensor, self.shapes[name][1] // self.tensor
+        out = []
+        for source in range(rank * ours // theirs, ((rank + 1) * ours - 1) // theirs + 1):
+            low, high = max(rank * ours, source * theirs), min((rank + 1) * ours, (source + 1) * theirs)
+            rows = self._range(name, kind, source, first * theirs, last * theirs).view(last - first, theirs)
+            out.append(rows[:, low - source * theirs : high - source * theirs])
+        return torch.cat(out, 1) if len(out) != 1 else out[0]

@@ -39,6 +39,7 @@ class Zero:
     max_reuse: int = 1_000_000_000
     persistence: int = 100_000
     overlap: bool = False
+    wide: bool = False  # gradients are summed over ranks in fp32
     file: str = ""  # the JSON it was read from
 
     @property
@@ -62,7 +63,12 @@ class Zero:
         there = [k for k in ("optimizer", "param") if (z.get(f"offload_{k}") or {}).get("device", "none") != "none"]
         overlap = z.get("overlap_comm")
         return cls(
-            z["stage"], tuple(there), overlap=z["stage"] == 3 if overlap is None else overlap, file=file, **sizes
+            z["stage"],
+            tuple(there),
+            overlap=z["stage"] == 3 if overlap is None else overlap,
+            wide=json.get("communication_data_type") == "fp32",
+            file=file,
+            **sizes,
         )
 
 
@@ -271,7 +277,7 @@ def buffer_bytes(cfg: RunConfig, zero: Zero, tensor: int = 1, dtype: str = "bf16
 
     The student's: those kept for the backward pass, or one block, and those fetched ahead, at most all; the teacher's:
     one block, or its largest weight, and those fetched ahead. Two buckets: with ``overlap_comm`` one fills while
-    the other is sent (stages 1 and 2), and stage 3's reduce-scatter copies its bucket.
+    the other is sent (stages 1 and 2), and stage 3's reduce-scatter copies its bucket; a sum in fp32 needs a wide copy.
     """
     e, counts = ELEMENT[dtype], elements(cfg, tensor)
     gather = 0
@@ -282,6 +288,8 @@ def buffer_bytes(cfg: RunConfig, zero: Zero, tensor: int = 1, dtype: str = "bf16
         teacher = min(trunk(counts), one + zero.prefetch) if cfg.self_guided.enabled else 0
         gather = e * (student + teacher)
     buckets = 0 if zero.stage == 0 else e * zero.reduce_bucket * (2 if zero.stage == 3 or zero.overlap else 1)
+    if zero.stage and zero.wide and e < 4:
+        buckets += 4 * zero.reduce_bucket
     return {"gather": gather, "buckets": buckets}
 
 

@@ -243,6 +243,7 @@ def transfers(
             reduce("all-reduce outputs, teacher", calls, size)
     if data > 1:
         ring = (data - 1) / data
+        wide = 4 / e if zero.wide else 1  # of a gradient on the wire
 
         def share(what: str, size: float, times: int, bucket: int = 0, hidden: bool = True) -> None:
             calls = max(1, math.ceil(size / bucket)) if bucket else 1
@@ -251,13 +252,13 @@ def transfers(
         if zero.stage == 3:
             ahead, reused = max(zero.prefetch, block_elements(counts)), kept_elements(counts, zero)
             share("all-gather weights", 2 * P - reused, A, ahead)
-            share("reduce-scatter gradients", P, A, zero.reduce_bucket or P)
+            share("reduce-scatter gradients", wide * P, A, zero.reduce_bucket or P)
             if g.enabled:
                 used = theirs - counts["transformer.output.weight"] - counts["transformer.norm.weight"]
                 again = (teacher_blocks(cfg) > g.student_views * L) * g.contrastive_block * block_elements(counts)
                 share("all-gather teacher", used + again, A, ahead)
         else:
-            share("all-reduce gradients", 2 * P, A if zero.stage == 2 else 1, zero.reduce_bucket or 2 * P)
+            share("all-reduce gradients", wide * 2 * P, A if zero.stage == 2 else 1, zero.reduce_bucket or 2 * P)
             if zero.stage:
                 share("all-gather weights", P, 1, hidden=False)
             if zero.stage and g.enabled:

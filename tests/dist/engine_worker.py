@@ -1,7 +1,8 @@
 """Run by torchrun from test_engine.py: trains the tiny run on every case in one process group.
 
 A case: name, changes (of the configuration), tensor, accumulation, and maybe save_at (step), resume (a run's name),
-dropout (seed the generators), init (start from a weights file).
+dropout (seed the generators), init (start from a weights file), validate
+(between the steps).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from megastar.engine import checkpoint, folders
 from megastar.engine.build import build, start
 from megastar.engine.convert import full_weights
 from megastar.engine.memory import state_bytes
-from megastar.engine.step import average_over_ranks, losses, set_schedules
+from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.model.io import save_model
 from tests.dist.reference import BATCH, STEPS, batch_of, config, initial_weights
 
@@ -39,6 +40,7 @@ def run_case(
     resume: str = "",
     dropout: bool = False,
     init: bool = False,
+    validate: bool = False,
 ) -> None:
     forget_mesh()
     cfg = config(**changes)
@@ -77,6 +79,9 @@ def run_case(
         row = average_over_ranks(ctx, sums)
         row["grad_norm"] = engines.grad_norm()
         history.append(row)
+        if validate:
+            first = ctx.mesh.data_rank * micro
+            validation_loss(cfg, engines, ctx, [batch_of(cfg, 100, slice(first, first + micro))])
         if step + 1 == save_at:
             saver.save(step + 1, {})  # goes on while the next steps run
     path = saver.finish()

@@ -30,7 +30,6 @@ def test_a_save_killed_anywhere_leaves_a_checkpoint_to_resume(tmp_path):
     results = json.loads((tmp_path / "kills.json").read_text())
     assert len(results) > 10 and all(r["killed"] for r in results[:-1]) and not results[-1]["killed"]
     assert {r["step"] for r in results} == {1, 2} and results[-1]["step"] == 2
-    assert [r["step"] for r in results] == sorted(r["step"] for r in results)  # before the rename 1, after it 2
     for step in (1, 2):  # whatever was interrupted, the resumed step is the same
         assert len({r["loss"] for r in results if r["step"] == step}) == 1
     assert all(".writing" not in r["left"] for r in results)

@@ -19,12 +19,14 @@ SAVED = STEPS // 2
 
 
 def changes(stage: str, **more) -> dict:
-    file = f"configs/ds/zero{stage}.json" if stage != "0" else "tests/dist/zero0.json"
+    """``stage`` names a file of configs/ds, or of the tests' own: 3_cut cuts small weights too, 3_small gathers late."""
+    own = stage in ("0", "3_cut", "3_small", "3_offload_cut")
+    file = f"{'tests/dist' if own else 'configs'}/ds/zero{stage}.json"
     return {**more, "parallel": {"deepspeed": file, **more.get("parallel", {})}}
 
 
 def case(name: str, stage: str, tensor: int = 1, accumulation: int = 1, **more) -> dict:
-    known = {k: more.pop(k) for k in ("save_at", "resume", "dropout", "init") if k in more}
+    known = {k: more.pop(k) for k in ("save_at", "resume", "dropout", "init", "validate") if k in more}
     return {"name": name, "changes": changes(stage, **more), "tensor": tensor, "accumulation": accumulation, **known}
 
 
@@ -35,9 +37,7 @@ RECOMPUTED = {"parallel": {"activation_checkpointing": True}}
 DROPOUT = {"model": {"token_dropout_p": 0.1, "resid_dropout_p": 0.1, "ffn_dropout_p": 0.1}}
 EVERY_STAGE = ("0", "1", "2", "3")
 # Small weights stay gathered in the real configuration; here each must be cut, to count what a rank holds.
-CUT = [case(f"t{t}_cut_stage3", "3", t) for t in (1, 2)]
-for c in CUT:
-    c["changes"]["parallel"]["deepspeed"] = "tests/dist/zero3_cut.json"
+CUT = [case(f"t{t}_cut_stage3", "3_cut", t) for t in (1, 2)]
 BOTH = [case(f"t{t}_stage{s}", s, t) for t in (1, 2) for s in EVERY_STAGE]
 CASES: dict[int, list[dict]] = {
     4: [*BOTH, *CUT]
@@ -53,11 +53,16 @@ CASES: dict[int, list[dict]] = {
     2: [*BOTH, *CUT]
     + [case("t1_baseline", "3", 1, 2, **BASELINE), case("t1_mim", "2", **MIM), case("t1_recomputed", "1", **RECOMPUTED)]
     + [case("t1_offload", "3_offload", 1), case("t2_offload_bf16", "3_offload", 2, **BF16)]
+    + [case("t1_cut_accumulated", "3_cut", 1, 2, validate=True, **ONE_VIEW)]
+    + [case("t1_small", "3_small", 1, 2, validate=True, **ONE_VIEW), case("t2_small", "3_small", 2, **RECOMPUTED)]
+    + [case("t1_offload_cut", "3_offload_cut", 1, 2, validate=True, **ONE_VIEW), case("t1_cut_mim", "3_cut", **MIM)]
     + [case("t1_dropout", "3", 1, dropout=True, **DROPOUT)]
     + [case("t1_resumed", "3", 1, resume="saved"), case("t2_resumed", "3", 2, resume="saved")]
+    + [case("t2_resumed_offload", "3_offload_cut", 2, resume="saved"), case("t1_resumed_cut", "3_cut", resume="saved")]
     + [case("t2_resumed_stage2", "2", 2, resume="saved1")],
     1: [case("t1_resumed", "3", resume="saved"), case("t1_resumed_stage0", "0", resume="saved1")],
 }
+COUNTED = [(r, c["name"]) for r in (2, 4) for c in [*BOTH, *CUT] if c in CUT or not c["name"].endswith("_stage3")]
 COMPARED = [
     pytest.param(ranks, c, id=f"{ranks}ranks-{c['name']}")
     for ranks, some in CASES.items()
@@ -140,7 +145,7 @@ def test_dropout_agrees_within_a_tensor_group(runs):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("ranks", "name"), [(r, c["name"]) for r in (2, 4) for c in [*BOTH, *CUT] if not c["name"].endswith("_stage3") or c in CUT])
+@pytest.mark.parametrize(("ranks", "name"), COUNTED)
 def test_a_shard_is_a_shard(runs, ranks, name):
     c = next(c for c in CASES[ranks] if c["name"] == name)
     got = json.loads((runs / f"{ranks}" / f"{name}.json").read_text())["bytes"]
