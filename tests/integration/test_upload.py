@@ -17,6 +17,7 @@ from megastar.engine import folders
 from megastar.engine.upload import Uploader, split_url
 from megastar.errors import UserError
 from tests.dist.test_checkpoint import write
+from tests.integration.conftest import megastar
 
 WEED = Path(sys.executable).with_name("weed")
 KEYS = {"accessKey": "tester", "secretKey": "tester-secret"}
@@ -125,3 +126,15 @@ def test_urls():
     for wrong in ("bucket/a", "s3:///a", "https://bucket/a"):
         with pytest.raises(UserError, match="must read s3://bucket/prefix"):
             split_url(wrong)
+
+
+@pytest.mark.dist
+def test_a_run_uploads_its_last_checkpoint_before_it_ends(s3, environment, world, tmp_path):
+    environment(s3)
+    config = world.write_config(tmp_path / "run.yaml", tmp_path / "run", steps=4)
+    megastar("train", config, "train.upload=s3://runs/c", ranks=2)
+    client = client_of(s3)
+    assert client.get_object(Bucket="runs", Key="c/latest")["Body"].read() == b"step-00000004\n"
+    keys = {e["Key"] for e in client.list_objects_v2(Bucket="runs", Prefix="c/step-00000004/")["Contents"]}
+    local = {f"c/step-00000004/{p.name}" for p in (tmp_path / "run/checkpoints/step-00000004").iterdir()}
+    assert keys == local

@@ -1,0 +1,13 @@
+"""Two tensor ranks: drifting replicas, unlike batches, a gradient that is not finite."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dist.test_engine import launch
+
+
+@pytest.mark.dist
+def test_guards(tmp_path):
+    launch(2, "tests/dist/guards_worker.py", str(tmp_path))
+    assert sorted(p.name for p in tmp_path.glob("passed-*")) == ["passed-0", "passed-1"]
