@@ -119,12 +119,19 @@ class ModelConfig:
 class DataConfig:
     """Which token shards are read."""
 
-    shards: str = knob("", "folder of token shards with a manifest.json (megastar pretokenize makes it)")
-    val_shards: str = knob("", "token shards of the validation split; empty: no validation loss")
+    shards: str = knob(
+        "", "folder of token shards with a manifest.json (megastar pretokenize makes it), or s3://bucket/prefix"
+    )
+    val_shards: str = knob("", "token shards of the validation split, likewise; empty: no validation loss")
     tokenizer: str = knob(
         "", "tokenizer .safetensors; its hash is compared with the manifest's, samples are decoded with it"
     )
     window: int = knob(16, "shards that are mixed sample by sample", low=1)
+    cache: str = knob("", "folder of this node that keeps shards read from s3://; empty: one a user in the temp folder")
+    cache_gib: float = knob(
+        64.0, "bound of the cache, GiB; the shards in use stay, the least recently used go first", above=0
+    )
+    patience: float = knob(1800.0, "seconds that an outage of s3:// may stall the run before it stops", low=0)
 
 
 @dataclass

@@ -93,6 +93,14 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "data.shards is empty: name a folder of token shards (megastar pretokenize makes it)", ("data.shards",)
         )
+    for name in ("shards", "val_shards"):
+        scheme, mark, rest = getattr(cfg.data, name).partition("://")
+        if mark and (scheme != "s3" or not rest.split("/")[0]):
+            yield Problem(
+                f"data.{name} = {scheme}://{rest}: must be a folder or read s3://bucket/prefix", (f"data.{name}",)
+            )
+    if "://" in cfg.data.cache:
+        yield Problem(f"data.cache = {cfg.data.cache}: must be a folder on a disk of this node", ("data.cache",))
 
 
 def _near(values: list[int], wanted: int, count: int = 4) -> list[int]:

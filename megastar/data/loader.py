@@ -9,15 +9,18 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from megastar.config.schema import ModelConfig
-from megastar.data.order import OrderSpec, batch_ids
+from megastar.config.schema import DataConfig, ModelConfig
+from megastar.data.order import OrderSpec, batch_ids, shards_from
 from megastar.data.shards import Manifest, ShardSet
+from megastar.data.store import is_remote
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
 
@@ -50,7 +53,8 @@ class TokenLoader:
 
     A batch is a dict: ``step``; ``codes`` (b, M, T) int64; ``labels`` (b,) int64, dropped ones are ``num_classes``;
     ``true_labels`` (b,) as stored; ``ids`` and ``epochs`` (b,) int64. b = global_batch / accumulation / world.
-    Raises ``UserError`` for shards or sizes that do not fit, here or when the row is read.
+    ``data`` says how shards of s3:// are kept and waited for (None: the defaults); those of the next two windows are
+    fetched in the background. Raises ``UserError`` for shards or sizes that do not fit, here or when the row is read.
     """
 
     def __init__(
@@ -70,8 +74,10 @@ class TokenLoader:
         window: int = 16,
         start_step: int = 0,
         prefetch: int = 4,
+        data: DataConfig | None = None,
     ):
-        self.shards = ShardSet(shards_dir, max_open=max(64, 2 * window))
+        # Each map keeps its shard in the cache: no more of them than are mixed at once.
+        self.shards = ShardSet(shards_dir, data=data, max_open=window if is_remote(shards_dir) else max(64, 2 * window))
         manifest = self.shards.manifest
         check_manifest(
             manifest, ModelConfig(vocab_size=vocab_size, image_tokens=tokens, num_classes=num_classes), None, views
@@ -86,12 +92,14 @@ class TokenLoader:
             )
         if window < 1:
             raise UserError(f"window {window} must be at least 1 shard")
+        self.shards.store.check_room(sorted(manifest.shards, key=lambda s: -s.bytes)[:window])
         self.order = OrderSpec(seed, manifest.shard_sizes, window)
         self.seed, self.global_batch, self.accumulation = seed, global_batch, accumulation
         self.rank, self.world, self.views = rank, world, views
         self.class_dropout_prob, self.num_classes, self.vocab_size = class_dropout_prob, num_classes, vocab_size
         self.step, self._micro, self._prefetch = start_step, 0, prefetch
         self._reader: _ReadAhead | None = None
+        self._announced: list[int] = []
 
     # The position is state -------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, int]:
@@ -125,7 +133,8 @@ class TokenLoader:
         """Go on at ``step``. One iterator at a time: a new one ends the former's reading."""
         self.close()
         self._micro = 0
-        self._reader = reader = _ReadAhead(self._from(self.step), self._prefetch)
+        self.shards.stop = stop = threading.Event()
+        self._reader = reader = _ReadAhead(self._from(self.step), self._prefetch, stop)
         try:
             for batch in reader:
                 self._micro += 1
@@ -134,22 +143,41 @@ class TokenLoader:
                 yield batch
         finally:
             reader.close()
+            if self._reader is reader:
+                self.close()
 
     def _from(self, step: int) -> Iterator[Batch]:
         while True:
+            self._announce(step)
             for micro in range(self.accumulation):
                 yield self.batch(step, micro)
             step += 1
 
+    def _announce(self, step: int) -> None:
+        """Tell the store which shards come next: the rest of this window's and the whole of the next one's."""
+        if self.shards.store.remote:
+            ahead = list(islice(shards_from(self.order, step * self.global_batch), 2 * self.order.window))
+            if ahead != self._announced:
+                self._announced = ahead
+                self.shards.store.read_ahead(self.shards.manifest.shards[s] for s in ahead)
+
     def close(self) -> None:
-        """End the reading thread. The loader can be iterated again."""
+        """End the reading thread and the reading ahead. The loader can be iterated again."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+        self.shards.close()
+        self._announced = []
 
 
 def validation_batches(
-    shards_dir: str | Path, n_images: int, batch: int, rank: int = 0, world: int = 1, view: int | None = None
+    shards_dir: str | Path,
+    n_images: int,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    view: int | None = None,
+    data: DataConfig | None = None,
 ) -> list[Batch]:
     """The first ``n_images`` samples (all, if fewer) with one fixed view each, cut into this rank's batches.
 
@@ -157,17 +185,26 @@ def validation_batches(
     gets the same number of batches, of at most ``batch`` rows, as ZeRO's gathers need; up to ``world`` - 1 samples
     are left out where there are too few to go round. A batch has ``codes`` (b, 1, T), ``labels`` and ``ids`` (b,).
     """
-    shards = ShardSet(shards_dir)
+    with closing(ShardSet(shards_dir, data=data, max_open=1)) as shards:  # they are read one after the other
+        return _validation_batches(shards, n_images, batch, rank, world, view)
+
+
+def _validation_batches(
+    shards: ShardSet, n_images: int, batch: int, rank: int, world: int, view: int | None
+) -> list[Batch]:
     m = shards.manifest
     n = min(n_images, m.samples)
     if n < world:
-        raise UserError(f"{n} validation images of {shards_dir} are fewer than {world} ranks: raise train.val_images")
+        raise UserError(
+            f"{n} validation images of {shards.folder} are fewer than {world} ranks: raise train.val_images"
+        )
     pieces = -(-n // (batch * world)) * world
     if n < pieces:
         n = n // world * world
         pieces = -(-n // (batch * world)) * world
     chosen = m.centre_view if view is None else view
     batches = []
+    shards.store.read_ahead(m.shards[: int(np.searchsorted(shards.starts, n))])
     for ids in np.array_split(np.arange(n), pieces)[rank::world]:
         codes, labels = read_checked(shards, ids, np.full((len(ids), 1), chosen), m.codebook_size, len(m.classes))
         row = {"codes": torch.from_numpy(codes), "labels": torch.from_numpy(labels), "ids": torch.from_numpy(ids)}
@@ -197,10 +234,10 @@ def read_checked(
 class _ReadAhead:
     """Runs an iterator in a thread, a few items ahead; an error comes out where its item would have."""
 
-    def __init__(self, items: Iterator[Batch], depth: int):
+    def __init__(self, items: Iterator[Batch], depth: int, stop: threading.Event):
         self._items = items
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(max(1, depth))
-        self._stop = threading.Event()
+        self._stop = stop
         self._thread = threading.Thread(target=self._work, name="token-loader", daemon=True)
         self._thread.start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -44,6 +45,23 @@ def epoch_order(spec: OrderSpec, epoch: int) -> np.ndarray:
         filled += len(ids)
     order.flags.writeable = False
     return order
+
+
+def shards_from(spec: OrderSpec, position: int) -> Iterator[int]:
+    """The shards that are read from sample ``position`` of the run on, in the order they are first touched in, endless.
+
+    It begins with the whole group of ``window`` shards that the position lies in; shards without samples are left out.
+    """
+    epoch, place = divmod(position, spec.samples)
+    while True:
+        shards = permutation(len(spec.shard_sizes), spec.seed, epoch, 0)
+        for group in range(0, len(shards), spec.window):
+            members = [int(s) for s in shards[group : group + spec.window] if spec.shard_sizes[s]]
+            size = sum(spec.shard_sizes[s] for s in members)
+            if place < size:
+                yield from members
+            place = max(0, place - size)
+        epoch, place = epoch + 1, 0
 
 
 def batch_ids(spec: OrderSpec, step: int, global_batch: int) -> tuple[np.ndarray, np.ndarray]:

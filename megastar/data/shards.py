@@ -7,24 +7,26 @@ member boundary, where tar readers see a clean end, no longer agrees with it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import mmap
 import os
 import tarfile
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
+from megastar.config.schema import DataConfig
+from megastar.data.files import sha256, sha256_of, sync_folder
+from megastar.data.store import MANIFEST, Store, is_remote, open_store
 from megastar.errors import UserError
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 MAX_CODEBOOK = 2**16  # codes are stored as uint16
 _BLOCK = 512  # tar's unit
 
@@ -72,16 +74,16 @@ class Manifest:
         return json.dumps({"format": self.format, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 
 
-def load_manifest(folder: str | Path) -> Manifest:
-    """Read ``folder/manifest.json``. Raises ``UserError`` when it is missing, unfinished or not a manifest."""
-    folder = Path(folder)
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise UserError(f"token shards folder {folder} does not exist: make it with `megastar pretokenize`")
-    if not path.is_file():
-        raise UserError(f"{folder} has no {MANIFEST}: pretokenize has not finished there, run the same command again")
+def load_manifest(folder: str | Path, data: DataConfig | None = None) -> Manifest:
+    """Read manifest.json of a folder or s3:// URL. Raises ``UserError`` when it is missing, unfinished or not one."""
+    return parse_manifest(open_store(folder, data))
+
+
+def parse_manifest(store: Store) -> Manifest:
+    """Read and check the manifest of a store. Errors as ``load_manifest``."""
+    text, path = store.manifest(), store.where(MANIFEST)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(text)
         found = data["format"]
         if found != FORMAT:
             raise UserError(f"{path} has format {found!r}, this version of megastar reads {FORMAT}: pretokenize again")
@@ -101,30 +103,6 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 # Writing -----------------------------------------------------------------------------------------------------
-def write_atomic(path: Path, data: bytes) -> None:
-    """All of ``data`` or, after a crash, the former file: write beside, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 class ShardWriter:
     """Writes one shard; it appears under its name only when the ``with`` block ends without an error.
 
@@ -173,7 +151,7 @@ class ShardWriter:
             return
         self._file.close()
         self._temporary.replace(self.path)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
     def _discard(self) -> None:
         self._file.close()
@@ -182,14 +160,6 @@ class ShardWriter:
     def info(self) -> ShardInfo:
         """What the manifest says about the finished shard."""
         return ShardInfo(self.path.name, self.samples, self.path.stat().st_size, sha256(self.path))
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while part := f.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 # Reading -----------------------------------------------------------------------------------------------------
@@ -202,17 +172,18 @@ class _Index:
 
 
 class ShardSet:
-    """Random access to the samples of a folder of shards.
+    """Random access to the samples of a folder of shards, or of ``s3://bucket/prefix`` (``data``: cache and patience).
 
     A sample's id is its place in the manifest's order: shard by shard, tar order within. A shard is indexed when it is
-    first touched. ``locate`` turns a shard's name into a local file; the default looks in ``folder``.
+    first touched. At most ``max_open`` are mapped at once. The event ``stop`` ends a wait for a shard with ``Stopped``.
     """
 
-    def __init__(self, folder: str | Path, *, locate: Callable[[str], Path] | None = None, max_open: int = 64):
-        self.folder = Path(folder)
-        self.manifest = load_manifest(folder)
+    def __init__(self, folder: str | Path, *, data: DataConfig | None = None, max_open: int = 64):
+        self.folder = folder if is_remote(folder) else Path(folder)
+        self.store = open_store(folder, data)
+        self.manifest = parse_manifest(self.store)
+        self.stop = threading.Event()
         self.starts = np.concatenate([[0], np.cumsum(self.manifest.shard_sizes)]).astype(np.int64)
-        self._locate = locate or (lambda name: self.folder / name)
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
         self._indexes: dict[int, _Index] = {}
         self._max_open = max_open
@@ -244,8 +215,9 @@ class ShardSet:
         return f"{self.manifest.shards[shard].name}, sample {sample_id - int(self.starts[shard])}"
 
     def close(self) -> None:
-        """Drop the memory maps; arrays that still look into one keep it alive."""
+        """Drop the memory maps; arrays that still look into one keep it alive. Ends the reading ahead."""
         self._maps.clear()
+        self.store.close()
 
     def open(self, shard: int) -> mmap.mmap:
         """Map shard ``shard``, the first time index and check it. Raises ``UserError`` for a cut or changed file."""
@@ -253,25 +225,21 @@ class ShardSet:
             self._maps.move_to_end(shard)
             return self._maps[shard]
         info = self.manifest.shards[shard]
-        path = self._locate(info.name)
-        if not path.is_file():
-            raise UserError(
-                f"token shard {path} is missing though the manifest lists it: copy it again or pretokenize again"
-            )
-        if (size := path.stat().st_size) != info.bytes:
-            raise UserError(
-                f"token shard {path} has {size} bytes, the manifest says {info.bytes}: it was cut or changed, copy it again or pretokenize again"
-            )
-        with path.open("rb") as f:
+        path = self.store.where(info.name)
+        while len(self._maps) >= self._max_open:  # before the next one: a map keeps its shard in the cache
+            self._maps.popitem(last=False)
+        with self.store.open(info, self.stop) as f:
+            if (size := os.fstat(f.fileno()).st_size) != info.bytes:
+                raise UserError(
+                    f"token shard {path} has {size} bytes, the manifest says {info.bytes}: it was cut or changed, copy it again or pretokenize again"
+                )
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         if shard not in self._indexes:
             self._indexes[shard] = self._walk(data, path, info)
         self._maps[shard] = data
-        while len(self._maps) > self._max_open:
-            self._maps.popitem(last=False)
         return data
 
-    def _walk(self, data: mmap.mmap, path: Path, info: ShardInfo) -> _Index:
+    def _walk(self, data: mmap.mmap, path: str, info: ShardInfo) -> _Index:
         """Find every sample by walking the headers, and check them: a tar's own end mark proves nothing."""
         m = self.manifest
         header = io.BytesIO()
@@ -309,7 +277,7 @@ class ShardSet:
         return _Index(np.fromiter(offsets.values(), np.int64), np.fromiter((labels[k] for k in offsets), np.int64))
 
 
-def _parse_header(block: bytes, path: Path, position: int) -> tuple[str, int]:
+def _parse_header(block: bytes, path: str, position: int) -> tuple[str, int]:
     """A tar header -> member name and size. The check sum tells a header from data."""
     try:
         total = sum(block) - sum(block[148:156]) + 8 * 32
@@ -327,8 +295,10 @@ def verify(folder: str | Path) -> Manifest:
     shards = ShardSet(folder)
     for number, info in enumerate(shards.manifest.shards):
         shards.open(number)
-        if (found := sha256(shards.folder / info.name)) != info.sha256:
+        with shards.store.open(info) as f:
+            found = sha256_of(f)
+        if found != info.sha256:
             raise UserError(
-                f"token shard {shards.folder / info.name} has SHA-256 {found}, the manifest says {info.sha256}: copy it again or pretokenize again"
+                f"token shard {shards.store.where(info.name)} has SHA-256 {found}, the manifest says {info.sha256}: copy it again or pretokenize again"
             )
     return shards.manifest

@@ -15,6 +15,7 @@ from megastar.config.load import diff_configs, load_config, resolve_batch, save_
 from megastar.config.schema import RunConfig
 from megastar.data.loader import TokenLoader, check_manifest, validation_batches
 from megastar.data.shards import Manifest, load_manifest
+from megastar.data.store import is_remote
 from megastar.engine import checkpoint, folders
 from megastar.engine.build import Context, Engines, build, start
 from megastar.engine.errors import NonFiniteLoss
@@ -29,7 +30,8 @@ from megastar.tokenizer.io import tokenizer_hash
 
 def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     """Train to the end, resuming from the run folder's newest checkpoint. Exits with 85 when a signal asked to stop."""
-    manifest = open_data(cfg) if not dry_run or Path(cfg.data.shards).exists() else None
+    there = is_remote(cfg.data.shards) or Path(cfg.data.shards).exists()
+    manifest = open_data(cfg) if not dry_run or there else None
     if cfg.train.init and not folders.latest(folders.folder_of(cfg)):
         read_model_metadata(cfg.train.init)  # it exists, before anything is built
     stop = StopFlag()  # a signal while the engines are built is heeded after the first step
@@ -159,10 +161,10 @@ def open_data(cfg: RunConfig) -> Manifest:
     expected = tokenizer_hash(cfg.data.tokenizer) if cfg.data.tokenizer and Path(cfg.data.tokenizer).is_file() else None
     if cfg.data.tokenizer and expected is None:
         raise UserError(f"data.tokenizer={cfg.data.tokenizer} does not exist: name the tokenizer that made the shards")
-    manifest = load_manifest(cfg.data.shards)
+    manifest = load_manifest(cfg.data.shards, cfg.data)
     check_manifest(manifest, cfg.model, expected, views_of(cfg))
     if cfg.data.val_shards:
-        validation = load_manifest(cfg.data.val_shards)
+        validation = load_manifest(cfg.data.val_shards, cfg.data)
         check_manifest(validation, cfg.model, expected, 1)
         if validation.classes != manifest.classes:
             raise UserError(
@@ -195,6 +197,7 @@ def make_loader(cfg: RunConfig, ctx: Context, engines: Engines, done: int) -> To
         tokens=cfg.model.image_tokens,
         window=cfg.data.window,
         start_step=done,
+        data=cfg.data,
     )
 
 
@@ -202,7 +205,12 @@ def make_validation(cfg: RunConfig, ctx: Context, engines: Engines) -> list[dict
     if not cfg.data.val_shards or not cfg.train.val_every:
         return []
     batches: Iterator[dict[str, Any]] = validation_batches(
-        cfg.data.val_shards, cfg.train.val_images, engines.micro_batch, ctx.mesh.data_rank, ctx.mesh.data
+        cfg.data.val_shards,
+        cfg.train.val_images,
+        engines.micro_batch,
+        ctx.mesh.data_rank,
+        ctx.mesh.data,
+        data=cfg.data,
     )
     return list(batches)
 
@@ -210,6 +218,8 @@ def make_validation(cfg: RunConfig, ctx: Context, engines: Engines) -> list[dict
 # The run folder ----------------------------------------------------------------------------------------------------
 RESUMABLE = (
     "model.name",
+    "data.cache",
+    "data.patience",
     "optim.lr",  # what a loss that is not finite asks for
     "train.steps",
     "train.epochs",

@@ -8,17 +8,8 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from megastar.data.s3 import split_url
 from megastar.engine.state_files import MANIFEST
-from megastar.errors import UserError
-
-
-def split_url(url: str) -> tuple[str, str]:
-    """s3://bucket/some/prefix -> (bucket, some/prefix). Raises ``UserError``."""
-    scheme, _, rest = url.partition("://")
-    bucket, _, prefix = rest.partition("/")
-    if scheme != "s3" or not bucket:
-        raise UserError(f"train.upload = {url}: must read s3://bucket/prefix")
-    return bucket, prefix.strip("/")
 
 
 class Uploader:

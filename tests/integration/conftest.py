@@ -17,6 +17,7 @@ from rich.console import Console
 from megastar.config.schema import TokenizerConfig
 from megastar.tokenizer.io import save_tokenizer
 from megastar.tokenizer.vq import VQModel
+from tests.integration.s3 import relay, s3, use_s3, weed  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = TokenizerConfig(

@@ -126,6 +126,11 @@ def test_all_problems_are_reported_together(base):
         ("run=", "run is empty: name the run folder"),
         ("train.steps=", "train.steps = None: must be an integer"),
         ("data.shards=''", "data.shards is empty: name a folder of token shards (megastar pretokenize makes it)"),
+        ("data.shards=s3:///a", "data.shards = s3:///a: must be a folder or read s3://bucket/prefix"),
+        ("data.val_shards=gs://b/a", "data.val_shards = gs://b/a: must be a folder or read s3://bucket/prefix"),
+        ("data.cache=s3://b/a", "data.cache = s3://b/a: must be a folder on a disk of this node"),
+        ("data.cache_gib=0", "data.cache_gib = 0.0: must be above 0"),
+        ("data.patience=-1", "data.patience = -1.0: must be at least 0"),
         (
             "model=configs/model/bb.yaml",
             "model: configs/model/bb.yaml does not exist: did you mean configs/model/b.yaml?",

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megastar.data.shards import Manifest, ShardSet, ShardWriter, load_manifest, sha256, verify, write_atomic
+from megastar.data.files import sha256, write_atomic
+from megastar.data.shards import Manifest, ShardSet, ShardWriter, load_manifest, verify
 from megastar.errors import UserError
 
 VIEWS, T, V = 3, 16, 50

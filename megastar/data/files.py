@@ -1,0 +1,47 @@
+"""Files that are whole or not there, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """All of ``data`` or, after a crash, the former file: write beside, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as f:
+        return sha256_of(f)
+
+
+def sha256_of(f: BinaryIO) -> str:
+    """SHA-256 of an open file, from its beginning, in hexadecimal."""
+    digest = hashlib.sha256()
+    f.seek(0)
+    while part := f.read(1 << 20):
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,257 @@
+"""Where token shards lie: a folder, or s3://bucket/prefix read through a cache of the node. One interface for both.
+
+From S3 a shard is fetched whole, checked against the manifest and mapped from the cache, so that training reads the
+same bytes as from a folder. What the order needs next is fetched in the background; a run waits for S3 only where that
+falls behind, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+from megastar.config.schema import DataConfig
+from megastar.data.cache import Cache
+from megastar.data.files import sha256_of
+from megastar.data.s3 import SAY_EVERY, S3Folder, Stall, Stopped, together
+from megastar.errors import UserError
+
+if TYPE_CHECKING:
+    from megastar.data.shards import ShardInfo
+
+MANIFEST = "manifest.json"
+_FETCHERS = 4  # shards that are read ahead at once
+_POLL = 0.02  # seconds between looks at what another process of the node fetches
+_NEVER = threading.Event()
+
+
+class Store(Protocol):
+    """What ``ShardSet`` reads from."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether shards come through the cache."""
+
+    def where(self, name: str) -> str:
+        """Path or URL of a file, for messages."""
+
+    def manifest(self) -> bytes:
+        """manifest.json. Raises ``UserError`` when it cannot be had."""
+
+    def open(self, info: ShardInfo, stop: threading.Event = _NEVER) -> BinaryIO:
+        """A shard as a local file; it stays while the file or a map of it lives.
+
+        ``stop`` ends a long wait with ``Stopped``. Raises ``UserError`` for one that is missing, changed or out of
+        reach.
+        """
+
+    def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
+        """These will be opened next, in this order; what was announced before counts no longer."""
+
+    def check_room(self, shards: Iterable[ShardInfo]) -> None:
+        """Raise ``UserError`` unless all of these can be kept at once."""
+
+    def close(self) -> None:
+        """End what runs in the background. The store can be used again."""
+
+
+def is_remote(url: str | Path) -> bool:
+    return str(url).startswith("s3://")
+
+
+def open_store(url: str | Path, data: DataConfig | None = None) -> Store:
+    """The store for a folder or ``s3://bucket/prefix``; ``data`` has its cache and patience (None: the defaults)."""
+    return S3Store(str(url), data or DataConfig()) if is_remote(url) else FolderStore(url)
+
+
+class FolderStore:
+    """A folder of this machine: nothing is copied."""
+
+    remote = False
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def where(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def manifest(self) -> bytes:
+        if not self.folder.is_dir():
+            raise UserError(f"token shards folder {self.folder} does not exist: make it with `megastar pretokenize`")
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            raise UserError(
+                f"{self.folder} has no {MANIFEST}: pretokenize has not finished there, run the same command again"
+            )
+        return path.read_bytes()
+
+    def open(self, info: ShardInfo, stop: threading.Event = _NEVER) -> BinaryIO:
+        path = self.folder / info.name
+        if not path.is_file():
+            raise UserError(
+                f"token shard {path} is missing though the manifest lists it: copy it again or pretokenize again"
+            )
+        return path.open("rb")
+
+    def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
+        pass
+
+    def check_room(self, shards: Iterable[ShardInfo]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class S3Store:
+    """``s3://bucket/prefix`` through a cache of the node.
+
+    However many processes of a node ask for a shard, one fetches it. An outage makes the readers wait; the main rank
+    says so every ten seconds, and after ``data.patience`` seconds they end with a ``UserError``.
+    """
+
+    remote = True
+
+    def __init__(self, url: str, data: DataConfig):
+        self.s3 = S3Folder(url)
+        self.patience, self.folder, self.bound = data.patience, data.cache, int(data.cache_gib * 2**30)
+        self._cache: Cache | None = None
+        self._changed = threading.Condition()
+        self._wanted: deque[ShardInfo] = deque()
+        self._closed = threading.Event()
+        self._fetchers: list[threading.Thread] = []
+
+    @property
+    def cache(self) -> Cache:
+        """Made when the first shard is wanted: a manifest needs none."""
+        with self._changed:
+            if self._cache is None:
+                self._cache = Cache(self.folder, self.bound)
+            return self._cache
+
+    def where(self, name: str) -> str:
+        return self.s3.url_of(name)
+
+    def manifest(self) -> bytes:
+        stall = Stall(self.where(MANIFEST), self.s3.endpoint, self.patience, say_on_main, _NEVER)
+        with tempfile.TemporaryFile() as f:
+            self.s3.fetch(MANIFEST, f, None, stall)
+            f.seek(0)
+            return f.read()
+
+    def open(self, info: ShardInfo, stop: threading.Event = _NEVER) -> BinaryIO:
+        stall = Stall(self.where(info.name), self.s3.endpoint, self.patience, say_on_main, stop)
+        activity, asked = 0, time.monotonic()
+        while True:
+            if f := self.cache.open(info):
+                return f
+            if part := self.cache.claim(info):
+                f = self._fetch(info, part, stall, must=True)
+                assert f is not None
+                return f
+            if (now := self.cache.activity(info)) != activity:  # another reader of this node fetches it, and gets on
+                activity, asked = now, time.monotonic()
+                stall.moved()
+            elif time.monotonic() - asked >= SAY_EVERY / 2:
+                together([lambda: self._why(info, stall)], stall)
+                asked = time.monotonic()
+            stall.tick()
+            time.sleep(_POLL)
+
+    def _why(self, info: ShardInfo, stall: Stall) -> None:
+        """Learn for ourselves what holds up the reader that fetches the shard."""
+        try:
+            self.s3.look(info.name)
+            stall.failed("another reader of this node is fetching it")
+        except Exception as error:
+            stall.failed(self.s3.passing(error, info.name))
+
+    def _fetch(self, info: ShardInfo, part: BinaryIO, stall: Stall, must: bool) -> BinaryIO | None:
+        """From S3 into the cache, checked. None where there is no room for one that is not a ``must``."""
+        cache = self.cache
+        try:
+            if not cache.reserve(part, info, must):
+                cache.discard(part, info)
+                return None
+            self.s3.fetch(info.name, part, info.bytes, stall)
+            if (found := sha256_of(part)) != info.sha256:
+                raise UserError(
+                    f"{self.where(info.name)} has SHA-256 {found}, the manifest says {info.sha256}: it was changed, upload it again"
+                )
+            return cache.keep(part, info)
+        except BaseException:
+            cache.discard(part, info)
+            raise
+
+    # Reading ahead ---------------------------------------------------------------------------------------------
+    def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
+        wanted, room = dict[str, "ShardInfo"](), self.bound
+        for info in shards:
+            if info.sha256 not in wanted:
+                room -= info.bytes
+                if room < 0:  # one more would push out one that comes before it
+                    break
+                wanted[info.sha256] = info
+        with self._changed:
+            if self._closed.is_set():
+                self._closed = threading.Event()
+            self._wanted = deque(wanted.values())
+            self._changed.notify_all()
+        while len(self._fetchers) < _FETCHERS:
+            thread = threading.Thread(
+                target=self._read_ahead, args=(self._closed,), name="shard-read-ahead", daemon=True
+            )
+            self._fetchers.append(thread)
+            thread.start()
+
+    def _read_ahead(self, closed: threading.Event) -> None:
+        while not closed.is_set():
+            with self._changed:
+                if not self._wanted:
+                    self._changed.wait(0.5)
+                    continue
+                info = self._wanted.popleft()
+            try:
+                self._one_ahead(info, closed)
+            except (UserError, Stopped, OSError):
+                closed.wait(1.0)  # ``open`` will meet it too, and say it
+
+    def _one_ahead(self, info: ShardInfo, closed: threading.Event) -> None:
+        if f := self.cache.open(info):
+            f.close()
+        elif part := self.cache.claim(info):
+            stall = Stall(self.where(info.name), self.s3.endpoint, self.patience, lambda _: None, closed)
+            if f := self._fetch(info, part, stall, must=False):
+                f.close()
+        else:  # another process is at it: see later whether it went well
+            with self._changed:
+                self._wanted.append(info)
+            closed.wait(0.1)
+
+    def check_room(self, shards: Iterable[ShardInfo]) -> None:
+        needed = sum(s.bytes for s in shards)
+        if needed > self.bound:
+            raise UserError(
+                f"data.cache_gib = {self.bound / 2**30:g} is less than the {needed / 2**30:.3g} GiB of the shards that are mixed at once: raise it, or lower data.window"
+            )
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed.set()
+            self._wanted.clear()
+            self._changed.notify_all()
+        for thread in self._fetchers:
+            thread.join()
+        self._fetchers = []
+
+
+def say_on_main(line: str) -> None:
+    """One line on the console, from the first rank of all."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(line, flush=True)

@@ -1,0 +1,314 @@
+"""Token shards from a real S3 server (SeaweedFS): the bytes of the folder, through cuts, outages and lies."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megastar.config.schema import DataConfig
+from megastar.data import s3 as s3_module
+from megastar.data.cache import Cache
+from megastar.data.loader import validation_batches
+from megastar.data.shards import ShardSet, load_manifest, verify
+from megastar.data.store import S3Store
+from megastar.errors import UserError
+from tests.integration.conftest import ROOT, megastar
+from tests.integration.s3 import client_of, free_port
+from tests.integration.test_train import rows
+from tests.unit.test_data_loader import loader, same, take
+from tests.unit.test_data_shards import sample, write_set
+
+pytestmark = pytest.mark.dist
+
+SIZES = (60, 50, 70, 40)  # shards of some 150 to 250 kB: several parts of 64 KiB
+
+
+@pytest.fixture(autouse=True)
+def small_and_quick(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the default cache
+    monkeypatch.setattr(s3_module, "PART", 1 << 16)
+    monkeypatch.setattr(s3_module, "_CHUNK", 1 << 13)
+    monkeypatch.setattr(s3_module, "_LONGEST_PAUSE", 0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_set(tmp_path_factory.mktemp("codes") / "train", SIZES)
+
+
+@pytest.fixture(scope="module")
+def url(s3, folder) -> str:
+    upload(client_of(s3), folder, "codes", "train")
+    return "s3://codes/train"
+
+
+def upload(client, folder: Path, bucket: str, prefix: str) -> None:
+    for path in folder.iterdir():
+        client.upload_file(str(path), bucket, f"{prefix}/{path.name}")
+
+
+@pytest.fixture
+def data(tmp_path) -> DataConfig:
+    return DataConfig(cache=str(tmp_path / "cache"), patience=60)
+
+
+def cached(data: DataConfig) -> list[str]:
+    return sorted(p.name for p in Path(data.cache).iterdir() if p.name != "lock")
+
+
+# The same bytes ----------------------------------------------------------------------------------------------------
+def test_everything_reads_as_from_the_folder(s3, use_s3, url, folder, data):
+    use_s3(s3)
+    assert load_manifest(url, data) == load_manifest(folder)
+    here, there = take(loader(folder, window=3), 60), take(loader(url, window=3, data=data), 60)  # two epochs
+    assert all(same(a, b) for a, b in zip(here, there, strict=True))
+    local, remote = validation_batches(folder, 150, 16, 1, 2), validation_batches(url, 150, 16, 1, 2, data=data)
+    assert all(same(a, b) for a, b in zip(local, remote, strict=True))
+    assert cached(data) == sorted(f"{s.sha256}.tar" for s in load_manifest(folder).shards)
+    assert not [t for t in threading.enumerate() if t.name in ("shard-read-ahead", "token-loader")]
+
+
+def test_a_public_bucket_needs_no_credentials_and_a_closed_one_says_so(s3, use_s3, folder, url, data, monkeypatch):
+    upload(client_of(s3), folder, "public", "p")
+    use_s3(s3, keys=False)
+    assert ShardSet("s3://public/p", data=data).read(1, 3)[2] == SIZES[0] + 3
+    with pytest.raises(UserError, match=rf"{s3} denies access to {url}/manifest.json .* no credentials were found"):
+        load_manifest(url)
+    use_s3(s3)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(UserError, match=r"denies access to .* \(\w+\): use credentials that may read it"):
+        load_manifest(url)
+
+
+READER = """
+import sys, time
+from pathlib import Path
+from megastar.config.schema import DataConfig
+from megastar.data.shards import ShardSet
+shards = ShardSet(sys.argv[1], data=DataConfig(cache=sys.argv[2]))
+Path(sys.argv[3]).touch()
+while not Path(sys.argv[4]).exists():
+    time.sleep(0.01)
+print(sum(int(shards.read(s, 0)[0].sum()) for s in range(4)))
+"""
+
+
+def test_two_processes_that_ask_at_once_share_one_download(relay, use_s3, url, folder, data, tmp_path):
+    use_s3(relay.endpoint)
+    relay.pause = 0.01
+    words = [[url, data.cache, str(tmp_path / f"ready{i}"), str(tmp_path / "go")] for i in range(2)]
+    readers = [
+        subprocess.Popen([sys.executable, "-c", READER, *w], cwd=ROOT, stdout=subprocess.PIPE, text=True) for w in words
+    ]
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"ready{i}").exists() for i in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (tmp_path / "go").touch()
+    local = ShardSet(folder)
+    expected = sum(int(local.read(s, 0)[0].sum()) for s in range(4))
+    assert [int(r.communicate(timeout=60)[0]) for r in readers] == [expected, expected]
+    for info in local.manifest.shards:
+        assert relay.fetched(info.name) == info.bytes
+
+
+# Cuts and outages --------------------------------------------------------------------------------------------------
+def test_a_cut_part_goes_on_where_it_was_cut(relay, use_s3, url, folder, data):
+    use_s3(relay.endpoint)
+    manifest = load_manifest(url, data)
+    relay.cuts, relay.limit, relay.ranges = 6, 30_000, []
+    codes, label, _ = ShardSet(url, data=data).read(0, 5)
+    assert relay.cuts == 0 and label == sample(5)[1]
+    np.testing.assert_array_equal(codes, sample(5)[0])
+    asked = relay.fetched(manifest.shards[0].name)
+    assert manifest.shards[0].bytes < asked < manifest.shards[0].bytes + 6 * (1 << 16)
+    assert [first for _, first, last in relay.ranges if last and first % (1 << 16)]  # not from the part's beginning
+
+
+def test_a_server_killed_in_the_middle_comes_back_and_the_reader_goes_on(
+    weed, relay, use_s3, url, folder, data, capsys, monkeypatch
+):
+    monkeypatch.setattr("megastar.data.s3.SAY_EVERY", 0.5)
+    use_s3(relay.endpoint)
+    shards = ShardSet(url, data=data)
+    shards.read(0, 0)
+
+    def outage() -> None:
+        weed.kill()
+        timer = threading.Timer(1.5, weed.start)
+        timer.daemon = True
+        timer.start()
+
+    relay.cuts, relay.limit, relay.on_cut = 1, 20_000, outage
+    started = time.monotonic()
+    codes, _, _ = shards.read(2, 69)
+    assert relay.cuts == 0 and 1.5 < time.monotonic() - started < 50
+    np.testing.assert_array_equal(codes, sample(sum(SIZES[:2]) + 69)[0])
+    said = capsys.readouterr().out
+    assert f"{url}/shard-00002.tar does not come from {relay.endpoint}" in said and "data.patience = 60 s" in said
+    assert "comes again" in said
+
+
+def test_an_outage_beyond_the_patience_names_shard_endpoint_and_error(use_s3, folder, data):
+    endpoint = f"http://127.0.0.1:{free_port()}"  # nobody listens there
+    use_s3(endpoint)
+    data.patience = 1.0
+    info = load_manifest(folder).shards[0]
+    with pytest.raises(UserError) as error:
+        S3Store("s3://codes/train", data).open(info)
+    for part in ("s3://codes/train/shard-00000.tar did not come", endpoint, "data.patience = 1", "Could not connect"):
+        assert part in str(error.value)
+    assert cached(data) == []
+
+
+def test_an_outage_does_not_hold_up_the_end_of_a_loader(relay, use_s3, url, data):
+    use_s3(relay.endpoint)
+    source = loader(url, window=1, data=data)
+    relay.cuts, relay.limit = 10**6, 0  # every answer is cut at once
+    batches = iter(source)
+    waiting = threading.Thread(target=lambda: next(batches, None), daemon=True)
+    waiting.start()
+    time.sleep(0.5)
+    assert waiting.is_alive()
+    started = time.monotonic()
+    source.close()
+    waiting.join(5)
+    assert not waiting.is_alive() and time.monotonic() - started < 5
+    assert not [t for t in threading.enumerate() if t.name in ("shard-read-ahead", "token-loader")]
+    relay.cuts = 0
+    assert len(take(source, 2)) == 2  # it can be iterated again
+
+
+# Objects that are not what the manifest says ------------------------------------------------------------------------
+@pytest.fixture
+def spoilt(s3, use_s3, folder, data, tmp_path):
+    """A copy of the folder in a prefix of its own: (client, URL, prefix, bytes of shard 1)."""
+    use_s3(s3)
+    client, prefix = client_of(s3), f"spoilt/{tmp_path.name}"
+    upload(client, folder, "codes", prefix)
+    return client, f"s3://codes/{prefix}", prefix, (folder / "shard-00001.tar").read_bytes()
+
+
+def test_cut_changed_and_missing_objects_are_named(spoilt, data):
+    client, url, prefix, good = spoilt
+    shards = ShardSet(url, data=data)
+    shards.read(0, 0)
+    other = bytearray(good)
+    other[512 * 5 + 200] ^= 1  # a bit of a code: the tar stays readable
+    for body, message in [
+        (good[:-512], rf"shard-00001.tar has {len(good) - 512} bytes, the manifest says {len(good)}: it was cut"),
+        (good + b"\0" * 512, rf"shard-00001.tar has {len(good) + 512} bytes, the manifest says {len(good)}"),
+        (b"", rf"shard-00001.tar has 0 bytes, the manifest says {len(good)}"),
+        (bytes(other), r"shard-00001.tar has SHA-256 [0-9a-f]{64}, the manifest says .* it was changed"),
+    ]:
+        client.put_object(Bucket="codes", Key=f"{prefix}/shard-00001.tar", Body=body)
+        started = time.monotonic()
+        with pytest.raises(UserError, match=message):
+            shards.read(1, 0)
+        assert time.monotonic() - started < 5
+        with pytest.raises(UserError, match=message):
+            take(loader(url, window=4, data=data), 30)
+    client.delete_object(Bucket="codes", Key=f"{prefix}/shard-00001.tar")
+    with pytest.raises(
+        UserError, match=re.escape(f"{url}/shard-00001.tar does not exist at {shards.store.s3.endpoint}")
+    ):
+        shards.read(1, 0)
+    assert shards.read(2, 1)[2] == SIZES[0] + SIZES[1] + 1  # the others can be read
+    client.put_object(Bucket="codes", Key=f"{prefix}/shard-00001.tar", Body=good)
+    assert verify(url) == shards.manifest
+    with pytest.raises(UserError, match=r"bucket nowhere of s3://nowhere/x/manifest.json does not exist at http"):
+        load_manifest("s3://nowhere/x")
+    with pytest.raises(UserError, match=r"s3://codes/x/manifest.json does not exist at http"):
+        load_manifest("s3://codes/x")
+    with pytest.raises(UserError, match=r"s3://Not_A_Bucket!/manifest.json cannot be asked for .*correct the URL"):
+        load_manifest("s3://Not_A_Bucket!")
+
+
+def test_an_object_replaced_while_it_is_read(spoilt, relay, use_s3, data):
+    client, url, prefix, good = spoilt
+    use_s3(relay.endpoint)
+    shards = ShardSet(url, data=data)
+    relay.cuts, relay.limit = 1, 20_000
+    relay.on_cut = lambda: client.put_object(Bucket="codes", Key=f"{prefix}/shard-00001.tar", Body=good[::-1])
+    with pytest.raises(UserError, match=rf"{url}/shard-00001.tar was changed while it was read"):
+        shards.read(1, 0)
+    assert cached(data) == []
+
+
+# The cache ---------------------------------------------------------------------------------------------------------
+def test_the_bound_holds_and_what_is_mapped_stays(s3, use_s3, url, folder, data):
+    use_s3(s3)
+    infos = load_manifest(folder).shards
+    data.cache_gib = (infos[0].bytes + infos[2].bytes) / 2**30
+    first, second = ShardSet(url, data=data), ShardSet(url, data=data, max_open=1)
+    view = first.read(0, 7)[0]
+    for shard in (1, 2, 3, 1, 2):
+        second.read(shard, 0)
+        assert f"{infos[0].sha256}.tar" in cached(data) and f"{infos[shard].sha256}.tar" in cached(data)
+        assert sum((Path(data.cache) / name).stat().st_size for name in cached(data)) <= data.cache_gib * 2**30
+    np.testing.assert_array_equal(view, sample(7)[0])
+    first.close()
+    second.read(3, 0)
+    assert f"{infos[0].sha256}.tar" in cached(data)  # the array still looks into it
+    del view
+    second.read(1, 0)
+    second.read(2, 0)
+    assert f"{infos[0].sha256}.tar" not in cached(data)
+    with pytest.raises(UserError, match=r"data.cache_gib = .* is less than the .* GiB of the shards that are mixed"):
+        loader(url, window=3, data=data)
+
+
+HOLDER = """
+import sys, time
+from megastar.data.cache import Cache
+from megastar.data.shards import load_manifest
+cache, info = Cache(sys.argv[1], 1 << 30), load_manifest(sys.argv[2]).shards[int(sys.argv[3])]
+part = cache.claim(info)
+cache.reserve(part, info, True)
+print("claimed", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_left_overs_of_a_killed_process_are_swept(s3, use_s3, url, folder, data):
+    use_s3(s3)
+    words = [sys.executable, "-c", HOLDER, data.cache, str(folder)]
+    killed, alive = (subprocess.Popen([*words, n], cwd=ROOT, stdout=subprocess.PIPE, text=True) for n in "01")
+    try:
+        assert all(p.stdout.readline() == "claimed\n" for p in (killed, alive))
+        infos = load_manifest(folder).shards
+        assert cached(data) == sorted(f"{i.sha256}.part" for i in infos[:2])
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        assert Cache(data.cache, 1 << 30).claim(infos[1]) is None  # a live one is left alone
+        assert cached(data) == [f"{infos[1].sha256}.part"]
+        assert ShardSet(url, data=data).read(0, 0)[2] == 0
+    finally:
+        for process in (killed, alive):
+            process.kill()
+            process.wait()
+    assert ShardSet(url, data=data).read(1, 0)[2] == SIZES[0]
+
+
+# A run -------------------------------------------------------------------------------------------------------------
+def test_a_run_from_s3_repeats_the_run_from_the_folder(s3, use_s3, world, whole, tmp_path):
+    use_s3(s3)
+    client = client_of(s3)
+    for split in ("train", "val"):
+        upload(client, world.codes(split), "codes", f"world/{split}")
+    config = world.write_config(tmp_path / "run.yaml", tmp_path / "run")
+    places = ["data.shards=s3://codes/world/train", "data.val_shards=s3://codes/world/val"]
+    megastar("train", config, *places, f"data.cache={tmp_path / 'cache'}", ranks=2)
+    assert rows(tmp_path / "run") == rows(whole)
+    manifests = [json.loads((world.codes(s) / "manifest.json").read_text()) for s in ("train", "val")]
+    names = sorted(f"{shard['sha256']}.tar" for m in manifests for shard in m["shards"])
+    assert sorted(p.name for p in (tmp_path / "cache").glob("*.*")) == names
