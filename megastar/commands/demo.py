@@ -145,6 +145,8 @@ class Demo:
                 save_npz(file, pictures, labels)
             with np.load(file) as archive:
                 caption = f"{name}: {about['step']:,} steps"
+                if former := about.get("init"):  # it went on from other weights
+                    caption += f", after {former['step']:,}"
                 blocks.append(Block(caption, archive["arr_0"], archive["arr_1"].tolist()))
             names = class_names(model.num_classes, about)
             made.append((name, file, about))
