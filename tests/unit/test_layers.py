@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,11 @@ def test_no_file_is_over_400_lines():
 
 def lines(path: Path) -> int:
     return len(path.read_text().splitlines())
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig):
+    """pytest leaves folders of some names out unless told otherwise, tests/dist among them."""
+    passed_over = pytestconfig.getini("norecursedirs")
+    folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {"unit", "dist", "integration"} <= folders
+    assert not [f for f in folders if any(fnmatch(f, pattern) for pattern in passed_over)]
