@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megastar.config.schema import RunConfig
+from megastar.data.files import sha256
 from megastar.engine import folders
 from megastar.engine.checkpoint import random_file
 from megastar.engine.networks import Student
@@ -61,7 +62,7 @@ def write_checkpoint(run: Path, cfg: RunConfig, data: int, tensor: int, step: in
         if t == 0:
             path = written / random_file(d)
             torch.save({"torch": torch.Generator().manual_seed(d).get_state()}, path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": folders.digest_of(path), "whose": whose}
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "whose": whose}
     manifest = {
         "format": FORMAT, "step": step, "steps": 8, "optimizer_step": step, "dtype": "torch.float32",
         "mesh": {"data": data, "tensor": tensor, "zero_stage": 3}, "data": "0" * 64, "classes": list("abcde"),

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megastar.config.schema import RunConfig
+from megastar.data.files import sha256
 from megastar.engine import folders
 from megastar.engine.folders import WRITING, folder_of, name_of
 from megastar.engine.state_files import FORMAT, KINDS, Piece, StateReader, state_file, write_pieces
@@ -188,7 +189,7 @@ class Saver:
                 torch.save(random, f)
                 f.flush()
                 os.fsync(f.fileno())
-            entry = {"bytes": file.stat().st_size, "sha256": folders.digest_of(file), "whose": whose}
+            entry = {"bytes": file.stat().st_size, "sha256": sha256(file), "whose": whose}
             files[file.name] = entry
         return files
 

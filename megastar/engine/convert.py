@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
+from megastar.data.files import sha256
 from megastar.device import DTYPES
-from megastar.engine.folders import digest_of, read_manifest
+from megastar.engine.folders import read_manifest
 from megastar.engine.llamagen import to_llamagen
 from megastar.engine.reslice import to_checkpoint
 from megastar.engine.source import PREFIX, Source, bytes_of, kind_of, open_source
@@ -87,7 +88,7 @@ def to_safetensors(source: Source, out: Path, weights: str, dtype: str, force: b
                 writer.write(name, tensor)
                 advance(tensor.numel() * kind.itemsize)
         settle(path)
-        if digest_of(path) != writer.sha256:
+        if sha256(path) != writer.sha256:
             raise UserError(f"{path} was written but reads back otherwise: check the disk")
         read_model_metadata(path)
     return f"SHA-256 {writer.sha256[:16]} read back as written"

@@ -7,9 +7,7 @@ checkpoints/.writing/        one that is being written; it gets its name when it
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megastar.config.schema import RunConfig
+from megastar.data.files import sha256, sync_folder, write_atomic
 from megastar.engine.state_files import FORMAT, MANIFEST
 from megastar.errors import UserError
 
@@ -67,50 +66,22 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"no complete checkpoint in {path}: name a run folder or a folder step-*")
 
 
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file's bytes as they lie on the disk."""
-    with path.open("rb") as f:
-        digest = hashlib.sha256()
-        while block := f.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-
-
 def publish(folder: Path, name: str, manifest: dict[str, Any], written: Path | None = None) -> Path:
     """``written`` (``.writing/name``) -> ``name``, with its manifest, and only then named by ``latest``."""
     written = written or folder / WRITING / name
-    write_atomically(written / MANIFEST, json.dumps(manifest, indent=1))
-    sync(written)
+    write_atomic(written / MANIFEST, json.dumps(manifest, indent=1).encode())
     before = folder / (name + OLD)
     if (folder / name).exists():  # the same step again, after a resume from an earlier one
         if before.exists():  # what a killed save left
             remove(before)
         (folder / name).rename(before)  # it still counts until the new one does
     written.rename(folder / name)
-    sync(folder)
-    write_atomically(folder / "latest", name + "\n")
+    sync_folder(folder)
+    write_atomic(folder / "latest", f"{name}\n".encode())
     if before.exists():
         remove(before)
     shutil.rmtree(folder / WRITING, ignore_errors=True)
     return folder / name
-
-
-def sync(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def retire(cfg: RunConfig, folder: Path) -> None:
@@ -166,7 +137,7 @@ def verify(checkpoint: Path, names: Iterable[str] | None = None) -> None:
     """Compare the files' hashes (all, or those named) with the manifest; ``UserError`` names the damaged one."""
     files = read_manifest(checkpoint)["files"]
     for name in files if names is None else names:
-        if digest_of(checkpoint / name) != files[name]["sha256"]:
+        if sha256(checkpoint / name) != files[name]["sha256"]:
             raise UserError(
                 f"{checkpoint / name} is damaged: its SHA-256 differs from the manifest's; restore it, or remove its folder"
             )

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megastar.config.load import config_from_dict
-from megastar.engine.folders import digest_of, find_checkpoint, parse_manifest
+from megastar.data.files import sha256
+from megastar.engine.folders import find_checkpoint, parse_manifest
 from megastar.engine.source import PREFIX
 from megastar.engine.staging import byte_bar
 from megastar.engine.state_files import STATES, StateReader
@@ -60,7 +61,7 @@ def health_of(file: Path, entry: dict[str, Any], verify: bool) -> str:
         return f"{size} bytes, not {entry['bytes']}"
     if not verify:
         return "ok (size)"
-    return "ok (SHA-256)" if digest_of(file) == entry["sha256"] else "SHA-256 differs"
+    return "ok (SHA-256)" if sha256(file) == entry["sha256"] else "SHA-256 differs"
 
 
 def summary(folder: Path, about: dict[str, Any]) -> dict[str, str]:

@@ -17,6 +17,7 @@ import torch
 
 from megastar.config.schema import RunConfig
 from megastar.config.validate import divisors, tensor_parallel_degrees, words
+from megastar.data.files import sha256
 from megastar.engine import folders
 from megastar.engine.checkpoint import random_file, seed_dropout
 from megastar.engine.folders import name_of, publish, read_manifest, verify
@@ -150,7 +151,7 @@ def write_random(source: Source, folder: Path, data: int, tensor: int) -> dict[s
             # A CUDA generator's state is its seed and its offset, and can be written where there is no GPU.
             torch.save({"torch": state, "cuda": torch.tensor([seed, 0]).view(torch.uint8)}, path)
         whose = f"rank {d * tensor}: data rank {d}, tensor rank 0"
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": folders.digest_of(path), "whose": whose}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "whose": whose}
     return files
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megastar.engine.folders import sync
+from megastar.data.files import sync_folder
 from megastar.errors import UserError
 
 SLACK = 1 << 20  # bytes, for headers and folder entries
@@ -41,7 +41,7 @@ def staged(out: Path, need: int, force: bool, holds: Sequence[str] = ()) -> Iter
         if holds and out.exists():  # only files are replaced in one go
             out.rename(former)
         temporary.replace(out)
-        sync(out.parent)
+        sync_folder(out.parent)
     finally:
         remove(temporary)
         if former.exists() and not out.exists():

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from megastar.engine.folders import write_atomically
+from megastar.data.files import write_atomic
 from megastar.engine.source import Source, bytes_of, same_bits
 from megastar.engine.staging import byte_bar, settle, staged
 from megastar.engine.state_files import KINDS
@@ -61,7 +61,7 @@ def to_universal(source: Source, out: Path, force: bool) -> str:
         states = model_states(source)
         for name in ("mp_rank_00", "zero_pp_rank_0_mp_rank_00"):  # stages 1 and 2, stage 3
             save_small(states, root / tag / f"{name}_model_states.pt")
-        write_atomically(root / "latest_universal", tag)
+        write_atomic(root / "latest_universal", tag.encode())
         with byte_bar(source.console, "reading back", size) as advance:
             for name in reader.shapes:
                 for kind in KINDS:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megastar.config.schema import OptimConfig, RunConfig, SelfGuidedConfig, TrainConfig
+from megastar.data.files import sha256
 from megastar.device import pick_dtype
 from megastar.engine import folders
 from megastar.engine.build import Context
@@ -75,7 +76,7 @@ def make_checkpoint(folder, step: int, content: bytes = b"x" * 100, **about):
     path = folder / folders.name_of(step)
     path.mkdir(parents=True)
     (path / "states.pt").write_bytes(content)
-    files = {"states.pt": {"bytes": len(content), "sha256": folders.digest_of(path / "states.pt"), "whose": "rank 0"}}
+    files = {"states.pt": {"bytes": len(content), "sha256": sha256(path / "states.pt"), "whose": "rank 0"}}
     (path / folders.MANIFEST).write_text(json.dumps({"format": folders.FORMAT, "step": step, "files": files, **about}))
     return path
 
