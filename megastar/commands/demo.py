@@ -225,6 +225,6 @@ def shipped_weights() -> Path | None:
 
 def fingerprint(path: Path | None) -> str:
     """A few digits of the file's SHA-256: other weights never meet old samples."""
-    from megastar.data.shards import sha256
+    from megastar.data.files import sha256
 
     return sha256(path)[:12] if path else ""

@@ -72,7 +72,7 @@ def centre_codes(shards: str, limit: int | None) -> tuple:
     """Codes (N, T) of each picture's centre crop, and classes (N,)."""
     import numpy as np
 
-    from megastar.data.shards import ShardSet
+    from megastar.data.shard_set import ShardSet
 
     tokens = ShardSet(shards)
     count = min(len(tokens), limit or len(tokens))

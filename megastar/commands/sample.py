@@ -67,7 +67,7 @@ def find_weights(source: str | Path | None, weights: str = "ema") -> Weights:
     path = Path(source or SHIPPED_WEIGHTS)
     if not path.is_dir():
         return Weights(find_file(path) or path, None, None)
-    from megastar.data.shards import sha256
+    from megastar.data.files import sha256
     from megastar.engine.convert import convert
     from megastar.engine.folders import MANIFEST, find_checkpoint, read_manifest
 
@@ -147,7 +147,7 @@ def labels_of(shards: str | Path) -> list[int]:
     """The class of every picture of a folder of token shards."""
     import numpy as np
 
-    from megastar.data.shards import ShardSet
+    from megastar.data.shard_set import ShardSet
 
     with_codes = ShardSet(shards)
     _, labels = with_codes.gather(np.arange(len(with_codes)), np.zeros((len(with_codes), 1), np.int64))

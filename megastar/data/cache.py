@@ -24,7 +24,7 @@ from megastar.data.files import sync_folder
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
-    from megastar.data.shards import ShardInfo
+    from megastar.data.manifest import ShardInfo
 
 
 class Cache:

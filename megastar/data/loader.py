@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from megastar.config.schema import DataConfig, ModelConfig
+from megastar.data.manifest import Manifest
 from megastar.data.order import OrderSpec, batch_ids, shards_from
-from megastar.data.shards import Manifest, ShardSet
+from megastar.data.shard_set import ShardSet
 from megastar.data.store import is_remote
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError

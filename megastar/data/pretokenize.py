@@ -26,9 +26,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megastar.data.files import write_atomic
+from megastar.data.manifest import MAX_CODEBOOK, Manifest, ShardInfo, load_manifest
 from megastar.data.order import permutation
 from megastar.data.pictures import PictureError, PictureSet, center_crop, ten_crop
-from megastar.data.shards import MANIFEST, MAX_CODEBOOK, Manifest, ShardInfo, ShardWriter, load_manifest
+from megastar.data.shards import ShardWriter
+from megastar.data.store import MANIFEST
 from megastar.device import DTYPES, pick_device
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash

@@ -23,7 +23,7 @@ from megastar.data.s3 import SAY_EVERY, S3Folder, Stall, Stopped, together
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
-    from megastar.data.shards import ShardInfo
+    from megastar.data.manifest import ShardInfo
 
 MANIFEST = "manifest.json"
 _FETCHERS = 4  # shards that are read ahead at once

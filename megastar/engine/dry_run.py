@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megastar.config.schema import RunConfig
-from megastar.data.shards import Manifest
+from megastar.data.manifest import Manifest
 from megastar.engine.build import Context, Engines
 from megastar.engine.checkpoint import full_shapes
 from megastar.engine.memory import state_bytes

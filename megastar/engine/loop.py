@@ -14,7 +14,7 @@ from rich.console import Console
 from megastar.config.load import diff_configs, load_config, resolve_batch, save_config
 from megastar.config.schema import RunConfig
 from megastar.data.loader import TokenLoader, check_manifest, validation_batches
-from megastar.data.shards import Manifest, load_manifest
+from megastar.data.manifest import Manifest, load_manifest
 from megastar.data.store import is_remote
 from megastar.engine import checkpoint, folders
 from megastar.engine.build import Context, Engines, build, start

@@ -18,7 +18,8 @@ from megastar.config.schema import DataConfig
 from megastar.data import s3 as s3_module
 from megastar.data.cache import Cache
 from megastar.data.loader import validation_batches
-from megastar.data.shards import ShardSet, load_manifest, verify
+from megastar.data.manifest import load_manifest
+from megastar.data.shard_set import ShardSet, verify
 from megastar.data.store import S3Store
 from megastar.errors import UserError
 from tests.integration.conftest import ROOT, megastar
@@ -93,7 +94,7 @@ READER = """
 import sys, time
 from pathlib import Path
 from megastar.config.schema import DataConfig
-from megastar.data.shards import ShardSet
+from megastar.data.shard_set import ShardSet
 shards = ShardSet(sys.argv[1], data=DataConfig(cache=sys.argv[2]))
 Path(sys.argv[3]).touch()
 while not Path(sys.argv[4]).exists():
@@ -270,7 +271,7 @@ def test_the_bound_holds_and_what_is_mapped_stays(s3, use_s3, url, folder, data)
 HOLDER = """
 import sys, time
 from megastar.data.cache import Cache
-from megastar.data.shards import load_manifest
+from megastar.data.manifest import load_manifest
 cache, info = Cache(sys.argv[1], 1 << 30), load_manifest(sys.argv[2]).shards[int(sys.argv[3])]
 part = cache.claim(info)
 cache.reserve(part, info, True)

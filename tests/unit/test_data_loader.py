@@ -8,8 +8,8 @@ import torch
 
 from megastar.config.schema import ModelConfig
 from megastar.data.loader import TokenLoader, check_manifest, validation_batches
+from megastar.data.manifest import load_manifest
 from megastar.data.order import OrderSpec, batch_ids
-from megastar.data.shards import load_manifest
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
 from tests.unit.test_data_shards import VIEWS, T, V, sample, write_set

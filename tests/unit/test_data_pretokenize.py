@@ -18,7 +18,7 @@ from megastar.config.schema import TokenizerConfig
 from megastar.data import pretokenize as module
 from megastar.data.pictures import PictureSet, ten_crop
 from megastar.data.pretokenize import Encoder, parse_crops, pretokenize
-from megastar.data.shards import ShardSet, verify
+from megastar.data.shard_set import ShardSet, verify
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, save_tokenizer, tokenizer_hash
 from megastar.tokenizer.vq import VQModel

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from megastar.data.files import sha256, write_atomic
-from megastar.data.shards import Manifest, ShardSet, ShardWriter, load_manifest, verify
+from megastar.data.manifest import Manifest, load_manifest
+from megastar.data.shard_set import ShardSet, verify
+from megastar.data.shards import ShardWriter
 from megastar.errors import UserError
 
 VIEWS, T, V = 3, 16, 50

@@ -13,9 +13,9 @@ from megastar.config.schema import DataConfig
 from megastar.data import s3
 from megastar.data.cache import Cache
 from megastar.data.files import sha256
+from megastar.data.manifest import ShardInfo
 from megastar.data.order import OrderSpec, epoch_order, shards_from
 from megastar.data.s3 import S3Folder, Stall, Stopped, split_url, together
-from megastar.data.shards import ShardInfo
 from megastar.data.store import FolderStore, is_remote, open_store
 from megastar.errors import UserError
 
