@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from pathlib import Path
 from typing import BinaryIO
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """All of ``data`` or, after a crash, the former file: write beside, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
+    """All of ``data`` or, after a crash, the former file: write beside, fsync, rename.
+
+    Several processes may write the same file at once: the last one stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as f:
             f.write(data)

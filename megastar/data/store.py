@@ -13,12 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from megastar.config.schema import DataConfig
 from megastar.data.cache import Cache
-from megastar.data.files import sha256_of
+from megastar.data.files import sha256_of, write_atomic
+from megastar.data.index import index_name
 from megastar.data.s3 import SAY_EVERY, S3Folder, Stall, Stopped, together
 from megastar.errors import UserError
 
@@ -50,6 +52,12 @@ class Store(Protocol):
         ``stop`` ends a long wait with ``Stopped``. Raises ``UserError`` for one that is missing, changed or out of
         reach.
         """
+
+    def index(self, info: ShardInfo) -> bytes | None:
+        """What is kept as the index of a shard, unchecked; None where there is none."""
+
+    def keep_index(self, info: ShardInfo, data: bytes) -> None:
+        """Keep the index of a shard, if that can be done."""
 
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
         """These will be opened next, in this order; what was announced before counts no longer."""
@@ -98,6 +106,22 @@ class FolderStore:
                 f"token shard {path} is missing though the manifest lists it: copy it again or pretokenize again"
             )
         return path.open("rb")
+
+    def index(self, info: ShardInfo) -> bytes | None:
+        path = self.folder / index_name(info.name)
+        with suppress(OSError):
+            there = path.stat()
+            # One that is older than its tar is of another tar; a whole one has the size that its shard says.
+            if (
+                there.st_mtime_ns >= (self.folder / info.name).stat().st_mtime_ns
+                and there.st_size < 4096 + 16 * info.samples
+            ):
+                return path.read_bytes()
+        return None
+
+    def keep_index(self, info: ShardInfo, data: bytes) -> None:
+        with suppress(OSError):  # a folder that may only be read
+            write_atomic(self.folder / index_name(info.name), data)
 
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
         pass
@@ -163,6 +187,12 @@ class S3Store:
                 asked = time.monotonic()
             stall.tick()
             time.sleep(_POLL)
+
+    def index(self, info: ShardInfo) -> bytes | None:
+        return None
+
+    def keep_index(self, info: ShardInfo, data: bytes) -> None:
+        pass
 
     def _why(self, info: ShardInfo, stall: Stall) -> None:
         """Learn for ourselves what holds up the reader that fetches the shard."""
