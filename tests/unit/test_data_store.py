@@ -159,11 +159,13 @@ def test_an_index_goes_with_its_shard_and_counts(tmp_path):
 
 
 def test_a_folder_keeps_indexes_beside_the_shards_where_it_may(tmp_path, monkeypatch):
-    store = FolderStore(tmp_path)
+    store, shard = FolderStore(tmp_path), tmp_path / "shard-00001.tar"
+    shard.write_bytes(b"tar")
     assert store.index(info(1)) is None
     store.keep_index(info(1), b"first")
     store.keep_index(info(1), b"second")
-    assert store.index(info(1)) == b"second" and [p.name for p in tmp_path.iterdir()] == ["shard-00001.idx"]
+    assert store.index(info(1)) == b"second"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["shard-00001.idx", "shard-00001.tar"]
 
     def read_only(*_: object) -> None:
         raise OSError(30, "Read-only file system")
@@ -171,6 +173,8 @@ def test_a_folder_keeps_indexes_beside_the_shards_where_it_may(tmp_path, monkeyp
     monkeypatch.setattr("megastar.data.store.write_atomic", read_only)
     store.keep_index(info(1), b"third")
     assert store.index(info(1)) == b"second"
+    os.utime(tmp_path / "shard-00001.idx", (1, 1))  # older than the tar: it may be of another one
+    assert store.index(info(1)) is None
 
 
 # A stall -----------------------------------------------------------------------------------------------------------
