@@ -27,6 +27,16 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def read_small(path: Path, most: int) -> bytes | None:
+    """A file of at most ``most`` bytes; None for a bigger one, or one that cannot be read."""
+    try:
+        with path.open("rb") as f:
+            data = f.read(most + 1)
+    except OSError:
+        return None
+    return data if len(data) <= most else None
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` survive a power cut."""
     fd = os.open(folder, os.O_RDONLY)
