@@ -290,10 +290,3 @@ def test_other_shape_than_the_manifest(tmp_path):
         UserError, match=r"uint16 of shape \(3, 16\), not 3 views of 64 codes in uint16 as the manifest says"
     ):
         ShardSet(folder).read(0, 0)
-
-
-def test_verify_finds_codes_and_classes_out_of_range(tmp_path):
-    with pytest.raises(UserError, match=r"codes.npy holds code \d+, outside the code book of 30"):
-        verify(write_set(tmp_path / "a", codebook_size=30))
-    with pytest.raises(UserError, match="000000003 has class 3, outside 0 to 2"):
-        verify(write_set(tmp_path / "b", classes=list("abc")))
