@@ -27,8 +27,7 @@ from megastar.data.tar import AGAIN
 from megastar.errors import UserError
 
 RESIDENT = 128 << 20  # bytes of shards that are read through their maps, which count as this process's memory
-_WHOLE = 16 << 10  # bytes of a sample that is read whole for some of its views: one call costs as much as copying it
-_AT_ONCE = 1024  # samples that are read into one buffer
+_AT_ONCE = 1024  # samples whose views are read into one buffer
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class ShardSet:
 
     A sample's id is its place in the manifest's order: shard by shard, tar order within. At most ``max_open`` shards
     are open at once. While these have at most ``resident`` bytes they are read through their maps, else by a call a
-    sample: mapping pages and letting them go again would cost several times as much. The event ``stop`` ends a wait for a shard with ``Stopped``. Not for several threads at once.
+    view: mapping pages and letting them go again would cost several times as much. The event ``stop`` ends a wait for
+    a shard with ``Stopped``. Not for several threads at once.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ShardSet:
         """ids (B,), view numbers (B, M) -> codes (B, M, T) uint16, classes (B,) int64."""
         m, (B, M) = self.manifest, views.shape
         ids = np.asarray(ids, np.int64)
-        assert ids.shape == (B,)
+        assert ids.shape == (B,) and M, (ids.shape, views.shape)
         codes = np.empty((B, M), f"V{self._row}")
         labels = np.empty(B, np.int64)
         if not codes.size:
@@ -118,48 +118,35 @@ class ShardSet:
         shards = ordered[ends[0] : ends[-1]]
         slots, samples = self._slots[shards], ids - self.starts[shards]
         labels[rows] = self._labels[slots, samples]
-        offsets = self._offsets[slots, samples]
+        places = self._offsets[slots, samples][:, None] + views * self._row  # (b, M)
         if sum(len(o.map) for o in self._maps.values()) > self._resident:
             for first in range(0, len(rows), _AT_ONCE):
                 some = slice(first, first + _AT_ONCE)
-                self._read_calls(shards[some], offsets[some], views[some], codes, rows[some])
+                codes[rows[some]] = self._read_calls(shards[some], places[some])
             return
-        places = offsets[:, None] + views * self._row  # (b, M)
         for end, after in zip(ends[:-1], ends[1:], strict=True):
             span, opened = slice(end - ends[0], after - ends[0]), self._maps[int(ordered[end])]
             codes[rows[span]] = opened.windows[places[span] // opened.stride]
 
-    def _read_calls(
-        self, shards: np.ndarray, offsets: np.ndarray, views: np.ndarray, codes: np.ndarray, rows: np.ndarray
-    ) -> None:
-        """As ``_gather``, without the maps: samples that are not large are read whole, of others each view."""
-        if (whole := self._row * self.manifest.views) <= _WHOLE:
-            read = self._pread(shards, offsets, whole).view(f"V{self._row}")  # (b, views)
-            codes[rows] = read[np.arange(len(rows))[:, None], views]
-        else:
-            b, M = views.shape
-            read = self._pread(np.repeat(shards, M), (offsets[:, None] + views * self._row).ravel(), self._row)
-            codes[rows] = read.view(f"V{self._row}").reshape(b, M)
-
-    def _pread(self, shards: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:
-        """``size`` bytes from each of ``offsets`` (n,) -> (n, size) uint8, valid until the next call."""
-        n = len(offsets)
-        if self._buffer is None or self._buffer[0].shape != (n, size):
-            buffer = np.empty((n, size), np.uint8)
+    def _read_calls(self, shards: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """The views at ``places`` (b, M) of ``shards`` (b,), one call each -> (b, M) void, valid until the next call."""
+        b, M = places.shape
+        if self._buffer is None or self._buffer[0].shape[0] != b * M:
+            buffer = np.empty((b * M, self._row), np.uint8)
             self._buffer = buffer, [[memoryview(row)] for row in buffer]
         buffer, parts = self._buffer
-        numbers, places = shards.tolist(), offsets.tolist()
+        numbers = np.repeat(shards, M).tolist()
         files = {s: self._maps[s].file.fileno() for s in set(numbers)}
         try:
-            found = list(map(os.preadv, map(files.__getitem__, numbers), parts, places))
+            found = list(map(os.preadv, map(files.__getitem__, numbers), parts, places.ravel().tolist()))
         except OSError as error:
             raise UserError(
                 f"token shards of {self.folder} cannot be read ({error.strerror}): mend the disk"
             ) from error
-        if found.count(size) != n:
-            shard = numbers[[got == size for got in found].index(False)]
+        if found.count(self._row) != b * M:
+            shard = numbers[[got == self._row for got in found].index(False)]
             raise self._cut(self.manifest.shards[shard], os.fstat(files[shard]).st_size)
-        return buffer
+        return buffer.view(f"V{self._row}").reshape(b, M)
 
     def _as_codes(self, codes: np.ndarray) -> np.ndarray:
         """Stored numbers -> uint16."""
@@ -218,6 +205,7 @@ class ShardSet:
                 raise self._cut(info, size)
             data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
             index = self._index(data, info)
+            data.madvise(mmap.MADV_DONTNEED)  # what that looked at is no longer needed
         except BaseException:
             file.close()
             raise

@@ -92,7 +92,7 @@ def test_gather_picks_rows_and_views(tmp_path, layout, resident, max_open):
 
 
 @pytest.mark.parametrize("resident", [0, 1 << 30])
-def test_large_samples_are_read_view_by_view(tmp_path, resident):
+def test_large_samples(tmp_path, resident):
     views, tokens = 5, 64 * 64
     every = np.random.default_rng(0).integers(0, 2**16, (3, views, tokens)).astype(np.uint16)
     with open_writer(tmp_path / "shard-00000.tar", "packed") as writer:
