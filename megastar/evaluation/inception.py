@@ -259,7 +259,9 @@ def from_state(state: dict[str, Tensor], source: str | Path = "state") -> FIDInc
     missing = [k for k in wanted if k not in state]
     other = [f"{k} {tuple(state[k].shape)}" for k, shape in wanted.items() if k in state and state[k].shape != shape]
     if missing or other:
-        parts = [f"{len(v)} {what} ({', '.join(v[:3])})" for v, what in ((missing, "missing"), (other, "misshapen")) if v]
+        parts = [
+            f"{len(v)} {what} ({', '.join(v[:3])})" for v, what in ((missing, "missing"), (other, "misshapen")) if v
+        ]
         raise UserError(f"{source} is not FID's Inception, {' and '.join(parts)}: get {PUBLISHED}")
     kept = {k: state[k].float() for k in wanted}
     counters = {k: torch.zeros((), dtype=torch.long) for k in net.state_dict() if k not in wanted}
