@@ -7,6 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -163,7 +164,8 @@ def _score(
         expected_sha256=o.real_sha256, limit=limit, batch=o.batch, console=o.console, cache=o.cache,
     )  # fmt: skip
     check_real(metrics, made.network, o.settings, reference)
-    scores, details, warnings = compute(made, reference, metrics, o.settings)
+    with o.console.status(f"computing {', '.join(metrics)}") if o.console is not None else nullcontext():
+        scores, details, warnings = compute(made, reference, metrics, o.settings)
     first = next(iter(scores))
     result = {"metric": first, "value": scores[first], "scores": scores, **details, "warnings": warnings, **about}
     result |= {"real": reference.about, "features": made.network.describe(), "settings": asdict(o.settings)}

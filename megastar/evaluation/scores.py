@@ -91,7 +91,7 @@ def compute(
     made: Collector, real: Reference, metrics: Sequence[str], s: Settings = Settings()
 ) -> tuple[dict[str, float], dict[str, Any], list[str]]:
     """Named scores, what else there is to say about them (spreads, floor), and warnings."""
-    network = made.network
+    network, features = made.network, made.features if made.keep else None
     scores: dict[str, float] = {}
     details: dict[str, Any] = {}
     name = network.name
@@ -102,18 +102,19 @@ def compute(
             assert real.spatial is not None
             scores[name(metric)] = frechet_distance(real.spatial, made.spatial_stats)
         elif metric == "is":
-            logits = network.logits(torch.from_numpy(made.features).to(network.device))
+            assert features is not None
+            logits = network.logits(torch.from_numpy(features).to(network.device))
             assert logits is not None
             scores[name(metric)], details[name("is") + "_std"] = inception_score(logits, s.is_split)
         elif metric == "pr":
-            assert real.features is not None
-            pair = (torch.from_numpy(x).to(network.device) for x in (real.features, made.features))
+            assert real.features is not None and features is not None
+            pair = (torch.from_numpy(x).to(network.device) for x in (real.features, features))
             scores[name("precision")], scores[name("recall")] = precision_recall(*pair, k=s.k)
         elif metric == "kid":
-            assert real.features is not None
+            assert real.features is not None and features is not None
             size = min(s.kid_size, made.count, len(real.features))
             mean, std = kernel_distance(
-                real.features, made.features, subsets=s.kid_subsets, size=size, seed=s.seed
+                real.features, features, subsets=s.kid_subsets, size=size, seed=s.seed
             )  # fmt: skip
             scores[name(metric)], details[name("kid") + "_std"] = mean, std
     if "fd" in metrics:

@@ -282,6 +282,8 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path, fewer_features):
     evaluate(made, real, cache=tmp_path, real_sha256=source_hash(real).upper())
     with pytest.raises(UserError, match=f"has the SHA-256 {source_hash(real)}, not the abcd you named"):
         evaluate(made, real, cache=tmp_path, real_sha256="abcd")
+    with pytest.raises(UserError, match="none.npz does not exist: name a folder"):
+        evaluate(made, tmp_path / "none.npz", cache=tmp_path)
     np.savez(real, mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float16))
     with pytest.raises(UserError, match="holds Inception's statistics only: --inception FILE"):
         evaluate(made, real, cache=tmp_path)
