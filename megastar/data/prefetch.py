@@ -1,0 +1,125 @@
+"""What stands between the reading of batches and their use: a thread that reads ahead, and the way to a GPU."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+Batch = dict[str, Any]
+_POLL = 0.1  # seconds between looks at whether a wait is over
+_END = object()
+
+
+class GaveUp(Exception):
+    """No batch was there when the consumer no longer wanted to wait for one."""
+
+
+class ReadAhead:
+    """Runs an iterator in a thread, ``depth`` items ahead; an error comes out where its item would have.
+
+    ``stop`` ends the thread; ``close`` sets it and joins. ``waited``: the seconds that the consumer waited so far.
+    """
+
+    def __init__(self, items: Iterator[Batch], depth: int, stop: threading.Event):
+        self.waited = 0.0
+        self._items = items
+        self._queue: queue.Queue[Any] = queue.Queue(max(1, depth))
+        self._stop = stop
+        self._thread = threading.Thread(target=self._work, name="token-loader", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    return
+            self._put(_END)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: object) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=_POLL)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def iterate(self, give_up: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+        """The items until the end or ``close``. Raises ``GaveUp`` when none is there and ``give_up()`` is true."""
+        while not self._stop.is_set():
+            item = self._take(give_up)
+            if item is _END:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def _take(self, give_up: Callable[[], bool]) -> Any:
+        try:
+            return self._queue.get_nowait()
+        except queue.Empty:
+            pass
+        started = time.perf_counter()
+        try:
+            while not self._stop.is_set():
+                if give_up():
+                    raise GaveUp
+                try:
+                    return self._queue.get(timeout=_POLL)
+                except queue.Empty:
+                    continue
+            return _END
+        finally:
+            self.waited += time.perf_counter() - started
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+
+class ToDevice:
+    """The way of batches to ``device`` (None or a CPU: they stay): ``send`` ahead of use, ``receive`` when it is time.
+
+    For a GPU the reading thread pins the arrays and copies them on a stream of its own, while the step before runs;
+    the consumer's stream waits for that copy alone. ``codes`` travel as they are stored, two bytes each.
+    """
+
+    ON_DEVICE = ("codes", "labels", "true_labels")
+
+    def __init__(self, device: torch.device | str | None):
+        self.device = torch.device(device or "cpu")
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def send(self, batch: Batch) -> Batch:
+        """``codes`` come as uint16 bits in int16 or, on a CPU, as the int64 that the model wants."""
+        if self._stream is None:
+            return batch
+        with torch.cuda.stream(self._stream):
+            for name in self.ON_DEVICE:  # the allocator of pinned memory keeps it until the copy is done
+                batch[name] = batch[name].pin_memory().to(self.device, non_blocking=True)
+            batch["codes"] = batch["codes"].to(torch.int64).bitwise_and_(0xFFFF)  # (b, M, T)
+            batch["copied"] = self._stream.record_event()
+        return batch
+
+    def receive(self, batch: Batch) -> Batch:
+        """The batch, fit for the caller's current stream."""
+        if self._stream is None:
+            return batch
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(batch.pop("copied"))
+        for name in self.ON_DEVICE:
+            batch[name].record_stream(current)  # its memory was given out on the other stream
+        return batch
+
+    @property
+    def widens(self) -> bool:
+        """Whether ``send`` makes int64 of the codes."""
+        return self._stream is not None
