@@ -27,9 +27,12 @@ from megastar.errors import UserError
 
 
 def check_manifest(manifest: Manifest, model: ModelConfig, tokenizer_sha256: str | None, views: int) -> None:
-    """Raise one ``UserError`` that names everything in which the shards do not fit the model, tokenizer and views."""
+    """Raise one ``UserError`` that names everything in which the shards do not fit the model, tokenizer and views.
+
+    Shards that others made may not name their tokenizer: that it fits is taken on trust.
+    """
     problems = []
-    if tokenizer_sha256 is not None and tokenizer_sha256 != manifest.tokenizer_sha256:
+    if tokenizer_sha256 is not None and manifest.tokenizer_sha256 not in ("", tokenizer_sha256):
         problems.append(
             f"the shards were made with another tokenizer (SHA-256 {manifest.tokenizer_sha256[:12]}..., data.tokenizer is {tokenizer_sha256[:12]}...)"
         )
@@ -37,7 +40,7 @@ def check_manifest(manifest: Manifest, model: ModelConfig, tokenizer_sha256: str
         problems.append(f"the shards have {manifest.codebook_size} codes, model.vocab_size is {model.vocab_size}")
     if manifest.tokens != model.image_tokens:
         problems.append(
-            f"the shards have {manifest.tokens} tokens a picture, model.image_tokens is {model.image_tokens}"
+            f"the shards have {manifest.tokens} tokens a picture, a grid of {manifest.grid}, model.image_tokens is {model.image_tokens}"
         )
     if len(manifest.classes) > model.num_classes:
         problems.append(f"the shards have {len(manifest.classes)} classes, model.num_classes is {model.num_classes}")
