@@ -155,10 +155,9 @@ class TokenLoader:
         views = draw_views(self.seed, epochs, ids, self.shards.manifest.views, self.views)
         codes, true_labels = read_checked(self.shards, ids, views, self.vocab_size, self.num_classes)
         dropped = draw_label_drop(self.seed, epochs, ids, self.class_dropout_prob)
-        stored = self._to_device.widens
         return {
             "step": step,
-            "codes": torch.from_numpy(codes.view(np.int16) if stored else codes.astype(np.int64)),  # (b, M, T)
+            "codes": torch.from_numpy(codes.view(np.int16)),  # (b, M, T)
             "labels": torch.from_numpy(np.where(dropped, self.num_classes, true_labels)),
             "true_labels": torch.from_numpy(true_labels),
             "ids": torch.from_numpy(ids),

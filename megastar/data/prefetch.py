@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 Batch = dict[str, Any]
@@ -88,8 +89,9 @@ class ReadAhead:
 class ToDevice:
     """The way of batches to ``device`` (None or a CPU: they stay): ``send`` ahead of use, ``receive`` when it is time.
 
-    For a GPU the reading thread pins the arrays and copies them on a stream of its own, while the step before runs;
-    the consumer's stream waits for that copy alone. ``codes`` travel as they are stored, two bytes each.
+    Until ``receive`` codes are as they are stored, two bytes each, in int16 (which every kernel knows). For a GPU the
+    reading thread pins the arrays and copies them on a stream of its own, while the step before runs; the consumer's
+    stream waits for that copy alone.
     """
 
     ON_DEVICE = ("codes", "labels", "true_labels")
@@ -99,7 +101,6 @@ class ToDevice:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def send(self, batch: Batch) -> Batch:
-        """``codes`` come as uint16 bits in int16 or, on a CPU, as the int64 that the model wants."""
         if self._stream is None:
             return batch
         with torch.cuda.stream(self._stream):
@@ -110,16 +111,12 @@ class ToDevice:
         return batch
 
     def receive(self, batch: Batch) -> Batch:
-        """The batch, fit for the caller's current stream."""
+        """The batch with codes in int64, fit for the caller's current stream."""
         if self._stream is None:
+            batch["codes"] = torch.from_numpy(batch["codes"].numpy().view(np.uint16).astype(np.int64))  # (b, M, T)
             return batch
         current = torch.cuda.current_stream(self.device)
         current.wait_event(batch.pop("copied"))
         for name in self.ON_DEVICE:
             batch[name].record_stream(current)  # its memory was given out on the other stream
         return batch
-
-    @property
-    def widens(self) -> bool:
-        """Whether ``send`` makes int64 of the codes."""
-        return self._stream is not None

@@ -245,7 +245,7 @@ def test_waiting_is_counted_and_can_be_given_up(folder):
         ({"global_batch": 32}, "holds 26 samples, fewer than one global batch of 32"),
         ({"views": 4}, "4 views are asked for, the shards store 3"),
         ({"vocab_size": 20}, "the shards have 50 codes, model.vocab_size is 20"),
-        ({"tokens": 64}, "the shards have 16 tokens a picture, model.image_tokens is 64"),
+        ({"tokens": 64}, "the shards have 16 tokens a picture, a grid of 4, model.image_tokens is 64"),
         ({"num_classes": 3}, "the shards have 4 classes, model.num_classes is 3"),
         ({"window": 0}, "window 0 must be at least 1"),
     ],

@@ -58,7 +58,7 @@ def test_one_stored_view_and_the_view_loss(tmp_path):
 
 
 def test_an_empty_set(tmp_path):
-    with pytest.raises(UserError, match="0 samples"):
+    with pytest.raises(UserError, match="holds no samples"):
         open_data(run_config(write_set(tmp_path / "none", (0, 0))))
 
 
