@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ from megastar.data.shard_set import ShardSet
 from megastar.data.store import is_remote
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
+
+_ROWS = 2048  # that are read together at most
 
 
 def check_manifest(manifest: Manifest, model: ModelConfig, tokenizer_sha256: str | None, views: int) -> None:
@@ -85,7 +87,7 @@ class TokenLoader:
         tokens: int,
         window: int = 16,
         start_step: int = 0,
-        prefetch: int = 4,
+        prefetch: int = 8,
         data: DataConfig | None = None,
         device: torch.device | str | None = None,
     ):
@@ -110,6 +112,9 @@ class TokenLoader:
         self.rank, self.world, self.views = rank, world, views
         self.class_dropout_prob, self.num_classes, self.vocab_size = class_dropout_prob, num_classes, vocab_size
         self.step, self._micro, self._prefetch = start_step, 0, prefetch
+        b = global_batch // (accumulation * world)
+        # From S3 one by one: a batch that is there must not wait for a shard that is not.
+        self._together = 1 if is_remote(shards_dir) else max(1, min(prefetch, _ROWS // b))
         self._to_device = ToDevice(device)
         self._reader: ReadAhead | None = None
         self._announced: tuple[int, int] | None = None
@@ -143,26 +148,29 @@ class TokenLoader:
     # Batches ---------------------------------------------------------------------------------------------------
     def batch(self, step: int, micro: int = 0) -> Batch:
         """Micro-batch ``micro`` of step ``step`` for this rank: a pure function of both."""
-        return self._to_device.receive(self._to_device.send(self._read(step, micro)))
+        return self._to_device.receive(self._to_device.send(self._read([(step, micro)])[0]))
 
     def _rows(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
         """This rank's sample ids and epochs, (b,) each."""
         b = self.global_batch // (self.accumulation * self.world)
         return sample_ids(self.order, step * self.global_batch + (micro * self.world + self.rank) * b, b)
 
-    def _read(self, step: int, micro: int) -> Batch:
-        ids, epochs = self._rows(step, micro)
+    def _read(self, micros: Sequence[tuple[int, int]]) -> list[Batch]:
+        """Some micro-batches, (step, micro) each, at once: what a batch costs beside its rows is paid once."""
+        rows = [self._rows(step, micro) for step, micro in micros]
+        ids, epochs = (np.concatenate(column) for column in zip(*rows, strict=True))
         views = draw_views(self.seed, epochs, ids, self.shards.manifest.views, self.views)
         codes, true_labels = read_checked(self.shards, ids, views, self.vocab_size, self.num_classes)
         dropped = draw_label_drop(self.seed, epochs, ids, self.class_dropout_prob)
-        return {
-            "step": step,
-            "codes": torch.from_numpy(codes.view(np.int16)),  # (b, M, T)
-            "labels": torch.from_numpy(np.where(dropped, self.num_classes, true_labels)),
-            "true_labels": torch.from_numpy(true_labels),
-            "ids": torch.from_numpy(ids),
-            "epochs": torch.from_numpy(epochs),
+        columns = {
+            "codes": codes.view(np.int16),  # (n * b, M, T)
+            "labels": np.where(dropped, self.num_classes, true_labels),
+            "true_labels": true_labels,
+            "ids": ids,
+            "epochs": epochs,
         }
+        parts = {name: torch.from_numpy(column).chunk(len(micros)) for name, column in columns.items()}
+        return [{"step": step, **{name: part[n] for name, part in parts.items()}} for n, (step, _) in enumerate(micros)]
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
@@ -176,7 +184,8 @@ class TokenLoader:
         self.close()
         self._micro = 0
         self.shards.stop = stop = threading.Event()
-        self._reader = reader = ReadAhead(self._from(self.step), self._prefetch, stop)
+        depth = max(1, self._prefetch // self._together)
+        self._reader = reader = ReadAhead(self._from(self.step), depth, stop)
         atexit.register(self.close)
         try:
             for batch in reader.iterate(give_up):
@@ -189,16 +198,27 @@ class TokenLoader:
             if self._reader is reader:
                 self.close()
 
-    def _from(self, step: int) -> Iterator[Batch]:
+    def _from(self, step: int) -> Iterator[list[Batch]]:
         """All from ``step`` on. The shards of the first batch are fetched before any other: it is waited for."""
         if self.shards.store.remote:
             self._fetch(np.unique(self.shards.starts.searchsorted(self._rows(step, 0)[0], side="right") - 1))
+        micros = ((k, micro) for k in count(step) for micro in range(self.accumulation))
+        together = 1  # the first is not held up by those behind it
         while True:
-            for micro in range(self.accumulation):
-                yield self._to_device.send(self._read(step, micro))
-                if self.shards.store.remote:
-                    self._announce(step)
-            step += 1
+            group = list(islice(micros, together))
+            try:
+                yield self._send(group)
+            except UserError:
+                if len(group) == 1:
+                    raise
+                for one in group:  # those before the one that cannot be read are good
+                    yield self._send([one])
+            if self.shards.store.remote:
+                self._announce(group[-1][0])
+            together = self._together
+
+    def _send(self, micros: Sequence[tuple[int, int]]) -> list[Batch]:
+        return [self._to_device.send(batch) for batch in self._read(micros)]
 
     def _announce(self, step: int) -> None:
         """Tell the store which shards come next: the rest of this window's, and as many behind it."""

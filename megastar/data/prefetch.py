@@ -21,12 +21,13 @@ class GaveUp(Exception):
 
 
 class ReadAhead:
-    """Runs an iterator in a thread, ``depth`` items ahead; an error comes out where its item would have.
+    """Runs an iterator of lists of batches in a thread, ``depth`` lists ahead; an error comes out where its list would
+    have. A list is one hand-over between the threads, which costs more than reading a small batch.
 
     ``stop`` ends the thread; ``close`` sets it and joins. ``waited``: the seconds that the consumer waited so far.
     """
 
-    def __init__(self, items: Iterator[Batch], depth: int, stop: threading.Event):
+    def __init__(self, items: Iterator[list[Batch]], depth: int, stop: threading.Event):
         self.waited = 0.0
         self._items = items
         self._queue: queue.Queue[Any] = queue.Queue(max(1, depth))
@@ -53,14 +54,17 @@ class ReadAhead:
         return False
 
     def iterate(self, give_up: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
-        """The items until the end or ``close``. Raises ``GaveUp`` when none is there and ``give_up()`` is true."""
+        """The batches until the end or ``close``. Raises ``GaveUp`` when none is there and ``give_up()`` is true."""
         while not self._stop.is_set():
             item = self._take(give_up)
             if item is _END:
                 return
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            for batch in item:
+                if self._stop.is_set():
+                    return
+                yield batch
 
     def _take(self, give_up: Callable[[], bool]) -> Any:
         try:

@@ -35,7 +35,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     manifest, validation = open_data(cfg) if not dry_run or there else (None, None)
     if cfg.train.init and not folders.latest(folders.folder_of(cfg)):
         read_model_metadata(cfg.train.init)  # it exists, before anything is built
-    stop = StopFlag()  # a signal while the engines are built is heeded after the first step
+    stop = StopFlag()  # a signal while the engines are built is heeded at the first step
     ctx = start(cfg)
     resolve_batch(cfg, ctx.world)  # before the run folder exists
     if not dry_run:
