@@ -142,7 +142,7 @@ def _problem(m: Manifest) -> str:
     names = set[str]()
     for s in m.shards:
         if not is_plain_name(s.name):
-            return f"names a shard {s.name[:200]!r}: it must be the plain name of a file beside it"
+            return f"names a shard {s.name[:200]!r}: it must be the plain name of a .tar beside it"
         if s.name in names:
             return f"names the shard {s.name} twice"
         if not re.fullmatch("[0-9a-f]{64}", s.sha256):
@@ -154,6 +154,6 @@ def _problem(m: Manifest) -> str:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether it names a file of the folder itself, and nothing else."""
-    fine = name.isprintable() and not set(name) & set("/\\") and 0 < len(name.encode(errors="replace")) <= 250
-    return fine and name not in (".", "..", MANIFEST)
+    """Whether it names a tar of the folder itself, and nothing else."""
+    fine = name.isprintable() and not set(name) & set("/\\") and len(name.encode(errors="replace")) <= 250
+    return fine and name.endswith(".tar") and not name.startswith(".")

@@ -8,6 +8,8 @@ packed  a block of n samples is ``KEY.codes.npy`` (n, views, T), ``KEY.cls.npy``
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import re
 from dataclasses import dataclass, field
 
@@ -26,13 +28,14 @@ DTYPES = {
     "uint32": "<u4",
     "uint64": "<u8",
 }
-CODES = ("codes.npy", "npy")  # the first that a sample has
-
 _NPY = re.compile(
     rb"\{\s*'descr':\s*'([<|][ui]\d)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d, ]*)\),?\s*\}[ ]*\n?"
 )
 _KEY = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")  # webdataset's: up to the first dot of the last part
+_MOST_CLASSES = 1 << 20
+_AT_ONCE = 64 << 20  # bytes of a tar that are held as memory
 _LONGEST_NOTE = 64 << 20  # bytes of a json member
+_Headers = dict[bytes, tuple[str, tuple[int, ...]]]  # dtype and shape of an npy header that was parsed before
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,7 @@ class Array:
     dtype: str
     shape: tuple[int, ...]
     start: int  # of the first number, in bytes from the tar's beginning
-
-
-@dataclass
-class Samples:
-    """The n samples of a shard, in the tar's order."""
-
-    offsets: np.ndarray  # (n,) int64, of the first code
-    labels: np.ndarray  # (n,) int64
-    keys: list[str] = field(repr=False)
-    arrays: list[Array] = field(repr=False)  # that hold the codes: one a sample, or one a block
-    sources: list[str] = field(default_factory=list, repr=False)
+    name: str  # of the member
 
 
 @dataclass
@@ -70,45 +63,90 @@ class Expected:
         return self.views * self.tokens * np.dtype(DTYPES[self.dtype]).itemsize
 
 
+@dataclass
+class Samples:
+    """The n samples of a shard, in the tar's order."""
+
+    offsets: np.ndarray  # (n,) int64, of the first code
+    labels: np.ndarray  # (n,) int64
+    keys: list[str] = field(repr=False)
+    arrays: list[Array] = field(repr=False)  # that hold the codes: one a sample, or one a block
+    expected: Expected | None  # what all arrays are; None without samples
+    sources: list[str] = field(default_factory=list, repr=False)
+
+
 def find_samples(
     data: Buffer, where: str, layout: str, expected: Expected | None, limit: int | None = None, sources: bool = False
 ) -> Samples:
-    """Walk the tar ``data`` and find its samples; with ``expected`` their codes are compared with it.
+    """Walk the tar ``data`` and find its samples; their codes must be as ``expected``, or else as the first of them.
 
     ``limit``: how many samples there may be. ``sources`` reads the names of the pictures too: the key, where the set
     has none. Raises ``UserError``, naming file and member, for whatever is not as the layout wants it.
     """
-    codes: dict[str, tuple[Member, Array]] = {}
-    classes: dict[str, Member] = {}
-    notes: dict[str, Member] = {}
-    headers: dict[bytes, tuple[str, tuple[int, ...]]] = {}
-    label = "cls.npy" if layout == "packed" else "cls"
-    second: dict[str, tuple[Member, Array]] = {}
+    tables: dict[str, dict[str, Member]] = {"codes": {}, "classes": {}, "notes": {}}
+    arrays: dict[str, Array] = {}
+    headers = _Headers({})
+    kinds = {
+        "codes.npy": "codes",
+        "npy": "codes",
+        "cls.npy" if layout == "packed" else "cls": "classes",
+        "json": "notes",
+    }
     for member in walk(data, where):
         match = _KEY.fullmatch(member.name)
-        if match is None:
+        kind = kinds.get(match[2].lower()) if match else None
+        if match is None or kind is None:
             continue
-        key, extension = match[1], match[2].lower()
-        if extension in CODES:
-            target = codes if extension == CODES[0] else second
-            if key in target:
-                raise _twice(member, where)
-            target[key] = member, _array(data, member, where, headers)
-            if limit is not None and len(target) > limit:
+        key, table = match[1], tables[kind]
+        if key in table:
+            raise UserError(
+                f"token shard {where} holds {shown(member.name)} twice, or beside {shown(table[key].name)}: a key must be of one sample"
+            )
+        table[key] = member
+        if kind == "codes":
+            arrays[key] = array = _array(data, member, where, headers)
+            expected = _compare(array, where, layout, expected)
+            if limit is not None and len(arrays) > limit:
                 raise UserError(
-                    f"token shard {where} holds more than the {limit} samples that the manifest says: it was changed, {AGAIN}"
+                    f"token shard {where} holds more than the {limit} samples that the manifest says: it was cut or changed, {AGAIN}"
                 )
-        elif extension == label or extension == "json":
-            found = notes if extension == "json" else classes
-            if key in found:
-                raise _twice(member, where)
-            found[key] = member
-    if second and layout == "plain":
-        codes = {**second, **codes} if codes else second
-    for member, array in codes.values():
-        _compare(member, array, where, layout, expected)
+    for key, member in tables["classes"].items():
+        if key not in arrays:
+            raise UserError(f"token shard {where}: {shown(member.name)} has no codes, {shown(key)}.codes.npy: {AGAIN}")
+    for key, array in arrays.items():
+        if key not in tables["classes"] and (layout == "packed" or key not in tables["notes"]):
+            raise UserError(f"token shard {where}: {shown(array.name)} has no class, {shown(key)}.cls: write one")
+    if isinstance(data, mmap.mmap):
+        data.madvise(mmap.MADV_DONTNEED)  # the walk touched every part of it
     read = _packed if layout == "packed" else _plain
-    return read(data, where, codes, classes, notes, headers, sources)
+    return read(data, where, arrays, tables["classes"], tables["notes"], expected, sources)
+
+
+def check_codes(tar: mmap.mmap, found: Samples, where: str, codebook_size: int) -> None:
+    """Raise ``UserError`` for a code outside the code book. Reads all of the tar."""
+    held = 0
+    for array in found.arrays:
+        codes = np.frombuffer(tar, DTYPES[array.dtype], math.prod(array.shape), array.start)
+        if codes.max() >= codebook_size or codes.min() < 0:
+            wrong = codes.min() if codes.min() < 0 else codes.max()
+            raise UserError(
+                f"token shard {where}: {shown(array.name)} holds code {wrong}, outside the code book of {codebook_size}: the tokenizer that made it has another code book"
+            )
+        held += codes.nbytes
+        if held > _AT_ONCE:
+            tar.madvise(mmap.MADV_DONTNEED)
+            held = 0
+
+
+def check_classes(found: Samples, where: str, known: int | None) -> None:
+    """Raise ``UserError`` for a class outside the ``known`` ones; None: outside reason."""
+    outside = (found.labels < 0) | (found.labels >= (known if known is not None else _MOST_CLASSES))
+    if outside.any():
+        row = int(np.argmax(outside))
+        limit = f"0 to {known - 1}" if known is not None else f"0 to {_MOST_CLASSES - 1}"
+        raise UserError(
+            f"token shard {where}: {shown(found.keys[row])} has class {found.labels[row]}, outside {limit}: correct it, or give all classes"
+        )
 
 
 def views_of(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -120,79 +158,75 @@ def views_of(shape: tuple[int, ...]) -> tuple[int, int]:
     return (1, *shape) if len(shape) == 1 else shape  # type: ignore[return-value]
 
 
-def _compare(member: Member, array: Array, where: str, layout: str, expected: Expected | None) -> None:
+def _compare(array: Array, where: str, layout: str, expected: Expected | None) -> Expected:
+    """What was expected, or else is from now on."""
     shape = array.shape
-    if layout == "packed":
-        fine = len(shape) == 3 and shape[0] > 0
-        shape = shape[1:]
-    else:
-        fine = True
     try:
+        if layout == "packed":
+            if len(shape) != 3 or not shape[0]:
+                raise ValueError(shape)
+            shape = shape[1:]
         views, tokens = views_of(shape)
+        if expected is None:
+            return Expected(array.dtype, views, tokens, f"as in {shown(array.name)} of {where}: a set has one shape")
+        if (array.dtype, views, tokens) == (expected.dtype, expected.views, expected.tokens):
+            return expected
+        wanted = f"{expected.views} views of {expected.tokens} codes in {expected.dtype} {expected.why}"
     except ValueError:
-        fine = False
-    if expected is not None and fine:
-        fine = (array.dtype, views, tokens) == (expected.dtype, expected.views, expected.tokens)
-    if not fine:
-        wanted = (
-            f"{expected.views} views of {expected.tokens} codes" if expected else "codes of shape (T,) or (views, T)"
-        )
-        raise UserError(
-            f"token shard {where}: {shown(member.name)} is {array.dtype} of shape {array.shape}, not {wanted} "
-            f"{f'in {expected.dtype} {expected.why}' if expected else ''}".rstrip()
-        )
+        wanted = f"({'samples, views, T' if layout == 'packed' else 'views, T'}): write it so"
+    raise UserError(f"token shard {where}: {shown(array.name)} is {array.dtype} of shape {array.shape}, not {wanted}")
 
 
-def _plain(data, where, codes, classes, notes, headers, sources) -> Samples:  # type: ignore[no-untyped-def]
-    labels = np.empty(len(codes), np.int64)
-    for row, (key, (member, _)) in enumerate(codes.items()):
-        if (found := classes.get(key)) is not None:
-            labels[row] = _integer(data, found, where)
-        elif (note := notes.get(key)) is not None:
-            labels[row] = _label(_json(data, note, where), note, where)
-        else:
-            raise UserError(f"token shard {where}: {shown(member.name)} has no class, {shown(key)}.cls: write one")
-    for key, found in classes.items():
-        if key not in codes:
-            raise UserError(f"token shard {where}: {shown(found.name)} has no codes, {shown(key)}.codes.npy: {AGAIN}")
+def _plain(
+    data: Buffer,
+    where: str,
+    arrays: dict[str, Array],
+    classes: dict[str, Member],
+    notes: dict[str, Member],
+    expected: Expected | None,
+    sources: bool,
+) -> Samples:
+    labels = np.empty(len(arrays), np.int64)
     names = []
-    if sources:
-        for key in codes:
-            note = _json(data, notes[key], where) if key in notes else {}
-            names.append(str(note.get("source", key)) if isinstance(note, dict) else key)
-    arrays = [array for _, array in codes.values()]
-    return Samples(np.array([a.start for a in arrays], np.int64), labels, list(codes), arrays, names)
+    for row, key in enumerate(arrays):
+        note = _json(data, notes[key], where) if key in notes and (sources or key not in classes) else None
+        labels[row] = _integer(data, classes[key], where) if key in classes else _label(note, notes[key], where)
+        names.append(str(note["source"]) if isinstance(note, dict) and "source" in note else key)
+    offsets = np.fromiter((a.start for a in arrays.values()), np.int64, len(arrays))
+    return Samples(offsets, labels, list(arrays), list(arrays.values()), expected, names)
 
 
-def _packed(data, where, codes, classes, notes, headers, sources) -> Samples:  # type: ignore[no-untyped-def]
-    offsets, labels, keys, names = [], [], [], list[str]()
-    for key, (member, array) in codes.items():
-        n, stride = array.shape[0], int(np.prod(array.shape[1:], dtype=object)) * np.dtype(array.dtype).itemsize
-        offsets.append(array.start + stride * np.arange(n, dtype=np.int64))
+def _packed(
+    data: Buffer,
+    where: str,
+    arrays: dict[str, Array],
+    classes: dict[str, Member],
+    notes: dict[str, Member],
+    expected: Expected | None,
+    sources: bool,
+) -> Samples:
+    offsets, labels, keys, names = [np.empty(0, np.int64)], [np.empty(0, np.int64)], list[str](), list[str]()
+    for key, array in arrays.items():
+        assert expected is not None
+        n = array.shape[0]
+        offsets.append(array.start + expected.bytes * np.arange(n, dtype=np.int64))
         keys += [key] * n
-        if key not in classes:
-            raise UserError(f"token shard {where}: {shown(member.name)} has no classes, {shown(key)}.cls.npy: {AGAIN}")
-        found = _array(data, classes[key], where, headers)
+        found = _array(data, classes[key], where, _Headers({}))
         if found.shape != (n,):
             raise UserError(
-                f"token shard {where}: {shown(classes[key].name)} has shape {found.shape}, its codes are {n} samples: {AGAIN}"
+                f"token shard {where}: {shown(found.name)} has shape {found.shape}, not a class for each of {n} samples: {AGAIN}"
             )
         labels.append(np.frombuffer(data, DTYPES[found.dtype], n, found.start).astype(np.int64))
         if sources:
-            note = _json(data, notes[key], where) if key in notes else {}
+            note = _json(data, notes[key], where) if key in notes else None
             listed = note.get("sources") if isinstance(note, dict) else None
             if not isinstance(listed, list) or len(listed) != n:
-                raise UserError(f"token shard {where}: {shown(key)}.json does not name its {n} sources: {AGAIN}")
+                raise UserError(f"token shard {where}: {shown(key)}.json does not name {n} sources: {AGAIN}")
             names += map(str, listed)
-    for key, found in classes.items():
-        if key not in codes:
-            raise UserError(f"token shard {where}: {shown(found.name)} has no codes, {shown(key)}.codes.npy: {AGAIN}")
-    none = [np.empty(0, np.int64)]
-    arrays = [array for _, array in codes.values()]
-    return Samples(np.concatenate(offsets or none), np.concatenate(labels or none), keys, arrays, names)
+    return Samples(np.concatenate(offsets), np.concatenate(labels), keys, list(arrays.values()), expected, names)
 
 
-def _array(data: Buffer, member: Member, where: str, headers: dict[bytes, tuple[str, tuple[int, ...]]]) -> Array:
+def _array(data: Buffer, member: Member, where: str, headers: _Headers) -> Array:
     """Read the header of an npy member. Headers are the same from sample to sample: each is parsed once."""
     start, end = member.start, member.start + member.size
     head = data[start : min(start + 12, end)]
@@ -219,7 +253,7 @@ def _array(data: Buffer, member: Member, where: str, headers: dict[bytes, tuple[
         raise UserError(
             f"token shard {where}: {shown(member.name)} has {member.size} bytes, an array of {dtype} of shape {shape} has {body + length - start + wanted}: {AGAIN}"
         )
-    return Array(dtype, shape, body + length)
+    return Array(dtype, shape, body + length, member.name)
 
 
 def _integer(data: Buffer, member: Member, where: str) -> int:
@@ -245,7 +279,3 @@ def _label(note: object, member: Member, where: str) -> int:
             f'token shard {where}: {shown(member.name)} has no class: write a member .cls, or an integer "label" there'
         )
     return label
-
-
-def _twice(member: Member, where: str) -> UserError:
-    return UserError(f"token shard {where} holds {shown(member.name)} twice: a key must be of one sample")

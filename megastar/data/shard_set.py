@@ -1,5 +1,5 @@
-"""Reading token shards by position. A tar that was cut, even at a member boundary, where tar readers see a clean end,
-no longer agrees with the manifest.
+"""Reading token shards by position, a batch at a time. A tar that was cut, even at a member boundary, where tar readers
+see a clean end, no longer agrees with the manifest.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,17 +26,19 @@ from megastar.data.store import is_remote, open_store
 from megastar.data.tar import AGAIN
 from megastar.errors import UserError
 
-RESIDENT = 96 << 20  # bytes of the maps that may count as this process's memory
-_FAULT = 16  # log2 of the bytes that a page fault maps
+RESIDENT = 128 << 20  # bytes of shards that are read through their maps, which count as this process's memory
+_AT_ONCE = 1024  # samples whose views are read into one buffer
 
 
 @dataclass(frozen=True)
 class _Open:
-    """A mapped shard. A window is the codes of one view; they begin every ``stride`` bytes."""
+    """An open shard. A window is the codes of one view; one begins every ``stride`` bytes."""
 
+    file: BinaryIO
     map: mmap.mmap
     index: ShardIndex
     windows: np.ndarray  # (positions,) void, a view of the map
+    stride: int
     slot: int  # row of the tables
 
 
@@ -42,8 +46,9 @@ class ShardSet:
     """Random access to the samples of a folder of shards, or of ``s3://bucket/prefix`` (``data``: cache and patience).
 
     A sample's id is its place in the manifest's order: shard by shard, tar order within. At most ``max_open`` shards
-    are mapped at once, and at most ``resident`` bytes of them are held as this process's memory (what is let go stays
-    in the page cache). The event ``stop`` ends a wait for a shard with ``Stopped``. Not for several threads at once.
+    are open at once. While these have at most ``resident`` bytes they are read through their maps, else by a call a
+    view: mapping pages and letting them go again would cost several times as much. The event ``stop`` ends a wait for
+    a shard with ``Stopped``. Not for several threads at once.
     """
 
     def __init__(
@@ -61,11 +66,9 @@ class ShardSet:
         self._resident = resident
         # Of the open shards, by slot: what a batch of many shards needs is looked up at once.
         self._slots = np.full(len(m.shards), -1)
-        self._first = np.empty((self._max_open, 0), np.int64)  # (slots, samples) window of the first view
-        self._labels = np.empty((self._max_open, 0), np.int64)
-        self._stride = np.ones(self._max_open, np.int64)  # (slots,) bytes between windows
-        self._base = np.zeros(self._max_open, np.int64)  # (slots,) address of the map within a fault's bytes
-        self._touched = np.zeros((self._max_open, 0), bool)  # (slots, faults): what is mapped by now
+        self._offsets = np.empty((self._max_open, 0), np.int64)  # (slots, samples)
+        self._labels = np.empty((self._max_open, 0), np.int64)  # (slots, samples)
+        self._buffer: tuple[np.ndarray, list[list[memoryview]]] | None = None
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -82,7 +85,7 @@ class ShardSet:
         """ids (B,), view numbers (B, M) -> codes (B, M, T) uint16, classes (B,) int64."""
         m, (B, M) = self.manifest, views.shape
         ids = np.asarray(ids, np.int64)
-        assert ids.shape == (B,)
+        assert ids.shape == (B,) and M, (ids.shape, views.shape)
         codes = np.empty((B, M), f"V{self._row}")
         labels = np.empty(B, np.int64)
         if not codes.size:
@@ -115,24 +118,35 @@ class ShardSet:
         shards = ordered[ends[0] : ends[-1]]
         slots, samples = self._slots[shards], ids - self.starts[shards]
         labels[rows] = self._labels[slots, samples]
-        stride = self._stride[slots]
-        windows = (self._first[slots, samples])[:, None] + views * (self._row // stride)[:, None]  # (b, M)
-        self._count(slots, windows * stride[:, None])
-        for end, after in zip(ends[:-1], ends[1:], strict=True):
-            span = slice(end - ends[0], after - ends[0])
-            codes[rows[span]] = self._maps[int(ordered[end])].windows[windows[span]]
-
-    def _count(self, slots: np.ndarray, offsets: np.ndarray) -> None:
-        """Keep the memory in bounds, before the bytes at ``offsets`` (b, M) of the maps in ``slots`` (b,) are read."""
-        if sum(len(o.map) for o in self._maps.values()) <= self._resident:
+        places = self._offsets[slots, samples][:, None] + views * self._row  # (b, M)
+        if sum(len(o.map) for o in self._maps.values()) > self._resident:
+            for first in range(0, len(rows), _AT_ONCE):
+                some = slice(first, first + _AT_ONCE)
+                codes[rows[some]] = self._read_calls(shards[some], places[some])
             return
-        faults = (offsets + self._base[slots][:, None]) >> _FAULT
-        self._touched[slots[:, None], faults] = True
-        if np.count_nonzero(self._touched) << _FAULT > self._resident:
-            for shard in self._maps.values():
-                shard.map.madvise(mmap.MADV_DONTNEED)
-            self._touched[:] = False
-            self._touched[slots[:, None], faults] = True
+        for end, after in zip(ends[:-1], ends[1:], strict=True):
+            span, opened = slice(end - ends[0], after - ends[0]), self._maps[int(ordered[end])]
+            codes[rows[span]] = opened.windows[places[span] // opened.stride]
+
+    def _read_calls(self, shards: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """The views at ``places`` (b, M) of ``shards`` (b,), one call each -> (b, M) void, valid until the next call."""
+        b, M = places.shape
+        if self._buffer is None or self._buffer[0].shape[0] != b * M:
+            buffer = np.empty((b * M, self._row), np.uint8)
+            self._buffer = buffer, [[memoryview(row)] for row in buffer]
+        buffer, parts = self._buffer
+        numbers = np.repeat(shards, M).tolist()
+        files = {s: self._maps[s].file.fileno() for s in set(numbers)}
+        try:
+            found = list(map(os.preadv, map(files.__getitem__, numbers), parts, places.ravel().tolist()))
+        except OSError as error:
+            raise UserError(
+                f"token shards of {self.folder} cannot be read ({error.strerror}): mend the disk"
+            ) from error
+        if found.count(self._row) != b * M:
+            shard = numbers[[got == self._row for got in found].index(False)]
+            raise self._cut(self.manifest.shards[shard], os.fstat(files[shard]).st_size)
+        return buffer.view(f"V{self._row}").reshape(b, M)
 
     def _as_codes(self, codes: np.ndarray) -> np.ndarray:
         """Stored numbers -> uint16."""
@@ -143,6 +157,11 @@ class ShardSet:
                 )
             codes = codes.astype(np.uint16)
         return codes
+
+    def index(self, shard: int) -> ShardIndex:
+        """Where the samples of a shard lie, and their classes. Errors as ``open``."""
+        self.open(shard)
+        return self._maps[shard].index
 
     def where(self, sample_id: int) -> str:
         """ "shard-00003.tar, sample 17": for messages."""
@@ -156,11 +175,16 @@ class ShardSet:
         return find_samples(self.open(shard), where, m.layout, m.expected, info.samples, sources=True).sources
 
     def close(self) -> None:
-        """Drop the memory maps; arrays that still look into one keep it alive. Ends the reading ahead."""
-        self._maps.clear()
-        self._slots[:] = -1
-        self._touched[:] = False
+        """Close the shards; arrays that still look into a map keep it alive. Ends the reading ahead."""
+        while self._maps:
+            self._shut()
         self.store.close()
+
+    def _shut(self) -> None:
+        """Close the shard that was not used for longest."""
+        shard, opened = self._maps.popitem(last=False)
+        self._slots[shard] = -1
+        opened.file.close()
 
     def open(self, shard: int) -> mmap.mmap:
         """Map shard ``shard`` and check its size, its index and its count of samples.
@@ -169,27 +193,31 @@ class ShardSet:
         """
         if (found := self._maps.get(shard)) is not None:
             self._maps.move_to_end(shard)
+            if (size := found.map.size()) != len(found.map):  # to read beyond a file's end kills the process
+                raise self._cut(self.manifest.shards[shard], size)
             return found.map
         info = self.manifest.shards[shard]
-        slot = len(self._maps)
-        if slot >= self._max_open:  # before the next one: a map keeps its shard in the cache
-            former, closed = self._maps.popitem(last=False)
-            slot, self._slots[former] = closed.slot, -1
-            del closed
-        else:
-            slot = min(set(range(self._max_open)) - {o.slot for o in self._maps.values()})
-        data = self._map(info)
-        self._maps[shard] = self._seat(data, self._index(data, info), slot)
+        if len(self._maps) >= self._max_open:  # before the next one: a map keeps its shard in the cache
+            self._shut()
+        file = self.store.open(info, self.stop)
+        try:
+            if (size := os.fstat(file.fileno()).st_size) != info.bytes or not size:
+                raise self._cut(info, size)
+            data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            index = self._index(data, info)
+            data.madvise(mmap.MADV_DONTNEED)  # what that looked at is no longer needed
+        except BaseException:
+            file.close()
+            raise
+        slot = min(set(range(self._max_open)) - {o.slot for o in self._maps.values()})
+        self._maps[shard] = self._seat(file, data, index, slot)
         self._slots[shard] = slot
         return data
 
-    def _map(self, info: ShardInfo) -> mmap.mmap:
-        with self.store.open(info, self.stop) as f:
-            if (size := os.fstat(f.fileno()).st_size) != info.bytes or not size:
-                raise UserError(
-                    f"token shard {self.store.where(info.name)} has {size} bytes, the manifest says {info.bytes}: it was cut or changed, {AGAIN}"
-                )
-            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    def _cut(self, info: ShardInfo, size: int) -> UserError:
+        return UserError(
+            f"token shard {self.store.where(info.name)} has {size} bytes, the manifest says {info.bytes}: it was cut or changed, {AGAIN}"
+        )
 
     def _index(self, data: mmap.mmap, info: ShardInfo) -> ShardIndex:
         """The kept index, or else one from a walk over the tar, whose own end mark proves nothing."""
@@ -201,23 +229,18 @@ class ShardSet:
             self.store.keep_index(info, pack_index(index, info, m.layout, about.dtype, about.views, about.tokens))
         return index
 
-    def _seat(self, data: mmap.mmap, index: ShardIndex, slot: int) -> _Open:
+    def _seat(self, file: BinaryIO, data: mmap.mmap, index: ShardIndex, slot: int) -> _Open:
         """Enter an opened shard into the tables."""
-        if len(index.offsets) > self._first.shape[1]:
-            more = (self._max_open, len(index.offsets) - self._first.shape[1])
-            self._first = np.concatenate([self._first, np.zeros(more, np.int64)], axis=1)
-            self._labels = np.concatenate([self._labels, np.zeros(more, np.int64)], axis=1)
-        if (len(data) >> _FAULT) + 2 > self._touched.shape[1]:
-            self._touched = np.zeros((self._max_open, (len(data) >> _FAULT) + 2), bool)
-        stride = math.gcd(self._row, int(np.gcd.reduce(index.offsets)))  # of no samples: the row
-        positions = (len(data) - self._row) // stride + 1 if len(data) >= self._row else 0
-        windows = np.ndarray((positions,), f"V{self._row}", data, 0, (stride,))
         n = len(index.offsets)
-        self._first[slot, :n], self._labels[slot, :n] = index.offsets // stride, index.labels
-        self._stride[slot] = stride
-        self._base[slot] = windows.ctypes.data & ((1 << _FAULT) - 1)
-        self._touched[slot] = False
-        return _Open(data, index, windows, slot)
+        if n > self._offsets.shape[1]:
+            more = (self._max_open, n - self._offsets.shape[1])
+            self._offsets = np.concatenate([self._offsets, np.zeros(more, np.int64)], axis=1)
+            self._labels = np.concatenate([self._labels, np.zeros(more, np.int64)], axis=1)
+        self._offsets[slot, :n], self._labels[slot, :n] = index.offsets, index.labels
+        stride = math.gcd(self._row, int(np.gcd.reduce(index.offsets)))
+        positions = max(0, (len(data) - self._row) // stride + 1)
+        windows = np.ndarray((positions,), f"V{self._row}", data, 0, (stride,))
+        return _Open(file, data, index, windows, stride, slot)
 
 
 def walk_shard(data: mmap.mmap, where: str, manifest: Manifest, info: ShardInfo) -> ShardIndex:
@@ -231,14 +254,18 @@ def walk_shard(data: mmap.mmap, where: str, manifest: Manifest, info: ShardInfo)
 
 
 def verify(folder: str | Path) -> Manifest:
-    """Read every shard and compare its SHA-256 with the manifest. Raises ``UserError`` naming the first that differs."""
-    shards = ShardSet(folder)
-    for number, info in enumerate(shards.manifest.shards):
-        shards.open(number)
-        with shards.store.open(info) as f:
-            found = sha256_of(f)
-        if found != info.sha256:
-            raise UserError(
-                f"token shard {shards.store.where(info.name)} has SHA-256 {found}, the manifest says {info.sha256}: it was changed, {AGAIN}"
-            )
-    return shards.manifest
+    """Walk every shard and compare its SHA-256 with the manifest. Raises ``UserError`` naming the first that differs."""
+    with closing(ShardSet(folder, max_open=1)) as shards:
+        for number, info in enumerate(shards.manifest.shards):
+            where = shards.store.where(info.name)
+            found = walk_shard(shards.open(number), where, shards.manifest, info)
+            with shards.store.open(info) as f:
+                digest = sha256_of(f)
+            if digest != info.sha256:
+                raise UserError(
+                    f"token shard {where} has SHA-256 {digest}, the manifest says {info.sha256}: it was changed, {AGAIN}"
+                )
+            index = shards.index(number)
+            if not (np.array_equal(found.offsets, index.offsets) and np.array_equal(found.labels, index.labels)):
+                raise UserError(f"the index of token shard {where} is of another tar: remove it, it is made again")
+        return shards.manifest

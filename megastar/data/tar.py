@@ -53,6 +53,8 @@ def walk(data: Buffer, where: str) -> Iterator[Member]:
             raise UserError(f"token shard {where} ends at byte {end} without tar's end mark: it was cut, {AGAIN}")
         block = data[position : position + BLOCK]
         if block[0] == 0 and not any(block):
+            if name is not None or size is not None:
+                raise UserError(f"token shard {where} has a broken header at byte {position}: {AGAIN}")
             _only_zeros(data, position, where)
             return
         found, length, kind = _header(block, where, position)

@@ -1,0 +1,35 @@
+"""A set of plain `webdataset` writers on a real S3 server: indexed there, then trained on through the cache."""
+
+from __future__ import annotations
+
+import pytest
+
+from megastar.config.schema import DataConfig
+from megastar.data.foreign import index_foreign
+from megastar.data.loader import TokenLoader
+from megastar.data.manifest import load_manifest
+from megastar.errors import UserError
+from tests.integration.s3 import client_of
+from tests.unit.test_data_foreign import CLASSES, T, V, foreign
+from tests.unit.test_data_loader import same, take
+
+pytestmark = pytest.mark.dist
+
+
+def test_a_foreign_set_on_s3(s3, use_s3, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = foreign(tmp_path / "f", dtype="int32")
+    client, url = client_of(s3), "s3://codes/foreign"
+    for path in folder.iterdir():
+        client.upload_file(str(path), "codes", f"foreign/{path.name}")
+    use_s3(s3)
+    data = DataConfig(cache=str(tmp_path / "cache"), patience=60)
+    made = index_foreign(url, codebook_size=V, data=data)
+    assert load_manifest(url, data) == made == index_foreign(folder, codebook_size=V)
+    assert index_foreign(url, codebook_size=V, data=data) == made  # a second time, over its own manifest
+    settings = {"seed": 0, "global_batch": 4, "views": 2, "class_dropout_prob": 0.1, "num_classes": CLASSES}
+    settings |= {"vocab_size": V, "tokens": T}
+    here, there = TokenLoader(folder, **settings), TokenLoader(url, data=data, **settings)
+    assert all(same(a, b) for a, b in zip(take(here, 6), take(there, 6), strict=True))
+    with pytest.raises(UserError, match=r"s3://codes/none holds no .tar"):
+        index_foreign("s3://codes/none", codebook_size=V, data=data)
