@@ -6,32 +6,35 @@ number of ranks, and after a resume, step k trains on the same images, views and
 
 from __future__ import annotations
 
-import queue
+import atexit
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from megastar.config.schema import DataConfig, ModelConfig
 from megastar.data.manifest import Manifest
-from megastar.data.order import OrderSpec, batch_ids, shards_from
+from megastar.data.order import OrderSpec, sample_ids, shards_from, slot_of
+from megastar.data.prefetch import Batch, ReadAhead, ToDevice
 from megastar.data.shard_set import ShardSet
 from megastar.data.store import is_remote
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
 
-Batch = dict[str, Any]
+_ROWS = 2048  # that are read together at most
 
 
 def check_manifest(manifest: Manifest, model: ModelConfig, tokenizer_sha256: str | None, views: int) -> None:
-    """Raise one ``UserError`` that names everything in which the shards do not fit the model, tokenizer and views."""
+    """Raise one ``UserError`` that names everything in which the shards do not fit the model, tokenizer and views.
+
+    Shards that others made may not name their tokenizer: that it fits is taken on trust.
+    """
     problems = []
-    if tokenizer_sha256 is not None and tokenizer_sha256 != manifest.tokenizer_sha256:
+    if tokenizer_sha256 is not None and manifest.tokenizer_sha256 not in ("", tokenizer_sha256):
         problems.append(
             f"the shards were made with another tokenizer (SHA-256 {manifest.tokenizer_sha256[:12]}..., data.tokenizer is {tokenizer_sha256[:12]}...)"
         )
@@ -39,7 +42,7 @@ def check_manifest(manifest: Manifest, model: ModelConfig, tokenizer_sha256: str
         problems.append(f"the shards have {manifest.codebook_size} codes, model.vocab_size is {model.vocab_size}")
     if manifest.tokens != model.image_tokens:
         problems.append(
-            f"the shards have {manifest.tokens} tokens a picture, model.image_tokens is {model.image_tokens}"
+            f"the shards have {manifest.tokens} tokens a picture, a grid of {manifest.grid}, model.image_tokens is {model.image_tokens}"
         )
     if len(manifest.classes) > model.num_classes:
         problems.append(f"the shards have {len(manifest.classes)} classes, model.num_classes is {model.num_classes}")
@@ -49,13 +52,23 @@ def check_manifest(manifest: Manifest, model: ModelConfig, tokenizer_sha256: str
         raise UserError("; ".join(problems) + ": change the configuration, or pretokenize again")
 
 
+def check_enough(shards: str | Path, manifest: Manifest, global_batch: int) -> None:
+    """Raise ``UserError`` for fewer samples than one global batch."""
+    if manifest.samples < global_batch:
+        raise UserError(
+            f"{shards} holds {manifest.samples} samples, fewer than one global batch of {global_batch}: lower the batch or add pictures"
+        )
+
+
 class TokenLoader:
     """Endless iterator over the micro-batches of this rank, read ahead by one thread.
 
     A batch is a dict: ``step``; ``codes`` (b, M, T) int64; ``labels`` (b,) int64, dropped ones are ``num_classes``;
-    ``true_labels`` (b,) as stored; ``ids`` and ``epochs`` (b,) int64. b = global_batch / accumulation / world.
-    ``data`` says how shards of s3:// are kept and waited for (None: the defaults); those of the next two windows are
-    fetched in the background. Raises ``UserError`` for shards or sizes that do not fit, here or when the row is read.
+    ``true_labels`` (b,) as stored; ``ids`` and ``epochs`` (b,) int64. b = global_batch / accumulation / world. With
+    ``device`` codes and labels are there already, copied ahead of use; ids and epochs stay on the CPU.
+    ``data`` says how shards of s3:// are kept and waited for (None: the defaults); those of this window and as many
+    behind it are fetched in the background. Raises ``UserError`` for shards or sizes that do not fit, here or when the
+    row is read.
     """
 
     def __init__(
@@ -74,11 +87,14 @@ class TokenLoader:
         tokens: int,
         window: int = 16,
         start_step: int = 0,
-        prefetch: int = 4,
+        prefetch: int = 8,
         data: DataConfig | None = None,
+        device: torch.device | str | None = None,
     ):
-        # Each map keeps its shard in the cache: no more of them than are mixed at once.
-        self.shards = ShardSet(shards_dir, data=data, max_open=window if is_remote(shards_dir) else max(64, 2 * window))
+        # A batch may run over the end of a slot, which touches one shard more than are mixed. From S3 no more maps
+        # than that: each keeps its shard in the cache.
+        touched = window + 1
+        self.shards = ShardSet(shards_dir, data=data, max_open=touched if is_remote(shards_dir) else max(64, touched))
         manifest = self.shards.manifest
         check_manifest(
             manifest, ModelConfig(vocab_size=vocab_size, image_tokens=tokens, num_classes=num_classes), None, views
@@ -87,88 +103,142 @@ class TokenLoader:
             raise UserError(
                 f"global batch {global_batch} cannot be divided among {world} ranks x {accumulation} accumulation steps: make it a multiple of {world * accumulation}"
             )
-        if manifest.samples < global_batch:
-            raise UserError(
-                f"{shards_dir} holds {manifest.samples} samples, fewer than one global batch of {global_batch}: lower the batch or add pictures"
-            )
+        check_enough(shards_dir, manifest, global_batch)
         if window < 1:
             raise UserError(f"window {window} must be at least 1 shard")
-        self.shards.store.check_room(sorted(manifest.shards, key=lambda s: -s.bytes)[:window])
+        self.shards.store.check_room(sorted(manifest.shards, key=lambda s: -s.bytes)[:touched])
         self.order = OrderSpec(seed, manifest.shard_sizes, window)
         self.seed, self.global_batch, self.accumulation = seed, global_batch, accumulation
         self.rank, self.world, self.views = rank, world, views
         self.class_dropout_prob, self.num_classes, self.vocab_size = class_dropout_prob, num_classes, vocab_size
         self.step, self._micro, self._prefetch = start_step, 0, prefetch
-        self._reader: _ReadAhead | None = None
-        self._announced: list[int] = []
+        b = global_batch // (accumulation * world)
+        # From S3 one by one: a batch that is there must not wait for a shard that is not.
+        self._together = 1 if is_remote(shards_dir) else max(1, min(prefetch, _ROWS // b))
+        self._to_device = ToDevice(device)
+        self._reader: ReadAhead | None = None
+        self._announced: tuple[int, int] | None = None
+        self._waited = 0.0
 
     # The position is state -------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, int]:
-        """The step to hand out next. In the middle of a step's micro-batches: that step."""
-        return {"step": self.step}
+        """The samples consumed by the whole steps that were handed out, over all ranks: the batch that follows them
+        comes next. What was read ahead does not count; in the middle of a step's micro-batches that step begins again.
+        """
+        return {"samples": self.step * self.global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on behind ``state``, which any number of ranks and micro-batches may have left. Raises ``UserError``."""
+        samples = state.get("samples")
+        if not isinstance(samples, int) or samples < 0:
+            raise UserError(f"the loader's state {state!r} is none: it must read {{'samples': N}}, samples consumed")
+        if samples % self.global_batch:
+            raise UserError(
+                f"the loader's state stands behind {samples} samples, inside a batch of {self.global_batch}: go on with the global batch it was saved with, or one that divides {samples}"
+            )
         self.close()
-        self.step, self._micro = int(state["step"]), 0
+        self.step, self._micro = samples // self.global_batch, 0
+
+    def waited(self) -> float:
+        """Seconds that the consumer has waited for batches since this was last asked."""
+        total = self._waited + (self._reader.waited if self._reader else 0.0)
+        self._waited -= total
+        return total
 
     # Batches ---------------------------------------------------------------------------------------------------
     def batch(self, step: int, micro: int = 0) -> Batch:
         """Micro-batch ``micro`` of step ``step`` for this rank: a pure function of both."""
-        ids, epochs = batch_ids(self.order, step, self.global_batch)
+        return self._to_device.receive(self._to_device.send(self._read([(step, micro)])[0]))
+
+    def _rows(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's sample ids and epochs, (b,) each."""
         b = self.global_batch // (self.accumulation * self.world)
-        first = (micro * self.world + self.rank) * b
-        ids, epochs = ids[first : first + b], epochs[first : first + b]
+        return sample_ids(self.order, step * self.global_batch + (micro * self.world + self.rank) * b, b)
+
+    def _read(self, micros: Sequence[tuple[int, int]]) -> list[Batch]:
+        """Some micro-batches, (step, micro) each, at once: what a batch costs beside its rows is paid once."""
+        rows = [self._rows(step, micro) for step, micro in micros]
+        ids, epochs = (np.concatenate(column) for column in zip(*rows, strict=True))
         views = draw_views(self.seed, epochs, ids, self.shards.manifest.views, self.views)
         codes, true_labels = read_checked(self.shards, ids, views, self.vocab_size, self.num_classes)
         dropped = draw_label_drop(self.seed, epochs, ids, self.class_dropout_prob)
-        return {
-            "step": step,
-            "codes": torch.from_numpy(codes),  # (b, M, T)
-            "labels": torch.from_numpy(np.where(dropped, self.num_classes, true_labels)),
-            "true_labels": torch.from_numpy(true_labels),
-            "ids": torch.from_numpy(ids),
-            "epochs": torch.from_numpy(epochs),
+        columns = {
+            "codes": codes.view(np.int16),  # (n * b, M, T)
+            "labels": np.where(dropped, self.num_classes, true_labels),
+            "true_labels": true_labels,
+            "ids": ids,
+            "epochs": epochs,
         }
+        parts = {name: torch.from_numpy(column).chunk(len(micros)) for name, column in columns.items()}
+        return [{"step": step, **{name: part[n] for name, part in parts.items()}} for n, (step, _) in enumerate(micros)]
 
     def __iter__(self) -> Iterator[Batch]:
-        """Go on at ``step``. One iterator at a time: a new one ends the former's reading."""
+        return self.batches()
+
+    def batches(self, give_up: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+        """Go on at ``step``. One iterator at a time: a new one ends the former's reading.
+
+        ``give_up`` is asked, ten times a second, while no batch is there; when it says yes, ``GaveUp`` is raised.
+        However the iteration ends, its thread ends with it.
+        """
         self.close()
         self._micro = 0
         self.shards.stop = stop = threading.Event()
-        self._reader = reader = _ReadAhead(self._from(self.step), self._prefetch, stop)
+        depth = max(1, self._prefetch // self._together)
+        self._reader = reader = ReadAhead(self._from(self.step), depth, stop)
+        atexit.register(self.close)
         try:
-            for batch in reader:
+            for batch in reader.iterate(give_up):
                 self._micro += 1
                 if self._micro == self.accumulation:
                     self.step, self._micro = self.step + 1, 0
-                yield batch
+                yield self._to_device.receive(batch)
         finally:
             reader.close()
             if self._reader is reader:
                 self.close()
 
-    def _from(self, step: int) -> Iterator[Batch]:
+    def _from(self, step: int) -> Iterator[list[Batch]]:
+        """All from ``step`` on. The shards of the first batch are fetched before any other: it is waited for."""
+        if self.shards.store.remote:
+            self._fetch(np.unique(self.shards.starts.searchsorted(self._rows(step, 0)[0], side="right") - 1))
+        micros = ((k, micro) for k in count(step) for micro in range(self.accumulation))
+        together = 1  # the first is not held up by those behind it
         while True:
-            self._announce(step)
-            for micro in range(self.accumulation):
-                yield self.batch(step, micro)
-            step += 1
+            group = list(islice(micros, together))
+            try:
+                yield self._send(group)
+            except UserError:
+                if len(group) == 1:
+                    raise
+                for one in group:  # those before the one that cannot be read are good
+                    yield self._send([one])
+            if self.shards.store.remote:
+                self._announce(group[-1][0])
+            together = self._together
+
+    def _send(self, micros: Sequence[tuple[int, int]]) -> list[Batch]:
+        return [self._to_device.send(batch) for batch in self._read(micros)]
 
     def _announce(self, step: int) -> None:
-        """Tell the store which shards come next: the rest of this window's and the whole of the next one's."""
-        if self.shards.store.remote:
-            ahead = list(islice(shards_from(self.order, step * self.global_batch), 2 * self.order.window))
-            if ahead != self._announced:
-                self._announced = ahead
-                self.shards.store.read_ahead(self.shards.manifest.shards[s] for s in ahead)
+        """Tell the store which shards come next: the rest of this window's, and as many behind it."""
+        position = step * self.global_batch
+        if (slot := slot_of(self.order, position)) != self._announced:
+            self._announced = slot
+            self._fetch(islice(shards_from(self.order, position), 2 * self.order.window))
+
+    def _fetch(self, shards: Iterable[int]) -> None:
+        self.shards.store.read_ahead(self.shards.manifest.shards[s] for s in shards)
 
     def close(self) -> None:
         """End the reading thread and the reading ahead. The loader can be iterated again."""
+        atexit.unregister(self.close)
         if self._reader is not None:
             self._reader.close()
+            self._waited += self._reader.waited
             self._reader = None
         self.shards.close()
-        self._announced = []
+        self._announced = None
 
 
 def validation_batches(
@@ -208,15 +278,15 @@ def _validation_batches(
     shards.store.read_ahead(m.shards[: int(np.searchsorted(shards.starts, n))])
     for ids in np.array_split(np.arange(n), pieces)[rank::world]:
         codes, labels = read_checked(shards, ids, np.full((len(ids), 1), chosen), m.codebook_size, len(m.classes))
-        row = {"codes": torch.from_numpy(codes), "labels": torch.from_numpy(labels), "ids": torch.from_numpy(ids)}
-        batches.append(row)
+        row = {"codes": torch.from_numpy(codes.astype(np.int64)), "labels": torch.from_numpy(labels)}
+        batches.append(row | {"ids": torch.from_numpy(ids)})
     return batches
 
 
 def read_checked(
     shards: ShardSet, ids: np.ndarray, views: np.ndarray, vocab_size: int, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ids (b,), views (b, M) -> codes (b, M, T) int64, labels (b,) int64. Raises ``UserError`` for one out of range."""
+    """ids (b,), views (b, M) -> codes (b, M, T) uint16, labels (b,) int64. Raises ``UserError`` for one out of range."""
     codes, labels = shards.gather(ids, views)
     if codes.size and codes.max() >= vocab_size:
         row = int(np.argmax(codes.max(axis=(1, 2))))
@@ -229,47 +299,4 @@ def read_checked(
         raise UserError(
             f"{shards.where(int(ids[row]))} of {shards.folder} has class {labels[row]}, outside 0 to {num_classes - 1}: correct its class, or set model.num_classes"
         )
-    return codes.astype(np.int64), labels
-
-
-class _ReadAhead:
-    """Runs an iterator in a thread, a few items ahead; an error comes out where its item would have."""
-
-    def __init__(self, items: Iterator[Batch], depth: int, stop: threading.Event):
-        self._items = items
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(max(1, depth))
-        self._stop = stop
-        self._thread = threading.Thread(target=self._work, name="token-loader", daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
-        try:
-            for item in self._items:
-                if not self._put(item):
-                    return
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: Batch | BaseException) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator[Batch]:
-        while not self._stop.is_set():
-            try:
-                item = self._queue.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def close(self) -> None:
-        self._stop.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+    return codes, labels

@@ -1,15 +1,32 @@
-"""Which sample comes when: pure functions of the seed, the step and the shard sizes, never of ranks or workers."""
+"""Which sample comes when: pure functions of the seed and the position, never of ranks, workers or speed.
+
+A position is one integer: how many samples the run has consumed. An epoch permutes the shards. Where there are no more
+of them than ``window``, all their samples are permuted together. Else a window slides over them: each shard's samples
+are permuted and cut into ``window`` nearly equal parts, part j of the shard at place r goes to slot r + j, and each
+slot's samples are permuted together::
+
+    window 3     slot  0   1   2   3   4   ...
+    shard at place 0  [0] [1] [2]
+    shard at place 1      [0] [1] [2]
+    shard at place 2          [0] [1] [2]
+
+So the first batch needs one shard, each slot needs one more than the one before and is done with another, and no slot
+touches more than ``window``. Nothing here is as long as the data set: an epoch costs a few numbers a shard, a batch the
+slots it touches.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
+_SHARDS, _SLOT, _SHARD, _CUTS = 0, 1, 2, 3  # what a permutation is of: independent streams
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)  # compared by identity: hashing 100,000 sizes for each batch would cost more than it
 class OrderSpec:
     """What the order of a run depends on."""
 
@@ -17,59 +34,132 @@ class OrderSpec:
     shard_sizes: tuple[int, ...]  # samples of each shard
     window: int  # shards that are mixed sample by sample
 
-    @property
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        return np.asarray(self.shard_sizes, np.int64)  # (shards,)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The id of each shard's first sample, (shards,) int64."""
+        return np.cumsum(self.sizes) - self.sizes
+
+    @cached_property
     def samples(self) -> int:
-        return sum(self.shard_sizes)
+        return int(self.sizes.sum())
+
+
+def _raw(n: int, *key: int) -> np.ndarray:
+    """n seeded uint64: raw PCG64 output, the part of numpy's generators that never changes."""
+    return np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
 
 
 def permutation(n: int, *key: int) -> np.ndarray:
-    """A seeded permutation of range(n). Sorts raw PCG64 output, the part of numpy's generators that never changes."""
-    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
-    return np.argsort(bits, kind="stable")
+    """A seeded permutation of range(n)."""
+    return np.argsort(_raw(n, *key), kind="stable")
 
 
-@lru_cache(maxsize=4)  # a batch looks at one epoch, at its end at two
+@dataclass(frozen=True, eq=False)
+class _Epoch:
+    """One epoch's plan. S shards with samples, in order; slots of the sliding window, or one that holds everything."""
+
+    shards: np.ndarray  # (S,) int64
+    sliding: bool
+    cuts: np.ndarray  # (S,) int64: where a shard's rounding begins, so that tiny shards do not all end in one part
+    ends: np.ndarray  # (slots,) int64: place in the epoch behind each slot's last sample
+
+    def part(self, spec: OrderSpec, place: int | np.ndarray, j: int | np.ndarray) -> np.ndarray:
+        """Where part ``j`` of the shard at ``place`` begins in its permutation: the parts tile its samples."""
+        n, cut = spec.sizes[self.shards[place]], self.cuts[place]
+        return (j * n + cut) // spec.window
+
+
+@lru_cache(maxsize=4)  # a batch looks at one epoch, at its end at two; reading ahead may look at a third
+def _epoch(spec: OrderSpec, epoch: int) -> _Epoch:
+    shards = permutation(len(spec.shard_sizes), spec.seed, epoch, _SHARDS)
+    shards = shards[spec.sizes[shards] > 0]
+    S, W = len(shards), spec.window
+    if S <= W:
+        return _Epoch(shards, False, np.zeros(S, np.int64), np.array([spec.samples]))
+    cuts = (_raw(S, spec.seed, epoch, _CUTS) % np.uint64(W)).astype(np.int64)
+    plan = _Epoch(shards, True, cuts, np.zeros(S + W - 1, np.int64))
+    places, sizes = np.arange(S), plan.ends
+    for j in range(W):
+        sizes[j : j + S] += plan.part(spec, places, j + 1) - plan.part(spec, places, j)
+    np.cumsum(sizes, out=sizes)
+    return plan
+
+
+@lru_cache(maxsize=128)
+def _shard_order(spec: OrderSpec, epoch: int, shard: int) -> np.ndarray:
+    """The ids of a shard's samples in this epoch's order; each part of it is wanted by another slot."""
+    return spec.starts[shard] + permutation(spec.shard_sizes[shard], spec.seed, epoch, _SHARD, shard)
+
+
+@lru_cache(maxsize=8)
+def _slot(spec: OrderSpec, epoch: int, slot: int) -> np.ndarray:
+    """The ids of a slot's samples in order, int64, read-only."""
+    plan = _epoch(spec, epoch)
+    if not plan.sliding:
+        pieces = [np.arange(spec.starts[s], spec.starts[s] + spec.sizes[s]) for s in plan.shards]
+    else:
+        pieces = []
+        for place in range(*_places(spec, plan, slot)):
+            j = slot - place
+            first, last = int(plan.part(spec, place, j)), int(plan.part(spec, place, j + 1))
+            pieces.append(_shard_order(spec, epoch, int(plan.shards[place]))[first:last])
+    ids = np.concatenate(pieces)
+    ids = ids[permutation(len(ids), spec.seed, epoch, _SLOT, slot)]
+    ids.flags.writeable = False
+    return ids
+
+
+def _places(spec: OrderSpec, plan: _Epoch, slot: int) -> tuple[int, int]:
+    """The shards of a slot: from which place to before which."""
+    if not plan.sliding:
+        return 0, len(plan.shards)
+    return max(0, slot - spec.window + 1), min(slot + 1, len(plan.shards))
+
+
 def epoch_order(spec: OrderSpec, epoch: int) -> np.ndarray:
-    """Every sample id once, (N,) int64, read-only.
+    """Every sample id once, (N,) int64. As long as the data set: for tests and tools."""
+    return np.concatenate([_slot(spec, epoch, k) for k in range(len(_epoch(spec, epoch).ends))])
 
-    The shards are permuted, then cut into groups of ``window``, and each group's samples are permuted together:
-    at any time only one group's shards are read.
-    """
-    starts = np.concatenate([[0], np.cumsum(spec.shard_sizes)])
-    shards = permutation(len(spec.shard_sizes), spec.seed, epoch, 0)
-    order = np.empty(spec.samples, np.int64)
-    filled = 0
-    for group in range(0, len(shards), spec.window):
-        ids = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[group : group + spec.window]])
-        order[filled : filled + len(ids)] = ids[permutation(len(ids), spec.seed, epoch, 1, group)]
-        filled += len(ids)
-    order.flags.writeable = False
-    return order
+
+def slot_of(spec: OrderSpec, position: int) -> tuple[int, int]:
+    """(epoch, slot) of sample ``position`` of the run."""
+    epoch, place = divmod(position, spec.samples)
+    return epoch, int(np.searchsorted(_epoch(spec, epoch).ends, place, side="right"))
 
 
 def shards_from(spec: OrderSpec, position: int) -> Iterator[int]:
     """The shards that are read from sample ``position`` of the run on, in the order they are first touched in, endless.
 
-    It begins with the whole group of ``window`` shards that the position lies in; shards without samples are left out.
+    It begins with all shards of the slot that the position lies in; shards without samples are left out.
     """
-    epoch, place = divmod(position, spec.samples)
+    epoch, slot = slot_of(spec, position)
+    plan = _epoch(spec, epoch)
+    first = _places(spec, plan, slot)[0]
     while True:
-        shards = permutation(len(spec.shard_sizes), spec.seed, epoch, 0)
-        for group in range(0, len(shards), spec.window):
-            members = [int(s) for s in shards[group : group + spec.window] if spec.shard_sizes[s]]
-            size = sum(spec.shard_sizes[s] for s in members)
-            if place < size:
-                yield from members
-            place = max(0, place - size)
-        epoch, place = epoch + 1, 0
+        for place in range(first, len(plan.shards)):
+            yield int(plan.shards[place])
+        epoch, first = epoch + 1, 0
+        plan = _epoch(spec, epoch)
+
+
+def sample_ids(spec: OrderSpec, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (count,) and epochs (count,), int64, of the samples from ``position`` of the run on; epochs follow each other
+    without a gap."""
+    ids, epochs, filled = np.empty(count, np.int64), np.empty(count, np.int64), 0
+    while filled < count:
+        epoch, slot = slot_of(spec, position + filled)
+        members, end = _slot(spec, epoch, slot), int(_epoch(spec, epoch).ends[slot])
+        within = (position + filled) % spec.samples - (end - len(members))
+        piece = members[within : within + count - filled]
+        ids[filled : filled + len(piece)], epochs[filled : filled + len(piece)] = piece, epoch
+        filled += len(piece)
+    return ids, epochs
 
 
 def batch_ids(spec: OrderSpec, step: int, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Sample ids (B,) and their epochs (B,) of step ``step``. A batch runs over the end of an epoch; none is dropped."""
-    positions = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
-    epochs, places = np.divmod(positions, spec.samples)
-    ids = np.empty_like(positions)
-    for epoch in np.unique(epochs):
-        rows = epochs == epoch
-        ids[rows] = epoch_order(spec, int(epoch))[places[rows]]
-    return ids, epochs
+    return sample_ids(spec, step * global_batch, global_batch)

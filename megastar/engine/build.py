@@ -8,11 +8,13 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import groups
 from torch import nn
@@ -20,6 +22,7 @@ from torch import nn
 from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
 from megastar.config.schema import RunConfig
+from megastar.data.store import is_remote
 from megastar.device import pick_dtype
 from megastar.engine.errors import NONFINITE_GRADIENT, NonFiniteLoss
 from megastar.engine.networks import Student
@@ -110,7 +113,9 @@ def start(cfg: RunConfig) -> Context:
     backend = "nccl" if cuda else "gloo"
     if alone and not dist.is_initialized():  # no launcher: a store of our own needs no free port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    # A rank may wait for S3 while the others wait for it.
+    patience = timedelta(seconds=cfg.data.patience + 600) if is_remote(cfg.data.shards) else timedelta()
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=max(patience, default_pg_timeout))
     context = Context(rank, world, device, pick_dtype(cfg.train.dtype, device), cfg.parallel.tensor_parallel)
     resolve_batch(cfg, world)  # the world must fit before groups are made of it
     context.data_group = dist.group.WORLD if world > 1 else None

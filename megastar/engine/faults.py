@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,12 +36,22 @@ def check_moved(skipped_before: int, skipped_now: int, step: int) -> None:
         raise NonFiniteLoss(NONFINITE_GRADIENT.format(step))
 
 
-def agree(ctx: Context, loss: Tensor, stop: int, lost: bool = False) -> tuple[bool, int, bool]:
-    """Before the optimizer moves, on every rank alike: (is the loss finite everywhere, the largest stop signal of any
-    rank, did the save under way fail anywhere)."""
+class Word(NamedTuple):
+    """What all ranks know at the end of a forward pass."""
+
+    finite: bool  # the loss, everywhere
+    signal: int  # the largest stop signal of any rank
+    lost: bool  # the save under way failed somewhere
+    dry: bool  # some rank had no batch
+    waited: float  # seconds that the slowest rank waited for its batch
+
+
+def agree(ctx: Context, loss: Tensor, stop: int, lost: bool = False, dry: bool = False, waited: float = 0.0) -> Word:
+    """Before the optimizer moves, on every rank alike, in one reduction."""
     bad = (~torch.isfinite(loss.detach())).to(torch.int64)
-    flags = torch.stack([bad, torch.tensor(stop, device=loss.device), torch.tensor(int(lost), device=loss.device)])
+    own = torch.tensor([stop, int(lost), int(dry), round(waited * 1e6)], dtype=torch.int64).to(loss.device)
+    flags = torch.cat([bad.view(1), own])
     if ctx.world > 1:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    nonfinite, signal_number, failed = flags.tolist()
-    return not nonfinite, int(signal_number), bool(failed)
+    nonfinite, signal_number, failed, empty, microseconds = flags.tolist()
+    return Word(not nonfinite, int(signal_number), bool(failed), bool(empty), microseconds / 1e6)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from megastar.config.load import diff_configs, load_config, resolve_batch, save_config
 from megastar.config.schema import RunConfig
-from megastar.data.loader import TokenLoader, check_manifest, validation_batches
+from megastar.data.loader import TokenLoader, check_enough, check_manifest, validation_batches
 from megastar.data.manifest import Manifest, load_manifest
 from megastar.data.store import is_remote
 from megastar.engine import checkpoint, folders
@@ -23,6 +23,7 @@ from megastar.engine.faults import PREEMPTED, StopFlag, agree, check_moved
 from megastar.engine.metrics import Metrics
 from megastar.engine.schedule import learning_rate, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
+from megastar.engine.supply import Starved, Supply, leave
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.tokenizer.io import tokenizer_hash
@@ -31,10 +32,10 @@ from megastar.tokenizer.io import tokenizer_hash
 def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     """Train to the end, resuming from the run folder's newest checkpoint. Exits with 85 when a signal asked to stop."""
     there = is_remote(cfg.data.shards) or Path(cfg.data.shards).exists()
-    manifest = open_data(cfg) if not dry_run or there else None
+    manifest, validation = open_data(cfg) if not dry_run or there else (None, None)
     if cfg.train.init and not folders.latest(folders.folder_of(cfg)):
         read_model_metadata(cfg.train.init)  # it exists, before anything is built
-    stop = StopFlag()  # a signal while the engines are built is heeded after the first step
+    stop = StopFlag()  # a signal while the engines are built is heeded at the first step
     ctx = start(cfg)
     resolve_batch(cfg, ctx.world)  # before the run folder exists
     if not dry_run:
@@ -47,14 +48,11 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
         return
     assert manifest is not None
     found = checkpoint.newest(ctx, folders.folder_of(cfg))
-    done, data = 0, digest_of(manifest)
+    done, data = 0, {"data": digest_of(manifest), "val_data": digest_of(validation)}
     if found:
         restored = checkpoint.load(cfg, ctx, engines, found)
         done, origin = restored["step"], restored.get("init")
-        if restored["data"] != data:
-            raise UserError(
-                f"{cfg.data.shards} holds other shards than {found} was trained on: restore them, or choose another run=..."
-            )
+        check_same_data(cfg, restored, data, found)
     else:
         origin = checkpoint.load_initial(cfg, ctx, engines) if cfg.train.init else None
         checkpoint.seed_dropout(cfg, ctx, 0)
@@ -66,9 +64,11 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     loader = make_loader(cfg, ctx, engines, done)
     metrics = Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main)
     metrics.note(f"resumed {found} at step {done}" if found else f"{cfg.run}: {steps} steps on {ctx.world} rank(s)")
+    if not manifest.tokenizer_sha256:
+        metrics.note(f"{cfg.data.shards} does not say which tokenizer made it: that it fits is taken on trust")
     about = {
         "steps": steps,
-        "data": data,
+        **data,
         "classes": manifest.classes,
         "init": origin,
         "command": " ".join(["megastar", *sys.argv[1:]]),
@@ -91,17 +91,20 @@ def run(
     stop: StopFlag,
 ) -> None:
     """The loop itself: batch -> losses -> backward -> agree -> step -> teacher. ``about`` goes into each checkpoint."""
-    batches, steps = iter(loader), about["steps"]
+    supply, steps = Supply(loader, ctx, lambda: bool(stop.signal)), about["steps"]
     saver = checkpoint.Saver(cfg, ctx, engines)
     validation = make_validation(cfg, ctx, engines)
     engines.student.train()
     for step in range(done, steps):
-        about.pop("val_loss_ar", None)
         try:
-            sums, signal_number = train_step(cfg, ctx, engines, saver, batches, stop, step, steps)
+            sums, signal_number, waited = train_step(cfg, ctx, engines, saver, supply, stop, step, steps)
         except NonFiniteLoss:
             saver.finish()  # the save under way is good
             raise
+        except Starved as starved:
+            leave(saver, supply, metrics, about, done, step, starved.signal)
+        about.pop("val_loss_ar", None)
+        metrics.waited(waited)
         if (step + 1) % cfg.train.log_every == 0 or step + 1 == steps:
             row = average_over_ranks(ctx, sums)
             row |= {"grad_norm": engines.grad_norm(), "lr": learning_rate(cfg, step, steps)}
@@ -127,16 +130,24 @@ def train_step(
     ctx: Context,
     engines: Engines,
     saver: checkpoint.Saver,
-    batches: Iterator[dict[str, Any]],
+    supply: Supply,
     stop: StopFlag,
     step: int,
     steps: int,
-) -> tuple[dict[str, torch.Tensor], int]:
-    """One optimizer step over its micro-batches; returns the mean of its metrics and the stop signal, if any."""
+) -> tuple[dict[str, torch.Tensor], int, float]:
+    """One optimizer step over its micro-batches; returns the mean of its metrics, the stop signal, if any, and the
+    seconds that it waited for data."""
     sums: dict[str, torch.Tensor] = {}
+    total = 0.0
+    supply.begin_step()
     for _ in range(engines.accumulation):
-        loss, parts = losses(cfg, engines, ctx, next(batches), step)
-        finite, signal_number, lost = agree(ctx, loss, stop.signal, saver.failed)
+        loss, parts = losses(cfg, engines, ctx, supply.next(), step)
+        finite, signal_number, lost, dry, waited = agree(
+            ctx, loss, stop.signal, saver.failed, supply.dry, supply.waited()
+        )
+        total += waited
+        if dry:
+            raise Starved(signal_number)
         if not finite:
             raise NonFiniteLoss(
                 f"step {step}: the loss is not finite; resume from the last checkpoint with a lower optim.lr"
@@ -152,29 +163,48 @@ def train_step(
         engines.student.step()
         check_moved(skipped, engines.student.skipped_steps, step)
     engines.refresh_teacher()
-    return sums, signal_number
+    return sums, signal_number, total
 
 
 # Data ------------------------------------------------------------------------------------------------------------
-def open_data(cfg: RunConfig) -> Manifest:
-    """Check everything about the shards that can be known before anything is built."""
+def open_data(cfg: RunConfig) -> tuple[Manifest, Manifest | None]:
+    """Check everything about the shards that can be known before anything is built; training's and validation's."""
     expected = tokenizer_hash(cfg.data.tokenizer) if cfg.data.tokenizer and Path(cfg.data.tokenizer).is_file() else None
     if cfg.data.tokenizer and expected is None:
         raise UserError(f"data.tokenizer={cfg.data.tokenizer} does not exist: name the tokenizer that made the shards")
     manifest = load_manifest(cfg.data.shards, cfg.data)
     check_manifest(manifest, cfg.model, expected, views_of(cfg))
-    if cfg.data.val_shards:
-        validation = load_manifest(cfg.data.val_shards, cfg.data)
-        check_manifest(validation, cfg.model, expected, 1)
-        if validation.classes != manifest.classes:
-            raise UserError(
-                f"{cfg.data.val_shards} and {cfg.data.shards} name other classes: make both from folders of the same names"
-            )
-    return manifest
+    check_enough(cfg.data.shards, manifest, cfg.train.global_batch)
+    if not cfg.data.val_shards:
+        return manifest, None
+    validation = load_manifest(cfg.data.val_shards, cfg.data)
+    check_manifest(validation, cfg.model, expected, 1)
+    if validation.classes != manifest.classes:
+        raise UserError(
+            f"{cfg.data.val_shards} and {cfg.data.shards} name other classes: make both from folders of the same names"
+        )
+    hashes = [m.tokenizer_sha256 for m in (manifest, validation)]
+    if all(hashes) and hashes[0] != hashes[1]:
+        raise UserError(
+            f"{cfg.data.shards} was made with the tokenizer {hashes[0][:12]}..., {cfg.data.val_shards} with {hashes[1][:12]}...: pretokenize both with one"
+        )
+    return manifest, validation
 
 
-def digest_of(manifest: Manifest) -> str:
+def check_same_data(cfg: RunConfig, restored: dict[str, Any], digests: dict[str, str], found: Path) -> None:
+    """Raise ``UserError`` for other shards than the checkpoint's, wherever they lie now."""
+    for name, what, where in (
+        ("data", "was trained on", f"data.shards = {cfg.data.shards}"),
+        ("val_data", "was validated on", f"data.val_shards = {cfg.data.val_shards}"),
+    ):
+        if restored.get(name, digests[name]) != digests[name]:
+            raise UserError(f"{where} holds other shards than {found} {what}: restore them, or choose another run=...")
+
+
+def digest_of(manifest: Manifest | None) -> str:
     """SHA-256 over the shards' own: a run resumes on the samples it was trained on, or not at all."""
+    if manifest is None:
+        return ""
     return hashlib.sha256("".join(s.sha256 for s in manifest.shards).encode()).hexdigest()
 
 
@@ -198,6 +228,7 @@ def make_loader(cfg: RunConfig, ctx: Context, engines: Engines, done: int) -> To
         window=cfg.data.window,
         start_step=done,
         data=cfg.data,
+        device=ctx.device,
     )
 
 
@@ -218,6 +249,8 @@ def make_validation(cfg: RunConfig, ctx: Context, engines: Engines) -> list[dict
 # The run folder ----------------------------------------------------------------------------------------------------
 RESUMABLE = (
     "model.name",
+    "data.shards",  # the same shards in another place: the checkpoint's digests tell
+    "data.val_shards",
     "data.cache",
     "data.patience",
     "optim.lr",  # what a loss that is not finite asks for

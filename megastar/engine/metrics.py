@@ -20,6 +20,7 @@ class Metrics:
 
     def __init__(self, folder: Path, start: int, total: int, every: int, active: bool):
         self.active, self.every, self.total = active, every, total
+        self._waits: list[float] = []
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -48,6 +49,10 @@ class Metrics:
         self.clock, self.images, self.last_step = time.perf_counter(), 0, start
         self.shown = ""
 
+    def waited(self, seconds: float) -> None:
+        """How long a step waited for data on its slowest rank; the next row has the mean as ``data_wait_s``."""
+        self._waits.append(seconds)
+
     def step(self, step: int, images: int, row: dict[str, float]) -> None:
         """``step`` steps are done; ``images`` were in this one. ``row`` holds plain numbers."""
         if not self.active:
@@ -58,6 +63,9 @@ class Metrics:
             return
         seconds = time.perf_counter() - self.clock
         row = {**row, "images_per_s": self.images / seconds, "step_s": seconds / max(1, step - self.last_step)}
+        if self._waits:
+            row["data_wait_s"] = sum(self._waits) / len(self._waits)
+            self._waits.clear()
         self.clock, self.images, self.last_step = time.perf_counter(), 0, step
         self.write(step, row)
         names = {

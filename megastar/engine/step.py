@@ -80,16 +80,17 @@ def losses(
 
 
 def check_batch(ctx: Context, batch: dict[str, Any], step: int) -> None:
-    """Raise ``UserError`` on all ranks of a tensor group when their batches differ."""
+    """Raise ``UserError`` on all ranks of a tensor group when their batches differ; one of zeros stands for none."""
     if ctx.tensor_group is None:
         return
     total = torch.zeros((), dtype=torch.int64)
     for name in ("codes", "labels", "ids", "epochs"):
-        values = batch[name].flatten().to(torch.int64)
+        values = batch[name].flatten().to("cpu", torch.int64)
         places = torch.arange(1, len(values) + 1) * 0x1E3779B97F4A7C15  # int64 wraps: a hash that sees order
         total = total * 31 + (values * places).sum()
     seen = gather_rows(total.view(1).to(ctx.device), ctx.tensor_group)
-    if (seen != seen[0]).any():
+    seen = seen[seen != 0]
+    if (seen != seen[:1]).any():
         raise UserError(
             f"step {step}: the ranks of a tensor group (rank {ctx.rank} among them) got different batches "
             f"({seen.tolist()}): the loader must be given the data rank, not the rank"

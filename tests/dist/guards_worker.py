@@ -63,6 +63,8 @@ def different_batches_are_told(out: Path) -> None:
     cfg, ctx, _ = engines_of(out, 2, "zero1")
     batch = batch_of(cfg, 0, slice(None))
     check_batch(ctx, batch, 0)
+    none = {name: torch.zeros_like(value) for name, value in batch.items()}
+    check_batch(ctx, none if ctx.rank == 1 else batch, 0)  # a rank without a batch is told of elsewhere
     if ctx.rank == 1:
         batch["codes"] = batch["codes"].flip(0)  # the same codes in another order
     with pytest.raises(UserError, match="step 7: the ranks of a tensor group .* got different batches"):

@@ -29,7 +29,7 @@ def rows(run: Path) -> dict[int, dict]:
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         out.setdefault(row.pop("step"), {}).update(
-            {k: v for k, v in row.items() if k not in ("images_per_s", "step_s", "save_blocked_s")}
+            {k: v for k, v in row.items() if k not in ("images_per_s", "step_s", "data_wait_s", "save_blocked_s")}
         )
     return out
 

@@ -1,6 +1,15 @@
 """The loader: the same rows on any number of ranks and after a resume; what does not fit is refused in a sentence."""
 
+import contextlib
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +19,7 @@ from megastar.config.schema import ModelConfig
 from megastar.data.loader import TokenLoader, check_manifest, validation_batches
 from megastar.data.manifest import load_manifest
 from megastar.data.order import OrderSpec, batch_ids
+from megastar.data.prefetch import GaveUp
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
 from tests.unit.test_data_shards import VIEWS, T, V, sample, write_set
@@ -84,7 +94,7 @@ def test_resume_is_exact(folder):
     for _ in range(6):
         next(batches)
     state = first.state_dict()
-    assert state == {"step": 3}
+    assert state == {"samples": 24}
     second = loader(folder, accumulation=2, start_step=99)
     second.load_state_dict(state)
     assert all(same(a, b) for a, b in zip(take(second, 6), straight[6:], strict=True))
@@ -92,32 +102,153 @@ def test_resume_is_exact(folder):
         same(a, b) for a, b in zip(take(loader(folder, accumulation=2, start_step=3), 6), straight[6:], strict=True)
     )
     next(batches)  # in the middle of step 3: a resume begins it again
-    assert first.state_dict() == {"step": 3}
+    assert first.state_dict() == {"samples": 24}
     first.close()
+    third = loader(folder, global_batch=12)
+    third.load_state_dict(state)  # a whole number of its batches
+    assert third.step == 2
+    for state, message in [
+        ({"samples": 20}, "stands behind 20 samples, inside a batch of 12: go on with the global batch it was saved"),
+        ({"step": 3}, r"the loader's state {'step': 3} is none: it must read {'samples': N}"),
+        ({"samples": -12}, "is none"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            third.load_state_dict(state)
 
 
-def test_the_reading_thread_ends(folder):
-    def alive() -> int:
-        return sum(t.name == "token-loader" for t in threading.enumerate())
+def test_the_state_is_right_at_every_batch_whatever_is_read_ahead(folder):
+    straight = take(loader(folder, accumulation=2), 30)
+    source = loader(folder, accumulation=2, prefetch=7)
+    for taken, batch in enumerate(source, 1):
+        assert same(batch, straight[taken - 1])
+        again = loader(folder, accumulation=2, prefetch=1)
+        again.load_state_dict(json.loads(json.dumps(source.state_dict())))
+        assert same(take(again, 1)[0], straight[taken // 2 * 2])
+        if taken == 14:
+            break
+    assert source.state_dict() == {"samples": 7 * 8}
+    assert all(same(a, b) for a, b in zip(take(source, 6), straight[14:], strict=False))  # it goes on there itself
 
-    before = alive()
+
+def test_every_batch_before_a_broken_shard_comes(tmp_path):
+    folder = write_set(tmp_path / "s", (16,) * 6)
+    spec = OrderSpec(1, (16,) * 6, 2)
+    ids = np.concatenate([batch_ids(spec, k, 4)[0] for k in range(24)])
+    good = int(np.argmax(ids // 16 == 5)) // 4  # batches before the first that needs the last shard
+    assert good % 8 != 1  # it fails in the middle of what is read together
+    straight = take(loader(folder, global_batch=4), good)
+    (folder / "shard-00005.tar").unlink()
+    source, got = loader(folder, global_batch=4), []
+    with pytest.raises(UserError, match="shard-00005.tar is missing"):
+        for batch in source:
+            got.append(batch)
+    assert len(got) == good and all(same(a, b) for a, b in zip(got, straight, strict=True))
+    assert source.state_dict() == {"samples": 4 * good}
+
+
+# Nothing is left behind ----------------------------------------------------------------------------------------
+def holdings(folder: Path) -> tuple[list[str], list[str], int, list[str]]:
+    """Threads, open files, maps of shards, files: what a loader could leave behind."""
+    gc.collect()
+    files = []
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            files.append(os.readlink(fd))
+    maps = Path("/proc/self/maps").read_text().count(str(folder))
+    return sorted(t.name for t in threading.enumerate()), sorted(files), maps, sorted(map(str, folder.rglob("*")))
+
+
+def test_nothing_is_left_behind_however_the_iteration_ends(folder):
+    take(loader(folder), 1)
+    before = holdings(folder)
+
+    def consume(source: TokenLoader) -> None:
+        for n, _ in enumerate(source):
+            if n == 2:
+                assert len(threading.enumerate()) == len(before[0]) + 1 and holdings(folder)[2] > before[2]
+                raise ZeroDivisionError
+
+    def leave(source: TokenLoader) -> None:
+        for _ in source:
+            break
+
+    with pytest.raises(ZeroDivisionError):
+        consume(loader(folder))
+    assert holdings(folder) == before
+    leave(loader(folder))
+    assert holdings(folder) == before
     source = loader(folder)
-    batches = iter(source)
+    batches, other = iter(source), iter(source)  # the second ends the first's reading
     next(batches)
-    assert alive() == before + 1
-    source.close()
-    assert alive() == before
-    source.close()  # twice is no error
-    take(source, 2)
-    assert alive() == before
+    next(other)
     with pytest.raises(StopIteration):
         next(batches)
-
-
-def test_errors_of_the_reading_thread_come_out(folder):
-    (folder / "shard-00001.tar").unlink()
+    next(other)
+    source.close()
+    source.close()  # twice is no error
+    with pytest.raises(StopIteration):
+        next(other)
+    del batches, other
+    assert holdings(folder) == before
+    (folder / "shard-00001.tar").rename(folder / "away")
     with pytest.raises(UserError, match="shard-00001.tar is missing"):
         take(loader(folder), 4)
+    (folder / "away").rename(folder / "shard-00001.tar")
+    assert holdings(folder) == before
+
+
+LEAVER = """
+import sys
+from tests.unit.test_data_loader import loader
+source = loader(sys.argv[1], prefetch=2)
+batches = iter(source)
+next(batches)
+if sys.argv[2] == "raise":
+    raise SystemExit(3)
+print("here", flush=True)
+if sys.argv[2] == "wait":
+    import time
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("end", 0), ("raise", 3), ("wait", -signal.SIGKILL)])
+def test_a_process_may_end_in_the_middle(folder, tmp_path, how, status):
+    before = sorted(map(str, tmp_path.rglob("*")))
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "-c", LEAVER, str(folder), how],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        if how == "wait":
+            assert process.stdout.readline() == b"here\n"
+            process.kill()
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == status and said == b""
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_waiting_is_counted_and_can_be_given_up(folder):
+    source = loader(folder)
+    read, gate = source.shards.gather, threading.Event()
+
+    def slow(*arguments):
+        assert gate.wait(20)
+        return read(*arguments)
+
+    source.shards.gather = slow
+    batches = source.batches(give_up=lambda: time.monotonic() > patient_until)
+    patient_until = time.monotonic() + 0.3
+    threading.Timer(0.6, gate.set).start()  # closing waits for what is being read
+    with pytest.raises(GaveUp):
+        next(batches)
+    assert 0.2 < source.waited() < 5
+    assert source.waited() == 0
+    assert source.state_dict() == {"samples": 0}
+    assert next(iter(source))["step"] == 0
+    source.close()
 
 
 # What does not fit ---------------------------------------------------------------------------------------------
@@ -129,7 +260,7 @@ def test_errors_of_the_reading_thread_come_out(folder):
         ({"global_batch": 32}, "holds 26 samples, fewer than one global batch of 32"),
         ({"views": 4}, "4 views are asked for, the shards store 3"),
         ({"vocab_size": 20}, "the shards have 50 codes, model.vocab_size is 20"),
-        ({"tokens": 64}, "the shards have 16 tokens a picture, model.image_tokens is 64"),
+        ({"tokens": 64}, "the shards have 16 tokens a picture, a grid of 4, model.image_tokens is 64"),
         ({"num_classes": 3}, "the shards have 4 classes, model.num_classes is 3"),
         ({"window": 0}, "window 0 must be at least 1"),
     ],

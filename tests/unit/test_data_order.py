@@ -1,9 +1,11 @@
 """Order and draws: pure, complete, uniform, pinned."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
-from megastar.data.order import OrderSpec, batch_ids, epoch_order
+from megastar.data.order import OrderSpec, batch_ids, epoch_order, permutation, sample_ids, slot_of
 from megastar.data.views import draw_label_drop, draw_views
 
 SPEC = OrderSpec(seed=3, shard_sizes=(7, 5, 0, 9, 4, 8), window=2)
@@ -20,16 +22,60 @@ def test_each_epoch_has_every_sample_once(window):
     assert not np.array_equal(orders[0], epoch_order(OrderSpec(4, SPEC.shard_sizes, window), 0))
 
 
-def test_only_one_window_of_shards_is_open_at_a_time():
-    starts = np.concatenate([[0], np.cumsum(SPEC.shard_sizes)])
-    shard_of = np.searchsorted(starts, epoch_order(SPEC, 0), side="right") - 1
+def shards_of(spec: OrderSpec, order: np.ndarray) -> list[int]:
+    return (np.searchsorted(np.cumsum(spec.shard_sizes), order, side="right")).tolist()
+
+
+@pytest.mark.parametrize(("sizes", "window"), [(SPEC.shard_sizes, 2), ((40, 37, 0, 44, 41, 1, 39, 42), 3)])
+def test_at_most_a_window_of_shards_is_open_and_they_are_mixed(sizes, window):
+    spec = OrderSpec(3, sizes, window)
+    slots = {}
+    order = epoch_order(spec, 1)
+    for place, shard in enumerate(shards_of(spec, order)):
+        slots.setdefault(slot_of(spec, spec.samples + place), []).append(shard)
+    assert [k for k, _ in enumerate(slots)] == [k for _, k in slots]  # slots follow each other
+    assert all(epoch == 1 for epoch, _ in slots)
     first, last = {}, {}
-    for place, shard in enumerate(shard_of.tolist()):
-        first.setdefault(shard, place)
-        last[shard] = place
-    for place in range(N):
-        assert sum(first[s] <= place <= last[s] for s in first) <= SPEC.window
-    assert len(set(shard_of[: sum(sorted(SPEC.shard_sizes)[:2])].tolist())) > 1  # and they are mixed
+    for (_, slot), shards in slots.items():
+        assert len(set(shards)) <= window
+        for shard in shards:
+            first.setdefault(shard, slot)
+            last[shard] = slot
+    for shard in first:  # open for a window's length, however many samples it has
+        assert last[shard] - first[shard] < window
+    middle = list(slots.values())[len(slots) // 2]
+    assert len(set(middle)) == window and sorted(middle) != middle
+
+
+def test_the_first_batch_needs_one_shard_and_the_load_is_smooth():
+    spec = OrderSpec(0, (1000,) * 50, 16)
+    shards = shards_of(spec, epoch_order(spec, 0))
+    assert len(set(shards[:62])) == 1
+    seen: set[int] = set()
+    news = []  # new shards in each stretch of a shard's length
+    for first in range(0, 50_000, 1000):
+        news.append(len(set(shards[first : first + 1000]) - seen))
+        seen |= set(shards[first : first + 1000])
+    assert max(news[8:]) <= 3 and sum(news) == 50
+
+
+def test_a_set_of_a_billion_samples_costs_a_batch_what_it_touches():
+    spec = OrderSpec(0, (10_000,) * 100_000, 16)
+    tracemalloc.start()
+    ids, epochs = sample_ids(spec, 3 * 10**9 + 123_456_789, 512)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6 and len(set(ids.tolist())) == 512 and set(epochs.tolist()) == {3}
+    assert len(set(shards_of(spec, ids))) == 16
+
+
+def test_small_shards_are_mixed_too():
+    """A shard of fewer samples than parts has them in any of its slots, not always in the last."""
+    spec = OrderSpec(0, (1,) * 400, 8)
+    places = np.argsort(shards_of(spec, epoch_order(spec, 0)))
+    drawn = permutation(400, 0, 0, 0)
+    moved = places[drawn] - np.arange(400)
+    assert moved.std() > 1 and np.abs(moved).max() < 16
 
 
 def test_steps_walk_the_epochs_without_a_gap():
@@ -48,6 +94,7 @@ def test_a_batch_may_span_several_epochs():
 
 def test_order_is_pinned():
     """A changed order would break the resume of every run under way."""
+    assert epoch_order(OrderSpec(0, (3, 2, 0, 4, 1), 2), 0).tolist() == [5, 6, 8, 3, 7, 4, 1, 2, 0, 9]
     assert epoch_order(OrderSpec(0, (4, 4), 2), 0).tolist() == [3, 2, 0, 1, 7, 5, 4, 6]
     ids = np.arange(4)
     assert draw_views(0, np.zeros(4, int), ids, 10, 2).tolist() == [[0, 3], [7, 5], [4, 3], [8, 7]]

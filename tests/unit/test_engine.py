@@ -133,9 +133,10 @@ def test_damage_is_found_and_named(tmp_path):
 # Agreement, metrics ------------------------------------------------------------------------------------------------
 def test_a_loss_that_is_not_finite_is_seen_before_the_step():
     ctx = Context(0, 1, torch.device("cpu"), torch.float32)
-    assert agree(ctx, torch.tensor(1.0), 0) == (True, 0, False)
-    assert agree(ctx, torch.tensor(float("nan")), 15) == (False, 15, False)
-    assert agree(ctx, torch.tensor(float("inf")), 0, True) == (False, 0, True)
+    assert agree(ctx, torch.tensor(1.0), 0) == (True, 0, False, False, 0)
+    assert agree(ctx, torch.tensor(float("nan")), 15) == (False, 15, False, False, 0)
+    assert agree(ctx, torch.tensor(float("inf")), 0, True) == (False, 0, True, False, 0)
+    assert agree(ctx, torch.tensor(1.0), 0, dry=True, waited=1.25) == (True, 0, False, True, 1.25)
 
 
 def test_a_signal_sets_the_flag_and_a_second_interrupt_ends_at_once():
@@ -158,6 +159,7 @@ def test_a_signal_sets_the_flag_and_a_second_interrupt_ends_at_once():
 def test_a_resumed_run_holds_each_step_once(tmp_path):
     first = Metrics(tmp_path, 0, 10, 1, True)
     for step in range(1, 6):
+        first.waited(0.5 * step)
         first.step(step, 4, {"loss": float(step)})
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as f:
@@ -168,6 +170,17 @@ def test_a_resumed_run_holds_each_step_once(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["loss"]) for r in rows] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
     assert all(r["images_per_s"] > 0 for r in rows)
+    assert [r.get("data_wait_s") for r in rows] == [0.5, 1.0, 1.5, None]
+
+
+def test_the_waiting_in_a_row_is_the_mean_of_its_steps(tmp_path):
+    metrics = Metrics(tmp_path, 0, 6, 3, True)
+    for step, seconds in enumerate((0.5, 1.0, 1.5, 0.0, 0.0, 0.3), 1):
+        metrics.waited(seconds)
+        metrics.step(step, 4, {})
+    metrics.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["data_wait_s"]) for r in rows] == [(3, 1.0), (6, pytest.approx(0.1))]
 
 
 def test_dtype_auto_is_one_of_the_two():

@@ -1,0 +1,107 @@
+"""The batches of the loop, and what happens when a rank has none: every rank must still meet the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megastar.data.loader import TokenLoader
+from megastar.data.prefetch import GaveUp
+from megastar.engine.build import Context
+from megastar.engine.checkpoint import Saver
+from megastar.engine.faults import PREEMPTED
+from megastar.engine.metrics import Metrics
+from megastar.errors import UserError
+
+
+@dataclass
+class Starved(Exception):
+    """Some rank has no batch for this step, as all ranks know: the run ends behind the step before."""
+
+    signal: int  # the stop signal, if one was the reason to wait no longer
+
+
+class Supply:
+    """This rank's micro-batches.
+
+    A rank that waits for data while a stop signal is there, or whose reading failed, must not leave: the others are in
+    the step's collectives already. It goes on with a stand-in of zeros, and ``dry`` tells them so in the one reduction
+    that each micro-batch ends in. Nothing of such a step moves a weight; ``rewind`` takes back the dropout's draws.
+    """
+
+    def __init__(self, loader: TokenLoader, ctx: Context, stop: Callable[[], bool]):
+        self.loader, self.ctx = loader, ctx
+        self.dry = False
+        self.problem: Exception | None = None
+        self._batches = loader.batches(give_up=stop)
+        self._random: list[Tensor] = []
+
+    def begin_step(self) -> None:
+        """Remember the generators, a few microseconds."""
+        self._random = [torch.get_rng_state()]
+        if self.ctx.device.type == "cuda":
+            self._random.append(torch.cuda.get_rng_state(self.ctx.device))
+
+    def rewind(self) -> None:
+        torch.set_rng_state(self._random[0])
+        if len(self._random) > 1:
+            torch.cuda.set_rng_state(self._random[1], self.ctx.device)
+
+    def next(self) -> dict[str, Any]:
+        if not self.dry:
+            try:
+                return next(self._batches)
+            except GaveUp:
+                self.dry = True
+            except Exception as error:  # whatever it is, the others must learn of it
+                self.dry, self.problem = True, error
+        return self._stand_in()
+
+    def waited(self) -> float:
+        """Seconds since this was last asked."""
+        return self.loader.waited()
+
+    def _stand_in(self) -> dict[str, Any]:
+        """All zeros, in the shape of a batch."""
+        a = self.loader
+        b = a.global_batch // (a.accumulation * a.world)
+        codes = torch.zeros(b, a.views, a.shards.manifest.tokens, dtype=torch.int64)
+        names = ("labels", "true_labels", "ids", "epochs")
+        return {"step": a.step, "codes": codes, **{name: torch.zeros(b, dtype=torch.int64) for name in names}}
+
+    def why(self) -> Exception | None:
+        """What kept any rank from its batch, on all ranks alike; None where only a signal did."""
+        told = f"{self.problem}" if isinstance(self.problem, UserError) else repr(self.problem) if self.problem else ""
+        every = [told]
+        if self.ctx.world > 1:
+            every = [""] * self.ctx.world
+            dist.all_gather_object(every, told)
+        first = next((text for text in every if text), "")
+        return self.problem or (UserError(first) if first else None)
+
+
+def leave(
+    saver: Saver, supply: Supply, metrics: Metrics, about: dict[str, Any], start: int, step: int, signal_number: int
+) -> NoReturn:
+    """End the run behind its last whole step, ``step`` steps done: a batch of the next one cannot be had.
+
+    It is saved unless it was, or unless nothing was done since the ``start``. Called by all ranks alike.
+    """
+    problem = supply.why()
+    supply.rewind()
+    place = saver.finish()
+    if step > start and (place is None or saver.step != step):
+        saver.save(step, about)
+        place = saver.finish()
+    kept = f"saved {place}" if place else "nothing was done since the start"
+    if signal_number:
+        metrics.note(f"signal {signal_number} while waiting for data: {kept}; the same command resumes")
+        raise SystemExit(PREEMPTED)
+    assert problem is not None
+    metrics.note(f"no batch for step {step + 1}: {kept}")
+    raise problem
