@@ -7,10 +7,12 @@ Where it finds no credentials, the requests are unsigned: public buckets need no
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, BinaryIO
@@ -133,9 +135,11 @@ class S3Folder:
         job = partial(self.client.put_object, Bucket=self.bucket, Key=self.key_of(name), Body=data)
         together([lambda: self._patiently(name, stall, job)], stall)
 
-    def fetch(self, name: str, out: BinaryIO, size: int | None, stall: Stall) -> None:
-        """Write object ``name`` to ``out``; ``size`` (None: any) is what it must have. Errors are those of ``Stall``,
-        and ``UserError`` at once for what no retry mends."""
+    def fetch(self, name: str, out: BinaryIO, size: int | None, stall: Stall) -> str:
+        """Write object ``name`` to ``out``; ``size`` (None: any) is what it must have. Returns its SHA-256.
+
+        Errors are those of ``Stall``, and ``UserError`` at once for what no retry mends.
+        """
         found: list[tuple[str, int]] = []
         together([lambda: found.append(self.look(name, stall))], stall)
         etag, there = found[0]
@@ -147,7 +151,10 @@ class S3Folder:
         try:
             starts = range(0, there, PART)
             jobs = [partial(self._part, name, etag, start, min(start + PART, there), sink, stall) for start in starts]
-            together(jobs, stall)
+            together(jobs, stall, sink.hash_some)  # the hash keeps up with the network
+            while sink.hash_some():
+                pass
+            return sink.digest.hexdigest()
         finally:
             sink.close()
 
@@ -190,17 +197,20 @@ class S3Folder:
             answer = self._get(name, at, end, IfMatch=etag)
             if answer["ETag"] != etag:  # a server that does not know If-Match
                 raise self.changed(name)
-            body = answer["Body"]
+            body, size = answer["Body"], min(_CHUNK, 1 << 16)
             try:
                 while at < end:
                     if stall.over.is_set():
                         raise Stopped
-                    chunk = body.read(min(_CHUNK, end - at))
+                    asked = time.monotonic()
+                    chunk = body.read(min(size, end - at))
                     if not chunk:
                         raise OSError(f"the answer ended {end - at} bytes early")
                     sink.write(chunk, at - origin)
                     at += len(chunk)
-                    stall.moved()
+                    stall.moved(len(chunk))
+                    took = time.monotonic() - asked  # a read returns when it is full: at a crawl, ask for less
+                    size = min(2 * size, _CHUNK) if took < 0.1 else max(size // 2, 1 << 12) if took > 1 else size
             finally:
                 body.close()
 
@@ -261,21 +271,34 @@ class S3Folder:
 
 
 class _Sink:
-    """A file to which several threads write. A thread that comes late, after ``close``, writes nothing."""
+    """A file to which several threads write, and one hashes. A thread that comes late, after ``close``, writes nothing."""
 
     def __init__(self, out: BinaryIO):
         self._fd: int | None = out.fileno()
         self._lock = threading.Lock()
+        self.digest, self._hashed = hashlib.sha256(), 0
+        self._pieces: dict[int, int] = {}  # first byte -> end, of what was written and is not hashed
+
+    def hash_some(self) -> bool:
+        """Hash the next piece; False where it has not come yet. For one thread."""
+        end = self._pieces.pop(self._hashed, 0)
+        if not end:
+            return False
+        assert self._fd is not None
+        self.digest.update(os.pread(self._fd, end - self._hashed, self._hashed))
+        self._hashed = end
+        return True
 
     def write(self, data: bytes, at: int) -> None:
         with self._lock:
             if self._fd is None:
                 raise Stopped
-            view = memoryview(data)
+            view, end = memoryview(data), at
             try:
                 while view:
-                    n = os.pwrite(self._fd, view, at)
-                    view, at = view[n:], at + n
+                    n = os.pwrite(self._fd, view, end)
+                    view, end = view[n:], end + n
+                self._pieces[at] = end
             except OSError as error:  # the disk's, not the network's
                 raise UserError(
                     f"the cache cannot be written ({error.strerror}): make room, or name another data.cache"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from megastar.config.schema import DataConfig
 from megastar.data.cache import INDEX, Cache, most_of_index
-from megastar.data.files import read_small, sha256_of, write_atomic
+from megastar.data.files import read_small, write_atomic
 from megastar.data.s3 import S3Folder
 from megastar.data.stall import NEVER, SAY_EVERY, Stall, Stopped, together
 from megastar.errors import UserError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from megastar.data.manifest import ShardInfo
 
 MANIFEST = "manifest.json"
-_FETCHERS = 4  # shards that are read ahead at once
+_FETCHERS = 3  # shards that are read ahead at once
 _POLL = 0.02  # seconds between looks at what another process of the node fetches
 
 
@@ -140,6 +140,7 @@ class S3Store:
         self._cache: Cache | None = None
         self._changed = threading.Condition()
         self._wanted: deque[ShardInfo] = deque()
+        self._first: ShardInfo | None = None  # of what was announced: till it is here, it has the network for itself
         self._closed = threading.Event()
         self._fetchers: list[threading.Thread] = []
 
@@ -195,8 +196,7 @@ class S3Store:
             if not cache.reserve(part, info, must):
                 cache.discard(part, info)
                 return None
-            self.s3.fetch(info.name, part, info.bytes, stall)
-            if (found := sha256_of(part)) != info.sha256:
+            if (found := self.s3.fetch(info.name, part, info.bytes, stall)) != info.sha256:
                 raise UserError(
                     f"{self.where(info.name)} has SHA-256 {found}, the manifest says {info.sha256}: it was changed, upload it again"
                 )
@@ -224,6 +224,7 @@ class S3Store:
             if self._closed.is_set():
                 self._closed = threading.Event()
             self._wanted = deque(wanted.values())
+            self._first = self._wanted[0] if self._wanted else None
             self._changed.notify_all()
         while len(self._fetchers) < _FETCHERS:
             thread = threading.Thread(
@@ -235,26 +236,35 @@ class S3Store:
     def _read_ahead(self, closed: threading.Event) -> None:
         while not closed.is_set():
             with self._changed:
-                if not self._wanted:
+                if not self._wanted or (self._first is not None and self._wanted[0] is not self._first):
                     self._changed.wait(0.5)
                     continue
                 info = self._wanted.popleft()
             try:
-                self._one_ahead(info, closed)
+                done = self._one_ahead(info, closed)
             except (UserError, Stopped, OSError):
                 closed.wait(1.0)  # ``open`` will meet it too, and say it
+                done = True
+            with self._changed:
+                if not done:  # another process is at it: see later whether it went well
+                    self._wanted.appendleft(info) if info is self._first else self._wanted.append(info)
+                elif info is self._first:
+                    self._first = None
+                    self._changed.notify_all()
+            if not done:
+                closed.wait(0.1)
 
-    def _one_ahead(self, info: ShardInfo, closed: threading.Event) -> None:
+    def _one_ahead(self, info: ShardInfo, closed: threading.Event) -> bool:
+        """Fetch it, if that is needed and possible; False while another reader of the node does."""
         if f := self.cache.open(info):
             f.close()
         elif part := self.cache.claim(info):
             stall = self.s3.stall(info.name, closed, say=lambda _: None)
             if f := self._fetch(info, part, stall, must=False):
                 f.close()
-        else:  # another process is at it: see later whether it went well
-            with self._changed:
-                self._wanted.append(info)
-            closed.wait(0.1)
+        else:
+            return False
+        return True
 
     def check_room(self, shards: Iterable[ShardInfo]) -> None:
         needed = sum(s.bytes for s in shards)
@@ -267,6 +277,7 @@ class S3Store:
         with self._changed:
             self._closed.set()
             self._wanted.clear()
+            self._first = None
             self._changed.notify_all()
         for thread in self._fetchers:
             thread.join()

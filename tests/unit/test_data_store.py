@@ -189,16 +189,32 @@ def test_a_stall_speaks_every_ten_seconds_and_ends_with_the_last_error(monkeypat
     stall.moved()
     assert said[3:] == ["s3://b/x.tar comes again from http://store after 30 s"]
     now[0] = 100.0
-    stall.tick()  # slow is no outage
+    stall.tick()  # bytes may be on the way
+    assert said.pop().startswith("stalled for 70 s: s3://b/x.tar does not come from http://store (no answer yet)")
     stall.failed(ValueError())
     with pytest.raises(
         UserError,
         match=r"x.tar did not come from http://store for 70 s \(data.patience = 35\), the last error: ValueError:",
     ):
         stall.tick()
+    stall.problem, now[0] = "", 125.5
+    with pytest.raises(UserError, match=r"did not come from http://store for 96 s .*, the last error: no answer: once"):
+        stall.tick()
     stop.set()
     with pytest.raises(Stopped):
         stall.tick()
+
+
+def test_what_comes_slowly_is_told_and_waited_for(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("megastar.data.stall.time.monotonic", lambda: now[0])
+    said: list[str] = []
+    stall = Stall("s3://b/x.tar", "http://store", 5.0, said.append, threading.Event())
+    for now[0] in np.arange(0, 95, 1.0):
+        stall.tick()
+        stall.moved(2000)
+    assert len(said) == 9
+    assert said[1] == "slow: waiting for s3://b/x.tar from http://store for 20 s: 0.04 MB so far, 2 kB/s"
 
 
 def test_the_first_error_of_several_threads_comes_out_and_ends_them():
