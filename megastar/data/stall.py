@@ -13,7 +13,7 @@ from megastar.errors import UserError
 PATIENCE = 1800.0  # seconds that an outage may last, by default
 SAY_EVERY = 10.0  # seconds between the lines of a stall
 _UNTOLD = 60.0  # seconds
-THREADS = 8  # that work at once for one wait
+THREADS = 4  # that work at once for one wait
 NEVER = threading.Event()  # a stop that does not come
 
 
@@ -68,7 +68,11 @@ class Stall:
             return
         self._said = now
         if idle < SAY_EVERY:
-            rate = f": {self.bytes / 1e6:.3g} MB so far, {self.bytes / 1e3 / (now - self._began):.3g} kB/s" if self.bytes else ""
+            rate = (
+                f": {self.bytes / 1e6:.3g} MB so far, {self.bytes / 1e3 / (now - self._began):.3g} kB/s"
+                if self.bytes
+                else ""
+            )
             self.say(f"slow: waiting for {self.what} from {self.endpoint} for {now - self._began:.0f} s{rate}")
         else:
             self._stalled = True
@@ -83,9 +87,7 @@ def say_on_main(line: str) -> None:
         print(line, flush=True)
 
 
-def together(
-    jobs: Sequence[Callable[[], None]], stall: Stall, meanwhile: Callable[[], bool] = lambda: False
-) -> None:
+def together(jobs: Sequence[Callable[[], None]], stall: Stall, meanwhile: Callable[[], bool] = lambda: False) -> None:
     """Run the jobs in threads; the first error ends them all and comes out.
 
     Here the clock is watched, and ``meanwhile`` is called again and again: a short piece of work, False without one.

@@ -105,13 +105,16 @@ def test_objects_are_listed_read_by_ranges_and_written(s3, use_s3, tmp_path):
     big = np.random.default_rng(0).bytes(300_000)  # five parts
     folder.put("big", big)
     etag = {name: etag for name, _, etag in folder.list()}["big"]
-    assert folder.read("big") == big and folder.read("deep/0007.bin") == b"" == folder.read("big", 5, 5, etag)
-    assert folder.read("big", 1000, 200_001, etag) == big[1000:200_001] and folder.read("big", 299_000) == big[299_000:]
+    assert folder.read("big") == big and folder.read("deep/0007.bin") == b"" == folder.read("big", 5, 5, etag=etag)
+    assert (
+        folder.read("big", 1000, 200_001, etag=etag) == big[1000:200_001]
+        and folder.read("big", 299_000) == big[299_000:]
+    )
     with pytest.raises(UserError, match=r"big has 300000 bytes, 300001 are asked for: it was cut or changed"):
         folder.read("big", 0, 300_001)
     folder.put("big", big[::-1])
     with pytest.raises(UserError, match=rf"{prefix}/big was changed while it was read"):
-        folder.read("big", 0, 100, etag)
+        folder.read("big", 0, 100, etag=etag)
     with pytest.raises(UserError, match="bucket nowhere of s3://nowhere/x/ does not exist"):
         S3Folder("s3://nowhere/x").list()
 
