@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from megastar.config.schema import DataConfig
-from megastar.data.cache import INDEX, Cache, most_of_index
+from megastar.data.cache import Cache, most_of_index
 from megastar.data.files import read_small, write_atomic
+from megastar.data.index import index_name
 from megastar.data.s3 import S3Folder
 from megastar.data.stall import NEVER, SAY_EVERY, Stall, Stopped, together
 from megastar.errors import UserError
@@ -106,14 +107,18 @@ class FolderStore:
         return path.open("rb")
 
     def index(self, info: ShardInfo) -> bytes | None:
-        return read_small(self._index(info), most_of_index(info))
+        path = self._index(info)
+        with suppress(OSError):
+            if path.stat().st_mtime_ns >= (self.folder / info.name).stat().st_mtime_ns:  # else it is of another tar
+                return read_small(path, most_of_index(info))
+        return None
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
         with suppress(OSError):  # a folder that is not ours to write
             write_atomic(self._index(info), data)
 
     def _index(self, info: ShardInfo) -> Path:
-        return (self.folder / info.name).with_suffix(INDEX)
+        return self.folder / index_name(info.name)
 
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
         pass
@@ -180,6 +185,12 @@ class S3Store:
                 asked = time.monotonic()
             stall.tick()
             time.sleep(_POLL)
+
+    def index(self, info: ShardInfo) -> bytes | None:
+        return None
+
+    def keep_index(self, info: ShardInfo, data: bytes) -> None:
+        pass
 
     def _why(self, info: ShardInfo, stall: Stall) -> None:
         """Learn for ourselves what holds up the reader that fetches the shard."""

@@ -149,7 +149,7 @@ def test_an_index_goes_with_its_shard_and_counts(tmp_path):
     assert cache.index(info(1)) == b"\1" * 100 and names(cache) == ["1.idx", "1.tar", "2.idx", "2.tar"]
     put(cache, info(3, 900))  # 1000 + 100 + 1000 + 100 + 900 is too much
     assert names(cache) == ["2.idx", "2.tar", "3.tar"] and cache.index(info(1)) is None
-    cache.keep_index(info(3), bytes(3 << 20))  # more than any index of such a shard
+    cache.keep_index(info(3), bytes(1 << 20))  # more than any index of such a shard
     assert cache.index(info(3)) is None
     for left in (f"{7:064x}.idx", f"{2:064x}.idx.1-ab.tmp"):
         (cache.folder / left).write_bytes(b"left")
@@ -159,11 +159,15 @@ def test_an_index_goes_with_its_shard_and_counts(tmp_path):
 
 
 def test_a_folder_keeps_indexes_beside_the_shards_where_it_may(tmp_path, monkeypatch):
-    store = FolderStore(tmp_path)
+    store, tar = FolderStore(tmp_path), tmp_path / "shard-00001.tar"
     assert store.index(info(1)) is None
+    tar.touch()
     store.keep_index(info(1), b"first")
     store.keep_index(info(1), b"second")
-    assert store.index(info(1)) == b"second" and [p.name for p in tmp_path.iterdir()] == ["shard-00001.idx"]
+    assert store.index(info(1)) == b"second" and sorted(p.name for p in tmp_path.iterdir()) == [
+        "shard-00001.idx",
+        tar.name,
+    ]
 
     def read_only(*_: object) -> None:
         raise OSError(30, "Read-only file system")
@@ -171,6 +175,8 @@ def test_a_folder_keeps_indexes_beside_the_shards_where_it_may(tmp_path, monkeyp
     monkeypatch.setattr("megastar.data.store.write_atomic", read_only)
     store.keep_index(info(1), b"third")
     assert store.index(info(1)) == b"second"
+    os.utime(tar, (2e9, 2e9))  # written after its index
+    assert store.index(info(1)) is None
 
 
 # A stall -----------------------------------------------------------------------------------------------------------
