@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from megastar.config.schema import DataConfig
 from megastar.data.cache import Cache, most_of_index
-from megastar.data.files import read_small, write_atomic
+from megastar.data.files import read_small, sha256_of, write_atomic
 from megastar.data.index import index_name
 from megastar.data.s3 import S3Folder
 from megastar.data.stall import NEVER, SAY_EVERY, Stall, Stopped, together
@@ -57,6 +57,9 @@ class Store(Protocol):
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
         """Keep the index of a shard for the next reader, where that is possible."""
+
+    def audit(self, info: ShardInfo) -> tuple[BinaryIO, str]:
+        """The shard as it is there now, past any cache and whatever its size, and its SHA-256. Errors as ``open``."""
 
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
         """These will be opened next, in this order; what was announced before counts no longer."""
@@ -116,6 +119,10 @@ class FolderStore:
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
         with suppress(OSError):  # a folder that is not ours to write
             write_atomic(self._index(info), data)
+
+    def audit(self, info: ShardInfo) -> tuple[BinaryIO, str]:
+        f = self.open(info)
+        return f, sha256_of(f)
 
     def _index(self, info: ShardInfo) -> Path:
         return self.folder / index_name(info.name)
@@ -186,12 +193,6 @@ class S3Store:
             stall.tick()
             time.sleep(_POLL)
 
-    def index(self, info: ShardInfo) -> bytes | None:
-        return None
-
-    def keep_index(self, info: ShardInfo, data: bytes) -> None:
-        pass
-
     def _why(self, info: ShardInfo, stall: Stall) -> None:
         """Learn for ourselves what holds up the reader that fetches the shard."""
         try:
@@ -221,6 +222,14 @@ class S3Store:
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
         self.cache.keep_index(info, data)
+
+    def audit(self, info: ShardInfo) -> tuple[BinaryIO, str]:
+        f = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            return f, self.s3.fetch(info.name, f, None, self.s3.stall(info.name))
+        except BaseException:
+            f.close()
+            raise
 
     # Reading ahead ---------------------------------------------------------------------------------------------
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
