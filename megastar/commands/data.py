@@ -114,11 +114,12 @@ def _print_table(title: str, rows: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
         table.add_row(str(name), str(value))
     # Lines that a program reads stay whole.
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000).print(table)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
+    console.print(title, table, sep="\n")
 
 
 def size_of(n: int) -> str:

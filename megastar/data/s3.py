@@ -21,6 +21,7 @@ from megastar.data.stall import NEVER, PATIENCE, THREADS, Stall, Stopped, say_on
 from megastar.errors import UserError
 
 PART = 8 << 20  # bytes of a ranged GET at least, four times that at most: each costs 3 ms of a core
+PAGE = 1000  # objects of one listing: S3's most
 _CHUNK = 1 << 20
 _LONGEST_PAUSE = 10.0  # seconds: so soon after an outage the run goes on
 _random = random.Random()  # its own: the pauses must not move anybody's draws
@@ -81,10 +82,10 @@ class S3Folder:
         """Name (below the prefix), bytes and ETag of every object, by name. An empty prefix has none."""
         stall, start = stall or self.stall(""), self.key_of("")
         found: list[tuple[str, int, str]] = []
-        page: dict[str, str] = {}
+        page: dict[str, Any] = {}
 
         def ask() -> dict[str, Any]:
-            answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix=start, **page)
+            answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix=start, MaxKeys=PAGE, **page)
             stall.moved()
             return answer
 
