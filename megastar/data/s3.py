@@ -14,6 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -129,6 +130,17 @@ class S3Folder:
         if jobs:
             together(jobs, stall)
         return bytes(sink.data)
+
+    def glance(self, name: str, most: int) -> bytes | None:
+        """A small object that may be missing: one attempt, None where it fails or is larger than ``most`` bytes."""
+        try:
+            answer = self.client.get_object(Bucket=self.bucket, Key=self.key_of(name))
+            with closing(answer["Body"]) as body:
+                return body.read() if answer["ContentLength"] <= most else None
+        except Exception as error:
+            with suppress(UserError):  # it is only a help: what ails the store is said when a shard is wanted
+                self.passing(error, name)
+            return None
 
     def put(self, name: str, data: bytes, stall: Stall | None = None) -> None:
         """Write a small object whole."""

@@ -218,7 +218,12 @@ class S3Store:
             raise
 
     def index(self, info: ShardInfo) -> bytes | None:
-        return self.cache.index(info)
+        if (kept := self.cache.index(info)) is not None:
+            return kept
+        data = self.s3.glance(index_name(info.name), most_of_index(info))  # uploaded with the shards
+        if data is not None:
+            self.cache.keep_index(info, data)
+        return data
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
         self.cache.keep_index(info, data)

@@ -22,6 +22,7 @@ import pytest
 from megastar import cli
 from megastar.config.schema import DataConfig
 from megastar.data import s3 as s3_module
+from megastar.data import shard_set
 from megastar.data.cache import Cache
 from megastar.data.files import sha256
 from megastar.data.loader import validation_batches
@@ -126,6 +127,21 @@ def test_objects_are_listed_read_by_ranges_and_written(s3, use_s3, tmp_path, mon
         folder.read("big", 0, 100, etag=etag)
     with pytest.raises(UserError, match="bucket nowhere of s3://nowhere/x/ does not exist"):
         S3Folder("s3://nowhere/x").list()
+
+
+def test_an_index_comes_from_the_store_and_is_not_trusted(s3, use_s3, spoilt, data, monkeypatch):
+    client, url, prefix, _ = spoilt
+    walks = []
+    walk = shard_set.walk_shard
+    monkeypatch.setattr(shard_set, "walk_shard", lambda *a: walks.append(a[1]) or walk(*a))
+    client.delete_object(Bucket="codes", Key=f"{prefix}/shard-00001.idx")
+    client.put_object(Bucket="codes", Key=f"{prefix}/shard-00002.idx", Body=b"no index")
+    client.put_object(Bucket="codes", Key=f"{prefix}/shard-00003.idx", Body=bytes(10_000))  # larger than one may be
+    for _ in range(2):
+        shards = ShardSet(url, data=data)
+        for shard, size in enumerate(SIZES):
+            np.testing.assert_array_equal(shards.read(shard, size - 1)[0], sample(sum(SIZES[: shard + 1]) - 1)[0])
+    assert walks == [f"{url}/shard-0000{n}.tar" for n in (1, 2, 3)]  # the second time they come from the cache
 
 
 READER = """
