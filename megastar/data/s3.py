@@ -132,6 +132,26 @@ class S3Folder:
         finally:
             sink.close()
 
+    def list(self, stall: Stall) -> Sequence[tuple[str, int, str]]:
+        """(name, bytes, ETag) of every object below the prefix. Errors as ``fetch``."""
+        found: list[tuple[str, int, str]] = []
+        below = f"{self.prefix}/" if self.prefix else ""
+
+        def once() -> None:
+            found.clear()
+            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=below):
+                found.extend((o["Key"][len(below) :], o["Size"], o["ETag"]) for o in page.get("Contents", ()))
+                stall.moved()
+
+        together([lambda: self._patiently("", stall, once)], stall)
+        return found
+
+    def read(self, name: str, start: int, end: int, stall: Stall, etag: str) -> bytes:
+        """Bytes ``start`` to ``end`` of the object that has this ETag. Errors as ``fetch``."""
+        sink = _Memory(start, end)
+        together([partial(self._part, name, etag, start, end, sink, stall)], stall)
+        return bytes(sink.data)
+
     def look(self, name: str, stall: Stall | None = None) -> tuple[str, int]:
         """ETag and bytes of an object. A GET of one byte: the answer to a HEAD does not say why it fails.
 
@@ -160,7 +180,7 @@ class S3Folder:
             )
         return answer
 
-    def _part(self, name: str, etag: str, start: int, end: int, sink: _Sink, stall: Stall) -> None:
+    def _part(self, name: str, etag: str, start: int, end: int, sink: _Sink | _Memory, stall: Stall) -> None:
         """Bytes ``start`` to ``end``, going on after a cut where it cut."""
         at = start
 
@@ -265,6 +285,16 @@ class _Sink:
     def close(self) -> None:
         with self._lock:
             self._fd = None
+
+
+class _Memory:
+    """Bytes ``start`` to ``end``, for one thread."""
+
+    def __init__(self, start: int, end: int):
+        self.start, self.data = start, bytearray(end - start)
+
+    def write(self, data: bytes, at: int) -> None:
+        self.data[at - self.start : at - self.start + len(data)] = data
 
 
 def together(jobs: Sequence[Callable[[], None]], stall: Stall) -> None:

@@ -108,9 +108,9 @@ def test_missing_and_empty_sources(tmp_path):
         PictureSet(tmp_path / "none")
     with pytest.raises(UserError, match="no pictures in .*: expected .png, .jpg"):
         PictureSet(tmp_path)
-    make_folder(tmp_path, {"notes.txt": b"", "train/cat/0.png": png()})
+    make_folder(tmp_path, {"notes.md": b"", "train/cat/0.png": png()})
     with pytest.raises(UserError, match="neither a folder nor a .tar file"):
-        PictureSet(tmp_path / "notes.txt")
+        PictureSet(tmp_path / "notes.md")
     with pytest.raises(UserError, match=r"no pictures in .* \(subset 'trian'\)"):
         PictureSet(tmp_path, "trian")
 
