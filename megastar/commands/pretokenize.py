@@ -62,7 +62,7 @@ def main(words: list[str]) -> int:
     if a.nproc > 1 and not is_launched(os.environ):
         from megastar.commands.launch import launch
 
-        return launch(a.nproc, ["pretokenize", *words])
+        return launch(a.nproc, ["pretokenize", *without(words, "--nproc")])
     from megastar.data.pretokenize import pretokenize
 
     pretokenize(
@@ -83,6 +83,12 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def without(words: list[str], option: str) -> list[str]:
+    """The words less an option and its value: torch's launcher would take it for its own."""
+    at = [i for i, word in enumerate(words) if word == option]
+    return [w for i, w in enumerate(words) if i not in at and i - 1 not in at and not w.startswith(f"{option}=")]
+
+
 def own_device(name: str) -> str:
     """In a launcher, "auto" and "cuda" are the GPU of this process's number on its machine."""
     import torch
@@ -100,10 +106,14 @@ def verify(out: str, console: Console) -> int:
 
     m = load_manifest(out)
     if not (broken := broken_shards(out, console=console)):
-        console.print(f"{out}: {m.samples} pictures in {len(m.shards)} shards are as the manifest says", markup=False)
+        console.print(
+            f"{out}: {m.samples} pictures in {len(m.shards)} shards are as the manifest says",
+            markup=False,
+            soft_wrap=True,
+        )
         return 0
     for info, reason in broken:
-        console.print(f"{info.name}: {reason}", markup=False)
+        console.print(f"{info.name}: {reason}", markup=False, soft_wrap=True)
     names = " ".join(info.name for info, _ in broken)
     raise UserError(
         f"{out}: {len(broken)} of {len(m.shards)} shards are broken: remove them (cd {out} && rm -f {names}) and run the command that made them again, it makes what is missing"

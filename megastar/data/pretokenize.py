@@ -125,7 +125,7 @@ def pretokenize(
         if (out / PROGRESS).exists() or not (out / MANIFEST).is_file():
             raise
         done = load_manifest(out)  # another process has just finished the set
-        console.print(f"{out} is done: {done.samples} pictures in {len(done.shards)} shards", markup=False)
+        _say(console, f"{out} is done: {done.samples} pictures in {len(done.shards)} shards")
         return done
     except OSError as error:
         raise UserError(
@@ -148,10 +148,10 @@ def _pretokenize(
         _compare(out, _settings(done), _settings(about))
         if not (lost := [s for s in done.shards if not _is_there(out, s)]):
             _clear(out)
-            console.print(f"{out} is done: {done.samples} pictures in {len(done.shards)} shards", markup=False)
+            _say(console, f"{out} is done: {done.samples} pictures in {len(done.shards)} shards")
             return done
         names = ", ".join(s.name for s in lost[:3]) + (", ..." if len(lost) > 3 else "")
-        console.print(f"{out} lacks {len(lost)} of its shards ({names}): making them again", markup=False)
+        _say(console, f"{out} lacks {len(lost)} of its shards ({names}): making them again")
         _reopen(out, done, lost)
     made = not out.exists()
     _check_strangers(out)
@@ -169,11 +169,14 @@ def _pretokenize(
             while (shard := run.next(bar)) is not None:
                 with claims.holding(run.name(shard)):
                     run.write(shard, pictures, encode, bar)
-        manifest = run.finish(console)
-        console.print(
+        manifest = run.finish()
+        if skipped := manifest.skipped:
+            names = ", ".join(s["picture"] for s in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+            _say(console, f"{len(skipped)} pictures skipped ({names}): {out / SKIPPED} says why")
+        _say(
+            console,
             f"{out}: {manifest.samples} pictures x {manifest.views} views in {len(manifest.shards)} shards; "
             f"here {bar.rate:.3g} pictures/s, the encoder waited {100 * encode.waiting:.1f} % of the time for pictures",
-            markup=False,
         )
         return manifest
 
@@ -209,10 +212,15 @@ class Run:
 
     def next(self, bar: Bar) -> int | None:
         """The next shard to make, claimed; None when all are finished. Waits for those that others are making."""
+        try:
+            return self._next(bar)
+        except FileNotFoundError:  # another process has finished the set
+            bar.finished(range(len(self.sizes)))
+            return None
+
+    def _next(self, bar: Bar) -> int | None:
         while True:
             there = set(os.listdir(self.progress))
-            if "plan.json" not in there:
-                raise FileNotFoundError(self.progress)  # another process has finished the set
             todo = [s for s in range(len(self.sizes)) if f"{self.name(s)}.json" not in there]
             bar.finished(set(range(len(self.sizes))).difference(todo))
             if not todo:
@@ -246,10 +254,13 @@ class Run:
                 raise
         bar.finished({shard})
 
-    def finish(self, console: Console) -> Manifest:
+    def finish(self) -> Manifest:
         """Write skipped.jsonl and, last, the manifest. One process does it, the others wait."""
-        while not self.claims.take("finish"):
-            time.sleep(POLL / 5)
+        try:
+            while not self.claims.take("finish"):
+                time.sleep(POLL / 5)
+        except FileNotFoundError:
+            return load_manifest(self.out)
         records = [_record(self.progress / f"{self.name(shard)}.json") for shard in range(len(self.sizes))]
         shards, skipped = [info for info, _ in records], [s for _, some in records for s in some]
         samples = sum(s.samples for s in shards)
@@ -259,11 +270,13 @@ class Run:
         if skipped:
             lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in skipped)
             write_atomic(self.out / SKIPPED, lines.encode())
-            names = ", ".join(s["picture"] for s in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
-            console.print(f"{len(skipped)} pictures skipped ({names}): {self.out / SKIPPED} says why", markup=False)
         write_atomic(self.out / MANIFEST, manifest.to_json().encode())
         _clear(self.out)
         return manifest
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _record(path: Path) -> tuple[ShardInfo, list[dict[str, str]]]:

@@ -83,4 +83,6 @@ class Bar:
         if not self.console.is_terminal and now - self.said >= _LINE_EVERY:
             self.said = now
             left = f"{(self.total - completed) / speed / 60:.0f} min left" if speed else ""
-            self.console.print(f"{completed} of {self.total} pictures, {speed:.3g}/s, {left}", markup=False)
+            self.console.print(
+                f"{completed} of {self.total} pictures, {speed:.3g}/s, {left}", markup=False, soft_wrap=True
+            )

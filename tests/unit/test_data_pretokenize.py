@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -273,7 +274,7 @@ def test_crops(pictures, tokenizer, tmp_path, crops, views):
 
 
 def test_batch_size_by_device_and_picture_size():
-    model = VQModel(TINY)
+    model = VQModel(replace(TINY))  # its own, for it is changed here
     assert Encoder(model, torch.device("cpu"), torch.float32, 0).batch == 64
     model.config.image_size, model.config.channels = 256, 128
     assert Encoder(model, torch.device("cpu"), torch.float32, 0).batch == 1
