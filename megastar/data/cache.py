@@ -5,6 +5,7 @@ the whole protocol: they end with the process that holds them, however it ends.
 
     SHA.tar    whole: checked and synced before it got this name. Who maps it holds a shared lock, who removes it needs
                an exclusive one
+    SHA.idx    where the samples lie in it: a help that may be missing or wrong, and goes when the shard goes
     SHA.part   being fetched by the process that holds its exclusive lock; nobody holds it: a left-over
     lock       held while room is made
 """
@@ -15,16 +16,21 @@ import fcntl
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from megastar.data.files import sync_folder
+from megastar.data.files import read_small, sync_folder, write_atomic
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
     from megastar.data.manifest import ShardInfo
+
+
+INDEX = ".idx"  # beside SHA.tar
+_SOON = 60.0  # seconds in which an index is written
 
 
 class Cache:
@@ -101,12 +107,13 @@ class Cache:
             for path in [*self.folder.glob("*.tar"), *self.folder.glob("*.part")]:
                 with suppress(FileNotFoundError):
                     found = path.stat()
-                    held.append((found.st_mtime_ns, found.st_size, path))
+                    held.append((found.st_mtime_ns, found.st_size + _size(path.with_suffix(INDEX)), path))
             used = info.bytes + sum(size for _, size, _ in held)
             for _, size, path in sorted(held):
                 if used <= self.bound:
                     break
                 if path.suffix == ".tar" and _remove(path):
+                    path.with_suffix(INDEX).unlink(missing_ok=True)
                     used -= size
             if used > self.bound and not must:
                 return False
@@ -139,6 +146,16 @@ class Cache:
             return self._part(info).stat().st_mtime_ns
         return 0
 
+    def index(self, info: ShardInfo) -> bytes | None:
+        """What ``keep_index`` kept, unchecked."""
+        return read_small(self._path(info).with_suffix(INDEX), most_of_index(info))
+
+    def keep_index(self, info: ShardInfo, data: bytes) -> None:
+        """Keep the index of a shard that is open; without a word where that is not possible."""
+        if self._path(info).exists():
+            with suppress(OSError):
+                write_atomic(self._path(info).with_suffix(INDEX), data)
+
     def full(self, info: ShardInfo, error: OSError) -> UserError:
         return UserError(
             f"{info.name} ({info.bytes} bytes) cannot be written to the cache {self.folder} ({error.strerror}): make room there, or name another data.cache"
@@ -155,12 +172,35 @@ class Cache:
     def _sweep(self) -> None:
         for part in self.folder.glob("*.part"):
             _remove(part)
+        for index in self.folder.glob(f"*{INDEX}"):
+            if not index.with_suffix(".tar").exists():
+                index.unlink(missing_ok=True)
+        for left in self.folder.glob("*.tmp"):  # an index that was being written
+            if time.time() - _written(left) > _SOON:
+                left.unlink(missing_ok=True)
 
     @contextmanager
     def _making_room(self) -> Iterator[None]:
         with open(self.folder / "lock", "r+b", opener=_create) as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             yield
+
+
+def most_of_index(info: ShardInfo) -> int:
+    """Bytes beyond which a file is no index of that shard."""
+    return info.bytes + (1 << 20)
+
+
+def _size(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+def _written(path: Path) -> float:
+    with suppress(OSError):
+        return path.stat().st_mtime
+    return time.time()
 
 
 def _create(path: str, flags: int) -> int:

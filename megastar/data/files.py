@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from pathlib import Path
 from typing import BinaryIO
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """All of ``data`` or, after a crash, the former file: write beside, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
+    """All of ``data`` or, after a crash, the former file: write beside, fsync, rename.
+
+    Several processes may write the same file at once: the last one stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as f:
             f.write(data)
@@ -21,6 +25,16 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def read_small(path: Path, most: int) -> bytes | None:
+    """A file of at most ``most`` bytes; None for a bigger one, or one that cannot be read."""
+    try:
+        with path.open("rb") as f:
+            data = f.read(most + 1)
+    except OSError:
+        return None
+    return data if len(data) <= most else None
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,17 +11,14 @@ import http.client
 import os
 import random
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, BinaryIO
 
+from megastar.data.stall import NEVER, PATIENCE, THREADS, Stall, Stopped, say_on_main, together
 from megastar.errors import UserError
 
 PART = 8 << 20  # bytes of a ranged GET
-THREADS = 8  # GETs at once of one object
-SAY_EVERY = 10.0  # seconds between the lines of a stall
 _CHUNK = 1 << 20
 _LONGEST_PAUSE = 10.0  # seconds: so soon after an outage the run goes on
 _random = random.Random()  # its own: the pauses must not move anybody's draws
@@ -36,58 +33,15 @@ def split_url(url: str) -> tuple[str, str]:
     return bucket, prefix.strip("/")
 
 
-class Stopped(Exception):
-    """The reading was ended from outside."""
+class S3Folder:
+    """The objects below s3://bucket/prefix. Raises ``UserError`` for a URL or settings that boto3 cannot use.
 
-
-class Stall:
-    """How long ``what`` has not moved: says so every ten seconds, and ends the wait after ``patience`` seconds.
-
-    ``say`` takes each line; ``stop`` ends the wait with ``Stopped``.
+    Every call waits out cuts and outages of up to ``patience`` seconds; ``say`` takes the lines about them. What no
+    retry mends is a ``UserError`` at once.
     """
 
-    def __init__(self, what: str, endpoint: str, patience: float, say: Callable[[str], None], stop: threading.Event):
-        self.what, self.endpoint, self.patience, self.say, self.stop = what, endpoint, patience, say, stop
-        self.over = threading.Event()  # for the threads that work for this wait
-        self.problem, self.moves = "", 0
-        self._moved = self._said = time.monotonic()
-        self._lock = threading.Lock()
-
-    def moved(self) -> None:
-        """Bytes came."""
-        with self._lock:
-            idle, told = time.monotonic() - self._moved, self._said > self._moved
-            self.problem, self.moves = "", self.moves + 1
-            self._moved = self._said = time.monotonic()
-        if told:
-            self.say(f"{self.what} comes again from {self.endpoint} after {idle:.0f} s")
-
-    def failed(self, error: object) -> None:
-        """An attempt brought nothing."""
-        self.problem = " ".join(f"{error}".split())[:300] or type(error).__name__
-
-    def tick(self) -> None:
-        """Call it every fraction of a second. Raises ``UserError`` or ``Stopped`` when the wait is over."""
-        if self.stop.is_set():
-            raise Stopped
-        now = time.monotonic()
-        idle = now - self._moved
-        if self.problem and idle >= self.patience:
-            raise UserError(
-                f"{self.what} did not come from {self.endpoint} for {idle:.0f} s (data.patience = {self.patience:g}), the last error: {self.problem}: once the store answers, run the same command again"
-            )
-        if idle >= SAY_EVERY and now - self._said >= SAY_EVERY:
-            self._said = now
-            self.say(
-                f"stalled for {idle:.0f} s: {self.what} does not come from {self.endpoint} ({self.problem or 'no answer yet'}); trying until data.patience = {self.patience:g} s"
-            )
-
-
-class S3Folder:
-    """The objects below s3://bucket/prefix. Raises ``UserError`` for a URL or settings that boto3 cannot use."""
-
-    def __init__(self, url: str):
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, patience: float = PATIENCE, say: Callable[[str], None] | None = None):
+        self.url, self.patience, self.say = url.rstrip("/"), patience, say or say_on_main
         self.bucket, self.prefix = split_url(url)
         import boto3
         from botocore import UNSIGNED
@@ -114,6 +68,71 @@ class S3Folder:
     def url_of(self, name: str) -> str:
         return f"{self.url}/{name}"
 
+    def key_of(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def stall(self, name: str, stop: threading.Event = NEVER, say: Callable[[str], None] | None = None) -> Stall:
+        """The clock of one wait for object ``name``; ``stop`` ends it with ``Stopped``."""
+        return Stall(self.url_of(name), self.endpoint, self.patience, say or self.say, stop)
+
+    def list(self, stop: threading.Event = NEVER) -> list[tuple[str, int, str]]:
+        """Name (below the prefix), bytes and ETag of every object, by name. An empty prefix has none."""
+        stall, start = self.stall("", stop), self.key_of("")
+        found: list[tuple[str, int, str]] = []
+        page: dict[str, str] = {}
+
+        def ask() -> dict[str, Any]:
+            answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix=start, **page)
+            stall.moved()
+            return answer
+
+        def walk() -> None:
+            while True:
+                answer = self._patiently("", stall, ask)
+                for item in answer.get("Contents", ()):
+                    if name := item["Key"][len(start) :]:
+                        found.append((name, int(item["Size"]), item["ETag"]))
+                if not answer.get("IsTruncated"):
+                    return
+                page["ContinuationToken"] = answer["NextContinuationToken"]
+
+        together([walk], stall)
+        return sorted(found)
+
+    def read(
+        self, name: str, start: int = 0, end: int | None = None, etag: str | None = None, stop: threading.Event = NEVER
+    ) -> bytes:
+        """Bytes ``start`` to ``end`` (None: the last) of an object, of its version ``etag`` (None: whichever is there).
+
+        Raises ``UserError`` when it is no longer that version, or ends before ``end``.
+        """
+        stall = self.stall(name, stop)
+        if etag is None or end is None:
+            found: list[tuple[str, int]] = []
+            together([lambda: found.append(self.look(name, stall))], stall)
+            if etag is not None and found[0][0] != etag:
+                raise self.changed(name)
+            etag, size = found[0]
+            end = size if end is None else end
+            if end > size:
+                raise UserError(
+                    f"{self.url_of(name)} has {size} bytes, {end} are asked for: it was cut or changed, upload it again"
+                )
+        sink = _Memory(end - start)
+        jobs = [
+            partial(self._part, name, etag, at, min(at + PART, end), sink, stall, start)
+            for at in range(start, end, PART)
+        ]
+        if jobs:
+            together(jobs, stall)
+        return bytes(sink.data)
+
+    def put(self, name: str, data: bytes, stop: threading.Event = NEVER) -> None:
+        """Write a small object whole."""
+        stall = self.stall(name, stop)
+        job = partial(self.client.put_object, Bucket=self.bucket, Key=self.key_of(name), Body=data)
+        together([lambda: self._patiently(name, stall, job)], stall)
+
     def fetch(self, name: str, out: BinaryIO, size: int | None, stall: Stall) -> None:
         """Write object ``name`` to ``out``; ``size`` (None: any) is what it must have. Errors are those of ``Stall``,
         and ``UserError`` at once for what no retry mends."""
@@ -131,26 +150,6 @@ class S3Folder:
             together(jobs, stall)
         finally:
             sink.close()
-
-    def list(self, stall: Stall) -> Sequence[tuple[str, int, str]]:
-        """(name, bytes, ETag) of every object below the prefix. Errors as ``fetch``."""
-        found: list[tuple[str, int, str]] = []
-        below = f"{self.prefix}/" if self.prefix else ""
-
-        def once() -> None:
-            found.clear()
-            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=below):
-                found.extend((o["Key"][len(below) :], o["Size"], o["ETag"]) for o in page.get("Contents", ()))
-                stall.moved()
-
-        together([lambda: self._patiently("", stall, once)], stall)
-        return found
-
-    def read(self, name: str, start: int, end: int, stall: Stall, etag: str) -> bytes:
-        """Bytes ``start`` to ``end`` of the object that has this ETag. Errors as ``fetch``."""
-        sink = _Memory(start, end)
-        together([partial(self._part, name, etag, start, end, sink, stall)], stall)
-        return bytes(sink.data)
 
     def look(self, name: str, stall: Stall | None = None) -> tuple[str, int]:
         """ETag and bytes of an object. A GET of one byte: the answer to a HEAD does not say why it fails.
@@ -172,7 +171,7 @@ class S3Folder:
         return self._patiently(name, stall, once) if stall else once()
 
     def _get(self, name: str, start: int, end: int, **only: str) -> dict[str, Any]:
-        key = f"{self.prefix}/{name}" if self.prefix else name
+        key = self.key_of(name)
         answer = self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{end - 1}", **only)
         if not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
             raise UserError(
@@ -180,8 +179,10 @@ class S3Folder:
             )
         return answer
 
-    def _part(self, name: str, etag: str, start: int, end: int, sink: _Sink | _Memory, stall: Stall) -> None:
-        """Bytes ``start`` to ``end``, going on after a cut where it cut."""
+    def _part(
+        self, name: str, etag: str, start: int, end: int, sink: _Sink | _Memory, stall: Stall, origin: int = 0
+    ) -> None:
+        """Bytes ``start`` to ``end``, going on after a cut where it cut; the sink's first byte is ``origin``."""
         at = start
 
         def once() -> None:
@@ -197,7 +198,7 @@ class S3Folder:
                     chunk = body.read(min(_CHUNK, end - at))
                     if not chunk:
                         raise OSError(f"the answer ended {end - at} bytes early")
-                    sink.write(chunk, at)
+                    sink.write(chunk, at - origin)
                     at += len(chunk)
                     stall.moved()
             finally:
@@ -242,9 +243,7 @@ class S3Folder:
         if code == "NoSuchBucket":
             return f"bucket {self.bucket} of {url} does not exist at {self.endpoint}: correct the URL, or the endpoint (AWS_ENDPOINT_URL_S3)"
         if status == 404:
-            return (
-                f"{url} does not exist at {self.endpoint}: upload the whole folder of token shards, or correct the URL"
-            )
+            return f"{url} does not exist at {self.endpoint}: upload the whole folder, or correct the URL"
         if status in (401, 403):
             if self.signed:
                 return f"{self.endpoint} denies access to {url} ({code}): use credentials that may read it"
@@ -288,44 +287,10 @@ class _Sink:
 
 
 class _Memory:
-    """Bytes ``start`` to ``end``, for one thread."""
+    """Bytes to which several threads write."""
 
-    def __init__(self, start: int, end: int):
-        self.start, self.data = start, bytearray(end - start)
+    def __init__(self, size: int):
+        self.data = bytearray(size)
 
     def write(self, data: bytes, at: int) -> None:
-        self.data[at - self.start : at - self.start + len(data)] = data
-
-
-def together(jobs: Sequence[Callable[[], None]], stall: Stall) -> None:
-    """Run the jobs in threads; the first error ends them all and comes out. Here only the clock is watched.
-
-    The threads are daemons: one that hangs in a read holds nobody up.
-    """
-    todo, errors = deque(jobs), list[BaseException]()
-
-    def work() -> None:
-        while not stall.over.is_set():
-            try:
-                job = todo.popleft()
-            except IndexError:
-                return
-            try:
-                job()
-            except BaseException as error:
-                errors.append(error)
-                return
-
-    threads = [threading.Thread(target=work, name="s3-get", daemon=True) for _ in range(min(THREADS, len(jobs)))]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            while thread.is_alive() and not errors:
-                stall.tick()
-                thread.join(0.05)
-        if errors:
-            raise errors[0]
-    except BaseException:
-        stall.over.set()
-        raise
+        self.data[at : at + len(data)] = data

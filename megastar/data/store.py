@@ -7,19 +7,21 @@ falls behind, and says so.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from megastar.config.schema import DataConfig
-from megastar.data.cache import Cache
-from megastar.data.files import sha256_of
-from megastar.data.s3 import SAY_EVERY, S3Folder, Stall, Stopped, together
+from megastar.data.cache import Cache, most_of_index
+from megastar.data.files import read_small, sha256_of, write_atomic
+from megastar.data.index import index_name
+from megastar.data.s3 import S3Folder
+from megastar.data.stall import NEVER, SAY_EVERY, Stall, Stopped, together
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 _FETCHERS = 4  # shards that are read ahead at once
 _POLL = 0.02  # seconds between looks at what another process of the node fetches
-_NEVER = threading.Event()
 
 
 class Store(Protocol):
@@ -44,12 +45,18 @@ class Store(Protocol):
     def manifest(self) -> bytes:
         """manifest.json. Raises ``UserError`` when it cannot be had."""
 
-    def open(self, info: ShardInfo, stop: threading.Event = _NEVER) -> BinaryIO:
+    def open(self, info: ShardInfo, stop: threading.Event = NEVER) -> BinaryIO:
         """A shard as a local file; it stays while the file or a map of it lives.
 
         ``stop`` ends a long wait with ``Stopped``. Raises ``UserError`` for one that is missing, changed or out of
         reach.
         """
+
+    def index(self, info: ShardInfo) -> bytes | None:
+        """The index that was kept of a shard, None without one. Nothing is promised: check it against the shard."""
+
+    def keep_index(self, info: ShardInfo, data: bytes) -> None:
+        """Keep the index of a shard for the next reader, where that is possible."""
 
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
         """These will be opened next, in this order; what was announced before counts no longer."""
@@ -91,13 +98,28 @@ class FolderStore:
             )
         return path.read_bytes()
 
-    def open(self, info: ShardInfo, stop: threading.Event = _NEVER) -> BinaryIO:
+    def open(self, info: ShardInfo, stop: threading.Event = NEVER) -> BinaryIO:
         path = self.folder / info.name
         if not path.is_file():
             raise UserError(
                 f"token shard {path} is missing though the manifest lists it: copy it again or pretokenize again"
             )
         return path.open("rb")
+
+    def index(self, info: ShardInfo) -> bytes | None:
+        path = self._index(info)
+        with suppress(OSError):
+            # One that is older than its tar may be of another tar.
+            if path.stat().st_mtime_ns >= (self.folder / info.name).stat().st_mtime_ns:
+                return read_small(path, most_of_index(info))
+        return None
+
+    def keep_index(self, info: ShardInfo, data: bytes) -> None:
+        with suppress(OSError):  # a folder that is not ours to write
+            write_atomic(self._index(info), data)
+
+    def _index(self, info: ShardInfo) -> Path:
+        return self.folder / index_name(info.name)
 
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
         pass
@@ -119,8 +141,8 @@ class S3Store:
     remote = True
 
     def __init__(self, url: str, data: DataConfig):
-        self.s3 = S3Folder(url)
-        self.patience, self.folder, self.bound = data.patience, data.cache, int(data.cache_gib * 2**30)
+        self.s3 = S3Folder(url, data.patience)
+        self.folder, self.bound = data.cache, int(data.cache_gib * 2**30)
         self._cache: Cache | None = None
         self._changed = threading.Condition()
         self._wanted: deque[ShardInfo] = deque()
@@ -139,14 +161,14 @@ class S3Store:
         return self.s3.url_of(name)
 
     def manifest(self) -> bytes:
-        stall = Stall(self.where(MANIFEST), self.s3.endpoint, self.patience, say_on_main, _NEVER)
+        stall = self.s3.stall(MANIFEST)
         with tempfile.TemporaryFile() as f:
             self.s3.fetch(MANIFEST, f, None, stall)
             f.seek(0)
             return f.read()
 
-    def open(self, info: ShardInfo, stop: threading.Event = _NEVER) -> BinaryIO:
-        stall = Stall(self.where(info.name), self.s3.endpoint, self.patience, say_on_main, stop)
+    def open(self, info: ShardInfo, stop: threading.Event = NEVER) -> BinaryIO:
+        stall = self.s3.stall(info.name, stop)
         activity, asked = 0, time.monotonic()
         while True:
             if f := self.cache.open(info):
@@ -189,6 +211,12 @@ class S3Store:
             cache.discard(part, info)
             raise
 
+    def index(self, info: ShardInfo) -> bytes | None:
+        return self.cache.index(info)
+
+    def keep_index(self, info: ShardInfo, data: bytes) -> None:
+        self.cache.keep_index(info, data)
+
     # Reading ahead ---------------------------------------------------------------------------------------------
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
         wanted, room = dict[str, "ShardInfo"](), self.bound
@@ -226,7 +254,7 @@ class S3Store:
         if f := self.cache.open(info):
             f.close()
         elif part := self.cache.claim(info):
-            stall = Stall(self.where(info.name), self.s3.endpoint, self.patience, lambda _: None, closed)
+            stall = self.s3.stall(info.name, closed, say=lambda _: None)
             if f := self._fetch(info, part, stall, must=False):
                 f.close()
         else:  # another process is at it: see later whether it went well
@@ -249,9 +277,3 @@ class S3Store:
         for thread in self._fetchers:
             thread.join()
         self._fetchers = []
-
-
-def say_on_main(line: str) -> None:
-    """One line on the console, from the first rank of all."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(line, flush=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from megastar.data import s3 as s3_module
 from megastar.data.cache import Cache
 from megastar.data.loader import validation_batches
 from megastar.data.manifest import load_manifest
+from megastar.data.s3 import S3Folder
 from megastar.data.shard_set import ShardSet, verify
 from megastar.data.store import S3Store
 from megastar.errors import UserError
@@ -90,6 +92,30 @@ def test_a_public_bucket_needs_no_credentials_and_a_closed_one_says_so(s3, use_s
         load_manifest(url)
 
 
+def test_objects_are_listed_read_by_ranges_and_written(s3, use_s3, tmp_path):
+    use_s3(s3)
+    client, prefix = client_of(s3), f"listed/{tmp_path.name}"
+    folder = S3Folder(f"s3://codes/{prefix}/")
+    assert folder.list() == []
+    bodies = {f"deep/{i:04d}.bin": bytes([i % 256]) * (i % 7) for i in range(1005)}  # a page has 1000
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda item: folder.put(*item), bodies.items()))
+    client.put_object(Bucket="codes", Key=f"{prefix}-beside/x", Body=b"not below it")
+    assert [(name, size) for name, size, _ in folder.list()] == [(n, len(b)) for n, b in sorted(bodies.items())]
+    big = np.random.default_rng(0).bytes(300_000)  # five parts
+    folder.put("big", big)
+    etag = {name: etag for name, _, etag in folder.list()}["big"]
+    assert folder.read("big") == big and folder.read("deep/0007.bin") == b"" == folder.read("big", 5, 5, etag)
+    assert folder.read("big", 1000, 200_001, etag) == big[1000:200_001] and folder.read("big", 299_000) == big[299_000:]
+    with pytest.raises(UserError, match=r"big has 300000 bytes, 300001 are asked for: it was cut or changed"):
+        folder.read("big", 0, 300_001)
+    folder.put("big", big[::-1])
+    with pytest.raises(UserError, match=rf"{prefix}/big was changed while it was read"):
+        folder.read("big", 0, 100, etag)
+    with pytest.raises(UserError, match="bucket nowhere of s3://nowhere/x/ does not exist"):
+        S3Folder("s3://nowhere/x").list()
+
+
 READER = """
 import sys, time
 from pathlib import Path
@@ -138,7 +164,7 @@ def test_a_cut_part_goes_on_where_it_was_cut(relay, use_s3, url, folder, data):
 def test_a_server_killed_in_the_middle_comes_back_and_the_reader_goes_on(
     weed, relay, use_s3, url, folder, data, capsys, monkeypatch
 ):
-    monkeypatch.setattr("megastar.data.s3.SAY_EVERY", 0.5)
+    monkeypatch.setattr("megastar.data.stall.SAY_EVERY", 0.5)
     use_s3(relay.endpoint)
     shards = ShardSet(url, data=data)
     shards.read(0, 0)
@@ -272,6 +298,7 @@ HOLDER = """
 import sys, time
 from megastar.data.cache import Cache
 from megastar.data.manifest import load_manifest
+from megastar.data.s3 import S3Folder
 cache, info = Cache(sys.argv[1], 1 << 30), load_manifest(sys.argv[2]).shards[int(sys.argv[3])]
 part = cache.claim(info)
 cache.reserve(part, info, True)

@@ -132,6 +132,11 @@ def test_cut_at_a_member_boundary(tmp_path):
     with pytest.raises(UserError, match=r"shard-00002.tar has \d+ bytes, the manifest says \d+: it was cut"):
         shards.read(2, 0)
     cut(folder, boundary, honest=True)
+    with pytest.raises(UserError, match=f"shard-00002.tar ends at byte {boundary} without tar's end mark: it was cut"):
+        ShardSet(folder).read(2, 0)
+    with (folder / "shard-00002.tar").open("r+b") as f:
+        f.truncate(boundary + 1024)
+    cut(folder, boundary + 1024, honest=True)
     with pytest.raises(UserError, match="shard-00002.tar holds 3 samples, the manifest says 4"):
         ShardSet(folder).read(2, 0)
 
@@ -171,8 +176,10 @@ def test_missing_shard(tmp_path):
 
 
 def test_other_shape_than_the_manifest(tmp_path):
-    folder = write_set(tmp_path / "s", tokens=64)
-    with pytest.raises(UserError, match="is not 3 views of 64 codes as the manifest says"):
+    folder = write_set(tmp_path / "s", grid=8, tokens=64)
+    with pytest.raises(
+        UserError, match=r"uint16 of shape \(3, 16\), not 3 views of 64 codes in uint16 as the manifest says"
+    ):
         ShardSet(folder).read(0, 0)
 
 

@@ -15,7 +15,8 @@ from megastar.data.cache import Cache
 from megastar.data.files import sha256
 from megastar.data.manifest import ShardInfo
 from megastar.data.order import OrderSpec, epoch_order, shards_from
-from megastar.data.s3 import S3Folder, Stall, Stopped, split_url, together
+from megastar.data.s3 import S3Folder, split_url
+from megastar.data.stall import Stall, Stopped, together
 from megastar.data.store import FolderStore, is_remote, open_store
 from megastar.errors import UserError
 
@@ -137,10 +138,49 @@ def test_a_full_disk_and_a_hash_that_is_none(tmp_path, monkeypatch):
         cache.open(ShardInfo("a.tar", 1, 1, "../x"))
 
 
+def test_an_index_goes_with_its_shard_and_counts(tmp_path):
+    cache = Cache(tmp_path / "c", 3000)
+    cache.keep_index(info(1), b"of a shard that is not here")
+    assert cache.index(info(1)) is None and names(cache) == []
+    for number in (1, 2):
+        put(cache, info(number))
+        os.utime(cache.folder / f"{number:064x}.tar", (number, number))
+        cache.keep_index(info(number), bytes([number]) * 100)
+    assert cache.index(info(1)) == b"\1" * 100 and names(cache) == ["1.idx", "1.tar", "2.idx", "2.tar"]
+    put(cache, info(3, 900))  # 1000 + 100 + 1000 + 100 + 900 is too much
+    assert names(cache) == ["2.idx", "2.tar", "3.tar"] and cache.index(info(1)) is None
+    cache.keep_index(info(3), bytes(3 << 20))  # more than any index of such a shard
+    assert cache.index(info(3)) is None
+    for left in (f"{7:064x}.idx", f"{2:064x}.idx.1-ab.tmp"):
+        (cache.folder / left).write_bytes(b"left")
+        os.utime(cache.folder / left, (1, 1))
+    Cache(tmp_path / "c", 3000)
+    assert names(cache) == ["2.idx", "2.tar", "3.idx", "3.tar"]
+
+
+def test_a_folder_keeps_indexes_beside_the_shards_where_it_may(tmp_path, monkeypatch):
+    store, shard = FolderStore(tmp_path), tmp_path / "shard-00001.tar"
+    shard.write_bytes(b"tar")
+    assert store.index(info(1)) is None
+    store.keep_index(info(1), b"first")
+    store.keep_index(info(1), b"second")
+    assert store.index(info(1)) == b"second"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["shard-00001.idx", "shard-00001.tar"]
+
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("megastar.data.store.write_atomic", read_only)
+    store.keep_index(info(1), b"third")
+    assert store.index(info(1)) == b"second"
+    os.utime(tmp_path / "shard-00001.idx", (1, 1))  # older than the tar: it may be of another one
+    assert store.index(info(1)) is None
+
+
 # A stall -----------------------------------------------------------------------------------------------------------
 def test_a_stall_speaks_every_ten_seconds_and_ends_with_the_last_error(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("megastar.data.s3.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("megastar.data.stall.time.monotonic", lambda: now[0])
     said: list[str] = []
     stop = threading.Event()
     stall = Stall("s3://b/x.tar", "http://store", 35.0, said.append, stop)

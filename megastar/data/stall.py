@@ -1,0 +1,103 @@
+"""Waiting for a store: the clock that says so and ends it, and threads that work under such a clock."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from megastar.errors import UserError
+
+PATIENCE = 1800.0  # seconds that an outage may last, by default
+SAY_EVERY = 10.0  # seconds between the lines of a stall
+THREADS = 8  # that work at once for one wait
+NEVER = threading.Event()  # a stop that does not come
+
+
+class Stopped(Exception):
+    """The reading was ended from outside."""
+
+
+class Stall:
+    """How long ``what`` has not moved: says so every ten seconds, and ends the wait after ``patience`` seconds.
+
+    ``say`` takes each line; ``stop`` ends the wait with ``Stopped``.
+    """
+
+    def __init__(self, what: str, endpoint: str, patience: float, say: Callable[[str], None], stop: threading.Event):
+        self.what, self.endpoint, self.patience, self.say, self.stop = what, endpoint, patience, say, stop
+        self.over = threading.Event()  # for the threads that work for this wait
+        self.problem, self.moves = "", 0
+        self._moved = self._said = time.monotonic()
+        self._lock = threading.Lock()
+
+    def moved(self) -> None:
+        """Bytes came."""
+        with self._lock:
+            idle, told = time.monotonic() - self._moved, self._said > self._moved
+            self.problem, self.moves = "", self.moves + 1
+            self._moved = self._said = time.monotonic()
+        if told:
+            self.say(f"{self.what} comes again from {self.endpoint} after {idle:.0f} s")
+
+    def failed(self, error: object) -> None:
+        """An attempt brought nothing."""
+        self.problem = " ".join(f"{error}".split())[:300] or type(error).__name__
+
+    def tick(self) -> None:
+        """Call it every fraction of a second. Raises ``UserError`` or ``Stopped`` when the wait is over."""
+        if self.stop.is_set():
+            raise Stopped
+        now = time.monotonic()
+        idle = now - self._moved
+        if self.problem and idle >= self.patience:
+            raise UserError(
+                f"{self.what} did not come from {self.endpoint} for {idle:.0f} s (data.patience = {self.patience:g}), the last error: {self.problem}: once the store answers, run the same command again"
+            )
+        if idle >= SAY_EVERY and now - self._said >= SAY_EVERY:
+            self._said = now
+            self.say(
+                f"stalled for {idle:.0f} s: {self.what} does not come from {self.endpoint} ({self.problem or 'no answer yet'}); trying until data.patience = {self.patience:g} s"
+            )
+
+
+def say_on_main(line: str) -> None:
+    """One line on the console, from the first rank of all."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(line, flush=True)
+
+
+def together(jobs: Sequence[Callable[[], None]], stall: Stall) -> None:
+    """Run the jobs in threads; the first error ends them all and comes out. Here only the clock is watched.
+
+    The threads are daemons: one that hangs in a read holds nobody up.
+    """
+    todo, errors = deque(jobs), list[BaseException]()
+
+    def work() -> None:
+        while not stall.over.is_set():
+            try:
+                job = todo.popleft()
+            except IndexError:
+                return
+            try:
+                job()
+            except BaseException as error:
+                errors.append(error)
+                return
+
+    threads = [threading.Thread(target=work, name="s3-get", daemon=True) for _ in range(min(THREADS, len(jobs)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            while thread.is_alive() and not errors:
+                stall.tick()
+                thread.join(0.05)
+        if errors:
+            raise errors[0]
+    except BaseException:
+        stall.over.set()
+        raise

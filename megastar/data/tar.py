@@ -1,0 +1,176 @@
+"""Walking a tar in memory: strict, bounded, and nothing is ever extracted.
+
+Every header's check sum and size are checked, and the walk only moves forward. What `tarfile` and `webdataset` write is
+read: ustar, GNU long names, pax paths and sizes. Links, devices and sparse files hold no samples and are refused.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from typing import NamedTuple
+from zlib import adler32
+
+from megastar.errors import UserError
+
+BLOCK = 512  # tar's unit
+AGAIN = "copy it again or pretokenize again"
+_LONGEST = 1 << 20  # bytes of an extended header: real ones have a few hundred
+_LONGEST_NAME = 4096
+_STEP = 1 << 20
+_NUMBERS = (b"\0", b"0", b"7")
+_KINDS = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    b"6": "a pipe",
+    b"S": "a sparse file",
+}
+
+Buffer = mmap.mmap | bytes
+
+
+class Member(NamedTuple):
+    """A file of a tar."""
+
+    name: str
+    start: int  # of its data, in bytes from the tar's beginning
+    size: int  # in bytes
+
+
+def walk(data: Buffer, where: str) -> Iterator[Member]:
+    """The files of the tar ``data`` in order; directories are passed over. ``where`` names the tar in messages.
+
+    Raises ``UserError`` for a broken header, a member that ends beyond the file, a missing end mark (so a tar cut at
+    any place is found), data after it, a link or device, and a name that is absolute, leaves the folder or holds a NUL.
+    """
+    position, end = 0, len(data)
+    name: str | None = None  # from an extended header, for the next member
+    size: int | None = None
+    while True:
+        if position + BLOCK > end:
+            raise UserError(f"token shard {where} ends at byte {end} without tar's end mark: it was cut, {AGAIN}")
+        block = data[position : position + BLOCK]
+        if block[0] == 0 and not any(block):
+            _only_zeros(data, position, where)
+            return
+        found, length, kind = _header(block, where, position)
+        start = position + BLOCK
+        if kind in _NUMBERS:
+            if size is not None:
+                length = size
+            if name is not None:
+                found = name
+            name = size = None
+            position = _after(found, start, length, end, where)
+            if not found.endswith("/"):  # the oldest tars mark a directory so
+                yield Member(_checked(found, where), start, length)
+        elif kind == b"5":
+            name = size = None
+            position = start
+        elif kind in (b"x", b"g", b"L", b"K"):
+            if length > _LONGEST:
+                raise UserError(
+                    f"token shard {where} has an extended header of {length} bytes at byte {position}: {AGAIN}"
+                )
+            position = _after("an extended header", start, length, end, where)
+            body = bytes(data[start : start + length])
+            if kind == b"L":
+                name = _text(body.partition(b"\0")[0])
+            elif kind != b"K":
+                fields = _pax(body, where, start)
+                if any(k.startswith("GNU.sparse") for k in fields):
+                    raise UserError(f"token shard {where} holds a sparse file at byte {start}: pack plain files")
+                if kind == b"x":
+                    name, size = fields.get("path", name), _pax_size(fields, where, start)
+                elif "path" in fields or "size" in fields:
+                    raise UserError(
+                        f"token shard {where} has one path or size for all members at byte {start}: {AGAIN}"
+                    )
+        else:
+            what = _KINDS.get(kind, f"a member of type {kind!r}")
+            raise UserError(f"token shard {where} holds {what}, {shown(name or found)}: pack plain files")
+
+
+def shown(name: str) -> str:
+    """A name from afar as a message can hold it."""
+    text = name if name.isprintable() and name else repr(name)
+    return text if len(text) <= 120 else f"{text[:120]}..."
+
+
+def _header(block: bytes, where: str, position: int) -> tuple[str, int, bytes]:
+    """Name, size and type. The check sum tells a header from data."""
+    try:
+        # adler32's lower half is 1 + the sum of the bytes modulo 65521, and 256 bytes stay below that.
+        total = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2
+        if total - sum(block[148:156]) + 8 * 32 != _octal(block[148:156]):
+            raise ValueError
+        size = _octal(block[124:136]) if block[124] < 128 else _base_256(block[124:136])
+    except ValueError:
+        raise UserError(f"token shard {where} has a broken header at byte {position}: {AGAIN}") from None
+    name = block[:100].partition(b"\0")[0]
+    if block[345] and block[257:263] == b"ustar\0":
+        name = block[345:500].partition(b"\0")[0] + b"/" + name
+    return _text(name), size, block[156:157]
+
+
+def _octal(field: bytes) -> int:
+    digits = field.partition(b"\0")[0].strip(b" ") or b"0"
+    if not digits.isdigit():  # int() takes signs and underscores too
+        raise ValueError
+    return int(digits, 8)
+
+
+def _base_256(field: bytes) -> int:
+    """GNU's sizes from 8 GiB on."""
+    if field[0] != 0x80:
+        raise ValueError
+    return int.from_bytes(field[1:], "big")
+
+
+def _after(name: str, start: int, size: int, end: int, where: str) -> int:
+    """Where the next header lies."""
+    if start + size > end:
+        raise UserError(f"token shard {where} ends inside {shown(name)}: it was cut, {AGAIN}")
+    return start + -(-size // BLOCK) * BLOCK
+
+
+def _pax(body: bytes, where: str, position: int) -> dict[str, str]:
+    """Records "LENGTH KEY=VALUE\\n" of a pax header."""
+    fields, at = dict[str, str](), 0
+    while at < len(body) and body[at]:
+        number, space, _ = body[at : at + 8].partition(b" ")
+        length = int(number) if number.isdigit() and space else 0
+        record = body[at + len(number) + 1 : at + length]
+        key, equals, value = record[:-1].partition(b"=")
+        if at + length > len(body) or not equals or record[-1:] != b"\n":
+            raise UserError(f"token shard {where} has a broken header at byte {position + at}: {AGAIN}")
+        fields[_text(key)] = _text(value)
+        at += length
+    return fields
+
+
+def _pax_size(fields: dict[str, str], where: str, position: int) -> int | None:
+    if (size := fields.get("size")) is None:
+        return None
+    if not (size.isascii() and size.isdigit() and len(size) <= 20):
+        raise UserError(f"token shard {where} has a broken header at byte {position}: {AGAIN}")
+    return int(size)
+
+
+def _text(name: bytes) -> str:
+    return name.decode(errors="backslashreplace")
+
+
+def _checked(name: str, where: str) -> str:
+    if not name or len(name) > _LONGEST_NAME or "\0" in name or name.startswith("/") or ".." in name.split("/"):
+        raise UserError(f"token shard {where} holds a member named {shown(name)}: names must be relative, without '..'")
+    return name
+
+
+def _only_zeros(data: Buffer, position: int, where: str) -> None:
+    """After the end mark; two tars in one file would be read by halves."""
+    for at in range(position, len(data), _STEP):
+        if any(part := data[at : at + _STEP]) and part.strip(b"\0"):
+            raise UserError(f"token shard {where} goes on after its end mark at byte {position}: {AGAIN}")
