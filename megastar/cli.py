@@ -16,6 +16,7 @@ COMMANDS = {  # name -> (module of megastar.commands, what it does)
     "demo": ("demo", "pictures to scores on the embedded emoji, in one command"),
     "train-tokenizer": ("train_tokenizer", "train the VQ tokenizer on pictures"),
     "pretokenize": ("pretokenize", "turn pictures into token shards"),
+    "data": ("data", "look into token shards: inspect, verify, stats, index"),
     "train": ("train", "train a model: ST-AR or the AR baseline"),
     "convert": ("convert", "look into a checkpoint, or turn it into weights or another format"),
     "sample": ("sample", "draw pictures from a run or a weights file"),

@@ -188,7 +188,7 @@ class Cache:
 
 def most_of_index(info: ShardInfo) -> int:
     """Bytes beyond which a file is no index of that shard."""
-    return info.bytes + (1 << 20)
+    return 4096 + 16 * info.samples
 
 
 def _size(path: Path) -> int:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 def write_atomic(path: Path, data: bytes) -> None:
     """All of ``data`` or, after a crash, the former file: write beside, fsync, rename.
 
-    Several processes may write the same file at once: the last one stays.
+    Several processes may write the same file: the last one wins, and it is whole.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:

@@ -7,18 +7,22 @@ Where it finds no credentials, the requests are unsigned: public buckets need no
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any, BinaryIO
 
 from megastar.data.stall import NEVER, PATIENCE, THREADS, Stall, Stopped, say_on_main, together
 from megastar.errors import UserError
 
-PART = 8 << 20  # bytes of a ranged GET
+PART = 8 << 20  # bytes of a ranged GET at least, four times that at most: each costs 3 ms of a core
+PAGE = 1000  # objects of one listing: S3's most
 _CHUNK = 1 << 20
 _LONGEST_PAUSE = 10.0  # seconds: so soon after an outage the run goes on
 _random = random.Random()  # its own: the pauses must not move anybody's draws
@@ -75,14 +79,14 @@ class S3Folder:
         """The clock of one wait for object ``name``; ``stop`` ends it with ``Stopped``."""
         return Stall(self.url_of(name), self.endpoint, self.patience, say or self.say, stop)
 
-    def list(self, stop: threading.Event = NEVER) -> list[tuple[str, int, str]]:
+    def list(self, stall: Stall | None = None) -> list[tuple[str, int, str]]:
         """Name (below the prefix), bytes and ETag of every object, by name. An empty prefix has none."""
-        stall, start = self.stall("", stop), self.key_of("")
+        stall, start = stall or self.stall(""), self.key_of("")
         found: list[tuple[str, int, str]] = []
-        page: dict[str, str] = {}
+        page: dict[str, Any] = {}
 
         def ask() -> dict[str, Any]:
-            answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix=start, **page)
+            answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix=start, MaxKeys=PAGE, **page)
             stall.moved()
             return answer
 
@@ -100,13 +104,13 @@ class S3Folder:
         return sorted(found)
 
     def read(
-        self, name: str, start: int = 0, end: int | None = None, etag: str | None = None, stop: threading.Event = NEVER
+        self, name: str, start: int = 0, end: int | None = None, stall: Stall | None = None, etag: str | None = None
     ) -> bytes:
         """Bytes ``start`` to ``end`` (None: the last) of an object, of its version ``etag`` (None: whichever is there).
 
         Raises ``UserError`` when it is no longer that version, or ends before ``end``.
         """
-        stall = self.stall(name, stop)
+        stall = stall or self.stall(name)
         if etag is None or end is None:
             found: list[tuple[str, int]] = []
             together([lambda: found.append(self.look(name, stall))], stall)
@@ -127,15 +131,28 @@ class S3Folder:
             together(jobs, stall)
         return bytes(sink.data)
 
-    def put(self, name: str, data: bytes, stop: threading.Event = NEVER) -> None:
+    def glance(self, name: str, most: int) -> bytes | None:
+        """A small object that may be missing: one attempt, None where it fails or is larger than ``most`` bytes."""
+        try:
+            answer = self.client.get_object(Bucket=self.bucket, Key=self.key_of(name))
+            with closing(answer["Body"]) as body:
+                return body.read() if answer["ContentLength"] <= most else None
+        except Exception as error:
+            with suppress(UserError):  # it is only a help: what ails the store is said when a shard is wanted
+                self.passing(error, name)
+            return None
+
+    def put(self, name: str, data: bytes, stall: Stall | None = None) -> None:
         """Write a small object whole."""
-        stall = self.stall(name, stop)
+        stall = stall or self.stall(name)
         job = partial(self.client.put_object, Bucket=self.bucket, Key=self.key_of(name), Body=data)
         together([lambda: self._patiently(name, stall, job)], stall)
 
-    def fetch(self, name: str, out: BinaryIO, size: int | None, stall: Stall) -> None:
-        """Write object ``name`` to ``out``; ``size`` (None: any) is what it must have. Errors are those of ``Stall``,
-        and ``UserError`` at once for what no retry mends."""
+    def fetch(self, name: str, out: BinaryIO, size: int | None, stall: Stall) -> str:
+        """Write object ``name`` to ``out``; ``size`` (None: any) is what it must have. Returns its SHA-256.
+
+        Errors are those of ``Stall``, and ``UserError`` at once for what no retry mends.
+        """
         found: list[tuple[str, int]] = []
         together([lambda: found.append(self.look(name, stall))], stall)
         etag, there = found[0]
@@ -145,9 +162,13 @@ class S3Folder:
             )
         sink = _Sink(out)
         try:
-            starts = range(0, there, PART)
-            jobs = [partial(self._part, name, etag, start, min(start + PART, there), sink, stall) for start in starts]
-            together(jobs, stall)
+            part = min(max(PART, -(-there // THREADS)), 4 * PART)
+            starts = range(0, there, part)
+            jobs = [partial(self._part, name, etag, start, min(start + part, there), sink, stall) for start in starts]
+            together(jobs, stall, sink.hash_some)  # the hash keeps up with the network
+            while sink.hash_some():
+                pass
+            return sink.digest.hexdigest()
         finally:
             sink.close()
 
@@ -190,17 +211,20 @@ class S3Folder:
             answer = self._get(name, at, end, IfMatch=etag)
             if answer["ETag"] != etag:  # a server that does not know If-Match
                 raise self.changed(name)
-            body = answer["Body"]
+            body, size = answer["Body"], min(_CHUNK, 1 << 16)
             try:
                 while at < end:
                     if stall.over.is_set():
                         raise Stopped
-                    chunk = body.read(min(_CHUNK, end - at))
+                    asked = time.monotonic()
+                    chunk = body.read(min(size, end - at))
                     if not chunk:
                         raise OSError(f"the answer ended {end - at} bytes early")
                     sink.write(chunk, at - origin)
                     at += len(chunk)
-                    stall.moved()
+                    stall.moved(len(chunk))
+                    took = time.monotonic() - asked  # a read returns when it is full: at a crawl, ask for less
+                    size = min(2 * size, _CHUNK) if took < 0.1 else max(size // 2, 1 << 12) if took > 1 else size
             finally:
                 body.close()
 
@@ -261,21 +285,34 @@ class S3Folder:
 
 
 class _Sink:
-    """A file to which several threads write. A thread that comes late, after ``close``, writes nothing."""
+    """A file to which several threads write, and one hashes. A thread that comes late, after ``close``, writes nothing."""
 
     def __init__(self, out: BinaryIO):
         self._fd: int | None = out.fileno()
         self._lock = threading.Lock()
+        self.digest, self._hashed = hashlib.sha256(), 0
+        self._pieces: dict[int, int] = {}  # first byte -> end, of what was written and is not hashed
+
+    def hash_some(self) -> bool:
+        """Hash the next piece; False where it has not come yet. For one thread."""
+        end = self._pieces.pop(self._hashed, 0)
+        if not end:
+            return False
+        assert self._fd is not None
+        self.digest.update(os.pread(self._fd, end - self._hashed, self._hashed))
+        self._hashed = end
+        return True
 
     def write(self, data: bytes, at: int) -> None:
         with self._lock:
             if self._fd is None:
                 raise Stopped
-            view = memoryview(data)
+            view, end = memoryview(data), at
             try:
                 while view:
-                    n = os.pwrite(self._fd, view, at)
-                    view, at = view[n:], at + n
+                    n = os.pwrite(self._fd, view, end)
+                    view, end = view[n:], end + n
+                self._pieces[at] = end
             except OSError as error:  # the disk's, not the network's
                 raise UserError(
                     f"the cache cannot be written ({error.strerror}): make room, or name another data.cache"

@@ -12,7 +12,8 @@ from megastar.errors import UserError
 
 PATIENCE = 1800.0  # seconds that an outage may last, by default
 SAY_EVERY = 10.0  # seconds between the lines of a stall
-THREADS = 8  # that work at once for one wait
+_UNTOLD = 60.0  # seconds
+THREADS = 4  # that work at once for one wait
 NEVER = threading.Event()  # a stop that does not come
 
 
@@ -23,22 +24,28 @@ class Stopped(Exception):
 class Stall:
     """How long ``what`` has not moved: says so every ten seconds, and ends the wait after ``patience`` seconds.
 
+    What moves slowly is waited for without end, and told of as well.
+
     ``say`` takes each line; ``stop`` ends the wait with ``Stopped``.
     """
 
     def __init__(self, what: str, endpoint: str, patience: float, say: Callable[[str], None], stop: threading.Event):
         self.what, self.endpoint, self.patience, self.say, self.stop = what, endpoint, patience, say, stop
         self.over = threading.Event()  # for the threads that work for this wait
-        self.problem, self.moves = "", 0
-        self._moved = self._said = time.monotonic()
+        self.problem, self.moves, self.bytes = "", 0, 0
+        self._began = self._moved = self._said = time.monotonic()
+        self._stalled = False
         self._lock = threading.Lock()
 
-    def moved(self) -> None:
-        """Bytes came."""
+    def moved(self, n: int = 0) -> None:
+        """``n`` bytes came."""
         with self._lock:
-            idle, told = time.monotonic() - self._moved, self._said > self._moved
-            self.problem, self.moves = "", self.moves + 1
-            self._moved = self._said = time.monotonic()
+            now = time.monotonic()
+            idle, told = now - self._moved, self._stalled
+            self.problem, self.moves, self.bytes = "", self.moves + 1, self.bytes + n
+            self._moved, self._stalled = now, False
+            if told:
+                self._said = now
         if told:
             self.say(f"{self.what} comes again from {self.endpoint} after {idle:.0f} s")
 
@@ -52,12 +59,23 @@ class Stall:
             raise Stopped
         now = time.monotonic()
         idle = now - self._moved
-        if self.problem and idle >= self.patience:
+        # Without an error, bytes may be on the way: the connection's own time limits speak first.
+        if idle >= self.patience + (0 if self.problem else _UNTOLD):
             raise UserError(
-                f"{self.what} did not come from {self.endpoint} for {idle:.0f} s (data.patience = {self.patience:g}), the last error: {self.problem}: once the store answers, run the same command again"
+                f"{self.what} did not come from {self.endpoint} for {idle:.0f} s (data.patience = {self.patience:g}), the last error: {self.problem or 'no answer'}: once the store answers, run the same command again"
             )
-        if idle >= SAY_EVERY and now - self._said >= SAY_EVERY:
-            self._said = now
+        if now - self._said < SAY_EVERY:
+            return
+        self._said = now
+        if idle < SAY_EVERY:
+            rate = (
+                f": {self.bytes / 1e6:.3g} MB so far, {self.bytes / 1e3 / (now - self._began):.3g} kB/s"
+                if self.bytes
+                else ""
+            )
+            self.say(f"slow: waiting for {self.what} from {self.endpoint} for {now - self._began:.0f} s{rate}")
+        else:
+            self._stalled = True
             self.say(
                 f"stalled for {idle:.0f} s: {self.what} does not come from {self.endpoint} ({self.problem or 'no answer yet'}); trying until data.patience = {self.patience:g} s"
             )
@@ -69,8 +87,10 @@ def say_on_main(line: str) -> None:
         print(line, flush=True)
 
 
-def together(jobs: Sequence[Callable[[], None]], stall: Stall) -> None:
-    """Run the jobs in threads; the first error ends them all and comes out. Here only the clock is watched.
+def together(jobs: Sequence[Callable[[], None]], stall: Stall, meanwhile: Callable[[], bool] = lambda: False) -> None:
+    """Run the jobs in threads; the first error ends them all and comes out.
+
+    Here the clock is watched, and ``meanwhile`` is called again and again: a short piece of work, False without one.
 
     The threads are daemons: one that hangs in a read holds nobody up.
     """
@@ -95,7 +115,8 @@ def together(jobs: Sequence[Callable[[], None]], stall: Stall) -> None:
         for thread in threads:
             while thread.is_alive() and not errors:
                 stall.tick()
-                thread.join(0.05)
+                if not meanwhile():
+                    thread.join(0.02)
         if errors:
             raise errors[0]
     except BaseException:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from megastar.data.manifest import ShardInfo
 
 MANIFEST = "manifest.json"
-_FETCHERS = 4  # shards that are read ahead at once
+_FETCHERS = 3  # shards that are read ahead at once
 _POLL = 0.02  # seconds between looks at what another process of the node fetches
 
 
@@ -57,6 +57,9 @@ class Store(Protocol):
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
         """Keep the index of a shard for the next reader, where that is possible."""
+
+    def audit(self, info: ShardInfo) -> tuple[BinaryIO, str]:
+        """The shard as it is there now, past any cache and whatever its size, and its SHA-256. Errors as ``open``."""
 
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
         """These will be opened next, in this order; what was announced before counts no longer."""
@@ -109,14 +112,17 @@ class FolderStore:
     def index(self, info: ShardInfo) -> bytes | None:
         path = self._index(info)
         with suppress(OSError):
-            # One that is older than its tar may be of another tar.
-            if path.stat().st_mtime_ns >= (self.folder / info.name).stat().st_mtime_ns:
+            if path.stat().st_mtime_ns >= (self.folder / info.name).stat().st_mtime_ns:  # else it is of another tar
                 return read_small(path, most_of_index(info))
         return None
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
         with suppress(OSError):  # a folder that is not ours to write
             write_atomic(self._index(info), data)
+
+    def audit(self, info: ShardInfo) -> tuple[BinaryIO, str]:
+        f = self.open(info)
+        return f, sha256_of(f)
 
     def _index(self, info: ShardInfo) -> Path:
         return self.folder / index_name(info.name)
@@ -146,6 +152,7 @@ class S3Store:
         self._cache: Cache | None = None
         self._changed = threading.Condition()
         self._wanted: deque[ShardInfo] = deque()
+        self._first: ShardInfo | None = None  # of what was announced: till it is here, it has the network for itself
         self._closed = threading.Event()
         self._fetchers: list[threading.Thread] = []
 
@@ -201,8 +208,7 @@ class S3Store:
             if not cache.reserve(part, info, must):
                 cache.discard(part, info)
                 return None
-            self.s3.fetch(info.name, part, info.bytes, stall)
-            if (found := sha256_of(part)) != info.sha256:
+            if (found := self.s3.fetch(info.name, part, info.bytes, stall)) != info.sha256:
                 raise UserError(
                     f"{self.where(info.name)} has SHA-256 {found}, the manifest says {info.sha256}: it was changed, upload it again"
                 )
@@ -212,10 +218,23 @@ class S3Store:
             raise
 
     def index(self, info: ShardInfo) -> bytes | None:
-        return self.cache.index(info)
+        if (kept := self.cache.index(info)) is not None:
+            return kept
+        data = self.s3.glance(index_name(info.name), most_of_index(info))  # uploaded with the shards
+        if data is not None:
+            self.cache.keep_index(info, data)
+        return data
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
         self.cache.keep_index(info, data)
+
+    def audit(self, info: ShardInfo) -> tuple[BinaryIO, str]:
+        f = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            return f, self.s3.fetch(info.name, f, None, self.s3.stall(info.name))
+        except BaseException:
+            f.close()
+            raise
 
     # Reading ahead ---------------------------------------------------------------------------------------------
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
@@ -230,6 +249,7 @@ class S3Store:
             if self._closed.is_set():
                 self._closed = threading.Event()
             self._wanted = deque(wanted.values())
+            self._first = self._wanted[0] if self._wanted else None
             self._changed.notify_all()
         while len(self._fetchers) < _FETCHERS:
             thread = threading.Thread(
@@ -241,26 +261,35 @@ class S3Store:
     def _read_ahead(self, closed: threading.Event) -> None:
         while not closed.is_set():
             with self._changed:
-                if not self._wanted:
+                if not self._wanted or (self._first is not None and self._wanted[0] is not self._first):
                     self._changed.wait(0.5)
                     continue
                 info = self._wanted.popleft()
             try:
-                self._one_ahead(info, closed)
+                done = self._one_ahead(info, closed)
             except (UserError, Stopped, OSError):
                 closed.wait(1.0)  # ``open`` will meet it too, and say it
+                done = True
+            with self._changed:
+                if not done:  # another process is at it: see later whether it went well
+                    self._wanted.appendleft(info) if info is self._first else self._wanted.append(info)
+                elif info is self._first:
+                    self._first = None
+                    self._changed.notify_all()
+            if not done:
+                closed.wait(0.1)
 
-    def _one_ahead(self, info: ShardInfo, closed: threading.Event) -> None:
+    def _one_ahead(self, info: ShardInfo, closed: threading.Event) -> bool:
+        """Fetch it, if that is needed and possible; False while another reader of the node does."""
         if f := self.cache.open(info):
             f.close()
         elif part := self.cache.claim(info):
             stall = self.s3.stall(info.name, closed, say=lambda _: None)
             if f := self._fetch(info, part, stall, must=False):
                 f.close()
-        else:  # another process is at it: see later whether it went well
-            with self._changed:
-                self._wanted.append(info)
-            closed.wait(0.1)
+        else:
+            return False
+        return True
 
     def check_room(self, shards: Iterable[ShardInfo]) -> None:
         needed = sum(s.bytes for s in shards)
@@ -273,6 +302,7 @@ class S3Store:
         with self._changed:
             self._closed.set()
             self._wanted.clear()
+            self._first = None
             self._changed.notify_all()
         for thread in self._fetchers:
             thread.join()

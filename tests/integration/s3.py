@@ -63,6 +63,8 @@ class Server:
             *(f"-{name}.port={port}" for name, port in self.ports.items()), f"-s3.config={self.folder / 's3.json'}",
             "-master.telemetry=false", "-master.electionTimeout=500ms", "-master.heartbeatInterval=100ms",
             "-volume.max=50", "-master.volumeSizeLimitMB=64",
+            "-s3.port.iceberg=0", "-s3.port.lance=0",  # else two servers of a machine want the same ports
+            *(f"-{name}.localSocket={self.folder / name}.sock" for name in ("filer", "s3")),
         ]  # fmt: skip
         with (self.folder / "log").open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)

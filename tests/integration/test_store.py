@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
+import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -15,14 +19,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megastar import cli
 from megastar.config.schema import DataConfig
 from megastar.data import s3 as s3_module
+from megastar.data import shard_set
 from megastar.data.cache import Cache
+from megastar.data.files import sha256
 from megastar.data.loader import validation_batches
 from megastar.data.manifest import load_manifest
 from megastar.data.s3 import S3Folder
 from megastar.data.shard_set import ShardSet, verify
 from megastar.data.store import S3Store
+from megastar.data.verify import verify as data_verify
 from megastar.errors import UserError
 from tests.integration.conftest import ROOT, megastar
 from tests.integration.s3 import client_of, free_port
@@ -65,7 +73,8 @@ def data(tmp_path) -> DataConfig:
 
 
 def cached(data: DataConfig) -> list[str]:
-    return sorted(p.name for p in Path(data.cache).iterdir() if p.name != "lock")
+    """But for the indexes, which may be there or not."""
+    return sorted(p.name for p in Path(data.cache).iterdir() if p.suffix not in ("", ".idx"))
 
 
 # The same bytes ----------------------------------------------------------------------------------------------------
@@ -92,12 +101,13 @@ def test_a_public_bucket_needs_no_credentials_and_a_closed_one_says_so(s3, use_s
         load_manifest(url)
 
 
-def test_objects_are_listed_read_by_ranges_and_written(s3, use_s3, tmp_path):
+def test_objects_are_listed_read_by_ranges_and_written(s3, use_s3, tmp_path, monkeypatch):
     use_s3(s3)
     client, prefix = client_of(s3), f"listed/{tmp_path.name}"
     folder = S3Folder(f"s3://codes/{prefix}/")
     assert folder.list() == []
-    bodies = {f"deep/{i:04d}.bin": bytes([i % 256]) * (i % 7) for i in range(1005)}  # a page has 1000
+    bodies = {f"deep/{i:04d}.bin": bytes([i % 256]) * (i % 7) for i in range(25)}
+    monkeypatch.setattr(s3_module, "PAGE", 10)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda item: folder.put(*item), bodies.items()))
     client.put_object(Bucket="codes", Key=f"{prefix}-beside/x", Body=b"not below it")
@@ -105,20 +115,39 @@ def test_objects_are_listed_read_by_ranges_and_written(s3, use_s3, tmp_path):
     big = np.random.default_rng(0).bytes(300_000)  # five parts
     folder.put("big", big)
     etag = {name: etag for name, _, etag in folder.list()}["big"]
-    assert folder.read("big") == big and folder.read("deep/0007.bin") == b"" == folder.read("big", 5, 5, etag)
-    assert folder.read("big", 1000, 200_001, etag) == big[1000:200_001] and folder.read("big", 299_000) == big[299_000:]
+    assert folder.read("big") == big and folder.read("deep/0007.bin") == b"" == folder.read("big", 5, 5, etag=etag)
+    assert (
+        folder.read("big", 1000, 200_001, etag=etag) == big[1000:200_001]
+        and folder.read("big", 299_000) == big[299_000:]
+    )
     with pytest.raises(UserError, match=r"big has 300000 bytes, 300001 are asked for: it was cut or changed"):
         folder.read("big", 0, 300_001)
     folder.put("big", big[::-1])
     with pytest.raises(UserError, match=rf"{prefix}/big was changed while it was read"):
-        folder.read("big", 0, 100, etag)
+        folder.read("big", 0, 100, etag=etag)
     with pytest.raises(UserError, match="bucket nowhere of s3://nowhere/x/ does not exist"):
         S3Folder("s3://nowhere/x").list()
+
+
+def test_an_index_comes_from_the_store_and_is_not_trusted(s3, use_s3, spoilt, data, monkeypatch):
+    client, url, prefix, _ = spoilt
+    walks = []
+    walk = shard_set.walk_shard
+    monkeypatch.setattr(shard_set, "walk_shard", lambda *a: walks.append(a[1]) or walk(*a))
+    client.delete_object(Bucket="codes", Key=f"{prefix}/shard-00001.idx")
+    client.put_object(Bucket="codes", Key=f"{prefix}/shard-00002.idx", Body=b"no index")
+    client.put_object(Bucket="codes", Key=f"{prefix}/shard-00003.idx", Body=bytes(10_000))  # larger than one may be
+    for _ in range(2):
+        shards = ShardSet(url, data=data)
+        for shard, size in enumerate(SIZES):
+            np.testing.assert_array_equal(shards.read(shard, size - 1)[0], sample(sum(SIZES[: shard + 1]) - 1)[0])
+    assert walks == [f"{url}/shard-0000{n}.tar" for n in (1, 2, 3)]  # the second time they come from the cache
 
 
 READER = """
 import sys, time
 from pathlib import Path
+from megastar import cli
 from megastar.config.schema import DataConfig
 from megastar.data.shard_set import ShardSet
 shards = ShardSet(sys.argv[1], data=DataConfig(cache=sys.argv[2]))
@@ -215,6 +244,38 @@ def test_an_outage_does_not_hold_up_the_end_of_a_loader(relay, use_s3, url, data
     assert len(take(source, 2)) == 2  # it can be iterated again
 
 
+def test_a_crawl_is_told_and_waited_for(relay, use_s3, url, folder, data, capsys, monkeypatch):
+    monkeypatch.setattr("megastar.data.stall.SAY_EVERY", 0.7)
+    use_s3(relay.endpoint)
+    data.patience = 0.5  # it is for outages
+    shards = ShardSet(url, data=data)
+    relay.pause = 0.4  # 16 KiB each time, a connection
+    started = time.monotonic()
+    codes, _, _ = shards.read(2, 69)
+    assert 1.4 < time.monotonic() - started < 30
+    np.testing.assert_array_equal(codes, sample(sum(SIZES[:2]) + 69)[0])
+    said = re.findall(
+        rf"slow: waiting for {url}/shard-00002.tar from {relay.endpoint} for \d+ s: ([\d.]+) MB so far, ([\d.]+) kB/s",
+        capsys.readouterr().out,
+    )
+    assert said and all(0 < float(mb) < 1 and float(rate) < 400 for mb, rate in said)
+
+
+def test_a_server_that_falls_silent(relay, use_s3, url, data, monkeypatch):
+    monkeypatch.setattr("megastar.data.stall._UNTOLD", 0.5)  # no error yet: the sockets wait for 20 s
+    use_s3(relay.endpoint)
+    shards = ShardSet(url, data=data)
+    shards.read(0, 0)
+    shards.store.s3.patience = 1.0
+    relay.pause = 10.0
+    started = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"shard-00001.tar did not come from http.* for \d s .*, the last error: no answer"
+    ):
+        shards.read(1, 0)
+    assert time.monotonic() - started < 8
+
+
 # Objects that are not what the manifest says ------------------------------------------------------------------------
 @pytest.fixture
 def spoilt(s3, use_s3, folder, data, tmp_path):
@@ -297,6 +358,7 @@ def test_the_bound_holds_and_what_is_mapped_stays(s3, use_s3, url, folder, data)
 HOLDER = """
 import sys, time
 from megastar.data.cache import Cache
+from megastar.data.files import sha256
 from megastar.data.manifest import load_manifest
 from megastar.data.s3 import S3Folder
 cache, info = Cache(sys.argv[1], 1 << 30), load_manifest(sys.argv[2]).shards[int(sys.argv[3])]
@@ -325,6 +387,96 @@ def test_the_left_overs_of_a_killed_process_are_swept(s3, use_s3, url, folder, d
             process.kill()
             process.wait()
     assert ShardSet(url, data=data).read(1, 0)[2] == SIZES[0]
+
+
+def test_a_cache_that_cannot_hold_a_shard(s3, use_s3, url, data):
+    use_s3(s3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a full disk that needs no disk
+    try:
+        with pytest.raises(
+            UserError, match=r"shard-00000.tar \(\d+ bytes\) cannot be written to the cache .*: make room"
+        ):
+            ShardSet(url, data=data).read(0, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert cached(data) == []
+    assert ShardSet(url, data=data).read(0, 0)[2] == 0
+    data.cache = "/proc/sys/megastar"  # nobody can write there
+    with pytest.raises(UserError, match=r"data.cache = /proc/sys/megastar cannot be used .*: name a folder on a disk"):
+        ShardSet(url, data=data).read(0, 0)
+
+
+def read_at_random(url: str, data: DataConfig, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    while True:
+        shards = ShardSet(url, data=data, max_open=1)
+        for _ in range(20):
+            shard = int(rng.integers(4))
+            row = int(rng.integers(SIZES[shard]))
+            i = sum(SIZES[:shard]) + row
+            codes, label, found = shards.read(shard, row)
+            if found != i or label != sample(i)[1] or not np.array_equal(codes, sample(i)[0]):
+                os._exit(3)
+        shards.close()
+
+
+def test_four_processes_killed_at_random_leave_a_good_cache(s3, use_s3, url, folder, data):
+    use_s3(s3)
+    infos = load_manifest(folder).shards
+    data.cache_gib = (infos[0].bytes + infos[2].bytes + 10_000) / 2**30  # always one too few: shards come and go
+    fork, rng, seeds = multiprocessing.get_context("fork"), np.random.default_rng(0), itertools.count()
+
+    def start() -> multiprocessing.Process:
+        process = fork.Process(target=read_at_random, args=(url, data, next(seeds)), daemon=True)
+        process.start()
+        return process
+
+    readers = [start() for _ in range(4)]
+    try:
+        time.sleep(1.0)
+        for _ in range(20):
+            time.sleep(rng.uniform(0.02, 0.3))
+            victim = int(rng.integers(4))
+            assert readers[victim].is_alive(), readers[victim].exitcode
+            readers[victim].kill()
+            readers[victim].join()
+            readers[victim] = start()
+        time.sleep(0.5)
+        assert all(r.is_alive() for r in readers), [r.exitcode for r in readers]
+    finally:
+        for reader in readers:
+            reader.kill()
+            reader.join()
+    cache = Cache(data.cache, int(data.cache_gib * 2**30))  # sweeps
+    assert {Path(n).suffix for n in cached(data)} <= {".tar"}
+    for path in cache.folder.glob("*.tar"):
+        assert sha256(path) == path.stem
+    shards = ShardSet(url, data=data, max_open=1)
+    for shard, size in enumerate(SIZES):
+        np.testing.assert_array_equal(shards.read(shard, size - 1)[0], sample(sum(SIZES[: shard + 1]) - 1)[0])
+    (cache.folder / f"{infos[1].sha256}.tar").unlink()  # so that it is fetched again, and room made
+    shards.read(1, 0)
+    assert sum(p.stat().st_size for p in cache.folder.glob("*.*")) <= cache.bound
+
+
+# megastar data -----------------------------------------------------------------------------------------------------
+def test_verify_reads_the_store_and_not_the_cache(spoilt, data, capsys):
+    client, url, prefix, good = spoilt
+    assert data_verify(url, data) == []
+    whole = ShardSet(url, data=data)
+    for shard in range(4):
+        whole.read(shard, 0)  # all in the cache
+    other = bytearray(good)
+    other[512 * 5 + 200] ^= 1
+    client.put_object(Bucket="codes", Key=f"{prefix}/shard-00001.tar", Body=bytes(other))
+    client.delete_object(Bucket="codes", Key=f"{prefix}/shard-00003.tar")
+    found = data_verify(url, data)
+    assert [p.shard for p in found] == ["shard-00001.tar", "shard-00003.tar"]
+    assert "has SHA-256" in found[0].reason and "does not exist at http" in found[1].reason
+    assert cli.main(["data", "verify", url]) == 1 and "2 of 4 shards are broken" in capsys.readouterr().out
+    assert cli.main(["data", "inspect", url, "--cache", data.cache]) == 0
+    assert "a/picture.0" in capsys.readouterr().out
 
 
 # A run -------------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_an_index_goes_with_its_shard_and_counts(tmp_path):
     assert cache.index(info(1)) == b"\1" * 100 and names(cache) == ["1.idx", "1.tar", "2.idx", "2.tar"]
     put(cache, info(3, 900))  # 1000 + 100 + 1000 + 100 + 900 is too much
     assert names(cache) == ["2.idx", "2.tar", "3.tar"] and cache.index(info(1)) is None
-    cache.keep_index(info(3), bytes(3 << 20))  # more than any index of such a shard
+    cache.keep_index(info(3), bytes(1 << 20))  # more than any index of such a shard
     assert cache.index(info(3)) is None
     for left in (f"{7:064x}.idx", f"{2:064x}.idx.1-ab.tmp"):
         (cache.folder / left).write_bytes(b"left")
@@ -159,13 +159,15 @@ def test_an_index_goes_with_its_shard_and_counts(tmp_path):
 
 
 def test_a_folder_keeps_indexes_beside_the_shards_where_it_may(tmp_path, monkeypatch):
-    store, shard = FolderStore(tmp_path), tmp_path / "shard-00001.tar"
-    shard.write_bytes(b"tar")
+    store, tar = FolderStore(tmp_path), tmp_path / "shard-00001.tar"
     assert store.index(info(1)) is None
+    tar.touch()
     store.keep_index(info(1), b"first")
     store.keep_index(info(1), b"second")
-    assert store.index(info(1)) == b"second"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["shard-00001.idx", "shard-00001.tar"]
+    assert store.index(info(1)) == b"second" and sorted(p.name for p in tmp_path.iterdir()) == [
+        "shard-00001.idx",
+        tar.name,
+    ]
 
     def read_only(*_: object) -> None:
         raise OSError(30, "Read-only file system")
@@ -173,7 +175,7 @@ def test_a_folder_keeps_indexes_beside_the_shards_where_it_may(tmp_path, monkeyp
     monkeypatch.setattr("megastar.data.store.write_atomic", read_only)
     store.keep_index(info(1), b"third")
     assert store.index(info(1)) == b"second"
-    os.utime(tmp_path / "shard-00001.idx", (1, 1))  # older than the tar: it may be of another one
+    os.utime(tar, (2e9, 2e9))  # written after its index
     assert store.index(info(1)) is None
 
 
@@ -193,16 +195,32 @@ def test_a_stall_speaks_every_ten_seconds_and_ends_with_the_last_error(monkeypat
     stall.moved()
     assert said[3:] == ["s3://b/x.tar comes again from http://store after 30 s"]
     now[0] = 100.0
-    stall.tick()  # slow is no outage
+    stall.tick()  # bytes may be on the way
+    assert said.pop().startswith("stalled for 70 s: s3://b/x.tar does not come from http://store (no answer yet)")
     stall.failed(ValueError())
     with pytest.raises(
         UserError,
         match=r"x.tar did not come from http://store for 70 s \(data.patience = 35\), the last error: ValueError:",
     ):
         stall.tick()
+    stall.problem, now[0] = "", 125.5
+    with pytest.raises(UserError, match=r"did not come from http://store for 96 s .*, the last error: no answer: once"):
+        stall.tick()
     stop.set()
     with pytest.raises(Stopped):
         stall.tick()
+
+
+def test_what_comes_slowly_is_told_and_waited_for(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("megastar.data.stall.time.monotonic", lambda: now[0])
+    said: list[str] = []
+    stall = Stall("s3://b/x.tar", "http://store", 5.0, said.append, threading.Event())
+    for now[0] in np.arange(0, 95, 1.0):
+        stall.tick()
+        stall.moved(2000)
+    assert len(said) == 9
+    assert said[1] == "slow: waiting for s3://b/x.tar from http://store for 20 s: 0.04 MB so far, 2 kB/s"
 
 
 def test_the_first_error_of_several_threads_comes_out_and_ends_them():
