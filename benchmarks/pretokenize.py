@@ -133,7 +133,9 @@ def main(count: int = 4, rounds: int = 2) -> None:
         ties = compare(model, paths, ours, theirs)
         median = {k: statistics.median(v) for k, v in seconds.items()}
         for k, v in median.items():
-            print(f"{k:<10} {count / v:7.3f} pictures/s  ({min(seconds[k]):.1f} to {max(seconds[k]):.1f} s for {count})")
+            print(
+                f"{k:<10} {count / v:7.3f} pictures/s  ({min(seconds[k]):.1f} to {max(seconds[k]):.1f} s for {count})"
+            )
         print(f"megastar / LlamaGen = {median['LlamaGen'] / median['megastar']:.2f}   (goal 1.5)")
         print(f"the encoder waited {100 * statistics.median(waited):.2f} % of the time   (goal 5 %)")
         print(f"codes: {ours.size - ties} of {ours.size} equal, {ties} ties, {len(np.unique(ours))} different codes")

@@ -101,20 +101,21 @@ def own_device(name: str) -> str:
 
 def verify(out: str, console: Console) -> int:
     """Name the broken shards of a finished set, and what mends it; the exit status."""
-    from megastar.data.check import broken_shards
+    from megastar.data import verify as check
     from megastar.data.manifest import load_manifest
 
     m = load_manifest(out)
-    if not (broken := broken_shards(out, console=console)):
+    if not (problems := check.verify(out, progress=console)):
         console.print(
             f"{out}: {m.samples} pictures in {len(m.shards)} shards are as the manifest says",
             markup=False,
             soft_wrap=True,
         )
         return 0
-    for info, reason in broken:
-        console.print(f"{info.name}: {reason}", markup=False, soft_wrap=True)
-    names = " ".join(info.name for info, _ in broken)
+    for problem in problems:
+        console.print(str(problem), markup=False, soft_wrap=True)
+    broken = list(dict.fromkeys(problem.shard for problem in problems))
+    names = " ".join(broken)
     raise UserError(
         f"{out}: {len(broken)} of {len(m.shards)} shards are broken: remove them (cd {out} && rm -f {names}) and run the command that made them again, it makes what is missing"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tarfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,11 +11,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from megastar.data.listing import Columns, Stamp, is_picture, parse_label, stem_of, text
-from megastar.data.s3 import S3Folder, Stall
-from megastar.data.store import say_on_main
+from megastar.data.s3 import S3Folder
 from megastar.errors import UserError
 
-PATIENCE = 1800.0  # seconds that a source on S3 may be silent: the default of data.patience
 _AHEAD = 8 << 20  # bytes of a read of an index over S3
 _WALKERS = 8  # tars that are indexed at once
 
@@ -35,18 +32,14 @@ class Remote:
         self.etags: dict[str, str] = {}
 
     def stamps(self) -> list[Stamp]:
-        listed = self.s3.list(self._stall(self.url))
-        return sorted([n, s, e] for n, s, e in listed if n.endswith(".tar") and (not self.only or n == self.only))
+        return [[n, s, e] for n, s, e in self.s3.list() if n.endswith(".tar") and (not self.only or n == self.only)]
 
     def pin(self, stamps: Sequence[Stamp]) -> None:
         self.etags = {name: etag for name, _, etag in stamps}
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """Bytes of a tar; waits an outage out as training does. Raises ``UserError``, also for one that has changed."""
-        return self.s3.read(name, start, end, self._stall(self.s3.url_of(name)), self.etags[name])
-
-    def _stall(self, what: str) -> Stall:
-        return Stall(what, self.s3.endpoint, PATIENCE, say_on_main, threading.Event())
+        return self.s3.read(name, start, end, etag=self.etags[name])
 
 
 class LocalTar:
