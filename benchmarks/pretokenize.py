@@ -11,9 +11,11 @@ a tie, both codes must be equally near in float64.
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -121,11 +123,9 @@ def main(count: int = 4, rounds: int = 2) -> None:
             start = time.perf_counter()
             llamagen(peer, paths, folder)
             seconds["LlamaGen"].append(time.perf_counter() - start)
+            print("  ".join(f"{k} {v[-1]:.1f} s" for k, v in seconds.items()), flush=True)
         pretokenize(folder / "pictures", None, folder / "vq.safetensors", folder / "out", console=Console())
         codes, ids = ShardSet(folder / "out").gather(np.arange(count), np.tile(np.arange(10), (count, 1)))[0], []
-        import json
-        import tarfile
-
         with tarfile.open(folder / "out" / "shard-00000.tar") as tar:
             ids = [json.load(tar.extractfile(m))["source"] for m in tar if m.name.endswith(".json")]  # type: ignore[arg-type]
         ours = codes[np.argsort(ids)].astype(np.int64)
