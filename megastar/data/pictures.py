@@ -1,37 +1,32 @@
-"""Pictures as users keep them: a folder per class, or WebDataset tars, read by position.
+"""Pictures as users keep them (data/sources.py), read by position: decoded, cropped.
 
-Two layouts, the same for folders and tars:
-
-* ``.../<class>/<name>.png``: the parent folder names the class (ImageNet's layout);
-* ``<key>.png`` beside ``<key>.cls``: WebDataset's layout, the class is the integer in ``.cls``.
-
-A ``subset`` keeps the pictures below one top folder (``train``, ``val``); classes are numbered over the whole source,
-so that subsets agree. The list is sorted by key, so picture i is the same on every machine.
+A picture's class is the folder that holds it, or the number in its ``.cls`` or list. A ``subset`` keeps the pictures
+below one top folder (``train``, ``val``); classes are numbered over the whole source, so that subsets agree. The list is
+sorted by key, so picture i is the same on every machine and for every kind of source.
 """
 
 from __future__ import annotations
 
 import io
-import tarfile
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import overload
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from megastar.data import sources
+from megastar.data.listing import SUFFIXES, Listing, digest, key_of
 from megastar.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 40_000_000  # from the header, before anything is decoded
 MAX_ASPECT = 100  # a longer strip, enlarged to the crop's short side, would fill the memory
-CLASS_LIMIT = 1_000_000
 
 # Pillow warns at 89 megapixels, which are refused here at 40. A filter set around each call is not thread-safe.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-Entry = tuple[str, Path, int, int, "int | None"]  # key, file, offset, size, label of .cls
 
 
 @dataclass(frozen=True)
@@ -49,131 +44,112 @@ class PictureError(ValueError):
     """One picture that cannot be used; the caller skips and counts it."""
 
 
-def _split(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the last path component."""
-    path = PurePosixPath(name)
-    stem, dot, extension = path.name.partition(".")
-    return str(path.parent / stem), (dot + extension).lower()
+class Pictures(Sequence[Picture]):
+    """The rows of a listing that were chosen, each made when it is looked at."""
+
+    def __init__(self, root: Path, listing: Listing, rows: np.ndarray, labels: np.ndarray):
+        self.root, self.listing, self.rows, self.labels = root, listing, rows, labels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, i: int) -> Picture: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Picture]: ...
+    def __getitem__(self, i: int | slice) -> Picture | list[Picture]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        columns, row = self.listing, int(self.rows[i])
+        name, file = columns.name(row), int(columns.tar[row])
+        path = self.root / (os.fsdecode(name) if file < 0 else columns.files[file])
+        return Picture(key_of(name), int(self.labels[i]), path, int(columns.offset[row]), int(columns.size[row]))
 
 
 class PictureSet:
-    """All pictures of a folder or of tars, with their class names.
+    """All pictures of a source (see data/sources.py), with their class names.
 
+    ``cache`` is a file that keeps the listing: it is used as long as the source's sizes and times are the same.
     Raises ``UserError`` when the source is missing, holds no picture, or mixes labelled and unlabelled ones.
     """
 
-    def __init__(self, source: str | Path, subset: str | None = None):
-        self.source, self.subset = Path(source), (subset or "").strip("/")
-        tars = self._tars()
-        everything = sorted(
-            self._from_tars(tars) if tars else self._from_folder(), key=lambda e: (e[0], str(e[1]), e[2])
-        )
-        entries = [e for e in everything if e[0].startswith(self.subset + "/")] if self.subset else everything
-        if not entries:
+    def __init__(
+        self,
+        source: str | Path,
+        subset: str | None = None,
+        *,
+        cache: Path | None = None,
+        report: sources.Report = lambda _: None,
+    ):
+        self.source, self.subset = source if sources.is_remote(source) else Path(source), (subset or "").strip("/")
+        self.remote = sources.remote_of(source)
+        listing = Listing.load(cache) if cache else None
+        known = listing is not None and sources.is_current(listing, source, self.remote)
+        if listing is None or not known:
+            listing = sources.list_source(source, self.remote, report)
+        if self.remote is not None:
+            self.remote.pin(listing.stamps)
+        chosen = np.array([not self.subset or f"{f}/".startswith(f"{self.subset}/") for f in listing.folders], bool)
+        rows = np.flatnonzero(chosen[listing.folder]) if len(listing) else np.empty(0, np.int64)
+        if not len(rows):
             where = f"{self.source}" + (f" (subset {self.subset!r})" if self.subset else "")
             raise UserError(
                 f"no pictures in {where}: expected {', '.join(SUFFIXES)} files in one folder per class, or tars of them"
             )
-        self.pictures, self.class_names = self._label(entries, everything)
+        labels, self.class_names = self._label(listing, rows)
+        root = Path() if self.remote is not None else Path(source)
+        self.pictures = Pictures(root.parent if root.is_file() else root, listing, rows, labels)
+        if cache and not known:
+            listing.save(cache)
 
-    def _tars(self) -> list[Path]:
-        if not self.source.exists():
+    def _label(self, listing: Listing, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """Classes of the chosen rows, numbered over the whole source."""
+        given = listing.label[rows]
+        if len(unlabelled := rows[given < 0]) == 0:
+            return given, listing.classes or [str(i) for i in range(1 + int(listing.label.max()))]
+        if len(unlabelled) < len(rows):
+            first = key_of(listing.name(int(unlabelled[0])))
             raise UserError(
-                f"picture source {self.source} does not exist: give a folder of pictures, a .tar, or a folder of tars"
+                f"{self.source}: {len(unlabelled)} of {len(rows)} pictures have no .cls, the first is {first!r}: label all or none"
             )
-        if self.source.is_file():
-            if not self.source.name.endswith((".tar", ".tar.gz", ".tgz")):
-                raise UserError(f"picture source {self.source} is neither a folder nor a .tar file")
-            return [self.source]
-        return sorted(self.source.glob("*.tar"))
-
-    def _from_folder(self) -> Iterator[Entry]:
-        for path in self.source.rglob("*"):
-            if path.suffix.lower() in SUFFIXES and path.is_file():
-                cls = path.with_name(_split(path.name)[0] + ".cls")
-                label = _parse_label(cls.read_bytes(), cls) if cls.is_file() else None
-                yield _key(path.relative_to(self.source).as_posix()), path, -1, -1, label
-
-    def _from_tars(self, tars: Sequence[Path]) -> Iterator[Entry]:
-        for tar in tars:
-            images: list[tuple[str, int, int]] = []
-            labels: dict[str, int] = {}
-            try:
-                with tarfile.open(tar) as archive:
-                    for member in archive:
-                        extension = _split(member.name)[1]
-                        if member.isfile() and extension.endswith(SUFFIXES):
-                            images.append((member.name, member.offset_data, member.size))
-                        elif member.isfile() and extension == ".cls":
-                            data = archive.extractfile(member)
-                            assert data is not None
-                            labels[_split(member.name)[0]] = _parse_label(data.read(64), f"{tar}:{member.name}")
-                    end = archive.offset
-            except (tarfile.TarError, EOFError, OSError) as error:
-                raise UserError(f"{tar} is not a readable tar ({error}): make or copy it again") from error
-            if tar.name.endswith("gz"):
-                raise UserError(f"{tar} is compressed, so pictures cannot be read by position: gunzip it first")
-            with tar.open("rb") as f:  # tarfile stops in silence where a header is broken or the file was cut
-                f.seek(end)
-                if f.read(512) != bytes(512):
-                    raise UserError(
-                        f"{tar} is broken or cut at byte {end}, after {len(images)} pictures: copy it again"
-                    )
-            for name, offset, size in images:
-                yield _key(name), tar, offset, size, labels.get(_split(name)[0])
-
-    def _label(self, entries: list[Entry], everything: list[Entry]) -> tuple[list[Picture], list[str]]:
-        """Classes of the chosen ``entries``, numbered over ``everything`` in the source."""
-        unlabelled = [e for e in entries if e[4] is None]
-        if 0 < len(unlabelled) < len(entries):
+        used = np.unique(listing.folder[rows])
+        outside = [f for f in used if listing.folders[f] == self.subset]
+        loose = rows[np.isin(listing.folder[rows], outside)]
+        if 0 < len(loose) < len(rows):
             raise UserError(
-                f"{self.source}: {len(unlabelled)} of {len(entries)} pictures have no .cls, the first is {unlabelled[0][0]!r}: label all or none"
-            )
-        if not unlabelled:
-            names = [str(i) for i in range(1 + max(e[4] for e in everything if e[4] is not None))]
-            return [Picture(k, label, f, o, s) for k, f, o, s, label in entries if label is not None], names
-        folders = [str(PurePosixPath(e[0]).parent) for e in entries]
-        loose = [e[0] for e, folder in zip(entries, folders, strict=True) if folder == (self.subset or ".")]
-        if 0 < len(loose) < len(entries):
-            raise UserError(
-                f"{self.source}: picture {loose[0]!r} lies outside any class folder, others lie in one: move it or remove it"
+                f"{self.source}: picture {key_of(listing.name(int(loose[0])))!r} lies outside any class folder, others lie in one: move it or remove it"
             )
         # With a subset, a picture right below some top folder (an unlabelled test set) names no class.
-        parents = {PurePosixPath(e[0]).parent for e in everything}
-        deep = {p.name for p in parents if not self.subset or len(p.parts) > 1}
-        names = sorted(deep | {PurePosixPath(folder).name for folder in folders})
+        paths = [PurePosixPath(f) for f in listing.folders]
+        deep = {p.name for p in paths if not self.subset or len(p.parts) > 1}
+        names = sorted(deep | {paths[f].name for f in used})
         index = {name: i for i, name in enumerate(names)}
-        classes = [index[PurePosixPath(folder).name] for folder in folders]
-        return [Picture(e[0], c, e[1], e[2], e[3]) for e, c in zip(entries, classes, strict=True)], names
+        return np.array([index.get(p.name, -1) for p in paths])[listing.folder[rows]], names
+
+    def digest(self) -> str:
+        """SHA-256 of the sorted keys and classes: another set of pictures gives another one."""
+        return digest(self.pictures.listing, self.pictures.labels, self.pictures.rows)
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def read(self, i: int) -> Image.Image:
-        """Picture i as RGB on white. Raises ``PictureError`` for a broken or gigantic one, never decoding the latter."""
+        """Picture i as RGB. Raises ``PictureError`` for one that is broken, gone or gigantic, never decoding the latter,
+        and ``UserError`` where the source itself fails: such a picture may be good."""
         p = self.pictures[i]
+        if self.remote is not None:
+            return decode(self.remote.read(str(p.file), p.offset, p.offset + p.size), p.key)
         try:
             with p.file.open("rb") as f:
                 f.seek(max(0, p.offset))
                 data = f.read(p.size)
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise PictureError(f"{p.key}: {error.strerror}") from error
         except OSError as error:
-            raise PictureError(f"{p.key}: {error}") from error
+            raise UserError(f"{p.file} cannot be read ({error}): run the same command again once it can") from error
+        if len(data) < p.size:
+            raise UserError(f"{p.file} ends inside {p.key}: it was cut since it was listed, copy it again")
         return decode(data, p.key)
-
-
-def _key(name: str) -> str:
-    """The whole name less the picture's suffix: names with dots stay apart."""
-    return str(PurePosixPath(name).with_suffix(""))
-
-
-def _parse_label(data: bytes, where: object) -> int:
-    try:
-        label = int(data)
-    except ValueError:
-        label = -1
-    if not 0 <= label < CLASS_LIMIT:
-        raise UserError(f"{where} holds {data[:20]!r}: a class is an integer from 0 to {CLASS_LIMIT - 1}")
-    return label
 
 
 def decode(data: bytes, name: str) -> Image.Image:

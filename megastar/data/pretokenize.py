@@ -1,165 +1,46 @@
-"""Pictures to token shards: decode, crop, encode, write; stop it at any moment and the same command goes on.
+"""Pictures to token shards: decode, crop, encode, write, with any number of processes; stop them at any moment and the
+same command goes on.
 
-The pictures are permuted by the seed and cut into shards, so a shard is a random draw. A shard is encoded in
-batches of a fixed composition, one CPU thread each: its bytes do not depend on the number of workers or on restarts.
-While it runs, ``OUT/.progress`` holds the plan and a record of each finished shard; ``manifest.json`` comes last.
+The pictures are permuted by the seed and cut into shards, so a shard is a random draw. A shard is the work of one
+process, in batches of a fixed composition: its bytes depend on nothing else. Processes share nothing but the folder:
+each claims the next unfinished shard (data/claims.py), and the last one writes the manifest. While they run,
+``OUT/.progress`` holds the plan, the listing of the source, the claims and a record of each finished shard.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megastar.data.claims import Claims
+from megastar.data.crops import parse_crops
+from megastar.data.encoding import Encoder, Pipeline
 from megastar.data.files import write_atomic
 from megastar.data.manifest import MAX_CODEBOOK, Manifest, ShardInfo, load_manifest
 from megastar.data.order import permutation
-from megastar.data.pictures import PictureError, PictureSet, center_crop, ten_crop
-from megastar.data.shards import ShardWriter
+from megastar.data.pictures import PictureSet
+from megastar.data.progress import Bar, Finder
+from megastar.data.shards import LAYOUTS, open_writer
 from megastar.data.store import MANIFEST
 from megastar.device import DTYPES, pick_device
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
-from megastar.tokenizer.train import to_images
-from megastar.tokenizer.vq import VQModel
 
 SKIPPED = "skipped.jsonl"
 PROGRESS = ".progress"
-_CPU_BYTES = 5 << 20  # of one full-resolution activation: 20 crops of the demo, measured 1.4 times as fast as 80
-_GPU_CROPS = 64
-
-Crops = Callable[..., np.ndarray]
+POLL = 0.5  # seconds between looks at what other processes finish
 
 
-# Crops -------------------------------------------------------------------------------------------------------
-def parse_crops(text: str) -> tuple[Crops, int]:
-    """``ten:SCALE``, ``center-flip`` or ``center`` -> (picture, size) -> (views, size, size, 3) uint8, and views."""
-    name, _, scale = text.partition(":")
-    try:
-        if name == "ten" and 1.0 <= (factor := float(scale or 1.1)) <= 4.0:
-            return partial(ten_crop, scale=factor), 10
-    except ValueError:
-        pass
-    if text == "center-flip":
-        return _center_flip, 2
-    if text == "center":
-        return _center, 1
-    raise UserError(f"crops {text!r} is unknown: use ten:1.1 (scale 1 to 4), center-flip or center")
-
-
-def _center(image, size: int) -> np.ndarray:
-    return np.asarray(center_crop(image, size))[None]
-
-
-def _center_flip(image, size: int) -> np.ndarray:
-    """LlamaGen's extraction without ten-crop: the centre and its mirror image."""
-    pixels = np.asarray(center_crop(image, size))
-    return np.stack([pixels, pixels[:, ::-1]])
-
-
-# Encoding ----------------------------------------------------------------------------------------------------
-class Encoder:
-    """A tokenizer with its batch size: uint8 crops (N, size, size, 3) -> codes (N, T) int64 on the CPU."""
-
-    def __init__(self, model: VQModel, device: torch.device, dtype: torch.dtype, batch: int):
-        self.model = model.to(memory_format=torch.channels_last)  # 1.6 times the speed of NCHW on the CPU
-        self.device, self.dtype, self.size = device, dtype, model.config.image_size
-        activation = self.size**2 * model.config.channels * 4
-        self.batch = batch or (_GPU_CROPS if device.type == "cuda" else min(64, max(1, _CPU_BYTES // activation)))
-
-    @torch.inference_mode()
-    def __call__(self, crops: np.ndarray) -> np.ndarray:
-        parts = []
-        for part in torch.from_numpy(crops).split(self.batch):
-            images = to_images(part, self.device).contiguous(memory_format=torch.channels_last)
-            exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # fp32 means fp32, on a GPU too
-            with exact, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                parts.append(self.model.encode(images).cpu())
-        return torch.cat(parts).numpy()
-
-
-@dataclass(frozen=True)
-class Job:
-    """Some pictures of one shard: (place in the permutation, picture number)."""
-
-    shard: int
-    pictures: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The crops of a job's n readable pictures; once encoded, their codes."""
-
-    job: Job
-    places: list[tuple[int, int]]
-    data: np.ndarray  # (n, views, size, size, 3) uint8, then (n, views, T) int64
-    skipped: list[dict[str, str]]
-
-
-def cut(pictures: PictureSet, crops: Crops, size: int, job: Job) -> Cut:
-    """Decode and crop; a picture that cannot be used is named in ``skipped``."""
-    places, made, skipped = [], [], []
-    for place, i in job.pictures:
-        try:
-            made.append(crops(pictures.read(i), size))
-            places.append((place, i))
-        except PictureError as error:
-            skipped.append({"picture": pictures.pictures[i].key, "reason": str(error)})
-    return Cut(job, places, np.stack(made) if made else np.empty(0, np.uint8), skipped)
-
-
-def encode(encoder: Encoder, c: Cut) -> Cut:
-    if not c.places:
-        return c
-    n, views = c.data.shape[:2]
-    return replace(c, data=encoder(c.data.reshape(n * views, *c.data.shape[2:])).reshape(n, views, -1))
-
-
-def encoded(jobs: Iterator[Job], pictures: PictureSet, crops: Crops, encoder: Encoder, workers: int) -> Iterator[Cut]:
-    """Jobs in order -> their codes in order.
-
-    On the CPU each worker decodes and encodes its own job with one torch thread: no barriers, nobody waits for
-    decoding. For a GPU the workers decode and this thread encodes.
-    """
-    on_cpu = encoder.device.type == "cpu"
-
-    def work(job: Job) -> Cut:
-        c = cut(pictures, crops, encoder.size, job)
-        return encode(encoder, c) if on_cpu else c
-
-    threads = torch.get_num_threads()
-    if on_cpu:
-        torch.set_num_threads(1)
-    pool, ahead = ThreadPoolExecutor(workers), deque[Future[Cut]]()
-    try:
-        for job in jobs:
-            ahead.append(pool.submit(work, job))
-            if len(ahead) > 2 * workers + 2:
-                c = ahead.popleft().result()
-                yield c if on_cpu else encode(encoder, c)
-        while ahead:
-            c = ahead.popleft().result()
-            yield c if on_cpu else encode(encoder, c)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
-# The whole ---------------------------------------------------------------------------------------------------
 def pretokenize(
     source: str | Path,
     subset: str | None,
@@ -168,6 +49,7 @@ def pretokenize(
     *,
     crops: str = "ten:1.1",
     shard_size: int = 1000,
+    layout: str = "plain",
     workers: int = 0,
     device: str | torch.device = "auto",
     dtype: str = "fp32",
@@ -177,20 +59,26 @@ def pretokenize(
 ) -> Manifest:
     """Encode the pictures of ``source`` (below ``subset``) and write token shards with a manifest to ``out``.
 
+    Any number of processes may do so at once with the same arguments: each returns when all shards are finished.
+
     Args:
-        crops: ``ten:SCALE`` (LlamaGen's ten-crop), ``center-flip`` or ``center``.
-        shard_size: pictures a shard. A killed run repeats at most one shard.
+        crops: see ``parse_crops``.
+        shard_size: pictures a shard. A killed process repeats at most one shard.
+        layout: how a shard holds its samples, see data/shards.py.
         workers: threads that decode (and on the CPU encode); 0: as many as there are cores.
         dtype: "fp32", or "bf16": faster on a GPU, codes differ in near ties.
         batch: crops an encoder call; 0: by device and picture size.
 
-    Finished shards are kept and never written again; a finished folder is reported and left alone. Raises
-    ``UserError`` for a bad source, tokenizer or setting, and when ``out`` holds shards of other settings.
+    Finished shards are kept and never written again. A finished folder is reported and left alone; shards that it lacks
+    are made again. Raises ``UserError`` for a bad source, tokenizer or setting, and when ``out`` holds shards of other
+    settings.
     """
     console, out = console or Console(), Path(out)
     make, views = parse_crops(crops)
     if shard_size < 1:
         raise UserError(f"shard_size {shard_size} must be at least 1")
+    if layout not in LAYOUTS:
+        raise UserError(f"layout {layout!r} is unknown: use {' or '.join(LAYOUTS)}")
     if dtype not in ("fp32", "bf16"):
         raise UserError(f"dtype {dtype!r} is unknown: use fp32 or bf16")
     where = pick_device(device) if isinstance(device, str) else device
@@ -200,148 +88,261 @@ def pretokenize(
         raise UserError(
             f"tokenizer {tokenizer_path} has {config.codebook_size} codes; shards hold at most {MAX_CODEBOOK}"
         )
-    pictures = PictureSet(source, subset)
-    about = Manifest(
-        samples=0,
-        classes=pictures.class_names,
-        grid=config.grid,
-        tokens=config.grid**2,
-        views=views,
-        codebook_size=config.codebook_size,
-        crops=crops,
-        image_size=config.image_size,
-        tokenizer_sha256=tokenizer_hash(tokenizer_path),
-        shards=[],
-        made_by={
-            "subset": subset or "",
-            "seed": seed,
-            "shard_size": shard_size,
-            "dtype": dtype,
-            "pictures": len(pictures),
-            "pictures_sha256": _digest(pictures),
-        },
-    )
+
+    def about(pictures: PictureSet) -> Manifest:
+        return Manifest(
+            samples=0,
+            classes=pictures.class_names,
+            grid=config.grid,
+            tokens=config.grid**2,
+            views=views,
+            codebook_size=config.codebook_size,
+            crops=crops,
+            image_size=config.image_size,
+            tokenizer_sha256=tokenizer_hash(tokenizer_path),
+            shards=[],
+            layout=layout,
+            made_by={
+                "subset": subset or "",
+                "seed": seed,
+                "shard_size": shard_size,
+                "dtype": dtype,
+                "pictures": len(pictures),
+                "pictures_sha256": pictures.digest(),
+            },
+        )
+
+    def pipeline(pictures: PictureSet) -> Pipeline:
+        threads = workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if pictures.remote is not None and where.type != "cpu" and not workers:
+            threads *= 4  # they wait for S3 more than they decode
+        return Pipeline(pictures, make, views, Encoder(model, where, DTYPES[dtype], batch), threads)
+
+    find = partial(PictureSet, source, subset)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with _only_writer(out):
-            if (out / MANIFEST).is_file():
-                done = load_manifest(out)
-                _compare(out, _settings(done), _settings(about))
-                shutil.rmtree(out / PROGRESS, ignore_errors=True)  # a kill between the manifest and this
-                console.print(f"{out} is done: {done.samples} pictures in {len(done.shards)} shards", markup=False)
-                return done
-            encoder = Encoder(model, where, DTYPES[dtype], batch)
-            finished = _start(out, about)
-            _write_shards(
-                out, about, pictures, make, encoder, workers or len(os.sched_getaffinity(0)), finished, console
-            )
-            return _finish(out, about, finished, console)
+        return _pretokenize(out, find, about, pipeline, console)
+    except FileNotFoundError:
+        if (out / PROGRESS).exists() or not (out / MANIFEST).is_file():
+            raise
+        done = load_manifest(out)  # another process has just finished the set
+        _say(console, f"{out} is done: {done.samples} pictures in {len(done.shards)} shards")
+        return done
     except OSError as error:
         raise UserError(
             f"cannot write to {out} ({error}): the finished shards are kept, run the same command again once it is mended"
         ) from error
 
 
-def _write_shards(
+def _pretokenize(
     out: Path,
-    about: Manifest,
-    pictures: PictureSet,
-    crops: Crops,
-    encoder: Encoder,
-    workers: int,
-    finished: dict[int, dict],
+    find: Callable[..., PictureSet],
+    describe: Callable[[PictureSet], Manifest],
+    pipeline: Callable[[PictureSet], Pipeline],
     console: Console,
-) -> None:
-    """Encode and write every shard that is not in ``finished``, and add it there."""
-    order = permutation(len(pictures), int(about.made_by["seed"]))
-    size, at_once = int(about.made_by["shard_size"]), max(1, encoder.batch // about.views)
+) -> Manifest:
+    progress = out / PROGRESS
+    if (out / MANIFEST).is_file() and not (progress / "plan.json").is_file():
+        with Finder(console) as finder:
+            pictures = find(report=finder.report)
+        done, about = load_manifest(out), describe(pictures)
+        _compare(out, _settings(done), _settings(about))
+        if not (lost := [s for s in done.shards if not _is_there(out, s)]):
+            _clear(out)
+            _say(console, f"{out} is done: {done.samples} pictures in {len(done.shards)} shards")
+            return done
+        names = ", ".join(s.name for s in lost[:3]) + (", ..." if len(lost) > 3 else "")
+        _say(console, f"{out} lacks {len(lost)} of its shards ({names}): making them again")
+        _reopen(out, done, lost)
+    made = not out.exists()
+    _check_strangers(out)
+    progress.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if made:
+            stack.callback(_remove_empty, out)
+        claims = stack.enter_context(Claims(progress))
+        with Finder(console) as finder:
+            pictures = _list_once(progress, claims, partial(find, report=finder.report))
+        about = describe(pictures)
+        run = Run(out, about, len(pictures), claims)
+        run.join()
+        with Bar(console, about, run.sizes) as bar, pipeline(pictures) as encode:
+            while (shard := run.next(bar)) is not None:
+                with claims.holding(run.name(shard)):
+                    run.write(shard, pictures, encode, bar)
+        manifest = run.finish()
+        if skipped := manifest.skipped:
+            names = ", ".join(s["picture"] for s in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+            _say(console, f"{len(skipped)} pictures skipped ({names}): {out / SKIPPED} says why")
+        _say(
+            console,
+            f"{out}: {manifest.samples} pictures x {manifest.views} views in {len(manifest.shards)} shards; "
+            f"here {bar.rate:.3g} pictures/s, the encoder waited {100 * encode.waiting:.1f} % of the time for pictures",
+        )
+        return manifest
 
-    def jobs() -> Iterator[Job]:
-        for shard, start in enumerate(range(0, len(order), size)):
-            if shard not in finished:
-                places = [(p, int(order[p])) for p in range(start, min(start + size, len(order)))]
-                for i in range(0, len(places), at_once):
-                    yield Job(shard, tuple(places[i : i + at_once]))
 
-    done = sum(f["samples"] + len(f["skipped"]) for f in finished.values())
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("pictures"),
-        TimeRemainingColumn(),
-    )
-    results = encoded(jobs(), pictures, crops, encoder, workers)
-    with closing(results), Progress(*columns, console=console) as bar:
-        task = bar.add_task(f"pretokenize {about.made_by['subset']}".strip(), total=len(order), completed=done)
-        c = next(results, None)
-        while c is not None:
-            shard, skipped = c.job.shard, []
-            name = f"shard-{shard:05d}.tar"
-            with ShardWriter(out / name) as writer:
-                while c is not None and c.job.shard == shard:
+@dataclass
+class Run:
+    """One process at work on a set: what ``OUT/.progress`` says of it, and what this process adds."""
+
+    out: Path
+    about: Manifest
+    pictures: int
+    claims: Claims
+
+    def __post_init__(self) -> None:
+        self.progress = self.out / PROGRESS
+        size = int(str(self.about.made_by["shard_size"]))
+        self.starts = range(0, self.pictures, size)
+        self.sizes = [min(size, self.pictures - start) for start in self.starts]
+        self.order = permutation(self.pictures, int(str(self.about.made_by["seed"])))
+
+    def name(self, shard: int) -> str:
+        return f"shard-{shard:05d}"
+
+    def join(self) -> None:
+        """Write the plan, or compare with the one that is there. Forget records of shards that were lost since."""
+        plan = self.progress / "plan.json"
+        if not plan.is_file():
+            write_atomic(plan, (json.dumps(_settings(self.about), indent=1) + "\n").encode())
+        _compare(self.out, json.loads(plan.read_text(encoding="utf-8")), _settings(self.about))
+        for path in self.progress.glob("shard-*.json"):
+            if not _is_there(self.out, _record(path)[0]):
+                path.unlink(missing_ok=True)
+
+    def next(self, bar: Bar) -> int | None:
+        """The next shard to make, claimed; None when all are finished. Waits for those that others are making."""
+        try:
+            return self._next(bar)
+        except FileNotFoundError:  # another process has finished the set
+            bar.finished(range(len(self.sizes)))
+            return None
+
+    def _next(self, bar: Bar) -> int | None:
+        while True:
+            there = set(os.listdir(self.progress))
+            todo = [s for s in range(len(self.sizes)) if f"{self.name(s)}.json" not in there]
+            bar.finished(set(range(len(self.sizes))).difference(todo))
+            if not todo:
+                return None
+            for shard in sorted(todo, key=lambda s: f"{self.name(s)}.claim" in there):
+                if self.claims.take(name := self.name(shard)):
+                    if not (self.progress / f"{name}.json").is_file():
+                        return shard
+                    self.claims.release(name)  # finished since
+                    break
+            else:
+                time.sleep(POLL)
+
+    def write(self, shard: int, pictures: PictureSet, encode: Pipeline, bar: Bar) -> None:
+        """Make a shard and its record."""
+        start, skipped = self.starts[shard], []
+        tar, record = self.out / f"{self.name(shard)}.tar", self.progress / f"{self.name(shard)}.json"
+        places = [(p, int(self.order[p])) for p in range(start, start + self.sizes[shard])]
+        try:
+            with open_writer(tar, self.about.layout) as writer:
+                for c in encode(places):
                     for (place, i), codes in zip(c.places, c.data, strict=True):
                         p = pictures.pictures[i]
                         writer.add(f"{place:09d}", codes, p.label, p.key)
-                    skipped += c.skipped
-                    bar.advance(task, len(c.job.pictures))
-                    c = next(results, None)
-            finished[shard] = {**asdict(writer.info()), "skipped": skipped}
-            write_atomic(out / PROGRESS / f"shard-{shard:05d}.json", json.dumps(finished[shard]).encode())
+                    skipped += [{**s, "shard": tar.name} for s in c.skipped]
+                    bar.advance(c.pictures)
+            about = {**asdict(writer.info()), "skipped": skipped}
+            write_atomic(record, json.dumps(about).encode())
+        except OSError:
+            if not record.is_file() and self.progress.is_dir():  # else another process took it over and was faster
+                raise
+        bar.finished({shard})
+
+    def finish(self) -> Manifest:
+        """Write skipped.jsonl and, last, the manifest. One process does it, the others wait."""
+        try:
+            while not self.claims.take("finish"):
+                time.sleep(POLL / 5)
+        except FileNotFoundError:
+            return load_manifest(self.out)
+        records = [_record(self.progress / f"{self.name(shard)}.json") for shard in range(len(self.sizes))]
+        shards, skipped = [info for info, _ in records], [s for _, some in records for s in some]
+        samples = sum(s.samples for s in shards)
+        if not samples:
+            raise UserError(f"none of {len(skipped)} pictures could be used; the first: {skipped[0]['reason']}")
+        manifest = replace(self.about, samples=samples, shards=shards, skipped=skipped)
+        if skipped:
+            lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in skipped)
+            write_atomic(self.out / SKIPPED, lines.encode())
+        write_atomic(self.out / MANIFEST, manifest.to_json().encode())
+        _clear(self.out)
+        return manifest
 
 
-def _start(out: Path, about: Manifest) -> dict[int, dict]:
-    """Claim ``out`` for these settings. Returns the records of the shards that an earlier run finished."""
-    plan = out / PROGRESS / "plan.json"
-    if plan.is_file():
-        _compare(out, json.loads(plan.read_text(encoding="utf-8")), _settings(about))
-    else:
-        strangers = sorted(p.name for p in out.iterdir() if p.name != PROGRESS)
-        if strangers:
-            raise UserError(f"{out} holds other files, {strangers[0]!r} for one: give a new or an empty folder")
-        plan.parent.mkdir(exist_ok=True)
-        write_atomic(plan, (json.dumps(_settings(about), indent=1) + "\n").encode())
-    for leftover in [*out.glob("*.tmp"), *plan.parent.glob("*.tmp")]:
-        leftover.unlink()
-    finished = {}
-    for path in sorted(plan.parent.glob("shard-*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        tar = out / record["name"]
-        if tar.is_file() and tar.stat().st_size == record["bytes"]:
-            finished[int(path.stem.removeprefix("shard-"))] = record
-    return finished
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _finish(out: Path, about: Manifest, finished: dict[int, dict], console: Console) -> Manifest:
-    """Write skipped.jsonl and, last, the manifest."""
-    records = [finished[i] for i in sorted(finished)]
-    skipped = [s for r in records for s in r.pop("skipped")]
-    shards = [ShardInfo(**r) for r in records]
-    samples = sum(s.samples for s in shards)
-    if not samples:
-        raise UserError(f"none of {len(skipped)} pictures could be used; the first: {skipped[0]['reason']}")
-    manifest = replace(about, samples=samples, shards=shards, skipped=skipped)
-    if skipped:
-        write_atomic(out / SKIPPED, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in skipped).encode())
-        names = ", ".join(s["picture"] for s in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
-        console.print(f"{len(skipped)} pictures skipped ({names}): {out / SKIPPED} says why", markup=False)
-    write_atomic(out / MANIFEST, manifest.to_json().encode())
-    shutil.rmtree(out / PROGRESS)
-    console.print(f"{out}: {samples} pictures x {about.views} views in {len(shards)} shards", markup=False)
-    return manifest
+def _record(path: Path) -> tuple[ShardInfo, list[dict[str, str]]]:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    skipped = record.pop("skipped")
+    return ShardInfo(**record), skipped
 
 
-def _digest(pictures: PictureSet) -> str:
-    """Of the sorted keys and classes: another set of pictures gives another digest."""
-    digest = hashlib.sha256()
-    for p in pictures.pictures:
-        digest.update(f"{p.key}\t{p.label}\n".encode())
-    return digest.hexdigest()
+def _list_once(progress: Path, claims: Claims, find: Callable[..., PictureSet]) -> PictureSet:
+    """One process lists the source, the others take its list."""
+    cache = progress / "pictures.npz"
+    while not cache.is_file():
+        if claims.take("pictures"):
+            with claims.holding("pictures"):
+                return find(cache=cache)
+        time.sleep(POLL / 5)
+    return find(cache=cache)
+
+
+def _check_strangers(out: Path) -> None:
+    """Raise ``UserError`` for a folder that holds other things than a set of shards."""
+    if not out.exists() or (out / PROGRESS / "plan.json").is_file():
+        return
+    strangers = sorted(p.name for p in out.iterdir() if not p.name.startswith(PROGRESS))
+    if strangers and not (out / PROGRESS / "plan.json").is_file() and not (out / MANIFEST).is_file():
+        raise UserError(f"{out} holds other files, {strangers[0]!r} for one: give a new or an empty folder")
+
+
+def _is_there(out: Path, info: ShardInfo) -> bool:
+    try:
+        return (out / info.name).stat().st_size == info.bytes
+    except FileNotFoundError:
+        return False
+
+
+def _reopen(out: Path, done: Manifest, lost: list[ShardInfo]) -> None:
+    """Turn a finished set into one that lacks some shards. The manifest stays until it is written again."""
+    progress = out / PROGRESS
+    progress.mkdir(exist_ok=True)
+    for info in done.shards:
+        if info not in lost:
+            skipped = [s for s in done.skipped if s.get("shard") == info.name]
+            record = json.dumps({**asdict(info), "skipped": skipped}).encode()
+            write_atomic(progress / f"{Path(info.name).stem}.json", record)
+    write_atomic(progress / "plan.json", (json.dumps(_settings(done), indent=1) + "\n").encode())
+
+
+def _clear(out: Path) -> None:
+    """Remove what only an unfinished set needs. The rename makes it vanish as one for the other processes."""
+    with suppress(FileNotFoundError):
+        (out / PROGRESS).rename(out / f"{PROGRESS}.{os.urandom(4).hex()}")
+    for folder in out.glob(f"{PROGRESS}.*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for leftover in out.glob("*.tmp"):  # of killed processes
+        leftover.unlink(missing_ok=True)
+
+
+def _remove_empty(out: Path) -> None:
+    with suppress(OSError):
+        (out / PROGRESS).rmdir()
+        out.rmdir()
 
 
 def _settings(m: Manifest) -> dict[str, object]:
     """What two runs must share to write the same shards."""
-    return {"tokenizer": m.tokenizer_sha256, "crops": m.crops, **m.made_by}
+    return {"tokenizer": m.tokenizer_sha256, "crops": m.crops, "layout": m.layout, **m.made_by}
 
 
 def _compare(out: Path, there: dict[str, object], now: dict[str, object]) -> None:
@@ -352,17 +353,3 @@ def _compare(out: Path, there: dict[str, object], now: dict[str, object]) -> Non
         raise UserError(
             f"{out} holds token shards of other settings: {'; '.join(differ)}: choose another folder, or remove this one"
         )
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Hold a lock on the folder. The kernel drops it with the process, however that ends."""
-    fd = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is writing to {out}: wait for it, or choose another folder") from error
-        yield
-    finally:
-        os.close(fd)

@@ -108,9 +108,9 @@ def test_missing_and_empty_sources(tmp_path):
         PictureSet(tmp_path / "none")
     with pytest.raises(UserError, match="no pictures in .*: expected .png, .jpg"):
         PictureSet(tmp_path)
-    make_folder(tmp_path, {"notes.txt": b"", "train/cat/0.png": png()})
+    make_folder(tmp_path, {"notes.md": b"", "train/cat/0.png": png()})
     with pytest.raises(UserError, match="neither a folder nor a .tar file"):
-        PictureSet(tmp_path / "notes.txt")
+        PictureSet(tmp_path / "notes.md")
     with pytest.raises(UserError, match=r"no pictures in .* \(subset 'trian'\)"):
         PictureSet(tmp_path, "trian")
 
@@ -185,13 +185,112 @@ def test_a_picture_that_vanished(tmp_path):
         pictures.read(0)
 
 
-def test_modes():
-    assert np.asarray(decode(png(0, mode="RGBA"), "x")).min() == 255  # transparent black on white
-    assert np.asarray(decode(png(77, mode="L"), "x"))[0, 0].tolist() == [77, 77, 77]
-    assert np.asarray(decode(png(0x4D00, mode="I;16"), "x"))[0, 0].tolist() == [0x4D] * 3
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def some(mode: str, size=(31, 17)) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    image = Image.fromarray(pixels)  # RGBA
+    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
+
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6  # turn it by a quarter
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(some("RGB"), "jpeg"),
+        encoded(
+            some("RGB"), "jpeg", exif=EXIF
+        ),  # not turned: Image.open does not look at EXIF, nor did ImageNet's users
+        encoded(some("CMYK"), "jpeg"),
+        encoded(some("L"), "jpeg"),
+        encoded(some("P"), "png"),
+        encoded(some("P"), "gif"),  # by content, whatever the name says
+        encoded(some("1"), "png"),
+        encoded(some("RGB"), "tiff"),
+        encoded(some("RGB"), "bmp"),
+        encoded(some("RGB"), "webp", lossless=True),
+    ],
+    ids=["jpeg", "exif", "cmyk", "grey", "palette", "gif", "bits", "tiff", "bmp", "webp"],
+)
+def test_pictures_become_rgb_as_torchvisions_loader_makes_them(data):
+    """torchvision's pil_loader is Image.open(f).convert("RGB")."""
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(decode(data, "n02105855_2933.JPEG")), expected)
+    assert expected.shape == (17, 31, 3)
+
+
+def test_sixteen_bits_become_the_upper_eight():
+    """Where Pillow's convert would clip everything above 255 to white."""
+    grey = np.random.default_rng(0).integers(0, 65536, (17, 31), dtype=np.uint16)
+    image = decode(encoded(Image.fromarray(grey), "png"), "x")
+    np.testing.assert_array_equal(
+        np.asarray(image), np.asarray(Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB"))
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_on_white(mode):
+    """Where convert("RGB") would show the colours below, which nobody has drawn."""
+    image = some("RGBA").convert(mode)
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    data = encoded(image, "png")
+    np.testing.assert_array_equal(np.asarray(decode(data, "x")), np.asarray(white.convert("RGB")))
+    assert np.asarray(decode(png(0, mode="RGBA"), "x")).min() == 255
+
+
+def test_a_palette_with_a_transparent_colour():
+    image = some("RGB").quantize(8)
+    image.info["transparency"] = image.getpixel((3, 3))
+    assert decode(encoded(image, "png", transparency=image.getpixel((3, 3))), "x").getpixel((3, 3)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff", "bmp"])
+def test_truncated_files_are_refused(kind):
+    data = encoded(some("RGB", (64, 64)), kind)
+    with pytest.raises(PictureError, match="x: unreadable"):
+        decode(data[: len(data) * 2 // 3], "x")
 
 
 # Crops ---------------------------------------------------------------------------------------------------------
+def tenfold(image: Image.Image, size: int, scale: float) -> list[Image.Image]:
+    """What LlamaGen's extraction does, in PIL: its center_crop_arr, then torchvision's TenCrop as its source has it."""
+    large = int(size * scale)
+    while min(image.size) >= 2 * large:
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), resample=Image.BOX)
+    factor = large / min(image.size)
+    image = image.resize(tuple(round(x * factor) for x in image.size), resample=Image.BICUBIC)
+    y, x = (image.size[1] - large) // 2, (image.size[0] - large) // 2
+    image = image.crop((x, y, x + large, y + large))
+
+    def crop(img: Image.Image, top: int, left: int) -> Image.Image:
+        return img.crop((left, top, left + size, top + size))
+
+    def five(img: Image.Image) -> list[Image.Image]:
+        w, h = img.size
+        middle = int(round((h - size) / 2.0)), int(round((w - size) / 2.0))
+        return [crop(img, 0, 0), crop(img, 0, w - size), crop(img, h - size, 0), crop(img, h - size, w - size),
+                crop(img, *middle)]  # fmt: skip
+
+    return five(image) + five(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.05, 1.1])
+@pytest.mark.parametrize("shape", [(500, 375), (256, 300), (120, 90), (1200, 1601)])
+def test_ten_crop_is_llamagens(shape, scale):
+    image = some("RGB", shape)
+    expected = np.stack([np.asarray(x) for x in tenfold(image, 256, scale)])
+    np.testing.assert_array_equal(ten_crop(image, 256, scale), expected)
+
+
 def test_ten_crop_against_slices():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 70, 3), dtype=np.uint8))
     crops = ten_crop(image, 64, 1.1)  # int(64 * 1.1) = 70: no resizing

@@ -1,0 +1,145 @@
+"""Pictures a second of `megastar pretokenize` against LlamaGen's extraction loop, with equal random VQ-16 weights.
+
+LLAMAGEN_DIR=<a checkout of github.com/FoundationVision/LlamaGen> python -m benchmarks.pretokenize [PICTURES] [ROUNDS]
+
+The peer is the loop of autoregressive/train/extract_codes_c2i.py on this device: a DataLoader of batch size 1 that
+crops ten-fold, its own VQModel, one .npy a picture and its label. torchvision is left out (it cannot be installed beside
+every torch): its CenterCrop, TenCrop, ToTensor and Normalize are written out in PIL and torch as its source has them.
+Both read the same JPEGs of 400 x 350 and use all cores; they take turns. The codes must be equal: where rounding turned
+a tie, both codes must be equally near in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from torch.utils.data import DataLoader, Dataset
+
+from megastar.config.schema import TokenizerConfig
+from megastar.data.crops import parse_crops
+from megastar.data.encoding import Encoder, Pipeline
+from megastar.data.pictures import PictureSet
+from megastar.data.pretokenize import pretokenize
+from megastar.data.shard_set import ShardSet
+from megastar.tokenizer.io import load_tokenizer, save_tokenizer
+from megastar.tokenizer.vq import VQModel
+from tests.unit.test_data_pictures import tenfold
+
+SIZE = 256
+TIE = 1e-4  # of squared distances on the unit sphere, which lie between 0 and 4
+
+
+class TenCrops(Dataset):
+    """ImageFolder with LlamaGen's transform."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        with Image.open(self.paths[i]) as image:
+            crops = tenfold(image.convert("RGB"), SIZE, 1.1)
+        tensors = [torch.from_numpy(np.array(c)).permute(2, 0, 1).contiguous().float().div(255) for c in crops]
+        return torch.stack(tensors).sub_(0.5).div_(0.5), 0
+
+
+def peer_model(model: VQModel):
+    """LlamaGen's VQ-16 with our weights, which have its names."""
+    folder = os.environ.get("LLAMAGEN_DIR")
+    if not folder:
+        raise SystemExit(
+            "set LLAMAGEN_DIR to a checkout of LlamaGen: git clone https://github.com/FoundationVision/LlamaGen"
+        )
+    sys.path.insert(0, folder)
+    from tokenizer.tokenizer_image.vq_model import VQ_models
+
+    peer = VQ_models["VQ-16"](codebook_size=16384, codebook_embed_dim=8).eval()
+    missing, unexpected = peer.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and set(missing) <= {"quantize.codebook_used"}, (missing, unexpected)
+    return peer
+
+
+@torch.no_grad()
+def llamagen(peer, paths: list[Path], out: Path) -> None:
+    for n, (x, y) in enumerate(DataLoader(TenCrops(paths), batch_size=1, num_workers=len(os.sched_getaffinity(0)))):
+        _, _, [_, _, indices] = peer.encode(x.flatten(0, 1))
+        np.save(out / f"{n}.npy", indices.reshape(1, 10, -1).numpy())
+        np.save(out / f"{n}.label.npy", y.numpy())
+
+
+@torch.no_grad()
+def compare(model: VQModel, paths: list[Path], ours: np.ndarray, theirs: np.ndarray) -> int:
+    """Assert equal codes (n, 10, T), ties aside; returns how many ties fell apart."""
+    differ = np.argwhere(ours != theirs)
+    if len(differ):
+        exact = VQModel(model.config).double().eval()
+        exact.load_state_dict(model.state_dict())
+        book = torch.nn.functional.normalize(exact.quantize.embedding.weight, dim=-1)
+    for n, view, t in differ:
+        crop = tenfold(Image.open(paths[n]).convert("RGB"), SIZE, 1.1)[view]
+        image = torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None].double().div(255).sub(0.5).div(0.5)
+        z = torch.nn.functional.normalize(exact.latents(image)[0].flatten(1).T[t], dim=-1)
+        near = [(z - book[int(c[n, view, t])]).square().sum() for c in (ours, theirs)]
+        assert abs(near[0] - near[1]) < TIE, f"picture {n}, view {view}, token {t}: {near}"
+    return len(differ)
+
+
+def main(count: int = 4, rounds: int = 2) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, rng = Path(name), np.random.default_rng(0)
+        (folder / "pictures" / "class").mkdir(parents=True)
+        for i in range(count):
+            coarse = Image.fromarray(rng.integers(0, 256, (14, 16, 3), dtype=np.uint8))
+            coarse.resize((400, 350), Image.Resampling.BICUBIC).save(folder / f"pictures/class/{i:03d}.jpg", quality=95)
+        paths = sorted((folder / "pictures" / "class").iterdir())
+        torch.manual_seed(0)
+        save_tokenizer(VQModel(TokenizerConfig()), folder / "vq.safetensors", {}, torch.float32)
+        model = load_tokenizer(folder / "vq.safetensors")
+        peer = peer_model(model)
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(cores)
+        pictures, (make, views) = PictureSet(folder / "pictures"), parse_crops("ten:1.1")
+        seconds: dict[str, list[float]] = {"megastar": [], "LlamaGen": []}
+        waited = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            with Pipeline(pictures, make, views, Encoder(model, torch.device("cpu"), torch.float32, 0), cores) as p:
+                list(p([(i, i) for i in range(count)]))
+                waited.append(p.waiting)
+            seconds["megastar"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            llamagen(peer, paths, folder)
+            seconds["LlamaGen"].append(time.perf_counter() - start)
+            print("  ".join(f"{k} {v[-1]:.1f} s" for k, v in seconds.items()), flush=True)
+        pretokenize(folder / "pictures", None, folder / "vq.safetensors", folder / "out", console=Console())
+        codes, ids = ShardSet(folder / "out").gather(np.arange(count), np.tile(np.arange(10), (count, 1)))[0], []
+        with tarfile.open(folder / "out" / "shard-00000.tar") as tar:
+            ids = [json.load(tar.extractfile(m))["source"] for m in tar if m.name.endswith(".json")]  # type: ignore[arg-type]
+        ours = codes[np.argsort(ids)].astype(np.int64)
+        theirs = np.concatenate([np.load(folder / f"{i}.npy") for i in range(count)])
+        ties = compare(model, paths, ours, theirs)
+        median = {k: statistics.median(v) for k, v in seconds.items()}
+        for k, v in median.items():
+            print(
+                f"{k:<10} {count / v:7.3f} pictures/s  ({min(seconds[k]):.1f} to {max(seconds[k]):.1f} s for {count})"
+            )
+        print(f"megastar / LlamaGen = {median['LlamaGen'] / median['megastar']:.2f}   (goal 1.5)")
+        print(f"the encoder waited {100 * statistics.median(waited):.2f} % of the time   (goal 5 %)")
+        print(f"codes: {ours.size - ties} of {ours.size} equal, {ties} ties, {len(np.unique(ours))} different codes")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
