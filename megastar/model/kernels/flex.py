@@ -1,0 +1,42 @@
+"""Attention by torch's flex_attention, compiled once a shape. On a GPU forward and backward, on CPU forward only."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megastar.model.masks import MaskSpec
+
+_plain = MaskSpec()
+
+
+@functools.cache
+def _compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.cache
+def missing() -> str | None:
+    try:
+        from torch.nn.attention.flex_attention import flex_attention  # noqa: F401
+    except ImportError:
+        return "this torch has no flex_attention: install torch 2.7 or later"
+    return None
+
+
+def supports(spec: MaskSpec, dtype: torch.dtype, head_dim: int, device: torch.device, grad: bool) -> str | None:
+    if device.type == "cpu":
+        return "it has no backward pass on CPU: use sdpa there" if grad else None
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it does not take {dtype}: use bf16, or sdpa"
+    return None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None) -> Tensor:
+    """As ``sdpa.attention``, with S = L."""
+    return _compiled()(q, k, v, block_mask=(mask or _plain).flex(q.shape[2], q.device))
