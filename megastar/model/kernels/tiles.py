@@ -46,7 +46,10 @@ def tile_states(spec: MaskSpec, size: int, queries: int, keys: int, device: torc
     some = (start <= last) & (end > torch.maximum(first, start))  # (R, n, S)
     whole = (start <= first) & (end > last)
     pad = (0, -size % keys)
-    some, whole = F.pad(some, pad).unflatten(-1, (-1, keys)).any(-1), F.pad(whole, pad).unflatten(-1, (-1, keys)).all(-1)
+    some, whole = (
+        F.pad(some, pad).unflatten(-1, (-1, keys)).any(-1),
+        F.pad(whole, pad).unflatten(-1, (-1, keys)).all(-1),
+    )
     if spec.window is not None:
         w = spec.window
         low = j[::keys]

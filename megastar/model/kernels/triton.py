@@ -22,7 +22,7 @@ LOG2E = 1.4426950408889634
 @functools.cache
 def missing() -> str | None:
     try:
-        import triton  # noqa: F401
+        import triton
         import triton.language  # noqa: F401
     except ImportError as error:
         return f"Triton cannot be imported ({error}): pip install triton (Linux)"

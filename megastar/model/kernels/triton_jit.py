@@ -69,7 +69,7 @@ def counts(full, visited, order, sequence, tile, tiles, others, SHARED: tl.const
 
 @triton.jit
 def forward_tile(
-    acc, m, l, q, K, V, i, j, start, end, size, skj, svj, scale,
+    acc, m, norm, q, K, V, i, j, start, end, size, skj, svj, scale,
     D: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     START: tl.constexpr, END: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -86,27 +86,27 @@ def forward_tile(
     keep = tl.exp2(m - shift)
     v = rows(V, j, svj, size, D, BD, EVEN or not MASK)
     acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
-    return acc, new, l * keep + tl.sum(p, 1)
+    return acc, new, norm * keep + tl.sum(p, 1)
 
 
 @triton.jit
 def forward(
-    Q, K, V, O, L, start, end, full, visited, order, scale, size, heads, tiles, others,
+    Q, K, V, OUT, L, start, end, full, visited, order, scale, size, heads, tiles, others,
     sqb, sqh, sqi, skb, skh, skj, svb, svh, svj, sob, soh, soi,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
     PLAIN: tl.constexpr, SHARED: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O (B, H, S, d) and L (B * H, S), the log-sum-exp in base 2. One program a query tile and head."""
+    """OUT (B, H, S, d) and L (B * H, S), the log-sum-exp in base 2. One program a query tile and head."""
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
-    Q, O = Q + b * sqb + h * sqh, O + b * sob + h * soh
+    Q, OUT = Q + b * sqb + h * sqh, OUT + b * sob + h * soh
     K, V = K + b * skb + h * skh, V + b * svb + h * svh
     if not SHARED:
         start, end = start + b * size, end + b * size
     i = tile * BM + tl.arange(0, BM)
     q = rows(Q, i, sqi, size, D, BD, EVEN)
-    m, l = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
+    m, norm = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
     if PLAIN:
         whole, all_of_them = tile * BM // BN, tl.cdiv(tl.minimum((tile + 1) * BM, size), BN)
@@ -115,28 +115,28 @@ def forward(
     for t in range(0, whole):
         n = t if PLAIN else tl.load(order + t)
         j = n * BN + tl.arange(0, BN)
-        acc, m, l = forward_tile(acc, m, l, q, K, V, i, j, start, end, size, skj, svj, scale,
+        acc, m, norm = forward_tile(acc, m, norm, q, K, V, i, j, start, end, size, skj, svj, scale,
                                  D, BD, EVEN, False, PRECISION, START, END, WIDTH, ROWS, COLUMNS)  # fmt: skip
     for t in range(whole, all_of_them):
         n = t if PLAIN else tl.load(order + t)
         j = n * BN + tl.arange(0, BN)
-        acc, m, l = forward_tile(acc, m, l, q, K, V, i, j, start, end, size, skj, svj, scale,
+        acc, m, norm = forward_tile(acc, m, norm, q, K, V, i, j, start, end, size, skj, svj, scale,
                                  D, BD, EVEN, True, PRECISION, START, END, WIDTH, ROWS, COLUMNS)  # fmt: skip
-    l = tl.where(l == 0.0, 1.0, l)  # queries past the end
-    put(O, i, soi, size, acc / l[:, None], D, BD)
-    tl.store(L + bh * size + i, m + tl.log2(l), mask=i < size)
+    norm = tl.where(norm == 0.0, 1.0, norm)  # queries past the end
+    put(OUT, i, soi, size, acc / norm[:, None], D, BD)
+    tl.store(L + bh * size + i, m + tl.log2(norm), mask=i < size)
 
 
 @triton.jit
 def delta(
-    O, G, Delta, size, heads, sob, soh, soi, sgb, sgh, sgi,
+    OUT, G, Delta, size, heads, sob, soh, soi, sgb, sgh, sgi,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Delta (B * H, S): the product of a query's output and its gradient G, in fp32."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     i = tl.program_id(0) * BM + tl.arange(0, BM)
-    o = rows(O + b * sob + h * soh, i, soi, size, D, BD, EVEN).to(tl.float32)
+    o = rows(OUT + b * sob + h * soh, i, soi, size, D, BD, EVEN).to(tl.float32)
     g = rows(G + b * sgb + h * sgh, i, sgi, size, D, BD, EVEN).to(tl.float32)
     tl.store(Delta + bh * size + i, tl.sum(o * g, 1), mask=i < size)
 
