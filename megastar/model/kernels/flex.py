@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
@@ -14,10 +15,16 @@ _plain = MaskSpec()
 
 
 @functools.cache
-def _compiled() -> Any:
+def _compiled(case: tuple[Any, ...]) -> Any:
+    """flex_attention for one case, a code object of its own: torch stops compiling one after eight recompilations."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Any:
+        return flex_attention(q, k, v, block_mask=blocks)
+
+    name = f"attend_{abs(hash(case)):x}"
+    own = types.FunctionType(attend.__code__.replace(co_name=name), globals(), name, None, attend.__closure__)
+    return torch.compile(own, dynamic=False)
 
 
 @functools.cache
@@ -39,4 +46,6 @@ def supports(spec: MaskSpec, dtype: torch.dtype, head_dim: int, device: torch.de
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None) -> Tensor:
     """As ``sdpa.attention``, with S = L."""
-    return _compiled()(q, k, v, block_mask=(mask or _plain).flex(q.shape[2], q.device))
+    spec = mask or _plain
+    case = (q.shape, q.dtype, q.device, spec.kind, spec.window, torch.is_grad_enabled())
+    return _compiled(case)(q, k, v, spec.flex(q.shape[2], q.device))

@@ -63,8 +63,10 @@ def configs(head_dim: int, dtype: torch.dtype) -> dict[str, Config]:
     """For each kernel what compiles without spills on sm_80 and sm_90; not tuned on a GPU yet."""
     wide = padded(head_dim) > 64
     if dtype == torch.float32:
-        small = Config(32, 32, 4, 1) if wide else Config(64, 32, 4, 1)
-        return {"forward": small, "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)}
+        forward, dkv = (
+            (Config(32, 32, 8, 1), Config(32, 16, 8, 1)) if wide else (Config(64, 32, 8, 1), Config(32, 32, 8, 1))
+        )
+        return {"forward": forward, "dq": Config(32, 32, 8, 1), "dkv": dkv}
     return {
         "forward": Config(128, 64, 8, 2) if wide else Config(128, 64, 4, 3),
         "dq": Config(64, 64, 8, 2) if wide else Config(64, 64, 4, 2),
