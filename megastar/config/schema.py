@@ -162,6 +162,18 @@ class SelfGuidedConfig:
 
 
 @dataclass
+class AttentionConfig:
+    """Which kernel attends. Speed only: a run resumes with another one."""
+
+    backend: str = knob(
+        "auto",
+        "auto (the fastest that megastar check-gpu measured here), sdpa, flex, flash or triton; "
+        "a fast one is compared with sdpa when first used",
+        choices=("auto", "sdpa", "flex", "flash", "triton"),
+    )
+
+
+@dataclass
 class OptimConfig:
     """AdamW on fp32 master weights."""
 
@@ -228,6 +240,7 @@ class RunConfig:
     model: ModelConfig = knob(ModelConfig, "the network; in YAML a path to configs/model/*.yaml, or the fields")
     data: DataConfig = knob(DataConfig, "the token shards")
     self_guided: SelfGuidedConfig = knob(SelfGuidedConfig, "the ST-AR objectives and the teacher")
+    attention: AttentionConfig = knob(AttentionConfig, "the attention kernel")
     optim: OptimConfig = knob(OptimConfig, "the optimizer")
     parallel: ParallelConfig = knob(ParallelConfig, "the split over GPUs")
     train: TrainConfig = knob(TrainConfig, "length, batch, precision, housekeeping")

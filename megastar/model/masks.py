@@ -1,61 +1,254 @@
-"""Who attends to whom: causal, minus the key columns that self-guided training hides.
+"""Who attends to whom: one column interval a key, and a window on the token grid.
 
-B sequences, S positions, T image tokens; position 0 is the class, position p > 0 holds token p - 1.
+B sequences, S positions, T image tokens; position 0 is the class, position p > 0 holds token p - 1. Random-order decoding
+permutes the tokens and stays causal: it needs no pattern of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megastar.errors import UserError
+
 _STREAM = int.from_bytes(b"hidden", "big")  # keeps these draws apart from every other use of the run's seed
+
+
+@dataclass(frozen=True)
+class Window:
+    """Keys at most ``rows`` rows and ``columns`` columns away on a grid ``width`` tokens wide.
+
+    The class (position 0) is seen by all and sees all, as far as the intervals let it.
+    """
+
+    width: int
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.rows < 0 or self.columns < 0:
+            raise UserError(f"{self}: the width must be at least 1, rows and columns at least 0")
+
+    def near(self, i: Tensor, j: Tensor) -> Tensor:
+        """Whether the window lets query positions i see key positions j (broadcast): bool."""
+        ti, tj = i - 1, j - 1
+        rows = (ti // self.width - tj // self.width).abs() <= self.rows
+        columns = (ti % self.width - tj % self.width).abs() <= self.columns
+        return (i == 0) | (j == 0) | (rows & columns)
 
 
 @dataclass(eq=False)
 class MaskSpec:
-    """A mask as one interval a key: key j is visible to query i iff ``j <= i < end[j]``.
+    """Key j is visible to query i iff ``start[b, j] <= i < end[b, j]``, and ``window`` lets i see j.
 
-    ``end`` (B, S) int32, or None for plain causal attention. Hidden means end = j + 1: a hidden key stays visible to
-    its own query. Dense forms are built once and shared by all blocks.
+    ``end`` (B or 1, S) int32, None: S, the end of the sequence. ``start`` likewise, None: j, which is causal. One row
+    holds for all sequences. Raises ``UserError`` for a query that would see no key. Moved and built forms are kept, so
+    that one spec, drawn once a step, serves all blocks.
     """
 
     end: Tensor | None = None
-    _built: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+    start: Tensor | None = None
+    window: Window | None = None
+    trusted: InitVar[bool] = False  # from a constructor below, which leaves no query blind: the check would sync a GPU
+    _built: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self, trusted: bool) -> None:
+        given = [t for t in (self.end, self.start) if t is not None]
+        if any(t.ndim != 2 for t in given) or len({t.shape[1] for t in given}) > 1:
+            raise UserError(f"a mask's start and end must be (B, S), not {[tuple(t.shape) for t in given]}")
+        self.end, self.start = (None if t is None else t.to(torch.int32) for t in (self.end, self.start))
+        if given and not trusted:
+            sees = self.dense(given[0].shape[1], given[0].device).any(-1)[:, 0]  # (B, S)
+            self._built.clear()
+            if not bool(sees.all()):
+                b, i = (~sees).nonzero()[0].tolist()
+                raise UserError(f"query {i} of sequence {b} sees no key: let start <= {i} < end for one key at least")
+
+    # Constructors ----------------------------------------------------------------------------------------------------
+    @classmethod
+    def causal(cls) -> MaskSpec:
+        return cls()
 
     @classmethod
     def hidden(cls, hidden: Tensor) -> MaskSpec:
-        """From the hidden keys: (B, S) bool."""
-        size = hidden.shape[1]
-        j = torch.arange(size, dtype=torch.int32, device=hidden.device)
-        return cls(torch.where(hidden, j + 1, size).to(torch.int32))
+        """Causal without the hidden keys, (B, S) bool: each stays visible to its own query alone."""
+        j, size = _places(hidden), hidden.shape[1]
+        return cls(torch.where(hidden, j + 1, size), trusted=True)
 
+    @classmethod
+    def prefix(cls, lengths: Tensor, size: int) -> MaskSpec:
+        """The first ``lengths`` (B,) keys are visible to all queries, also earlier ones; then causal."""
+        if size < 1 or lengths.ndim != 1:
+            raise UserError(
+                f"a prefix needs lengths (B,) and a size of 1 or more, not {tuple(lengths.shape)} and {size}"
+            )
+        j = torch.arange(size, device=lengths.device)[None]
+        return cls(start=torch.where(j < lengths[:, None], 0, j), trusted=True)
+
+    @classmethod
+    def documents(cls, ids: Tensor) -> MaskSpec:
+        """Packed documents, causal inside each: ``ids`` (B, S), a run of equal numbers is one document."""
+        j, size = _places(ids), ids.shape[1]
+        last = torch.ones_like(ids, dtype=torch.bool)
+        last[:, :-1] = ids[:, 1:] != ids[:, :-1]
+        ends = torch.where(last, j + 1, size).flip(1).cummin(1).values.flip(1)  # the next document starts there
+        return cls(ends, trusted=True)
+
+    @classmethod
+    def sliding_window(cls, size: int, width: int) -> MaskSpec:
+        """Causal, each query sees the last ``width`` keys, its own among them."""
+        if width < 1:
+            raise UserError(f"a sliding window of width {width} sees no key: give 1 or more")
+        return cls((torch.arange(size) + width).clamp(max=size)[None], trusted=True)
+
+    @classmethod
+    def neighbourhood(cls, width: int, rows: int, columns: int) -> MaskSpec:
+        """Causal, each token sees those within ``rows`` and ``columns`` on a grid ``width`` wide, and the class."""
+        return cls(window=Window(width, rows, columns), trusted=True)
+
+    @classmethod
+    def row_blocks(cls, size: int, width: int, rows: int) -> MaskSpec:
+        """Causal over blocks of ``rows`` rows of a grid ``width`` wide; inside a block all tokens see each other."""
+        if width < 1 or rows < 1:
+            raise UserError(f"blocks of {rows} rows of {width} tokens are empty: give 1 or more of each")
+        j = torch.arange(size)
+        return cls(start=torch.where(j > 0, 1 + (j - 1) // (width * rows) * (width * rows), 0)[None], trusted=True)
+
+    # Views -----------------------------------------------------------------------------------------------------------
     @property
     def is_plain_causal(self) -> bool:
-        return self.end is None
+        return self.end is None and self.start is None and self.window is None
 
-    def dense(self, size: int, device: torch.device | str) -> Tensor:
-        """True where query i (rows) sees key j (columns): (B, 1, S, S) bool, or (1, 1, S, S) for plain causal."""
+    @property
+    def is_causal(self) -> bool:
+        """No key is visible to an earlier query."""
+        return self.start is None
+
+    @property
+    def kind(self) -> str:
+        """What a kernel must be able to do, in words: for messages and for choosing one."""
+        if self.is_plain_causal:
+            return "plain causal"
+        parts = ["causal"] if self.is_causal else ["not causal"]
+        parts += ["column intervals"] if self.end is not None or self.start is not None else []
+        return ", ".join(parts + (["2-D window"] if self.window else []))
+
+    def to(self, device: torch.device | str) -> MaskSpec:
+        """On that device; made once."""
         device = torch.device(device)
-        key = (size, device)
-        if key not in self._built:
-            i = torch.arange(size, device=device)
-            seen = (i[:, None] >= i)[None, None]  # (1, 1, S, S)
-            if self.end is not None:
-                seen = seen & (i[:, None] < self.end.to(device)[:, None, None, :size])
-            self._built[key] = seen
-        return self._built[key]
+        given = [t for t in (self.end, self.start) if t is not None]
+        if all(t.device == device for t in given):
+            return self
+
+        def move() -> MaskSpec:
+            end, start = (None if t is None else t.to(device, non_blocking=True) for t in (self.end, self.start))
+            return MaskSpec(end, start, self.window, trusted=True)
+
+        return self.kept(("to", device), move)
+
+    def rows(self, count: int) -> MaskSpec:
+        """Of the first ``count`` sequences."""
+        end, start = (None if t is None else t[:count] for t in (self.end, self.start))
+        return MaskSpec(end, start, self.window, trusted=True)
+
+    def dense(self, size: int, device: torch.device | str = "cpu") -> Tensor:
+        """True where query i (rows) sees key j (columns): (B or 1, 1, S, S) bool."""
+        at = self.to(device)
+        self.check_size(size)
+        i = torch.arange(size, device=device)
+        seen = i[:, None] >= (i if at.start is None else at.start[:, None, None])  # (S, S) or (B, 1, S, S)
+        if at.end is not None:
+            seen = seen & (i[:, None] < at.end[:, None, None])
+        if at.window is not None:
+            seen = seen & at.window.near(i[:, None], i)
+        return seen if seen.ndim == 4 else seen[None, None]
 
     def additive(self, size: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """The same as 0 and minus infinity, to be added to the logits: (B or 1, 1, S, S) of ``dtype``."""
-        device = torch.device(device)
-        key = (size, device, dtype)
-        if key not in self._built:
+        """The same as 0 and minus infinity, to be added to the logits: (B or 1, 1, S, S) of ``dtype``; made once."""
+
+        def make() -> Tensor:
             seen = self.dense(size, device)
-            self._built[key] = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+            bias = torch.zeros(seen.shape, dtype=dtype, device=device)
+            return bias.masked_fill_(seen.logical_not_(), float("-inf"))
+
+        return self.kept(("additive", size, torch.device(device), dtype), make)
+
+    def flex(self, size: int, device: torch.device | str, block: int = 128) -> Any:
+        """A ``BlockMask`` for torch's flex_attention; made once.
+
+        Its blocks are the lower triangle (all, when not causal) whatever was drawn, and its ``mask_mod`` reads tensors:
+        a new draw compiles nothing.
+        """
+
+        def make() -> Any:
+            from torch.nn.attention.flex_attention import BlockMask
+
+            self.check_size(size)
+            n = -(-size // block)
+            indices = torch.arange(n, dtype=torch.int32, device=device).expand(1, 1, n, n).contiguous()
+            counts = indices[:, :, 0] + 1 if self.is_causal else torch.full_like(indices[:, :, 0], n)
+            reads = mask_mod(self.to(device))
+            return BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=block, mask_mod=reads, seq_lengths=(size, size))
+
+        return self.kept(("flex", size, torch.device(device), block), make)
+
+    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, made once: other forms of this mask, for a kernel."""
+        if key not in self._built:
+            with torch.inference_mode(False):  # one first made while sampling must serve training too
+                self._built[key] = make()
         return self._built[key]
+
+    def check_size(self, size: int) -> None:
+        for t in (self.end, self.start):
+            if t is not None and t.shape[1] != size:
+                raise UserError(f"the mask is for {t.shape[1]} positions, the sequence has {size}")
+
+
+def mask_mod(spec: MaskSpec) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """``spec`` as flex_attention's function of (batch, head, query, key). It reads the intervals from the tensors."""
+    end, start, window = spec.end, spec.start, spec.window
+
+    def at(intervals: Tensor, b: Tensor, j: Tensor) -> Tensor:
+        return intervals[0 if intervals.shape[0] == 1 else b, j]
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = i >= (j if start is None else at(start, b, j))
+        if end is not None:
+            seen = seen & (i < at(end, b, j))
+        return seen if window is None else seen & window.near(i, j)
+
+    return visible
+
+
+def _places(like: Tensor) -> Tensor:
+    """0..S - 1 of like (B, S): (1, S) int64."""
+    if like.ndim != 2 or not like.shape[1]:
+        raise UserError(f"a mask is made from (B, S) with S of 1 or more, not {tuple(like.shape)}")
+    return torch.arange(like.shape[1], device=like.device)[None]
+
+
+PATTERNS: dict[str, Callable[..., MaskSpec]] = {
+    "causal": MaskSpec.causal,
+    "hidden": MaskSpec.hidden,
+    "prefix": MaskSpec.prefix,
+    "documents": MaskSpec.documents,
+    "sliding_window": MaskSpec.sliding_window,
+    "neighbourhood": MaskSpec.neighbourhood,
+    "row_blocks": MaskSpec.row_blocks,
+}
+
+
+def pattern(name: str, *args: Any, **options: Any) -> MaskSpec:
+    """The mask of that name; the rest goes to its constructor. Raises ``UserError`` for an unknown name."""
+    if name not in PATTERNS:
+        raise UserError(f"unknown attention pattern {name!r}: use {', '.join(PATTERNS)}")
+    return PATTERNS[name](*args, **options)
 
 
 def draw_hidden(
@@ -68,8 +261,11 @@ def draw_hidden(
     """
     count = round(ratio * (tokens - 1))
     hidden = np.zeros((len(ids), tokens), dtype=bool)
+    # A counter-based generator, set to a place of its own for each sample and view: cheaper than a new one a sample.
+    bits = np.random.Philox(key=[seed, _STREAM])
+    rng, state = np.random.Generator(bits), bits.state
     for row, epoch, sample in zip(hidden, np.asarray(epochs), np.asarray(ids), strict=True):
-        # A counter-based generator, set to a place of its own for each sample and view.
-        rng = np.random.Generator(np.random.Philox(key=[seed, _STREAM], counter=[0, view, int(epoch), int(sample)]))
+        state["state"]["counter"][:] = (0, view, int(epoch), int(sample))
+        bits.state = state
         row[1 + rng.permutation(tokens - 1)[:count]] = True
     return torch.from_numpy(hidden)

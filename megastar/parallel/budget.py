@@ -230,11 +230,11 @@ def backward_working_bytes(model: ModelConfig, sequences: int, tensor: int = 1, 
 
 
 def mask_bytes(cfg: RunConfig, sequences: int, dtype: str = "bf16") -> int:
-    """The student's hidden keys, dense and additive, once for all blocks (model/masks.py); 0 without them."""
+    """The student's hidden keys, additive, once for all blocks, as sdpa takes them (model/masks.py); 0 without them."""
     if not cfg.self_guided.enabled or cfg.self_guided.mask_ratio == 0:
         return 0
     size: int = cfg.model.image_tokens**2
-    return sequences * size * (1 + ELEMENT[dtype])
+    return sequences * size * ELEMENT[dtype]
 
 
 def loss_bytes(cfg: RunConfig, micro: int, tensor: int = 1, data: int = 1, dtype: str = "bf16") -> dict[str, int]:

@@ -1,13 +1,18 @@
-"""Hidden keys, mask forms, and attention against an explicit fp64 softmax."""
+"""Masks against their definition by brute force, hidden keys, and attention against an explicit fp64 softmax."""
 
 from __future__ import annotations
+
+import re
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from megastar.errors import UserError
 from megastar.model.kernels import attention
-from megastar.model.masks import MaskSpec, draw_hidden
+from megastar.model.masks import PATTERNS, MaskSpec, Window, draw_hidden, pattern
 
 
 def rows(n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,6 +43,17 @@ def test_draw_is_a_function_of_seed_epoch_id_and_view_only() -> None:
     ):
         assert not (other == whole).all(1).any()
     assert not torch.equal(whole[0], whole[2])  # same picture, another epoch
+
+
+def test_draws_of_released_runs_stay() -> None:
+    """A fixed point of the draw: a change of it would change every run that is resumed."""
+    stream = int.from_bytes(b"hidden", "big")
+    for view, epoch, sample in [(0, 0, 0), (1, 3, 1_281_166), (0, 299, 2**40)]:
+        rng = np.random.Generator(np.random.Philox(key=[11, stream], counter=[0, view, epoch, sample]))
+        want = np.zeros(256, dtype=bool)
+        want[1 + rng.permutation(255)[:64]] = True
+        got = draw_hidden(11, np.array([5, epoch, 0]), np.array([1, sample, 2]), 256, 0.25, view=view)
+        assert np.array_equal(got[1].numpy(), want)
 
 
 def test_draw_does_not_touch_the_global_generators() -> None:
@@ -81,6 +97,130 @@ def test_dense_and_additive_forms() -> None:
     assert torch.equal(plain.dense(16, "cpu"), torch.ones(16, 16).tril().bool()[None, None])
 
 
+# Any mask against its definition -----------------------------------------------------------------------------------
+def by_definition(spec: MaskSpec, batch: int, size: int) -> torch.Tensor:
+    """(batch, 1, S, S), pair by pair in plain Python."""
+
+    def interval(t: torch.Tensor | None, b: int, otherwise: list[int]) -> list[int]:
+        return otherwise if t is None else t[b if len(t) > 1 else 0].tolist()
+
+    def near(i: int, j: int) -> bool:
+        w = spec.window
+        if w is None or i == 0 or j == 0:
+            return True
+        (ri, ci), (rj, cj) = divmod(i - 1, w.width), divmod(j - 1, w.width)
+        return abs(ri - rj) <= w.rows and abs(ci - cj) <= w.columns
+
+    seen = torch.zeros(batch, 1, size, size, dtype=torch.bool)
+    for b in range(batch):
+        start, end = interval(spec.start, b, list(range(size))), interval(spec.end, b, [size] * size)
+        for i in range(size):
+            for j in range(size):
+                seen[b, 0, i, j] = start[j] <= i < end[j] and near(i, j)
+    return seen
+
+
+@st.composite
+def arguments(draw):
+    """start, end (B or 1, S) or None, window or None, S: anything, also what must be refused."""
+    size, rows = draw(st.integers(1, 12)), draw(st.sampled_from([1, 2]))
+    place = st.integers(-1, size + 1)
+    intervals = st.lists(st.lists(place, min_size=size, max_size=size), min_size=rows, max_size=rows)
+    start, end = draw(st.none() | intervals), draw(st.none() | intervals)
+    window = draw(st.none() | st.builds(Window, st.integers(1, 5), st.integers(0, 3), st.integers(0, 3)))
+    return (*(None if t is None else torch.tensor(t) for t in (start, end)), window, size)
+
+
+@settings(max_examples=400, deadline=None)
+@given(arguments())
+def test_any_mask_is_its_definition_or_is_refused(drawn) -> None:
+    start, end, window, size = drawn
+    loose = MaskSpec(end, start, window, trusted=True)
+    want = by_definition(loose, 2, size)
+    blind = (~want.any(-1)).nonzero()
+    if len(blind):
+        with pytest.raises(UserError, match=rf"query {blind[0, 2]} of sequence {blind[0, 0]} sees no key"):
+            MaskSpec(end, start, window)
+        return
+    spec = MaskSpec(end, start, window)
+    got = spec.dense(size)
+    assert torch.equal(got.expand(2, 1, size, size), want)
+    assert torch.equal(spec.additive(size, "cpu", torch.float32) == 0, got)
+    assert torch.equal(spec.rows(1).dense(size)[0], got[0])
+    assert spec.is_plain_causal == (start is None and end is None and window is None)
+    if spec.is_causal:
+        assert not torch.triu(got, 1).any()
+    mask = spec.flex(size, "cpu", block=4)
+    i = torch.arange(size)
+    seen = [mask.mask_mod(torch.tensor(b), torch.tensor(0), i[:, None], i) for b in range(2)]
+    assert torch.equal(torch.stack(seen)[:, None], want)
+    blocks = mask.to_dense()[0, 0].bool().repeat_interleave(4, 0).repeat_interleave(4, 1)[:size, :size]
+    assert not (want & ~blocks).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_patterns_are_what_they_say(data) -> None:
+    """Each named pattern against one sentence of its own, pair by pair."""
+    size, width = data.draw(st.integers(2, 14)), data.draw(st.integers(1, 5))
+    n = data.draw(st.integers(1, 4))
+    numbers = data.draw(st.lists(st.integers(0, 2), min_size=size, max_size=size))
+    pairs = [(i, j) for i in range(size) for j in range(size)]
+
+    def check(spec: MaskSpec, rule) -> None:
+        got = spec.dense(size)[0, 0]
+        assert all(bool(got[i, j]) == bool(rule(i, j)) for i, j in pairs)
+
+    check(pattern("causal"), lambda i, j: j <= i)
+    hidden = torch.tensor([numbers]) == 0
+    check(pattern("hidden", hidden), lambda i, j: j == i or (j < i and not hidden[0, j]))
+    check(pattern("prefix", torch.tensor([n]), size), lambda i, j: j <= i or j < n)
+    same = [[len(set(numbers[min(i, j) : max(i, j) + 1])) == 1 for j in range(size)] for i in range(size)]
+    check(pattern("documents", torch.tensor([numbers])), lambda i, j: j <= i and same[i][j])
+    check(pattern("sliding_window", size, n), lambda i, j: 0 <= i - j < n)
+
+    def row(p: int) -> int:
+        return (p - 1) // width
+
+    def column(p: int) -> int:
+        return (p - 1) % width
+
+    check(
+        pattern("neighbourhood", width, n, n - 1),
+        lambda i, j: j <= i and (j == 0 or (abs(row(i) - row(j)) <= n and abs(column(i) - column(j)) <= n - 1)),
+    )
+    check(pattern("row_blocks", size, width, n), lambda i, j: j == 0 or (i > 0 and row(j) // n <= row(i) // n))
+
+
+def test_a_mask_is_moved_and_built_once() -> None:
+    spec = MaskSpec.hidden(draw_hidden(0, *rows(2), 16, 0.25))
+    assert spec.to("cpu") is spec
+    assert spec.to("meta") is spec.to("meta") and spec.to("meta").end.device.type == "meta"
+    assert spec.flex(16, "cpu") is spec.flex(16, "cpu")
+    with torch.inference_mode():  # what is first made while sampling must serve training
+        bias = spec.additive(16, "cpu", torch.float64)
+    assert not bias.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: pattern("diagonal"), f"unknown attention pattern 'diagonal': use {', '.join(PATTERNS)}"),
+        (lambda: MaskSpec(torch.tensor([[1, 0, 3]])), "query 1 of sequence 0 sees no key: let start <= 1 < end"),
+        (lambda: MaskSpec(torch.ones(3)), "a mask's start and end must be (B, S), not [(3,)]"),
+        (lambda: MaskSpec.sliding_window(8, 0), "a sliding window of width 0 sees no key: give 1 or more"),
+        (lambda: MaskSpec.row_blocks(8, 4, 0), "blocks of 0 rows of 4 tokens are empty: give 1 or more of each"),
+        (lambda: MaskSpec.neighbourhood(0, 1, 1), "the width must be at least 1, rows and columns at least 0"),
+        (lambda: MaskSpec.hidden(torch.zeros(4, dtype=torch.bool)), "a mask is made from (B, S) with S of 1 or more"),
+        (lambda: MaskSpec.prefix(torch.tensor(3), 8), "a prefix needs lengths (B,) and a size of 1 or more"),
+        (lambda: MaskSpec.sliding_window(8, 2).dense(16), "the mask is for 8 positions, the sequence has 16"),
+    ],
+)
+def test_mistakes(make, sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        make()
+
+
 def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """fp64 softmax over the keys a query sees."""
     q, k, v = (t.double() for t in (q, k, v))
@@ -92,19 +232,25 @@ def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tens
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 )
-@pytest.mark.parametrize("kind", ["none", "plain", "hidden"])
+@pytest.mark.parametrize("kind", ["none", "plain", "hidden", "prefix", "window"])
 def test_attention_and_its_gradients(dtype: torch.dtype, tolerance: float, kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v, g = (torch.randn(2, 3, 16, 8, generator=generator, dtype=torch.float64).to(dtype) for _ in range(4))
     q[:, :, 0] = k[:, :, 0] = 0  # the class position
     hidden = draw_hidden(0, *rows(2), 16, 0.25) if kind == "hidden" else torch.zeros(2, 16, dtype=torch.bool)
-    mask = {"none": None, "plain": MaskSpec(), "hidden": MaskSpec.hidden(hidden)}[kind]
+    mask = {
+        "none": None,
+        "plain": MaskSpec(),
+        "hidden": MaskSpec.hidden(hidden),
+        "prefix": MaskSpec.prefix(torch.tensor([3, 9]), 16),
+        "window": MaskSpec.neighbourhood(4, 1, 1),
+    }[kind]
 
     ours = [t.clone().requires_grad_() for t in (q, k, v)]
     got = attention(*ours, mask)
     assert got.dtype == dtype
     theirs = [t.double().requires_grad_() for t in (q, k, v)]
-    want = explicit(*theirs, loop_mask(hidden))
+    want = explicit(*theirs, by_definition(mask or MaskSpec(), 2, 16))
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
     got.backward(g)
     want.backward(g.double())

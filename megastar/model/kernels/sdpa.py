@@ -1,4 +1,4 @@
-"""Attention by torch's fused kernel, or by two matrix products where those are faster (bf16 on CPU)."""
+"""Attention by torch's fused kernel, or by two matrix products where those are faster (bf16 on CPU). The reference."""
 
 from __future__ import annotations
 
@@ -8,9 +8,22 @@ from torch import Tensor
 
 from megastar.model.masks import MaskSpec
 
+_plain = MaskSpec()
+# The kernel behind F.scaled_dot_product_attention on CPU takes a mask and is_causal at once, its front does not: with
+# both, the upper triangle is skipped and a mask costs next to nothing.
+_cpu_kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def missing() -> str | None:
+    return None
+
+
+def supports(spec: MaskSpec, dtype: torch.dtype, head_dim: int, device: torch.device, grad: bool) -> str | None:
+    return None
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + mask) v, always causal.
+    """softmax(q k^T / sqrt(d) + mask) v; causal without a mask.
 
     q (B, H, S, d); k, v (B, H, L, d) with L >= S: the queries are the last S of the L positions, so one query sees
     all keys. ``mask`` needs S = L. Returns (B, H, S, d).
@@ -18,21 +31,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None) -> 
     queries, keys = q.shape[2], k.shape[2]
     bias = None
     if mask is not None and not mask.is_plain_causal:
-        assert queries == keys, "hidden keys are for training: no cache"
-        bias = mask.additive(keys, q.device, q.dtype)  # (B, 1, S, S)
-    by_products = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        assert queries == keys, "masks are for training: no cache"
+        bias = mask.additive(keys, q.device, q.dtype)  # (B or 1, 1, S, S)
+    on_cpu = q.device.type == "cpu"
+    by_products = on_cpu and q.dtype == torch.bfloat16
     if bias is None and queries > 1 and (by_products or queries != keys):
-        bias = _causal(keys, q.device, q.dtype)[..., -queries:, :]
+        bias = _plain.additive(keys, q.device, q.dtype)[..., -queries:, :]
     if by_products:
-        # torch's fused CPU kernel is four times slower here (64 positions, forward and backward).
+        # torch's fused CPU kernel is two to four times slower here (64 to 576 positions, forward and backward).
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, S, L)
         return torch.softmax(logits if bias is None else logits.add_(bias), -1) @ v
+    both = on_cpu and bias is not None and mask is not None and mask.is_causal and _cpu_kernel is not None
+    if both and q.dtype != torch.float16 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        return _cpu_kernel(q, k, v, 0.0, True, attn_mask=bias)[0]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and queries > 1)
-
-
-_plain = MaskSpec()
-
-
-def _causal(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # cached: one first made while sampling must serve training too
-        return _plain.additive(size, device, dtype)

@@ -1,0 +1,250 @@
+"""``megastar check-gpu``: are the attention kernels right on this GPU, which is the fastest, how fast is a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megastar.commands.common import Parser
+from megastar.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+EXAMPLES = """
+megastar check-gpu
+megastar check-gpu --out h100.json --seconds 300
+megastar check-gpu --tests
+megastar check-gpu --device cpu
+"""
+SIZES = (256, 576, 1024)  # 256x256 and 384x384 pictures, 512x512
+HEAD_DIMS = (64, 100, 128)  # B, L, XL, XXL: 64; 3B: 100
+BATCH, HEADS = 16, 16
+STEPS = (("b", 32), ("l", 32))  # size, images a step
+PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "liger-kernel", "deepspeed", "nvidia-cutlass-dsl")
+
+
+def parser() -> Parser:
+    p = Parser(
+        "check-gpu",
+        "Compare every attention backend with fp64, time it, time training steps, and write the table that "
+        "attention.backend=auto reads. Needs no network and less than 8 minutes. Status 1 when a kernel is wrong.",
+        EXAMPLES,
+    )
+    p.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu: the comparison alone, in seconds")
+    p.add_argument("--out", default="check-gpu.json", help="the report (default check-gpu.json)")
+    p.add_argument("--seconds", type=float, default=450.0, help="what is not begun by then is left out (default 450)")
+    p.add_argument("--no-steps", action="store_true", help="leave out the training steps")
+    p.add_argument("--tests", action="store_true", help="run the tests marked gpu instead; needs a clone and pytest")
+    return p
+
+
+def main(words: list[str]) -> int:
+    args = parser().parse_args(words)
+    import torch
+    from rich.console import Console
+
+    from megastar.device import pick_device
+
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            "check-gpu needs a CUDA GPU and torch sees none here: run it where there is one, or with --device cpu for "
+            "the comparison with fp64 alone"
+        )
+    device = pick_device(args.device)
+    if args.tests:
+        return run_tests(device)
+    console, begun = Console(markup=False, highlight=False), time.perf_counter()
+
+    def over(share: float = 1.0) -> bool:
+        return time.perf_counter() - begun > share * args.seconds
+
+    report: dict[str, Any] = {"device": describe(device), "packages": packages()}
+    console.print(f"{report['device']['name']}, torch {torch.__version__}")
+    show(console, "backends", [{"backend": k, "here": v or "yes"} for k, v in report["packages"]["backends"].items()])
+    report["compared"] = compared = list(comparison(console, device, over))
+    wrong = [r for r in compared if r["ok"] is False]
+    if device.type == "cuda":
+        measure(console, device, report, args.no_steps, over)
+    report["seconds"] = round(time.perf_counter() - begun, 1)
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    made = sum(r["ok"] is not None for r in compared)
+    console.print(f"{made} comparisons, {len(wrong)} wrong, {report['seconds']} s; report: {path}")
+    return 1 if wrong else 0
+
+
+def run_tests(device: torch.device) -> int:
+    """pytest -m gpu, in a process of its own."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "tests" / "gpu").is_dir():
+        raise UserError(
+            f"check-gpu --tests needs a clone of the repository: there is no tests/gpu beside {root}/megastar"
+        )
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
+    return subprocess.run(command, cwd=root, env=os.environ | {"MEGASTAR_TEST_GPU": "1"}).returncode
+
+
+# What is here ------------------------------------------------------------------------------------------------------
+def describe(device: torch.device) -> dict[str, Any]:
+    import torch
+
+    if device.type != "cuda":
+        return {"name": "cpu", "threads": torch.get_num_threads()}
+    p = torch.cuda.get_device_properties(device)
+    return {
+        "name": p.name, "memory_gib": round(p.total_memory / 2**30, 1), "capability": f"{p.major}.{p.minor}",
+        "cuda": torch.version.cuda, "bf16_tflops": peak_tflops(p.name),
+    }  # fmt: skip
+
+
+def peak_tflops(name: str) -> float | None:
+    """The data sheet's dense bf16 peak of a GPU by torch's name for it; None for one that megastar plan does not list."""
+    from megastar.parallel.cost import GPUS
+
+    words = name.lower().replace("-", " ").replace("rtx ", "rtx").split()
+    models = [model for model in GPUS if model.split("-")[0] in words]
+    if "pcie" in words and "h100-pcie" in models:
+        return GPUS["h100-pcie"].tflops
+    return GPUS[models[0]].tflops if models else None
+
+
+def packages() -> dict[str, Any]:
+    """Versions, and what can really be imported."""
+    from megastar.commands.doctor import has_nvidia_apex, version_of
+    from megastar.model.kernels import flash
+    from megastar.model.kernels.check import backends
+
+    return {
+        "versions": {name: version_of(name) for name in PACKAGES},
+        "backends": backends(),
+        "flash_attn_generations": [one.generation for one in flash.interfaces()],
+        "nvidia_apex": has_nvidia_apex(),
+    }
+
+
+# Right? ------------------------------------------------------------------------------------------------------------
+def comparison(console: Console, device: torch.device, over: Any) -> list[dict[str, Any]]:
+    """Every backend x pattern x head dimension in bf16 against fp64; on CPU small, in fp32 too."""
+    import torch
+
+    from megastar.model.kernels.check import compare
+    from megastar.model.kernels.select import NAMES
+    from megastar.model.masks import PATTERNS
+
+    cuda = device.type == "cuda"
+    batch, heads, size = (BATCH, HEADS, SIZES[0]) if cuda else (2, 2, 64)
+    rows: list[dict[str, Any]] = []
+    for dtype in (torch.bfloat16,) if cuda else (torch.bfloat16, torch.float32):
+        for which in PATTERNS:
+            for d in HEAD_DIMS:
+                if over(0.45):
+                    console.print(f"no time left: {which}, head dimension {d} was not compared")
+                    continue
+                rows += compare(NAMES, device, dtype, [(batch, heads, size, d)], (which,))
+    shown = []
+    for row in rows:
+        if row["ok"] is not None:
+            worst = max((e / a for e, a in zip(row["errors"].values(), row["allowed"], strict=True)), default=0.0) if "errors" in row else None  # fmt: skip
+            about = {k: row[k] for k in ("backend", "pattern", "head_dim", "dtype")}
+            verdict = "right" if row["ok"] else "WRONG"
+            shown.append(about | {"": verdict, "error / allowed": "" if worst is None else f"{worst:.2f}"})
+    show(console, "against fp64 (allowed: twice sdpa's own error in that precision)", shown)
+    for name, why in {(r["backend"], r["why"]) for r in rows if r["ok"] is None}:
+        console.print(f"{name} left out: {why}")
+    for row in rows:
+        if row["ok"] is False and "why" in row:
+            console.print(f"{row['backend']}, {row['pattern']}, head dimension {row['head_dim']}: {row['why']}")
+    return rows
+
+
+# How fast? ---------------------------------------------------------------------------------------------------------
+def measure(console: Console, device: torch.device, report: dict[str, Any], no_steps: bool, over: Any) -> None:
+    """Timings, recompilations, the table, and the training steps, for which the last third of the time is kept."""
+    import torch
+
+    from megastar.model.kernels import table, timing
+
+    bf16 = torch.bfloat16
+    shapes = [(BATCH, HEADS, s, 64) for s in SIZES] + [(BATCH, HEADS, SIZES[0], d) for d in HEAD_DIMS[1:]]
+    report["timed"] = timed = list(timing.timings(device, bf16, shapes, over=lambda: over(0.65)))
+    rows = [{k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in timed]
+    show(console, f"ms forward and backward, B {BATCH}, H {HEADS}; ratio to {timing.PEER}", rows)
+    report["recompiles"] = {}
+    for name in ("flex", "triton"):
+        right = any(r["ok"] and r["backend"] == name and r["pattern"] == "hidden" for r in report["compared"])
+        if right and not over(0.7):
+            report["recompiles"][name] = timing.recompiles(name, shapes[0], device)
+    console.print(f"recompiles over 20 fresh masks: {report['recompiles']}")
+    choices = timing.fastest(report["compared"], timed)
+    if choices:
+        path = table.table_path(device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            json.dumps({"device": report["device"], "torch": torch.__version__, "fastest": choices}, indent=1)
+        )
+        table.read_table.cache_clear()
+        report["table"] = {"path": str(path), "fastest": choices}
+        console.print(f"attention.backend=auto takes, by {path}: {json.dumps(choices)}")
+    if not no_steps:
+        report["steps"] = steps(console, device, report["device"]["bf16_tflops"], over)
+
+
+def steps(console: Console, device: torch.device, peak: float | None, over: Any) -> list[dict[str, Any]]:
+    """AR and ST-AR of B and L in bf16, one process, random codes."""
+    import torch
+
+    from megastar.config.load import load_config
+    from megastar.engine.build import start
+    from megastar.engine.speed import step_speed
+
+    rows: list[dict[str, Any]] = []
+    for size, images in STEPS:
+        for method in ("ar", "star"):
+            about: dict[str, Any] = {"model": size, "method": method}
+            if over():
+                rows.append(about | {"why": "left out: no time left"})
+                continue
+            cfg = load_config(
+                f"configs/run/{method}_{size}_50ep.yaml", ["data.shards=none", "data.val_shards=", "data.tokenizer="]
+            )
+            ctx = dataclasses.replace(start(cfg), device=device)
+            while images:
+                try:
+                    rows.append(about | step_speed(cfg, ctx, images, peak_tflops=peak))
+                    break
+                except torch.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    images //= 2
+            else:
+                rows.append(about | {"why": "out of memory with one image"})
+    shown = []
+    for row in rows:
+        parts = row.get("mfu_parts") or {}
+        flat = {k: v for k, v in row.items() if k not in ("mfu_parts", "loss")} | {
+            f"mfu {k}": v for k, v in parts.items()
+        }
+        shown.append({k: round(v, 4) if isinstance(v, float) else v for k, v in flat.items()})
+    show(console, "training steps, one process", shown)
+    return rows
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(str(row.get(name, "")) for name in columns))
+    if rows:
+        console.print(table)

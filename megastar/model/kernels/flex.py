@@ -1,0 +1,51 @@
+"""Attention by torch's flex_attention, compiled once a shape. On a GPU forward and backward, on CPU forward only."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megastar.model.masks import MaskSpec
+
+_plain = MaskSpec()
+
+
+@functools.cache
+def _compiled(case: tuple[Any, ...]) -> Any:
+    """flex_attention for one case, a code object of its own: torch stops compiling one after eight recompilations."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Any:
+        return flex_attention(q, k, v, block_mask=blocks)
+
+    name = f"attend_{abs(hash(case)):x}"
+    own = types.FunctionType(attend.__code__.replace(co_name=name), globals(), name, None, attend.__closure__)
+    return torch.compile(own, dynamic=False)
+
+
+@functools.cache
+def missing() -> str | None:
+    try:
+        from torch.nn.attention.flex_attention import flex_attention  # noqa: F401
+    except ImportError:
+        return "this torch has no flex_attention: install torch 2.7 or later"
+    return None
+
+
+def supports(spec: MaskSpec, dtype: torch.dtype, head_dim: int, device: torch.device, grad: bool) -> str | None:
+    if device.type == "cpu":
+        return "it has no backward pass on CPU: use sdpa there" if grad else None
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it does not take {dtype}: use bf16, or sdpa"
+    return None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None) -> Tensor:
+    """As ``sdpa.attention``, with S = L."""
+    spec = mask or _plain
+    case = (q.shape, q.dtype, q.device, spec.kind, spec.window, torch.is_grad_enabled())
+    return _compiled(case)(q, k, v, spec.flex(q.shape[2], q.device))

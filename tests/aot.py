@@ -1,0 +1,75 @@
+"""Compile the Triton kernels for a GPU that is not here, and read what the assembler says about registers.
+
+python tests/aot.py 90 64 bf16 hidden        one line of JSON a kernel
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megastar.model.kernels import triton as ours
+from megastar.model.kernels import triton_jit as jit
+from megastar.model.masks import MaskSpec
+
+KERNELS = {"forward": jit.forward, "dq": jit.backward_dq, "dkv": jit.backward_dkv}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TYPES = {"L": "*fp32", "Delta": "*fp32", "scale": "fp32", "natural": "fp32"}
+INTS = {"start", "end", "full", "visited", "order"}
+
+
+def resources(kernel: str, arch: int, head_dim: int, dtype: str, spec: MaskSpec, even: bool) -> dict[str, int]:
+    """{"registers", "spilled" (bytes a thread), "shared" (bytes)} of a kernel as it would be launched."""
+    config = ours.configs(head_dim, DTYPES[dtype])[kernel]
+    constants = {
+        "D": head_dim, "BD": ours.padded(head_dim), "BM": config.BM, "BN": config.BN, "EVEN": even,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32", **ours.mask_options(spec),
+    }  # fmt: skip
+    names = list(inspect.signature(KERNELS[kernel].fn).parameters)
+    signature, attributes = {}, {}
+    for place, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        pointer = TYPES.get(name) or ("*i32" if name in INTS else f"*{dtype}" if name.isupper() else "i32")
+        signature[name] = pointer
+        if pointer.startswith("*") or name.startswith("s"):  # what a launch finds divisible by 16: pointers, strides, S
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(KERNELS[kernel], signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+    return {
+        "registers": found["REG"],
+        "spilled": found["STACK"] + found["LOCAL"],
+        "shared": compiled.metadata.shared,
+    }
+
+
+SPECS = {
+    "causal": MaskSpec(),
+    "hidden": MaskSpec(end=torch.full((2, 64), 64), trusted=True),
+    "window": MaskSpec.neighbourhood(16, 2, 2),
+    "prefix": MaskSpec(start=torch.zeros(2, 64), trusted=True),
+}
+
+if __name__ == "__main__":
+    arch, head_dim, dtype, spec = sys.argv[1:5]
+    for kernel in KERNELS:
+        print(json.dumps({"kernel": kernel, **resources(kernel, int(arch), int(head_dim), dtype, SPECS[spec], True)}))

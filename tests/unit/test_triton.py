@@ -1,0 +1,108 @@
+"""Our Triton kernels without a GPU: in Triton's interpreter, through its assembler, and the tiles they visit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megastar.model.kernels import check, tiles
+from megastar.model.masks import PATTERNS
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+DTYPES = ("float32", "float16")
+QUICK = [  # every pattern; sizes below, across and at the edges of tiles; padded and whole head dimensions
+    ("hidden", 176, 64, "float32"),
+    ("neighbourhood", 144, 100, "float16"),
+    ("documents", 128, 64, "float16"),
+    ("prefix", 80, 128, "float32"),
+    ("row_blocks", 144, 100, "float32"),
+    ("sliding_window", 176, 64, "float16"),
+    ("causal", 144, 128, "float16"),
+]
+ALL = [(w, s, d, t) for w in PATTERNS for s in (16, 64, 176) for d in (64, 100, 128) for t in DTYPES]
+
+
+def in_the_interpreter(cases) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "tests/interpreted.py", json.dumps(cases)], capture_output=True, text=True, cwd=ROOT,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == len(cases)
+    for case, row in zip(cases, rows, strict=True):
+        assert max(row) < (2e-5 if case[3] == "float32" else 1.5e-2), (case, row)
+
+
+def test_triton_forward_and_backward_in_the_interpreter() -> None:
+    in_the_interpreter(QUICK)
+
+
+@pytest.mark.slow
+def test_triton_everywhere_in_the_interpreter() -> None:
+    in_the_interpreter(ALL)
+
+
+def assembled(arch: int, head_dim: int, dtype: str, mask: str) -> list[dict]:
+    done = subprocess.run(
+        [sys.executable, "tests/aot.py", str(arch), str(head_dim), dtype, mask], capture_output=True, text=True,
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+SHARED = {80: 163, 90: 227}  # KiB a block may use
+
+
+def check_resources(arch: int, head_dim: int, dtype: str, mask: str) -> None:
+    rows = assembled(arch, head_dim, dtype, mask)
+    assert [r["kernel"] for r in rows] == ["forward", "dq", "dkv"]
+    for row in rows:
+        assert row["spilled"] == 0 and row["registers"] <= 255 and row["shared"] <= SHARED[arch] * 1024, row
+
+
+@pytest.mark.parametrize(("arch", "head_dim"), [(80, 64), (90, 100)])
+def test_triton_assembles_without_spills(arch: int, head_dim: int) -> None:
+    check_resources(arch, head_dim, "bf16", "hidden")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["causal", "hidden", "window", "prefix"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("head_dim", [64, 100, 128])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_triton_assembles_everything_without_spills(arch: int, head_dim: int, dtype: str, mask: str) -> None:
+    check_resources(arch, head_dim, dtype, mask)
+
+
+@pytest.mark.parametrize("size", [48, 64, 80])
+@pytest.mark.parametrize("which", PATTERNS)
+def test_tiles_by_brute_force(which: str, size: int) -> None:
+    spec = check.example(which, 2, size)
+    for queries, keys in [(16, 16), (32, 16), (16, 32)]:
+        seen = spec.dense(size)[:, 0]  # (R, S, S)
+        states = tiles.tile_states(spec, size, queries, keys, CPU)
+        by_query, by_key = tiles.tiles(spec, size, queries, keys, CPU)
+        for r, m, n in torch.cartesian_prod(*(torch.arange(x) for x in states.shape)).tolist():
+            tile = seen[r, m * queries : (m + 1) * queries, n * keys : (n + 1) * keys]
+            state = states[r, m, n].item()
+            if spec.window is None:  # exact; a window is judged by rows alone
+                whole = bool(tile.all()) and tile.shape[1] == keys
+                assert state == (0 if whole else 1 if tile.any() else 2)
+            assert state != 2 or not tile.any()
+            assert state != 0 or tile.all()
+            for listed, at, other in ((by_query, m, n), (by_key, n, m)):
+                place = listed.order[r, at].tolist().index(other)
+                full, visited = listed.full[r, at].item(), listed.visited[r, at].item()
+                assert state == (0 if place < full else 1 if place < visited else 2)
+    if which == "neighbourhood":
+        assert (states == 2).sum() > torch.triu(torch.ones(states.shape[1:]), 1).sum()  # the window skips tiles too
