@@ -25,7 +25,7 @@ class Decoder:
     ):
         assert passes in (1, 2), passes
         weight = next(model.parameters())
-        self.cfg, self.device = model.cfg, weight.device
+        self.cfg, self.device, self.dtype = model.cfg, weight.device, weight.dtype
         self.model = decoding_copy(model)
         self.batch, self.split = batch, guided and passes == 2
         rows = batch * (2 if guided and not self.split else 1)

@@ -63,7 +63,7 @@ class KVCache:
         B, H, S, d = q.shape
         end = start + S
         assert end <= self.max_len, f"position {end} of a cache of {self.max_len}"
-        assert B <= self.rows, f"{B} rows in a cache of {self.rows}"
+        assert self.rows >= B, f"{B} rows in a cache of {self.rows}"
         keys, values = self.keys[layer], self.values[layer]
         for i in range(start // self.block, -(-end // self.block)):
             low, high = max(start, i * self.block), min(end, (i + 1) * self.block)

@@ -11,20 +11,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 @contextmanager
-def picture_bar(
-    console: Console | None, total: int, tokens: int, done: int = 0, what: str = "sampling"
-) -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` pictures of ``tokens`` tokens, ``done`` of them from before; the function takes tokens."""
-    columns = (TextColumn(what), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
-    start, drawn = time.perf_counter(), 0
+def picture_bar(console: Console | None, total: int, done: int = 0) -> Iterator[Callable[[float], None]]:
+    """A bar over ``total`` pictures, ``done`` of them from before; the function is told how many are done (3.5, say)."""
+    columns = (TextColumn("sampling"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
+    start = time.perf_counter()
     with Progress(*columns, console=console, disable=console is None) as bar:
-        task = bar.add_task("", total=(total - done) * tokens, said=f"{done}/{total} pictures")
+        task = bar.add_task("", total=total - done, said=f"{done}/{total} pictures")
 
-        def advance(count: int) -> None:
-            nonlocal drawn
-            drawn += count
-            rate = drawn / tokens / max(1e-9, time.perf_counter() - start)
-            said = f"{done + drawn // tokens}/{total} pictures, {rate:.3g} images/s"
-            bar.update(task, advance=count, said=said)
+        def show(now: float) -> None:
+            rate = (now - done) / max(1e-9, time.perf_counter() - start)
+            bar.update(task, completed=now - done, said=f"{int(now)}/{total} pictures, {rate:.3g} images/s")
 
-        yield advance
+        yield show

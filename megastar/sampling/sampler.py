@@ -55,11 +55,11 @@ class Sampler:
 
     @torch.inference_mode()
     def draw(
-        self, labels: Tensor, seeds: Sequence[int], advance: Callable[[int], object] = lambda tokens: None
+        self, labels: Tensor, seeds: Sequence[int], show: Callable[[float], object] = lambda share: None
     ) -> Tensor:
         """At most ``batch`` pictures: labels (B,) and as many seeds -> codes (B, T) int64 on the CPU.
 
-        Raises ``UserError`` when the network's logits are not finite.
+        ``show`` is told the share of the tokens that are drawn, after each. Raises ``UserError`` when the network's logits are not finite.
         """
         o, T, device = self.options, self.cfg.image_tokens, self.decoder.device
         assert len(labels) == len(seeds) <= self.batch, (len(labels), len(seeds), self.batch)
@@ -74,7 +74,7 @@ class Sampler:
             bad = probs[:, 0].isnan()
             broken = torch.where(bad, broken.clamp(max=position), broken)
             tokens[:, position] = draw(probs, noise[:, position])
-            advance(len(given))
+            show((position + 1) / T)
             if device.type == "cpu" and bool(bad.any()):
                 break
         if bool((broken < T).any()):
@@ -108,14 +108,18 @@ def sample_tokens(
     labels = torch.as_tensor(labels, dtype=torch.long).cpu()
     asked = Options(**options)
     check_request(model.cfg, labels, seeds, asked, batch)
-    T, out = model.cfg.image_tokens, torch.empty(len(labels), model.cfg.image_tokens, dtype=torch.long)
+    out = torch.empty(len(labels), model.cfg.image_tokens, dtype=torch.long)
     if not len(labels):
         return out
     sampler = Sampler(model, asked, min(batch, len(labels)), passes=passes, rank=rank)
-    with picture_bar(progress, len(labels), T) as bar:
+    with picture_bar(progress, len(labels)) as bar:
         for first in range(0, len(labels), batch):
-            some = slice(first, first + batch)
-            out[some] = sampler.draw(labels[some], seeds[some], bar)
+            now = labels[first : first + batch]
+
+            def show(share: float, first: int = first, count: int = len(now)) -> None:
+                bar(first + share * count)
+
+            out[first : first + batch] = sampler.draw(now, seeds[first : first + batch], show)
     return out
 
 

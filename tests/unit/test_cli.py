@@ -109,6 +109,8 @@ def test_train_help_shows_the_fields(capsys):
         (["convert", "run", "--to", "checkpoint", "--out", "x", "--data", "0"], "'0' is not a positive integer"),
         (["convert", "nowhere", "--inspect"], "no complete checkpoint in nowhere: name a run folder or a folder"),
         (["sample", "--like", "codes"], "--like tells how --count pictures spread over the classes: give --count too"),
+        (["sample", "--plan", "random"], "--plan random draws the classes of --count pictures: give --count, and no"),
+        (["sample", "--nproc", "2"], "several processes share a folder: give --npz or --folder"),
         (["sample", "no.safetensors"], "weights no.safetensors do not exist"),
         (["evaluate", "--real", "x"], "give either pictures to score or --tokenizer; see megastar evaluate --help"),
         (["evaluate", "a", "--tokenizer", "t", "--real", "x"], "give either pictures to score or --tokenizer"),
@@ -250,14 +252,6 @@ def test_count_follows_the_frequencies_of_like():
     assert set(sample.choose_labels(["a", "b"], "b", 1, 30, like, 0)) == {1}
     with pytest.raises(UserError, match="--like holds no picture of the classes c"):
         sample.choose_labels(["a", "b", "c"], "c", 1, 5, like, 0)
-
-
-def test_npz_has_adms_layout(tmp_path):
-    pictures = np.zeros((2, 4, 4, 3), np.uint8)
-    sample.save_npz(tmp_path / "deep" / "a.npz", pictures, [1, 0])
-    with np.load(tmp_path / "deep" / "a.npz") as archive:
-        assert archive["arr_0"].shape == (2, 4, 4, 3) and archive["arr_1"].tolist() == [1, 0]
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.npz"]
 
 
 def test_ends_of_metrics(tmp_path):

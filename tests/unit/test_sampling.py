@@ -15,7 +15,6 @@ from megastar.config.schema import ModelConfig, TokenizerConfig
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
 from megastar.sampling.grid import Block, picture_grid, save_grid
-from megastar.sampling.decoder import Decoder
 from megastar.sampling.guidance import doubled_labels, guide, null_until, scales
 from megastar.sampling.kv_cache import KVCache
 from megastar.sampling.logits import draw, keep_top_k, keep_top_p, probabilities
@@ -195,7 +194,8 @@ def test_greedy_equals_uncached_argmax(model):
 def test_samples_do_not_depend_on_the_batch(model, scale, passes):
     labels, seeds = [0, 1, 2, 3, 0, 1, 2, 3], sample_seeds(7, 8)
     one, three, eight = (
-        sample_tokens(model, labels, seeds=seeds, cfg_scale=scale, top_p=0.95, batch=b, passes=passes) for b in (1, 3, 8)
+        sample_tokens(model, labels, seeds=seeds, cfg_scale=scale, top_p=0.95, batch=b, passes=passes)
+        for b in (1, 3, 8)
     )
     assert torch.equal(one, three) and torch.equal(one, eight)
     backwards = sample_tokens(model, labels[::-1], seeds=seeds[::-1], cfg_scale=scale, top_p=0.95, batch=5)
