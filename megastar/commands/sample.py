@@ -221,7 +221,7 @@ def main(words: list[str]) -> int:
         from megastar.commands.launch import launch
 
         find_weights(a.source, a.weights)  # a run is converted once, not by each process
-        return launch(a.nproc, ["sample", *words])
+        return launch(a.nproc, ["sample", *without_nproc(words)])
     from rich.console import Console
 
     from megastar.model.io import read_model_metadata
@@ -276,6 +276,16 @@ def main(words: list[str]) -> int:
     written = " and ".join(str(p) for p in (a.out, a.npz, a.folder) if p)
     console.print(f"{len(labels)} pictures of {len(set(labels))} classes: {written}", markup=False, highlight=False)
     return 0
+
+
+def without_nproc(words: list[str]) -> list[str]:
+    """The words for the launched processes: torch's launcher would take --nproc for its own."""
+    out, after = [], False
+    for word in words:
+        if not after and not word.startswith("--nproc"):
+            out.append(word)
+        after = word == "--nproc"
+    return out
 
 
 def shown_pictures(labels: list[int], columns: int) -> list[int]:

@@ -64,7 +64,7 @@ class Claims:
         """True when the claim at ``path`` was of a process that is gone; it is then removed, by one process only."""
         try:
             owner = json.loads(path.read_text() or "{}")  # empty: between its creation and its words
-            gone = owner.get("host") == self.mine[0] and not _is_running(int(owner["pid"]))
+            gone = owner.get("host") == self.mine[0] and not is_running(int(owner["pid"]))
             if not gone and self._now() - path.stat().st_mtime < STALE:
                 return False
             aside = path.with_name(f"{path.name}.{self.mine[0]}.{self.mine[1]}")
@@ -83,7 +83,8 @@ class Claims:
         return now or time.time()
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

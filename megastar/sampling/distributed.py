@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from rich.console import Console
 from megastar.data.files import write_atomic
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
-from megastar.sampling.claims import Claims
+from megastar.sampling.claims import Claims, is_running
 from megastar.sampling.npz import read_npz, save_npz
 from megastar.sampling.progress import picture_bar
 from megastar.sampling.request import Options
@@ -218,6 +219,19 @@ def sample_folder(
             if not drawn:
                 time.sleep(POLL)
             bar(done())
+    if rank == 0:
+        clear_leftovers(folder)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """What ranks leave that are killed between two steps: the claim of a finished part, half a part."""
+    for claim in folder.glob("*.claim"):
+        if part_of(folder, int(claim.stem)).is_file():
+            claim.unlink(missing_ok=True)
+    for half in folder.glob("part-*.tmp"):
+        host, pid = half.name.removesuffix(".tmp").split(".npz.")[1].rsplit(".", 1)
+        if host == socket.gethostname() and not is_running(int(pid)):
+            half.unlink(missing_ok=True)
 
 
 def join_parts(painter: Painter, folder: Path, out: Path) -> None:

@@ -160,6 +160,23 @@ def test_nproc_starts_processes_unless_a_launcher_did(trained, monkeypatch):
     assert len(started) == 1 and len(trained) == 1
 
 
+def test_sample_starts_processes_without_the_launchers_own_word(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(launching, "launch", lambda n, words: started.append((n, words)) or 7)
+    npz = str(tmp_path / "a.npz")
+    assert cli.main(["sample", "--nproc", "3", "--npz", npz, "--seed", "3"]) == 7
+    assert cli.main(["sample", "--npz", npz, "--nproc=2"]) == 7
+    assert started == [(3, ["sample", "--npz", npz, "--seed", "3"]), (2, ["sample", "--npz", npz])]
+
+
+def test_places_of_launched_processes():
+    assert common.place_of({}) == (0, 1, 0)
+    assert common.place_of({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (3, 8, 1)
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "2"}
+    assert common.place_of(slurm | {"SLURM_STEP_NUM_TASKS": "8"}) == (5, 8, 2)
+    assert common.place_of({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == (0, 1, 0)  # a batch script
+
+
 @pytest.mark.parametrize(
     ("environ", "launched", "main"),
     [

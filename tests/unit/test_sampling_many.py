@@ -130,9 +130,10 @@ def test_a_killed_rank_is_survived_and_the_work_taken_up_again(files, tmp_path):
     first = {p: p.stat().st_ino for p in folder.glob("part-*.npz")}
     assert 0 < len(first) < 48
     (folder / "00047.claim").write_text(json.dumps({"host": claims.socket.gethostname(), "pid": victim.pid}))
+    (folder / f"part-00047.npz.{claims.socket.gethostname()}.{victim.pid}.tmp").write_bytes(b"half")
     end(start(0, 2, words(files, *more, folder, "--npz", tmp_path / "a.npz", "--out", tmp_path / "a.png")))
     assert {p: p.stat().st_ino for p in first} == first  # not drawn again
-    assert len(list(folder.glob("part-*.npz"))) == 48 and not list(folder.glob("*.claim"))
+    assert len(list(folder.glob("part-*.npz"))) == 48 and len(list(folder.iterdir())) == 49
     end(
         start(0, 1, words(files, "--count", 96, "--batch", 2, "--npz", tmp_path / "b.npz", "--out", tmp_path / "b.png"))
     )
