@@ -83,6 +83,16 @@ def is_main_process(environ: Mapping[str, str]) -> bool:
     return not is_launched(environ) or environ.get("SLURM_PROCID", "0") == "0"
 
 
+def place_of(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, world size, rank on this machine) as torchrun, deepspeed or srun say; (0, 1, 0) without a launcher."""
+    if not is_launched(environ):
+        return 0, 1, 0
+    if "RANK" in environ:
+        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0"))
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
+    return int(environ["SLURM_PROCID"]), int(tasks), int(environ.get("SLURM_LOCALID", "0"))
+
+
 def tell(message: str, environ: Mapping[str, str]) -> None:
     """Say a user's mistake once: the main rank prints it; below our launcher, which prints for all, no rank does.
 

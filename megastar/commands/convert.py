@@ -16,6 +16,9 @@ megastar convert runs/demo/run --to safetensors --out s.safetensors --weights st
 megastar convert runs/b --to llamagen --out b.pt                      for LlamaGen's sample_c2i.py --gpt-ckpt
 megastar convert runs/b --to universal --out b-universal              for DeepSpeed's checkpoint: {load_universal: true}
 megastar convert runs/b --to checkpoint --out runs/b-wide --data 16 --tensor 2      files for 32 ranks
+megastar convert c2i_B_256.pt --to safetensors --out c2i_B_256.safetensors           LlamaGen's released weights
+megastar convert vq_ds16_c2i.pt --to safetensors --out vq16.safetensors             LlamaGen's tokenizer
+megastar convert mine.safetensors --to llamagen --out mine.pt                       a weights file, and back
 A run resumes any checkpoint on any number of ranks as it is: --to checkpoint only makes its reading quicker.
 """
 ONLY = {  # option -> the formats it is for
@@ -29,7 +32,10 @@ ONLY = {  # option -> the formats it is for
 def parser() -> Parser:
     p = Parser("convert", "Show what a checkpoint holds, or write it in another format.", EXAMPLES)
     p.add_argument(
-        "source", type=Path, help="run folder (its newest checkpoint), its checkpoints folder, or a checkpoint"
+        "source",
+        type=Path,
+        help="run folder (its newest checkpoint), its checkpoints folder, a checkpoint, a .safetensors of megastar, "
+        "or a .pt of LlamaGen (network or tokenizer)",
     )
     p.add_argument("--inspect", action="store_true", help="print what it holds; exit status 1 if a file is damaged")
     p.add_argument("--verify", action="store_true", help="with --inspect: compare hashes, not only sizes")
@@ -43,6 +49,10 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="weights files: their precision (default fp32)")
     p.add_argument("--data", type=positive, help="checkpoint: number of data ranks")
     p.add_argument("--tensor", type=positive, help="checkpoint: number of tensor ranks (default 1)")
+    p.add_argument("--config", type=Path, help=".pt: YAML of its architecture, for sizes that LlamaGen has no name for")
+    p.add_argument("--image-tokens", type=positive, help=".pt of a network: tokens a picture, where it does not tell")
+    p.add_argument("--image-size", type=positive, help=".pt of a tokenizer: side of its pictures (default 256)")
+    p.add_argument("--tokenizer", type=Path, help="weights file: tokenizer of its codes, whose hash is kept")
     p.add_argument("--force", action="store_true", help="replace --out if it exists")
     return p
 
@@ -60,6 +70,19 @@ def check(a: argparse.Namespace) -> None:
         if getattr(a, option) is not None and a.to not in formats:
             what = f"--to {a.to}" if a.to else "--inspect"
             raise UserError(f"--{option} is for --to {' and '.join(formats)}: leave it out with {what}")
+    is_file, pickled = a.source.is_file(), a.source.is_file() and a.source.suffix != ".safetensors"
+    for option, holds, what in (
+        ("config", pickled, "a .pt file of LlamaGen"),
+        ("image-tokens", pickled, "a .pt file of LlamaGen"),
+        ("image-size", pickled, "a .pt file of LlamaGen"),
+        ("tokenizer", is_file, "a weights file"),
+    ):
+        if getattr(a, option.replace("-", "_")) is not None and not holds:
+            raise UserError(f"--{option} is for {what}, which {a.source} is not: leave it out")
+    if is_file and a.to in ("universal", "checkpoint"):
+        raise UserError(f"--to {a.to} needs a run's checkpoint: {a.source} has weights only")
+    if is_file and a.weights:
+        raise UserError(f"--weights chooses between those of a run: {a.source} has one set, leave it out")
     if a.to == "checkpoint" and a.data is None:
         raise UserError("--to checkpoint needs --data, the number of data ranks (and --tensor, default 1)")
 
@@ -70,6 +93,17 @@ def main(words: list[str]) -> int:
     from rich.console import Console
 
     console = Console()
+    if a.source.is_file() or a.source.suffix in (".safetensors", ".pt", ".pth"):
+        from megastar.engine.weights_file import convert_file, inspect_file, open_weights
+
+        given = {"config": a.config, "image_tokens": a.image_tokens, "image_size": a.image_size or 256}
+        if a.inspect:
+            return 0 if inspect_file(a.source, a.verify, console, **given) else 1
+        source = open_weights(a.source, **given)
+        options = {"dtype": a.dtype or "fp32", "tokenizer": a.tokenizer, "force": a.force, "console": console}
+        told = convert_file(source, a.to, a.out, **options)
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        return 0
     if a.inspect:
         from megastar.engine.inspection import inspect
 

@@ -118,9 +118,10 @@ class Demo:
         """(name, .npz of pictures, provenance) of this run and of the shipped weights; writes the grid of both."""
         import numpy as np
 
-        from megastar.commands.sample import class_names, draw_pictures, find_weights, labels_of, save_npz
+        from megastar.commands.sample import class_names, draw_pictures, find_weights, labels_of
         from megastar.model.io import read_model_metadata
         from megastar.sampling.grid import Block, picture_grid, save_grid
+        from megastar.sampling.npz import save_npz
 
         rng = np.random.default_rng([self.cfg.train.seed, 1])
         labels = rng.choice(labels_of(self.cfg.data.shards), self.samples).tolist()
@@ -142,7 +143,7 @@ class Demo:
                     temperature=0.9,
                     console=self.console,
                 )
-                save_npz(file, pictures, labels)
+                save_npz(file, pictures.shape, [pictures], np.asarray(labels))
             with np.load(file) as archive:
                 caption = f"{name}: {about['step']:,} steps"
                 if former := about.get("init"):  # it went on from other weights

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands.common import Parser, natural, nearest, positive
+from megastar.commands.common import Parser, natural, nearest, place_of, positive
 from megastar.config.files import find_file
 from megastar.config.load import config_from_dict
 from megastar.errors import UserError
@@ -16,14 +17,20 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
+    from megastar.sampling.distributed import Painter
+
 SHIPPED_WEIGHTS = "assets/weights/demo-nano.safetensors"
 SHIPPED_TOKENIZER = "assets/tokenizer/emoji64-vq.safetensors"
+SHOWN_CLASSES = 16  # a thousand classes make no picture that anyone looks at
 EXAMPLES = """
 megastar sample                                                 the shipped weights, all classes -> samples.png
 megastar sample runs/demo/run --out run.png                     the newest checkpoint's averaged weights
 megastar sample --classes food-drink,travel-places --per-class 24 --cfg-scale 2 --seed 1
-megastar sample w.safetensors --tokenizer t.safetensors --count 50000 --cfg-scale 1 --npz samples.npz
 megastar sample --count 5000 --like runs/demo/codes/train --npz samples.npz
+megastar sample w.safetensors --tokenizer t.safetensors --count 50000 --cfg-scale 1.5 --npz samples.npz --nproc 8
+torchrun --nproc-per-node 8 -m megastar sample w.safetensors --count 50000 --npz samples.npz --folder parts
+sbatch slurm/sample_fid.sh w.safetensors --cfg-scale 1.5 --npz samples.npz
+The same command again goes on: finished pictures are not drawn twice. docs/sampling.md tells what is guaranteed.
 """
 
 
@@ -35,11 +42,33 @@ def parser() -> Parser:
     p.add_argument("--tokenizer", default=None, help="tokenizer .safetensors (default: the run's, or the shipped one)")
     p.add_argument("--out", type=Path, default=Path("samples.png"), help="the grid to write (default samples.png)")
     p.add_argument("--npz", type=Path, default=None, help="also write all pictures, uint8 (N, H, W, 3), as arr_0")
+    p.add_argument(
+        "--folder",
+        type=Path,
+        default=None,
+        help="keep finished parts here (default: NPZ.parts until the .npz is whole)",
+    )
+    p.add_argument("--weights", choices=("ema", "student"), default="ema", help="of a run: which (default ema)")
     p.add_argument("--classes", default=None, help="names or numbers, with commas (default: all, of many the first 16)")
     p.add_argument("--per-class", type=positive, default=12, help="pictures of each class (default 12)")
     p.add_argument("--count", type=positive, default=None, help="pictures in all, spread over the classes, for scores")
+    p.add_argument(
+        "--plan",
+        choices=("balanced", "random"),
+        default="balanced",
+        help="--count: the classes in turn, or each drawn for itself as LlamaGen does (default balanced)",
+    )
     p.add_argument("--like", default=None, help="token shards whose class frequencies --count follows")
     p.add_argument("--cfg-scale", type=float, default=3.0, help="classifier-free guidance; 1: none (default 3)")
+    p.add_argument(
+        "--cfg-schedule",
+        choices=("constant", "linear", "cosine"),
+        default="constant",
+        help="guidance over the tokens: constant, or a ramp from 1 to --cfg-scale (default constant)",
+    )
+    p.add_argument(
+        "--cfg-passes", type=int, choices=(1, 2), default=1, help="2: null rows in a pass of their own (default 1)"
+    )
     p.add_argument("--cfg-interval", type=int, default=-1, help="guide up to this token; -1: all (default -1)")
     p.add_argument("--temperature", type=float, default=0.9, help="1: as trained; less is tidier (default 0.9)")
     p.add_argument("--top-k", type=natural, default=0, help="keep the k likeliest codes; 0: all (default 0)")
@@ -50,6 +79,9 @@ def parser() -> Parser:
     p.add_argument("--batch", type=positive, default=64, help="pictures at once (default 64)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
     p.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="fp32", help="precision (default fp32)")
+    p.add_argument(
+        "--nproc", type=positive, default=1, help="processes to start here (default 1); ignored in a launcher"
+    )
     return p
 
 
@@ -81,7 +113,13 @@ def find_weights(source: str | Path | None, weights: str = "ema") -> Weights:
 
 
 def choose_labels(
-    names: list[str], classes: str | None, per_class: int, count: int | None, like: list[int] | None, seed: int
+    names: list[str],
+    classes: str | None,
+    per_class: int,
+    count: int | None,
+    like: list[int] | None,
+    seed: int,
+    plan: str = "balanced",
 ) -> list[int]:
     """The class of each picture. ``like`` holds labels of real pictures, whose frequencies ``count`` then follows.
 
@@ -91,10 +129,12 @@ def choose_labels(
 
     chosen = [parse_class(c.strip(), names) for c in classes.split(",")] if classes else list(range(len(names)))
     if count is None:
-        shown = chosen if classes else chosen[:16]
+        shown = chosen if classes else chosen[:SHOWN_CLASSES]
         return [c for c in shown for _ in range(per_class)]
     if like is None:
-        return [chosen[i % len(chosen)] for i in range(count)]
+        from megastar.sampling.distributed import plan_labels
+
+        return plan_labels(plan, count, chosen, seed)
     pool = np.array([c for c in like if c in set(chosen)])
     if not len(pool):
         raise UserError(f"--like holds no picture of the classes {classes}")
@@ -118,7 +158,7 @@ def class_names(model_classes: int, about: dict[str, Any]) -> list[str]:
     return list(names) if len(names) == model_classes else [str(i) for i in range(model_classes)]
 
 
-def draw_pictures(
+def open_painter(
     weights: str | Path,
     tokenizer: str | Path,
     labels: list[int],
@@ -126,21 +166,35 @@ def draw_pictures(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "fp32",
-    console: Console | None = None,
+    batch: int = 64,
+    passes: int = 1,
+    rank: int = 0,
     **options: Any,
-) -> np.ndarray:
-    """Pictures (N, H, W, 3) uint8 of the classes ``labels``; ``options`` are those of ``sample_tokens``."""
+) -> Painter:
+    """What draws pictures of the classes ``labels``; ``options`` are the fields of ``sampling.request.Options``."""
     from megastar.device import pick_device, pick_dtype
     from megastar.model.io import load_model
-    from megastar.sampling.sampler import check_tokenizer, decode_pictures, sample_seeds, sample_tokens
+    from megastar.sampling.distributed import Painter
+    from megastar.sampling.request import Options
     from megastar.tokenizer.io import load_tokenizer
 
     where = pick_device(device)
     model, _ = load_model(weights, where, pick_dtype(dtype, where))
     vq = load_tokenizer(tokenizer, where)
-    check_tokenizer(model.cfg, vq)
-    codes = sample_tokens(model, labels, seeds=sample_seeds(seed, len(labels)), progress=console, **options)
-    return decode_pictures(vq, codes)
+    known = {"seed": seed, "batch": min(batch, max(1, len(labels))), "passes": passes, "rank": rank}
+    return Painter(model, vq, labels, options=Options(**options), **known)
+
+
+def draw_pictures(
+    weights: str | Path, tokenizer: str | Path, labels: list[int], *, console: Console | None = None, **known: Any
+) -> np.ndarray:
+    """Pictures (N, H, W, 3) uint8 of the classes ``labels``, in memory; ``known`` as for ``open_painter``."""
+    import numpy as np
+
+    from megastar.sampling.distributed import iterate_images
+
+    painter = open_painter(weights, tokenizer, labels, **known)
+    return np.concatenate([pictures for _, pictures in iterate_images(painter, console=console)])
 
 
 def labels_of(shards: str | Path) -> list[int]:
@@ -154,54 +208,164 @@ def labels_of(shards: str | Path) -> list[int]:
     return labels.tolist()
 
 
-def save_npz(path: Path, pictures: np.ndarray, labels: list[int]) -> None:
-    """ADM's layout (arr_0, arr_1), written whole or not at all."""
-    import numpy as np
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as f:
-        np.savez(f, arr_0=pictures, arr_1=np.asarray(labels, np.int64))
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-
-
 def main(words: list[str]) -> int:
     a = parser().parse_args(words)
     if a.like and a.count is None:
         raise UserError("--like tells how --count pictures spread over the classes: give --count too")
+    if a.plan == "random" and (a.count is None or a.like):
+        raise UserError("--plan random draws the classes of --count pictures: give --count, and no --like")
+    rank, world, local = place_of(os.environ)
+    if max(world, a.nproc) > 1 and not (a.npz or a.folder):
+        raise UserError("several processes share a folder: give --npz or --folder")
+    if a.nproc > 1 and world == 1:
+        from megastar.commands.launch import launch
+
+        find_weights(a.source, a.weights)  # a run is converted once, not by each process
+        return launch(a.nproc, ["sample", *without_nproc(words)])
     from rich.console import Console
 
     from megastar.model.io import read_model_metadata
-    from megastar.sampling.grid import Block, picture_grid, save_grid
 
-    found = find_weights(a.source)
+    found = find_weights(a.source, a.weights)
     cfg, about = read_model_metadata(found.file)
     tokenizer = a.tokenizer or found.tokenizer or SHIPPED_TOKENIZER
     tokenizer = str(find_file(tokenizer) or tokenizer)
     names = class_names(cfg.num_classes, about)
-    labels = choose_labels(names, a.classes, a.per_class, a.count, labels_of(a.like) if a.like else None, a.seed)
+    like = labels_of(a.like) if a.like else None
+    labels = choose_labels(names, a.classes, a.per_class, a.count, like, a.seed, a.plan)
     options = {
         "cfg_scale": a.cfg_scale,
+        "cfg_schedule": a.cfg_schedule,
         "temperature": a.temperature,
         "top_k": a.top_k,
         "top_p": a.top_p,
         "cfg_interval": a.cfg_interval,
-        "batch": a.batch,
     }
-    console = Console()
-    pictures = draw_pictures(
-        found.file, tokenizer, labels, seed=a.seed, device=a.device, dtype=a.dtype, console=console, **options
-    )
-    origin = {"weights": str(found.file), "tokenizer": tokenizer, "seed": a.seed, **options, "trained": about}
+    known = {"seed": a.seed, "dtype": a.dtype, "batch": a.batch}
+    origin = {"weights": str(found.file), "tokenizer": tokenizer, **known, **options, "trained": about}
+    origin["labels"] = f"like {a.like}" if a.like else a.plan if a.count else "per class"
+    device = a.device
+    if device == "auto" and world > 1:
+        import torch
+
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = f"cuda:{local % gpus}" if gpus else "cpu"
+    console = Console(quiet=rank > 0)
+
+    def painter() -> Painter:
+        return open_painter(
+            found.file, tokenizer, labels, device=device, passes=a.cfg_passes, rank=rank, **known, **options
+        )
+
     columns = min(a.per_class, max(labels.count(c) for c in set(labels)))
-    shown = set(sorted(set(labels))[:16])  # a thousand classes make no picture that anyone looks at
-    some = [i for i, c in enumerate(labels) if c in shown]
-    block = Block("", pictures[some], [labels[i] for i in some])
+    if a.npz or a.folder:
+        some = draw_to_files(painter(), a, found.file, tokenizer, origin, (rank, world), columns, console)
+    else:
+        from megastar.sampling.distributed import iterate_images
+
+        pictures = [p for _, some in iterate_images(painter(), console=console) for p in some]
+        some = {i: pictures[i] for i in shown_pictures(labels, columns)}
+    if rank or not some:
+        return 0
+    import numpy as np
+
+    from megastar.sampling.grid import Block, picture_grid, save_grid
+
+    block = Block("", np.stack(list(some.values())), [labels[i] for i in some])
     save_grid(picture_grid([block], names, columns=columns), a.out, origin)
-    if a.npz:
-        save_npz(a.npz, pictures, labels)
-    written = f"{a.out}" + (f" and {a.npz}" if a.npz else "")
-    console.print(f"{len(pictures)} pictures of {len(set(labels))} classes: {written}", markup=False, highlight=False)
+    written = " and ".join(str(p) for p in (a.out, a.npz, a.folder) if p)
+    console.print(f"{len(labels)} pictures of {len(set(labels))} classes: {written}", markup=False, highlight=False)
     return 0
+
+
+def without_nproc(words: list[str]) -> list[str]:
+    """The words for the launched processes: torch's launcher would take --nproc for its own."""
+    out, after = [], False
+    for word in words:
+        if not after and not word.startswith("--nproc"):
+            out.append(word)
+        after = word == "--nproc"
+    return out
+
+
+def shown_pictures(labels: list[int], columns: int) -> list[int]:
+    """Numbers of the grid's pictures: the first ``columns`` of each of the first classes."""
+    shown = set(sorted(set(labels))[:SHOWN_CLASSES])
+    counts, out = dict.fromkeys(shown, 0), []
+    for i, c in enumerate(labels):
+        if c in shown and counts[c] < columns:
+            counts[c] += 1
+            out.append(i)
+    return out
+
+
+def draw_to_files(
+    painter: Painter,
+    a: argparse.Namespace,
+    weights: Path,
+    tokenizer: str,
+    origin: dict[str, Any],
+    place: tuple[int, int],
+    columns: int,
+    console: Console,
+) -> dict[int, np.ndarray]:
+    """This rank's part of --npz and --folder; rank 0 joins the parts. Returns the grid's pictures, on rank 0.
+
+    Beside the .npz lies a .json with its plan: the same command again finds that it is done, another one is refused.
+    """
+    import json
+    import math
+    import shutil
+
+    from megastar.data.files import sha256, write_atomic
+    from megastar.sampling import distributed
+    from megastar.sampling.npz import read_npz
+    from megastar.tokenizer.io import tokenizer_hash
+
+    (rank, world), npz = place, a.npz
+    identity = painter.identity() | {"dtype": str(painter.sampler.decoder.dtype).removeprefix("torch.")}
+    # The tokenizer's own hash leaves the decoder out, which draws the pictures.
+    hashes = {"weights_sha256": sha256(weights), "tokenizer_sha256": sha256(Path(tokenizer))}
+    identity |= hashes
+    about = origin | hashes | {"tokenizer_hash": tokenizer_hash(tokenizer), "passes": a.cfg_passes}
+    beside = npz.with_suffix(".json") if npz else None
+    if npz and npz.exists():
+        if not beside.is_file():
+            raise UserError(f"{npz} exists and {beside} does not say of what: name another file, or remove it")
+        distributed.check_plan(beside, identity)
+        console.print(f"{npz} is there already", markup=False, highlight=False)
+        return {}
+    folder = a.folder or npz.with_name(npz.name + ".parts")
+    need = (1 + bool(npz)) * math.prod(painter.shape)
+    have = sum(p.stat().st_size for p in folder.glob("part-*.npz")) if folder.is_dir() else 0
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if rank == 0 and free < need - have:
+        raise UserError(
+            f"the pictures need {(need - have) / 1e6:.0f} MB and {there} has {free / 1e6:.0f} MB free: "
+            "free space or name another place"
+        )
+    distributed.open_folder(folder, identity, about)
+    try:
+        distributed.sample_folder(painter, folder, rank=rank, world=world, console=console if rank == 0 else None)
+    except FileNotFoundError:
+        if rank and not folder.exists():  # rank 0 has joined and removed the parts
+            return {}
+        raise
+    if rank:
+        return {}
+    wanted = shown_pictures(painter.labels, columns)
+    some, chunk, pictures = {}, -1, None
+    for i in wanted:
+        if i // painter.batch != chunk:
+            chunk = i // painter.batch
+            pictures, _ = read_npz(distributed.part_of(folder, chunk))
+        some[i] = pictures[i % painter.batch].copy()
+    if npz:
+        distributed.join_parts(painter, folder, npz)
+        write_atomic(beside, (json.dumps({"identity": identity, "about": about}, indent=1) + "\n").encode())
+        if not a.folder:
+            gone = folder.with_name(folder.name + ".joined")  # in one go: another rank must not miss single parts
+            folder.rename(gone)
+            shutil.rmtree(gone)
+    return some

@@ -22,6 +22,7 @@ from megastar.engine.staging import byte_bar, settle, staged
 from megastar.engine.state_files import StateReader
 from megastar.engine.tensor_file import TensorWriter
 from megastar.engine.universal import to_universal
+from megastar.engine.weights_file import write_about
 from megastar.errors import UserError
 from megastar.model.io import check_fits, metadata_of, read_model_metadata
 
@@ -91,6 +92,7 @@ def to_safetensors(source: Source, out: Path, weights: str, dtype: str, force: b
         if sha256(path) != writer.sha256:
             raise UserError(f"{path} was written but reads back otherwise: check the disk")
         read_model_metadata(path)
+    write_about(out, model, source.provenance(weights) | {"tokenizer": source.cfg.data.tokenizer}, writer.sha256)
     return f"SHA-256 {writer.sha256[:16]} read back as written"
 
 

@@ -14,10 +14,10 @@ from megastar.model.rope import apply_rope
 
 
 class Cache(Protocol):
-    """Keys and values of earlier positions."""
+    """Keys and values of earlier positions, and the attention over them."""
 
-    def update(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H, S, d) at positions start..start + S - 1; return those of 0..start + S - 1."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        """Store k, v (B, H, S, d) at positions start..start + S - 1; attend from q (B, H, S, d), causally, to all."""
         ...
 
 
@@ -46,7 +46,5 @@ class Attention(nn.Module):
         qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # (2, B, H, S, d), (1, B, H, S, d)
         q, k = apply_rope(qk, rope).unbind()  # (B, H, S, d) each
         v = v.squeeze(0)
-        if cache is not None:
-            k, v = cache.update(layer, k, v, start)
-        out = attention(q, k, v, mask)  # (B, H, S, d)
+        out = attention(q, k, v, mask) if cache is None else cache.attend(layer, q, k, v, start)  # (B, H, S, d)
         return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))

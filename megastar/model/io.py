@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -103,8 +104,15 @@ def _expected(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_fits(path: Path, found: Mapping[str, tuple[int, ...]], cfg: ModelConfig) -> None:
-    """Compare names and shapes with the network's. The ``UserError`` names every kind of mismatch, three of each."""
+    """Compare names and shapes with the network's.
+
+    The ``UserError`` lists the fields of the architecture that differ, or names every kind of mismatch, three of each.
+    """
     expected = _expected(cfg)
+    there, here = shape_fields(found), shape_fields(expected)
+    differ = [f"{k} {there[k]}, not {here[k]}" for k in there if there[k] != here[k]]
+    if differ:
+        raise UserError(f"weights {path} are of another architecture: {'; '.join(differ)}")
     missing = [k for k in expected if k not in found]
     extra = [k for k in found if k not in expected]
     shapes = [f"{k} is {found[k]}, not {s}" for k, s in expected.items() if k in found and found[k] != s]
@@ -115,3 +123,20 @@ def check_fits(path: Path, found: Mapping[str, tuple[int, ...]], cfg: ModelConfi
             problems.append(f"{len(some)} {what} ({shown})")
     if problems:
         raise UserError(f"weights {path} do not fit their configuration: {'; '.join(problems)}")
+
+
+def shape_fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The fields of an architecture that its weights' shapes tell; ``qkv_dim`` is 3 D for as many keys as queries."""
+    out: dict[str, int] = {}
+    blocks = {int(m.group(1)) for n in shapes if (m := re.match(r"layers\.(\d+)\.", n))}
+    if blocks:
+        out["n_layer"] = max(blocks) + 1
+    if table := shapes.get("tok_embeddings.weight"):
+        out["vocab_size"], out["dim"] = table
+    if table := shapes.get("cls_embedding.embedding_table.weight"):
+        out["num_classes"] = table[0] - 1  # the last row is the null class
+    if w1 := shapes.get("layers.0.feed_forward.w1.weight"):
+        out["ffn_dim"] = w1[0]
+    if qkv := shapes.get("layers.0.attention.wqkv.weight"):
+        out["qkv_dim"] = qkv[0]
+    return out

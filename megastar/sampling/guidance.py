@@ -1,9 +1,13 @@
-"""Classifier-free guidance: conditional and null rows in one doubled batch, the conditional half first."""
+"""Classifier-free guidance: null rows behind the conditional ones, and how strong it is at each token."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 def doubled_labels(labels: Tensor, null_class: int) -> Tensor:
@@ -17,10 +21,23 @@ def guide(logits: Tensor, scale: float) -> Tensor:
     return null + (conditional - null) * scale
 
 
-def is_guided(position: int, cfg_scale: float, cfg_interval: int) -> bool:
-    """Whether the token at ``position`` (counted from 0) is drawn with guidance.
+def scales(tokens: int, cfg_scale: float, schedule: str = "constant", cfg_interval: int = -1) -> list[float]:
+    """The guidance scale of each of the ``tokens`` positions; 1 means that the null logits are not used there.
 
-    LlamaGen's rule: it counts the tokens after the first from 0 and stops guiding beyond ``cfg_interval``; the first
-    is always guided, and -1 guides all.
+    ``constant``: cfg_scale everywhere. ``linear`` and ``cosine``: from 1 at the first token to cfg_scale at the last,
+    along a line or half a cosine. ``cfg_interval`` is LlamaGen's rule: it counts the tokens after the first from 0 and
+    stops guiding beyond ``cfg_interval``; the first is always guided, and -1 guides all.
     """
-    return cfg_scale > 1 and (cfg_interval < 0 or position - 1 <= cfg_interval)
+    assert schedule in SCHEDULES, schedule
+    out = []
+    for position in range(tokens):
+        along = position / max(1, tokens - 1)
+        share = {"constant": 1.0, "linear": along, "cosine": (1 - math.cos(math.pi * along)) / 2}[schedule]
+        guided = cfg_interval < 0 or position - 1 <= cfg_interval
+        out.append(1 + (cfg_scale - 1) * share if guided else 1.0)
+    return out
+
+
+def null_until(scale_of: list[float]) -> int:
+    """The number of tokens for which null rows must run along: up to the last guided one."""
+    return max((position + 1 for position, scale in enumerate(scale_of) if scale != 1), default=0)

@@ -1,51 +1,92 @@
-"""Keys and values of the tokens already drawn, in buffers that are allocated once."""
+"""Keys and values of the tokens already drawn, in one buffer that is allocated once, and the attention over them."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megastar.config.schema import ModelConfig
 
+CPU_BLOCK = 64  # positions
+
 
 class KVCache:
-    """Static buffers (n_layer, B, H, max_len, d); attention reads only the prefix that has been written.
+    """Static buffers for ``rows`` sequences of ``max_len`` positions; attention reads only the prefix written so far.
 
-    A forward pass may carry fewer than ``batch`` rows: it uses the first ones. So the null half, which lies behind the
+    On a CPU the positions lie in blocks of 64, each (rows, H, 64, d) contiguous, so that the products over a prefix
+    run through memory in order: 1.4 to 3 times faster than over the prefix of one long buffer. Elsewhere there is one
+    block and torch's fused kernel reads it.
+
+    A forward pass may carry fewer than ``rows`` rows: it uses the first ones. So the null half, which lies behind the
     conditional half, can be dropped in the middle of a sample.
     """
 
     def __init__(
         self,
         n_layer: int,
-        batch: int,
+        rows: int,
         heads: int,
         max_len: int,
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        shape = (n_layer, batch, heads, max_len, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows, self.heads, self.max_len, self.head_dim = rows, heads, max_len, head_dim
+        self.block = CPU_BLOCK if torch.device(device).type == "cpu" else max_len
+        self.buffer = torch.zeros(n_layer * 2 * rows * heads * max_len * head_dim, dtype=dtype, device=device)
+        sizes = [min(self.block, max_len - first) for first in range(0, max_len, self.block)]
+        counts = [rows * heads * size * head_dim for size in sizes] * (2 * n_layer)
+        blocks = [
+            part.view(rows * heads, size, head_dim)
+            for part, size in zip(self.buffer.split(counts), sizes * (2 * n_layer), strict=True)
+        ]
+        n = len(sizes)
+        self.keys = [blocks[2 * i * n : (2 * i + 1) * n] for i in range(n_layer)]  # [layer][block] (rows * H, 64, d)
+        self.values = [blocks[(2 * i + 1) * n : (2 * i + 2) * n] for i in range(n_layer)]
 
     @classmethod
-    def for_model(cls, c: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device | str) -> KVCache:
-        """A cache for ``batch`` sequences of the whole length T."""
-        return cls(c.n_layer, batch, c.n_head, c.image_tokens, c.head_dim, dtype, device)
+    def for_model(cls, c: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device | str) -> KVCache:
+        """A cache for ``rows`` sequences of the whole length T."""
+        return cls(c.n_layer, rows, c.n_head, c.image_tokens, c.head_dim, dtype, device)
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
+        """2 (keys and values) x blocks of the network x rows x H x T x d x bytes an element, and nothing more."""
+        return self.buffer.numel() * self.buffer.element_size()
 
-    def update(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H, S, d) at positions start..start+S-1 of block ``layer``, counted from 0.
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        """Store k, v at positions start..start + S - 1 of block ``layer``, attend from q to all positions up to its own.
 
-        Returns the keys and values of positions 0..start+S-1, each (B, H, start+S, d): views, not copies.
+        q, k, v (B, H, S, d), positions counted from 0 -> (B, H, S, d).
         """
-        rows, end = k.shape[0], start + k.shape[2]
-        assert end <= self.keys.shape[3], f"position {end} of a cache of {self.keys.shape[3]}"
-        assert rows <= self.keys.shape[1], f"{rows} rows in a cache of {self.keys.shape[1]}"
-        self.keys[layer, :rows, :, start:end] = k
-        self.values[layer, :rows, :, start:end] = v
-        return self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
+        B, H, S, d = q.shape
+        end = start + S
+        assert end <= self.max_len, f"position {end} of a cache of {self.max_len}"
+        assert self.rows >= B, f"{B} rows in a cache of {self.rows}"
+        keys, values = self.keys[layer], self.values[layer]
+        for i in range(start // self.block, -(-end // self.block)):
+            low, high = max(start, i * self.block), min(end, (i + 1) * self.block)
+            inside, new = slice(low - i * self.block, high - i * self.block), slice(low - start, high - start)
+            keys[i].view(-1, H, *keys[i].shape[1:])[:B, :, inside] = k[:, :, new]
+            values[i].view(-1, H, *values[i].shape[1:])[:B, :, inside] = v[:, :, new]
+        reads = [slice(0, min(self.block, end - i * self.block)) for i in range(-(-end // self.block))]
+        if q.device.type != "cpu":
+            prefix = (x[0].view(-1, H, *x[0].shape[1:])[:B, :, :end] for x in (keys, values))
+            seen = _causal(S, end, q.device) if S > 1 else None
+            return F.scaled_dot_product_attention(q, *prefix, attn_mask=seen)
+        flat = (q * d**-0.5).reshape(B * H, S, d)
+        logits = [torch.bmm(flat, keys[i][: B * H, r].transpose(1, 2)) for i, r in enumerate(reads)]  # (B * H, S, 64)
+        joined = torch.cat(logits, -1) if len(logits) > 1 else logits[0]  # (B * H, S, end)
+        if S > 1:
+            joined = joined.masked_fill(~_causal(S, end, q.device), -torch.inf)
+        weights = joined.softmax(-1).split([r.stop for r in reads], -1)
+        out = torch.bmm(weights[0], values[0][: B * H, reads[0]])  # (B * H, S, d)
+        for i in range(1, len(reads)):
+            out.baddbmm_(weights[i], values[i][: B * H, reads[i]])
+        return out.view(B, H, S, d)
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """True where a query, one of the last of the positions, sees a key: (S, L) bool."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

@@ -39,8 +39,8 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     probs (B, V), uniform (B,) float64 in [0, 1) -> (B,) int64. One number a token, so a sample's noise is T numbers
     whatever the vocabulary; float64 sums, so that only a near tie can turn on rounding.
     """
-    mass = probs.double().cumsum(-1)
+    mass = probs.cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:]
-    token = torch.searchsorted(mass, uniform[:, None] * total, right=True)
-    last = (mass < total).sum(-1, keepdim=True)  # last token with any probability, should the product round up to 1
-    return torch.minimum(token, last).squeeze(-1)
+    # Just below the total at most, should the product round up: so the token found always has some probability.
+    wanted = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(mass, wanted, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)  # NaN: the caller's

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from megastar.config.schema import ModelConfig
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
-from megastar.sampling.guidance import doubled_labels, guide, is_guided
-from megastar.sampling.kv_cache import KVCache
+from megastar.sampling.decoder import Decoder
+from megastar.sampling.guidance import null_until, scales
 from megastar.sampling.logits import draw, probabilities
+from megastar.sampling.progress import picture_bar
+from megastar.sampling.request import Options, check_request
 from megastar.tokenizer.vq import VQModel
 
 
@@ -35,109 +36,91 @@ def uniform_noise(seeds: Sequence[int], tokens: int) -> Tensor:
     return torch.from_numpy(rows)
 
 
-def check_request(
-    c: ModelConfig,
-    labels: Tensor,
-    seeds: Sequence[int],
-    cfg_scale: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    cfg_interval: int,
-    batch: int,
-) -> None:
-    """Raises ``UserError`` with every problem of a request, one a line."""
-    problems = []
-    outside = labels[(labels < 0) | (labels >= c.num_classes)]
-    if len(outside):
-        problems.append(f"class {int(outside[0])} is outside 0..{c.num_classes - 1}, the classes this model knows")
-    if len(seeds) != len(labels):
-        problems.append(f"{len(seeds)} seeds for {len(labels)} classes: give one seed a sample")
-    if any(not 0 <= s < 2**128 for s in seeds):
-        problems.append("seeds must be integers from 0 to 2^128 - 1")
-    if not (math.isfinite(cfg_scale) and cfg_scale >= 1):
-        problems.append(f"cfg_scale {cfg_scale}: guidance starts at 1, which means none")
-    if cfg_interval < -1:
-        problems.append(f"cfg_interval {cfg_interval}: give -1 (guide every token) or a token number")
-    if not (math.isfinite(temperature) and temperature > 0):
-        problems.append(f"temperature {temperature} must be above 0; for the most probable token take top_k 1")
-    if top_k < 0:
-        problems.append(f"top_k {top_k} must be 0 (all codes) or more; {c.vocab_size} codes exist")
-    if not 0 < top_p <= 1:
-        problems.append(f"top_p {top_p} must lie above 0 and not above 1 (all codes)")
-    if batch < 1:
-        problems.append(f"batch {batch} must be at least 1")
-    if problems:
-        raise UserError("\n".join(problems))
+class Sampler:
+    """A network ready to draw: its decoding copy, caches and CUDA graphs are made once and serve every call.
+
+    ``batch`` pictures are drawn at once. ``passes``: conditional and null rows in one batch (1) or one after the
+    other (2). ``rank`` is named when something goes wrong.
+    """
+
+    def __init__(self, model: Transformer, options: Options, batch: int = 64, *, passes: int = 1, rank: int = 0):
+        self.cfg, self.options, self.batch, self.rank = model.cfg, options, batch, rank
+        problems = options.problems(model.cfg) + ([] if batch >= 1 else [f"batch {batch} must be at least 1"])
+        if problems:
+            raise UserError("\n".join(problems))
+        o = options
+        self.scales = scales(self.cfg.image_tokens, o.cfg_scale, o.cfg_schedule, o.cfg_interval)
+        self.null_until = null_until(self.scales)
+        self.decoder = Decoder(model, batch, self.null_until > 0, passes=passes)
+
+    @torch.inference_mode()
+    def draw(
+        self, labels: Tensor, seeds: Sequence[int], show: Callable[[float], object] = lambda share: None
+    ) -> Tensor:
+        """At most ``batch`` pictures: labels (B,) and as many seeds -> codes (B, T) int64 on the CPU.
+
+        ``show`` is told the share of the tokens that are drawn, after each. Raises ``UserError`` when the network's logits are not finite.
+        """
+        o, T, device = self.options, self.cfg.image_tokens, self.decoder.device
+        assert len(labels) == len(seeds) <= self.batch, (len(labels), len(seeds), self.batch)
+        given = labels.to(device)  # (B,)
+        noise = uniform_noise(seeds, T).to(device)  # (B, T)
+        tokens = torch.zeros(len(labels), T, dtype=torch.long, device=device)
+        broken = torch.full_like(given, T)  # (B,) the first position whose logits are not finite
+        for position in range(T):
+            logits = self.decoder.logits(given, tokens, position, self.scales[position], position < self.null_until)
+            probs = probabilities(logits, o.temperature, o.top_k, o.top_p)  # (B, V)
+            # One NaN or plus infinity among a row's logits makes all its probabilities NaN. No GPU waits for this.
+            bad = probs[:, 0].isnan()
+            broken = torch.where(bad, broken.clamp(max=position), broken)
+            tokens[:, position] = draw(probs, noise[:, position])
+            show((position + 1) / T)
+            if device.type == "cpu" and bool(bad.any()):
+                break
+        if bool((broken < T).any()):
+            row = int(broken.argmin())
+            raise UserError(
+                f"the logits of token {int(broken[row])} are not finite for class {int(labels[row])} (rank {self.rank}): "
+                "the weights are damaged, or fp16/bf16 overflows; look at them with megastar convert --inspect, "
+                "or sample with --dtype fp32"
+            )
+        return tokens.cpu()
 
 
-@torch.no_grad()
 def sample_tokens(
     model: Transformer,
     labels: Tensor | Sequence[int],
     *,
     seeds: Sequence[int],
-    cfg_scale: float = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    cfg_interval: int = -1,
     batch: int = 64,
+    passes: int = 1,
+    rank: int = 0,
     progress: Console | None = None,
+    **options: Any,
 ) -> Tensor:
     """Draw one picture's codes for each label: labels (N,) -> codes (N, T) int64 on the CPU.
 
-    Sample i depends on labels[i] and seeds[i] only, not on ``batch`` or its neighbours, up to the rounding of matrix
-    products of another size (in fp32 too small to matter; in bf16 a code may turn). ``cfg_scale`` 1 computes no null
-    half; ``top_k`` 0 keeps all codes and a ``top_k`` above the vocabulary does too; ``cfg_interval`` as in
-    ``guidance.is_guided``. ``progress`` is the console that shows a bar. Raises ``UserError`` (see check_request).
+    ``options`` are the fields of ``Options``. Sample i depends on labels[i] and seeds[i] only, not on ``batch``, its
+    neighbours or ``passes``, up to the rounding of matrix products of another size (in fp32 too small to matter; in
+    bf16 a code may turn). ``cfg_scale`` 1 computes no null half. ``progress`` is the console that shows a bar. Raises
+    ``UserError`` (see check_request).
     """
-    c = model.cfg
     labels = torch.as_tensor(labels, dtype=torch.long).cpu()
-    check_request(c, labels, seeds, cfg_scale, temperature, top_k, top_p, cfg_interval, batch)
-    weight = next(model.parameters())
-    rows = min(batch, len(labels)) * (2 if cfg_scale > 1 else 1)
-    cache = KVCache.for_model(c, rows, weight.dtype, weight.device)
-    out = torch.empty(len(labels), c.image_tokens, dtype=torch.long)
-    columns = (TextColumn("sampling"), BarColumn(), TextColumn("{task.fields[done]}"), TimeRemainingColumn())
-    was_training = model.training
-    model.eval()
-    try:
-        with Progress(*columns, console=progress, disable=progress is None) as bar:
-            task = bar.add_task("", total=out.numel(), done=f"0/{len(labels)} pictures")
-            for first in range(0, len(labels), batch):
-                some = slice(first, first + batch)
-                given = labels[some].to(weight.device)  # (B,)
-                noise = uniform_noise(seeds[some], c.image_tokens).to(weight.device)  # (B, T)
-                tokens = torch.empty_like(noise, dtype=torch.long)
-                for position in range(c.image_tokens):
-                    guided = is_guided(position, cfg_scale, cfg_interval)
-                    logits = _next_logits(model, cache, given, tokens, position, guided)
-                    logits = guide(logits, cfg_scale) if guided else logits
-                    probs = probabilities(logits, temperature, top_k, top_p)
-                    tokens[:, position] = draw(probs, noise[:, position])
-                    bar.advance(task, len(given))
-                out[some] = tokens.cpu()
-                bar.update(task, done=f"{min(first + batch, len(labels))}/{len(labels)} pictures")
-    finally:
-        model.train(was_training)
+    asked = Options(**options)
+    check_request(model.cfg, labels, seeds, asked, batch)
+    out = torch.empty(len(labels), model.cfg.image_tokens, dtype=torch.long)
+    if not len(labels):
+        return out
+    sampler = Sampler(model, asked, min(batch, len(labels)), passes=passes, rank=rank)
+    with picture_bar(progress, len(labels)) as bar:
+        for first in range(0, len(labels), batch):
+            now = labels[first : first + batch]
+
+            def show(share: float, first: int = first, count: int = len(now)) -> None:
+                bar(first + share * count)
+
+            out[first : first + batch] = sampler.draw(now, seeds[first : first + batch], show)
     return out
-
-
-def _next_logits(
-    model: Transformer, cache: KVCache, labels: Tensor, tokens: Tensor, position: int, guided: bool
-) -> Tensor:
-    """Logits of the token at ``position``, (B, V), or (2B, V) when guided, in fp32."""
-    if position == 0:
-        if guided:
-            labels = doubled_labels(labels, model.cfg.num_classes)
-        empty = tokens.new_empty(len(labels), 0)
-        output = model(labels, empty, cache=cache, start=0)
-    else:
-        last = tokens[:, position - 1 : position]  # (B, 1)
-        output = model(None, torch.cat([last, last]) if guided else last, cache=cache, start=position)
-    assert output.logits is not None
-    return output.logits[:, -1].float()
 
 
 def check_tokenizer(c: ModelConfig, tokenizer: VQModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,28 @@ def save_tokenizer(
     """Write weights in ``dtype`` (half precision by default: half the size, codes computed in fp32 after loading)."""
     path = Path(path)
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
-    about = {"format": FORMAT, "config": json.dumps(asdict(model.config)), "provenance": json.dumps(provenance)}
+    about = tokenizer_metadata(model.config, provenance)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata=about)
     temporary.replace(path)
+
+
+def tokenizer_metadata(config: TokenizerConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The safetensors metadata of a tokenizer file."""
+    return {"format": FORMAT, "config": json.dumps(asdict(config)), "provenance": json.dumps(dict(provenance))}
+
+
+def check_tokenizer_fits(path: Path, found: Mapping[str, tuple[int, ...]], config: TokenizerConfig) -> None:
+    """Raises ``UserError`` unless names and shapes are this architecture's; it names the first three that are not."""
+    with torch.device("meta"):
+        wanted = {k: tuple(v.shape) for k, v in VQModel(config).state_dict().items()}
+    wrong = [f"{k} is missing" for k in wanted if k not in found]
+    wrong += [f"{k} is not of this network" for k in found if k not in wanted]
+    wrong += [f"{k} is {found[k]}, not {s}" for k, s in wanted.items() if k in found and found[k] != s]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"tokenizer {path} does not fit its architecture: {', '.join(wrong[:3])}{more}")
 
 
 def read_tokenizer_metadata(path: str | Path) -> tuple[TokenizerConfig, dict[str, Any]]:
@@ -54,6 +72,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> VQMo
     config, _ = read_tokenizer_metadata(path)
     model = VQModel(config)
     with safe_open(path, "pt") as f:
+        check_tokenizer_fits(Path(path), {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, config)  # noqa: SIM118
         state = {k: f.get_tensor(k).float() for k in f.keys()}  # noqa: SIM118  (safe_open is no mapping)
     model.load_state_dict(state)
     return model.to(device).requires_grad_(False).eval()

@@ -109,6 +109,8 @@ def test_train_help_shows_the_fields(capsys):
         (["convert", "run", "--to", "checkpoint", "--out", "x", "--data", "0"], "'0' is not a positive integer"),
         (["convert", "nowhere", "--inspect"], "no complete checkpoint in nowhere: name a run folder or a folder"),
         (["sample", "--like", "codes"], "--like tells how --count pictures spread over the classes: give --count too"),
+        (["sample", "--plan", "random"], "--plan random draws the classes of --count pictures: give --count, and no"),
+        (["sample", "--nproc", "2"], "several processes share a folder: give --npz or --folder"),
         (["sample", "no.safetensors"], "weights no.safetensors do not exist"),
         (["evaluate", "--real", "x"], "give either pictures to score or --tokenizer; see megastar evaluate --help"),
         (["evaluate", "a", "--tokenizer", "t", "--real", "x"], "give either pictures to score or --tokenizer"),
@@ -156,6 +158,23 @@ def test_nproc_starts_processes_unless_a_launcher_did(trained, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(words) == 0
     assert len(started) == 1 and len(trained) == 1
+
+
+def test_sample_starts_processes_without_the_launchers_own_word(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(launching, "launch", lambda n, words: started.append((n, words)) or 7)
+    npz = str(tmp_path / "a.npz")
+    assert cli.main(["sample", "--nproc", "3", "--npz", npz, "--seed", "3"]) == 7
+    assert cli.main(["sample", "--npz", npz, "--nproc=2"]) == 7
+    assert started == [(3, ["sample", "--npz", npz, "--seed", "3"]), (2, ["sample", "--npz", npz])]
+
+
+def test_places_of_launched_processes():
+    assert common.place_of({}) == (0, 1, 0)
+    assert common.place_of({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (3, 8, 1)
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "2"}
+    assert common.place_of(slurm | {"SLURM_STEP_NUM_TASKS": "8"}) == (5, 8, 2)
+    assert common.place_of({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == (0, 1, 0)  # a batch script
 
 
 @pytest.mark.parametrize(
@@ -250,14 +269,6 @@ def test_count_follows_the_frequencies_of_like():
     assert set(sample.choose_labels(["a", "b"], "b", 1, 30, like, 0)) == {1}
     with pytest.raises(UserError, match="--like holds no picture of the classes c"):
         sample.choose_labels(["a", "b", "c"], "c", 1, 5, like, 0)
-
-
-def test_npz_has_adms_layout(tmp_path):
-    pictures = np.zeros((2, 4, 4, 3), np.uint8)
-    sample.save_npz(tmp_path / "deep" / "a.npz", pictures, [1, 0])
-    with np.load(tmp_path / "deep" / "a.npz") as archive:
-        assert archive["arr_0"].shape == (2, 4, 4, 3) and archive["arr_1"].tolist() == [1, 0]
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.npz"]
 
 
 def test_ends_of_metrics(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megastar import cli
+from megastar.data.files import sha256
 from megastar.engine import checkpoint, convert, folders, staging
 from megastar.engine.convert import full_weights
 from megastar.engine.llamagen import how_to_load
@@ -79,7 +80,9 @@ def test_safetensors_hold_the_weights(runs, tmp_path, mesh, weights, dtype):
         "classes": list("abcde"), "command": "megastar train",
     }  # fmt: skip
     assert f"{weights} weights, {dtype}, of step 3" in told and "read back as written" in told
-    assert [p.name for p in out.parent.iterdir()] == ["w.safetensors"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["w.json", "w.safetensors"]
+    beside = json.loads((out.parent / "w.json").read_text())
+    assert beside["sha256"] == sha256(out) and beside["step"] == 3 and beside["model"]["dim"] == 16
 
 
 def test_the_streamed_file_is_the_one_that_save_model_writes(runs, tmp_path):
@@ -237,7 +240,7 @@ def test_another_format_or_network_is_told(run, tmp_path, capsys):
     assert "has format 1, this megastar reads 2: use the version that wrote it" in refused(words, capsys)
     about["config"]["model"]["n_layer"] = 4
     path.write_text(json.dumps(about))
-    assert "do not fit their configuration: 7 missing (layers.3.attention_norm.weight" in refused(words, capsys)
+    assert "are of another architecture: n_layer 3, not 4" in refused(words, capsys)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from megastar.config.schema import ModelConfig
+from megastar.model.kernels import attention
 from megastar.model.layers import Dropout, RMSNorm
 from megastar.model.masks import MaskSpec
 from megastar.model.projector import Projector
@@ -209,11 +210,11 @@ class SimpleCache:
     def __init__(self, n_layer: int):
         self.kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(n_layer)]
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
         kept = self.kept[layer]
         assert sum(old.shape[2] for old, _ in kept) == start
         kept.append((k, v))
-        return torch.cat([a for a, _ in kept], 2), torch.cat([b for _, b in kept], 2)
+        return attention(q, torch.cat([a for a, _ in kept], 2), torch.cat([b for _, b in kept], 2))
 
 
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 1, 1, 3], [9]])

@@ -15,10 +15,13 @@ from megastar.config.schema import ModelConfig, TokenizerConfig
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
 from megastar.sampling.grid import Block, picture_grid, save_grid
-from megastar.sampling.guidance import doubled_labels, guide, is_guided
+from megastar.sampling.guidance import doubled_labels, guide, null_until, scales
 from megastar.sampling.kv_cache import KVCache
 from megastar.sampling.logits import draw, keep_top_k, keep_top_p, probabilities
+from megastar.sampling.packed import PackedLinear, decoding_copy
+from megastar.sampling.request import Options
 from megastar.sampling.sampler import (
+    Sampler,
     check_tokenizer,
     decode_pictures,
     sample_seeds,
@@ -72,17 +75,50 @@ def test_cache_equals_full_forward(model, prefill):
     torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-5, atol=1e-5)
 
 
-def test_cache_returns_only_the_prefix_without_copying():
-    cache = KVCache(2, 4, 3, 8, 5)
-    k = torch.randn(2, 3, 4, 5)
-    cache.update(1, k[:, :, :3], k[:, :, :3], 0)
-    keys, values = cache.update(1, k[:, :, 3:], -k[:, :, 3:], 3)
-    assert torch.equal(keys, k) and torch.equal(values[:, :, 3:], -k[:, :, 3:])
-    assert keys.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr()
-    assert not cache.keys[0].any() and not cache.keys[1, 2:].any()
-    assert cache.nbytes == 2 * 2 * 4 * 3 * 8 * 5 * 4
-    with pytest.raises(AssertionError, match="position 9"):
-        cache.update(0, k[:, :, :1], k[:, :, :1], 8)
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_over_the_blocks_against_torch(length, dtype):
+    """Step by step and in one go, with fewer rows than the cache has, across the borders of its blocks."""
+    q, k, v = torch.randn(3, 2, 3, length, 8, dtype=dtype)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    at_once, by_steps = KVCache(2, 5, 3, 150, 8, dtype), KVCache(2, 3, 3, 150, 8, dtype)
+    torch.testing.assert_close(at_once.attend(1, q, k, v, 0), wanted)
+    for p in range(length):
+        one = slice(p, p + 1)
+        torch.testing.assert_close(by_steps.attend(0, q[:, :, one], k[:, :, one], v[:, :, one], p), wanted[:, :, one])
+
+
+def test_the_cache_holds_what_was_computed_and_no_more():
+    cache = KVCache(2, 4, 3, 150, 8)
+    assert cache.nbytes == cache.buffer.untyped_storage().nbytes() == 2 * 2 * 4 * 3 * 150 * 8 * 4
+    for blocks in (*cache.keys, *cache.values):  # views of the one buffer
+        assert all(b.untyped_storage().data_ptr() == cache.buffer.untyped_storage().data_ptr() for b in blocks)
+        assert sum(b.numel() for b in blocks) == 4 * 3 * 150 * 8 and all(b.is_contiguous() for b in blocks)
+    q = torch.ones(2, 3, 1, 8)
+    cache.buffer.fill_(torch.nan)  # what is beyond the prefix, or of other rows, is never read
+    assert cache.attend(1, q, q, q, 0).isfinite().all()
+    assert cache.buffer.isfinite().sum() == 2 * q.numel()
+    with pytest.raises(AssertionError, match="position 151"):
+        cache.attend(0, q, q, q, 150)
+
+
+@pytest.mark.parametrize(("scale", "passes", "rows"), [(1.0, 1, 3), (2.0, 1, 6), (2.0, 2, 6)])
+def test_memory_of_the_caches_is_as_computed(model, scale, passes, rows):
+    decoder = Sampler(model, Options(cfg_scale=scale), 3, passes=passes).decoder
+    c = CFG
+    assert sum(x.nbytes for x in decoder.caches) == 2 * c.n_layer * rows * c.dim * c.image_tokens * 4
+
+
+def test_packed_weights_are_the_networks_and_rows_keep_their_bits(model):
+    copy = decoding_copy(model)
+    assert not [m for m in model.modules() if isinstance(m, PackedLinear)]
+    if not [m for m in copy.modules() if isinstance(m, PackedLinear)]:
+        assert not torch.backends.mkldnn.is_available()
+    assert copy.tok_embeddings.weight is model.tok_embeddings.weight
+    labels, tokens = torch.arange(4), torch.randint(CFG.vocab_size, (4, 7))
+    with torch.no_grad():
+        both = copy(labels, tokens).logits
+        torch.testing.assert_close(both, model(labels, tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 # Guidance ----------------------------------------------------------------------------------------------------
@@ -90,9 +126,32 @@ def test_guidance_formula_and_interval():
     c, u = torch.randn(3, 5), torch.randn(3, 5)
     torch.testing.assert_close(guide(torch.cat([c, u]), 2.5), 2.5 * c - 1.5 * u)
     assert doubled_labels(torch.tensor([1, 2]), 9).tolist() == [1, 2, 9, 9]
-    assert [is_guided(p, 2.0, -1) for p in range(4)] == [True] * 4
-    assert [is_guided(p, 2.0, 1) for p in range(5)] == [True, True, True, False, False]  # LlamaGen: i > 1 stops
-    assert not is_guided(0, 1.0, -1)
+    assert scales(4, 2.0) == [2.0] * 4
+    assert scales(5, 2.0, cfg_interval=1) == [2, 2, 2, 1, 1]  # LlamaGen: i > 1 stops
+    assert null_until(scales(5, 2.0, cfg_interval=1)) == 3 and null_until(scales(5, 1.0)) == 0
+
+
+def test_ramps_against_their_formulas():
+    assert scales(5, 3.0, "linear") == pytest.approx([1, 1.5, 2, 2.5, 3])
+    assert scales(5, 3.0, "cosine") == pytest.approx([1, 2 - 2**0.5 / 2, 2, 2 + 2**0.5 / 2, 3])
+    assert scales(5, 3.0, "linear", cfg_interval=1) == pytest.approx([1, 1.5, 2, 1, 1])
+    assert scales(1, 3.0, "cosine") == [1.0] and null_until(scales(5, 3.0, "linear")) == 5
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(("schedule", "interval"), [("linear", -1), ("cosine", 9), ("constant", 3)])
+def test_schedules_equal_full_recomputation(model, schedule, interval, passes):
+    labels, seeds = [0, 3, 1], sample_seeds(5, 3)
+    known = {"cfg_scale": 2.5, "cfg_schedule": schedule, "cfg_interval": interval, "top_k": 12, "temperature": 0.8}
+    got = sample_tokens(model, labels, seeds=seeds, batch=2, passes=passes, **known)
+    noise, scale_of = uniform_noise(seeds, CFG.image_tokens), scales(CFG.image_tokens, 2.5, schedule, interval)
+    for i, row in enumerate(got.tolist()):
+        tokens: list[int] = []
+        for position in range(CFG.image_tokens):
+            c, u = uncached_logits(model, labels[i], tokens), uncached_logits(model, CFG.num_classes, tokens)
+            probs = probabilities(u + (c - u) * scale_of[position], 0.8, 12)
+            tokens.append(int(draw(probs, noise[i : i + 1, position])))
+        assert row == tokens
 
 
 @pytest.mark.parametrize("interval", [-1, 4])
@@ -115,6 +174,9 @@ def test_no_guidance_computes_no_null_half_and_interval_drops_it(model):
     counting.rows.clear()
     sample_tokens(counting, [0, 1], seeds=[0, 1], cfg_scale=1.5, cfg_interval=3)
     assert counting.rows == [4] * 5 + [2] * 11
+    counting.rows.clear()
+    sample_tokens(counting, [0, 1], seeds=[0, 1], cfg_scale=1.5, cfg_interval=3, passes=2)
+    assert counting.rows == [2, 2] * 5 + [2] * 11
 
 
 # Samples -----------------------------------------------------------------------------------------------------
@@ -127,11 +189,13 @@ def test_greedy_equals_uncached_argmax(model):
         assert row == tokens
 
 
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_samples_do_not_depend_on_the_batch(model, scale):
+def test_samples_do_not_depend_on_the_batch(model, scale, passes):
     labels, seeds = [0, 1, 2, 3, 0, 1, 2, 3], sample_seeds(7, 8)
     one, three, eight = (
-        sample_tokens(model, labels, seeds=seeds, cfg_scale=scale, top_p=0.95, batch=b) for b in (1, 3, 8)
+        sample_tokens(model, labels, seeds=seeds, cfg_scale=scale, top_p=0.95, batch=b, passes=passes)
+        for b in (1, 3, 8)
     )
     assert torch.equal(one, three) and torch.equal(one, eight)
     backwards = sample_tokens(model, labels[::-1], seeds=seeds[::-1], cfg_scale=scale, top_p=0.95, batch=5)
@@ -227,6 +291,7 @@ def test_probabilities_apply_temperature_then_k_then_p():
         ([0, 1], {"cfg_scale": 0.5}, "cfg_scale 0.5"),
         ([0, 1], {"cfg_scale": float("nan")}, "cfg_scale nan"),
         ([0, 1], {"cfg_interval": -2}, "cfg_interval -2"),
+        ([0, 1], {"cfg_schedule": "sine"}, "cfg_schedule 'sine': choose one of constant, linear, cosine"),
         ([0, 1], {"temperature": 0.0}, "temperature 0.0 must be above 0; .* top_k 1"),
         ([0, 1], {"top_k": -1}, "top_k -1 must be 0"),
         ([0, 1], {"top_p": 0.0}, "top_p 0.0"),
@@ -242,6 +307,19 @@ def test_each_bad_request_has_its_sentence(model, labels, changes, message):
 def test_all_problems_at_once(model):
     with pytest.raises(UserError, match="(?s)class 9.*temperature.*top_p"):
         sample_tokens(model, [9], seeds=[0], temperature=-1.0, top_p=2.0)
+    with pytest.raises(UserError, match="(?s)temperature.*batch 0 must"):
+        Sampler(model, Options(temperature=-1.0), 0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_stop_with_token_class_and_rank(model, value):
+    broken = Transformer(CFG).eval()
+    broken.load_state_dict(model.state_dict())
+    used = int(sample_tokens(broken, [2], seeds=[0], top_k=1)[0, 4])  # its embedding is read for token 5
+    broken.tok_embeddings.weight.data[used] = value
+    first = sample_tokens(model, [2], seeds=[0], top_k=1)[0].tolist().index(used) + 1
+    with pytest.raises(UserError, match=rf"logits of token {first} are not finite for class 2 \(rank 3\)"):
+        sample_tokens(broken, [2], seeds=[0], top_k=1, rank=3)
 
 
 def test_top_k_above_the_vocabulary_keeps_all(model):

@@ -1,0 +1,112 @@
+"""Equal weights, equal results: LlamaGen's own code against megastar's, through the files that `megastar convert` reads.
+
+LLAMAGEN_DIR=/path/to/LlamaGen python -m benchmarks.llamagen_parity [--picture 64]
+
+Random weights, saved by LlamaGen's modules, converted, loaded. Asserts that in fp32 the logits (whole sequences and
+step by step), the greedy tokens with and without guidance, the VQ codes and the pixels agree; prints the largest
+differences. VQ-16 and VQ-8 have their released widths, the AR network is small: the code is the same at every size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.sampling import llamagen, networks
+from megastar.config.schema import ModelConfig
+from megastar.engine.weights_file import convert_file, open_weights
+from megastar.model.io import load_model
+from megastar.sampling.sampler import sample_tokens
+from megastar.tokenizer.io import load_tokenizer
+
+CFG = ModelConfig(
+    name="t", n_layer=4, n_head=4, dim=128, multiple_of=32, vocab_size=512, num_classes=10, image_tokens=64
+)
+
+
+def tell(what: str, value: float, limit: float) -> None:
+    print(f"  {what:<60} {value:.3g}  (limit {limit:.0e})", flush=True)
+    assert value <= limit, what
+
+
+def network(folder: Path) -> None:
+    theirs, _ = networks(CFG, torch.float32, "cpu")
+    for p in theirs.parameters():  # large enough that the distributions are far from flat
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.08)
+    from autoregressive.models.generate import generate
+
+    (folder / "t.yaml").write_text(yaml.safe_dump(vars(CFG)))
+    torch.save({"model": theirs.state_dict(), "steps": 1}, folder / "w.pt")
+    convert_file(open_weights(folder / "w.pt", config=folder / "t.yaml"), "safetensors", folder / "w.safetensors")
+    ours, _ = load_model(folder / "w.safetensors")
+    labels, tokens = torch.arange(4), torch.randint(CFG.vocab_size, (4, CFG.image_tokens - 1))
+    with torch.no_grad():
+        theirs.freqs_cis = theirs.freqs_cis[: CFG.image_tokens]  # without a cache it takes the table whole
+        theirs.train()  # its whole-sequence path asks for training; dropout off, no label dropped
+        for m in theirs.modules():
+            if isinstance(m, torch.nn.Dropout):
+                m.p = 0.0
+        theirs.cls_embedding.dropout_prob = 0.0
+        wanted = theirs(tokens, labels, targets=None)[0]
+        theirs.eval()
+        tell("logits of whole sequences", (ours(labels, tokens).logits - wanted).abs().max().item(), 1e-4)
+    for scale, interval in ((1.0, -1), (2.0, -1), (3.0, 20)):
+        known: dict[str, Any] = {"cfg_scale": scale, "cfg_interval": interval}
+        their = generate(
+            theirs, labels, CFG.image_tokens, temperature=1.0, top_k=0, top_p=1.0, sample_logits=False, **known
+        )
+        mine = sample_tokens(ours, labels, seeds=[0] * 4, top_k=1, **known)
+        different = (mine != their.long()).sum().item()
+        tell(f"greedy tokens that differ, guidance {scale}, interval {interval}", different, 0)
+    convert_file(open_weights(folder / "w.safetensors"), "llamagen", folder / "back.pt")
+    back = torch.load(folder / "back.pt", weights_only=True)["model"]
+    first = torch.load(folder / "w.pt", weights_only=True)["model"]
+    tell("weights after the way there and back", max((back[k] - v).abs().max().item() for k, v in first.items()), 0)
+    networks(CFG, torch.float32, "cpu")[0].load_state_dict(back, strict=True)
+    print("  LlamaGen loads what was converted back, every name")
+
+
+def tokenizer(folder: Path, name: str, side: int) -> None:
+    from tokenizer.tokenizer_image.vq_model import VQ_models
+
+    torch.manual_seed(1)
+    theirs = VQ_models[name]().eval()
+    torch.save({"model": theirs.state_dict()}, folder / "vq.pt")
+    source = open_weights(folder / "vq.pt", image_size=side)
+    convert_file(source, "safetensors", folder / "vq.safetensors", force=True)
+    ours = load_tokenizer(folder / "vq.safetensors")
+    images = torch.rand(2, 3, side, side) * 2 - 1
+    with torch.no_grad():
+        _, _, (_, _, codes) = theirs.encode(images)
+        mine = ours.encode(images)
+        tell(f"{name}: codes that differ, of {mine.numel()}", (mine.flatten() != codes).sum().item(), 0)
+        size = ours.config.grid
+        wanted = theirs.decode_code(codes, (2, ours.config.codebook_embed_dim, size, size)).clamp(-1, 1)
+        tell(f"{name}: pixels, of a range of 2", (ours.decode_codes(mine) - wanted).abs().max().item(), 1e-4)
+    convert_file(open_weights(folder / "vq.safetensors"), "llamagen", folder / "vq-back.pt", force=True)
+    theirs.load_state_dict(torch.load(folder / "vq-back.pt", weights_only=True)["model"], strict=True)
+    print(f"  {name}: LlamaGen loads what was converted back, every name")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--picture", type=int, default=64, help="side of the tokenizers' pictures")
+    a = p.parse_args()
+    llamagen()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    print("largest differences in fp32, equal weights")
+    with tempfile.TemporaryDirectory() as place:
+        network(Path(place))
+        for name in ("VQ-16", "VQ-8"):
+            tokenizer(Path(place), name, a.picture)
+
+
+if __name__ == "__main__":
+    main()

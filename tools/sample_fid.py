@@ -1,0 +1,8 @@
+"""50,000 pictures for FID: python tools/sample_fid.py WEIGHTS --tokenizer T --npz OUT.npz [options of megastar sample]."""
+
+import sys
+
+from megastar.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["sample", "--count", "50000", *sys.argv[1:]]))
