@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from common import random_batch, report, run_config, seconds
 from torch import Tensor, nn
 
@@ -77,8 +76,7 @@ def their_step(cfg: RunConfig, model: nn.Module, batch: dict, dtype: torch.dtype
 
 
 def our_loss(student: nn.Module, codes: Tensor, labels: Tensor) -> Tensor:
-    logits = student(labels, codes[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
+    return student(labels, codes).loss
 
 
 def model_step(cfg: RunConfig, student: nn.Module, batch: dict, dtype: torch.dtype, device: torch.device) -> Step:

@@ -27,6 +27,7 @@ from megastar.engine.sharding import AdamWEMA, Shard, parameter_groups, shards
 from megastar.engine.teachers import ReplicatedTeacher, ShardedTeacher
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
+from megastar.parallel.cross_entropy import linear_cross_entropy
 from megastar.parallel.mesh import Mesh
 from megastar.parallel.plan import autotp_section
 
@@ -139,6 +140,8 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     o = cfg.optim
     optimizer = AdamWEMA(parameter_groups(student, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
     engine = initialize(student, config, optimizer)
+    if ctx.tensor_group is not None:
+        split_loss(engine.module.transformer.output, ctx.tensor_group)
     engines = Engines(engine, None, optimizer, micro, accumulation)
     if not cfg.self_guided.enabled:
         return engines
@@ -163,6 +166,18 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     assert not any(q.requires_grad for q in transformer.parameters())
     engines.refresh_teacher()
     return engines
+
+
+def split_loss(output: nn.Module, group: dist.ProcessGroup) -> None:
+    """Teach the layer that AutoTP put in the place of ``model.layers.Head`` the loss over its share of the vocabulary."""
+    logits = output.forward
+
+    def forward(x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        if targets is None:
+            return logits(x)
+        return linear_cross_entropy(x.flatten(0, -2), output.weight, targets.flatten(), group)
+
+    output.forward = forward  # type: ignore[method-assign]
 
 
 def born_sharded(config: dict[str, Any], ctx: Context) -> AbstractContextManager[Any]:

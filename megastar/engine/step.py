@@ -15,10 +15,8 @@ from megastar.engine.schedule import learning_rate
 from megastar.errors import UserError
 from megastar.model.masks import MaskSpec, draw_hidden
 from megastar.model.transformer import Output
-from megastar.objectives.next_token import CrossEntropy, cross_entropy, next_token_loss
 from megastar.objectives.self_guided import at_positions, draw_positions, total
 from megastar.parallel.collectives import gather_rows
-from megastar.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megastar.teacher.schedule import decay_at
 
 
@@ -49,9 +47,7 @@ def losses(
     guided = cfg.self_guided
     if not guided.enabled:
         codes = codes[:, 0]  # (B, T)
-        out = engines.student(labels, codes[:, :-1])
-        loss, metrics = next_token_loss(out.logits, codes, reduction(ctx))
-        return loss, {"loss": loss.detach(), **metrics}
+        return total(guided, loss_ar=engines.student(labels, codes).loss)
 
     assert engines.teacher is not None
     Ms = guided.student_views
@@ -61,21 +57,19 @@ def losses(
     mask = hidden_mask(cfg, batch, Ms)
     student_codes = codes[:, :Ms].flatten(0, 1)  # (B*Ms, T)
     student_labels = labels.repeat_interleave(Ms)
-    out = engines.student(student_labels, student_codes[:, :-1], mask=mask, positions=positions)
+    out = engines.student(student_labels, student_codes, mask=mask, positions=positions)
     teacher_labels = labels if guided.share_label_drop else batch["true_labels"].to(ctx.device)
     last, targets = teacher_pass(engines, codes, teacher_labels, Ms, block, positions)
     anchors = None if out.anchors is None else out.anchors.unflatten(0, (B, Ms))  # (B, Ms, K, D)
     return total(
         guided,
-        logits=out.logits,
-        tokens=student_codes,
+        loss_ar=out.loss,
         student_last=out.last,
         teacher_last=last,
         anchors=anchors,
         targets=targets,
         gather=lambda x: gather_rows(x, ctx.data_group),
         rank_offset=ctx.mesh.data_rank,
-        reduce=reduction(ctx),
     )
 
 
@@ -94,14 +88,6 @@ def check_batch(ctx: Context, batch: dict[str, Any], step: int) -> None:
             f"step {step}: the ranks of a tensor group (rank {ctx.rank} among them) got different batches "
             f"({seen.tolist()}): the loader must be given the data rank, not the rank"
         )
-
-
-def reduction(ctx: Context) -> CrossEntropy:
-    """The cross-entropy that fits the head: whole, or split over the tensor group's shares of the vocabulary."""
-    if ctx.tensor_group is None:
-        return cross_entropy
-    group = ctx.tensor_group
-    return lambda logits, targets: vocab_parallel_cross_entropy(logits, targets, group)
 
 
 @torch.no_grad()
@@ -135,9 +121,8 @@ def validation_loss(cfg: RunConfig, engines: Engines, ctx: Context, batches: lis
     sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
     for batch in batches:
         codes = batch["codes"][:, 0].to(ctx.device)
-        out = engines.student(batch["labels"].to(ctx.device), codes[:, :-1])
-        loss, _ = next_token_loss(out.logits, codes, reduction(ctx))
-        sums += torch.tensor([loss.item() * len(codes), len(codes)], dtype=torch.float64, device=ctx.device)
+        loss = engines.student(batch["labels"].to(ctx.device), codes).loss
+        sums += torch.stack([loss.double() * len(codes), torch.full_like(loss, len(codes), dtype=torch.float64)])
     if ctx.world > 1:
         dist.all_reduce(sums)
     engines.student.train()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megastar.matmul import linear
+from megastar.parallel.cross_entropy import linear_cross_entropy
 
 
 class Linear(nn.Linear):
@@ -24,6 +25,18 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
+
+
+class Head(Linear):
+    """The output layer: x (..., D) -> logits (..., V), or with targets (...) their mean cross-entropy without the logits.
+
+    The loss is computed in here since the weight may be sharded and is whole while this layer runs.
+    """
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(x)
+        return linear_cross_entropy(x.flatten(0, -2), self.weight, targets.flatten())
 
 
 class Embedding(nn.Embedding):

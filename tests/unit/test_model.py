@@ -216,6 +216,19 @@ class SimpleCache:
         return torch.cat([a for a, _ in kept], 2), torch.cat([b for _, b in kept], 2)
 
 
+def test_with_targets_the_loss_comes_in_place_of_the_logits() -> None:
+    model = build()
+    labels, tokens = batch()
+    want = next_token_loss(model(labels, tokens[:, :-1]).logits, tokens)[0]
+    out = model(labels, tokens[:, :-1], targets=tokens)
+    assert out.logits is None and out.loss.dtype == torch.float64
+    torch.testing.assert_close(out.loss, want)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (want, out.loss)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(b, a)
+    assert model(labels, tokens[:, :-1], targets=tokens, last_block=2).loss is None
+
+
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 1, 1, 3], [9]])
 def test_cached_decoding_equals_the_whole_forward(chunks: list[int]) -> None:
     model = build()
