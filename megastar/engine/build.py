@@ -136,6 +136,8 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     torch.manual_seed(cfg.train.seed)  # the same weights on every rank, of which each keeps its shard
     with born_sharded(config, ctx):
         student = Student(cfg)
+    if cfg.train.compile:
+        compile_blocks(student.transformer)  # before the engine's hooks, which stay outside of the blocks
     config |= {"tensor_parallel": autotp_section(ctx.tensor)} if ctx.tensor > 1 else {}
     o = cfg.optim
     optimizer = AdamWEMA(parameter_groups(student, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
@@ -160,12 +162,20 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     else:
         transformer = Transformer(cfg.model).to(ctx.device, ctx.dtype)
         transformer.requires_grad_(False).eval()
+        if cfg.train.compile:
+            compile_blocks(transformer)
         if ctx.tensor > 1:  # an engine of stage 0 only splits the layers
             transformer = initialize(transformer, teacher_config | {"zero_optimization": {"stage": 0}}).module
         engines.teacher = ReplicatedTeacher(transformer, engine, optimizer)
     assert not any(q.requires_grad for q in transformer.parameters())
     engines.refresh_teacher()
     return engines
+
+
+def compile_blocks(transformer: Transformer) -> None:
+    """Each block by itself: equal blocks share one compilation, and a change of the loss compiles nothing again."""
+    for block in transformer.layers:
+        block.compile()
 
 
 def split_loss(output: nn.Module, group: dist.ProcessGroup) -> None:

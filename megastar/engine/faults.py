@@ -35,12 +35,34 @@ def check_moved(skipped_before: int, skipped_now: int, step: int) -> None:
         raise NonFiniteLoss(NONFINITE_GRADIENT.format(step))
 
 
+class Question:
+    """Asked of all ranks after the forward pass, answered before the optimizer moves; the backward pass fits between.
+
+    On a GPU the flags travel behind the forward pass while the host queues the backward pass: ``answer`` then waits
+    for no more than the forward pass, and the queue does not run dry.
+    """
+
+    def __init__(self, ctx: Context, loss: Tensor, stop: int, lost: bool = False):
+        said = torch.tensor([0, stop, int(lost)])
+        flags = said.pin_memory().to(loss.device, non_blocking=True) if loss.is_cuda else said.to(loss.device)
+        flags[0] = ~torch.isfinite(loss.detach())
+        if ctx.world > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        self.flags, self.ready = flags, None
+        if flags.is_cuda:
+            self.flags = torch.empty(3, dtype=torch.int64, pin_memory=True).copy_(flags, non_blocking=True)
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+
+    def answer(self) -> tuple[bool, int, bool]:
+        """On every rank alike: (is the loss finite everywhere, the largest stop signal of any rank, did the save under
+        way fail anywhere)."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        nonfinite, signal_number, failed = self.flags.tolist()
+        return not nonfinite, int(signal_number), bool(failed)
+
+
 def agree(ctx: Context, loss: Tensor, stop: int, lost: bool = False) -> tuple[bool, int, bool]:
-    """Before the optimizer moves, on every rank alike: (is the loss finite everywhere, the largest stop signal of any
-    rank, did the save under way fail anywhere)."""
-    bad = (~torch.isfinite(loss.detach())).to(torch.int64)
-    flags = torch.stack([bad, torch.tensor(stop, device=loss.device), torch.tensor(int(lost), device=loss.device)])
-    if ctx.world > 1:
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    nonfinite, signal_number, failed = flags.tolist()
-    return not nonfinite, int(signal_number), bool(failed)
+    """A ``Question`` answered at once."""
+    return Question(ctx, loss, stop, lost).answer()

@@ -20,7 +20,16 @@ from megastar.parallel.collectives import gather_rows
 from megastar.teacher.schedule import decay_at
 
 
-def hidden_mask(cfg: RunConfig, batch: dict[str, Any], views: int) -> MaskSpec | None:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for: from pinned memory, or none on a CPU."""
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if x.device.type == "cpu" and device.type == "cuda"
+        else x.to(device)
+    )
+
+
+def hidden_mask(cfg: RunConfig, batch: dict[str, Any], views: int, device: torch.device) -> MaskSpec | None:
     """One set of hidden keys a sequence, a function of (seed, epoch, sample, view): (B * views, S)."""
     if cfg.self_guided.mask_ratio == 0:
         return None
@@ -29,7 +38,7 @@ def hidden_mask(cfg: RunConfig, batch: dict[str, Any], views: int) -> MaskSpec |
         draw_hidden(cfg.train.seed, batch["epochs"], batch["ids"], T, cfg.self_guided.mask_ratio, view=m)
         for m in range(views)
     ]
-    return MaskSpec.hidden(torch.stack(draws, dim=1).flatten(0, 1))
+    return MaskSpec.hidden(to_device(torch.stack(draws, dim=1).flatten(0, 1), device))
 
 
 def losses(
@@ -41,8 +50,7 @@ def losses(
     """
     if cfg.parallel.check_batches:
         check_batch(ctx, batch, step)
-    codes = batch["codes"].to(ctx.device, non_blocking=True)
-    labels = batch["labels"].to(ctx.device, non_blocking=True)
+    codes, labels = to_device(batch["codes"], ctx.device), to_device(batch["labels"], ctx.device)
     B, M, T = codes.shape
     guided = cfg.self_guided
     if not guided.enabled:
@@ -53,12 +61,14 @@ def losses(
     Ms = guided.student_views
     contrastive = engines.student.module.contrastive  # false in the ablation without both contrastive losses
     block = guided.contrastive_block if contrastive else None
-    positions = draw_positions(cfg.train.seed, step, T, guided.positions) if contrastive else None  # (K,)
-    mask = hidden_mask(cfg, batch, Ms)
+    positions = None
+    if contrastive:
+        positions = to_device(draw_positions(cfg.train.seed, step, T, guided.positions), ctx.device)  # (K,)
+    mask = hidden_mask(cfg, batch, Ms, ctx.device)
     student_codes = codes[:, :Ms].flatten(0, 1)  # (B*Ms, T)
     student_labels = labels.repeat_interleave(Ms)
     out = engines.student(student_labels, student_codes, mask=mask, positions=positions)
-    teacher_labels = labels if guided.share_label_drop else batch["true_labels"].to(ctx.device)
+    teacher_labels = labels if guided.share_label_drop else to_device(batch["true_labels"], ctx.device)
     last, targets = teacher_pass(engines, codes, teacher_labels, Ms, block, positions)
     anchors = None if out.anchors is None else out.anchors.unflatten(0, (B, Ms))  # (B, Ms, K, D)
     return total(
