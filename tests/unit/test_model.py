@@ -283,6 +283,7 @@ def test_rms_norm() -> None:
     x = torch.randn(4, 6) * 3
     want = torch.stack([row / (sum(v * v for v in row) / 6 + 1e-5) ** 0.5 for row in x]) * layer.weight
     torch.testing.assert_close(layer(x), want)
+    torch.testing.assert_close(torch.nn.functional.rms_norm(x, (6,), layer.weight, layer.eps), want)  # what a GPU runs
     half = layer.bfloat16()(x.bfloat16())
     torch.testing.assert_close(half.float(), want, rtol=2e-2, atol=2e-2)
     assert half.dtype == torch.bfloat16
