@@ -5,7 +5,8 @@
 Some torch releases compiled LlamaGen's network into one that trains worse (pytorch issue 113180). Two students of equal
 weights see the same batches, hidden keys on every other step; prints how far their losses part and the ratio of their times.
 Dropout is off: compiled and eager code draw different numbers. Batches are drawn from a fixed random Markov chain, so
-that there is something to learn.
+that there is something to learn. A third student, eager, starts from weights that differ in the last digit: how far it
+parts is what rounding alone does.
 """
 
 from __future__ import annotations
@@ -53,11 +54,15 @@ def main() -> None:
     eager = Student(cfg).to(device)
     compiled = copy.deepcopy(eager)
     compile_blocks(compiled.transformer)
+    control = copy.deepcopy(eager)
+    with torch.no_grad():
+        for weight in control.parameters():
+            weight.mul_(1 + 1e-7 * torch.randn_like(weight))
     sides = []
-    for student in (eager, compiled):
+    for student in (eager, compiled, control):
         student.train()
         sides.append((student, AdamWEMA(parameter_groups(student, 0.05), lr=a.lr, betas=(0.9, 0.95))))
-    g, losses, times = torch.Generator().manual_seed(1), ([], []), ([], [])
+    g, losses, times = torch.Generator().manual_seed(1), ([], [], []), ([], [], [])
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     for step in range(a.steps):
         codes = chain(m.vocab_size, a.batch, m.image_tokens, g).to(device)
@@ -75,12 +80,15 @@ def main() -> None:
             optimizer.zero_grad()
             losses[i].append(loss.item())
             times[i].append(clock() - start)
-    one, two = (torch.tensor(x, dtype=torch.float64) for x in losses)
+    one, two, three = (torch.tensor(x, dtype=torch.float64) for x in losses)
     apart, tail = (one - two).abs(), max(1, a.steps // 10)
     print(f"{a.steps} steps of {a.size}, {a.batch} images, {a.dtype}, {device.type}, torch {torch.__version__}")
     print(f"  eager loss    {one[0]:.4f} -> {one[-tail:].mean():.5f} (mean of the last {tail})")
     print(f"  compiled loss {two[0]:.4f} -> {two[-tail:].mean():.5f}")
     print(f"  apart: at most {apart.max():.2e}, in the last {tail} steps {apart[-tail:].mean():.2e} in the mean")
+    print(
+        f"  control (eager, weights nudged by 1e-7): {three[-tail:].mean():.5f}, apart at most {(one - three).abs().max():.2e}"
+    )
     medians = [statistics.median(x[len(x) // 4 :]) for x in times]
     print(f"compiled is {medians[0] / medians[1]:.2f} x eager ({medians[1]:.3f} s against {medians[0]:.3f} s a step)")
 
