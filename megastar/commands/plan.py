@@ -177,7 +177,7 @@ def row(plan: Plan, best: Plan | None) -> list[str]:
         "yes" if plan.checkpointing else "no",
         *(gib(m[k]) for k in ("weights", "gradients")),
         gib(m["optimizer"] + m["ema"]),
-        *(gib(m[k]) for k in ("teacher", "activations", "logits")),
+        *(gib(m[k]) for k in ("teacher", "activations", "head")),
         gib(sum(m[k] for k in rest)),
         gib(m["gather"] + m["buckets"]),
         gib(plan.need),

@@ -229,6 +229,9 @@ class TrainConfig:
     keep_every: int = knob(0, "also keep each checkpoint whose step is a multiple of this; 0: none", low=0)
     keep_best: bool = knob(False, "also keep the checkpoint with the lowest validation loss at its step")
     upload: str = knob("", "s3://bucket/prefix to copy each complete checkpoint to; empty: nowhere")
+    compile: bool = knob(
+        False, "torch.compile each block, at ZeRO stages 0 to 2 without tensor parallelism; compare losses first"
+    )
     threads: int = knob(0, "CPU threads a rank; 0: cores / local ranks on CPU, torch's choice on a GPU", low=0)
 
 

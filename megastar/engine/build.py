@@ -29,7 +29,10 @@ from megastar.engine.networks import Student
 from megastar.engine.sharding import AdamWEMA, Shard, parameter_groups, shards
 from megastar.engine.teachers import ReplicatedTeacher, ShardedTeacher
 from megastar.errors import UserError
+from megastar.model.kernels import set_backend
+from megastar.model.masks import MaskSpec
 from megastar.model.transformer import Transformer
+from megastar.parallel.cross_entropy import linear_cross_entropy
 from megastar.parallel.mesh import Mesh
 from megastar.parallel.plan import autotp_section
 
@@ -134,16 +137,21 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     config = deepspeed_config(
         cfg, micro, accumulation, world_size=ctx.world, dtype="bf16" if ctx.dtype == torch.bfloat16 else "fp32"
     )
+    choose_attention(cfg, ctx)
     stage = config["zero_optimization"]["stage"]
     if stage == 0 and not cfg.optim.grad_clip:
         config["gradient_clipping"] = 1e30  # clips nothing, but the norm is computed and looked at
     torch.manual_seed(cfg.train.seed)  # the same weights on every rank, of which each keeps its shard
     with born_sharded(config, ctx):
         student = Student(cfg)
+    if cfg.train.compile:
+        compile_blocks(student.transformer)  # before the engine's hooks, which stay outside of the blocks
     config |= {"tensor_parallel": autotp_section(ctx.tensor)} if ctx.tensor > 1 else {}
     o = cfg.optim
     optimizer = AdamWEMA(parameter_groups(student, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
     engine = initialize(student, config, optimizer)
+    if ctx.tensor_group is not None:
+        split_loss(engine.module.transformer.output, ctx.tensor_group)
     engines = Engines(engine, None, optimizer, micro, accumulation)
     if not cfg.self_guided.enabled:
         return engines
@@ -162,12 +170,40 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     else:
         transformer = Transformer(cfg.model).to(ctx.device, ctx.dtype)
         transformer.requires_grad_(False).eval()
+        if cfg.train.compile:
+            compile_blocks(transformer)
         if ctx.tensor > 1:  # an engine of stage 0 only splits the layers
             transformer = initialize(transformer, teacher_config | {"zero_optimization": {"stage": 0}}).module
         engines.teacher = ReplicatedTeacher(transformer, engine, optimizer)
     assert not any(q.requires_grad for q in transformer.parameters())
     engines.refresh_teacher()
     return engines
+
+
+def choose_attention(cfg: RunConfig, ctx: Context) -> None:
+    """The attention kernel of this run. Raises ``UserError`` for one by name that cannot do what the run needs."""
+    masked = cfg.self_guided.enabled and round(cfg.self_guided.mask_ratio * (cfg.model.image_tokens - 1)) > 0
+    hidden = torch.zeros(1, cfg.model.image_tokens, dtype=torch.bool)
+    masks = (MaskSpec.hidden(hidden),) if masked else ()
+    set_backend(cfg.attention.backend, device=ctx.device, dtype=ctx.dtype, head_dim=cfg.model.head_dim, masks=masks)
+
+
+def compile_blocks(transformer: Transformer) -> None:
+    """Each block by itself: equal blocks share one compilation, and a change of the loss compiles nothing again."""
+    for block in transformer.layers:
+        block.compile()
+
+
+def split_loss(output: nn.Module, group: dist.ProcessGroup) -> None:
+    """Teach the layer that AutoTP put in the place of ``model.layers.Head`` the loss over its share of the vocabulary."""
+    logits = output.forward
+
+    def forward(x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        if targets is None:
+            return logits(x)
+        return linear_cross_entropy(x.flatten(0, -2), output.weight, targets.flatten(), group)
+
+    output.forward = forward  # type: ignore[method-assign]
 
 
 def born_sharded(config: dict[str, Any], ctx: Context) -> AbstractContextManager[Any]:

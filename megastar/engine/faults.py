@@ -46,12 +46,30 @@ class Word(NamedTuple):
     waited: float  # seconds that the slowest rank waited for its batch
 
 
-def agree(ctx: Context, loss: Tensor, stop: int, lost: bool = False, dry: bool = False, waited: float = 0.0) -> Word:
-    """Before the optimizer moves, on every rank alike, in one reduction."""
-    bad = (~torch.isfinite(loss.detach())).to(torch.int64)
-    own = torch.tensor([stop, int(lost), int(dry), round(waited * 1e6)], dtype=torch.int64).to(loss.device)
-    flags = torch.cat([bad.view(1), own])
-    if ctx.world > 1:
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    nonfinite, signal_number, failed, empty, microseconds = flags.tolist()
-    return Word(not nonfinite, int(signal_number), bool(failed), bool(empty), microseconds / 1e6)
+class Question:
+    """Asked of all ranks after the forward pass, answered before the optimizer moves; the backward pass fits between.
+
+    One reduction. On a GPU the flags travel behind the forward pass while the host queues the backward pass: ``answer``
+    then waits for no more than the forward pass, and the queue does not run dry.
+    """
+
+    def __init__(
+        self, ctx: Context, loss: Tensor, stop: int, lost: bool = False, dry: bool = False, waited: float = 0.0
+    ):
+        said = torch.tensor([0, stop, int(lost), int(dry), round(waited * 1e6)], dtype=torch.int64)
+        flags = said.pin_memory().to(loss.device, non_blocking=True) if loss.is_cuda else said.to(loss.device)
+        flags[0] = ~torch.isfinite(loss.detach())
+        if ctx.world > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        self.flags, self.ready = flags, None
+        if flags.is_cuda:
+            self.flags = torch.empty(len(said), dtype=torch.int64, pin_memory=True).copy_(flags, non_blocking=True)
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+
+    def answer(self) -> Word:
+        """The same on every rank."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        nonfinite, signal_number, failed, empty, microseconds = self.flags.tolist()
+        return Word(not nonfinite, int(signal_number), bool(failed), bool(empty), microseconds / 1e6)

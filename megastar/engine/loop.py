@@ -19,7 +19,7 @@ from megastar.data.store import is_remote
 from megastar.engine import checkpoint, folders
 from megastar.engine.build import Context, Engines, build, start
 from megastar.engine.errors import NonFiniteLoss
-from megastar.engine.faults import PREEMPTED, StopFlag, agree, check_moved
+from megastar.engine.faults import PREEMPTED, Question, StopFlag, check_moved
 from megastar.engine.metrics import Metrics
 from megastar.engine.schedule import learning_rate, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
@@ -142,9 +142,9 @@ def train_step(
     supply.begin_step()
     for _ in range(engines.accumulation):
         loss, parts = losses(cfg, engines, ctx, supply.next(), step)
-        finite, signal_number, lost, dry, waited = agree(
-            ctx, loss, stop.signal, saver.failed, supply.dry, supply.waited()
-        )
+        question = Question(ctx, loss, stop.signal, saver.failed, supply.dry, supply.waited())
+        engines.student.backward(loss)
+        finite, signal_number, lost, dry, waited = question.answer()
         total += waited
         if dry:
             raise Starved(signal_number)
@@ -154,7 +154,6 @@ def train_step(
             )
         if lost:
             saver.finish()  # raises
-        engines.student.backward(loss)
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.detach().float() / engines.accumulation
         if engines.student.is_gradient_accumulation_boundary():
@@ -249,6 +248,7 @@ def make_validation(cfg: RunConfig, ctx: Context, engines: Engines) -> list[dict
 # The run folder ----------------------------------------------------------------------------------------------------
 RESUMABLE = (
     "model.name",
+    "attention.",
     "data.shards",  # the same shards in another place: the checkpoint's digests tell
     "data.val_shards",
     "data.cache",
@@ -261,6 +261,7 @@ RESUMABLE = (
     "train.save_every",
     "train.keep",
     "train.threads",
+    "train.compile",
     "train.upload",
     "train.micro_batch",
     "parallel.",

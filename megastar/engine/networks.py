@@ -13,7 +13,7 @@ from megastar.model.transformer import Transformer
 
 
 class StudentOutput(NamedTuple):
-    logits: Tensor  # (N, T, V), N = B * student views
+    loss: Tensor  # mean next-token cross-entropy in nats, N = B * student views sequences
     last: Tensor | None  # (N, T, D) before the final norm
     anchors: Tensor | None  # (N, K, D) projected features at the drawn positions
 
@@ -34,9 +34,11 @@ class Student(nn.Module):
     def forward(
         self, labels: Tensor, tokens: Tensor, mask: MaskSpec | None = None, positions: Tensor | None = None
     ) -> StudentOutput:
-        """labels (N,), tokens (N, T-1), positions (K,) or None for plain next-token prediction."""
+        """labels (N,), tokens (N, T), positions (K,) or None for plain next-token prediction."""
         positions = positions if self.contrastive else None
         block = self.block if positions is not None else None
-        out = self.transformer(labels, tokens, mask=mask, features_at=block, checkpointing=self.checkpointing)
+        out = self.transformer(
+            labels, tokens[:, :-1], mask, features_at=block, checkpointing=self.checkpointing, targets=tokens
+        )
         anchors = None if positions is None else self.projector(out.features[:, positions.to(out.features.device)])
-        return StudentOutput(out.logits, out.last, anchors)
+        return StudentOutput(out.loss, out.last, anchors)

@@ -24,7 +24,7 @@ class AdamWEMA(torch.optim.AdamW):
     """
 
     def __init__(self, params: Any, **defaults: Any):
-        super().__init__(params, **defaults)
+        super().__init__(params, fused=True, **defaults)  # one pass over memory, on a CPU too
         for group in self.param_groups:
             group["ema_decay"] = 0.0
 
@@ -33,7 +33,7 @@ class AdamWEMA(torch.optim.AdamW):
         """The state of ``p``, made if there is none: moments of zero, the average equal to the weights."""
         state = self.state[p]
         if "ema" not in state:  # AdamW creates its own states only when it finds none
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=p.device)  # where the fused step wants it
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             state["ema"] = p.detach().clone()
         return state

@@ -15,14 +15,21 @@ from megastar.engine.schedule import learning_rate
 from megastar.errors import UserError
 from megastar.model.masks import MaskSpec, draw_hidden
 from megastar.model.transformer import Output
-from megastar.objectives.next_token import CrossEntropy, cross_entropy, next_token_loss
 from megastar.objectives.self_guided import at_positions, draw_positions, total
 from megastar.parallel.collectives import gather_rows
-from megastar.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megastar.teacher.schedule import decay_at
 
 
-def hidden_mask(cfg: RunConfig, batch: dict[str, Any], views: int) -> MaskSpec | None:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for: from pinned memory, or none on a CPU."""
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if x.device.type == "cpu" and device.type == "cuda"
+        else x.to(device)
+    )
+
+
+def hidden_mask(cfg: RunConfig, batch: dict[str, Any], views: int, device: torch.device) -> MaskSpec | None:
     """One set of hidden keys a sequence, a function of (seed, epoch, sample, view): (B * views, S)."""
     if cfg.self_guided.mask_ratio == 0:
         return None
@@ -31,7 +38,7 @@ def hidden_mask(cfg: RunConfig, batch: dict[str, Any], views: int) -> MaskSpec |
         draw_hidden(cfg.train.seed, batch["epochs"], batch["ids"], T, cfg.self_guided.mask_ratio, view=m)
         for m in range(views)
     ]
-    return MaskSpec.hidden(torch.stack(draws, dim=1).flatten(0, 1))
+    return MaskSpec.hidden(to_device(torch.stack(draws, dim=1).flatten(0, 1), device))
 
 
 def losses(
@@ -43,39 +50,36 @@ def losses(
     """
     if cfg.parallel.check_batches:
         check_batch(ctx, batch, step)
-    codes = batch["codes"].to(ctx.device, non_blocking=True)
-    labels = batch["labels"].to(ctx.device, non_blocking=True)
+    codes, labels = to_device(batch["codes"], ctx.device), to_device(batch["labels"], ctx.device)
     B, M, T = codes.shape
     guided = cfg.self_guided
     if not guided.enabled:
         codes = codes[:, 0]  # (B, T)
-        out = engines.student(labels, codes[:, :-1])
-        loss, metrics = next_token_loss(out.logits, codes, reduction(ctx))
-        return loss, {"loss": loss.detach(), **metrics}
+        return total(guided, loss_ar=engines.student(labels, codes).loss)
 
     assert engines.teacher is not None
     Ms = guided.student_views
     contrastive = engines.student.module.contrastive  # false in the ablation without both contrastive losses
     block = guided.contrastive_block if contrastive else None
-    positions = draw_positions(cfg.train.seed, step, T, guided.positions) if contrastive else None  # (K,)
-    mask = hidden_mask(cfg, batch, Ms)
+    positions = None
+    if contrastive:
+        positions = to_device(draw_positions(cfg.train.seed, step, T, guided.positions), ctx.device)  # (K,)
+    mask = hidden_mask(cfg, batch, Ms, ctx.device)
     student_codes = codes[:, :Ms].flatten(0, 1)  # (B*Ms, T)
     student_labels = labels.repeat_interleave(Ms)
-    out = engines.student(student_labels, student_codes[:, :-1], mask=mask, positions=positions)
-    teacher_labels = labels if guided.share_label_drop else batch["true_labels"].to(ctx.device)
+    out = engines.student(student_labels, student_codes, mask=mask, positions=positions)
+    teacher_labels = labels if guided.share_label_drop else to_device(batch["true_labels"], ctx.device)
     last, targets = teacher_pass(engines, codes, teacher_labels, Ms, block, positions)
     anchors = None if out.anchors is None else out.anchors.unflatten(0, (B, Ms))  # (B, Ms, K, D)
     return total(
         guided,
-        logits=out.logits,
-        tokens=student_codes,
+        loss_ar=out.loss,
         student_last=out.last,
         teacher_last=last,
         anchors=anchors,
         targets=targets,
         gather=lambda x: gather_rows(x, ctx.data_group),
         rank_offset=ctx.mesh.data_rank,
-        reduce=reduction(ctx),
     )
 
 
@@ -95,14 +99,6 @@ def check_batch(ctx: Context, batch: dict[str, Any], step: int) -> None:
             f"step {step}: the ranks of a tensor group (rank {ctx.rank} among them) got different batches "
             f"({seen.tolist()}): the loader must be given the data rank, not the rank"
         )
-
-
-def reduction(ctx: Context) -> CrossEntropy:
-    """The cross-entropy that fits the head: whole, or split over the tensor group's shares of the vocabulary."""
-    if ctx.tensor_group is None:
-        return cross_entropy
-    group = ctx.tensor_group
-    return lambda logits, targets: vocab_parallel_cross_entropy(logits, targets, group)
 
 
 @torch.no_grad()
@@ -136,9 +132,8 @@ def validation_loss(cfg: RunConfig, engines: Engines, ctx: Context, batches: lis
     sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
     for batch in batches:
         codes = batch["codes"][:, 0].to(ctx.device)
-        out = engines.student(batch["labels"].to(ctx.device), codes[:, :-1])
-        loss, _ = next_token_loss(out.logits, codes, reduction(ctx))
-        sums += torch.tensor([loss.item() * len(codes), len(codes)], dtype=torch.float64, device=ctx.device)
+        loss = engines.student(batch["labels"].to(ctx.device), codes).loss
+        sums += torch.stack([loss.double() * len(codes), torch.full_like(loss, len(codes), dtype=torch.float64)])
     if ctx.world > 1:
         dist.all_reduce(sums)
     engines.student.train()

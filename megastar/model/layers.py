@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megastar.matmul import linear
+from megastar.parallel.cross_entropy import linear_cross_entropy
+
 
 class Linear(nn.Linear):
     """``nn.Linear`` without a bias whose weight starts as N(0, std^2); std 0 gives zeros."""
@@ -19,6 +22,21 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         draw_normal_(self.weight, self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class Head(Linear):
+    """The output layer: x (..., D) -> logits (..., V), or with targets (...) their mean cross-entropy without the logits.
+
+    The loss is computed in here since the weight may be sharded and is whole while this layer runs.
+    """
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(x)
+        return linear_cross_entropy(x.flatten(0, -2), self.weight, targets.flatten())
 
 
 class Embedding(nn.Embedding):
@@ -41,7 +59,10 @@ def draw_normal_(weight: Tensor, std: float) -> None:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, then a learned scale, as LlamaGen's: (..., D) -> (..., D)."""
+    """x / rms(x) in fp32, then a learned scale, as LlamaGen's: (..., D) -> (..., D).
+
+    On a GPU by torch's fused kernel, which rounds to bf16 once, after the scale; on a CPU that is no faster.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -49,6 +70,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         h = x if x.dtype == torch.float64 else x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return h.type_as(x) * self.weight

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megastar.config.schema import ModelConfig
 from megastar.model.attention import Attention, Cache
-from megastar.model.layers import Dropout, Embedding, Linear, RMSNorm
+from megastar.model.layers import Dropout, Embedding, Head, Linear, RMSNorm
 from megastar.model.masks import MaskSpec
 from megastar.model.rope import rope_table
 
@@ -26,6 +26,7 @@ class Output(NamedTuple):
     logits: Tensor | None  # (B, S, V), in the weights' dtype
     features: Tensor | None  # (B, S, D), output of block ``features_at``
     last: Tensor | None  # (B, S, D), output of the last block that ran, before the final norm
+    loss: Tensor | None = None  # mean next-token cross-entropy in nats, in fp32 or more
 
 
 class LabelEmbedder(nn.Module):
@@ -91,7 +92,7 @@ class Transformer(nn.Module):
         self.tok_dropout = Dropout(cfg.token_dropout_p)
         self.layers = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.output = Linear(cfg.dim, cfg.vocab_size, std=0.0)
+        self.output = Head(cfg.dim, cfg.vocab_size, std=0.0)
 
     def forward(
         self,
@@ -104,13 +105,15 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         start: int = 0,
         need_logits: bool = True,
+        targets: Tensor | None = None,
     ) -> Output:
         """labels (B,) with num_classes for the null class, tokens (B, 0..T - 1) -> ``Output`` with S = 1 + tokens.
 
         mask: hidden keys; None is plain causal. features_at: the block, counted from 1, whose output is returned.
         last_block: stop after that block (no logits). checkpointing: recompute each block in the backward pass.
         cache, start: these are positions start..start + S - 1 and the cache holds the earlier ones; with start > 0
-        labels is None and only tokens are embedded. The model drops no labels itself: the caller does.
+        labels is None and only tokens are embedded. targets (B, S): the loss is computed in place of the logits, without
+        ever holding them all. The model drops no labels itself: the caller does.
         """
         cfg = self.cfg
         parts = [] if labels is None else [self.cls_embedding(labels)]
@@ -132,5 +135,9 @@ class Transformer(nn.Module):
             if i + 1 == features_at:
                 features = h
         whole = last_block is None or last_block >= cfg.n_layer
-        logits = self.output(self.norm(h)) if need_logits and whole else None
-        return Output(logits, features, h)
+        logits = loss = None
+        if whole and targets is not None:
+            loss = self.output(self.norm(h), targets=targets)
+        elif whole and need_logits:
+            logits = self.output(self.norm(h))
+        return Output(logits, features, h, loss)

@@ -7,6 +7,7 @@ M), K positions, P pairs, D width. The other images of the global batch are the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def step_loss(
     assert positions >= 2, "the step loss needs two positions"
     anchors, targets = _unit(anchors), _unit(gather(targets.detach())[:, :views])
     every = torch.einsum("bmid,cmjd->mijbc", anchors, targets) / temperature  # (M_s, K, K, B, B_global)
-    i, j = (~torch.eye(positions, dtype=torch.bool, device=anchors.device)).nonzero(as_tuple=True)  # (P,) each
+    i, j = _pairs(positions, positions, anchors.device)  # (P,) each
     return _info_nce(every[:, i, j], rank_offset)  # (M_s, P, B, B_global)
 
 
@@ -51,10 +52,17 @@ def view_loss(
     student_views, views = anchors.shape[1], targets.shape[1]
     assert views >= 2, "the view loss needs two views"
     anchors, targets = _unit(anchors), _unit(gather(targets.detach()))
-    others = torch.arange(student_views)[:, None] != torch.arange(views)
-    m, n = others.to(anchors.device).nonzero(as_tuple=True)  # (P,) each
+    m, n = _pairs(student_views, views, anchors.device)  # (P,) each
     logits = torch.einsum("bpkd,cpkd->pkbc", anchors[:, m], targets[:, n]) / temperature  # (P, K, B, B_global)
     return _info_nce(logits, rank_offset)
+
+
+@lru_cache(maxsize=32)
+def _pairs(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The pairs of different numbers, (P,) int64 each; kept, since making them on a GPU would stop the host."""
+    with torch.inference_mode(False):
+        i, j = (torch.arange(rows)[:, None] != torch.arange(columns)).nonzero(as_tuple=True)
+        return i.to(device), j.to(device)
 
 
 def _unit(x: Tensor) -> Tensor:

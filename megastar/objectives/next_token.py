@@ -1,14 +1,13 @@
-"""L_AR: next-token cross-entropy on the (masked) student's output."""
+"""L_AR: next-token cross-entropy on the (masked) student's output.
+
+This is its definition. Training computes the same from the features, without all logits (parallel/cross_entropy.py).
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-CrossEntropy = Callable[[Tensor, Tensor], Tensor]
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -16,18 +15,10 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over rows in fp32: logits (R, V), targets (R,) -> scalar in nats."""
-    return F.cross_entropy(at_least_fp32(logits), targets)
-
-
-def next_token_loss(
-    logits: Tensor, targets: Tensor, reduce: CrossEntropy = cross_entropy
-) -> tuple[Tensor, dict[str, Tensor]]:
+def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean cross-entropy over all sequences and positions, in fp32.
 
-    logits (N, S, V), targets (N, T) int64 with S = T: output t predicts token t. ``reduce`` knows how the vocabulary
-    is split, if it is. Returns (scalar in nats, metrics).
+    logits (N, S, V), targets (N, T) int64 with S = T: output t predicts token t. Returns (scalar in nats, metrics).
     """
-    loss = reduce(logits.flatten(0, 1), targets.flatten())
+    loss = F.cross_entropy(at_least_fp32(logits).flatten(0, 1), targets.flatten())
     return loss, {"loss_ar": loss.detach()}

@@ -1,7 +1,7 @@
 """ST-AR's whole objective (arXiv 2509.15185): L = L_AR + alpha * L_MIM + beta * (L_step + L_view) / 2.
 
 B images of this rank, M views, M_s student views, N = B * M_s sequences (row b * M_s + m is view m of image b),
-S = T positions, K sampled positions, D width, V vocabulary.
+S = T positions, K sampled positions, D width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor
 from megastar.config.schema import SelfGuidedConfig
 from megastar.objectives.contrastive import Gather, identity, step_loss, view_loss
 from megastar.objectives.masked_image import masked_image_loss
-from megastar.objectives.next_token import CrossEntropy, cross_entropy, next_token_loss
 
 _STREAM = int.from_bytes(b"position", "big")  # keeps these draws apart from every other use of the run's seed
 
@@ -36,27 +35,25 @@ def at_positions(features: Tensor, positions: Tensor, views: int) -> Tensor:
 def total(
     cfg: SelfGuidedConfig,
     *,
-    logits: Tensor,
-    tokens: Tensor,
+    loss_ar: Tensor,
     student_last: Tensor | None = None,
     teacher_last: Tensor | None = None,
     anchors: Tensor | None = None,
     targets: Tensor | None = None,
     gather: Gather = identity,
     rank_offset: int = 0,
-    reduce: CrossEntropy = cross_entropy,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum and its parts.
 
-    logits (N, S, V) of the masked student and tokens (N, T) feed L_AR by way of ``reduce``; student_last and teacher_last (N, S, D), the
-    same sequences through both networks, feed L_MIM; anchors (B, M_s, K, D), projected student features, and targets
+    loss_ar is L_AR of the masked student (next_token.py); student_last and teacher_last (N, S, D), the same sequences
+    through both networks, feed L_MIM; anchors (B, M_s, K, D), projected student features, and targets
     (B, M, K, D), raw teacher features, feed the contrastive losses, ``gather`` and ``rank_offset`` as in
     contrastive.py. A term that is off (``enabled``, weight 0, ``step_loss``, ``view_loss``) is not computed, counts
     zero in the sum and is absent from the metrics.
 
     Returns (scalar, detached scalars among loss, loss_ar, loss_mim, loss_step, loss_view, acc_step, acc_view).
     """
-    loss, metrics = next_token_loss(logits, tokens, reduce)
+    loss, metrics = loss_ar, {"loss_ar": loss_ar.detach()}
     if cfg.enabled and cfg.alpha:
         assert student_last is not None and teacher_last is not None
         mim, values = masked_image_loss(student_last, teacher_last)

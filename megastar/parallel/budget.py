@@ -14,15 +14,11 @@ from typing import Any
 from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig
 from megastar.config.validate import tensor_parallel_degrees, words
 from megastar.errors import UserError
-from megastar.parallel.plan import split_of
+from megastar.parallel.plan import chunk_rows, split_of
 
 GIB = 2**30
 ELEMENT = {"bf16": 2, "fp32": 4}  # bytes of an element of the compute type
 
-# Bytes a logit at the peak of the loss: the saved softmax, its incoming and its outgoing gradient, all fp32.
-LOSS_BYTES = 12
-# The split loss in bf16 holds its gradient in both types for a moment (parallel/cross_entropy.py).
-SPLIT_LOSS_BYTES = {"bf16": 14, "fp32": 12}
 # Bytes an element that the optimizer's step adds for a moment: the fp32 gradient and AdamW's denominator.
 STEP_BYTES = 8
 
@@ -238,7 +234,8 @@ def mask_bytes(cfg: RunConfig, sequences: int, dtype: str = "bf16") -> int:
 
 
 def loss_bytes(cfg: RunConfig, micro: int, tensor: int = 1, data: int = 1, dtype: str = "bf16") -> dict[str, int]:
-    """The peak of the losses of ``micro`` images: logits; features of L_MIM; the contrastive losses over ``data`` ranks.
+    """What the losses of ``micro`` images hold: the head's gradients, which wait for the backward pass; features of
+    L_MIM; the contrastive losses over ``data`` ranks.
 
     L_MIM: both networks' last features, in fp32 the student's (a copy in bf16) and the teacher's unit vectors.
     Contrastive: the gathered targets, their fp32 unit vectors and copies for each pair of views, and four copies of
@@ -246,8 +243,7 @@ def loss_bytes(cfg: RunConfig, micro: int, tensor: int = 1, data: int = 1, dtype
     """
     e, m, g = ELEMENT[dtype], cfg.model, cfg.self_guided
     N = micro * student_views(cfg)
-    per_logit = LOSS_BYTES if tensor == 1 else SPLIT_LOSS_BYTES[dtype]
-    out = {"logits": N * m.image_tokens * m.vocab_size * per_logit // tensor, "features": 0, "contrastive": 0}
+    out = {"head": _head_bytes(cfg, N, tensor, dtype)[0], "features": 0, "contrastive": 0}
     if g.enabled and g.alpha:
         out["features"] = N * m.image_tokens * m.dim * (2 * e + 4 + (4 if e < 4 else 0))
     if has_projector(g):
@@ -256,6 +252,25 @@ def loss_bytes(cfg: RunConfig, micro: int, tensor: int = 1, data: int = 1, dtype
         logits = micro * everyone * (Ms * K * (4 * K - 3) * g.step_loss + 4 * pairs * K * g.view_loss)
         out["contrastive"] = vectors + 4 * logits
     return out
+
+
+def _head_bytes(cfg: RunConfig, sequences: int, tensor: int, dtype: str) -> tuple[int, int]:
+    """(the gradients that the loss keeps, what it holds beside them for a moment): parallel/cross_entropy.py.
+
+    For a moment: a chunk of logits, in their type and in fp32 (twice: torch widens bf16 first on a CPU); or a chunk of
+    their gradient with its part of the weight's; or, in the backward pass, both gradients once more, scaled.
+    """
+    e, D, V, rows = ELEMENT[dtype], cfg.model.dim, cfg.model.vocab_size // tensor, sequences * cfg.model.image_tokens
+    size = chunk_rows(rows, V)
+    wide = e if size >= rows else 4  # of the weight's gradient, summed over chunks
+    kept = rows * D * e + V * D * wide
+    chunk = size * V * (e + 4 + (4 if e < 4 else 0))
+    moments = (
+        chunk - (kept - rows * D * e if size >= rows else 0),
+        size * V * e + V * D * e,
+        rows * D * e + V * D * (e if wide == e else wide + e),
+    )
+    return kept, max(moments)
 
 
 def student_views(cfg: RunConfig) -> int:
@@ -299,9 +314,9 @@ def memory_bytes(
 ) -> dict[str, int]:
     """Peak bytes of one rank's device by cause; their sum is the peak of a step of ``micro`` images a pass.
 
-    ``activations`` is what waits for the backward pass, with the mask; ``logits``, ``features``, ``contrastive`` the
-    losses' peak; ``working`` what another moment needs more than the losses do: the teacher's forward pass, a
-    recomputed block and its backward pass, or the optimizer's step, when no activation is left.
+    ``activations`` is what waits for the backward pass, with the mask; ``head``, ``features``, ``contrastive`` what
+    the losses hold; ``working`` what another moment needs more than the last two: the head's own, the teacher's
+    forward pass, a recomputed block and its backward pass, or the optimizer's step, when no activation is left.
     """
     m, N = cfg.model, micro * student_views(cfg)
     out = state_bytes(cfg, zero.stage, tensor, data, dtype, zero.offload)
@@ -313,10 +328,10 @@ def memory_bytes(
         backward += block_activation_bytes(m, N, tensor, dtype)
     teacher = 0
     if cfg.self_guided.enabled:
-        logits = N * m.image_tokens * m.vocab_size * ELEMENT[dtype] // tensor
-        teacher = logits + forward_working_bytes(m, micro * cfg.self_guided.views, tensor, dtype)
+        teacher = forward_working_bytes(m, micro * cfg.self_guided.views, tensor, dtype)
     shard = sum(elements(cfg, tensor).values()) // (data if zero.stage else 1)
     step = 0 if "optimizer" in zero.offload else STEP_BYTES * shard
-    most = max(backward, teacher, step - out["activations"])
-    out["working"] = max(0, most - sum(losses.values()))
+    head = _head_bytes(cfg, N, tensor, dtype)[1]
+    most = max(head, backward, teacher, step - out["activations"] - losses["head"])
+    out["working"] = max(0, most - losses["features"] - losses["contrastive"])
     return out | buffer_bytes(cfg, zero, tensor, dtype)

@@ -69,3 +69,13 @@ def autotp_section(degree: int) -> dict[str, Any]:
             spec["shape"] = [split.fused, -1]
         specs.append(spec)
     return {"autotp_size": degree, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
+
+
+# Logits that the loss holds at a time (cross_entropy.py): few enough for a CPU's caches, enough to fill a GPU.
+CHUNK = {"cpu": 1 << 23, "cuda": 1 << 26}
+
+
+def chunk_rows(rows: int, columns: int, device: str = "cuda") -> int:
+    """Rows of a chunk of ``rows`` x ``columns`` logits; all chunks but the last are alike."""
+    chunks = -(-rows * columns // CHUNK.get(device, CHUNK["cuda"]))
+    return -(-rows // max(chunks, 1))

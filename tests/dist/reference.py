@@ -15,6 +15,7 @@ from megastar.config.schema import (
 )
 from megastar.engine.schedule import learning_rate
 from megastar.model.masks import MaskSpec, draw_hidden
+from megastar.objectives.next_token import next_token_loss
 from megastar.objectives.self_guided import draw_positions, total
 from megastar.teacher.schedule import decay_at
 
@@ -91,7 +92,7 @@ def train(cfg: RunConfig, accumulation: int, initial: dict[str, torch.Tensor] | 
                 loss, parts = _guided(cfg, student, teacher, b, step)
             else:
                 codes = b["codes"][:, 0]
-                loss, parts = total(guided, logits=student(b["labels"], codes[:, :-1]).logits, tokens=codes)
+                loss, parts = total(guided, loss_ar=_next_token(student, student(b["labels"], codes), codes))
             (loss / accumulation).backward()
             for k, v in parts.items():
                 sums[k] = sums.get(k, 0.0) + v.item() / accumulation
@@ -113,6 +114,12 @@ def train(cfg: RunConfig, accumulation: int, initial: dict[str, torch.Tensor] | 
     }
 
 
+def _next_token(student, out, codes):
+    """From all logits, where the engine computes it in chunks from the features."""
+    trunk = student.transformer
+    return next_token_loss(trunk.output(trunk.norm(out.last)), codes)[0]
+
+
 def _guided(cfg, student, teacher, b, step):
     guided, (B, M, _) = cfg.self_guided, b["codes"].shape
     Ms = guided.student_views
@@ -121,13 +128,13 @@ def _guided(cfg, student, teacher, b, step):
     hidden = [draw_hidden(cfg.train.seed, b["epochs"], b["ids"], TOKENS, guided.mask_ratio, view=m) for m in range(Ms)]
     mask = MaskSpec.hidden(torch.stack(hidden, 1).flatten(0, 1))
     codes = b["codes"][:, :Ms].flatten(0, 1)
-    out = student(b["labels"].repeat_interleave(Ms), codes[:, :-1], mask=mask, positions=K)
+    out = student(b["labels"].repeat_interleave(Ms), codes, mask=mask, positions=K)
     with torch.no_grad():
         every = b["codes"].flatten(0, 1)
         seen = teacher(b["labels"].repeat_interleave(M), every[:, :-1], features_at=guided.contrastive_block)
     last = seen.last.unflatten(0, (B, M))[:, :Ms].flatten(0, 1)
     targets = seen.features[:, K].unflatten(0, (B, M))
     return total(
-        guided, logits=out.logits, tokens=codes, student_last=out.last, teacher_last=last,
+        guided, loss_ar=_next_token(student, out, codes), student_last=out.last, teacher_last=last,
         anchors=out.anchors.unflatten(0, (B, Ms)) if contrastive else None, targets=targets if contrastive else None,
     )  # fmt: skip

@@ -33,6 +33,7 @@ def case(name: str, stage: str, tensor: int = 1, accumulation: int = 1, **more) 
 ONE_VIEW, BF16 = {"self_guided": {"student_views": 1}}, {"train": {"dtype": "bf16"}}
 BASELINE = {"self_guided": {"enabled": False}, "optim": {"grad_clip": 0.05}}
 MIM = {"self_guided": {"step_loss": False, "view_loss": False}}
+COMPILED = {"train": {"compile": True}}
 RECOMPUTED = {"parallel": {"activation_checkpointing": True}}
 DROPOUT = {"model": {"token_dropout_p": 0.1, "resid_dropout_p": 0.1, "ffn_dropout_p": 0.1}}
 EVERY_STAGE = ("0", "1", "2", "3")
@@ -60,7 +61,8 @@ CASES: dict[int, list[dict]] = {
     + [case("t1_resumed", "3", 1, resume="saved"), case("t2_resumed", "3", 2, resume="saved")]
     + [case("t2_resumed_offload", "3_offload_cut", 2, resume="saved"), case("t1_resumed_cut", "3_cut", resume="saved")]
     + [case("t2_resumed_stage2", "2", 2, resume="saved1")],
-    1: [case("t1_resumed", "3", resume="saved"), case("t1_resumed_stage0", "0", resume="saved1")],
+    1: [case("t1_resumed", "3", resume="saved"), case("t1_resumed_stage0", "0", resume="saved1")]
+    + [case("t1_compiled", "2", **COMPILED)],
 }
 COUNTED = [(r, c["name"]) for r in (2, 4) for c in [*BOTH, *CUT] if c in CUT or not c["name"].endswith("_stage3")]
 COMPARED = [

@@ -67,8 +67,7 @@ def train_step(engine, optimizer, wanted: dict, step: int, what: str) -> None:
     codes = batch["codes"][:, 0]
 
     def loss_of(module):
-        logits = module(batch["labels"], codes[:, :-1]).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
+        return module(batch["labels"], codes).loss
 
     plain = Student(cfg)
     plain.load_state_dict({n: k["fp32"] for n, k in wanted.items()})

@@ -233,7 +233,7 @@ def tracked_peak(cfg: RunConfig, B: int, dtype: str) -> int:
     def losses():
         mask = MaskSpec.hidden(torch.zeros(B * Ms, T, dtype=torch.bool))
         mine = codes[:, :Ms].flatten(0, 1)
-        out = student(labels.repeat_interleave(Ms), mine[:, :-1], mask=mask, positions=at)
+        out = student(labels.repeat_interleave(Ms), mine, mask=mask, positions=at)
         with torch.no_grad():
             seen = teacher(labels.repeat_interleave(M), codes.flatten(0, 1)[:, :-1], features_at=2, need_logits=False)
             last = seen.last if Ms == M else seen.last.unflatten(0, (B, M))[:, :Ms].flatten(0, 1)
@@ -242,8 +242,7 @@ def tracked_peak(cfg: RunConfig, B: int, dtype: str) -> int:
         anchors = out.anchors.unflatten(0, (B, Ms))
         return total(
             g,
-            logits=out.logits,
-            tokens=mine,
+            loss_ar=out.loss,
             student_last=out.last,
             teacher_last=last,
             anchors=anchors,
@@ -266,7 +265,7 @@ def test_peak_of_a_step(dtype, vocabulary, views, checkpointing, monkeypatch):
     cfg.parallel = ParallelConfig(activation_checkpointing=checkpointing)
     memory = budget.memory_bytes(cfg, budget.Zero(1), 1, 1, 8, checkpointing, dtype)
     states = budget.state_bytes(cfg, 1, dtype=dtype)
-    kept = sum(memory[k] for k in ("activations", "logits", "features", "contrastive", "working"))
+    kept = sum(memory[k] for k in ("activations", "head", "features", "contrastive", "working"))
     # The step's own part of the estimate is no part of a backward pass; some weights' gradients are there, not all.
     tracked = tracked_peak(cfg, 8, dtype)
     assert tracked - states["gradients"] <= kept <= 1.08 * tracked

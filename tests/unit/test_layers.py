@@ -16,6 +16,7 @@ LEVEL = {
     "errors": 0,
     "config": 0,
     "device": 1,
+    "matmul": 1,
     "parallel": 1,
     "model": 2,
     "tokenizer": 2,
@@ -28,7 +29,7 @@ LEVEL = {
     "report": 6,
     "cli": 7,
 }
-EVERYWHERE = {"errors", "device"}  # no packages: a single exception, a single question to the hardware
+EVERYWHERE = {"errors", "device", "matmul"}  # no packages: an exception, a question to the hardware, a product
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -217,6 +217,19 @@ class SimpleCache:
         return attention(q, torch.cat([a for a, _ in kept], 2), torch.cat([b for _, b in kept], 2))
 
 
+def test_with_targets_the_loss_comes_in_place_of_the_logits() -> None:
+    model = build()
+    labels, tokens = batch()
+    want = next_token_loss(model(labels, tokens[:, :-1]).logits, tokens)[0]
+    out = model(labels, tokens[:, :-1], targets=tokens)
+    assert out.logits is None and out.loss.dtype == torch.float64
+    torch.testing.assert_close(out.loss, want)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (want, out.loss)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(b, a)
+    assert model(labels, tokens[:, :-1], targets=tokens, last_block=2).loss is None
+
+
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 1, 1, 3], [9]])
 def test_cached_decoding_equals_the_whole_forward(chunks: list[int]) -> None:
     model = build()
@@ -271,6 +284,7 @@ def test_rms_norm() -> None:
     x = torch.randn(4, 6) * 3
     want = torch.stack([row / (sum(v * v for v in row) / 6 + 1e-5) ** 0.5 for row in x]) * layer.weight
     torch.testing.assert_close(layer(x), want)
+    torch.testing.assert_close(torch.nn.functional.rms_norm(x, (6,), layer.weight, layer.eps), want)  # what a GPU runs
     half = layer.bfloat16()(x.bfloat16())
     torch.testing.assert_close(half.float(), want, rtol=2e-2, atol=2e-2)
     assert half.dtype == torch.bfloat16

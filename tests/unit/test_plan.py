@@ -17,8 +17,8 @@ from megastar.model.projector import Projector
 from megastar.model.rope import rope_table
 from megastar.model.transformer import Transformer
 from megastar.parallel.collectives import gather_rows
-from megastar.parallel.cross_entropy import vocab_parallel_cross_entropy
-from megastar.parallel.plan import TENSOR_PLAN, Split, split_of
+from megastar.parallel.cross_entropy import linear_cross_entropy
+from megastar.parallel.plan import CHUNK, TENSOR_PLAN, Split, chunk_rows, split_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 TINY = ModelConfig(n_layer=2, n_head=4, dim=16, multiple_of=8, vocab_size=12, num_classes=5, image_tokens=9)
@@ -78,22 +78,61 @@ def test_cut_parts_join_to_the_whole(degree: int) -> None:
     assert split_of("tok_embeddings.weight") is None and split_of("norm.weight") is None
 
 
+def problem(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden (23, 12), weight (20, 12), targets (23,); logits of some tens."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 12, dtype=torch.float64, generator=g) * 4 for n in (23, 20))
+    return hidden.to(dtype), weight.to(dtype), torch.randint(0, 20, (23,), generator=g)
+
+
+def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: float) -> list[torch.Tensor]:
+    """Loss and gradients by torch in fp64."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    loss = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets)
+    return [loss.detach(), *torch.autograd.grad(loss * scale, (hidden, weight))]
+
+
+@pytest.mark.parametrize("chunk", [20, 60, 200, 1 << 20])  # logits: 1, 3, 8, 23 rows
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_chunked_cross_entropy(chunk: int, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setitem(CHUNK, "cpu", chunk)
+    hidden, weight, targets = problem(dtype)
+    want = plain(hidden, weight, targets, 3)
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    (loss * 3).backward()
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    close = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for got, wanted in zip((loss, hidden.grad, weight.grad), want, strict=True):
+        assert (got.double() - wanted).norm() <= close * wanted.norm()
+    assert hidden.grad.dtype == weight.grad.dtype == dtype
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, weight, targets), loss)
+    frozen = weight.detach()
+    (alone,) = torch.autograd.grad(linear_cross_entropy(hidden, frozen, targets) * 3, hidden)
+    assert torch.equal(alone, hidden.grad)
+
+
+def test_chunks_are_alike_and_bounded() -> None:
+    assert chunk_rows(2048, 16384, "cpu") == 512 and chunk_rows(100, 16384, "cpu") == 100
+    assert chunk_rows(513, 16384, "cpu") == 257 and chunk_rows(1, 1 << 30, "cpu") == 1
+    assert chunk_rows(64 * 256 * 2, 16384, "cuda") == 4096
+
+
 def cross_entropy_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
-    torch.manual_seed(0)
-    logits = (torch.randn(7, 20, dtype=torch.float64) * 30).requires_grad_()
-    targets = torch.randint(0, 20, (7,))
-    want = torch.nn.functional.cross_entropy(logits, targets)
-    (want * 3).backward()
-    mine = logits.detach().chunk(4, 1)[rank].clone().requires_grad_()
-    got = vocab_parallel_cross_entropy(mine, targets, dist.group.WORLD)
-    (got * 3).backward()
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(mine.grad, logits.grad.chunk(4, 1)[rank])
-    half = logits.detach().bfloat16()
-    got = vocab_parallel_cross_entropy(half.chunk(4, 1)[rank], targets, dist.group.WORLD)
-    torch.testing.assert_close(got, torch.nn.functional.cross_entropy(half.float(), targets))
+    for dtype, close in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        for chunk in (15, 1 << 20):
+            CHUNK["cpu"] = chunk
+            hidden, weight, targets = problem(dtype)
+            loss, to_hidden, to_weight = plain(hidden, weight, targets, 3)
+            mine = weight.chunk(4)[rank].clone().requires_grad_()
+            got = linear_cross_entropy(hidden.requires_grad_(), mine, targets, dist.group.WORLD)
+            (got * 3).backward()
+            wanted = (loss, to_hidden, to_weight.chunk(4)[rank])
+            for value, want in zip((got, hidden.grad, mine.grad), wanted, strict=True):
+                assert (value.double() - want).norm() <= close * want.norm(), (dtype, chunk)
     dist.destroy_process_group()
 
 

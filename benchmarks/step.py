@@ -1,0 +1,238 @@
+"""The training step against LlamaGen's gpt.py, interleaved in one process on the same weights and batches.
+
+    LLAMAGEN_DIR=checkout python benchmarks/step.py --size nano --batch 32
+    LLAMAGEN_DIR=checkout python benchmarks/step.py --size b --batch 2 --dtype bf16 --level engine
+    python benchmarks/step.py --size nano --batch 16 --star          ST-AR against AR, per sequence
+
+AR: forward, loss, backward, gradient clipping, AdamW on both sides. The peer runs as its train_c2i.py does: fp32 weights,
+autocast for bf16, torch's fused AdamW. Ours has bf16 weights and fp32 masters. ``--level model`` leaves DeepSpeed and the
+average of the weights out; ``--level engine`` is the step of `megastar train` on one rank, average included. Both losses
+are compared without dropout first, then timed with the size's own dropout (or ``--dropout``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import random_batch, report, run_config, seconds
+from torch import Tensor, nn
+
+from megastar.config.schema import RunConfig
+from megastar.engine.build import build, start
+from megastar.engine.networks import Student
+from megastar.engine.sharding import parameter_groups
+from megastar.engine.step import losses, set_schedules
+
+Step = Callable[[], Tensor]
+# The peer's schedule: a constant learning rate.
+CONSTANT = ("optim.scale_lr=false", "optim.warmup_steps=0", "optim.schedule=constant", "optim.lr=1e-4")
+
+
+def llamagen(cfg: RunConfig) -> nn.Module:
+    """Its network with our configuration; class dropout is off, since our labels come with theirs already dropped."""
+    root = os.environ.get("LLAMAGEN_DIR", "")
+    if not (Path(root) / "autoregressive/models/gpt.py").is_file():
+        sys.exit(
+            f"LLAMAGEN_DIR={root!r} holds no autoregressive/models/gpt.py: "
+            "git clone https://github.com/FoundationVision/LlamaGen and set LLAMAGEN_DIR to the checkout"
+        )
+    sys.path.insert(0, root)
+    from autoregressive.models.gpt import ModelArgs, Transformer
+
+    m = cfg.model
+    args = ModelArgs(
+        dim=m.dim, n_layer=m.n_layer, n_head=m.n_head, multiple_of=m.multiple_of, rope_base=m.rope_base,
+        norm_eps=m.norm_eps, token_dropout_p=m.token_dropout_p, resid_dropout_p=m.resid_dropout_p,
+        ffn_dropout_p=m.ffn_dropout_p, num_classes=m.num_classes, vocab_size=m.vocab_size, block_size=m.image_tokens,
+    )  # fmt: skip
+    model = Transformer(args)
+    model.cls_embedding.dropout_prob = 0.0
+    return model.train()
+
+
+def their_step(cfg: RunConfig, model: nn.Module, batch: dict, dtype: torch.dtype, device: torch.device) -> Step:
+    o, codes, labels = cfg.optim, batch["codes"][:, 0].contiguous().to(device), batch["labels"].to(device)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True
+    )
+
+    def step() -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            _, loss = model(cond_idx=labels, idx=codes[:, :-1], targets=codes)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def our_loss(student: nn.Module, codes: Tensor, labels: Tensor) -> Tensor:
+    return student(labels, codes).loss
+
+
+def model_step(cfg: RunConfig, student: nn.Module, batch: dict, dtype: torch.dtype, device: torch.device) -> Step:
+    """Without DeepSpeed: its bf16 masters in four lines."""
+    o, codes, labels = cfg.optim, batch["codes"][:, 0].contiguous().to(device), batch["labels"].to(device)
+    weights = list(student.parameters())
+    groups = parameter_groups(student, o.weight_decay)
+    masters = weights
+    if dtype == torch.bfloat16:
+        copies = {p: p.detach().clone() for p in weights}
+        masters = list(copies.values())
+        groups = [{**g, "params": [copies[p] for p in g["params"]]} for g in groups]
+        student.to(dtype)
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
+
+    def step() -> Tensor:
+        loss = our_loss(student, codes, labels)
+        loss.backward()
+        if masters is not weights:
+            for master, p in zip(masters, weights, strict=True):
+                master.grad, p.grad = p.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, o.grad_clip)
+        optimizer.step()
+        if masters is not weights:
+            with torch.no_grad():
+                torch._foreach_copy_(weights, masters)
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def engine_step(cfg: RunConfig, batch: dict, weights: dict | None = None) -> Step:
+    ctx = start(cfg)
+    engines = build(cfg, ctx)
+    if weights:
+        from megastar.engine.sharding import publish_masters
+
+        for shard in engines.shards():
+            shard.view("fp32").copy_(
+                weights[shard.name.removeprefix("transformer.")].flatten()[shard.start : shard.stop]
+            )
+        publish_masters(engines.student)
+    engines.student.train()
+
+    def step() -> Tensor:
+        loss, _ = losses(cfg, engines, ctx, batch, 0)
+        engines.student.backward(loss)
+        set_schedules(cfg, engines, 0, 10)
+        engines.student.step()
+        engines.refresh_teacher()
+        return loss.detach()
+
+    return step
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--size", default="nano", help="nano, b, l, xl")
+    p.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    p.add_argument("--batch", type=int, default=32, help="images a step")
+    p.add_argument("--level", default="model", choices=("model", "engine"))
+    p.add_argument("--dropout", type=float, help="all three dropouts (default: the size's own)")
+    p.add_argument("--stage", default="zero1", help="of --level engine and --star")
+    p.add_argument("--blocks", type=int, default=0, help="fewer blocks than the size has")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--star", action="store_true", help="ST-AR against AR, per sequence that the student sees")
+    p.add_argument("--student-views", type=int, default=2, choices=(1, 2))
+    a = p.parse_args()
+
+    torch.set_num_threads(a.threads)
+    drop = [f"model.{k}_dropout_p={a.dropout}" for k in ("token", "resid", "ffn")] if a.dropout is not None else []
+    fewer = [f"model.n_layer={a.blocks}", f"self_guided.contrastive_block={max(1, a.blocks // 2)}"] if a.blocks else []
+    common = [f"train.dtype={a.dtype}", f"train.threads={a.threads}", f"parallel.deepspeed={a.stage}", *drop, *fewer]
+    if a.star:
+        star(a, common)
+        return
+    cfg = run_config(a.size, *common, f"train.global_batch={a.batch}", "self_guided.enabled=false", *CONSTANT)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
+    ctx = start(cfg)
+    batch = random_batch(cfg, ctx)
+    peer = llamagen(cfg).to(device)
+    torch.nn.init.normal_(peer.output.weight, std=0.02)  # a head of zeros has no gradient to compare
+    weights = {k: v.detach().clone() for k, v in peer.state_dict().items() if "freqs" not in k}
+    student = Student(cfg).to(device).train()
+    student.transformer.load_state_dict(weights)
+    compare(cfg, peer, student, batch, device)
+    theirs = their_step(cfg, peer, batch, dtype, device)
+    ours = model_step(cfg, student, batch, dtype, device) if a.level == "model" else engine_step(cfg, batch, weights)
+    rows: dict[str, list[float]] = {"LlamaGen": [], f"megastar ({a.level})": []}
+    last: dict[str, list[float]] = {name: [] for name in rows}
+    for name, step in zip(rows, (theirs, ours), strict=True):
+        last[name].append(step().item())
+    clock = time.process_time if a.threads == 1 and not torch.cuda.is_available() else time.perf_counter
+    for _ in range(a.repeats):
+        for name, step in zip(rows, (theirs, ours), strict=True):
+            rows[name] += seconds(lambda name=name, step=step: last[name].append(step().item()), 1, clock=clock)
+    blocks = f", {a.blocks} blocks" if a.blocks else ""
+    title = f"AR step of {a.size}{blocks}, {a.batch} images, {a.dtype}, {device.type}, {a.threads} thread(s), dropout {cfg.model.ffn_dropout_p:g}"
+    report(title, rows, "LlamaGen")
+    ratio = statistics.median(x / y for x, y in zip(*rows.values(), strict=True))
+    print(f"  losses after {a.repeats + 1} steps: " + ", ".join(f"{k} {v[-1]:.4f}" for k, v in last.items()))
+    print(f"megastar is {ratio:.2f} x LlamaGen (median of the pairs' ratios)")
+
+
+def compare(cfg: RunConfig, peer: nn.Module, student: nn.Module, batch: dict, device: torch.device) -> None:
+    """Equal loss and gradients in fp32 without dropout, or the benchmark compares two things."""
+    probabilities = {m: m.p for net in (peer, student) for m in net.modules() if isinstance(m, nn.Dropout)}
+    for m in probabilities:
+        m.p = 0.0
+    codes, labels = batch["codes"][:, 0].contiguous().to(device), batch["labels"].to(device)
+    _, want = peer(cond_idx=labels, idx=codes[:, :-1], targets=codes)
+    got = our_loss(student, codes, labels)
+    want.backward()
+    got.backward()
+    grads = dict(peer.named_parameters())
+    worst = max(
+        ((q.grad - grads[n].grad).norm() / grads[n].grad.norm()).item()
+        for n, q in student.transformer.named_parameters()
+    )
+    assert abs(want - got) < 1e-4 and worst < 1e-3, (want, got, worst)
+    print(f"equal weights, no dropout, fp32: losses {want:.6f} and {got:.6f}, gradients within {worst:.1e}")
+    for net in (peer, student):
+        net.zero_grad(set_to_none=True)
+    for m, value in probabilities.items():
+        m.p = value
+
+
+def star(a: argparse.Namespace, common: list[str]) -> None:
+    """Both through the engine. The arithmetic: the student costs 3 forward passes, the teacher 1: 4 / 3 with two
+    student views, and with one student view the teacher's second view adds the blocks up to the contrastive one."""
+    made = {}
+    sequences = a.batch * a.student_views
+    for name, images, more in (
+        ("AR", sequences, ["self_guided.enabled=false"]),
+        ("ST-AR", a.batch, [f"self_guided.student_views={a.student_views}"]),
+    ):
+        cfg = run_config(a.size, *common, f"train.global_batch={images}", *more)
+        made[name] = engine_step(cfg, random_batch(cfg, start(cfg)))
+    rows: dict[str, list[float]] = {name: [] for name in made}
+    for step in made.values():
+        step()
+    clock = time.process_time if a.threads == 1 and not torch.cuda.is_available() else time.perf_counter
+    for _ in range(a.repeats):
+        for name, step in made.items():
+            rows[name] += seconds(step, 1, clock=clock)
+    depth = cfg.self_guided.contrastive_block / cfg.model.n_layer
+    arithmetic = (4 + (depth if a.student_views == 1 else 0)) / 3
+    report(f"a step of {a.size}, {sequences} sequences, {a.dtype}, {a.threads} thread(s)", rows, "AR")
+    ratio = statistics.median(y / x for x, y in zip(*rows.values(), strict=True))
+    print(
+        f"ST-AR costs {ratio:.3f} AR steps a sequence; the arithmetic says {arithmetic:.3f}: {ratio / arithmetic:.2f} of it"
+    )
+
+
+if __name__ == "__main__":
+    main()
