@@ -20,7 +20,8 @@ LEAST = 1 << 22  # multiplications below which calling oneDNN costs more than it
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b^T: (R, K), (N, K) -> (R, N), any strides."""
     if a.dtype == torch.float32 and a.device.type == "cpu" and a.shape[0] * b.numel() >= LEAST and mkl_is_slow():
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return out
     return a @ b.t()
 
 
@@ -37,7 +38,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        out: Tensor = product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
