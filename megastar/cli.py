@@ -24,7 +24,8 @@ COMMANDS = {  # name -> (module of megastar.commands, what it does)
     "probe": ("probe", "linear probe of a model's features"),
     "plan": ("plan", "memory, communication and time of a run on a machine"),
     "check-gpu": ("check_gpu", "are the kernels right and fast on this GPU; what auto picks"),
-    "doctor": ("doctor", "show versions and what is missing on this machine"),
+    "doctor": ("doctor", "what is wrong with this node, or with all nodes, and the remedy"),
+    "status": ("status", "where runs are: step, loss, speed, checkpoint, restarts, health, time left"),
 }
 EXAMPLES = """examples:
   megastar demo

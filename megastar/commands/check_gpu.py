@@ -108,18 +108,16 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def peak_tflops(name: str) -> float | None:
     """The data sheet's dense bf16 peak of a GPU by torch's name for it; None for one that megastar plan does not list."""
+    from megastar.diagnosis.links import gpu_model
     from megastar.parallel.cost import GPUS
 
-    words = name.lower().replace("-", " ").replace("rtx ", "rtx").split()
-    models = [model for model in GPUS if model.split("-")[0] in words]
-    if "pcie" in words and "h100-pcie" in models:
-        return GPUS["h100-pcie"].tflops
-    return GPUS[models[0]].tflops if models else None
+    model = gpu_model(name)
+    return GPUS[model].tflops if model else None
 
 
 def packages() -> dict[str, Any]:
     """Versions, and what can really be imported."""
-    from megastar.commands.doctor import has_nvidia_apex, version_of
+    from megastar.diagnosis.packages import has_nvidia_apex, version_of
     from megastar.model.kernels import flash
     from megastar.model.kernels.check import backends
 

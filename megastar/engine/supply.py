@@ -100,8 +100,10 @@ def leave(
         place = saver.finish()
     kept = f"saved {place}" if place else "nothing was done since the start"
     if signal_number:
-        metrics.note(f"signal {signal_number} while waiting for data: {kept}; the same command resumes")
+        metrics.saved(place)
+        metrics.event("signal", f"signal {signal_number} while waiting for data: {kept}; the same command resumes")
         raise SystemExit(PREEMPTED)
     assert problem is not None
+    metrics.saved(place)
     metrics.note(f"no batch for step {step + 1}: {kept}")
     raise problem

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from megastar import cli
-from megastar.commands import common, doctor, sample
+from megastar.commands import common, sample
 from megastar.commands import launch as launching
 from megastar.commands.demo import ends_of
 from megastar.commands.train_tokenizer import Batches
@@ -276,13 +276,6 @@ def test_ends_of_metrics(tmp_path):
     assert ends_of(path) == ({}, {})
     path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "val_loss_ar": 2}\n{"step": 5, "loss": 2}\n')
     assert [r["step"] for r in ends_of(path)] == [1, 5]
-
-
-def test_doctor_tells_what_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "version_of", lambda package: None if package == "webdataset" else "1.0")
-    assert cli.main(["doctor"]) == 1
-    text = capsys.readouterr().out
-    assert "missing: pip install webdataset" in text and "missing: webdataset; install with" in text
 
 
 # The tokenizer's batches -------------------------------------------------------------------------------------------

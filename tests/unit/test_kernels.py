@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megastar.commands.doctor import has_nvidia_apex
+from megastar.diagnosis.packages import has_nvidia_apex
 from megastar.errors import UserError
 from megastar.model import kernels
 from megastar.model.kernels import check, flash, flex, sdpa, select, table

@@ -26,6 +26,7 @@ LEVEL = {
     "sampling": 4,
     "evaluation": 5,
     "engine": 6,
+    "diagnosis": 6,
     "report": 6,
     "cli": 7,
 }

@@ -1,0 +1,1 @@
+"""What `megastar doctor` asks of a node, and of the nodes together."""

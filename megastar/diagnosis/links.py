@@ -1,0 +1,177 @@
+"""What only several ranks can measure: clocks against each other, and the bandwidth of an all-reduce."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding, compact
+
+MILD_SKEW, BAD_SKEW = 1.0, 60.0  # seconds; S3 refuses signatures that are 15 min off, munge those of 5
+WEAK, BROKEN = 0.5, 0.1  # shares of the expected bandwidth
+SIZES = {"nccl": 256 << 20, "gloo": 8 << 20}  # bytes that are summed
+REPEATS = 5
+INSIDE, AMONG = "all-reduce in a node", "all-reduce of all"
+
+
+def expected_rate(gpu: str | None, ranks: int, nodes: int, network: float | None) -> float | None:
+    """Bytes a second and direction that the ring of an all-reduce should move (bus bandwidth); None where unknown.
+
+    With GPUs the data sheet's, as megastar plan takes it; on CPUs the network card's ``network`` between nodes.
+    """
+    from megastar.parallel.cost import BANDWIDTH_EFFICIENCY, GPUS, Machine
+
+    if gpu is not None:
+        return Machine(gpu, GPUS[gpu], ranks, max(1, ranks // nodes)).data_rate(1) if gpu in GPUS else None
+    return network * BANDWIDTH_EFFICIENCY if network and nodes > 1 else None
+
+
+def gpu_model(name: str) -> str | None:
+    """megastar plan's name of a GPU by torch's or nvidia-smi's; None for one that it does not list."""
+    from megastar.parallel.cost import GPUS
+
+    words = name.lower().replace("-", " ").replace("rtx ", "rtx").split()
+    models = [model for model in GPUS if model.split("-")[0] in words]
+    if "pcie" in words and "h100-pcie" in models:
+        return "h100-pcie"
+    return models[0] if models else None
+
+
+def network_rate(interfaces: Path = Path("/sys/class/net")) -> float | None:
+    """Bytes a second of the fastest network card that is up; None where none says so (virtual ones do not)."""
+    rates = []
+    for card in interfaces.glob("*"):
+        try:
+            if card.name != "lo" and (card / "operstate").read_text().strip() == "up":
+                rates.append(int((card / "speed").read_text()) * 1e6 / 8)
+        except (OSError, ValueError):
+            continue
+    return max((r for r in rates if r > 0), default=None)
+
+
+def measure(store: Any, place: int, nodes: list[str], patience: float) -> dict[str, Any]:
+    """Called by all ranks that meet; ``nodes[i]`` is the node of the i-th, this one is the ``place``-th.
+
+    Returns {"clock": seconds since 1970 at some common moments, "inside", "among": bytes a second, "backend", "gpu"}.
+    """
+    import torch
+    import torch.distributed as dist
+
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() > 0
+    backend = "nccl" if cuda and dist.is_nccl_available() else "gloo"
+    device = torch.device("cpu")
+    if backend == "nccl":
+        index = 0 if torch.cuda.device_count() == 1 else sum(n == nodes[place] for n in nodes[:place])
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    world, timeout = len(nodes), timedelta(seconds=patience)
+    dist.init_process_group(backend, store=store, rank=place, world_size=world, timeout=timeout)
+    try:
+        one, clock = torch.zeros(1, device=device), []
+        for _ in range(8):  # the first ones build the connections
+            dist.all_reduce(one)
+            one.item()
+            clock.append(time.time())
+        groups = {n: [i for i, m in enumerate(nodes) if m == n] for n in dict.fromkeys(nodes)}
+        mine, inside = groups[nodes[place]], None
+        if len(groups) < world:  # some node has several ranks
+            for node, members in groups.items():
+                group = dist.new_group(members, timeout=timeout)
+                if node == nodes[place] and len(members) > 1:
+                    inside = bandwidth(group, len(mine), device, backend)
+        among = bandwidth(None, world, device, backend) if len(groups) > 1 else None
+        gpu = torch.cuda.get_device_name(device) if backend == "nccl" else None
+        return {"clock": clock[3:], "inside": inside, "among": among, "backend": backend, "gpu": gpu}
+    finally:
+        dist.destroy_process_group()
+
+
+def bandwidth(group: Any, ranks: int, device: Any, backend: str) -> float:
+    """Bytes a second on the busiest link, the median of a few: 2 (n - 1) / n of the data crosses each of a ring."""
+    import torch
+    import torch.distributed as dist
+
+    data = torch.zeros(SIZES[backend] // 4, device=device)
+    took = []
+    for i in range(REPEATS + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        dist.all_reduce(data, group=group)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if i > 1:
+            took.append(time.perf_counter() - start)
+    return 2 * (ranks - 1) / ranks * data.numel() * 4 / statistics.median(took)
+
+
+def skew(clocks: dict[str, list[float]]) -> list[Finding]:
+    """Node -> its clock at common moments, the first node's is the reference. Exact to some milliseconds."""
+    (_, first), *others = clocks.items()
+    off = {node: statistics.median(t - f for t, f in zip(c, first, strict=True)) for node, c in others}
+    found = []
+    for low, high, level in ((BAD_SKEW, float("inf"), FAILURE), (MILD_SKEW, BAD_SKEW, WARNING)):
+        bad = {n: s for n, s in off.items() if low <= abs(s) < high}
+        if bad:
+            worst = max(bad, key=lambda n: abs(bad[n]))
+            said = f"{compact(list(bad))}: off by up to {abs(bad[worst]):.1f} s from {next(iter(clocks))}"
+            found.append(
+                Finding("clocks", level, said, "start chronyd or ntpd there: SLURM and S3 refuse clocks that differ")
+            )
+    if not found and off:
+        found.append(Finding("clocks", OK, f"of {len(clocks)} nodes agree within {max(map(abs, off.values())):.3f} s"))
+    return found
+
+
+def judged(results: dict[int, dict[str, Any]], nodes: list[str], network: float | None) -> list[Finding]:
+    """``measure``'s results by place -> findings about clocks and bandwidth."""
+    clocks: dict[str, list[float]] = {}
+    for i, result in results.items():
+        clocks.setdefault(nodes[i], result["clock"])
+    found = skew(clocks) if len(clocks) > 1 else []
+    some = results[min(results)]
+    gpu = gpu_model(some["gpu"]) if some["gpu"] else None
+    known = not some["gpu"] or gpu is not None
+    inside: dict[str, float] = {}
+    for i, result in results.items():
+        if result["inside"] is not None:
+            inside[nodes[i]] = min(result["inside"], inside.get(nodes[i], float("inf")))
+    if inside:
+        ranks = max(nodes.count(n) for n in inside)
+        want = expected_rate(gpu, ranks, 1, None) if known and some["gpu"] else None
+        found.append(_rate(INSIDE, inside, want, some["backend"], f"{ranks} ranks"))
+    among = [r["among"] for r in results.values() if r["among"] is not None]
+    if among:
+        want = expected_rate(gpu, len(nodes), len(set(nodes)), network) if known else None
+        what = f"{len(nodes)} ranks on {len(set(nodes))} nodes"
+        found.append(_rate(AMONG, {"": min(among)}, want, some["backend"], what))
+    return found
+
+
+def _rate(name: str, rates: dict[str, float], want: float | None, backend: str, what: str) -> Finding:
+    node = min(rates, key=lambda n: rates[n])
+    slowest = f", the slowest on {node}" if len(rates) > 1 else ""
+    said = f"{backend}, {what}: {rates[node] / 1e9:.3g} GB/s{slowest}"
+    if want is None:
+        return Finding(name, OK, f"{said}; nothing is known to compare it with")
+    said += f", {rates[node] / want:.0%} of the {want / 1e9:.3g} GB/s expected of the link"
+    if rates[node] >= WEAK * want:
+        return Finding(name, OK, said)
+    cure = (
+        "run it on fewer nodes to find the slow one; NCCL_DEBUG=INFO says which network NCCL took (NCCL_SOCKET_IFNAME, NCCL_IB_HCA)"
+        if backend == "nccl"
+        else "run it on fewer nodes to find the slow one; GLOO_SOCKET_IFNAME chooses the network card"
+    )
+    return Finding(name, FAILURE if rates[node] < BROKEN * want else WARNING, said, cure)
+
+
+def network_hint(environ: Mapping[str, str] = os.environ) -> str:
+    """The remedy for ranks that cannot talk to each other."""
+    chosen = [f"{n}={environ[n]}" for n in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA") if n in environ]
+    now = f" (now {', '.join(chosen)})" if chosen else ""
+    return f"see that the nodes reach each other on all ports; choose the card with NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME{now}"

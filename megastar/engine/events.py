@@ -1,0 +1,69 @@
+"""``events.jsonl`` of a run folder: what happened to the run, one JSON object a line, written by the main rank.
+
+Unlike metrics.jsonl it is only ever appended to: what a crash took back stays on record.
+
+    {"time": "2026-01-31T12:00:00+00:00", "host": "node3", "job": "417", "event": "saved", "step": 400, "text": "..."}
+
+``event`` is one of ``KINDS``; ``job`` is there under SLURM; ``step`` counts finished optimizer steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, BinaryIO
+
+NAME = "events.jsonl"
+STARTED = ("started", "resumed")
+ENDED = ("finished", "signal", "error")
+KINDS = (*STARTED, *ENDED, "saved", "warning")
+
+
+def append_event(folder: Path, event: str, step: int, text: str, **more: Any) -> None:
+    """Append one line, on the disk when this returns. A disk that takes none is no reason to stop a run."""
+    assert event in KINDS, event
+    about = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "host": socket.gethostname()}
+    if job := os.environ.get("SLURM_JOB_ID"):
+        about["job"] = job
+    line = json.dumps({**about, "event": event, "step": step, "text": text, **more}) + "\n"
+    with suppress(OSError), (folder / NAME).open("a+b") as f:
+        f.write((b"\n" if _is_cut(f) else b"") + line.encode())
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run, oldest first; none without a file. Lines that a crash cut are passed over."""
+    return [e for e in read_lines(folder / NAME) if "event" in e and "time" in e]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, without lines that are none."""
+    found = []
+    with suppress(OSError):
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    found.append(value)
+    return found
+
+
+def seconds_of(event: dict[str, Any]) -> float:
+    """When it happened, seconds since 1970; 0 for a time that cannot be read."""
+    try:
+        return datetime.fromisoformat(event["time"]).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _is_cut(f: BinaryIO) -> bool:
+    """Whether the file ends within a line, as a crash may leave it."""
+    if not f.seek(0, os.SEEK_END):
+        return False
+    f.seek(-1, os.SEEK_END)
+    return f.read(1) != b"\n"
