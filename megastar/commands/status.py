@@ -114,9 +114,9 @@ def table_of(found: list[Status]) -> Table:
     from rich.text import Text
 
     colours = {"running": "green", "finished": "green", "starting": "yellow", "stopped": "red"}
-    table = Table("", *(Text(s.run, overflow="fold") for s in found))
-    for column in table.columns[1:]:
-        column.overflow = "fold"
+    table = Table("")
+    for s in found:
+        table.add_column(Text(s.run), overflow="fold")
     columns = [lines_of(s) for s in found]
     for name in columns[0]:
         cells = [c[name] for c in columns]
