@@ -71,21 +71,23 @@ def main(words: list[str]) -> int:
             raise UserError("; ".join(problems))
         return found, problems
 
-    def show() -> list[str]:
+    def show() -> tuple[bool, list[str]]:
+        """Whether some run is not finished, and what is no run."""
         found, problems = look()
         if args.json:
             for status in found:
                 print(json.dumps(as_json(status)), flush=True)
         else:
             console.print(table_of(found))
-        return problems
+        return any(s.state != "finished" for s in found), problems
 
     if args.watch is None:
-        problems = show()
+        _, problems = show()
     elif args.json:
-        while True:
-            show()
+        going, problems = show()
+        while going:
             time.sleep(args.watch)
+            going, problems = show()
     else:
         from rich.live import Live
 

@@ -182,7 +182,7 @@ def lead(meeting: Meeting, wishes: Wishes, tell: Callable[[str], None]) -> Repor
     mark = make_mark(wishes.run) if wishes.run and len(set(nodes.values())) > 1 else ""
     try:
         meeting.announce("members", {"nodes": nodes, "mark": mark})
-        tell(f"{len(nodes)} ranks on {len(set(nodes.values()))} nodes look at their own")
+        tell(f"{len(nodes)} ranks on {len(set(nodes.values()))} node(s) look at their own")
         meeting.say("node", this_node(wishes, True, mark))
         said = meeting.collect("node", list(nodes))
         if len(said) < len(nodes):
@@ -223,7 +223,7 @@ def put_together(
 ) -> list[Answer]:
     """``nodes``, ``said`` and ``results`` by rank."""
     if not general:
-        general.append(Finding("nodes", OK, f"all {len(nodes)} ranks on {len(set(nodes.values()))} nodes are there"))
+        general.append(Finding("nodes", OK, f"all {len(nodes)} ranks on {len(set(nodes.values()))} node(s) are there"))
     of: dict[str, list[Finding]] = {}
     versions: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys(nodes[r] for r in said):

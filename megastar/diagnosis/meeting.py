@@ -62,7 +62,7 @@ class Meeting:
             store = dist.TCPStore(
                 host, port, is_master=rank == 0 and not theirs, timeout=timedelta(seconds=patience), wait_for_workers=False
             )  # fmt: skip
-        except (dist.DistError, RuntimeError) as error:
+        except RuntimeError as error:
             first = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{self.node}: rank 0 does not answer at {host}:{port} within {patience:g} s ({first}): see that its node is up, "

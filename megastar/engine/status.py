@@ -237,7 +237,8 @@ def duration(seconds: float) -> str:
     if seconds < 1:
         return f"{seconds:.1g} s"
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    whole, parts = round(seconds), []
+    whole = round(seconds)
+    parts: list[tuple[int, str]] = []
     for name, size in units:
         if whole >= size or parts:
             parts.append((whole // size, name))

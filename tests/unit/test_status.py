@@ -260,6 +260,8 @@ def test_watching_ends_with_the_run(run, cfg, capsys):
     capsys.readouterr()
     assert cli.main(["status", str(run), "--watch", "0.1"]) == 0
     assert "finished: all 20 steps are done and saved" in capsys.readouterr().out
+    assert cli.main(["status", str(run), "--watch", "0.1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "finished"
 
 
 @pytest.mark.parametrize(
