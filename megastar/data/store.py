@@ -61,6 +61,9 @@ class Store(Protocol):
     def audit(self, info: ShardInfo) -> tuple[BinaryIO, str]:
         """The shard as it is there now, past any cache and whatever its size, and its SHA-256. Errors as ``open``."""
 
+    def audit_index(self, info: ShardInfo) -> bytes | None:
+        """As ``index``, past any cache."""
+
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
         """These will be opened next, in this order; what was announced before counts no longer."""
 
@@ -123,6 +126,9 @@ class FolderStore:
     def audit(self, info: ShardInfo) -> tuple[BinaryIO, str]:
         f = self.open(info)
         return f, sha256_of(f)
+
+    def audit_index(self, info: ShardInfo) -> bytes | None:
+        return self.index(info)
 
     def _index(self, info: ShardInfo) -> Path:
         return self.folder / index_name(info.name)
@@ -220,8 +226,7 @@ class S3Store:
     def index(self, info: ShardInfo) -> bytes | None:
         if (kept := self.cache.index(info)) is not None:
             return kept
-        data = self.s3.glance(index_name(info.name), most_of_index(info))  # uploaded with the shards
-        if data is not None:
+        if (data := self.audit_index(info)) is not None:
             self.cache.keep_index(info, data)
         return data
 
@@ -235,6 +240,9 @@ class S3Store:
         except BaseException:
             f.close()
             raise
+
+    def audit_index(self, info: ShardInfo) -> bytes | None:
+        return self.s3.glance(index_name(info.name), most_of_index(info))  # uploaded with the shards
 
     # Reading ahead ---------------------------------------------------------------------------------------------
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:

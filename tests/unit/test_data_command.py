@@ -98,6 +98,25 @@ def test_every_broken_shard_is_named(tmp_path, capsys):
     assert report["broken"] == 5 and [p["shard"] for p in report["problems"]] == [p.shard for p in found]
 
 
+def test_a_failing_disk_and_an_empty_shard_are_named(tmp_path, monkeypatch):
+    folder = write_set(tmp_path / "s", (2, 3))
+    data = json.loads((folder / "manifest.json").read_text())
+    (folder / "none.tar").touch()
+    data["shards"].append({"name": "none.tar", "samples": 0, "bytes": 0, "sha256": sha256(folder / "none.tar")})
+    (folder / "manifest.json").write_text(json.dumps(data))
+
+    def failing(f):
+        if f.name.endswith("shard-00001.tar"):
+            raise OSError(5, "Input/output error")
+        return sha256(Path(f.name))
+
+    monkeypatch.setattr("megastar.data.store.sha256_of", failing)
+    assert list(map(str, verify(folder))) == [
+        "shard-00001.tar: cannot be read (Input/output error): mend the disk or copy it again",
+        "none.tar: is empty, not even tar's end mark is there: it was cut or changed",
+    ]
+
+
 def test_codes_and_classes_out_of_range(folder, capsys):
     expected = [sample(i) for i in range(9)]
     data = json.loads((folder / "manifest.json").read_text()) | {"codebook_size": 45, "classes": list("abc")}
