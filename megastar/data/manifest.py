@@ -59,7 +59,7 @@ class Manifest:
     @property
     def centre_view(self) -> int:
         """Index of the unmirrored centre crop: the fifth of ten, else the first."""
-        return 4 if self.crops.startswith("ten") else 0
+        return 4 if self.crops.startswith("ten") and self.views > 4 else 0
 
     @property
     def expected(self) -> Expected:

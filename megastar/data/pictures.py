@@ -143,7 +143,12 @@ class PictureSet:
             with p.file.open("rb") as f:
                 f.seek(max(0, p.offset))
                 data = f.read(p.size)
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if p.offset >= 0 or not p.file.parent.is_dir():  # a disk that went away takes more than one picture along
+                gone = p.file if p.offset >= 0 else p.file.parent
+                raise UserError(f"{gone} is gone: run the same command again once it is back") from error
+            raise PictureError(f"{p.key}: {error.strerror}") from error
+        except (PermissionError, IsADirectoryError) as error:
             raise PictureError(f"{p.key}: {error.strerror}") from error
         except OSError as error:
             raise UserError(f"{p.file} cannot be read ({error}): run the same command again once it can") from error

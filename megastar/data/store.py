@@ -7,6 +7,7 @@ falls behind, and says so.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import time
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from megastar.data.manifest import ShardInfo
 
 MANIFEST = "manifest.json"
+MOST_OF_MANIFEST = 256 << 20  # bytes: a million skipped pictures fit
 _FETCHERS = 3  # shards that are read ahead at once
 _POLL = 0.02  # seconds between looks at what another process of the node fetches
 
@@ -102,7 +104,9 @@ class FolderStore:
             raise UserError(
                 f"{self.folder} has no {MANIFEST}: pretokenize has not finished there, run the same command again"
             )
-        return path.read_bytes()
+        if (data := read_small(path, MOST_OF_MANIFEST)) is None:
+            raise UserError(f"{path} cannot be read, or has over {MOST_OF_MANIFEST >> 20} MiB: copy it again")
+        return data
 
     def open(self, info: ShardInfo, stop: threading.Event = NEVER) -> BinaryIO:
         path = self.folder / info.name
@@ -110,7 +114,10 @@ class FolderStore:
             raise UserError(
                 f"token shard {path} is missing though the manifest lists it: copy it again or pretokenize again"
             )
-        return path.open("rb")
+        try:
+            return path.open("rb")
+        except OSError as error:  # not ours to read, or too many files are open
+            raise UserError(f"token shard {path} cannot be opened ({error.strerror}): make it readable") from error
 
     def index(self, info: ShardInfo) -> bytes | None:
         path = self._index(info)
@@ -174,9 +181,10 @@ class S3Store:
         return self.s3.url_of(name)
 
     def manifest(self) -> bytes:
-        stall = self.s3.stall(MANIFEST)
         with tempfile.TemporaryFile() as f:
-            self.s3.fetch(MANIFEST, f, None, stall)
+            self.s3.fetch(MANIFEST, f, None, self.s3.stall(MANIFEST))
+            if f.seek(0, os.SEEK_END) > MOST_OF_MANIFEST:
+                raise UserError(f"{self.where(MANIFEST)} has over {MOST_OF_MANIFEST >> 20} MiB: upload it again")
             f.seek(0)
             return f.read()
 

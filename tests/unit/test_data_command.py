@@ -13,7 +13,9 @@ from PIL import Image
 
 from megastar import cli
 from megastar.data.files import sha256
+from megastar.data.loader import TokenLoader
 from megastar.data.manifest import Manifest, load_manifest
+from megastar.data.samples import LAYOUTS
 from megastar.data.shards import open_writer
 from megastar.data.stats import count
 from megastar.data.verify import verify
@@ -26,24 +28,9 @@ TOKENIZER = Path(__file__).resolve().parents[2] / "assets/tokenizer/emoji64-vq.s
 SIZES = (5, 0, 4)
 
 
-def packed_set(folder):
-    """As ``write_set``, packed."""
-    write_set(folder, SIZES)
-    manifest, infos, i = load_manifest(folder), [], 0
-    for info in manifest.shards:
-        with open_writer(folder / info.name, "packed") as writer:
-            for _ in range(info.samples):
-                writer.add(f"{i:09d}", *sample(i), f"a/picture.{i}")
-                i += 1
-        infos.append(writer.info())
-    data = json.loads(manifest.to_json()) | {"layout": "packed", "shards": [s.__dict__ for s in infos]}
-    (folder / "manifest.json").write_text(json.dumps(data))
-    return folder
-
-
-@pytest.fixture(params=["plain", "packed"])
+@pytest.fixture(params=LAYOUTS)
 def folder(request, tmp_path) -> Path:
-    return write_set(tmp_path / "s", SIZES) if request.param == "plain" else packed_set(tmp_path / "s")
+    return write_set(tmp_path / "s", SIZES, request.param)
 
 
 def run(capsys, *words: object) -> str:
@@ -191,6 +178,38 @@ def test_duplicates_and_the_sheet(tmp_path, capsys):
     codes = np.random.default_rng(0).integers(0, 2048, (6, 2, 64))[[0, 3, 0], 0]
     expected = decode_pictures(load_tokenizer(TOKENIZER), torch.from_numpy(codes))
     assert all(np.array_equal(a, b) for a, b in zip(cells, expected, strict=True))
+
+
+# index -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shards_of_another_writer_from_index_to_batch(tmp_path, capsys, layout):
+    """Tars alone, as another program leaves them."""
+    folder = write_set(tmp_path / "s", SIZES, layout)
+    for path in [folder / "manifest.json", *folder.glob("*.idx")]:
+        path.unlink()
+    if layout == "plain":  # of webdataset's own writer
+        wds = pytest.importorskip("webdataset")
+        for number, first in ((0, 0), (2, SIZES[0])):
+            with wds.TarWriter(str(folder / f"shard-{number:05d}.tar")) as writer:
+                for i in range(first, first + SIZES[number]):
+                    writer.write({"__key__": f"{i:06d}", "npy": sample(i)[0], "cls": sample(i)[1]})
+    (tmp_path / "names.txt").write_text("cat\ndog\nbird\nfox\n")
+    words = ("--codebook-size", V, "--classes", tmp_path / "names.txt", "--layout", layout, "--crops", "center-flip")
+    text = run(capsys, "index", folder, *words)
+    assert "4 x 4" in text and "not named" in text and len(list(folder.glob("*.idx"))) == 3
+    about = json.loads(run(capsys, "inspect", folder, "--json"))
+    assert (about["samples"], about["class_names"], about["layout"], about["crops"]) == (
+        9, ["cat", "dog", "bird", "fox"], layout, "center-flip",
+    )  # fmt: skip
+    assert run(capsys, "verify", folder) == "3 shards, 9 samples: every byte is as the manifest says\n"
+    loader = TokenLoader(
+        folder, seed=0, global_batch=9, views=VIEWS, class_dropout_prob=0.0, num_classes=4, vocab_size=V, tokens=T
+    )
+    batch = loader.batch(0)
+    for i, codes, label in zip(batch["ids"].tolist(), batch["codes"], batch["labels"].tolist(), strict=True):
+        assert sorted(map(tuple, codes.tolist())) == sorted(map(tuple, sample(i)[0].tolist())) and label == sample(i)[1]
+    assert sorted(batch["ids"].tolist()) == list(range(9))
+    loader.close()
 
 
 # Mistakes ----------------------------------------------------------------------------------------------------------

@@ -183,6 +183,17 @@ def test_a_picture_that_vanished(tmp_path):
     (tmp_path / "cat/0.png").unlink()
     with pytest.raises(PictureError, match="cat/0: .*No such file"):
         pictures.read(0)
+    (tmp_path / "cat").rmdir()  # as when a disk goes away: every other picture would be skipped in silence
+    with pytest.raises(UserError, match="cat is gone: run the same command again once it is back"):
+        pictures.read(0)
+
+
+def test_a_tar_that_vanished(tmp_path):
+    make_tar(tmp_path / "a.tar", {"cat/0.png": png()})
+    pictures = PictureSet(tmp_path)
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(UserError, match="a.tar is gone"):
+        pictures.read(0)
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
