@@ -204,6 +204,11 @@ class ShardSet:
             data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
             index = self._index(data, info)
             data.madvise(mmap.MADV_DONTNEED)  # what that looked at is no longer needed
+        except OSError as error:
+            file.close()
+            raise UserError(
+                f"token shard {self.store.where(info.name)} cannot be mapped ({error.strerror}): raise `ulimit -n` and `ulimit -v`, or lower data.window"
+            ) from error
         except BaseException:
             file.close()
             raise

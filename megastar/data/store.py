@@ -22,7 +22,7 @@ from megastar.data.cache import Cache, most_of_index
 from megastar.data.files import read_small, sha256_of, write_atomic
 from megastar.data.index import index_name
 from megastar.data.s3 import S3Folder
-from megastar.data.stall import NEVER, SAY_EVERY, Stall, Stopped, together
+from megastar.data.stall import NEVER, SAY_EVERY, Stall, together
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,7 +117,9 @@ class FolderStore:
         try:
             return path.open("rb")
         except OSError as error:  # not ours to read, or too many files are open
-            raise UserError(f"token shard {path} cannot be opened ({error.strerror}): make it readable") from error
+            raise UserError(
+                f"token shard {path} cannot be opened ({error.strerror}): make it readable, raise `ulimit -n`, or lower data.window"
+            ) from error
 
     def index(self, info: ShardInfo) -> bytes | None:
         path = self._index(info)
@@ -283,7 +285,7 @@ class S3Store:
                 info = self._wanted.popleft()
             try:
                 done = self._one_ahead(info, closed)
-            except (UserError, Stopped, OSError):
+            except Exception:
                 closed.wait(1.0)  # ``open`` will meet it too, and say it
                 done = True
             with self._changed:
