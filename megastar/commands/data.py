@@ -122,10 +122,15 @@ def _print_table(title: str, rows: dict[str, Any]) -> None:
 
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(str(name), str(value))
+        table.add_row(_printable(str(name)), _printable(str(value)))
     # Lines that a program reads stay whole.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
     console.print(title, table, sep="\n")
+
+
+def _printable(text: str) -> str:
+    """Names come from afar: what would steer the terminal is shown as an escape."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def size_of(n: int) -> str:

@@ -236,8 +236,8 @@ class Run:
                         return shard
                     self.claims.release(name)  # finished since
                     break
-            else:
-                time.sleep(POLL)
+            else:  # each look asks the file server about each claim: many processes must not all ask it all the time
+                time.sleep(POLL * min(len(todo), 20))
 
     def write(self, shard: int, pictures: PictureSet, encode: Pipeline, bar: Bar) -> None:
         """Make a shard and its record."""

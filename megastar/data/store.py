@@ -129,6 +129,8 @@ class FolderStore:
         return None
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
+        if self.index(info) == data:  # another rank, which walked the same tar, was faster
+            return
         with suppress(OSError):  # a folder that is not ours to write
             write_atomic(self._index(info), data)
 

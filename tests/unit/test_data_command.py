@@ -48,6 +48,9 @@ def test_inspect(folder, capsys):
     about = json.loads(run(capsys, "inspect", folder, "--json"))
     assert (about["samples"], about["shards"], about["bytes"], about["views"]) == (9, 3, size, VIEWS)
     assert about["layout"] == load_manifest(folder).layout and about["class_names"] == list("abcd")
+    data = json.loads((folder / "manifest.json").read_text()) | {"classes": ["\x1b[31mred", "b", "c", "d"]}
+    (folder / "manifest.json").write_text(json.dumps(data))
+    assert r"\x1b[31mred" in (text := run(capsys, "inspect", folder)) and "\x1b" not in text
     assert about["first"][4] == {"id": 4, "source": "a/picture.4", "class": 0, "class_name": "a"}
 
 

@@ -69,7 +69,7 @@ def test_round_trip(tmp_path, layout):
         assert shards.sources(shard) == [f"a/picture.{k}" for k in range(i - size, i)]
     assert load_manifest(tmp_path / "s") == shards.manifest and verify(tmp_path / "s") == []
     assert shards.manifest.format == 1 and shards.manifest.centre_view == 0
-    assert replace(shards.manifest, crops="ten:1.1").centre_view == 4
+    assert replace(shards.manifest, crops="ten:1.1", views=10).centre_view == 4
 
 
 @layouts
