@@ -74,8 +74,14 @@ def parser(action: str) -> Parser:
         help=f"seconds that an outage of s3:// is waited out (default {default.patience:g})",
     )  # fmt: skip
     if action == "index":
+        from megastar.data.samples import LAYOUTS
+
         p.add_argument("--tokenizer", default=None, help="tokenizer .safetensors that made the codes")
         p.add_argument("--codebook-size", type=positive, default=None, help="instead of --tokenizer: number of codes")
+        p.add_argument(
+            "--layout", choices=LAYOUTS, default="plain", help="how a shard holds its samples (default plain)"
+        )
+        p.add_argument("--crops", default="foreign", help="how the views were cut, if known: ten:1.1, center-flip, ...")
         p.add_argument("--classes", default=None, help="file with a class name a line (default: numbers)")
         return p
     p.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -116,10 +122,15 @@ def _print_table(title: str, rows: dict[str, Any]) -> None:
 
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(str(name), str(value))
+        table.add_row(_printable(str(name)), _printable(str(value)))
     # Lines that a program reads stay whole.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
     console.print(title, table, sep="\n")
+
+
+def _printable(text: str) -> str:
+    """Names come from afar: what would steer the terminal is shown as an escape."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def size_of(n: int) -> str:
@@ -347,7 +358,8 @@ def index(a: argparse.Namespace, console: Console) -> int:
     from megastar.data.foreign import index_foreign
 
     manifest = index_foreign(
-        a.set, tokenizer=a.tokenizer, codebook_size=a.codebook_size, classes=classes, data=_config(a), console=console
-    )
+        a.set, tokenizer=a.tokenizer, codebook_size=a.codebook_size, classes=classes, layout=a.layout, crops=a.crops,
+        data=_config(a), console=console,
+    )  # fmt: skip
     _print_table(a.set, {k: v for k, v in describe(manifest).items() if k not in ("class_names", "made_by", "skipped")})
     return 0

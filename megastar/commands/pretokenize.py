@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 from rich.console import Console
 
@@ -115,7 +116,7 @@ def verify(out: str, console: Console) -> int:
     for problem in problems:
         console.print(str(problem), markup=False, soft_wrap=True)
     broken = list(dict.fromkeys(problem.shard for problem in problems))
-    names = " ".join(broken)
+    names = " ".join(map(shlex.quote, broken))
     raise UserError(
-        f"{out}: {len(broken)} of {len(m.shards)} shards are broken: remove them (cd {out} && rm -f {names}) and run the command that made them again, it makes what is missing"
+        f"{out}: {len(broken)} of {len(m.shards)} shards are broken: remove them (cd {shlex.quote(str(out))} && rm -f {names}) and run the command that made them again, it makes what is missing"
     )

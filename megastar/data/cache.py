@@ -67,8 +67,9 @@ class Cache:
                 break
             f.close()  # removed while we waited for the lock
         if os.fstat(f.fileno()).st_size != info.bytes:
+            if _is_at(f, path):  # somebody cut it: fetch it again, whoever still reads what is left of it
+                path.unlink(missing_ok=True)
             f.close()
-            _remove(path)  # somebody cut it: fetch it again
             return None
         with suppress(OSError):  # another user's file
             os.utime(path)  # the order of removal

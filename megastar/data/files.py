@@ -31,10 +31,10 @@ def read_small(path: Path, most: int) -> bytes | None:
     """A file of at most ``most`` bytes; None for a bigger one, or one that cannot be read."""
     try:
         with path.open("rb") as f:
-            data = f.read(most + 1)
+            size = os.fstat(f.fileno()).st_size
+            return f.read(size) if size <= most else None  # a read takes the memory for what it is asked for
     except OSError:
         return None
-    return data if len(data) <= most else None
 
 
 def sync_folder(folder: Path) -> None:

@@ -20,9 +20,9 @@ from rich.progress import track
 
 from megastar.config.schema import DataConfig
 from megastar.data.files import sha256_of, write_atomic
-from megastar.data.index import ShardIndex, pack_index
+from megastar.data.index import ShardIndex, index_name, pack_index
 from megastar.data.manifest import MAX_CODEBOOK, Manifest, ShardInfo, is_plain_name, load_manifest
-from megastar.data.samples import Expected, Samples, check_classes, check_codes, find_samples
+from megastar.data.samples import LAYOUTS, Expected, Samples, check_classes, check_codes, find_samples
 from megastar.data.store import MANIFEST, FolderStore, S3Store, Store, open_store
 from megastar.data.tar import shown
 from megastar.errors import UserError
@@ -56,6 +56,8 @@ def index_foreign(
     trained on: no shards or samples, arrays of different shapes, codes outside the code book, a class that is missing
     or unknown, a key twice, a cut tar; and for a set that pretokenize has finished.
     """
+    if layout not in LAYOUTS:
+        raise UserError(f"layout {layout!r} is unknown: use {' or '.join(LAYOUTS)}")
     store = open_store(where, data)
     image_size = 0
     if tokenizer is not None:
@@ -86,7 +88,7 @@ def index_foreign(
             info = ShardInfo(name, len(found.offsets), len(tar), sha256_of(f))
             about = expected or Expected("uint16", 0, 0)
             index = ShardIndex(found.offsets, found.labels)
-            store.keep_index(info, pack_index(index, info, layout, about.dtype, about.views, about.tokens))
+            _keep_index(store, info, pack_index(index, info, layout, about.dtype, about.views, about.tokens))
             shards.append(info)
     if expected is None:
         raise UserError(
@@ -154,6 +156,14 @@ def _check_grid(found: Samples, tokens: int, where: str, grid: int | None) -> No
     if side * side != tokens or grid not in (None, side):
         wanted = "the square of a grid" if grid is None else f"{grid} x {grid}"
         raise UserError(f"token shard {where}: {shown(found.arrays[0].name)} has {tokens} codes a view, not {wanted}")
+
+
+def _keep_index(store: Store, info: ShardInfo, data: bytes) -> None:
+    """Beside the shard, where every node finds it."""
+    if isinstance(store, S3Store):
+        store.s3.put(index_name(info.name), data)
+    else:
+        store.keep_index(info, data)
 
 
 def _write(store: Store, manifest: Manifest) -> None:

@@ -70,6 +70,7 @@ class Columns:
     def __init__(self) -> None:
         self.keys: list[bytes] = []
         self.suffixes: list[bytes] = []
+        self._suffix: dict[bytes, bytes] = {}  # one object for a million equal ones
         self.columns = {k: array("q") for k in ("folder", "tar", "offset", "size", "label")}
         self.folders: dict[bytes, int] = {}
         self.classes: list[str] = []
@@ -83,12 +84,15 @@ class Columns:
         for column, value in zip(self.columns.values(), row, strict=True):
             column.append(value)
         self.keys.append(stem)
-        self.suffixes.append(dot + suffix)
+        self.suffixes.append(self._suffix.setdefault(suffix := dot + suffix, suffix))
 
     def listing(self) -> Listing:
         order = sorted(range(len(self.keys)), key=self.keys.__getitem__)  # stable: as found where keys are equal
-        names = [self.keys[i] + self.suffixes[i] for i in order]
-        ends = np.cumsum(np.fromiter(map(len, names), np.int64, len(names)))
+        names, ends = bytearray(), np.empty(len(order), np.int64)
+        for row, i in enumerate(order):
+            names += self.keys[i]
+            names += self.suffixes[i]
+            ends[row] = len(names)
         columns = {
             k: np.frombuffer(v, np.int64)[order] if order else np.empty(0, np.int64) for k, v in self.columns.items()
         }
@@ -96,7 +100,7 @@ class Columns:
             columns[k] = columns[k].astype(np.int32)
         folders = [text(f) for f in self.folders]
         lists = {"classes": self.classes, "folders": folders, "files": self.files, "stamps": self.stamps}
-        return Listing(b"".join(names), ends, **columns, **lists)
+        return Listing(bytes(names), ends, **columns, **lists)
 
 
 def text(name: bytes) -> str:

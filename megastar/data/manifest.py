@@ -16,6 +16,7 @@ from megastar.data.store import MANIFEST, Store, open_store
 from megastar.errors import UserError
 
 FORMAT = 1
+MAX_VIEWS = 1024  # a draw among them costs 8 bytes each, for each sample of a batch
 MAX_CODEBOOK = 2**16  # codes are stored as uint16
 _MOST = 2**45  # bytes of a shard, samples of a set: beyond it a number is nonsense
 
@@ -59,7 +60,7 @@ class Manifest:
     @property
     def centre_view(self) -> int:
         """Index of the unmirrored centre crop: the fifth of ten, else the first."""
-        return 4 if self.crops.startswith("ten") else 0
+        return 4 if self.crops.startswith("ten") and self.views > 4 else 0
 
     @property
     def expected(self) -> Expected:
@@ -128,7 +129,7 @@ def _problem(m: Manifest) -> str:
         return f"has codes of dtype {m.dtype!r}, this version of megastar reads {', '.join(DTYPES)}"
     if m.grid < 1 or m.tokens != m.grid**2:
         return f"promises {m.tokens} tokens on a grid of {m.grid} x {m.grid}"
-    if not 1 <= m.views <= 2**16 or m.tokens > 2**20:
+    if not 1 <= m.views <= MAX_VIEWS or m.tokens > 2**20:
         return f"promises {m.views} views of {m.tokens} tokens"
     if not 1 <= m.codebook_size <= MAX_CODEBOOK:
         return f"has a code book of {m.codebook_size}, not of 1 to {MAX_CODEBOOK} codes"

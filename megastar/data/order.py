@@ -23,6 +23,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+VERSION = 2  # of the order below: a run goes on in the one it began with. 1 mixed blocks of ``window`` shards
 _SHARDS, _SLOT, _SHARD, _CUTS = 0, 1, 2, 3  # what a permutation is of: independent streams
 
 

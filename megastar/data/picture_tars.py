@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -98,7 +98,7 @@ def add_tars(found: Columns, tars: Sequence[LocalTar | RemoteTar], report: Repor
     found.files = [tar.name for tar in tars]
     pool = ThreadPoolExecutor(_WALKERS)
 
-    def add(members: list[Member], number: int) -> None:
+    def add(members: Iterable[Member], number: int) -> None:
         for name, offset, size, label in members:
             found.add(name, number, offset, size, label)
         report(len(found.keys))
@@ -112,7 +112,7 @@ def add_tars(found: Columns, tars: Sequence[LocalTar | RemoteTar], report: Repor
         pool.shutdown(cancel_futures=True)
 
 
-Found = tuple[list[Member], list[tuple[bytes, int, int]]]  # the pictures of a tar, the tars in it
+Found = tuple[Iterable[Member], list[tuple[bytes, int, int]]]  # the pictures of a tar, the tars in it
 
 
 def _whole(tar: LocalTar | RemoteTar) -> Found:
@@ -151,6 +151,17 @@ def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: by
                 raise UserError(f"{where} is broken or cut at byte {end}, after {len(found)} pictures: copy it again")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{where} is not a readable tar ({error}): make or copy it again") from error
-    if not labels and not any(b"/" in name for name, _, _ in found):
-        return [(stem + b"/" + name, at, n, -1) for name, at, n in found], inner
-    return [(name, at, n, labels.get(stem_of(name), -1)) for name, at, n in found], inner
+    if labels or any(b"/" in name for name, _, _ in found):
+        stem = b""
+    return _members(found, labels, stem), inner
+
+
+def _members(found: list[tuple[bytes, int, int]], labels: dict[bytes, int], folder: bytes) -> Iterator[Member]:
+    """Empties ``found``: a million pictures need not be in memory twice."""
+    found.reverse()
+    while found:
+        name, offset, size = found.pop()
+        if folder:
+            yield folder + b"/" + name, offset, size, -1
+        else:
+            yield name, offset, size, labels.get(stem_of(name), -1)

@@ -23,6 +23,7 @@ from megastar.data.listing import SUFFIXES, Listing, digest, key_of
 from megastar.errors import UserError
 
 MAX_PIXELS = 40_000_000  # from the header, before anything is decoded
+MAX_BYTES = 512 << 20  # of a picture's file: 40 megapixels of four 16-bit channels, not packed, are 305 MiB
 MAX_ASPECT = 100  # a longer strip, enlarged to the crop's short side, would fill the memory
 
 # Pillow warns at 89 megapixels, which are refused here at 40. A filter set around each call is not thread-safe.
@@ -138,18 +139,30 @@ class PictureSet:
         and ``UserError`` where the source itself fails: such a picture may be good."""
         p = self.pictures[i]
         if self.remote is not None:
+            _check_size(p.key, p.size)
             return decode(self.remote.read(str(p.file), p.offset, p.offset + p.size), p.key)
         try:
             with p.file.open("rb") as f:
                 f.seek(max(0, p.offset))
-                data = f.read(p.size)
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+                _check_size(p.key, size := p.size if p.size >= 0 else os.fstat(f.fileno()).st_size)
+                data = f.read(size)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if p.offset >= 0 or not p.file.parent.is_dir():  # a disk that went away takes more than one picture along
+                gone = p.file if p.offset >= 0 else p.file.parent
+                raise UserError(f"{gone} is gone: run the same command again once it is back") from error
+            raise PictureError(f"{p.key}: {error.strerror}") from error
+        except (PermissionError, IsADirectoryError) as error:
             raise PictureError(f"{p.key}: {error.strerror}") from error
         except OSError as error:
             raise UserError(f"{p.file} cannot be read ({error}): run the same command again once it can") from error
         if len(data) < p.size:
             raise UserError(f"{p.file} ends inside {p.key}: it was cut since it was listed, copy it again")
         return decode(data, p.key)
+
+
+def _check_size(key: str, size: int) -> None:
+    if size > MAX_BYTES:
+        raise PictureError(f"{key}: its {size} bytes are over {MAX_BYTES >> 20} MiB")
 
 
 def decode(data: bytes, name: str) -> Image.Image:

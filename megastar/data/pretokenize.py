@@ -203,8 +203,13 @@ class Run:
     def join(self) -> None:
         """Write the plan, or compare with the one that is there. Forget records of shards that were lost since."""
         plan = self.progress / "plan.json"
-        if not plan.is_file():
-            write_atomic(plan, (json.dumps(_settings(self.about), indent=1) + "\n").encode())
+        while not plan.is_file():  # one process says what all must do, or two settings would share a folder
+            if self.claims.take("plan"):
+                with self.claims.holding("plan"):
+                    if not plan.is_file():
+                        write_atomic(plan, (json.dumps(_settings(self.about), indent=1) + "\n").encode())
+            else:
+                time.sleep(POLL / 5)
         _compare(self.out, json.loads(plan.read_text(encoding="utf-8")), _settings(self.about))
         for path in self.progress.glob("shard-*.json"):
             if not _is_there(self.out, _record(path)[0]):
@@ -231,8 +236,8 @@ class Run:
                         return shard
                     self.claims.release(name)  # finished since
                     break
-            else:
-                time.sleep(POLL)
+            else:  # each look asks the file server about each claim: many processes must not all ask it all the time
+                time.sleep(POLL * min(len(todo), 20))
 
     def write(self, shard: int, pictures: PictureSet, encode: Pipeline, bar: Bar) -> None:
         """Make a shard and its record."""

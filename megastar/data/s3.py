@@ -24,6 +24,7 @@ from megastar.errors import UserError
 PART = 8 << 20  # bytes of a ranged GET at least, four times that at most: each costs 3 ms of a core
 PAGE = 1000  # objects of one listing: S3's most
 _CHUNK = 1 << 20
+_GLANCE = 10.0  # seconds
 _LONGEST_PAUSE = 10.0  # seconds: so soon after an outage the run goes on
 _random = random.Random()  # its own: the pauses must not move anybody's draws
 
@@ -132,15 +133,21 @@ class S3Folder:
         return bytes(sink.data)
 
     def glance(self, name: str, most: int) -> bytes | None:
-        """A small object that may be missing: one attempt, None where it fails or is larger than ``most`` bytes."""
-        try:
-            answer = self.client.get_object(Bucket=self.bucket, Key=self.key_of(name))
-            with closing(answer["Body"]) as body:
-                return body.read() if answer["ContentLength"] <= most else None
-        except Exception as error:
-            with suppress(UserError):  # it is only a help: what ails the store is said when a shard is wanted
-                self.passing(error, name)
-            return None
+        """A small object that may be missing: one attempt, None where it fails, is larger than ``most`` bytes, or does
+        not come within seconds: a rank at its end must not wait for it."""
+        found: list[bytes] = []
+
+        def ask() -> None:
+            with suppress(Exception):  # it is only a help: what ails the store is said when a shard is wanted
+                answer = self.client.get_object(Bucket=self.bucket, Key=self.key_of(name))
+                with closing(answer["Body"]) as body:
+                    if answer["ContentLength"] <= most:
+                        found.append(body.read())
+
+        thread = threading.Thread(target=ask, name="s3-glance", daemon=True)
+        thread.start()
+        thread.join(_GLANCE)
+        return found[0] if found else None
 
     def put(self, name: str, data: bytes, stall: Stall | None = None) -> None:
         """Write a small object whole."""

@@ -10,7 +10,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +17,6 @@ from typing import BinaryIO
 import numpy as np
 
 from megastar.config.schema import DataConfig
-from megastar.data.files import sha256_of
 from megastar.data.index import ShardIndex, pack_index, unpack_index
 from megastar.data.manifest import MAX_CODEBOOK, Manifest, ShardInfo, parse_manifest
 from megastar.data.samples import DTYPES, find_samples
@@ -206,6 +204,11 @@ class ShardSet:
             data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
             index = self._index(data, info)
             data.madvise(mmap.MADV_DONTNEED)  # what that looked at is no longer needed
+        except OSError as error:
+            file.close()
+            raise UserError(
+                f"token shard {self.store.where(info.name)} cannot be mapped ({error.strerror}): raise `ulimit -n` and `ulimit -v`, or lower data.window"
+            ) from error
         except BaseException:
             file.close()
             raise
@@ -251,21 +254,3 @@ def walk_shard(data: mmap.mmap, where: str, manifest: Manifest, info: ShardInfo)
             f"token shard {where} holds {n} samples, the manifest says {info.samples}: it was cut or changed, {AGAIN}"
         )
     return ShardIndex(found.offsets, found.labels)
-
-
-def verify(folder: str | Path) -> Manifest:
-    """Walk every shard and compare its SHA-256 with the manifest. Raises ``UserError`` naming the first that differs."""
-    with closing(ShardSet(folder, max_open=1)) as shards:
-        for number, info in enumerate(shards.manifest.shards):
-            where = shards.store.where(info.name)
-            found = walk_shard(shards.open(number), where, shards.manifest, info)
-            with shards.store.open(info) as f:
-                digest = sha256_of(f)
-            if digest != info.sha256:
-                raise UserError(
-                    f"token shard {where} has SHA-256 {digest}, the manifest says {info.sha256}: it was changed, {AGAIN}"
-                )
-            index = shards.index(number)
-            if not (np.array_equal(found.offsets, index.offsets) and np.array_equal(found.labels, index.labels)):
-                raise UserError(f"the index of token shard {where} is of another tar: remove it, it is made again")
-        return shards.manifest

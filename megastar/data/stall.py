@@ -17,12 +17,17 @@ THREADS = 4  # that work at once for one wait
 NEVER = threading.Event()  # a stop that does not come
 
 
+class OutOfReach(UserError):
+    """The store did not answer for as long as it may."""
+
+
 class Stopped(Exception):
     """The reading was ended from outside."""
 
 
 class Stall:
-    """How long ``what`` has not moved: says so every ten seconds, and ends the wait after ``patience`` seconds.
+    """How long ``what`` has not moved: says so every ten seconds, and ends the wait after ``patience`` seconds
+    with ``OutOfReach``.
 
     What moves slowly is waited for without end, and told of as well.
 
@@ -54,14 +59,14 @@ class Stall:
         self.problem = " ".join(f"{error}".split())[:300] or type(error).__name__
 
     def tick(self) -> None:
-        """Call it every fraction of a second. Raises ``UserError`` or ``Stopped`` when the wait is over."""
+        """Call it every fraction of a second. Raises ``OutOfReach`` or ``Stopped`` when the wait is over."""
         if self.stop.is_set():
             raise Stopped
         now = time.monotonic()
         idle = now - self._moved
         # Without an error, bytes may be on the way: the connection's own time limits speak first.
         if idle >= self.patience + (0 if self.problem else _UNTOLD):
-            raise UserError(
+            raise OutOfReach(
                 f"{self.what} did not come from {self.endpoint} for {idle:.0f} s (data.patience = {self.patience:g}), the last error: {self.problem or 'no answer'}: once the store answers, run the same command again"
             )
         if now - self._said < SAY_EVERY:

@@ -7,6 +7,7 @@ falls behind, and says so.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import time
@@ -21,13 +22,14 @@ from megastar.data.cache import Cache, most_of_index
 from megastar.data.files import read_small, sha256_of, write_atomic
 from megastar.data.index import index_name
 from megastar.data.s3 import S3Folder
-from megastar.data.stall import NEVER, SAY_EVERY, Stall, Stopped, together
+from megastar.data.stall import NEVER, SAY_EVERY, Stall, together
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
     from megastar.data.manifest import ShardInfo
 
 MANIFEST = "manifest.json"
+MOST_OF_MANIFEST = 256 << 20  # bytes: a million skipped pictures fit
 _FETCHERS = 3  # shards that are read ahead at once
 _POLL = 0.02  # seconds between looks at what another process of the node fetches
 
@@ -60,6 +62,9 @@ class Store(Protocol):
 
     def audit(self, info: ShardInfo) -> tuple[BinaryIO, str]:
         """The shard as it is there now, past any cache and whatever its size, and its SHA-256. Errors as ``open``."""
+
+    def audit_index(self, info: ShardInfo) -> bytes | None:
+        """As ``index``, past any cache."""
 
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
         """These will be opened next, in this order; what was announced before counts no longer."""
@@ -99,7 +104,9 @@ class FolderStore:
             raise UserError(
                 f"{self.folder} has no {MANIFEST}: pretokenize has not finished there, run the same command again"
             )
-        return path.read_bytes()
+        if (data := read_small(path, MOST_OF_MANIFEST)) is None:
+            raise UserError(f"{path} cannot be read, or has over {MOST_OF_MANIFEST >> 20} MiB: copy it again")
+        return data
 
     def open(self, info: ShardInfo, stop: threading.Event = NEVER) -> BinaryIO:
         path = self.folder / info.name
@@ -107,7 +114,12 @@ class FolderStore:
             raise UserError(
                 f"token shard {path} is missing though the manifest lists it: copy it again or pretokenize again"
             )
-        return path.open("rb")
+        try:
+            return path.open("rb")
+        except OSError as error:  # not ours to read, or too many files are open
+            raise UserError(
+                f"token shard {path} cannot be opened ({error.strerror}): make it readable, raise `ulimit -n`, or lower data.window"
+            ) from error
 
     def index(self, info: ShardInfo) -> bytes | None:
         path = self._index(info)
@@ -117,12 +129,17 @@ class FolderStore:
         return None
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
+        if self.index(info) == data:  # another rank, which walked the same tar, was faster
+            return
         with suppress(OSError):  # a folder that is not ours to write
             write_atomic(self._index(info), data)
 
     def audit(self, info: ShardInfo) -> tuple[BinaryIO, str]:
         f = self.open(info)
         return f, sha256_of(f)
+
+    def audit_index(self, info: ShardInfo) -> bytes | None:
+        return self.index(info)
 
     def _index(self, info: ShardInfo) -> Path:
         return self.folder / index_name(info.name)
@@ -168,9 +185,10 @@ class S3Store:
         return self.s3.url_of(name)
 
     def manifest(self) -> bytes:
-        stall = self.s3.stall(MANIFEST)
         with tempfile.TemporaryFile() as f:
-            self.s3.fetch(MANIFEST, f, None, stall)
+            self.s3.fetch(MANIFEST, f, None, self.s3.stall(MANIFEST))
+            if f.seek(0, os.SEEK_END) > MOST_OF_MANIFEST:
+                raise UserError(f"{self.where(MANIFEST)} has over {MOST_OF_MANIFEST >> 20} MiB: upload it again")
             f.seek(0)
             return f.read()
 
@@ -220,8 +238,7 @@ class S3Store:
     def index(self, info: ShardInfo) -> bytes | None:
         if (kept := self.cache.index(info)) is not None:
             return kept
-        data = self.s3.glance(index_name(info.name), most_of_index(info))  # uploaded with the shards
-        if data is not None:
+        if (data := self.audit_index(info)) is not None:
             self.cache.keep_index(info, data)
         return data
 
@@ -235,6 +252,9 @@ class S3Store:
         except BaseException:
             f.close()
             raise
+
+    def audit_index(self, info: ShardInfo) -> bytes | None:
+        return self.s3.glance(index_name(info.name), most_of_index(info))  # uploaded with the shards
 
     # Reading ahead ---------------------------------------------------------------------------------------------
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
@@ -267,7 +287,7 @@ class S3Store:
                 info = self._wanted.popleft()
             try:
                 done = self._one_ahead(info, closed)
-            except (UserError, Stopped, OSError):
+            except Exception:
                 closed.wait(1.0)  # ``open`` will meet it too, and say it
                 done = True
             with self._changed:

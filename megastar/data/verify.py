@@ -15,10 +15,11 @@ from rich.console import Console
 
 from megastar.config.schema import DataConfig
 from megastar.data.bar import bar_of
-from megastar.data.index import ShardIndex
+from megastar.data.index import ShardIndex, index_name, unpack_index
 from megastar.data.manifest import Manifest, ShardInfo, parse_manifest
 from megastar.data.samples import DTYPES
 from megastar.data.shard_set import walk_shard
+from megastar.data.stall import OutOfReach
 from megastar.data.store import Store, open_store
 from megastar.errors import UserError
 
@@ -39,7 +40,8 @@ class Problem(NamedTuple):
 def verify(folder: str | Path, data: DataConfig | None = None, progress: Console | None = None) -> list[Problem]:
     """Read every shard of a folder or ``s3://bucket/prefix`` (there, not in the cache) and compare it with the manifest.
 
-    Compared are size, SHA-256, count and shape of the samples, codes with the code book, classes with their names.
+    Compared are size, SHA-256, count and shape of the samples, codes with the code book, classes with their names, and
+    the index beside the shard with the tar, where a reader would use it.
     Returns what is wrong, in the shards' order: nothing for a good set. ``progress`` shows a bar. Raises ``UserError``
     for a manifest that cannot be had or is none, and when the store is out of reach.
     """
@@ -61,8 +63,12 @@ def verify(folder: str | Path, data: DataConfig | None = None, progress: Console
 def _check(store: Store, manifest: Manifest, info: ShardInfo) -> list[Problem]:
     try:
         f, found = store.audit(info)
+    except OutOfReach:  # which says nothing about this shard, nor about the next one
+        raise
     except UserError as error:
         return [Problem(info.name, str(error))]
+    except OSError as error:  # a disk that fails
+        return [Problem(info.name, f"cannot be read ({error.strerror}): mend the disk or copy it again")]
     with f:
         return [Problem(info.name, reason) for reason in _reasons(f.fileno(), found, store, manifest, info)]
 
@@ -72,6 +78,9 @@ def _reasons(fd: int, found: str, store: Store, manifest: Manifest, info: ShardI
     if size != info.bytes:
         yield f"has {size} bytes, the manifest says {info.bytes}: it was cut or changed"
         return
+    if not size:
+        yield "is empty, not even tar's end mark is there: it was cut or changed"
+        return
     if found != info.sha256:  # what else is wrong tells where to look
         yield f"has SHA-256 {found}, the manifest says {info.sha256}: it was changed"
     with closing(mmap.mmap(fd, 0, access=mmap.ACCESS_READ)) as data:
@@ -80,6 +89,12 @@ def _reasons(fd: int, found: str, store: Store, manifest: Manifest, info: ShardI
         except UserError as error:
             yield str(error)
             return
+        kept = unpack_index(store.audit_index(info), info, manifest.layout, manifest.expected, data)
+        same = kept is None or all(
+            np.array_equal(a, b) for a, b in ((kept.offsets, index.offsets), (kept.labels, index.labels))
+        )
+        if not same:
+            yield f"its index {index_name(info.name)} tells of other samples: remove that file, it is made again"
         yield from _contents(data, index, manifest)
 
 

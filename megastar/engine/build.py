@@ -117,7 +117,8 @@ def start(cfg: RunConfig) -> Context:
     if alone and not dist.is_initialized():  # no launcher: a store of our own needs no free port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     # A rank may wait for S3 while the others wait for it.
-    patience = timedelta(seconds=cfg.data.patience + 600) if is_remote(cfg.data.shards) else timedelta()
+    remote = is_remote(cfg.data.shards) or is_remote(cfg.data.val_shards)
+    patience = timedelta(seconds=cfg.data.patience + 600) if remote else timedelta()
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=max(patience, default_pg_timeout))
     context = Context(rank, world, device, pick_dtype(cfg.train.dtype, device), cfg.parallel.tensor_parallel)
     resolve_batch(cfg, world)  # the world must fit before groups are made of it

@@ -15,6 +15,7 @@ from megastar.config.load import diff_configs, load_config, resolve_batch, save_
 from megastar.config.schema import RunConfig
 from megastar.data.loader import TokenLoader, check_enough, check_manifest, validation_batches
 from megastar.data.manifest import Manifest, load_manifest
+from megastar.data.order import VERSION as ORDER
 from megastar.data.store import is_remote
 from megastar.engine import checkpoint, folders
 from megastar.engine.build import Context, Engines, build, start
@@ -23,7 +24,7 @@ from megastar.engine.faults import PREEMPTED, Question, StopFlag, check_moved
 from megastar.engine.metrics import Metrics
 from megastar.engine.schedule import learning_rate, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
-from megastar.engine.supply import Starved, Supply, leave
+from megastar.engine.supply import Starved, Supply, leave, on_all_ranks
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.tokenizer.io import tokenizer_hash
@@ -53,6 +54,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
         restored = checkpoint.load(cfg, ctx, engines, found)
         done, origin = restored["step"], restored.get("init")
         check_same_data(cfg, restored, data, found)
+        check_same_order(cfg, manifest, restored, found)
     else:
         origin = checkpoint.load_initial(cfg, ctx, engines) if cfg.train.init else None
         checkpoint.seed_dropout(cfg, ctx, 0)
@@ -61,7 +63,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
         if ctx.main:
             Console().print(f"{cfg.run} is done: {done} of {steps} steps; raise train.steps to go on")
         return
-    loader = make_loader(cfg, ctx, engines, done)
+    loader = on_all_ranks(ctx, lambda: make_loader(cfg, ctx, engines, done))
     metrics = Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main)
     text = f"resumed {found} at step {done}" if found else f"{cfg.run}: {steps} steps on {ctx.world} rank(s)"
     metrics.event("resumed" if found else "started", text, steps=steps, ranks=ctx.world)
@@ -70,6 +72,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     about = {
         "steps": steps,
         **data,
+        "order": ORDER,
         "classes": manifest.classes,
         "init": origin,
         "command": " ".join(["megastar", *sys.argv[1:]]),
@@ -97,7 +100,7 @@ def run(
     """The loop itself: batch -> losses -> backward -> agree -> step -> teacher. ``about`` goes into each checkpoint."""
     supply, steps = Supply(loader, ctx, lambda: bool(stop.signal)), about["steps"]
     saver = checkpoint.Saver(cfg, ctx, engines)
-    validation = make_validation(cfg, ctx, engines)
+    validation = on_all_ranks(ctx, lambda: make_validation(cfg, ctx, engines))
     engines.student.train()
     for step in range(done, steps):
         try:
@@ -206,6 +209,18 @@ def check_same_data(cfg: RunConfig, restored: dict[str, Any], digests: dict[str,
     ):
         if restored.get(name, digests[name]) != digests[name]:
             raise UserError(f"{where} holds other shards than {found} {what}: restore them, or choose another run=...")
+
+
+def check_same_order(cfg: RunConfig, manifest: Manifest, restored: dict[str, Any], found: Path) -> None:
+    """Raise ``UserError`` where the checkpoint's samples came in another order: some would come twice, some never.
+
+    With no more shards than are mixed, all versions of the order are one.
+    """
+    shards, order = sum(n > 0 for n in manifest.shard_sizes), restored.get("order", 1)
+    if order != ORDER and shards > cfg.data.window:
+        raise UserError(
+            f"{found} was trained in order {order} of the samples, this version of megastar knows order {ORDER}: finish that run with the version that began it, or begin another run=... from it with train.init={found}"
+        )
 
 
 def digest_of(manifest: Manifest | None) -> str:

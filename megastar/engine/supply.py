@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from megastar.engine.checkpoint import Saver
 from megastar.engine.faults import PREEMPTED
 from megastar.engine.metrics import Metrics
 from megastar.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -76,13 +78,29 @@ class Supply:
 
     def why(self) -> Exception | None:
         """What kept any rank from its batch, on all ranks alike; None where only a signal did."""
-        told = f"{self.problem}" if isinstance(self.problem, UserError) else repr(self.problem) if self.problem else ""
-        every = [told]
-        if self.ctx.world > 1:
-            every = [""] * self.ctx.world
-            dist.all_gather_object(every, told)
-        first = next((text for text in every if text), "")
-        return self.problem or (UserError(first) if first else None)
+        return _problem_of_any(self.ctx, self.problem)
+
+
+def on_all_ranks(ctx: Context, make: Callable[[], T]) -> T:
+    """What ``make`` returns. Where it fails on some rank it fails on all: none is left behind in a collective."""
+    try:
+        made, problem = make(), None
+    except Exception as error:
+        made, problem = None, error
+    if (problem := _problem_of_any(ctx, problem)) is not None:
+        raise problem
+    return cast(T, made)
+
+
+def _problem_of_any(ctx: Context, problem: Exception | None) -> Exception | None:
+    """This rank's own, or else the first rank's that has one, as its sentence. Called by all ranks alike."""
+    told = f"{problem}" if isinstance(problem, UserError) else repr(problem) if problem else ""
+    every = [told]
+    if ctx.world > 1:
+        every = [""] * ctx.world
+        dist.all_gather_object(every, told)
+    first = next((text for text in every if text), "")
+    return problem or (UserError(first) if first else None)
 
 
 def leave(

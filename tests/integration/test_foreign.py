@@ -26,6 +26,8 @@ def test_a_foreign_set_on_s3(s3, use_s3, tmp_path, monkeypatch):
     data = DataConfig(cache=str(tmp_path / "cache"), patience=60)
     made = index_foreign(url, codebook_size=V, data=data)
     assert load_manifest(url, data) == made == index_foreign(folder, codebook_size=V)
+    kept = {o["Key"].rpartition("/")[2] for o in client.list_objects_v2(Bucket="codes", Prefix="foreign/")["Contents"]}
+    assert kept == {p.name for p in folder.iterdir()} >= {"train-000.idx", "train-001.idx"}
     assert index_foreign(url, codebook_size=V, data=data) == made  # a second time, over its own manifest
     settings = {"seed": 0, "global_batch": 4, "views": 2, "class_dropout_prob": 0.1, "num_classes": CLASSES}
     settings |= {"vocab_size": V, "tokens": T}

@@ -21,9 +21,10 @@ from megastar.data import shard_set
 from megastar.data.loader import validation_batches
 from megastar.data.manifest import load_manifest
 from megastar.data.s3 import S3Folder
-from megastar.data.shard_set import ShardSet, verify
+from megastar.data.shard_set import ShardSet
+from megastar.data.stall import OutOfReach
 from megastar.data.store import S3Store
-from megastar.data.verify import verify as data_verify
+from megastar.data.verify import _check, verify
 from megastar.errors import UserError
 from tests.integration.conftest import ROOT, megastar
 from tests.integration.s3 import client_of, free_port
@@ -217,6 +218,8 @@ def test_an_outage_beyond_the_patience_names_shard_endpoint_and_error(use_s3, fo
     for part in ("s3://codes/train/shard-00000.tar did not come", endpoint, "data.patience = 1", "Could not connect"):
         assert part in str(error.value)
     assert cached(data) == []
+    with pytest.raises(OutOfReach, match="shard-00000.tar did not come"):  # verify does not call the shard broken
+        _check(S3Store("s3://codes/train", data), load_manifest(folder), info)
 
 
 def test_an_outage_does_not_hold_up_the_end_of_a_loader(relay, use_s3, url, data):
@@ -305,7 +308,7 @@ def test_cut_changed_and_missing_objects_are_named(spoilt, data):
         shards.read(1, 0)
     assert shards.read(2, 1)[2] == SIZES[0] + SIZES[1] + 1  # the others can be read
     client.put_object(Bucket="codes", Key=f"{prefix}/shard-00001.tar", Body=good)
-    assert verify(url) == shards.manifest
+    assert verify(url, data) == []
     with pytest.raises(UserError, match=r"bucket nowhere of s3://nowhere/x/manifest.json does not exist at http"):
         load_manifest("s3://nowhere/x")
     with pytest.raises(UserError, match=r"s3://codes/x/manifest.json does not exist at http"):
@@ -328,7 +331,7 @@ def test_an_object_replaced_while_it_is_read(spoilt, relay, use_s3, data):
 # megastar data -----------------------------------------------------------------------------------------------------
 def test_verify_reads_the_store_and_not_the_cache(spoilt, data, capsys):
     client, url, prefix, good = spoilt
-    assert data_verify(url, data) == []
+    assert verify(url, data) == []
     whole = ShardSet(url, data=data)
     for shard in range(4):
         whole.read(shard, 0)  # all in the cache
@@ -336,7 +339,7 @@ def test_verify_reads_the_store_and_not_the_cache(spoilt, data, capsys):
     other[512 * 5 + 200] ^= 1
     client.put_object(Bucket="codes", Key=f"{prefix}/shard-00001.tar", Body=bytes(other))
     client.delete_object(Bucket="codes", Key=f"{prefix}/shard-00003.tar")
-    found = data_verify(url, data)
+    found = verify(url, data)
     assert [p.shard for p in found] == ["shard-00001.tar", "shard-00003.tar"]
     assert "has SHA-256" in found[0].reason and "does not exist at http" in found[1].reason
     assert cli.main(["data", "verify", url]) == 1 and "2 of 4 shards are broken" in capsys.readouterr().out
@@ -356,4 +359,5 @@ def test_a_run_from_s3_repeats_the_run_from_the_folder(s3, use_s3, world, whole,
     assert rows(tmp_path / "run") == rows(whole)
     manifests = [json.loads((world.codes(s) / "manifest.json").read_text()) for s in ("train", "val")]
     names = sorted(f"{shard['sha256']}.tar" for m in manifests for shard in m["shards"])
-    assert sorted(p.name for p in (tmp_path / "cache").glob("*.*")) == names
+    cache = tmp_path / "cache"
+    assert sorted(p.name for p in cache.glob("*.*") if p.suffix != ".idx") == names  # no part or temporary file is left

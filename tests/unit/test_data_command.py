@@ -13,7 +13,9 @@ from PIL import Image
 
 from megastar import cli
 from megastar.data.files import sha256
+from megastar.data.loader import TokenLoader
 from megastar.data.manifest import Manifest, load_manifest
+from megastar.data.samples import LAYOUTS
 from megastar.data.shards import open_writer
 from megastar.data.stats import count
 from megastar.data.verify import verify
@@ -26,24 +28,9 @@ TOKENIZER = Path(__file__).resolve().parents[2] / "assets/tokenizer/emoji64-vq.s
 SIZES = (5, 0, 4)
 
 
-def packed_set(folder):
-    """As ``write_set``, packed."""
-    write_set(folder, SIZES)
-    manifest, infos, i = load_manifest(folder), [], 0
-    for info in manifest.shards:
-        with open_writer(folder / info.name, "packed") as writer:
-            for _ in range(info.samples):
-                writer.add(f"{i:09d}", *sample(i), f"a/picture.{i}")
-                i += 1
-        infos.append(writer.info())
-    data = json.loads(manifest.to_json()) | {"layout": "packed", "shards": [s.__dict__ for s in infos]}
-    (folder / "manifest.json").write_text(json.dumps(data))
-    return folder
-
-
-@pytest.fixture(params=["plain", "packed"])
+@pytest.fixture(params=LAYOUTS)
 def folder(request, tmp_path) -> Path:
-    return write_set(tmp_path / "s", SIZES) if request.param == "plain" else packed_set(tmp_path / "s")
+    return write_set(tmp_path / "s", SIZES, request.param)
 
 
 def run(capsys, *words: object) -> str:
@@ -61,6 +48,9 @@ def test_inspect(folder, capsys):
     about = json.loads(run(capsys, "inspect", folder, "--json"))
     assert (about["samples"], about["shards"], about["bytes"], about["views"]) == (9, 3, size, VIEWS)
     assert about["layout"] == load_manifest(folder).layout and about["class_names"] == list("abcd")
+    data = json.loads((folder / "manifest.json").read_text()) | {"classes": ["\x1b[31mred", "b", "c", "d"]}
+    (folder / "manifest.json").write_text(json.dumps(data))
+    assert r"\x1b[31mred" in (text := run(capsys, "inspect", folder)) and "\x1b" not in text
     assert about["first"][4] == {"id": 4, "source": "a/picture.4", "class": 0, "class_name": "a"}
 
 
@@ -96,6 +86,25 @@ def test_every_broken_shard_is_named(tmp_path, capsys):
     assert cli.main(["data", "verify", str(folder), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["broken"] == 5 and [p["shard"] for p in report["problems"]] == [p.shard for p in found]
+
+
+def test_a_failing_disk_and_an_empty_shard_are_named(tmp_path, monkeypatch):
+    folder = write_set(tmp_path / "s", (2, 3))
+    data = json.loads((folder / "manifest.json").read_text())
+    (folder / "none.tar").touch()
+    data["shards"].append({"name": "none.tar", "samples": 0, "bytes": 0, "sha256": sha256(folder / "none.tar")})
+    (folder / "manifest.json").write_text(json.dumps(data))
+
+    def failing(f):
+        if f.name.endswith("shard-00001.tar"):
+            raise OSError(5, "Input/output error")
+        return sha256(Path(f.name))
+
+    monkeypatch.setattr("megastar.data.store.sha256_of", failing)
+    assert list(map(str, verify(folder))) == [
+        "shard-00001.tar: cannot be read (Input/output error): mend the disk or copy it again",
+        "none.tar: is empty, not even tar's end mark is there: it was cut or changed",
+    ]
 
 
 def test_codes_and_classes_out_of_range(folder, capsys):
@@ -172,6 +181,38 @@ def test_duplicates_and_the_sheet(tmp_path, capsys):
     codes = np.random.default_rng(0).integers(0, 2048, (6, 2, 64))[[0, 3, 0], 0]
     expected = decode_pictures(load_tokenizer(TOKENIZER), torch.from_numpy(codes))
     assert all(np.array_equal(a, b) for a, b in zip(cells, expected, strict=True))
+
+
+# index -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shards_of_another_writer_from_index_to_batch(tmp_path, capsys, layout):
+    """Tars alone, as another program leaves them."""
+    folder = write_set(tmp_path / "s", SIZES, layout)
+    for path in [folder / "manifest.json", *folder.glob("*.idx")]:
+        path.unlink()
+    if layout == "plain":  # of webdataset's own writer
+        wds = pytest.importorskip("webdataset")
+        for number, first in ((0, 0), (2, SIZES[0])):
+            with wds.TarWriter(str(folder / f"shard-{number:05d}.tar")) as writer:
+                for i in range(first, first + SIZES[number]):
+                    writer.write({"__key__": f"{i:06d}", "npy": sample(i)[0], "cls": sample(i)[1]})
+    (tmp_path / "names.txt").write_text("cat\ndog\nbird\nfox\n")
+    words = ("--codebook-size", V, "--classes", tmp_path / "names.txt", "--layout", layout, "--crops", "center-flip")
+    text = run(capsys, "index", folder, *words)
+    assert "4 x 4" in text and "not named" in text and len(list(folder.glob("*.idx"))) == 3
+    about = json.loads(run(capsys, "inspect", folder, "--json"))
+    assert (about["samples"], about["class_names"], about["layout"], about["crops"]) == (
+        9, ["cat", "dog", "bird", "fox"], layout, "center-flip",
+    )  # fmt: skip
+    assert run(capsys, "verify", folder) == "3 shards, 9 samples: every byte is as the manifest says\n"
+    loader = TokenLoader(
+        folder, seed=0, global_batch=9, views=VIEWS, class_dropout_prob=0.0, num_classes=4, vocab_size=V, tokens=T
+    )
+    batch = loader.batch(0)
+    for i, codes, label in zip(batch["ids"].tolist(), batch["codes"], batch["labels"].tolist(), strict=True):
+        assert sorted(map(tuple, codes.tolist())) == sorted(map(tuple, sample(i)[0].tolist())) and label == sample(i)[1]
+    assert sorted(batch["ids"].tolist()) == list(range(9))
+    loader.close()
 
 
 # Mistakes ----------------------------------------------------------------------------------------------------------

@@ -12,15 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megastar.data.foreign import index_foreign
+from megastar.data.manifest import load_manifest
 from megastar.data.samples import LAYOUTS
-from megastar.data.shard_set import ShardSet, verify
+from megastar.data.shard_set import ShardSet
 from megastar.data.tar import walk
+from megastar.data.verify import verify
 from megastar.errors import UserError
 from tests.unit.test_data_shards import V, sample, write_set
 
 SIZES = (3, 2)
 PLACES = ("shard-00000.tar", "shard-00000.idx", "manifest.json")
-few = settings(max_examples=50, deadline=30_000, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=35, deadline=30_000, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -39,7 +41,7 @@ def bounded(limit: int = 32 << 20):
         tracemalloc.stop()
 
 
-def read_everything(folder: Path) -> int:
+def read_everything(folder: Path, sources: bool = True) -> int:
     """Read all samples in three ways; how many were as written. Raises ``UserError``."""
     right = 0
     for resident in (0, 1 << 30):
@@ -51,7 +53,7 @@ def read_everything(folder: Path) -> int:
                 expected, label = sample(int(i))
                 same = codes[i].shape == expected.shape and (codes[i] == expected).all() and labels[i] == label
                 right += bool(same)
-    for number in range(len(m.shards)):
+    for number in range(len(m.shards) if sources else 0):
         shards.sources(number)
     shards.close()
     return right
@@ -116,8 +118,7 @@ def test_changed_headers_are_errors_or_harmless(whole, tmp_path, data):
     # A name may be another now, and so a sample's class or place: then the hash tells, here only the bounds.
     try_folder(folder, exact=False)
     if tar != (whole / "shard-00000.tar").read_bytes():
-        with pytest.raises(UserError):
-            verify(folder)
+        assert {p.shard for p in verify(folder)} == {"shard-00000.tar"}
 
 
 @few
@@ -217,5 +218,5 @@ def test_foreign_sets_of_any_bytes(whole, tmp_path, data):
         except UserError as error:
             assert "\n" not in str(error)
             return
-        assert verify(folder) == made
-        read_everything(folder)
+        assert load_manifest(folder) == made and verify(folder) == []
+        read_everything(folder, sources=False)  # a note may be broken: no code or class hangs on it

@@ -1,6 +1,7 @@
 """Pictures: layouts, classes, crops, and everything that can be wrong with a file."""
 
 import io
+import os
 import struct
 import tarfile
 import zlib
@@ -182,6 +183,31 @@ def test_a_picture_that_vanished(tmp_path):
     pictures = PictureSet(make_folder(tmp_path, {"cat/0.png": png()}))
     (tmp_path / "cat/0.png").unlink()
     with pytest.raises(PictureError, match="cat/0: .*No such file"):
+        pictures.read(0)
+    (tmp_path / "cat").rmdir()  # as when a disk goes away: every other picture would be skipped in silence
+    with pytest.raises(UserError, match="cat is gone: run the same command again once it is back"):
+        pictures.read(0)
+
+
+def test_a_gigantic_file(tmp_path):
+    folder = make_folder(tmp_path / "tree", {"cat/0.png": png()})
+    os.truncate(folder / "cat/0.png", 1 << 34)  # a hole
+    with pytest.raises(PictureError, match="cat/0: its 17179869184 bytes are over 512 MiB"):
+        PictureSet(folder).read(0)
+    with (tmp_path / "a.tar").open("wb") as f:
+        member = tarfile.TarInfo("cat/0.png")
+        member.size = 1 << 34
+        f.write(member.tobuf(tarfile.GNU_FORMAT))
+        f.truncate(512 + member.size + 1024)
+    with pytest.raises(PictureError, match="cat/0: its 17179869184 bytes are over 512 MiB"):
+        PictureSet(tmp_path / "a.tar").read(0)
+
+
+def test_a_tar_that_vanished(tmp_path):
+    make_tar(tmp_path / "a.tar", {"cat/0.png": png()})
+    pictures = PictureSet(tmp_path)
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(UserError, match="a.tar is gone"):
         pictures.read(0)
 
 

@@ -3,14 +3,18 @@
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megastar.cli import main
-from megastar.data.manifest import load_manifest
+from megastar.data.claims import Claims
+from megastar.data.manifest import Manifest, load_manifest
+from megastar.data.pretokenize import PROGRESS, Run
 from megastar.data.shard_set import ShardSet
 from megastar.errors import UserError
 from tests.unit.test_data_pretokenize import contents, pictures, run, tokenizer  # noqa: F401
@@ -195,3 +199,25 @@ def test_the_batch_script_shows_its_command(tmp_path):
     )
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout == "srun --kill-on-bad-exit=0 megastar pretokenize a folder --out x\n"
+
+
+def test_two_settings_at_once_share_no_folder(tmp_path):
+    """Whoever comes first says what all must do; the other one is told."""
+
+    def join(seed: int) -> str:
+        made_by = {"shard_size": 5, "seed": seed, "subset": ""}
+        about = Manifest(0, ["a"], 4, 16, 1, 8, "center", 16, "", [], made_by=made_by)
+        with Claims(out / PROGRESS) as claims:
+            barrier.wait()
+            try:
+                Run(out, about, 10, claims).join()
+            except UserError as error:
+                return str(error)
+        return ""
+
+    for n in range(20):
+        out, barrier = tmp_path / str(n), threading.Barrier(2)
+        (out / PROGRESS).mkdir(parents=True)
+        with ThreadPoolExecutor(2) as pool:
+            said = list(pool.map(join, (0, 1)))
+        assert "" in said and any("holds token shards of other settings: seed" in text for text in said)

@@ -92,6 +92,18 @@ def test_a_cut_shard_of_the_cache_is_dropped(tmp_path):
     assert cache.open(info(1)) is None and names(cache) == []
 
 
+def test_a_cut_shard_that_somebody_reads_is_replaced_beside_it(tmp_path):
+    """Else nobody could fetch it again while that reader lives."""
+    cache, shard = Cache(tmp_path, 10_000), info(1)
+    put(cache, shard)
+    reader = cache.open(shard)
+    assert reader is not None
+    os.truncate(tmp_path / f"{shard.sha256}.tar", 10)
+    assert cache.open(shard) is None
+    put(cache, shard)
+    assert (again := cache.open(shard)) is not None and os.fstat(again.fileno()).st_size == shard.bytes
+
+
 def test_left_overs_are_swept_and_claims_are_not(tmp_path):
     cache = Cache(tmp_path / "c", 10_000)
     (cache.folder / f"{7:064x}.part").write_bytes(b"left")

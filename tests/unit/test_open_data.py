@@ -6,7 +6,8 @@ import pytest
 
 from megastar.config.load import load_config
 from megastar.config.schema import RunConfig, TokenizerConfig
-from megastar.engine.loop import check_same_data, digest_of, open_data
+from megastar.data.order import VERSION
+from megastar.engine.loop import check_same_data, check_same_order, digest_of, open_data
 from megastar.errors import UserError
 from megastar.tokenizer.io import save_tokenizer
 from megastar.tokenizer.vq import VQModel
@@ -96,3 +97,14 @@ def test_a_run_goes_on_with_its_shards_wherever_they_lie(folder, tmp_path):
         check_same_data(cfg, was, was | {"data": digests[2]}, found)
     with pytest.raises(UserError, match=r"data.val_shards = .*other holds other shards than .*step-1 was validated on"):
         check_same_data(cfg, was, was | {"val_data": digests[2]}, found)
+
+
+def test_a_checkpoint_in_another_order_of_the_samples(folder, tmp_path):
+    cfg, found = run_config(folder, "data.window=3"), tmp_path / "step-4"
+    manifest, _ = open_data(cfg)
+    check_same_order(cfg, manifest, {"order": VERSION}, found)
+    with pytest.raises(
+        UserError, match=f"step-4 was trained in order 1 of the samples, this .* order {VERSION}: finish"
+    ):
+        check_same_order(cfg, manifest, {}, found)  # from before it was written down
+    check_same_order(run_config(folder, "data.window=4"), manifest, {}, found)  # four shards, all mixed: the same

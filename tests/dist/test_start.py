@@ -1,0 +1,39 @@
+"""What one rank alone finds out at the start ends all of them, with its sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from megastar.data.shard_set import ShardSet
+from tests.integration.conftest import ROOT, environment
+from tests.unit.test_data_shards import T, V, write_set
+
+
+@pytest.mark.dist
+def test_a_validation_set_that_one_rank_cannot_read(tmp_path):
+    write_set(tmp_path / "train", (8, 8))
+    folder = write_set(tmp_path / "val", (8,))
+    with (folder / "shard-00000.tar").open("r+b") as f:  # sample 2 is the second rank's
+        f.seek(int(ShardSet(folder).index(0).offsets[2]))
+        f.write(np.full(T, V, "<u2").tobytes())
+    config = tmp_path / "run.yaml"
+    config.write_text(f"""
+run: {tmp_path / "run"}
+model: {{name: tiny, n_layer: 1, n_head: 2, dim: 16, multiple_of: 16, vocab_size: {V}, num_classes: 4, image_tokens: {T}}}
+data: {{shards: {tmp_path / "train"}, val_shards: {folder}}}
+self_guided: {{contrastive_block: 1, projector_dim: 8}}
+train: {{global_batch: 8, micro_batch: 2, steps: 2, dtype: fp32, val_every: 1, val_images: 8}}
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["--log-dir", str(tmp_path / "logs"), "--redirects=3", "-m", "megastar", "train", str(config)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    said = [path.read_text() for path in sorted(tmp_path.glob("logs/*/attempt_0/*/stderr.log"))]
+    assert done.returncode and len(said) == 2
+    sentence = f"sample 2 of {folder} holds code {V}, outside the vocabulary of {V}"
+    # The launcher may end one rank before it has spoken, but it speaks to the whole of the other.
+    assert any(sentence in text for text in said), said
+    assert not any("Connection" in text or "Traceback" in text for text in said), said
