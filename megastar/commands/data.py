@@ -100,7 +100,7 @@ def main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         width = max(map(len, ACTIONS)) + 2
         print(USAGE.format(actions="\n".join(f"  {name:<{width}}{what}" for name, what in ACTIONS.items())))
-        return 0
+        raise SystemExit(0)  # as every command's parser does
     if words[0] not in ACTIONS:
         raise UserError(f"unknown action {words[0]!r} of megastar data: {nearest(words[0], ACTIONS)}")
     a = parser(words[0]).parse_args(words[1:])

@@ -27,7 +27,8 @@ def commands() -> list[str]:
 def test_a_command_of_the_readme_parses(line):
     words = shlex.split(line, comments=True)[1:]
     module = importlib.import_module(f"megastar.commands.{COMMANDS[words[0]][0]}")
-    args = module.parser().parse_intermixed_args(words[1:])
+    action = [words.pop(1)] if words[0] == "data" else []
+    args = module.parser(*action).parse_intermixed_args(words[1:])
     if words[0] in ("train", "train-tokenizer"):
         path, overrides = config_and_overrides(args.items)
         cfg = (load_config if words[0] == "train" else load_tokenizer_config)(path, overrides)
