@@ -190,17 +190,18 @@ def sample_folder(
     there, and draws those of ranks that died; the others leave when nothing is left to claim.
     """
     order = np.roll(np.arange(painter.chunks), -(painter.chunks * rank // world)).tolist()
-    missing = {c for c in order if not part_of(folder, c).is_file()}
+    missing = set(order)
 
     def done() -> int:
-        missing.difference_update([c for c in missing if part_of(folder, c).is_file()])
+        there = {p.name for p in folder.iterdir()}  # one look, not one a part: the folder may lie on a network
+        missing.difference_update([c for c in missing if part_of(folder, c).name in there])
         return len(painter.labels) - sum(len(painter.indices(c)) for c in missing)
 
     with Claims(folder) as claims, picture_bar(console, len(painter.labels), done()) as bar:
         while missing:
             drawn = False
             for chunk in [c for c in order if c in missing]:
-                if part_of(folder, chunk).is_file() or not claims.take(f"{chunk:05d}"):
+                if chunk not in missing or part_of(folder, chunk).is_file() or not claims.take(f"{chunk:05d}"):
                     continue
                 if not part_of(folder, chunk).is_file():  # its owner may have finished just before the claim
                     now, count = done(), len(painter.indices(chunk))

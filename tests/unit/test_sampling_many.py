@@ -125,7 +125,7 @@ def test_two_processes_write_the_bytes_of_one(files, tmp_path, capsys):
         assert json.loads(grid.text["megastar"])["seed"] == 3
 
 
-def test_a_killed_rank_is_survived_and_the_work_taken_up_again(files, tmp_path):
+def test_a_killed_rank_is_survived_and_the_work_taken_up_again(files, tmp_path, monkeypatch):
     folder, more = tmp_path / "parts", ["--count", 60, "--batch", 2, "--folder"]
     victim = start(1, 2, words(files, *more, folder))
     until = time.time() + 120
@@ -138,7 +138,10 @@ def test_a_killed_rank_is_survived_and_the_work_taken_up_again(files, tmp_path):
     assert 0 < len(first) < 30
     (folder / "00029.claim").write_text(json.dumps({"host": claims.socket.gethostname(), "pid": victim.pid}))
     (folder / f"part-00029.npz.{claims.socket.gethostname()}.{victim.pid}.tmp").write_bytes(b"half")
-    end(start(0, 2, words(files, *more, folder, "--npz", tmp_path / "a.npz", "--out", tmp_path / "a.png")))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(words(files, *more, folder, "--npz", tmp_path / "a.npz", "--out", tmp_path / "a.png")) == 0
+    monkeypatch.undo()
     assert {p: p.stat().st_ino for p in first} == first  # not drawn again
     assert len(list(folder.glob("part-*.npz"))) == 30 and len(list(folder.iterdir())) == 31
     more = ["--count", 60, "--batch", 2, "--out", tmp_path / "b.png", "--npz"]
@@ -219,11 +222,15 @@ def test_claims_belong_to_one_and_are_taken_from_the_dead(tmp_path, monkeypatch)
         assert mine.take("a") and not Claims(tmp_path).take("a")
         (tmp_path / "dead.claim").write_text(json.dumps({"host": host, "pid": ended.pid}))
         (tmp_path / "far.claim").write_text(json.dumps({"host": "other", "pid": 1}))
+        (tmp_path / "cut.claim").write_text('{"ho')
+        (tmp_path / "odd.claim").write_text("[]")
         assert Claims(tmp_path).take("dead") and not Claims(tmp_path).take("far")
         old = time.time() - claims.STALE - 5
-        os.utime(tmp_path / "far.claim", (old, old))
-        assert Claims(tmp_path).take("far") and not Claims(tmp_path).take("far")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dead.claim", "far.claim"]
+        for name in ("far", "cut", "odd"):
+            assert not Claims(tmp_path).take(name)
+            os.utime(tmp_path / f"{name}.claim", (old, old))
+            assert Claims(tmp_path).take(name) and not Claims(tmp_path).take(name)
+    assert sorted(p.stem for p in tmp_path.iterdir()) == ["cut", "dead", "far", "odd"]
 
 
 def test_a_living_claim_is_touched(tmp_path, monkeypatch):
@@ -235,6 +242,13 @@ def test_a_living_claim_is_touched(tmp_path, monkeypatch):
         while mine.held.stat().st_mtime < 2 and time.time() < until:
             time.sleep(0.01)
         assert mine.held.stat().st_mtime > 2
+        held, mine.held = mine.held, tmp_path / "gone.claim"  # removed by another: the next one must still be touched
+        time.sleep(0.05)
+        mine.held = held
+        os.utime(held, (1, 1))
+        while held.stat().st_mtime < 2 and time.time() < until:
+            time.sleep(0.01)
+        assert held.stat().st_mtime > 2
 
 
 def test_npz_is_streamed_and_its_bytes_are_the_pictures_alone(tmp_path):
