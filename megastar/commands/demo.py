@@ -118,7 +118,8 @@ class Demo:
         """(name, .npz of pictures, provenance) of this run and of the shipped weights; writes the grid of both."""
         import numpy as np
 
-        from megastar.commands.sample import class_names, draw_pictures, find_weights, labels_of
+        from megastar.commands.sample import draw_pictures
+        from megastar.commands.weights import class_names, find_weights, labels_of
         from megastar.model.io import read_model_metadata
         from megastar.sampling.grid import Block, picture_grid, save_grid
         from megastar.sampling.npz import save_npz
@@ -218,7 +219,7 @@ def default_processes() -> int:
 
 
 def shipped_weights() -> Path | None:
-    from megastar.commands.sample import SHIPPED_WEIGHTS
+    from megastar.commands.weights import SHIPPED_WEIGHTS
 
     path = Path(SHIPPED_WEIGHTS)
     return path if path.is_file() else None

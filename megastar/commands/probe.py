@@ -87,7 +87,7 @@ def main(words: list[str]) -> int:
 
 def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The probe of one run or weights file, with where everything came from."""
-    from megastar.commands.sample import find_weights
+    from megastar.commands.weights import find_weights
     from megastar.device import pick_device
     from megastar.evaluation.linear_probe import linear_probe
     from megastar.model.io import load_model

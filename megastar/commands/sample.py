@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.commands.common import Parser, natural, nearest, place_of, positive
+from megastar.commands.weights import SHIPPED_TOKENIZER, class_names, find_weights, labels_of
 from megastar.config.files import find_file
-from megastar.config.load import config_from_dict
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
     from megastar.sampling.distributed import Painter
 
-SHIPPED_WEIGHTS = "assets/weights/demo-nano.safetensors"
-SHIPPED_TOKENIZER = "assets/tokenizer/emoji64-vq.safetensors"
 SHOWN_CLASSES = 16  # a thousand classes make no picture that anyone looks at
 EXAMPLES = """
 megastar sample                                                 the shipped weights, all classes -> samples.png
@@ -85,33 +82,6 @@ def parser() -> Parser:
     return p
 
 
-@dataclass
-class Weights:
-    """What ``sample`` and ``probe`` are given, resolved to files."""
-
-    file: Path
-    tokenizer: str | None  # the run's, None for a weights file
-    shards: str | None
-
-
-def find_weights(source: str | Path | None, weights: str = "ema") -> Weights:
-    """A run folder or checkpoint is converted first, to RUN/weights, once a step. Raises ``UserError``."""
-    path = Path(source or SHIPPED_WEIGHTS)
-    if not path.is_dir():
-        return Weights(find_file(path) or path, None, None)
-    from megastar.data.files import sha256
-    from megastar.engine.convert import convert
-    from megastar.engine.folders import MANIFEST, find_checkpoint, read_manifest
-
-    checkpoint = find_checkpoint(path)
-    digest = sha256(checkpoint / MANIFEST)[:8]  # a run that was started afresh has the same names
-    file = checkpoint.parent.parent / "weights" / f"{weights}-{checkpoint.name}-{digest}.safetensors"
-    cfg = config_from_dict(read_manifest(checkpoint)["config"])
-    if not file.is_file():
-        convert(checkpoint, "safetensors", file, weights=weights, force=True)  # another process may be as far
-    return Weights(file, cfg.data.tokenizer or None, cfg.data.shards or None)
-
-
 def choose_labels(
     names: list[str],
     classes: str | None,
@@ -152,12 +122,6 @@ def parse_class(text: str, names: list[str]) -> int:
     raise UserError(f"class {text!r} is unknown: {nearest(text, names)}")
 
 
-def class_names(model_classes: int, about: dict[str, Any]) -> list[str]:
-    """Names from the weights' provenance, numbers without them."""
-    names = about.get("classes") or []
-    return list(names) if len(names) == model_classes else [str(i) for i in range(model_classes)]
-
-
 def open_painter(
     weights: str | Path,
     tokenizer: str | Path,
@@ -195,17 +159,6 @@ def draw_pictures(
 
     painter = open_painter(weights, tokenizer, labels, **known)
     return np.concatenate([pictures for _, pictures in iterate_images(painter, console=console)])
-
-
-def labels_of(shards: str | Path) -> list[int]:
-    """The class of every picture of a folder of token shards."""
-    import numpy as np
-
-    from megastar.data.shard_set import ShardSet
-
-    with_codes = ShardSet(shards)
-    _, labels = with_codes.gather(np.arange(len(with_codes)), np.zeros((len(with_codes), 1), np.int64))
-    return labels.tolist()
 
 
 def main(words: list[str]) -> int:
