@@ -80,7 +80,13 @@ def evaluate(
     network = o.network()
     metrics = choose_metrics(o.metrics, network)
     check_count(metrics, network, o.settings, pictures.count, generated)
-    told = _sidecar(Path(generated)) | dict(o.provenance)
+    told = _sidecar(Path(generated))
+    if told.get("count", pictures.count) != pictures.count:
+        raise UserError(
+            f"{record_of(Path(generated))} is of {told['count']} pictures, {generated} holds {pictures.count}: remove the one "
+            "that is not of the other"
+        )
+    told |= dict(o.provenance)
     reference = _reference(real, pictures.height, metrics, network, o)
     made = Collector(network, **needs(metrics, real=False))
     collect(made, pictures.batches(o.batch), pictures.count, "generated", o.console)
