@@ -106,6 +106,8 @@ def draw_to_files(
     if rank == 0:
         check_room(painter, folder, 1 + bool(npz))
     distributed.open_folder(folder, identity, about)
+    if rank and npz and npz.exists():  # rank 0 has joined the parts while this process was starting
+        return {}
     try:
         distributed.sample_folder(painter, folder, rank=rank, world=world, console=console if rank == 0 else None)
     except FileNotFoundError:

@@ -154,7 +154,7 @@ def open_folder(folder: Path, identity: Mapping[str, Any], about: Mapping[str, A
             raise UserError(
                 f"{folder} holds other things ({', '.join(others[:3])}) and no {PLAN}: name an empty folder"
             )
-        mine = folder / f"{PLAN}.{os.getpid()}.{identity['seed']}"
+        mine = folder / f"{PLAN}.{socket.gethostname()}.{os.getpid()}"  # containers on two nodes share process numbers
         write_record(mine, identity, about or {})
         try:
             os.link(mine, path)  # the first rank's stays; all are equal, or the others are refused below
