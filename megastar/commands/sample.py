@@ -52,7 +52,9 @@ def parser() -> Parser:
         help="--count: the classes in turn, or each drawn for itself as LlamaGen does (default balanced)",
     )
     p.add_argument("--like", default=None, help="token shards whose class frequencies --count follows")
-    p.add_argument("--cfg-scale", type=float, default=3.0, help="classifier-free guidance; 1: none (default 3)")
+    p.add_argument(
+        "--cfg-scale", type=float, default=None, help="classifier-free guidance; 1: none (default 3; with --count 1)"
+    )
     p.add_argument(
         "--cfg-schedule",
         choices=("constant", "linear", "cosine"),
@@ -63,7 +65,9 @@ def parser() -> Parser:
         "--cfg-passes", type=int, choices=(1, 2), default=1, help="2: null rows in a pass of their own (default 1)"
     )
     p.add_argument("--cfg-interval", type=int, default=-1, help="guide up to this token; -1: all (default -1)")
-    p.add_argument("--temperature", type=float, default=0.9, help="1: as trained; less is tidier (default 0.9)")
+    p.add_argument(
+        "--temperature", type=float, default=None, help="1: as trained; less is tidier (default 0.9; with --count 1)"
+    )
     p.add_argument("--top-k", type=natural, default=0, help="keep the k likeliest codes; 0: all (default 0)")
     p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes up to this mass (default 1)")
     p.add_argument(
@@ -155,10 +159,12 @@ def main(words: list[str]) -> int:
     names = class_names(cfg.num_classes, about)
     like = labels_of(a.like) if a.like else None
     labels = choose_labels(names, a.classes, a.per_class, a.count, like, a.seed, a.plan)
+    # To look at, tidy pictures; to score, the model's own distribution unless asked otherwise.
+    scale, temperature = (1.0, 1.0) if a.count or a.score else (3.0, 0.9)
     options = {
-        "cfg_scale": a.cfg_scale,
+        "cfg_scale": scale if a.cfg_scale is None else a.cfg_scale,
         "cfg_schedule": a.cfg_schedule,
-        "temperature": a.temperature,
+        "temperature": temperature if a.temperature is None else a.temperature,
         "top_k": a.top_k,
         "top_p": a.top_p,
         "cfg_interval": a.cfg_interval,

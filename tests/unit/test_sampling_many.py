@@ -150,7 +150,8 @@ def test_two_processes_write_the_bytes_of_one(files, tmp_path, capsys):
         assert archive["arr_0"].shape == (26, 16, 16, 3) and archive["arr_0"].dtype == np.uint8
         assert archive["arr_1"].tolist() == plan_labels("random", 26, [0, 1, 2, 3], 3)
     about = json.loads((tmp_path / "a.npz.json").read_text())
-    assert about["identity"]["cfg_scale"] == 3.0 and about["about"]["label_plan"] == "random"
+    assert (about["identity"]["cfg_scale"], about["identity"]["temperature"]) == (1.0, 1.0)  # as trained, to be scored
+    assert about["about"]["label_plan"] == "random"
     with Image.open(tmp_path / "b.png") as grid:
         assert json.loads(grid.text["megastar"])["seed"] == 3
 
@@ -267,7 +268,7 @@ def test_another_request_is_refused_and_the_same_is_done(files, tmp_path, capsys
     assert cli.main(words(files, *more, npz)) == 0 and "is there already" in " ".join(capsys.readouterr().out.split())
     assert npz.stat().st_ino == before
     for option, value, sentence in [
-        ("--cfg-scale", 1.5, "a.npz.json is of other pictures: cfg_scale 3.0, not 1.5; name another place"),
+        ("--cfg-scale", 1.5, "a.npz.json is of other pictures: cfg_scale 1.0, not 1.5; name another place"),
         ("--seed", 9, "seed 0, not 9"),
         ("--batch", 3, "batch 5, not 3"),
     ]:
