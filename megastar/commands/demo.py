@@ -144,10 +144,10 @@ class Demo:
                     temperature=0.9,
                     console=self.console,
                 )
-                save_npz(file, pictures.shape, [pictures], np.asarray(labels))
                 options = {"cfg_scale": 3.0, "temperature": 0.9, "dtype": "fp32", "seed": self.cfg.train.seed}
                 told = {"weights": str(weights), "tokenizer": self.cfg.data.tokenizer, "trained": about}
                 write_record(record_of(file), options, told | {"label_plan": f"like {self.cfg.data.shards}"})
+                save_npz(file, pictures.shape, [pictures], np.asarray(labels))
             with np.load(file) as archive:
                 caption = f"{name}: {about['step']:,} steps"
                 if former := about.get("init"):  # it went on from other weights

@@ -28,6 +28,7 @@ def record_of(npz: Path) -> Path:
 def write_record(path: Path, identity: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """``identity``: what the pictures depend on; ``about``: where it came from. They share no name."""
     assert not set(identity) & set(about), set(identity) & set(about)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps({"identity": dict(identity), "about": dict(about)}, indent=1) + "\n").encode())
 
 

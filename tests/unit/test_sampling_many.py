@@ -171,13 +171,13 @@ def test_a_killed_rank_is_survived_and_the_work_taken_up_again(files, tmp_path, 
     (folder / f"part-00029.npz.{claims.socket.gethostname()}.{victim.pid}.tmp").write_bytes(b"half")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(words(files, *more, folder, "--npz", tmp_path / "a.npz", "--out", tmp_path / "a.png")) == 0
+    assert cli.main(words(files, *more, folder, "--npz", tmp_path / "new" / "a.npz", "--out", tmp_path / "a.png")) == 0
     monkeypatch.undo()
     assert {p: p.stat().st_ino for p in first} == first  # not drawn again
     assert len(list(folder.glob("part-*.npz"))) == 30 and len(list(folder.iterdir())) == 31
     more = ["--count", 60, "--batch", 2, "--out", tmp_path / "b.png", "--npz"]
     assert cli.main(words(files, *more, tmp_path / "b.npz")) == 0
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    assert (tmp_path / "new" / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
 def test_scores_while_drawing_are_those_of_the_file_and_of_two_processes(files, tmp_path, monkeypatch, capsys):
