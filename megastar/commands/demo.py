@@ -118,10 +118,11 @@ class Demo:
         """(name, .npz of pictures, provenance) of this run and of the shipped weights; writes the grid of both."""
         import numpy as np
 
-        from megastar.commands.sample import class_names, draw_pictures, find_weights, labels_of
+        from megastar.commands.drawing import draw_pictures
+        from megastar.commands.weights import class_names, find_weights, labels_of
         from megastar.model.io import read_model_metadata
         from megastar.sampling.grid import Block, picture_grid, save_grid
-        from megastar.sampling.npz import save_npz
+        from megastar.sampling.npz import record_of, save_npz, write_record
 
         rng = np.random.default_rng([self.cfg.train.seed, 1])
         labels = rng.choice(labels_of(self.cfg.data.shards), self.samples).tolist()
@@ -143,6 +144,9 @@ class Demo:
                     temperature=0.9,
                     console=self.console,
                 )
+                options = {"cfg_scale": 3.0, "temperature": 0.9, "dtype": "fp32", "seed": self.cfg.train.seed}
+                told = {"weights": str(weights), "tokenizer": self.cfg.data.tokenizer, "trained": about}
+                write_record(record_of(file), options, told | {"label_plan": f"like {self.cfg.data.shards}"})
                 save_npz(file, pictures.shape, [pictures], np.asarray(labels))
             with np.load(file) as archive:
                 caption = f"{name}: {about['step']:,} steps"
@@ -169,7 +173,6 @@ class Demo:
                     out=out,
                     device=pick_device(),
                     console=self.console,
-                    provenance=about,
                     cache=self.folder / "cache",
                 )
             result = json.loads(out.read_text())
@@ -218,7 +221,7 @@ def default_processes() -> int:
 
 
 def shipped_weights() -> Path | None:
-    from megastar.commands.sample import SHIPPED_WEIGHTS
+    from megastar.commands.weights import SHIPPED_WEIGHTS
 
     path = Path(SHIPPED_WEIGHTS)
     return path if path.is_file() else None

@@ -87,7 +87,8 @@ def main(words: list[str]) -> int:
 
 def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The probe of one run or weights file, with where everything came from."""
-    from megastar.commands.sample import find_weights
+    from megastar.commands.weights import find_weights
+    from megastar.data.files import sha256
     from megastar.device import pick_device
     from megastar.evaluation.linear_probe import linear_probe
     from megastar.model.io import load_model
@@ -111,7 +112,12 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
         cache=a.cache,
         console=console,
     )
-    return result | {"weights": str(found.file), "shards": str(shards), "val_shards": a.val_shards}
+    return result | {
+        "weights": str(found.file),
+        "weights_sha256": sha256(found.file),
+        "shards": str(shards),
+        "val_shards": a.val_shards,
+    }
 
 
 def read_probe(path: str) -> dict[str, Any]:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from megastar.commands.common import Parser, natural, nearest, place_of, positive
+from megastar.commands.drawing import SHOWN_CLASSES, draw_to_files, open_painter, score_drawn, shown_pictures
+from megastar.commands.scoring import add_options, without_words
+from megastar.commands.weights import SHIPPED_TOKENIZER, class_names, find_weights, labels_of
 from megastar.config.files import find_file
-from megastar.config.load import config_from_dict
 from megastar.errors import UserError
 
-if TYPE_CHECKING:
-    import numpy as np
-    from rich.console import Console
-
-    from megastar.sampling.distributed import Painter
-
-SHIPPED_WEIGHTS = "assets/weights/demo-nano.safetensors"
-SHIPPED_TOKENIZER = "assets/tokenizer/emoji64-vq.safetensors"
-SHOWN_CLASSES = 16  # a thousand classes make no picture that anyone looks at
 EXAMPLES = """
 megastar sample                                                 the shipped weights, all classes -> samples.png
 megastar sample runs/demo/run --out run.png                     the newest checkpoint's averaged weights
@@ -30,6 +21,8 @@ megastar sample --count 5000 --like runs/demo/codes/train --npz samples.npz
 megastar sample w.safetensors --tokenizer t.safetensors --count 50000 --cfg-scale 1.5 --npz samples.npz --nproc 8
 torchrun --nproc-per-node 8 -m megastar sample w.safetensors --count 50000 --npz samples.npz --folder parts
 sbatch slurm/sample_fid.sh w.safetensors --cfg-scale 1.5 --npz samples.npz
+megastar sample w.safetensors --tokenizer t.safetensors --count 50000 --real VIRTUAL_imagenet256_labeled.npz --inception FILE
+    --score scores.json --nproc 8                              scored while they are drawn, no picture on disk
 The same command again goes on: finished pictures are not drawn twice. docs/sampling.md tells what is guaranteed.
 """
 
@@ -40,7 +33,7 @@ def parser() -> Parser:
         "source", nargs="?", default=None, help="run folder, checkpoint or .safetensors (default: the shipped weights)"
     )
     p.add_argument("--tokenizer", default=None, help="tokenizer .safetensors (default: the run's, or the shipped one)")
-    p.add_argument("--out", type=Path, default=Path("samples.png"), help="the grid to write (default samples.png)")
+    p.add_argument("--out", type=Path, default=None, help="the grid to write (default samples.png)")
     p.add_argument("--npz", type=Path, default=None, help="also write all pictures, uint8 (N, H, W, 3), as arr_0")
     p.add_argument(
         "--folder",
@@ -59,7 +52,9 @@ def parser() -> Parser:
         help="--count: the classes in turn, or each drawn for itself as LlamaGen does (default balanced)",
     )
     p.add_argument("--like", default=None, help="token shards whose class frequencies --count follows")
-    p.add_argument("--cfg-scale", type=float, default=3.0, help="classifier-free guidance; 1: none (default 3)")
+    p.add_argument(
+        "--cfg-scale", type=float, default=None, help="classifier-free guidance; 1: none (default 3; with --count 1)"
+    )
     p.add_argument(
         "--cfg-schedule",
         choices=("constant", "linear", "cosine"),
@@ -70,46 +65,27 @@ def parser() -> Parser:
         "--cfg-passes", type=int, choices=(1, 2), default=1, help="2: null rows in a pass of their own (default 1)"
     )
     p.add_argument("--cfg-interval", type=int, default=-1, help="guide up to this token; -1: all (default -1)")
-    p.add_argument("--temperature", type=float, default=0.9, help="1: as trained; less is tidier (default 0.9)")
+    p.add_argument(
+        "--temperature", type=float, default=None, help="1: as trained; less is tidier (default 0.9; with --count 1)"
+    )
     p.add_argument("--top-k", type=natural, default=0, help="keep the k likeliest codes; 0: all (default 0)")
     p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes up to this mass (default 1)")
     p.add_argument(
         "--seed", type=natural, default=0, help="picture i depends on the seed, i and its class only (default 0)"
     )
     p.add_argument("--batch", type=positive, default=64, help="pictures at once (default 64)")
+    p.add_argument(
+        "--size", type=positive, default=None, help="resize to this side, bicubic as LlamaGen (default: as drawn)"
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
     p.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="fp32", help="precision (default fp32)")
     p.add_argument(
         "--nproc", type=positive, default=1, help="processes to start here (default 1); ignored in a launcher"
     )
+    scores = p.add_argument_group("scores, without a picture on disk")
+    scores.add_argument("--score", type=Path, default=None, help="score while drawing; JSON file for the result")
+    add_options(scores, required=False)
     return p
-
-
-@dataclass
-class Weights:
-    """What ``sample`` and ``probe`` are given, resolved to files."""
-
-    file: Path
-    tokenizer: str | None  # the run's, None for a weights file
-    shards: str | None
-
-
-def find_weights(source: str | Path | None, weights: str = "ema") -> Weights:
-    """A run folder or checkpoint is converted first, to RUN/weights, once a step. Raises ``UserError``."""
-    path = Path(source or SHIPPED_WEIGHTS)
-    if not path.is_dir():
-        return Weights(find_file(path) or path, None, None)
-    from megastar.data.files import sha256
-    from megastar.engine.convert import convert
-    from megastar.engine.folders import MANIFEST, find_checkpoint, read_manifest
-
-    checkpoint = find_checkpoint(path)
-    digest = sha256(checkpoint / MANIFEST)[:8]  # a run that was started afresh has the same names
-    file = checkpoint.parent.parent / "weights" / f"{weights}-{checkpoint.name}-{digest}.safetensors"
-    cfg = config_from_dict(read_manifest(checkpoint)["config"])
-    if not file.is_file():
-        convert(checkpoint, "safetensors", file, weights=weights, force=True)  # another process may be as far
-    return Weights(file, cfg.data.tokenizer or None, cfg.data.shards or None)
 
 
 def choose_labels(
@@ -152,62 +128,6 @@ def parse_class(text: str, names: list[str]) -> int:
     raise UserError(f"class {text!r} is unknown: {nearest(text, names)}")
 
 
-def class_names(model_classes: int, about: dict[str, Any]) -> list[str]:
-    """Names from the weights' provenance, numbers without them."""
-    names = about.get("classes") or []
-    return list(names) if len(names) == model_classes else [str(i) for i in range(model_classes)]
-
-
-def open_painter(
-    weights: str | Path,
-    tokenizer: str | Path,
-    labels: list[int],
-    *,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "fp32",
-    batch: int = 64,
-    passes: int = 1,
-    rank: int = 0,
-    **options: Any,
-) -> Painter:
-    """What draws pictures of the classes ``labels``; ``options`` are the fields of ``sampling.request.Options``."""
-    from megastar.device import pick_device, pick_dtype
-    from megastar.model.io import load_model
-    from megastar.sampling.distributed import Painter
-    from megastar.sampling.request import Options
-    from megastar.tokenizer.io import load_tokenizer
-
-    where = pick_device(device)
-    model, _ = load_model(weights, where, pick_dtype(dtype, where))
-    vq = load_tokenizer(tokenizer, where)
-    known = {"seed": seed, "batch": min(batch, max(1, len(labels))), "passes": passes, "rank": rank}
-    return Painter(model, vq, labels, options=Options(**options), **known)
-
-
-def draw_pictures(
-    weights: str | Path, tokenizer: str | Path, labels: list[int], *, console: Console | None = None, **known: Any
-) -> np.ndarray:
-    """Pictures (N, H, W, 3) uint8 of the classes ``labels``, in memory; ``known`` as for ``open_painter``."""
-    import numpy as np
-
-    from megastar.sampling.distributed import iterate_images
-
-    painter = open_painter(weights, tokenizer, labels, **known)
-    return np.concatenate([pictures for _, pictures in iterate_images(painter, console=console)])
-
-
-def labels_of(shards: str | Path) -> list[int]:
-    """The class of every picture of a folder of token shards."""
-    import numpy as np
-
-    from megastar.data.shard_set import ShardSet
-
-    with_codes = ShardSet(shards)
-    _, labels = with_codes.gather(np.arange(len(with_codes)), np.zeros((len(with_codes), 1), np.int64))
-    return labels.tolist()
-
-
 def main(words: list[str]) -> int:
     a = parser().parse_args(words)
     if a.like and a.count is None:
@@ -215,13 +135,19 @@ def main(words: list[str]) -> int:
     if a.plan == "random" and (a.count is None or a.like):
         raise UserError("--plan random draws the classes of --count pictures: give --count, and no --like")
     rank, world, local = place_of(os.environ)
-    if max(world, a.nproc) > 1 and not (a.npz or a.folder):
-        raise UserError("several processes share a folder: give --npz or --folder")
+    if max(world, a.nproc) > 1 and not (a.npz or a.folder or a.score):
+        raise UserError("several processes share a folder: give --npz or --folder, or --score")
+    if bool(a.score) != bool(a.real):
+        raise UserError(
+            "--score and --real belong together: where the result goes, and what the pictures are compared with"
+        )
+    if a.score and (a.npz or a.out):
+        raise UserError("--score keeps no pictures: leave out --npz and --out, or score an .npz with megastar evaluate")
     if a.nproc > 1 and world == 1:
         from megastar.commands.launch import launch
 
         find_weights(a.source, a.weights)  # a run is converted once, not by each process
-        return launch(a.nproc, ["sample", *without_nproc(words)])
+        return launch(a.nproc, ["sample", *without_words(words, "--nproc")])
     from rich.console import Console
 
     from megastar.model.io import read_model_metadata
@@ -233,17 +159,19 @@ def main(words: list[str]) -> int:
     names = class_names(cfg.num_classes, about)
     like = labels_of(a.like) if a.like else None
     labels = choose_labels(names, a.classes, a.per_class, a.count, like, a.seed, a.plan)
+    # To look at, tidy pictures; to score, the model's own distribution unless asked otherwise.
+    scale, temperature = (1.0, 1.0) if a.count or a.score else (3.0, 0.9)
     options = {
-        "cfg_scale": a.cfg_scale,
+        "cfg_scale": scale if a.cfg_scale is None else a.cfg_scale,
         "cfg_schedule": a.cfg_schedule,
-        "temperature": a.temperature,
+        "temperature": temperature if a.temperature is None else a.temperature,
         "top_k": a.top_k,
         "top_p": a.top_p,
         "cfg_interval": a.cfg_interval,
     }
-    known = {"seed": a.seed, "dtype": a.dtype, "batch": a.batch}
-    origin = {"weights": str(found.file), "tokenizer": tokenizer, **known, **options, "trained": about}
-    origin["labels"] = f"like {a.like}" if a.like else a.plan if a.count else "per class"
+    known = {"seed": a.seed, "dtype": a.dtype, "batch": a.batch, "size": a.size}
+    origin = {"weights": str(found.file), "tokenizer": tokenizer, "trained": about, "passes": a.cfg_passes}
+    origin["label_plan"] = f"like {a.like}" if a.like else a.plan if a.count else "per class"
     device = a.device
     if device == "auto" and world > 1:
         import torch
@@ -252,18 +180,19 @@ def main(words: list[str]) -> int:
         device = f"cuda:{local % gpus}" if gpus else "cpu"
     console = Console(quiet=rank > 0)
 
-    def painter() -> Painter:
-        return open_painter(
-            found.file, tokenizer, labels, device=device, passes=a.cfg_passes, rank=rank, **known, **options
-        )
-
-    columns = min(a.per_class, max(labels.count(c) for c in set(labels)))
+    painter = open_painter(
+        found.file, tokenizer, labels, device=device, passes=a.cfg_passes, rank=rank, **known, **options
+    )
+    if a.score:
+        score_drawn(painter, a, origin, (rank, world), console, words)
+        return 0
+    columns = min(a.per_class, max(Counter(labels).values()))
     if a.npz or a.folder:
-        some = draw_to_files(painter(), a, found.file, tokenizer, origin, (rank, world), columns, console)
+        some = draw_to_files(painter, a, origin, (rank, world), columns, console)
     else:
         from megastar.sampling.distributed import iterate_images
 
-        pictures = [p for _, some in iterate_images(painter(), console=console) for p in some]
+        pictures = [p for _, some in iterate_images(painter, console=console) for p in some]
         some = {i: pictures[i] for i in shown_pictures(labels, columns)}
     if rank or not some:
         return 0
@@ -272,100 +201,8 @@ def main(words: list[str]) -> int:
     from megastar.sampling.grid import Block, picture_grid, save_grid
 
     block = Block("", np.stack(list(some.values())), [labels[i] for i in some])
-    save_grid(picture_grid([block], names, columns=columns), a.out, origin)
-    written = " and ".join(str(p) for p in (a.out, a.npz, a.folder) if p)
+    out = a.out or Path("samples.png")
+    save_grid(picture_grid([block], names, columns=columns), out, known | options | origin)
+    written = " and ".join(str(p) for p in (out, a.npz, a.folder) if p)
     console.print(f"{len(labels)} pictures of {len(set(labels))} classes: {written}", markup=False, highlight=False)
     return 0
-
-
-def without_nproc(words: list[str]) -> list[str]:
-    """The words for the launched processes: torch's launcher would take --nproc for its own."""
-    out, after = [], False
-    for word in words:
-        if not after and not word.startswith("--nproc"):
-            out.append(word)
-        after = word == "--nproc"
-    return out
-
-
-def shown_pictures(labels: list[int], columns: int) -> list[int]:
-    """Numbers of the grid's pictures: the first ``columns`` of each of the first classes."""
-    shown = set(sorted(set(labels))[:SHOWN_CLASSES])
-    counts, out = dict.fromkeys(shown, 0), []
-    for i, c in enumerate(labels):
-        if c in shown and counts[c] < columns:
-            counts[c] += 1
-            out.append(i)
-    return out
-
-
-def draw_to_files(
-    painter: Painter,
-    a: argparse.Namespace,
-    weights: Path,
-    tokenizer: str,
-    origin: dict[str, Any],
-    place: tuple[int, int],
-    columns: int,
-    console: Console,
-) -> dict[int, np.ndarray]:
-    """This rank's part of --npz and --folder; rank 0 joins the parts. Returns the grid's pictures, on rank 0.
-
-    Beside the .npz lies a .json with its plan: the same command again finds that it is done, another one is refused.
-    """
-    import json
-    import math
-    import shutil
-
-    from megastar.data.files import sha256, write_atomic
-    from megastar.sampling import distributed
-    from megastar.sampling.npz import read_npz
-    from megastar.tokenizer.io import tokenizer_hash
-
-    (rank, world), npz = place, a.npz
-    identity = painter.identity() | {"dtype": str(painter.sampler.decoder.dtype).removeprefix("torch.")}
-    # The tokenizer's own hash leaves the decoder out, which draws the pictures.
-    hashes = {"weights_sha256": sha256(weights), "tokenizer_sha256": sha256(Path(tokenizer))}
-    identity |= hashes
-    about = origin | hashes | {"tokenizer_hash": tokenizer_hash(tokenizer), "passes": a.cfg_passes}
-    beside = npz.with_suffix(".json") if npz else None
-    if npz and npz.exists():
-        if not beside.is_file():
-            raise UserError(f"{npz} exists and {beside} does not say of what: name another file, or remove it")
-        distributed.check_plan(beside, identity)
-        console.print(f"{npz} is there already", markup=False, highlight=False)
-        return {}
-    folder = a.folder or npz.with_name(npz.name + ".parts")
-    need = (1 + bool(npz)) * math.prod(painter.shape)
-    have = sum(p.stat().st_size for p in folder.glob("part-*.npz")) if folder.is_dir() else 0
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
-    if rank == 0 and free < need - have:
-        raise UserError(
-            f"the pictures need {(need - have) / 1e6:.0f} MB and {there} has {free / 1e6:.0f} MB free: "
-            "free space or name another place"
-        )
-    distributed.open_folder(folder, identity, about)
-    try:
-        distributed.sample_folder(painter, folder, rank=rank, world=world, console=console if rank == 0 else None)
-    except FileNotFoundError:
-        if rank and not folder.exists():  # rank 0 has joined and removed the parts
-            return {}
-        raise
-    if rank:
-        return {}
-    wanted = shown_pictures(painter.labels, columns)
-    some, chunk, pictures = {}, -1, None
-    for i in wanted:
-        if i // painter.batch != chunk:
-            chunk = i // painter.batch
-            pictures, _ = read_npz(distributed.part_of(folder, chunk))
-        some[i] = pictures[i % painter.batch].copy()
-    if npz:
-        distributed.join_parts(painter, folder, npz)
-        write_atomic(beside, (json.dumps({"identity": identity, "about": about}, indent=1) + "\n").encode())
-        if not a.folder:
-            gone = folder.with_name(folder.name + ".joined")  # in one go: another rank must not miss single parts
-            folder.rename(gone)
-            shutil.rmtree(gone)
-    return some

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -24,19 +25,17 @@ from megastar.errors import UserError
 from megastar.evaluation.collector import Collector, collect
 from megastar.evaluation.features import Network, open_network
 from megastar.evaluation.pictures import Pictures, open_pictures, to_pixels
-from megastar.evaluation.reference import read_reference
+from megastar.evaluation.reference import Reference, read_reference
 from megastar.evaluation.scores import Settings, check_count, check_real, choose_metrics, compute, needs
+from megastar.sampling.distributed import Painter, iterate_images
+from megastar.sampling.npz import record_of
 from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, tokenizer_hash
 from megastar.tokenizer.losses import psnr
 from megastar.tokenizer.train import to_images
 
-# What the sampler must tell of generated pictures, and the names under which it may. A result lists what is missing.
-WANTED = {
-    "label_plan": ("label_plan",),
-    "guidance": ("guidance", "cfg_scale"),
-    "weights": ("weights",),
-    "dtype": ("dtype",),
-}
+# What the sampler must tell of generated pictures, under its own names. A result lists what is missing.
+DRAWN = "drawn while scoring"
+WANTED = ("label_plan", "cfg_scale", "weights", "dtype", "seed")
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,19 @@ def evaluate(
     network = o.network()
     metrics = choose_metrics(o.metrics, network)
     check_count(metrics, network, o.settings, pictures.count, generated)
+    told = _sidecar(Path(generated))
+    if told.get("count", pictures.count) != pictures.count:
+        raise UserError(
+            f"{record_of(Path(generated))} is of {told['count']} pictures, {generated} holds {pictures.count}: remove the one "
+            "that is not of the other"
+        )
+    told |= dict(o.provenance)
+    reference = _reference(real, pictures.height, metrics, network, o)
     made = Collector(network, **needs(metrics, real=False))
     collect(made, pictures.batches(o.batch), pictures.count, "generated", o.console)
     about = {"source": str(generated), "subset": generated_subset, "pictures": made.count, "size": pictures.height}
-    about |= {"sha256": pictures.sha256(), "classes": _class_counts(pictures)}
-    told = _sidecar(Path(generated)) | dict(o.provenance)
-    return _score(made, real, metrics, o, {"generated": about}, told, start)
+    about |= {"sha256": pictures.sha256(), "classes": _class_counts(pictures.labels())}
+    return _score(made, reference, metrics, o, {"generated": about}, told, start)
 
 
 def evaluate_collected(made: Collector, real: str | Path, **known: Any) -> dict[str, Any]:
@@ -99,8 +105,44 @@ def evaluate_collected(made: Collector, real: str | Path, **known: Any) -> dict[
     metrics = choose_metrics(o.metrics, made.network)
     wanted = needs(metrics, real=False)
     assert made.keep >= wanted["keep"] and made.spatial >= wanted["spatial"], f"the collector lacks {wanted}"
-    about = {"source": "drawn while scoring", "pictures": made.count, "size": made.side}
-    return _score(made, real, metrics, o, {"generated": about}, dict(o.provenance), start)
+    about = {"source": DRAWN, "pictures": made.count, "size": made.side}
+    check_count(metrics, made.network, o.settings, made.count, DRAWN)
+    reference = _reference(real, made.side, metrics, made.network, o)
+    return _score(made, reference, metrics, o, {"generated": about}, dict(o.provenance), start)
+
+
+def evaluate_drawn(
+    painter: Painter,
+    real: str | Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    group: dist.ProcessGroup | None = None,
+    folder: Path | None = None,
+    **known: Any,
+) -> dict[str, Any] | None:
+    """Draw a plan's pictures and score them on the way: none is written. All ranks of ``group`` call it; rank 0's result.
+
+    Finished parts in ``folder`` are read instead of drawn. ``known`` are ``Options``, equal on all ranks; the networks
+    are on the options' device, statistics meet in float64 over ``group``, which must take tensors of the CPU. Whatever
+    is wrong with the request or the real set is said before the first picture is drawn. Raises ``UserError``.
+    """
+    o, start = Options(**known), time.perf_counter()
+    network = o.network()
+    metrics = choose_metrics(o.metrics, network)
+    count, size = painter.shape[:2]
+    check_count(metrics, network, o.settings, count, "the request")
+    reference = _reference(real, size, metrics, network, o) if rank == 0 else None
+    made = Collector(network, **needs(metrics, real=False))
+    for ids, pixels in iterate_images(painter, rank=rank, world=world, folder=folder, console=o.console):
+        made.update(pixels, ids)
+    made.finish(group)
+    if reference is None:
+        return None
+    assert made.count == count, (made.count, count)
+    classes = _class_counts(np.asarray(painter.labels))
+    about = {"source": DRAWN, "pictures": count, "size": size, "classes": classes, "processes": world}
+    return _score(made, reference, metrics, o, {"generated": about}, painter.identity() | dict(o.provenance), start)
 
 
 def evaluate_reconstruction(
@@ -116,6 +158,7 @@ def evaluate_reconstruction(
     network = o.network()
     metrics = choose_metrics(o.metrics, network)
     check_count(metrics, network, o.settings, pictures.count, real)
+    reference = _reference(real, config.image_size, metrics, network, o, limit)
     rebuilt = Reconstructions(tokenizer, pictures, o.device)
     made = Collector(network, **needs(metrics, real=False))
     collect(made, rebuilt.batches(o.batch), pictures.count, "reconstructions", o.console)
@@ -126,7 +169,7 @@ def evaluate_reconstruction(
         "codes_used": float(rebuilt.used.double().mean()),
         "tokenizer": {"source": str(tokenizer), "sha256": tokenizer_hash(tokenizer)},
     }
-    return _score(made, real, metrics, o, about, dict(o.provenance), start, limit)
+    return _score(made, reference, metrics, o, about, dict(o.provenance), start)
 
 
 class Reconstructions:
@@ -148,22 +191,28 @@ class Reconstructions:
             yield to_pixels(again)
 
 
+def _reference(
+    real: str | Path, size: int, metrics: Sequence[str], network: Network, o: Options, limit: int | None = None
+) -> Reference:
+    """The real set, before any time goes into the generated one."""
+    reference = read_reference(
+        real, size, network, **needs(metrics, real=True), subset=o.real_subset, tokenizer=o.real_tokenizer,
+        expected_sha256=o.real_sha256, limit=limit, batch=o.batch, console=o.console, cache=o.cache,
+    )  # fmt: skip
+    check_real(metrics, network, o.settings, reference)
+    return reference
+
+
 def _score(
     made: Collector,
-    real: str | Path,
+    reference: Reference,
     metrics: Sequence[str],
     o: Options,
     about: dict[str, Any],
     provenance: dict[str, Any],
     start: float,
-    limit: int | None = None,
 ) -> dict[str, Any]:
-    check_count(metrics, made.network, o.settings, made.count, about.get("generated", {}).get("source", real))
-    reference = read_reference(
-        real, made.side, made.network, **needs(metrics, real=True), subset=o.real_subset, tokenizer=o.real_tokenizer,
-        expected_sha256=o.real_sha256, limit=limit, batch=o.batch, console=o.console, cache=o.cache,
-    )  # fmt: skip
-    check_real(metrics, made.network, o.settings, reference)
+    check_count(metrics, made.network, o.settings, made.count, about.get("generated", {}).get("source", "pictures"))
     with o.console.status(f"computing {', '.join(metrics)}") if o.console is not None else nullcontext():
         scores, details, warnings = compute(made, reference, metrics, o.settings)
     first = next(iter(scores))
@@ -203,9 +252,12 @@ def _show(result: dict[str, Any], console: Console) -> None:
 
 
 def _sidecar(generated: Path) -> dict[str, Any]:
-    """SAMPLES.npz.json, where the sampler says how it drew."""
-    file = generated.with_name(generated.name + ".json")
-    return read_provenance(file) if generated.suffix in (".npz", ".tar") and file.is_file() else {}
+    """SAMPLES.npz.json, where the sampler says how it drew; other programs may write a flat one."""
+    file = record_of(generated)
+    told = read_provenance(file) if generated.suffix in (".npz", ".tar") and file.is_file() else {}
+    if isinstance(told.get("identity"), dict) and isinstance(told.get("about"), dict):
+        return told["about"] | told["identity"]
+    return told
 
 
 def read_provenance(file: str | Path) -> dict[str, Any]:
@@ -220,11 +272,10 @@ def read_provenance(file: str | Path) -> dict[str, Any]:
 
 
 def _missing(provenance: Mapping[str, Any]) -> list[str]:
-    return [what for what, names in WANTED.items() if not any(provenance.get(n) is not None for n in names)]
+    return [name for name in WANTED if provenance.get(name) is None]
 
 
-def _class_counts(pictures: Pictures) -> dict[str, int] | None:
-    labels = pictures.labels()
+def _class_counts(labels: np.ndarray | None) -> dict[str, int] | None:
     if labels is None or not len(labels):
         return None
     counts = np.unique(labels, return_counts=True)[1]

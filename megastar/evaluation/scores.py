@@ -138,6 +138,8 @@ def _warnings(made: Collector, real: Reference, metrics: Sequence[str], s: Setti
         least = fewest_pictures(metric, made.network, Settings(s.is_split, s.k, s.kid_subsets, s.kid_size))
         if min(made.count, made.count if metric == "is" or real.published else real.count) < least:
             few.append(f"{metric} needs {least} pictures to mean anything")
+    if real.published and not made.network.describe().get("published"):
+        few.append("mu and sigma of the reference are the published Inception's, the pictures' features another file's")
     if "fid" in metrics and made.count != USUAL:
         few.append(f"FID of {made.count} pictures: papers' numbers are of {USUAL}")
     return few

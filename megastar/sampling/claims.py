@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 STALE = 120.0  # seconds without a touch
@@ -57,21 +58,22 @@ class Claims:
     def _keep_alive(self) -> None:
         while not self._stop.wait(TOUCH):
             held = self.held
-            if held is not None and held.exists():
-                os.utime(held)
+            if held is not None:
+                with suppress(OSError):  # released meanwhile, or the disk is away: the next touch may succeed
+                    os.utime(held)
 
     def _is_abandoned(self, path: Path) -> bool:
         """True when the claim at ``path`` was of a process that is gone; it is then removed, by one process only."""
         try:
-            owner = json.loads(path.read_text() or "{}")  # empty: between its creation and its words
-            gone = owner.get("host") == self.mine[0] and not is_running(int(owner["pid"]))
+            owner = _owner(path)
+            gone = owner is not None and owner[0] == self.mine[0] and not is_running(owner[1])
             if not gone and self._now() - path.stat().st_mtime < STALE:
                 return False
             aside = path.with_name(f"{path.name}.{self.mine[0]}.{self.mine[1]}")
             path.rename(aside)
             aside.unlink()
-        except (FileNotFoundError, json.JSONDecodeError):
-            return False  # its owner has just finished, or is writing it
+        except FileNotFoundError:
+            return False  # its owner has just finished
         return True
 
     def _now(self) -> float:
@@ -81,6 +83,15 @@ class Claims:
         now = probe.stat().st_mtime
         probe.unlink(missing_ok=True)
         return now or time.time()
+
+
+def _owner(path: Path) -> tuple[str, int] | None:
+    """Host and process of a claim; None for one without words: being written, or left so by a killed process."""
+    try:
+        told = json.loads(path.read_text())
+        return str(told["host"]), int(told["pid"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def is_running(pid: int) -> bool:

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from megastar.data.files import write_atomic
+from megastar.device import DTYPES
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
 from megastar.sampling.claims import Claims, is_running
-from megastar.sampling.npz import read_npz, save_npz
+from megastar.sampling.npz import read_npz, save_npz, write_record
 from megastar.sampling.progress import picture_bar
 from megastar.sampling.request import Options
 from megastar.sampling.sampler import Sampler, check_tokenizer, decode_pictures, sample_seeds
@@ -57,6 +57,7 @@ def plan_labels(plan: str, count: int, classes: list[int], seed: int) -> list[in
 class Painter:
     """Draws any chunk of a plan: ``labels`` (N,), picture i with seed ``seed`` and number i.
 
+    ``size``: pictures are resized to it before they become uint8 (LlamaGen scores its 384-pixel models at 256).
     ``rank`` is only named in errors. Raises ``UserError`` for a tokenizer of other codes and for options that make no
     sense.
     """
@@ -72,11 +73,13 @@ class Painter:
         batch: int = 64,
         passes: int = 1,
         rank: int = 0,
+        size: int | None = None,
     ):
         check_tokenizer(model.cfg, tokenizer)
         outside = [c for c in labels if not 0 <= c < model.cfg.num_classes]
         if outside:
             raise UserError(f"class {outside[0]} is outside 0..{model.cfg.num_classes - 1}, the classes of this model")
+        self.size = size or tokenizer.config.image_size
         self.tokenizer, self.labels, self.seeds = tokenizer, labels, sample_seeds(seed, len(labels))
         self.batch, self.seed, self.options = batch, seed, options or Options()
         self.sampler = Sampler(model, self.options, batch, passes=passes, rank=rank)
@@ -88,8 +91,7 @@ class Painter:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(N, H, W, 3)"""
-        side = self.tokenizer.config.image_size
-        return len(self.labels), side, side, 3
+        return len(self.labels), self.size, self.size, 3
 
     def indices(self, chunk: int) -> np.ndarray:
         """Numbers of the chunk's pictures, (n,) int64."""
@@ -99,13 +101,15 @@ class Painter:
         """The chunk's pictures (n, H, W, 3) uint8."""
         some = slice(chunk * self.batch, (chunk + 1) * self.batch)
         codes = self.sampler.draw(torch.tensor(self.labels[some]), self.seeds[some], show)
-        return decode_pictures(self.tokenizer, codes, self.batch)
+        return decode_pictures(self.tokenizer, codes, self.batch, self.size)
 
     def identity(self) -> dict[str, Any]:
         """What the pictures depend on, but for the weights and the tokenizer, whose files the caller hashes."""
         labels = hashlib.sha256(np.asarray(self.labels, "<i8").tobytes()).hexdigest()
-        size = self.tokenizer.config.image_size
-        known = {"count": len(self.labels), "labels_sha256": labels, "seed": self.seed, "image_size": size}
+        own, dtype = self.tokenizer.config.image_size, self.sampler.decoder.dtype
+        known = {"count": len(self.labels), "labels_sha256": labels, "seed": self.seed, "image_size": self.size}
+        known |= {"resize": None if own == self.size else f"bicubic from {own}"}
+        known |= {"dtype": next(name for name, kind in DTYPES.items() if kind == dtype)}
         return {"format": FORMAT} | known | vars(self.options) | {"batch": self.batch}
 
 
@@ -150,10 +154,8 @@ def open_folder(folder: Path, identity: Mapping[str, Any], about: Mapping[str, A
             raise UserError(
                 f"{folder} holds other things ({', '.join(others[:3])}) and no {PLAN}: name an empty folder"
             )
-        mine = folder / f"{PLAN}.{os.getpid()}.{identity['seed']}"
-        write_atomic(
-            mine, (json.dumps({"identity": dict(identity), "about": dict(about or {})}, indent=1) + "\n").encode()
-        )
+        mine = folder / f"{PLAN}.{socket.gethostname()}.{os.getpid()}"  # containers on two nodes share process numbers
+        write_record(mine, identity, about or {})
         try:
             os.link(mine, path)  # the first rank's stays; all are equal, or the others are refused below
         except FileExistsError:
@@ -190,17 +192,18 @@ def sample_folder(
     there, and draws those of ranks that died; the others leave when nothing is left to claim.
     """
     order = np.roll(np.arange(painter.chunks), -(painter.chunks * rank // world)).tolist()
-    missing = {c for c in order if not part_of(folder, c).is_file()}
+    missing = set(order)
 
     def done() -> int:
-        missing.difference_update([c for c in missing if part_of(folder, c).is_file()])
+        there = {p.name for p in folder.iterdir()}  # one look, not one a part: the folder may lie on a network
+        missing.difference_update([c for c in missing if part_of(folder, c).name in there])
         return len(painter.labels) - sum(len(painter.indices(c)) for c in missing)
 
     with Claims(folder) as claims, picture_bar(console, len(painter.labels), done()) as bar:
         while missing:
             drawn = False
             for chunk in [c for c in order if c in missing]:
-                if part_of(folder, chunk).is_file() or not claims.take(f"{chunk:05d}"):
+                if chunk not in missing or part_of(folder, chunk).is_file() or not claims.take(f"{chunk:05d}"):
                     continue
                 if not part_of(folder, chunk).is_file():  # its owner may have finished just before the claim
                     now, count = done(), len(painter.indices(chunk))

@@ -18,11 +18,10 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """The most probable tokens of (B, V) until their mass exceeds p, the one that crosses p included."""
     if p >= 1:
         return logits
-    ordered, order = logits.sort(dim=-1, descending=True)
-    mass = ordered.softmax(-1)
-    before = (
-        mass.cumsum(-1) - mass
-    )  # the mass of all tokens that are more probable; 0 for the first, so one always stays
+    # Stable: equal logits, frequent in bf16, keep one order whatever the batch. float64: 16,384 fp32 sums drift.
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    mass = ordered.double().softmax(-1)
+    before = mass.cumsum(-1) - mass  # of all tokens that are more probable; 0 for the first, so one always stays
     removed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before > p)
     return logits.masked_fill(removed, -torch.inf)
 

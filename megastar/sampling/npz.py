@@ -6,16 +6,30 @@ depend on the pictures alone. Source of the layout: guided-diffusion's evaluatio
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megastar.data.files import sync_folder
+from megastar.data.files import sync_folder, write_atomic
 from megastar.errors import UserError
+
+
+def record_of(npz: Path) -> Path:
+    """SAMPLES.npz.json: what the pictures of SAMPLES.npz depend on, read by whoever scores them."""
+    return npz.with_name(npz.name + ".json")
+
+
+def write_record(path: Path, identity: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """``identity``: what the pictures depend on; ``about``: where it came from. They share no name."""
+    assert not set(identity) & set(about), set(identity) & set(about)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps({"identity": dict(identity), "about": dict(about)}, indent=1) + "\n").encode())
 
 
 def save_npz(path: Path, shape: tuple[int, ...], pictures: Iterable[np.ndarray], labels: np.ndarray) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
@@ -134,13 +135,18 @@ def check_tokenizer(c: ModelConfig, tokenizer: VQModel) -> None:
 
 
 @torch.no_grad()
-def decode_pictures(tokenizer: VQModel, codes: Tensor, batch: int = 64) -> np.ndarray:
-    """Codes (N, T) -> pictures (N, H, W, 3) uint8."""
+def decode_pictures(tokenizer: VQModel, codes: Tensor, batch: int = 64, size: int | None = None) -> np.ndarray:
+    """Codes (N, T) -> pictures (N, H, W, 3) uint8.
+
+    ``size``: resized to it, bicubic without antialiasing and before rounding, as LlamaGen's sample_c2i_ddp.py does.
+    """
     device = next(tokenizer.parameters()).device
-    side = tokenizer.config.image_size
+    side = size or tokenizer.config.image_size
     out = np.empty((len(codes), side, side, 3), dtype=np.uint8)
     for first in range(0, len(codes), batch):
         images = tokenizer.decode_codes(codes[first : first + batch].to(device))  # (B, 3, H, W)
+        if side != tokenizer.config.image_size:
+            images = F.interpolate(images.float(), size=(side, side), mode="bicubic")
         pixels = images.float().add(1).mul(127.5).round().clamp(0, 255).byte()
         out[first : first + batch] = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return out

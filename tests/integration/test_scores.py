@@ -25,14 +25,20 @@ def test_a_run_becomes_pictures_and_scores(world, whole, tmp_path):
     assert first.shape == (30, 16, 16, 3) and first.dtype == np.uint8
     assert np.bincount(labels).tolist() == [10, 10, 10]
     assert Image.open(grid).size[0] > 16 * 10
+    words = [tmp_path / "again.npz" if w == npz else w for w in words]
     megastar(*words, "--batch", 7)
-    with np.load(npz) as archive:
-        assert np.array_equal(first, archive["arr_0"])  # picture i does not depend on the batch
+    with np.load(tmp_path / "again.npz") as archive:
+        apart = np.abs(first.astype(int) - archive["arr_0"])
+    assert apart.max() <= 1 and (apart > 0).mean() < 1e-3, (
+        (apart > 0).sum((1, 2, 3)),
+        apart.max(),
+    )  # rounding of other shapes, no other codes
 
     scores = tmp_path / "scores.json"
     megastar("evaluate", npz, "--real", world.pictures, "--real-subset", "train", "--out", scores)
     result = json.loads(scores.read_text())
     assert result["metric"] == "FD-EffLite0" and result["value"] > 0 and result["floor"] > 0
+    assert result["not_recorded"] == [] and result["provenance"]["trained"]["weights"] == "ema"
     assert any("5,000" in w or "5000" in w for w in result["warnings"])  # far too few pictures, and it says so
 
     probe = tmp_path / "probe.json"

@@ -218,10 +218,15 @@ def test_evaluate_writes_a_result_that_can_be_repeated(tmp_path, monkeypatch, fe
 def test_what_the_sampler_wrote_joins_the_provenance(tmp_path, fewer_features):
     np.savez(tmp_path / "made.npz", pictures(9))
     sidecar = tmp_path / "made.npz.json"
-    sidecar.write_text(json.dumps({"label_plan": "balanced", "guidance": 1.5, "weights": "w", "dtype": "bf16", "a": 1}))
+    sidecar.write_text(
+        json.dumps({"label_plan": "balanced", "cfg_scale": 1.5, "weights": "w", "dtype": "bf16", "seed": 0, "a": 1})
+    )
     result = evaluate(tmp_path / "made.npz", tmp_path / "made.npz", cache=tmp_path / "c", provenance={"a": 2})
     assert result["not_recorded"] == [] and result["provenance"]["label_plan"] == "balanced"
     assert result["provenance"]["a"] == 2 and result["generated"]["classes"] is None
+    sidecar.write_text(json.dumps({"identity": {"count": 8}, "about": {}}))
+    with pytest.raises(UserError, match="made.npz.json is of 8 pictures, .*made.npz holds 9: remove the one"):
+        evaluate(tmp_path / "made.npz", tmp_path / "made.npz")
     sidecar.write_text("[1]")
     with pytest.raises(UserError, match="holds a list: expected a JSON object"):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz")

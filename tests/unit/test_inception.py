@@ -183,6 +183,7 @@ def test_the_suite_on_published_statistics(tmp_path, weights, digest, monkeypatc
     assert result["real"]["statistics"] == "mu and sigma of the file" and result["real"]["pictures"] == 4
     assert result["features"]["weights_sha256"] == digest and not result["features"]["published"]
     assert any("papers' numbers are of 50000" in w for w in result["warnings"])
+    assert any("mu and sigma of the reference are the published Inception's" in w for w in result["warnings"])
     assert "--allow-few" in result["provenance"]["command"]
 
 

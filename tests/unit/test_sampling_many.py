@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,17 +69,34 @@ def words(files, *more) -> list[str]:
     return ["sample", str(files[0]), "--tokenizer", str(files[1]), *map(str, more)]
 
 
-def start(rank: int, world: int, arguments: list[str]) -> subprocess.Popen:
-    environ = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
-    environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "megastar", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+# One server imports torch once and forks every rank from there: a start costs nothing.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["megastar.commands.sample", "megastar.evaluation.runner", "tests.unit.test_sampling_many"]
+)
 
 
-def end(process: subprocess.Popen) -> str:
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
-    return out
+def start(rank: int, world: int, arguments: list[str], said: Path, **environ: str) -> multiprocessing.Process:
+    environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    process = SERVER.Process(target=run_rank, args=(arguments, environ, said), daemon=True)
+    process.start()
+    return process
+
+
+def run_rank(arguments: list[str], environ: dict[str, str], said: Path) -> None:
+    for name in LAUNCHERS:
+        os.environ.pop(name, None)
+    os.environ.update(environ)
+    torch.set_num_threads(1)
+    with said.open("w") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+        status = cli.main(arguments)
+    sys.exit(status)
+
+
+def end(process: multiprocessing.Process, said: Path) -> str:
+    process.join(240)
+    assert process.exitcode == 0, said.read_text()
+    return said.read_text()
 
 
 # Plans -------------------------------------------------------------------------------------------------------
@@ -111,39 +130,134 @@ def test_two_processes_write_the_bytes_of_one(files, tmp_path, capsys):
     more = ["--count", 26, "--batch", 4, "--plan", "random", "--seed", 3, "--out"]
     assert cli.main(words(files, *more, tmp_path / "a.png", "--npz", tmp_path / "a.npz")) == 0
     assert "images/s" in capsys.readouterr().out
-    two = [start(r, 2, words(files, *more, tmp_path / "b.png", "--npz", tmp_path / "b.npz")) for r in range(2)]
-    told = [end(p) for p in two]
+    said = [tmp_path / "said" / str(r) for r in range(2)]
+    said[0].parent.mkdir()
+    asked = words(files, *more, tmp_path / "b.png", "--npz", tmp_path / "b.npz")
+    two = [start(r, 2, asked, said[r]) for r in range(2)]
+    told = [end(p, said[r]) for r, p in enumerate(two)]
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     assert "26 pictures of 4 classes" in told[0] and told[1] == ""
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.npz", "a.png", "b.json", "b.npz", "b.png"]
+    said[0].unlink(), said[1].unlink(), said[0].parent.rmdir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a.npz",
+        "a.npz.json",
+        "a.png",
+        "b.npz",
+        "b.npz.json",
+        "b.png",
+    ]
     with np.load(tmp_path / "a.npz") as archive:
         assert archive["arr_0"].shape == (26, 16, 16, 3) and archive["arr_0"].dtype == np.uint8
         assert archive["arr_1"].tolist() == plan_labels("random", 26, [0, 1, 2, 3], 3)
-    about = json.loads((tmp_path / "a.json").read_text())
-    assert about["identity"]["cfg_scale"] == 3.0 and about["about"]["labels"] == "random"
+    about = json.loads((tmp_path / "a.npz.json").read_text())
+    assert (about["identity"]["cfg_scale"], about["identity"]["temperature"]) == (1.0, 1.0)  # as trained, to be scored
+    assert about["about"]["label_plan"] == "random"
     with Image.open(tmp_path / "b.png") as grid:
         assert json.loads(grid.text["megastar"])["seed"] == 3
 
 
-def test_a_killed_rank_is_survived_and_the_work_taken_up_again(files, tmp_path):
+def test_a_killed_rank_is_survived_and_the_work_taken_up_again(files, tmp_path, monkeypatch):
     folder, more = tmp_path / "parts", ["--count", 60, "--batch", 2, "--folder"]
-    victim = start(1, 2, words(files, *more, folder))
+    victim = start(1, 2, words(files, *more, folder), tmp_path / "said")
     until = time.time() + 120
     while not list(folder.glob("part-*.npz")):
-        assert victim.poll() is None and time.time() < until
+        assert victim.is_alive() and time.time() < until
         time.sleep(0.01)
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
+    victim.kill()
+    victim.join()
     first = {p: p.stat().st_ino for p in folder.glob("part-*.npz")}
     assert 0 < len(first) < 30
     (folder / "00029.claim").write_text(json.dumps({"host": claims.socket.gethostname(), "pid": victim.pid}))
     (folder / f"part-00029.npz.{claims.socket.gethostname()}.{victim.pid}.tmp").write_bytes(b"half")
-    end(start(0, 2, words(files, *more, folder, "--npz", tmp_path / "a.npz", "--out", tmp_path / "a.png")))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(words(files, *more, folder, "--npz", tmp_path / "new" / "a.npz", "--out", tmp_path / "a.png")) == 0
+    monkeypatch.undo()
     assert {p: p.stat().st_ino for p in first} == first  # not drawn again
     assert len(list(folder.glob("part-*.npz"))) == 30 and len(list(folder.iterdir())) == 31
     more = ["--count", 60, "--batch", 2, "--out", tmp_path / "b.png", "--npz"]
     assert cli.main(words(files, *more, tmp_path / "b.npz")) == 0
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    assert (tmp_path / "new" / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_scores_while_drawing_are_those_of_the_file_and_of_two_processes(files, tmp_path, monkeypatch, capsys):
+    (tmp_path / "pixel_features.py").write_text("def mean(x):\n    return x.float().mean((1, 2))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    real = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "real.npz", real)
+    how = ["--real", tmp_path / "real.npz", "--features", "pixel_features:mean", "--metrics", "fd,pr,kid"]
+    how += ["--kid-size", "10", "--kid-subsets", "5"]
+    draw = ["--count", 26, "--batch", 4, "--seed", 3, "--cfg-scale", 2]
+    monkeypatch.setenv("MEGASTAR_CACHE", str(tmp_path / "cache"))
+
+    assert cli.main(words(files, *draw, *how, "--score", tmp_path / "one.json")) == 0
+    assert cli.main(words(files, *draw, *how, "--score", tmp_path / "kept.json", "--folder", tmp_path / "parts")) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    gloo = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(tmp_path)}
+    asked = words(files, *draw, *how, "--score", tmp_path / "two.json")
+    two = [start(r, 2, asked, tmp_path / f"said{r}", **gloo) for r in range(2)]
+    assert ["KD-pixel" in end(p, tmp_path / f"said{r}") for r, p in enumerate(two)] == [True, False]  # rank 0 tells
+    assert cli.main(words(files, *draw, "--npz", tmp_path / "a.npz", "--out", tmp_path / "a.png")) == 0
+    evaluated = ["evaluate", tmp_path / "a.npz", *how, "--out", tmp_path / "file.json"]
+    assert cli.main([str(w) for w in evaluated]) == 0
+
+    one, kept, two, file = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "kept", "two", "file"))
+    assert list(one["scores"]) == [f"{n}-pixel_features:mean" for n in ("FD", "precision", "recall", "KD")]
+    for other in (kept, two, file):
+        assert other["scores"] == pytest.approx(one["scores"], rel=1e-6) and other["not_recorded"] == []
+        assert {k: other["provenance"][k] for k in other["provenance"] if k != "command"} == {
+            k: v for k, v in one["provenance"].items() if k != "command"
+        }
+        assert other["generated"]["classes"] == {"classes": 4, "fewest": 6, "most": 7}
+    told = one["provenance"]
+    assert (told["label_plan"], told["cfg_scale"], told["dtype"], told["seed"]) == ("balanced", 2.0, "fp32", 3)
+    assert told["weights"] == str(files[0]) and len(told["weights_sha256"]) == len(told["tokenizer_sha256"]) == 64
+    assert two["generated"]["processes"] == 2 and one["generated"]["source"] == "drawn while scoring"
+    drawn = {"a.npz", "a.npz.json", "a.png", "cache", "parts", "__pycache__"}
+    assert {
+        p.name for p in tmp_path.iterdir() if p.suffix not in (".json", ".py") and "said" not in p.name
+    } <= drawn | {"real.npz"}
+
+    capsys.readouterr()
+    for more, sentence in [
+        (["--score", tmp_path / "x.json"], "--score and --real belong together"),
+        ([*how], "--score and --real belong together"),
+        (
+            [*how, "--score", tmp_path / "x.json", "--npz", tmp_path / "b.npz"],
+            "--score keeps no pictures: leave out --npz",
+        ),
+        (
+            [*how[:4], "--metrics", "kid", "--score", tmp_path / "x.json"],
+            "the request: 26 pictures cannot be scored, kid needs 1000",
+        ),
+        (["--real", tmp_path / "no.npz", "--score", tmp_path / "x.json"], "no.npz does not exist"),
+    ]:
+        monkeypatch.setattr(Painter, "paint", None)  # said before the first picture
+        assert cli.main(words(files, *draw, *more)) == 2 and sentence in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(words(files, *draw, *how, "--score", tmp_path / "x.json")) == 2
+    assert "MASTER_ADDR is not set: start with --nproc or torchrun" in capsys.readouterr().err
+
+
+def test_pictures_are_resized_before_they_are_rounded(networks, files, tmp_path, capsys):
+    p, small = painter(networks, 3), painter(networks, 3, size=8)
+    with torch.no_grad():
+        images = networks[1].decode_codes(p.sampler.draw(torch.tensor(p.labels), p.seeds))
+    wanted = torch.nn.functional.interpolate(images, size=(8, 8), mode="bicubic")  # LlamaGen's sample_c2i_ddp.py
+    wanted = (127.5 * wanted + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    got = small.paint(0)
+    assert got.shape == (3, 8, 8, 3) and np.abs(got.astype(int) - wanted).max() <= 1 and (got == wanted).mean() > 0.99
+    assert small.identity()["resize"] == "bicubic from 16" and p.identity()["resize"] is None
+    assert small.shape == (3, 8, 8, 3) and small.identity()["image_size"] == 8
+
+
+def test_weights_of_another_tokenizers_codes_are_refused(networks, files, tmp_path, capsys):
+    save_model(tmp_path / "w.safetensors", networks[0].state_dict(), CFG, {"step": 1, "tokenizer": "ab" * 32})
+    assert cli.main(words((tmp_path / "w.safetensors", files[1]), "--out", tmp_path / "a.png")) == 2
+    assert "was trained on codes of the tokenizer abababababab" in capsys.readouterr().err
 
 
 def test_another_request_is_refused_and_the_same_is_done(files, tmp_path, capsys, monkeypatch):
@@ -154,13 +268,13 @@ def test_another_request_is_refused_and_the_same_is_done(files, tmp_path, capsys
     assert cli.main(words(files, *more, npz)) == 0 and "is there already" in " ".join(capsys.readouterr().out.split())
     assert npz.stat().st_ino == before
     for option, value, sentence in [
-        ("--cfg-scale", 1.5, "a.json is of other pictures: cfg_scale 3.0, not 1.5; name another place"),
+        ("--cfg-scale", 1.5, "a.npz.json is of other pictures: cfg_scale 1.0, not 1.5; name another place"),
         ("--seed", 9, "seed 0, not 9"),
         ("--batch", 3, "batch 5, not 3"),
     ]:
         assert cli.main(words(files, *more, npz, option, value)) == 2
         assert sentence in capsys.readouterr().err
-    (tmp_path / "a.json").unlink()
+    (tmp_path / "a.npz.json").unlink()
     assert cli.main(words(files, *more, npz)) == 2
     assert "a.npz exists and" in capsys.readouterr().err
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000}))
@@ -219,11 +333,15 @@ def test_claims_belong_to_one_and_are_taken_from_the_dead(tmp_path, monkeypatch)
         assert mine.take("a") and not Claims(tmp_path).take("a")
         (tmp_path / "dead.claim").write_text(json.dumps({"host": host, "pid": ended.pid}))
         (tmp_path / "far.claim").write_text(json.dumps({"host": "other", "pid": 1}))
+        (tmp_path / "cut.claim").write_text('{"ho')
+        (tmp_path / "odd.claim").write_text("[]")
         assert Claims(tmp_path).take("dead") and not Claims(tmp_path).take("far")
         old = time.time() - claims.STALE - 5
-        os.utime(tmp_path / "far.claim", (old, old))
-        assert Claims(tmp_path).take("far") and not Claims(tmp_path).take("far")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dead.claim", "far.claim"]
+        for name in ("far", "cut", "odd"):
+            assert not Claims(tmp_path).take(name)
+            os.utime(tmp_path / f"{name}.claim", (old, old))
+            assert Claims(tmp_path).take(name) and not Claims(tmp_path).take(name)
+    assert sorted(p.stem for p in tmp_path.iterdir()) == ["cut", "dead", "far", "odd"]
 
 
 def test_a_living_claim_is_touched(tmp_path, monkeypatch):
@@ -235,6 +353,13 @@ def test_a_living_claim_is_touched(tmp_path, monkeypatch):
         while mine.held.stat().st_mtime < 2 and time.time() < until:
             time.sleep(0.01)
         assert mine.held.stat().st_mtime > 2
+        held, mine.held = mine.held, tmp_path / "gone.claim"  # removed by another: the next one must still be touched
+        time.sleep(0.05)
+        mine.held = held
+        os.utime(held, (1, 1))
+        while held.stat().st_mtime < 2 and time.time() < until:
+            time.sleep(0.01)
+        assert held.stat().st_mtime > 2
 
 
 def test_npz_is_streamed_and_its_bytes_are_the_pictures_alone(tmp_path):
@@ -252,3 +377,20 @@ def test_npz_is_streamed_and_its_bytes_are_the_pictures_alone(tmp_path):
     with pytest.raises(AssertionError):
         save_npz(tmp_path / "c.npz", (3, 64, 64, 3), [piece], labels)
     assert not list(tmp_path.glob("c*"))
+
+
+def test_batch_scripts_show_their_commands(tmp_path):
+    """MEGASTAR_DRY_RUN=1, with a stand-in for the environment that slurm/env.sh sets up."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "env.sh").write_text("set -uo pipefail\n")
+    for script, asked, told in [
+        ("sample_fid", ["w", "--npz", "a"], "srun --kill-on-bad-exit=0 python tools/sample_fid.py w --npz a\n"),
+        ("sample_fid", ["w", "--score", "a"], "srun --kill-on-bad-exit=1 python tools/sample_fid.py w --score a\n"),
+        ("probe", ["r", "--val-shards", "v"], "srun megastar probe r --val-shards v\n"),
+    ]:
+        command = ["bash", str(ROOT / "slurm" / f"{script}.sh"), *asked]
+        environ = os.environ | {"MEGASTAR_DRY_RUN": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
+        done = subprocess.run(command[:2], cwd=tmp_path, env=environ, capture_output=True, text=True)
+        assert done.returncode == 2 and f"usage: sbatch slurm/{script}.sh" in done.stderr
