@@ -20,7 +20,7 @@ COMMANDS = {  # name -> (module of megastar.commands, what it does)
     "train": ("train", "train a model: ST-AR or the AR baseline"),
     "convert": ("convert", "look into a checkpoint, or turn it into weights or another format"),
     "sample": ("sample", "draw pictures from a run or a weights file"),
-    "evaluate": ("evaluate", "score pictures against real ones (FD-EffLite0)"),
+    "evaluate": ("evaluate", "score pictures against real ones: FID and its kin, FD-EffLite0"),
     "probe": ("probe", "linear probe of a model's features"),
     "plan": ("plan", "memory, communication and time of a run on a machine"),
     "check-gpu": ("check_gpu", "are the kernels right and fast on this GPU; what auto picks"),
