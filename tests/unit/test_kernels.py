@@ -308,6 +308,12 @@ def test_flash_attn_is_called_in_its_layout(monkeypatch) -> None:
     got = check.results(flash.attention, drawn, MaskSpec())
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=1e-5)
+    seen: list[int] = []
+    given = check.draw(2, 3, 48, 64, torch.float32, CPU)[:3]
+    one = flash.Interface(3, lambda q, k, v, **_: seen.extend(t.data_ptr() for t in (q, k, v)) or q, False)
+    monkeypatch.setattr(flash, "_fitting", lambda *_: one)
+    flash.attention(*given)
+    assert seen == [t.data_ptr() for t in given]  # no copies where nothing is appended
     start, end = flash.intervals(MaskSpec.sliding_window(6, 2), 2, 6, CPU)
     assert start.tolist() == [[0, 1, 2, 3, 4, 5]] * 2 and end.tolist() == [[2, 3, 4, 5, 6, 6]] * 2
 
