@@ -41,7 +41,7 @@ def strides(size: int, d: int) -> dict[str, int]:
 
 def resources(kernel: str, arch: int, head_dim: int, dtype: str, spec: MaskSpec, size: int) -> dict[str, int]:
     """{"registers", "spilled" (bytes a thread), "shared" (bytes)} of a kernel as it would be launched."""
-    config = ours.configs(head_dim, DTYPES[dtype])["forward" if kernel == "delta" else kernel]
+    config = ours.configs(head_dim, DTYPES[dtype], size)["forward" if kernel == "delta" else kernel]
     constants = {
         "D": head_dim, "BD": ours.padded(head_dim), "BM": config.BM, "BN": config.BN,
         "EVEN": size % config.BM == 0 and (kernel == "delta" or size % config.BN == 0),

@@ -67,6 +67,16 @@ def test_sdpa_against_fp64(dtype: torch.dtype) -> None:
     assert len(rows) == 2 * len(PATTERNS) and all(row["ok"] for row in rows), rows
 
 
+def test_sdpa_in_bf16_on_either_side_of_the_switch(monkeypatch) -> None:
+    """Long sequences take torch's kernel: here told that all are long; and a prompt in front of a cache."""
+    monkeypatch.setattr(sdpa, "PRODUCTS", 16)
+    rows = list(check.compare(("sdpa",), CPU, torch.bfloat16, [(2, 2, 80, 64), (2, 1, 16, 64)]))
+    assert len(rows) == 2 * len(PATTERNS) and all(row["ok"] for row in rows), rows
+    q, k, v, _ = check.draw(1, 2, 48, 64, torch.bfloat16, CPU)
+    exact = check.exact_attention(q, k, v, MaskSpec())[:, :, -5:]
+    torch.testing.assert_close(sdpa.attention(q[:, :, -5:], k, v).double(), exact, rtol=0, atol=3e-2)
+
+
 def test_compare_finds_a_wrong_kernel_and_says_what_is_left_out(monkeypatch) -> None:
     monkeypatch.setattr(flex, "attention", lambda q, k, v, mask: sdpa.attention(q, k, v))
     monkeypatch.setattr(flex, "supports", lambda *_: None)

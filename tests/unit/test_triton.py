@@ -77,7 +77,7 @@ def test_triton_assembles_without_spills(arch: int, head_dim: int, size: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [256, 576])  # whole tiles, and a last one in part
+@pytest.mark.parametrize("size", [256, 576, 176])  # whole tiles of either height, and a last one in part
 @pytest.mark.parametrize("mask", ["causal", "hidden", "window", "prefix"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("head_dim", [64, 100, 128])
