@@ -60,7 +60,7 @@ def padded(head_dim: int) -> int:
 
 
 def configs(head_dim: int, dtype: torch.dtype, size: int) -> dict[str, Config]:
-    """For each kernel, at ``size`` positions, what compiles without spills on sm_80 and sm_90; not tuned on a GPU yet."""
+    """For each kernel, at ``size`` positions, what compiles with few spills or none on sm_80 and sm_90; not tuned on a GPU yet."""
     wide = padded(head_dim) > 64
     if dtype == torch.float32:
         if wide:
