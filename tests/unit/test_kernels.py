@@ -77,6 +77,16 @@ def test_sdpa_in_bf16_on_either_side_of_the_switch(monkeypatch) -> None:
     torch.testing.assert_close(sdpa.attention(q[:, :, -5:], k, v).double(), exact, rtol=0, atol=3e-2)
 
 
+@pytest.mark.parametrize("head_dim", [64, 100])
+def test_sdpa_with_a_mask_as_on_a_gpu(head_dim: int) -> None:
+    def attend(q, k, v, spec):
+        return sdpa._in_eights(q, k, v, spec.additive(48, CPU, q.dtype))
+
+    spec, drawn = check.example("hidden", 2, 48), check.draw(2, 2, 48, head_dim, torch.float32, CPU)
+    exact = check.results(check.exact_attention, [t.double() for t in drawn], spec)
+    assert max(check.errors(attend, drawn, spec, exact)) < 1e-5
+
+
 def test_compare_finds_a_wrong_kernel_and_says_what_is_left_out(monkeypatch) -> None:
     monkeypatch.setattr(flex, "attention", lambda q, k, v, mask: sdpa.attention(q, k, v))
     monkeypatch.setattr(flex, "supports", lambda *_: None)
