@@ -1,6 +1,6 @@
 """Compile the Triton kernels for a GPU that is not here, and read what the assembler says about registers.
 
-python tests/aot.py 90 64 bf16 hidden        one line of JSON a kernel
+python tests/aot.py 90 64 bf16 hidden 576        one line of JSON a kernel
 """
 
 from __future__ import annotations
@@ -22,19 +22,32 @@ from megastar.model.kernels import triton as ours
 from megastar.model.kernels import triton_jit as jit
 from megastar.model.masks import MaskSpec
 
-KERNELS = {"forward": jit.forward, "dq": jit.backward_dq, "dkv": jit.backward_dkv}
+KERNELS = {"forward": jit.forward, "delta": jit.delta, "dq": jit.backward_dq, "dkv": jit.backward_dkv}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {"L": "*fp32", "Delta": "*fp32", "scale": "fp32", "natural": "fp32"}
 INTS = {"start", "end", "full", "visited", "order"}
+HEADS = 32
 
 
-def resources(kernel: str, arch: int, head_dim: int, dtype: str, spec: MaskSpec, even: bool) -> dict[str, int]:
+def strides(size: int, d: int) -> dict[str, int]:
+    """As in the network: q, k and their gradients heads first; v a view into the fused qkv; the others positions first."""
+    heads_first = (HEADS * size * d, size * d, d)
+    fused, positions_first = (size * 3 * HEADS * d, d, 3 * HEADS * d), (size * HEADS * d, d, HEADS * d)
+    named = dict.fromkeys("qkd", heads_first) | {"v": fused} | dict.fromkeys("oge", positions_first)
+    return {f"s{t}{axis}": n for t, row in named.items() for axis, n in zip("bhi", row, strict=True)} | {
+        f"s{t}j": named[t][2] for t in "kv"
+    }
+
+
+def resources(kernel: str, arch: int, head_dim: int, dtype: str, spec: MaskSpec, size: int) -> dict[str, int]:
     """{"registers", "spilled" (bytes a thread), "shared" (bytes)} of a kernel as it would be launched."""
-    config = ours.configs(head_dim, DTYPES[dtype])[kernel]
+    config = ours.configs(head_dim, DTYPES[dtype], size)["forward" if kernel == "delta" else kernel]
     constants = {
-        "D": head_dim, "BD": ours.padded(head_dim), "BM": config.BM, "BN": config.BN, "EVEN": even,
+        "D": head_dim, "BD": ours.padded(head_dim), "BM": config.BM, "BN": config.BN,
+        "EVEN": size % config.BM == 0 and (kernel == "delta" or size % config.BN == 0),
         "PRECISION": "ieee" if dtype == "fp32" else "tf32", **ours.mask_options(spec),
     }  # fmt: skip
+    numbers = strides(size, head_dim) | {"size": size}
     names = list(inspect.signature(KERNELS[kernel].fn).parameters)
     signature, attributes = {}, {}
     for place, name in enumerate(names):
@@ -43,10 +56,12 @@ def resources(kernel: str, arch: int, head_dim: int, dtype: str, spec: MaskSpec,
             continue
         pointer = TYPES.get(name) or ("*i32" if name in INTS else f"*{dtype}" if name.isupper() else "i32")
         signature[name] = pointer
-        if pointer.startswith("*") or name.startswith("s"):  # what a launch finds divisible by 16: pointers, strides, S
+        if pointer.startswith("*") or numbers.get(name, 1) % 16 == 0:  # what a launch finds divisible by 16
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(KERNELS[kernel], signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    source = ASTSource(
+        KERNELS[kernel], signature, {(names.index(n),): constants[n] for n in names if n in constants}, attributes
+    )
+    options = {"num_warps": config.warps} | ({} if kernel == "delta" else {"num_stages": config.stages})
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
@@ -70,6 +85,7 @@ SPECS = {
 }
 
 if __name__ == "__main__":
-    arch, head_dim, dtype, spec = sys.argv[1:5]
+    arch, head_dim, dtype, spec, size = sys.argv[1:6]
     for kernel in KERNELS:
-        print(json.dumps({"kernel": kernel, **resources(kernel, int(arch), int(head_dim), dtype, SPECS[spec], True)}))
+        found = resources(kernel, int(arch), int(head_dim), dtype, SPECS[spec], int(size))
+        print(json.dumps({"kernel": kernel, **found}))

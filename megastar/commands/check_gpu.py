@@ -28,7 +28,7 @@ SIZES = (256, 576, 1024)  # 256x256 and 384x384 pictures, 512x512
 HEAD_DIMS = (64, 100, 128)  # B, L, XL, XXL: 64; 3B: 100
 BATCH, HEADS = 16, 16
 STEPS = (("b", 32), ("l", 32))  # size, images a step
-PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "liger-kernel", "deepspeed", "nvidia-cutlass-dsl")
+PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "liger-kernel", "apex", "deepspeed", "nvidia-cutlass-dsl")
 
 
 def parser() -> Parser:
@@ -69,6 +69,8 @@ def main(words: list[str]) -> int:
     report: dict[str, Any] = {"device": describe(device), "packages": packages()}
     console.print(f"{report['device']['name']}, torch {torch.__version__}")
     show(console, "backends", [{"backend": k, "here": v or "yes"} for k, v in report["packages"]["backends"].items()])
+    versions = report["packages"]["versions"]
+    show(console, "versions", [{"package": k, "version": v or "not installed"} for k, v in versions.items()])
     report["compared"] = compared = list(comparison(console, device, over))
     wrong = [r for r in compared if r["ok"] is False]
     if device.type == "cuda":
@@ -118,6 +120,7 @@ def peak_tflops(name: str) -> float | None:
 def packages() -> dict[str, Any]:
     """Versions, and what can really be imported."""
     from megastar.diagnosis.packages import has_nvidia_apex, version_of
+    from megastar.model import fused
     from megastar.model.kernels import flash
     from megastar.model.kernels.check import backends
 
@@ -126,6 +129,7 @@ def packages() -> dict[str, Any]:
         "backends": backends(),
         "flash_attn_generations": [one.generation for one in flash.interfaces()],
         "nvidia_apex": has_nvidia_apex(),
+        "fused": {name: fused.found(name) is not None for name in fused.SOURCES},
     }
 
 

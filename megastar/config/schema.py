@@ -232,6 +232,12 @@ class TrainConfig:
     compile: bool = knob(
         False, "torch.compile each block, at ZeRO stages 0 to 2 without tensor parallelism; compare losses first"
     )
+    fused_ops: str = knob(
+        "auto",
+        "auto: on a GPU, SwiGLU by Liger and RMSNorm by NVIDIA apex where installed, compared with torch's when first "
+        "used; off: torch's",
+        choices=("auto", "off"),
+    )
     threads: int = knob(0, "CPU threads a rank; 0: cores / local ranks on CPU, torch's choice on a GPU", low=0)
 
 

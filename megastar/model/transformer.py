@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megastar.config.schema import ModelConfig
 from megastar.model.attention import Attention, Cache
+from megastar.model.fused import swiglu
 from megastar.model.layers import Dropout, Embedding, Head, Linear, RMSNorm
 from megastar.model.masks import MaskSpec
 from megastar.model.rope import rope_table
@@ -51,7 +51,7 @@ class FeedForward(nn.Module):
         self.ffn_dropout = Dropout(cfg.ffn_dropout_p)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        return self.ffn_dropout(self.w2(swiglu(self.w1(x), self.w3(x))))
 
 
 class TransformerBlock(nn.Module):

@@ -42,9 +42,11 @@ FP32_SLOWDOWN = 16  # bf16 peak over fp32 peak
 STREAM_BYTES = 90  # a token, block and width: what the norms, dropouts and sums of an eager bf16 forward pass move
 SPLIT_BYTES = 50  # likewise RoPE and attention, split over the tensor ranks
 FFN_BYTES = 10  # likewise, a token and SwiGLU width
-LOGIT_BYTES = 40  # a logit: what the loss and its gradient move
+LOGIT_BYTES = 28  # a bf16 logit: what cross_entropy.py moves beside its matrix products, widened to fp32 on the way
+SPLIT_LOGIT_BYTES = 44  # likewise where the vocabulary is split: its softmax is spelled out
 BACKWARD = 2  # a backward pass computes and moves this many times what its forward pass does
-OPTIMIZER_TRAFFIC = 72  # bytes an element that AdamW (foreach) and the average move
+# Bytes an element: fused AdamW 28, the average 12, and around them the gradient widened 6, its norm 4, clipped 8, weights 6.
+OPTIMIZER_TRAFFIC = 64
 HOST_LINK = 20e9  # bytes a second between a GPU and host memory
 HOST_MEMORY = 20e9  # bytes a second of host memory for each rank, where AdamW runs under offload
 NEAR = 0.03  # plans within this share of the fastest count as equally fast: the simplest of them is recommended
@@ -54,7 +56,7 @@ ASSUMPTIONS = {
     "reserved for driver and libraries": f"{RESERVED_GIB:g} GiB, and {FRAGMENTATION:.0%} of the peak lost to fragmentation",
     "matrix products": f"{MATMUL_EFFICIENCY:g} of the dense peak (fp32: a {FP32_SLOWDOWN}th of the bf16 peak)",
     "everything else": f"eager, {MEMORY_EFFICIENCY:g} of the memory bandwidth; a forward pass moves {STREAM_BYTES} D + {SPLIT_BYTES} D / tp"
-    f" + {FFN_BYTES} F / tp bytes a token and block, the loss {LOGIT_BYTES} a logit, AdamW {OPTIMIZER_TRAFFIC} an element",
+    f" + {FFN_BYTES} F / tp bytes a token and block, the loss {LOGIT_BYTES} a logit (split: {SPLIT_LOGIT_BYTES}), AdamW {OPTIMIZER_TRAFFIC} an element",
     "backward pass": f"{BACKWARD} times its forward pass",
     "collectives": f"{BANDWIDTH_EFFICIENCY:g} of the bandwidth, {LATENCY * 1e6:g} us each; data ranks' hide under "
     f"{OVERLAP:g} of the computing, tensor ranks' never",
@@ -208,7 +210,7 @@ def compute_seconds(cfg: RunConfig, machine: Machine, tensor: int, checkpointing
     images = cfg.train.global_batch * tensor / machine.gpus  # of a rank
     passes = student_views(cfg) * m.n_layer * (1 + BACKWARD + checkpointing) + teacher_blocks(cfg)
     moved = passes * (STREAM_BYTES * m.dim + (SPLIT_BYTES * m.dim + FFN_BYTES * m.ffn_dim) / tensor) * e / 2
-    moved += student_views(cfg) * LOGIT_BYTES * m.vocab_size / tensor
+    moved += student_views(cfg) * (SPLIT_LOGIT_BYTES if tensor > 1 else LOGIT_BYTES) * m.vocab_size / tensor
     traffic = images * m.image_tokens * moved / (machine.gpu.hbm * 1e9 * MEMORY_EFFICIENCY)
     return operations / (machine.gpus * peak * MATMUL_EFFICIENCY) + traffic
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from megastar.model import kernels
+from megastar.model import fused, kernels
 from megastar.model.kernels import check, select, timing
 from megastar.model.masks import PATTERNS
 
@@ -44,6 +44,23 @@ def test_triton_gives_the_same_bits_each_time(gpu) -> None:
     attend = select.backend("triton").attention
     one, other = check.results(attend, drawn, spec), check.results(attend, drawn, spec)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_triton_takes_more_sequences_and_heads_than_a_grid_axis_ends_at(gpu) -> None:
+    spec, drawn = check.example("hidden", 4400, 16), check.draw(4400, 16, 16, 16, torch.bfloat16, gpu)  # 70,400
+    want, got = (check.results(select.backend(name).attention, drawn, spec) for name in ("sdpa", "triton"))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-2)
+
+
+def test_what_liger_and_apex_have_is_right(gpu) -> None:
+    """Where they are installed; a wrong one warns."""
+    fused.set_fused(True)
+    for dtype, shape in [(torch.bfloat16, (4, 256, 2048)), (torch.float32, (3, 7, 2816))]:
+        a, b = (torch.randn(shape, device=gpu, dtype=dtype, requires_grad=True) for _ in range(2))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            (fused.swiglu(a, b) + fused.rms_norm(a, b[0, 0].detach().requires_grad_(), 1e-5)).sum().backward()
 
 
 @pytest.mark.parametrize("name", ["flex", "triton"])

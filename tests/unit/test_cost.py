@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megastar import cli
@@ -16,6 +18,7 @@ from megastar.config.load import load_config
 from megastar.engine.networks import Student
 from megastar.model.transformer import Transformer
 from megastar.parallel import budget, cost
+from megastar.parallel.cross_entropy import linear_cross_entropy
 from tests.unit.test_budget import ROOT, here, run_of, tiny, zeros  # noqa: F401
 
 SIZES = ("b", "l", "xl", "xxl", "3b")
@@ -77,6 +80,40 @@ def test_operations_are_those_counted(views, monkeypatch):
     counted = cost.step_flops(cfg)
     assert counted["teacher"] == forward.get_total_flops()
     assert counted["student"] == forward_backward.get_total_flops()
+
+
+class Moved(TorchDispatchMode):
+    """Bytes of matrices of ``elements`` that operations other than products read and write."""
+
+    def __init__(self, elements: int):
+        super().__init__()
+        self.elements, self.bytes = elements, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        # Products are counted elsewhere; a view moves nothing, the others a number a row.
+        if func.name() not in ("aten::mm", "aten::t", "aten::gather", "aten::scatter_add_", "aten::new_full"):
+            for t in (*args, out):
+                if isinstance(t, torch.Tensor) and t.numel() == self.elements:
+                    self.bytes += t.nbytes
+        return out
+
+
+@pytest.mark.parametrize(("split", "expected"), [(False, cost.LOGIT_BYTES), (True, cost.SPLIT_LOGIT_BYTES)])
+def test_the_bytes_of_a_logit_are_those_moved(split, expected):
+    rows, codes, width = 48, 1000, 32
+    hidden, weight = torch.randn(rows, width).bfloat16().requires_grad_(), torch.randn(codes, width).bfloat16()
+    group = None
+    if split:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        group = dist.group.WORLD
+    try:
+        with Moved(rows * codes) as moved:
+            linear_cross_entropy(hidden, weight.requires_grad_(), torch.randint(0, codes, (rows,)), group)
+    finally:
+        if split:
+            dist.destroy_process_group()
+    assert moved.bytes == expected * rows * codes
 
 
 # Plans -------------------------------------------------------------------------------------------------------------

@@ -67,6 +67,26 @@ def test_sdpa_against_fp64(dtype: torch.dtype) -> None:
     assert len(rows) == 2 * len(PATTERNS) and all(row["ok"] for row in rows), rows
 
 
+def test_sdpa_in_bf16_on_either_side_of_the_switch(monkeypatch) -> None:
+    """Long sequences take torch's kernel: here told that all are long; and a prompt in front of a cache."""
+    monkeypatch.setattr(sdpa, "PRODUCTS", 16)
+    rows = list(check.compare(("sdpa",), CPU, torch.bfloat16, [(2, 2, 80, 64), (2, 1, 16, 64)]))
+    assert len(rows) == 2 * len(PATTERNS) and all(row["ok"] for row in rows), rows
+    q, k, v, _ = check.draw(1, 2, 48, 64, torch.bfloat16, CPU)
+    exact = check.exact_attention(q, k, v, MaskSpec())[:, :, -5:]
+    torch.testing.assert_close(sdpa.attention(q[:, :, -5:], k, v).double(), exact, rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 100])
+def test_sdpa_with_a_mask_as_on_a_gpu(head_dim: int) -> None:
+    def attend(q, k, v, spec):
+        return sdpa._in_eights(q, k, v, spec.additive(48, CPU, q.dtype))
+
+    spec, drawn = check.example("hidden", 2, 48), check.draw(2, 2, 48, head_dim, torch.float32, CPU)
+    exact = check.results(check.exact_attention, [t.double() for t in drawn], spec)
+    assert max(check.errors(attend, drawn, spec, exact)) < 1e-5
+
+
 def test_compare_finds_a_wrong_kernel_and_says_what_is_left_out(monkeypatch) -> None:
     monkeypatch.setattr(flex, "attention", lambda q, k, v, mask: sdpa.attention(q, k, v))
     monkeypatch.setattr(flex, "supports", lambda *_: None)
@@ -308,6 +328,12 @@ def test_flash_attn_is_called_in_its_layout(monkeypatch) -> None:
     got = check.results(flash.attention, drawn, MaskSpec())
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=1e-5)
+    seen: list[int] = []
+    given = check.draw(2, 3, 48, 64, torch.float32, CPU)[:3]
+    one = flash.Interface(3, lambda q, k, v, **_: seen.extend(t.data_ptr() for t in (q, k, v)) or q, False)
+    monkeypatch.setattr(flash, "_fitting", lambda *_: one)
+    flash.attention(*given)
+    assert seen == [t.data_ptr() for t in given]  # no copies where nothing is appended
     start, end = flash.intervals(MaskSpec.sliding_window(6, 2), 2, 6, CPU)
     assert start.tolist() == [[0, 1, 2, 3, 4, 5]] * 2 and end.tolist() == [[2, 3, 4, 5, 6, 6]] * 2
 

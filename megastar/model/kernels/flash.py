@@ -106,7 +106,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None) -> 
     found = _fitting(spec, q.device)
     assert found is not None
     # Theirs is (B, S, H, d) with d a multiple of 8: zeros appended to q and k change no logit.
-    q, k, v = (F.pad(t, (0, -d % 8)).transpose(1, 2) for t in (q, k, v))
+    if d % 8:  # F.pad copies even where there is nothing to append
+        q, k, v = (F.pad(t, (0, -d % 8)) for t in (q, k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     options: dict[str, Any] = {"softmax_scale": d**-0.5}
     if spec.is_plain_causal:
         options["causal"] = True

@@ -5,6 +5,8 @@ Tiles of queries x keys; online softmax in base 2 and its log-sum-exp kept for t
 visited, fully visible ones load no mask. No atomics: results do not vary from run to run. Importing this needs Triton.
 
 Names: i queries, j keys, d head dimension; BM, BN, BD the tile's extent in each (BD a power of two, D the real one).
+All strides are multiples of the power of two in D. Triton only looks whether an argument is a multiple of 16, so it is told
+where D is not: unaligned, it would load single elements and spill registers.
 """
 
 import triton
@@ -12,10 +14,23 @@ import triton.language as tl
 
 
 @triton.jit
+def place(tiles):
+    """This program's tile, and its sequence and head: one grid axis, since the others end at 65,535."""
+    program = tl.program_id(0)
+    return program % tiles, (program // tiles).to(tl.int64)
+
+
+@triton.jit
+def head_of(pointer, b, h, sb, sh, D: tl.constexpr):
+    """Where the matrix of sequence b and head h begins."""
+    return pointer + tl.multiple_of(b * sb + h * sh, D & -D)
+
+
+@triton.jit
 def rows(pointer, at, stride, size, D: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr):
     """Rows ``at`` of a (size, D) matrix: (len(at), BD), zeros outside."""
     d = tl.arange(0, BD)
-    where = pointer + at.to(tl.int64)[:, None] * stride + d[None, :]
+    where = pointer + tl.multiple_of(at.to(tl.int64) * stride, D & -D)[:, None] + d[None, :]
     if EVEN and D == BD:
         return tl.load(where)
     elif EVEN:
@@ -27,7 +42,7 @@ def rows(pointer, at, stride, size, D: tl.constexpr, BD: tl.constexpr, EVEN: tl.
 @triton.jit
 def put(pointer, at, stride, size, values, D: tl.constexpr, BD: tl.constexpr):
     d = tl.arange(0, BD)
-    where = pointer + at.to(tl.int64)[:, None] * stride + d[None, :]
+    where = pointer + tl.multiple_of(at.to(tl.int64) * stride, D & -D)[:, None] + d[None, :]
     tl.store(where, values.to(pointer.dtype.element_ty), mask=(at < size)[:, None] & (d < D)[None, :])
 
 
@@ -98,10 +113,10 @@ def forward(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT (B, H, S, d) and L (B * H, S), the log-sum-exp in base 2. One program a query tile and head."""
-    tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile, bh = place(tiles)
     b, h = bh // heads, bh % heads
-    Q, OUT = Q + b * sqb + h * sqh, OUT + b * sob + h * soh
-    K, V = K + b * skb + h * skh, V + b * svb + h * svh
+    Q, OUT = head_of(Q, b, h, sqb, sqh, D), head_of(OUT, b, h, sob, soh, D)
+    K, V = head_of(K, b, h, skb, skh, D), head_of(V, b, h, svb, svh, D)
     if not SHARED:
         start, end = start + b * size, end + b * size
     i = tile * BM + tl.arange(0, BM)
@@ -129,15 +144,15 @@ def forward(
 
 @triton.jit
 def delta(
-    OUT, G, Delta, size, heads, sob, soh, soi, sgb, sgh, sgi,
+    OUT, G, Delta, size, heads, tiles, sob, soh, soi, sgb, sgh, sgi,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Delta (B * H, S): the product of a query's output and its gradient G, in fp32."""
-    bh = tl.program_id(1).to(tl.int64)
+    tile, bh = place(tiles)
     b, h = bh // heads, bh % heads
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
-    o = rows(OUT + b * sob + h * soh, i, soi, size, D, BD, EVEN).to(tl.float32)
-    g = rows(G + b * sgb + h * sgh, i, sgi, size, D, BD, EVEN).to(tl.float32)
+    i = tile * BM + tl.arange(0, BM)
+    o = rows(head_of(OUT, b, h, sob, soh, D), i, soi, size, D, BD, EVEN).to(tl.float32)
+    g = rows(head_of(G, b, h, sgb, sgh, D), i, sgi, size, D, BD, EVEN).to(tl.float32)
     tl.store(Delta + bh * size + i, tl.sum(o * g, 1), mask=i < size)
 
 
@@ -166,10 +181,10 @@ def backward_dq(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DQ (B, H, S, d). One program a query tile and head."""
-    tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile, bh = place(tiles)
     b, h = bh // heads, bh % heads
-    Q, G, DQ = Q + b * sqb + h * sqh, G + b * sgb + h * sgh, DQ + b * sdb + h * sdh
-    K, V = K + b * skb + h * skh, V + b * svb + h * svh
+    Q, G, DQ = head_of(Q, b, h, sqb, sqh, D), head_of(G, b, h, sgb, sgh, D), head_of(DQ, b, h, sdb, sdh, D)
+    K, V = head_of(K, b, h, skb, skh, D), head_of(V, b, h, svb, svh, D)
     if not SHARED:
         start, end = start + b * size, end + b * size
     i = tile * BM + tl.arange(0, BM)
@@ -222,11 +237,11 @@ def backward_dkv(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DK and DV (B, H, S, d). One program a key tile and head."""
-    tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile, bh = place(tiles)
     b, h = bh // heads, bh % heads
-    Q, G = Q + b * sqb + h * sqh, G + b * sgb + h * sgh
-    K, V = K + b * skb + h * skh, V + b * svb + h * svh
-    DK, DV = DK + b * sdb + h * sdh, DV + b * seb + h * seh
+    Q, G = head_of(Q, b, h, sqb, sqh, D), head_of(G, b, h, sgb, sgh, D)
+    K, V = head_of(K, b, h, skb, skh, D), head_of(V, b, h, svb, svh, D)
+    DK, DV = head_of(DK, b, h, sdb, sdh, D), head_of(DV, b, h, seb, seh, D)
     L, Delta = L + bh * size, Delta + bh * size
     if not SHARED:
         start, end = start + b * size, end + b * size
