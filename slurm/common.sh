@@ -30,7 +30,8 @@ if [ -n "$MEGASTAR_VENV" ] && [ -z "${MEGASTAR_DRY_RUN:-}" ]; then
     source "$MEGASTAR_VENV/bin/activate" || fail "MEGASTAR_VENV=$MEGASTAR_VENV is no virtual environment: make install, or set it in env.sh"
 fi
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+COLUMNS=${COLUMNS:-200} # a log file has no width, lines would be folded at 80
+export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS COLUMNS
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun has not read the former since 22.05
 
 # step WORD ...: srun with the options of the site; or, dry, the command.

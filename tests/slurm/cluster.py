@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "munge", "sbatch", "srun", "scontrol", "scancel", "unshare")
 
@@ -47,14 +48,15 @@ ReturnToService=2
 SlurmdTimeout=10
 SlurmctldTimeout=10
 KillWait=20
+EnforcePartLimits=ALL
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,bf_interval=1
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,sched_interval=1,bf_interval=1
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} Gres=gpu:2 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 GraceTime=60
-PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -87,6 +89,15 @@ def free_ports(count: int) -> int:
             for s in held:
                 s.close()
     raise RuntimeError("no free ports")
+
+
+class Task(NamedTuple):
+    """A process that srun started; ``pid`` is this machine's number, not the one of its node."""
+
+    pid: int
+    job: str
+    rank: int
+    node: str
 
 
 class Cluster:
@@ -127,10 +138,14 @@ class Cluster:
         key.chmod(0o400)
         socket_file = self.folder / "munge.sock"
         own = [f"--{x}={self.folder}/munged.{x.split('-')[0]}" for x in ("pid-file", "log-file", "seed-file")]
-        self._start("munged", ["munged", "--foreground", "--force", f"--socket={socket_file}", f"--key-file={key}", *own])
+        self._start(
+            "munged", ["munged", "--foreground", "--force", f"--socket={socket_file}", f"--key-file={key}", *own]
+        )
         wait_for("munged", 10, socket_file.exists, lambda: self.log("munged"))
         self._start("slurmctld", ["slurmctld", "-D", "-f", str(self.folder / "slurm.conf")])
-        wait_for("slurmctld", 20, lambda: "UP" in self.run("scontrol", "ping", check=False), lambda: self.log("slurmctld"))
+        wait_for(
+            "slurmctld", 20, lambda: "UP" in self.run("scontrol", "ping", check=False), lambda: self.log("slurmctld")
+        )
         for i in range(1, self.nodes + 1):
             self.start_node(i)
         wait_for("nodes", 30, lambda: self.idle() == self.nodes, lambda: self.log("slurmctld") + self.log("n1"))
@@ -189,24 +204,22 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.job(job)["JobState"]
 
-    def processes(self, job: str, word: str = "megastar") -> dict[int, int]:
-        """SLURM_PROCID -> pid (of this machine) of the tasks of ``job`` whose command line holds ``word``."""
-        found = {}
+    def tasks(self, job: str, word: str = "megastar") -> list[Task]:
+        """The Python processes that srun started for ``job``, an array's for all its jobs, by rank."""
+        found = []
         for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
             try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
+                words = (entry / "cmdline").read_bytes()
                 env = dict(x.split("=", 1) for x in (entry / "environ").read_text().split("\0") if "=" in x)
-                stepped = env.get("SLURM_JOB_ID") == job and "SLURM_STEP_ID" in env
-                python = os.path.basename(os.readlink(entry / "exe")).startswith("python")
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
             except (OSError, ValueError):
                 continue
-            if stepped and python and env.get("SLURM_CONF") == self.env["SLURM_CONF"] and word.encode() in b" ".join(words):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if not _is_python(parent):  # not a child of a task
-                    found[int(env["SLURM_PROCID"])] = int(entry.name)
-        return found
+            mine = env.get("SLURM_CONF") == self.env["SLURM_CONF"] and "SLURM_STEP_ID" in env
+            if mine and job in (env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_JOB_ID")) and word.encode() in words:
+                pid = int(entry.name)
+                if _is_python(pid) and not _is_python(int(stat[1])):  # not a child of a task
+                    found.append(Task(pid, env["SLURM_JOB_ID"], int(env["SLURM_PROCID"]), env["SLURMD_NODENAME"]))
+        return sorted(found, key=lambda t: (t.job, t.rank))
 
 
 def _is_python(pid: int) -> bool:
