@@ -1,11 +1,18 @@
 # What the batch scripts share; each sources it in the folder of the repository, where sbatch was called, and ends in
 # one of `train`, `tasks_apart`. Settings: env.sh. What happens when: docs/slurm.md.
-set -uo pipefail
-
 tell() { echo "megastar: $*"; }
 fail() { echo "megastar: error: $*" >&2; exit 2; }
 
 source "${MEGASTAR_ENV:-slurm/env.sh}" || fail "${MEGASTAR_ENV:-slurm/env.sh} cannot be read"
+if [ -n "${MEGASTAR_MODULES:-}" ]; then
+    module load $MEGASTAR_MODULES || fail "MEGASTAR_MODULES=$MEGASTAR_MODULES cannot be loaded"
+fi
+if [ -n "${MEGASTAR_VENV:-}" ] && [ -z "${MEGASTAR_DRY_RUN:-}" ]; then
+    source "$MEGASTAR_VENV/bin/activate" || fail "MEGASTAR_VENV=$MEGASTAR_VENV is no virtual environment: make install, or set it in env.sh"
+fi
+set -uo pipefail # not before: what sites load reads variables that are not set
+MEGASTAR_MAX_REQUEUES=${MEGASTAR_MAX_REQUEUES:-50} MEGASTAR_MAX_CRASHES=${MEGASTAR_MAX_CRASHES:-3}
+
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # of an array: its first task has the array's id
 JOB=${JOB:-${SLURM_JOB_ID:-}}
 ATTEMPT=${SLURM_RESTART_COUNT:-0}
@@ -22,12 +29,6 @@ else
     LOG=$(scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p')
     tell "job $JOB ($SLURM_JOB_NAME), start $((ATTEMPT + 1)), on $(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')at $(date '+%F %T')"
     tell "log ${LOG:-?}"
-fi
-if [ -n "$MEGASTAR_MODULES" ]; then
-    module load $MEGASTAR_MODULES || fail "MEGASTAR_MODULES=$MEGASTAR_MODULES cannot be loaded"
-fi
-if [ -n "$MEGASTAR_VENV" ] && [ -z "${MEGASTAR_DRY_RUN:-}" ]; then
-    source "$MEGASTAR_VENV/bin/activate" || fail "MEGASTAR_VENV=$MEGASTAR_VENV is no virtual environment: make install, or set it in env.sh"
 fi
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 COLUMNS=${COLUMNS:-200} # a log file has no width, lines would be folded at 80
