@@ -3,6 +3,7 @@
 tell() { echo "megastar: $*"; }
 fail() { echo "megastar: error: $*" >&2; exit 2; }
 
+[ -n "${SLURM_JOB_ID:-}${MEGASTAR_DRY_RUN:-}" ] || fail "submit it: sbatch $0 ... (MEGASTAR_DRY_RUN=1 bash $0 ... shows what would run)"
 source "${MEGASTAR_ENV:-slurm/env.sh}" || fail "${MEGASTAR_ENV:-slurm/env.sh} cannot be read"
 if [ -n "${MEGASTAR_MODULES:-}" ]; then
     module load $MEGASTAR_MODULES || fail "MEGASTAR_MODULES=$MEGASTAR_MODULES cannot be loaded"
@@ -19,7 +20,6 @@ ATTEMPT=${SLURM_RESTART_COUNT:-0}
 LEDGER= # file that remembers the requeues of a run
 
 if [ -z "$JOB" ]; then
-    [ -n "${MEGASTAR_DRY_RUN:-}" ] || fail "submit it: sbatch $0 ... (MEGASTAR_DRY_RUN=1 bash $0 ... shows what would run)"
     echo "sbatch $(sed -n 's/^#SBATCH //p' "$0" | tr '\n' ' ')$(env | sed -n 's/^SBATCH_/SBATCH_/p' | sort | tr '\n' ' ')" | sed 's/ *$//'
     MASTER_ADDR=FIRST_NODE MASTER_PORT=20000
 else
