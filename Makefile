@@ -1,5 +1,5 @@
 # make demo   pictures to scores on this machine     make test   the tests     make lint   ruff and mypy
-# make clean  remove what make made
+# make clean  remove what make made      make test-slurm   the launchers on a SLURM cluster of this machine (root, Debian)
 #
 # PYTHON chooses the interpreter (3.10 to 3.12). TORCH_INDEX chooses where torch comes from, for example the index of
 # CPU builds that PyTorch's site names: without it pip takes its default build, with CUDA libraries of some GB.
@@ -12,7 +12,7 @@ GPU := command -v nvidia-smi >/dev/null
 # DeepSpeed's own operators are compiled when first used, not now.
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test lint clean install
+.PHONY: demo test test-slurm lint clean install
 
 install: $(STAMP)
 
@@ -28,7 +28,10 @@ demo: $(STAMP)
 	$(BIN)/megastar demo
 
 test: $(STAMP)
-	$(BIN)/pytest -m 'not gpu and not slow'
+	$(BIN)/pytest -m 'not gpu and not slow and not slurm'
+
+test-slurm: $(STAMP)
+	$(BIN)/pytest -m slurm tests/slurm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,21 +1,35 @@
-# Sourced by every batch script, in the folder from which sbatch was called (the repository).
-# Sites set partitions, accounts and modules here or on sbatch's command line.
-set -uo pipefail
-source .venv/bin/activate
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
-export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+# Every setting of the site, for every batch script of this folder: fill it in once. It only sets variables.
+#
+#     source slurm/env.sh && sbatch slurm/train_xl.sh          (docs/slurm.md)
+#
+# The shell that submits reads it for the SBATCH_* lines, which sbatch takes where neither its command line nor a default
+# of the cluster says otherwise; they win over the #SBATCH lines of the scripts. A job reads it again on its first node.
+# MEGASTAR_ENV=FILE names another file than this one.
 
-# train CONFIG [section.field=value ...]: one task a GPU; ends the batch script with the run's status.
-# A run that a signal stopped has saved and ends with 85: SLURM takes a clean exit for a finished job, so the script
-# asks for the requeue itself, MAX_RESTARTS times at most. All ranks end together, hence --wait and no kill at the
-# first one: its kill would hide the 85.
-train() {
-    local status=0
-    srun --kill-on-bad-exit=0 --wait=60 megastar train "$@" || status=$?
-    if [ "$status" -eq 85 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-50}" ]; then
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
-    exit "$status"
-}
+# --- who pays, and where (sbatch) ---
+# export SBATCH_PARTITION=gpu
+# export SBATCH_ACCOUNT=project
+# export SBATCH_QOS=normal
+# export SBATCH_CONSTRAINT=h100
+# export SBATCH_TIMELIMIT=8:00:00      # the site's longest; a run that is cut off is requeued and goes on
+
+# --- where megastar is installed: a virtual environment, or a container, or both empty and it is on PATH ---
+MEGASTAR_VENV=${MEGASTAR_VENV-.venv}
+MEGASTAR_MODULES=""                    # module load, for example "cuda/12.8 gcc/13"
+MEGASTAR_SRUN=()                       # more options of srun; a container by pyxis:
+# MEGASTAR_SRUN=(--container-image=/images/megastar.sqsh "--container-mounts=$PWD:$PWD" "--container-workdir=$PWD")
+MEGASTAR_PREFIX=()                     # before the command itself; a container by Apptainer:
+# MEGASTAR_PREFIX=(apptainer exec --nv --bind "$PWD" /images/megastar.sif)
+
+# --- network ---
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0      # the interface of the rendezvous
+# export NCCL_IB_HCA=mlx5
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+
+# --- data ---
+MEGASTAR_SCRATCH=${MEGASTAR_SCRATCH-}  # a disk of each node: shards read from s3:// are kept there (data.cache)
+# export AWS_ENDPOINT_URL=https://s3.example.org AWS_PROFILE=project
+
+# --- how often a job is started again ---
+MEGASTAR_MAX_REQUEUES=${MEGASTAR_MAX_REQUEUES:-50}  # in all
+MEGASTAR_MAX_CRASHES=${MEGASTAR_MAX_CRASHES:-3}     # in a row, with no new checkpoint between them

@@ -10,6 +10,5 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 # sbatch slurm/train_xxl.sh [CONFIG] [section.field=value ...]   (default: configs/run/star_xxl.yaml)
-source slurm/env.sh
-[ $# -gt 0 ] || set -- configs/run/star_xxl.yaml
-train "$@"
+source slurm/common.sh || exit 2
+train configs/run/star_xxl.yaml "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -50,8 +51,9 @@ def staged(out: Path, need: int, force: bool, holds: Sequence[str] = ()) -> Iter
 
 
 def _is_running(process: str) -> bool:
+    """Whether the process whose number begins the name runs: 7, 7-former, 7.tmp (a weights file at work)."""
     try:
-        os.kill(int(process.split("-")[0]), 0)
+        os.kill(int(re.split(r"\D", process, maxsplit=1)[0]), 0)
     except (ProcessLookupError, ValueError):
         return False
     except PermissionError:

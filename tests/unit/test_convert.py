@@ -330,11 +330,11 @@ def test_what_a_killed_conversion_left_is_removed(runs, tmp_path):
     ended.wait()
     import socket
 
-    for pid in (ended.pid, 1):
+    for pid in (ended.pid, f"{ended.pid}.tmp", 1, "1.tmp"):
         (tmp_path / f".w.pt.writing-{socket.gethostname()}-{pid}").write_bytes(b"half")
     convert.convert(runs / "1x1", "llamagen", tmp_path / "w.pt")
     left = {p.name.rpartition("-")[2] for p in tmp_path.iterdir()}
-    assert left == {"w.pt", "1"}  # process 1 runs: what it writes stays
+    assert left == {"w.pt", "1", "1.tmp"}  # process 1 runs: what it writes stays
 
 
 # Inspection --------------------------------------------------------------------------------------------------------

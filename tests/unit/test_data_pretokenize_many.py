@@ -188,19 +188,6 @@ def test_layouts(pictures, tokenizer, tmp_path):  # noqa: F811
         run(pictures, tokenizer, tmp_path / "x", layout="zip")
 
 
-def test_the_batch_script_shows_its_command(tmp_path):
-    """MEGASTAR_DRY_RUN=1, with a stand-in for the environment that slurm/env.sh sets up."""
-    script = Path(__file__).parents[2] / "slurm" / "pretokenize.sh"
-    (tmp_path / "slurm").mkdir()
-    (tmp_path / "slurm" / "env.sh").write_text("set -uo pipefail\n")
-    words = ["bash", str(script), "a folder", "--out", "x"]
-    done = subprocess.run(
-        words, cwd=tmp_path, env=os.environ | {"MEGASTAR_DRY_RUN": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout == "srun --kill-on-bad-exit=0 megastar pretokenize a folder --out x\n"
-
-
 def test_two_settings_at_once_share_no_folder(tmp_path):
     """Whoever comes first says what all must do; the other one is told."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -93,10 +94,13 @@ def test_values_of_the_paper(name, block, epochs):
 
 def test_batch_scripts_train_files_that_exist():
     scripts = sorted((ROOT / "slurm").glob("train_*.sh"))
-    assert [s.stem for s in scripts] == ["train_b", "train_l", "train_xl", "train_xxl"]
+    assert [s.stem for s in scripts] == ["train_3b", "train_b", "train_l", "train_xl", "train_xxl"]
     for script in scripts:
         text = script.read_text()
         nodes = int(text.split("--nodes=")[1].split()[0])
         tasks = int(text.split("--ntasks-per-node=")[1].split()[0])
-        default = text.split("|| set -- ")[1].split()[0]
+        default = text.split("\ntrain ")[1].split()[0]
         resolve_batch(load_config(default), nodes * tasks)
+    for path in (ROOT / "configs/run").glob("*.yaml"):
+        for script, config in re.findall(r"sbatch (slurm/\S+) (\S+)", path.read_text()):
+            assert config == f"configs/run/{path.name}" and (ROOT / script).is_file()
