@@ -117,6 +117,11 @@ def _machine() -> str:
     return " ".join(parts)
 
 
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process of that number, not ended."""
+    return bool(_start(pid))
+
+
 def _start(pid: int) -> str:
     """When process ``pid`` began, in the kernel's ticks; empty when there is none or it has ended."""
     try:

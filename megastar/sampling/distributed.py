@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from megastar.data.claims import Claims, is_running
 from megastar.device import DTYPES
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
-from megastar.sampling.claims import Claims, is_running
 from megastar.sampling.npz import read_npz, save_npz, write_record
 from megastar.sampling.progress import picture_bar
 from megastar.sampling.request import Options
@@ -214,7 +214,7 @@ def sample_folder(
                     pictures = painter.paint(chunk, show)
                     labels = np.asarray(painter.labels)[painter.indices(chunk)]
                     save_npz(part_of(folder, chunk), pictures.shape, [pictures], labels)
-                claims.release()
+                claims.release(f"{chunk:05d}")
                 drawn = True
                 bar(done())
             if not drawn and rank:

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -20,11 +19,11 @@ from PIL import Image
 
 from megastar import cli
 from megastar.config.schema import ModelConfig, TokenizerConfig
+from megastar.data import claims
 from megastar.errors import UserError
 from megastar.model.io import save_model
 from megastar.model.transformer import Transformer
-from megastar.sampling import claims, distributed
-from megastar.sampling.claims import Claims
+from megastar.sampling import distributed
 from megastar.sampling.distributed import Painter, iterate_images, open_folder, part_of, plan_labels, sample_folder
 from megastar.sampling.npz import read_npz, save_npz
 from megastar.sampling.request import Options
@@ -171,8 +170,8 @@ def test_a_killed_rank_is_survived_and_the_work_taken_up_again(files, tmp_path, 
     victim.join()
     first = {p: p.stat().st_ino for p in folder.glob("part-*.npz")}
     assert 0 < len(first) < 30
-    (folder / "00029.claim").write_text(json.dumps({"host": claims.socket.gethostname(), "pid": victim.pid}))
-    (folder / f"part-00029.npz.{claims.socket.gethostname()}.{victim.pid}.tmp").write_bytes(b"half")
+    (folder / "00029.claim").write_text(json.dumps({"machine": claims._machine(), "pid": victim.pid, "start": "1"}))
+    (folder / f"part-00029.npz.{socket.gethostname()}.{victim.pid}.tmp").write_bytes(b"half")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(words(files, *more, folder, "--npz", tmp_path / "new" / "a.npz", "--out", tmp_path / "a.png")) == 0
@@ -328,44 +327,7 @@ def test_nan_logits_name_token_class_and_rank(networks, tmp_path):
         Painter(*networks, [0, 4])
 
 
-# Claims and files --------------------------------------------------------------------------------------------
-def test_claims_belong_to_one_and_are_taken_from_the_dead(tmp_path, monkeypatch):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    host = claims.socket.gethostname()
-    with Claims(tmp_path) as mine:
-        assert mine.take("a") and not Claims(tmp_path).take("a")
-        (tmp_path / "dead.claim").write_text(json.dumps({"host": host, "pid": ended.pid}))
-        (tmp_path / "far.claim").write_text(json.dumps({"host": "other", "pid": 1}))
-        (tmp_path / "cut.claim").write_text('{"ho')
-        (tmp_path / "odd.claim").write_text("[]")
-        assert Claims(tmp_path).take("dead") and not Claims(tmp_path).take("far")
-        old = time.time() - claims.STALE - 5
-        for name in ("far", "cut", "odd"):
-            assert not Claims(tmp_path).take(name)
-            os.utime(tmp_path / f"{name}.claim", (old, old))
-            assert Claims(tmp_path).take(name) and not Claims(tmp_path).take(name)
-    assert sorted(p.stem for p in tmp_path.iterdir()) == ["cut", "dead", "far", "odd"]
-
-
-def test_a_living_claim_is_touched(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "TOUCH", 0.01)
-    with Claims(tmp_path) as mine:
-        assert mine.take("a")
-        os.utime(mine.held, (1, 1))
-        until = time.time() + 20
-        while mine.held.stat().st_mtime < 2 and time.time() < until:
-            time.sleep(0.01)
-        assert mine.held.stat().st_mtime > 2
-        held, mine.held = mine.held, tmp_path / "gone.claim"  # removed by another: the next one must still be touched
-        time.sleep(0.05)
-        mine.held = held
-        os.utime(held, (1, 1))
-        while held.stat().st_mtime < 2 and time.time() < until:
-            time.sleep(0.01)
-        assert held.stat().st_mtime > 2
-
-
+# Files --------------------------------------------------------------------------------------------
 def test_npz_is_streamed_and_its_bytes_are_the_pictures_alone(tmp_path):
     piece = np.arange(256, dtype=np.uint8).repeat(3 * 64 * 16).reshape(64, 64, 64, 3)
     tracemalloc.start()
