@@ -4,9 +4,10 @@
     python benchmarks/s3.py --shards 16 --megabytes 100
 
 The first table is the download: what ``S3Store`` brings, with length and SHA-256 checked and the shard in the cache of
-the node, against ``get_object`` in reads of 1 MiB that drop what they read. The second one is batches of codes: our
-``TokenLoader`` from an empty cache, mixing --window shards and drawing 2 of 10 views, against webdataset, which has
-``pipe:curl`` for this, reads in order and draws nothing. All rows take turns in one process.
+the node, against ``get_object`` in reads of 1 MiB that drop what they read, and ``download_file``, which keeps it,
+unchecked. The second one is batches of codes: our ``TokenLoader`` from an empty cache, mixing --window shards and drawing
+2 of 10 views, against webdataset, which has ``pipe:curl`` for this, reads in order and draws nothing. All rows take turns
+in one process.
 """
 
 from __future__ import annotations
@@ -123,14 +124,28 @@ def compare(a: argparse.Namespace, root: Path, endpoint: str) -> None:
             store.open(info).close()
         store.close()
 
+    (root / "boto3").mkdir()
+
+    def to_disk() -> None:
+        for info in manifest.shards:
+            client.download_file("public", f"set/{info.name}", str(root / "boto3" / info.name))
+
+    def no_files() -> None:
+        for path in (root / "boto3").iterdir():
+            path.unlink()
+
     peer = "boto3 get_object, reads of 1 MiB"
-    rows: dict[str, list[float]] = {peer: [], "megastar, checked and in the cache": []}
+    kept = "boto3 download_file"
+    rows: dict[str, list[float]] = {peer: [], kept: [], "megastar, checked and in the cache": []}
     for _ in range(a.repeats):
         rows[peer] += seconds(plain, 1)
+        rows[kept] += seconds(to_disk, 1, no_files)
         rows["megastar, checked and in the cache"] += seconds(ours, 1, empty)
     report(f"{a.shards} shards, {size / 1e6:.0f} MB from {endpoint}", rows, peer)
     for name, times in rows.items():
         print(f"  {name:<44} {size / statistics.median(times) / 1e6:7.0f} MB/s")
+    ratio = statistics.median(rows[kept]) / statistics.median(rows["megastar, checked and in the cache"])
+    print(f"  {kept} / megastar = {ratio:.2f}")
 
     steps = manifest.samples // a.batch
 
