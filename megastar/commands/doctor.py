@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from typing import TYPE_CHECKING
 
-from megastar.commands.common import Parser, is_launched, place_of, positive, terminal_width
+from megastar.commands.common import Parser, is_launched, place_of, positive, seconds, terminal_width
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,22 +42,11 @@ def parser() -> Parser:
     p.add_argument("--upload", default="", metavar="URL", help="train.upload: put a small object there and remove it")
     p.add_argument("--nproc", type=positive, default=1, help="processes to start here (default 1); not in a launcher")
     p.add_argument(
-        "--patience", type=patience, default=60.0, metavar="SECONDS",
+        "--patience", type=seconds(1, 3600), default=60.0, metavar="SECONDS",
         help="how long a check, or a node, may be silent before it counts as failed (default 60)",
     )  # fmt: skip
     p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return p
-
-
-def patience(text: str) -> float:
-    """An argparse type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 1 <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 3600")
-    return value
 
 
 def main(words: list[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands.common import Parser, terminal_width
+from megastar.commands.common import Parser, seconds, terminal_width
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,20 +33,9 @@ def parser() -> Parser:
         EXAMPLES,
     )
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    p.add_argument("--watch", type=seconds, metavar="SECONDS", help="show it again every so many seconds")
+    p.add_argument("--watch", type=seconds(0.1, 86400), metavar="SECONDS", help="show it again every so many seconds")
     p.add_argument("--json", action="store_true", help="one JSON object a run and line")
     return p
-
-
-def seconds(text: str) -> float:
-    """An argparse type: a pause between two looks."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.1 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 86400")
-    return value
 
 
 def main(words: list[str]) -> int:
