@@ -209,6 +209,36 @@ class ParallelConfig:
 
 
 @dataclass
+class FaultsConfig:
+    """What is done when something goes wrong in the middle of a run (docs/faults.md)."""
+
+    hang_timeout: float = knob(
+        600.0,
+        "seconds without progress after which each rank's watchdog writes all stacks down and ends the rank; 0: never",
+        low=0,
+    )
+    lost_timeout: float = knob(
+        60.0, "seconds of silence after which a rank counts as lost, and the others end and name it; 0: never", low=0
+    )
+    spike_sigma: float = knob(
+        6.0,
+        "a loss this many standard deviations above the mean of the last spike_window steps is skipped; 0: none is",
+        low=0,
+    )
+    spike_window: int = knob(128, "steps whose losses a spike is measured against", low=2)
+    max_skips: int = knob(
+        3, "skipped steps within spike_window after which the run goes back to its last good checkpoint", low=0
+    )
+    max_rollbacks: int = knob(2, "times that a run goes back, over its whole length, before it stops instead", low=0)
+    checksum_every: int = knob(
+        0, "steps between comparisons of what must be equal on several ranks, bit for bit; 0: never", low=0
+    )
+    slow_ratio: float = knob(
+        1.5, "a rank whose steps take this many times the median's own time is named in a warning; 0: none is", low=0
+    )
+
+
+@dataclass
 class TrainConfig:
     """Length, batch, precision, housekeeping."""
 
@@ -252,4 +282,5 @@ class RunConfig:
     attention: AttentionConfig = knob(AttentionConfig, "the attention kernel")
     optim: OptimConfig = knob(OptimConfig, "the optimizer")
     parallel: ParallelConfig = knob(ParallelConfig, "the split over GPUs")
+    faults: FaultsConfig = knob(FaultsConfig, "when something goes wrong")
     train: TrainConfig = knob(TrainConfig, "length, batch, precision, housekeeping")

@@ -276,6 +276,7 @@ RESUMABLE = (
     "data.val_shards",
     "data.cache",
     "data.patience",
+    "faults.",
     "optim.lr",  # what a loss that is not finite asks for
     "train.steps",
     "train.epochs",
