@@ -99,6 +99,8 @@ def run_tests(device: torch.device) -> int:
 def describe(device: torch.device) -> dict[str, Any]:
     import torch
 
+    from megastar.parallel.cost import peak_tflops
+
     if device.type != "cuda":
         return {"name": "cpu", "threads": torch.get_num_threads()}
     p = torch.cuda.get_device_properties(device)
@@ -106,15 +108,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "name": p.name, "memory_gib": round(p.total_memory / 2**30, 1), "capability": f"{p.major}.{p.minor}",
         "cuda": torch.version.cuda, "bf16_tflops": peak_tflops(p.name),
     }  # fmt: skip
-
-
-def peak_tflops(name: str) -> float | None:
-    """The data sheet's dense bf16 peak of a GPU by torch's name for it; None for one that megastar plan does not list."""
-    from megastar.diagnosis.links import gpu_model
-    from megastar.parallel.cost import GPUS
-
-    model = gpu_model(name)
-    return GPUS[model].tflops if model else None
 
 
 def packages() -> dict[str, Any]:

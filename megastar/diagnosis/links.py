@@ -31,17 +31,6 @@ def expected_rate(gpu: str | None, ranks: int, nodes: int, network: float | None
     return network * BANDWIDTH_EFFICIENCY if network and nodes > 1 else None
 
 
-def gpu_model(name: str) -> str | None:
-    """megastar plan's name of a GPU by torch's or nvidia-smi's; None for one that it does not list."""
-    from megastar.parallel.cost import GPUS
-
-    words = name.lower().replace("-", " ").replace("rtx ", "rtx").split()
-    models = [model for model in GPUS if model.split("-")[0] in words]
-    if "pcie" in words and "h100-pcie" in models:
-        return "h100-pcie"
-    return models[0] if models else None
-
-
 def network_rate(interfaces: Path = Path("/sys/class/net")) -> float | None:
     """Bytes a second of the fastest network card that is up; None where none says so (virtual ones do not)."""
     rates = []
@@ -130,6 +119,8 @@ def skew(clocks: dict[str, list[float]]) -> list[Finding]:
 
 def judged(results: dict[int, dict[str, Any]], nodes: list[str], network: float | None) -> list[Finding]:
     """``measure``'s results by place -> findings about clocks and bandwidth."""
+    from megastar.parallel.cost import gpu_model
+
     clocks: dict[str, list[float]] = {}
     for i, result in results.items():
         clocks.setdefault(nodes[i], result["clock"])

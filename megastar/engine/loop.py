@@ -21,8 +21,10 @@ from megastar.engine import checkpoint, folders
 from megastar.engine.build import Context, Engines, build, start
 from megastar.engine.errors import NonFiniteLoss
 from megastar.engine.faults import PREEMPTED, Question, StopFlag, check_moved
+from megastar.engine.health import Health
 from megastar.engine.metrics import Metrics
-from megastar.engine.schedule import learning_rate, total_steps
+from megastar.engine.observed import ideal_seconds, observed
+from megastar.engine.schedule import learning_rate, row_due, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.supply import Starved, Supply, leave, on_all_ranks
 from megastar.errors import UserError
@@ -64,7 +66,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
             Console().print(f"{cfg.run} is done: {done} of {steps} steps; raise train.steps to go on")
         return
     loader = on_all_ranks(ctx, lambda: make_loader(cfg, ctx, engines, done))
-    metrics = Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main)
+    metrics = Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx))
     text = f"resumed {found} at step {done}" if found else f"{cfg.run}: {steps} steps on {ctx.world} rank(s)"
     metrics.event("resumed" if found else "started", text, steps=steps, ranks=ctx.world)
     if not manifest.tokenizer_sha256:
@@ -101,6 +103,7 @@ def run(
     supply, steps = Supply(loader, ctx, lambda: bool(stop.signal)), about["steps"]
     saver = checkpoint.Saver(cfg, ctx, engines)
     validation = on_all_ranks(ctx, lambda: make_validation(cfg, ctx, engines))
+    health = Health(cfg, ctx.world, steps, metrics)
     engines.student.train()
     for step in range(done, steps):
         try:
@@ -112,12 +115,13 @@ def run(
             leave(saver, supply, metrics, about, done, step, starved.signal)
         about.pop("val_loss_ar", None)
         metrics.waited(waited)
-        if (step + 1) % cfg.train.log_every == 0 or step + 1 == steps:
-            row = average_over_ranks(ctx, sums)
+        if row_due(cfg, step, steps):
+            row = average_over_ranks(ctx, sums) | observed(ctx, engines)
             row |= {"grad_norm": engines.grad_norm(), "lr": learning_rate(cfg, step, steps)}
         else:
             row = {}
         metrics.step(step + 1, cfg.train.global_batch, row)
+        health.look(step + 1, row)
         metrics.saved(saver.done)
         last = step + 1 == steps
         if validation and (last or (step + 1) % cfg.train.val_every == 0):
@@ -152,7 +156,7 @@ def train_step(
     total = 0.0
     supply.begin_step()
     for _ in range(engines.accumulation):
-        loss, parts = losses(cfg, engines, ctx, supply.next(), step)
+        loss, parts = losses(cfg, engines, ctx, supply.next(), step, spreads=row_due(cfg, step, steps))
         question = Question(ctx, loss, stop.signal, saver.failed, supply.dry, supply.waited())
         engines.student.backward(loss)
         finite, signal_number, lost, dry, waited = question.answer()

@@ -17,12 +17,13 @@ from megastar.engine.events import append_event
 class Metrics:
     """``step`` after each optimizer step; a row is written every ``every`` steps and at the end.
 
-    A resumed run cuts rows past its checkpoint, so that metrics.jsonl holds each step once.
+    A resumed run cuts rows past its checkpoint, so that metrics.jsonl holds each step once. ``ideal`` seconds a step
+    would take at the devices' peak: its share of the time it takes is the row's ``mfu``.
     """
 
-    def __init__(self, folder: Path, start: int, total: int, every: int, active: bool):
+    def __init__(self, folder: Path, start: int, total: int, every: int, active: bool, ideal: float | None = None):
         self.active, self.every, self.total, self.folder = active, every, total, folder
-        self.done = start  # steps
+        self.done, self.ideal = start, ideal  # steps done
         self._saved: Path | None = None
         self._waits: list[float] = []
         if not active:
@@ -68,6 +69,8 @@ class Metrics:
             return
         seconds = time.perf_counter() - self.clock
         row = {**row, "images_per_s": self.images / seconds, "step_s": seconds / max(1, step - self.last_step)}
+        if self.ideal is not None:
+            row["mfu"] = self.ideal / row["step_s"]
         if self._waits:
             row["data_wait_s"] = sum(self._waits) / len(self._waits)
             self._waits.clear()

@@ -14,6 +14,11 @@ def total_steps(cfg: RunConfig, samples: int) -> int:
     return max(1, round(cfg.train.epochs * samples / cfg.train.global_batch))
 
 
+def row_due(cfg: RunConfig, step: int, steps: int) -> bool:
+    """Whether the step that follows ``step`` finished ones is written to metrics.jsonl."""
+    return (step + 1) % cfg.train.log_every == 0 or step + 1 == steps
+
+
 def learning_rate(cfg: RunConfig, step: int, steps: int) -> float:
     """Rate of the step that follows ``step`` finished ones; scaled with global_batch / 256 when ``scale_lr`` [P]."""
     o = cfg.optim

@@ -12,7 +12,7 @@ from typing import Any
 from megastar.config.files import read_yaml
 from megastar.config.load import config_from_dict
 from megastar.config.schema import RunConfig
-from megastar.engine import events, folders
+from megastar.engine import events, folders, health
 from megastar.errors import UserError
 
 RECENT = 20  # rows of metrics whose median is the run's speed
@@ -75,7 +75,12 @@ def status_of(run: Path, now: float | None = None) -> Status:
         status.left_s = max(0, status.steps - status.step) * status.step_s
     status.restarts = restarts_of(happened)
     status.upload = upload_of(cfg, happened)
-    status.health = [*health_of_rows(rows), *health_of_checkpoint(status, cfg), *health_of_restarts(happened)]
+    status.health = [
+        *health_of_rows(rows),
+        *health_of_method(cfg, status.steps, rows, happened),
+        *health_of_checkpoint(status, cfg),
+        *health_of_restarts(happened),
+    ]
     return status
 
 
@@ -205,6 +210,19 @@ def health_of_rows(rows: list[dict[str, Any]]) -> list[str]:
             "look for a slow node with srun megastar doctor"
         )
     return found
+
+
+def health_of_method(
+    cfg: RunConfig, steps: int | None, rows: list[dict[str, Any]], happened: list[dict[str, Any]]
+) -> list[str]:
+    """What the run itself warns of, asked of the same rows again: of warnings only those that still hold."""
+    ranks = [e["ranks"] for e in happened if e["event"] in events.STARTED and isinstance(e.get("ranks"), int)]
+    try:
+        images = health.contrasted(cfg, ranks[-1] if ranks else cfg.parallel.tensor_parallel)
+    except UserError:  # started on another split than the configuration's
+        images = cfg.train.global_batch
+    teacher = health.slow_teacher(cfg, steps) if steps else ""
+    return [*filter(None, [teacher]), *health.judge(cfg, images, rows).values()]
 
 
 def health_of_checkpoint(status: Status, cfg: RunConfig) -> list[str]:

@@ -42,11 +42,12 @@ def hidden_mask(cfg: RunConfig, batch: dict[str, Any], views: int, device: torch
 
 
 def losses(
-    cfg: RunConfig, engines: Engines, ctx: Context, batch: dict[str, Any], step: int
+    cfg: RunConfig, engines: Engines, ctx: Context, batch: dict[str, Any], step: int, spreads: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The total loss of one micro-batch, with a graph through the student only, and its parts.
 
     ``batch``: codes (B, M, T) int64, labels (B,) with dropped ones already the null class, ids and epochs (B,).
+    ``spreads``: the features' spread among the parts; asked for where a row of metrics is due.
     """
     if cfg.parallel.check_batches:
         check_batch(ctx, batch, step)
@@ -80,6 +81,7 @@ def losses(
         targets=targets,
         gather=lambda x: gather_rows(x, ctx.data_group),
         rank_offset=ctx.mesh.data_rank,
+        spreads=spreads,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from megastar.config.schema import SelfGuidedConfig
 from megastar.objectives.contrastive import Gather, identity, step_loss, view_loss
 from megastar.objectives.masked_image import masked_image_loss
+from megastar.objectives.spread import feature_spread
 
 _STREAM = int.from_bytes(b"position", "big")  # keeps these draws apart from every other use of the run's seed
 
@@ -42,6 +43,7 @@ def total(
     targets: Tensor | None = None,
     gather: Gather = identity,
     rank_offset: int = 0,
+    spreads: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum and its parts.
 
@@ -51,7 +53,8 @@ def total(
     contrastive.py. A term that is off (``enabled``, weight 0, ``step_loss``, ``view_loss``) is not computed, counts
     zero in the sum and is absent from the metrics.
 
-    Returns (scalar, detached scalars among loss, loss_ar, loss_mim, loss_step, loss_view, acc_step, acc_view).
+    Returns (scalar, detached scalars among loss, loss_ar, loss_mim, loss_step, loss_view, acc_step, acc_view), and with
+    ``spreads`` spread_student and spread_teacher (spread.py) of this rank's anchors and targets, where B > 1.
     """
     loss, metrics = loss_ar, {"loss_ar": loss_ar.detach()}
     if cfg.enabled and cfg.alpha:
@@ -68,4 +71,6 @@ def total(
             value, values = term(anchors, targets, cfg.temperature, lambda _: everyone, rank_offset)
             loss = loss + cfg.beta / 2 * value
             metrics |= {f"loss_{name}": value.detach(), f"acc_{name}": values["accuracy"]}
+        if spreads and len(anchors) > 1:
+            metrics |= {"spread_student": feature_spread(anchors), "spread_teacher": feature_spread(targets)}
     return loss, {"loss": loss.detach()} | metrics

@@ -90,6 +90,21 @@ GPUS = {
 }
 
 
+def gpu_model(name: str) -> str | None:
+    """The key of ``GPUS`` by torch's or nvidia-smi's name; None for one that is not listed."""
+    words = name.lower().replace("-", " ").replace("rtx ", "rtx").split()
+    models = [model for model in GPUS if model.split("-")[0] in words]
+    if "pcie" in words and "h100-pcie" in models:
+        return "h100-pcie"
+    return models[0] if models else None
+
+
+def peak_tflops(name: str) -> float | None:
+    """The data sheet's dense bf16 peak of a GPU by torch's name for it; None for one that is not listed."""
+    model = gpu_model(name)
+    return GPUS[model].tflops if model else None
+
+
 @dataclass(frozen=True)
 class Machine:
     name: str

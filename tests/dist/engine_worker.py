@@ -19,6 +19,7 @@ from megastar.engine import checkpoint, folders
 from megastar.engine.build import build, start
 from megastar.engine.convert import full_weights
 from megastar.engine.memory import state_bytes
+from megastar.engine.observed import observed
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.model.io import save_model
 from tests.dist.reference import BATCH, STEPS, batch_of, config, initial_weights
@@ -78,6 +79,7 @@ def run_case(
         engines.refresh_teacher()
         row = average_over_ranks(ctx, sums)
         row["grad_norm"] = engines.grad_norm()
+        row |= observed(ctx, engines)
         history.append(row)
         if validate:
             first = ctx.mesh.data_rank * micro

@@ -105,6 +105,10 @@ def train(cfg: RunConfig, accumulation: int, initial: dict[str, torch.Tensor] | 
         with torch.no_grad():
             for name, p in student.named_parameters():
                 average[name] = decay * average[name] + (1 - decay) * p
+            if guided.enabled:  # the projector is the student's alone
+                trunk = [(average[n], p) for n, p in student.named_parameters() if n.startswith("transformer.")]
+                away = sum((a - p).double().square().sum() for a, p in trunk)
+                sums["teacher_distance"] = (away / sum(p.double().square().sum() for _, p in trunk)).sqrt().item()
         history.append(sums)
     weights = {k.removeprefix("transformer."): v.detach() for k, v in student.named_parameters()}
     return {

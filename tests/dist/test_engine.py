@@ -116,6 +116,7 @@ def test_sharded_training_equals_one_process(runs, ranks, c):
     clipped = [row["grad_norm"] > cfg.optim.grad_clip for row in wanted["history"]]
     assert any(clipped), "no step was clipped: the case proves less than it should"
     for step, (a, b) in enumerate(zip(got["history"], wanted["history"][done:], strict=True)):
+        assert 0.05 < a.pop("memory_gib") < 16
         assert a.keys() == b.keys()
         for name in a:
             if bf16 and not name.startswith("loss"):

@@ -23,14 +23,15 @@ from tests.integration.conftest import ROOT, environment, megastar
 pytestmark = pytest.mark.dist
 
 
+TIMES = ("images_per_s", "step_s", "data_wait_s", "save_blocked_s", "memory_gib")  # and what differs as times do
+
+
 def rows(run: Path) -> dict[int, dict]:
     """Step -> all that was written for it, timings aside."""
     out: dict[int, dict] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        out.setdefault(row.pop("step"), {}).update(
-            {k: v for k, v in row.items() if k not in ("images_per_s", "step_s", "data_wait_s", "save_blocked_s")}
-        )
+        out.setdefault(row.pop("step"), {}).update({k: v for k, v in row.items() if k not in TIMES})
     return out
 
 
@@ -40,6 +41,8 @@ def test_a_run_leaves_what_the_documentation_promises(whole):
     assert {"loss", "loss_ar", "loss_mim", "loss_step", "loss_view", "acc_step", "acc_view", "grad_norm", "lr"} <= set(
         done[5]
     )
+    assert {"spread_student", "spread_teacher", "teacher_distance"} <= set(done[5])
+    assert 0 < done[5]["spread_student"] < 1.5 and 0 < done[5]["teacher_distance"] < 1
     assert "val_loss_ar" in done[6] and "val_loss_ar" in done[12] and "val_loss_ar" not in done[5]
     assert done[1]["loss_ar"] == pytest.approx(
         torch.log(torch.tensor(64.0)).item(), rel=1e-4

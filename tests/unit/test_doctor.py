@@ -20,6 +20,7 @@ from megastar.diagnosis.examination import Report, Wishes, put_together
 from megastar.diagnosis.finding import FAILURE, OK, WARNING, Answer, Finding, bounded, hung, merge, shortened
 from megastar.diagnosis.meeting import absent, address_of
 from megastar.errors import UserError
+from megastar.parallel import cost
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -200,8 +201,8 @@ def test_clocks():
 
 
 def test_what_a_link_should_do():
-    assert links.gpu_model("NVIDIA H100 80GB HBM3") == "h100" and links.gpu_model("NVIDIA H100 PCIe") == "h100-pcie"
-    assert links.gpu_model("NVIDIA GeForce RTX 4090") == "rtx4090" and links.gpu_model("Quadro") is None
+    assert cost.gpu_model("NVIDIA H100 80GB HBM3") == "h100" and cost.gpu_model("NVIDIA H100 PCIe") == "h100-pcie"
+    assert cost.gpu_model("NVIDIA GeForce RTX 4090") == "rtx4090" and cost.gpu_model("Quadro") is None
     assert links.expected_rate("h100", 8, 1, None) == pytest.approx(450e9 * 0.7)
     assert links.expected_rate("h100", 16, 2, None) == pytest.approx(400e9 * 0.7)
     assert links.expected_rate(None, 4, 2, 12.5e9) == pytest.approx(12.5e9 * 0.7)

@@ -13,6 +13,7 @@ from megastar.objectives.contrastive import step_loss, view_loss
 from megastar.objectives.masked_image import masked_image_loss
 from megastar.objectives.next_token import next_token_loss
 from megastar.objectives.self_guided import at_positions, draw_positions, total
+from megastar.objectives.spread import feature_spread
 
 TAU = 0.2
 LOSSES = pytest.mark.parametrize("loss", [step_loss, view_loss])
@@ -231,6 +232,45 @@ def test_targets_are_gathered_once() -> None:
     both = [f(p["anchors"], p["targets"], TAU, gather, 1)[0] for f in (step_loss, view_loss)]
     base = total(replace(SelfGuidedConfig(), beta=0.0), **p)[0]
     torch.testing.assert_close(loss, base + 0.5 * sum(both) / 2)
+
+
+# Spread --------------------------------------------------------------------------------------------------------------
+def test_spread_matches_the_loop() -> None:
+    f = features(7, 2, 3, 5)
+    values = []
+    for m in range(2):
+        for k in range(3):
+            unit = [f[b, m, k] / f[b, m, k].norm() for b in range(7)]
+            for d in range(5):
+                column = [float(u[d]) for u in unit]
+                mean = sum(column) / 7
+                values.append((sum((x - mean) ** 2 for x in column) / 6) ** 0.5)
+    assert feature_spread(f).item() == pytest.approx(sum(values) / len(values) * 5**0.5, rel=1e-12)
+    assert feature_spread(f.bfloat16()).dtype == torch.float32
+
+
+def test_spread_is_about_one_or_zero() -> None:
+    assert feature_spread(features(256, 1, 2, 64)).item() == pytest.approx(1, abs=0.02)
+    one = features(1, 2, 3, 64)
+    assert feature_spread(one.expand(8, 2, 3, 64) * torch.arange(1, 9).view(8, 1, 1, 1)).item() < 1e-12  # lengths aside
+    # Images alike, positions apart: collapsed. A mean cosine of 0.99 is a spread of about a tenth.
+    near = one + 0.1 * features(64, 2, 3, 64, seed=1)
+    assert feature_spread(near).item() == pytest.approx(0.1, abs=0.02)
+    few = [feature_spread(features(n, 100, 1, 64)).item() for n in (2, 8)]
+    assert few == [pytest.approx(0.80, abs=0.01), pytest.approx(0.97, abs=0.01)]  # as the docstring says
+
+
+def test_spreads_are_metrics_where_asked_for() -> None:
+    p = parts(1)
+    p["anchors"].requires_grad_()
+    loss, metrics = total(SelfGuidedConfig(student_views=1), **p, spreads=True)
+    plain, others = total(SelfGuidedConfig(student_views=1), **p)
+    assert torch.equal(loss, plain) and metrics.keys() - others.keys() == {"spread_student", "spread_teacher"}
+    assert metrics["spread_student"] == feature_spread(p["anchors"]) and not metrics["spread_student"].requires_grad
+    assert metrics["spread_teacher"] == feature_spread(p["targets"])
+    alone = p | {k: p[k][:1] for k in ("anchors", "targets")}
+    assert "spread_student" not in total(SelfGuidedConfig(student_views=1), **alone, spreads=True)[1]
+    assert "spread_student" not in total(replace(SelfGuidedConfig(), beta=0.0), **parts(), spreads=True)[1]
 
 
 def test_positions_are_a_function_of_seed_and_step() -> None:

@@ -1,0 +1,210 @@
+"""What a run is warned of: each sentence from rows that call for it, none from a healthy run's."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megastar.config.load import load_config, save_config
+from megastar.config.schema import RunConfig
+from megastar.engine import health
+from megastar.engine.events import read_events
+from megastar.engine.metrics import Metrics
+from megastar.engine.status import status_of
+from megastar.teacher.schedule import decay_at
+
+ROOT = Path(__file__).resolve().parents[2]
+HEALTHY = {"loss_ar": 6.0, "loss_mim": 0.03, "acc_step": 0.7, "acc_view": 0.7, "spread_student": 0.9, "grad_norm": 0.5}
+HEALTHY |= {"spread_teacher": 0.8, "teacher_distance": 0.1}
+BEGINNING = HEALTHY | {"loss_ar": 7.6}
+
+
+@cache
+def demo(*overrides: str) -> RunConfig:
+    return load_config(ROOT / "configs/run/demo.yaml", list(overrides))
+
+
+def rows(count: int = 100, every: int = 10, **newest: float | list[float]) -> list[dict]:
+    """``count`` rows of a run that learns; the last 60 with other values, a list's one by one."""
+    out = [{"step": every * (i + 1), **(BEGINNING if i < health.FIRST else HEALTHY)} for i in range(count)]
+    for name, value in newest.items():
+        for i, row in enumerate(out[-60:]):
+            row[name] = value[i] if isinstance(value, list) else value
+    return out
+
+
+def found(cfg: RunConfig, some: list[dict], images: int = 64) -> dict[str, str]:
+    return health.judge(cfg, images, some)
+
+
+CASES = {
+    "accuracy_at_chance": (
+        {"acc_view": 0.02},
+        "contrastive accuracy sits at chance: acc_view 0.02 over 10 rows, guessing gives 0.016 (1 of 64 images): see that",
+    ),
+    "collapse": (
+        {"spread_student": 0.03},
+        "features collapse: spread_student 0.03 over 10 rows, spread-out features have about 1: begin again from",
+    ),
+    "far_teacher": (
+        {"teacher_distance": 0.7},
+        "the teacher does not keep up: teacher_distance is 0.7 over 10 rows, so the student's targets are of another "
+        "network: lower self_guided.teacher_decay (now 0.999) or optim.lr",
+    ),
+    "trivial_mim": (
+        {"loss_mim": 1e-6},
+        "the MIM loss is trivially small: 1e-06 over 10 rows, student and teacher compute the same: raise "
+        "self_guided.mask_ratio (now 0.25) or teacher_decay (now 0.999), or set alpha=0",
+    ),
+    "always_clipped": (
+        {"grad_norm": 3.0},
+        "every gradient is clipped: grad_norm was 3 to 3 in 50 rows, optim.grad_clip is 1: no harm while the loss falls",
+    ),
+    "not_learning": (
+        {"loss_ar": 7.7},
+        "the next-token loss does not fall: loss_ar is 7.70 over 10 rows, the first 10 rows had 7.60: see that optim.lr",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_each_trouble_has_its_sentence(kind):
+    newest, sentence = CASES[kind]
+    some = found(demo(), rows(**newest))
+    assert list(some) == [kind] and some[kind].startswith(sentence)
+    assert "\n" not in some[kind] and not some[kind].endswith(".")
+
+
+def test_a_teacher_that_falls_behind():
+    away = [0.1 * 1.01**i for i in range(60)]
+    cfg = demo()
+    late = rows(700, teacher_distance=away)
+    assert list(found(cfg, late)) == ["growing_teacher"]
+    assert "teacher_distance grew from 0.12 to 0.17 within 50 rows" in found(cfg, late)["growing_teacher"]
+    assert found(cfg, rows(200, teacher_distance=away)) == {}  # it is still to come to rest
+    assert found(cfg, rows(700, teacher_distance=[0.1 + 0.05 * (i % 7) for i in range(60)])) == {}  # it moves about
+
+
+def test_a_loss_at_the_level_of_guessing():
+    guess = math.log(2048)
+    some = rows(loss_ar=guess - 0.01)
+    for row in some[: health.FIRST]:
+        row["loss_ar"] = guess + 0.02
+    assert "guessing gives ln 2048 = 7.62" in found(demo(), some)["not_learning"]
+    tuned = rows(loss_ar=5.0)
+    for row in tuned[: health.FIRST]:
+        row["loss_ar"] = 5.0
+    assert found(demo("train.init=w.safetensors"), tuned) == {} and list(found(demo(), tuned)) == ["not_learning"]
+
+
+def test_nothing_is_said_too_early_or_of_what_is_not_there():
+    for newest, _ in CASES.values():
+        assert found(demo(), rows(9, **newest)) == {}
+    bad = {k: v for newest, _ in CASES.values() for k, v in newest.items()}
+    early = set(found(demo(), rows(15, **bad)))  # steps 60 to 150, of which 50 are warm-up
+    assert early == {"collapse", "far_teacher", "trivial_mim"}
+    assert found(demo(), rows(acc_step=0.2, acc_view=0.2), images=4) == {}  # guessing is right a quarter of the time
+    assert found(demo("optim.grad_clip=0"), rows(grad_norm=3.0)) == {}
+    assert found(demo(), [{"step": r["step"], "loss_ar": 6.0} for r in rows()]) != {}  # the loss alone does not fall
+    assert found(demo(), rows(loss_mim="nan", grad_norm="inf")) == {}  # `megastar status` tells of those
+    assert found(demo(), [{"step": 3, "val_loss_ar": 1.0}, {"loss_ar": 1.0}]) == {}
+
+
+@pytest.mark.parametrize(
+    ("decay", "warmup", "steps"), [(0.99, False, 300), (0.9, True, 50), (0.999, True, 40), (1.0, True, 20)]
+)
+def test_what_is_left_of_the_first_weights(decay, warmup, steps):
+    guided = demo(f"self_guided.teacher_decay={decay}", f"self_guided.teacher_warmup={warmup}").self_guided
+    product = math.prod(decay_at(t, guided) for t in range(steps))
+    assert health.initial_left(guided, steps) == pytest.approx(product, rel=1e-9)
+
+
+def test_a_decay_that_is_too_slow_for_the_run_is_told_at_the_start():
+    def said(steps: int, *overrides: str) -> str:
+        return health.slow_teacher(load_config(ROOT / "configs/run/star_b_50ep.yaml", list(overrides)), steps)
+
+    assert said(3000) == (
+        "the teacher hardly moves: with self_guided.teacher_decay 0.9999 it follows in about 10,000 steps, the run has "
+        "3,000, and 74% of the last teacher are still the random first weights: set self_guided.teacher_warmup=true, or "
+        "teacher_decay to 0.997 or less"
+    )
+    assert "it never moves, the run has 3,000, and 100%" in said(3000, "self_guided.teacher_decay=1")
+    assert said(3000, "self_guided.teacher_warmup=true") == said(3000, "self_guided.teacher_decay=0.997") == ""
+    assert said(250_200) == said(3000, "train.init=w.safetensors") == said(50) == ""
+    assert said(3000, "self_guided.enabled=false") == said(3000, "self_guided.alpha=0", "self_guided.beta=0") == ""
+
+
+def test_images_to_choose_from():
+    assert health.contrasted(demo(), 2) == 64
+    assert health.contrasted(demo("train.micro_batch=8"), 4) == 32  # of one forward pass: the rest is accumulated
+    assert health.contrasted(demo("parallel.tensor_parallel=2", "train.micro_batch=8"), 4) == 16
+
+
+def test_the_papers_runs_and_the_demo_start_without_a_warning():
+    for path in sorted((ROOT / "configs/run").glob("*.yaml")):
+        cfg = load_config(path)
+        assert health.slow_teacher(cfg, cfg.train.steps or round(cfg.train.epochs * 5004)) == "", path
+
+
+def test_a_healthy_run_is_not_warned():
+    """Rows that the demo really wrote (tests/data/health_demo.jsonl says how), each judged when it was the newest."""
+    lines = (ROOT / "tests/data/health_demo.jsonl").read_text().splitlines()
+    cfg, some = demo(), [json.loads(line) for line in lines]
+    assert {"spread_student", "spread_teacher", "teacher_distance", "memory_gib"} <= some[-1].keys()
+    assert [found(cfg, some[: n + 1]) for n in range(len(some))] == [{}] * len(some)
+
+
+# The run's part ----------------------------------------------------------------------------------------------------
+def said(run: Path) -> list[tuple[int, str]]:
+    return [(e["step"], e["about"]) for e in read_events(run) if e["event"] == "warning"]
+
+
+def feed(cfg: RunConfig, some: list[dict], done: int = 0) -> None:
+    metrics = Metrics(Path(cfg.run), done, 1000, 10, True)
+    watch = health.Health(cfg, 1, 1000, metrics)
+    for row in some:
+        row = dict(row)
+        step = row.pop("step")
+        metrics.step(step, 64, row)
+        watch.look(step, row)
+        watch.look(step + 1, {})  # a step without a row
+    metrics.close()
+
+
+def test_a_warning_comes_once_and_again_after_it_was_over(tmp_path, capsys):
+    cfg = demo(f"run={tmp_path / 'run'}")
+    save_config(cfg, tmp_path / "run" / "config.yaml")
+    sick, well = rows(100, loss_mim=1e-6)[40:], rows(100)[40:]
+    back = [r | {"step": r["step"] + 1000} for r in rows(100, loss_mim=1e-6)[40:]]
+    feed(cfg, rows(40) + sick[:30] + well[30:] + back[:15])
+    assert said(tmp_path / "run") == [(500, "trivial_mim"), (1500, "trivial_mim")]
+    assert capsys.readouterr().out.count("the MIM loss is trivially small") == 2
+    assert [h for h in status_of(tmp_path / "run").health if "MIM" in h]  # as long as it is so
+
+
+def test_a_run_that_goes_on_remembers_its_rows_and_one_that_went_back_forgets(tmp_path):
+    cfg = demo(f"run={tmp_path / 'run'}")
+    bad = rows(100, loss_mim=1e-6)
+    feed(cfg, bad[:48])
+    assert said(tmp_path / "run") == []  # eight rows
+    feed(cfg, bad[48:52], done=480)
+    assert said(tmp_path / "run") == [(500, "trivial_mim")]
+    feed(demo(f"run={tmp_path / 'other'}"), bad[:49] + rows(100)[42:60])
+    assert said(tmp_path / "other") == []
+
+
+def test_the_start_is_warned_of_and_only_the_main_rank_speaks(tmp_path):
+    cfg = demo(f"run={tmp_path / 'run'}", "self_guided.teacher_decay=0.9999", "self_guided.teacher_warmup=false")
+    metrics = Metrics(tmp_path / "run", 0, 300, 10, False)
+    health.Health(cfg, 1, 300, metrics).look(10, dict(HEALTHY))
+    assert not (tmp_path / "run").exists()
+    metrics = Metrics(tmp_path / "run", 0, 300, 10, True)
+    health.Health(cfg, 1, 300, metrics)
+    metrics.close()
+    assert said(tmp_path / "run") == [(0, "slow_teacher")]
+    save_config(cfg, tmp_path / "run" / "config.yaml")
+    assert status_of(tmp_path / "run").health[0].startswith("the teacher hardly moves")
