@@ -21,7 +21,7 @@ Rows = Sequence[dict[str, Any]]
 RECENT = 10  # rows of which a mean is taken: one step's accuracy or loss is noise
 FIRST, KEPT = 10, 50  # rows of the run's beginning, and the newest: all that a check looks at
 SETTLED = 200  # steps after optim.warmup_steps: before, nothing was learned yet. The demo is off chance after 10
-CHANCE = 2.0  # times the accuracy of guessing; the demo has 10 times after 20 steps
+CHANCE = 2.0  # times the accuracy of guessing; the demo has 10 times that after 10 steps
 FEW_IMAGES = 8  # with fewer to choose from, guessing is right too often to be told from learning
 COLLAPSED = 0.1  # spread: the mean cosine between two images is then about 1 - 0.1^2 = 0.99
 TRIVIAL = 1e-4  # L_MIM: bf16 rounds a feature by 4e-3 of it, which makes 1 - cos about 1e-5

@@ -18,4 +18,5 @@ def feature_spread(features: Tensor) -> Tensor:
     """
     assert len(features) > 1, "one image has no spread"
     unit = F.normalize(at_least_fp32(features.detach()), dim=-1)
-    return unit.std(dim=0).mean() * features.shape[-1] ** 0.5
+    mean: Tensor = unit.std(dim=0).mean()  # over channels, views and positions
+    return mean * float(features.shape[-1] ** 0.5)

@@ -16,6 +16,7 @@ from megastar.engine.events import read_events
 from megastar.engine.metrics import Metrics
 from megastar.engine.status import status_of
 from megastar.teacher.schedule import decay_at
+from tests.dist.reference import config, train
 
 ROOT = Path(__file__).resolve().parents[2]
 HEALTHY = {"loss_ar": 6.0, "loss_mim": 0.03, "acc_step": 0.7, "acc_view": 0.7, "spread_student": 0.9, "grad_norm": 0.5}
@@ -145,17 +146,29 @@ def test_images_to_choose_from():
 
 
 def test_the_papers_runs_and_the_demo_start_without_a_warning():
-    for path in sorted((ROOT / "configs/run").glob("*.yaml")):
-        cfg = load_config(path)
+    for path in ("demo.yaml", "ar_b_50ep.yaml", "star_b_50ep.yaml", "star_3b.yaml"):
+        cfg = load_config(ROOT / "configs/run" / path)
         assert health.slow_teacher(cfg, cfg.train.steps or round(cfg.train.epochs * 5004)) == "", path
 
 
 def test_a_healthy_run_is_not_warned():
-    """Rows that the demo really wrote (tests/data/health_demo.jsonl says how), each judged when it was the newest."""
-    lines = (ROOT / "tests/data/health_demo.jsonl").read_text().splitlines()
-    cfg, some = demo(), [json.loads(line) for line in lines]
+    """Rows that `megastar train configs/run/demo.yaml` really wrote, each judged when it was the newest: 400 steps with a row
+    every five, before there were spread and distance, and the first steps with a row every two."""
+    for name, step in (("demo_400", 400), ("demo_start", 46)):
+        some = [json.loads(line) for line in (ROOT / f"tests/data/{name}.jsonl").read_text().splitlines()]
+        assert some[-1]["step"] == step
+        assert [found(demo(), some[: n + 1]) for n in range(len(some))] == [{}] * len(some)
     assert {"spread_student", "spread_teacher", "teacher_distance", "memory_gib"} <= some[-1].keys()
-    assert [found(cfg, some[: n + 1]) for n in range(len(some))] == [{}] * len(some)
+
+
+def test_real_training_is_told_from_a_teacher_that_is_the_student():
+    """Eight steps of the tests' tiny network, written the plain way."""
+
+    def mim(**guided) -> float:
+        return max(row["loss_mim"] for row in train(config(self_guided=guided), 1)["history"])
+
+    assert mim(mask_ratio=0.0, teacher_decay=0.0, teacher_warmup=False) < health.TRIVIAL / 10
+    assert mim() > 10 * health.TRIVIAL
 
 
 # The run's part ----------------------------------------------------------------------------------------------------

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megastar.config.deepspeed import read_deepspeed
 from megastar.config.load import diff_configs, load_config, resolve_batch
 from megastar.config.schema import DataConfig, OptimConfig, ParallelConfig, RunConfig, SelfGuidedConfig, TrainConfig
+from megastar.parallel.budget import GIB, Zero
+from megastar.parallel.cost import GPUS, Machine, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "configs" / "run").glob("*.yaml"))
@@ -44,6 +47,30 @@ def test_every_file_is_whole_and_says_what_to_expect(path):
     assert data["model"].startswith("configs/model/")
     load_config(path)
     assert path.stem == "demo" or data["run"] == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", [p for p in RUNS if p.stem.startswith(("ar_", "star_"))], ids=lambda p: p.stem)
+def test_a_header_says_what_the_plan_estimates(path):
+    text, cfg = path.read_text(), load_config(path)
+    gpus = int(re.search(r"^# hardware: (\d+) GPUs of 80 GB, not measured$", text, re.M)[1])
+    own, need, other, others, _, command = re.search(
+        r"^# split:    ZeRO (\d): (\d+) GiB a GPU \(ZeRO (\d): (\d+)\), (.*); an estimate of\n# +(megastar plan .*)$",
+        text,
+        re.M,
+    ).groups()
+    assert command == f"megastar plan configs/run/{path.name} --gpus {gpus}"  # H100s, in nodes of eight
+    machine = Machine("h100", GPUS["h100"], gpus, 8)
+
+    def plan(stage):
+        zero = Zero.read(read_deepspeed(f"configs/ds/zero{stage}.json"))
+        return make_plan(cfg, machine, zero, 1, cfg.parallel.activation_checkpointing, "bf16")
+
+    assert cfg.parallel.deepspeed == f"configs/ds/zero{own}.json" and {own, other} == {"1", "3"}
+    assert [f"{plan(z).need / GIB:.0f}" for z in (own, other)] == [need, others]
+    seconds = plan(own).seconds
+    hours = cfg.train.epochs * 5004 * seconds / 3600
+    told = f"{hours:.0f}" if hours >= 9.5 else f"{hours:.1f}"
+    assert f"# hours:    {told} on H100s by that plan ({seconds:.3f} s a step), an estimate; not measured\n" in text
 
 
 @pytest.mark.parametrize("size", ["b", "l", "xl"])
