@@ -104,6 +104,8 @@ def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
 
 
 def collapse(cfg: RunConfig, images: int, rows: Rows) -> str:
+    if not settled(cfg, rows):  # a projector that has learned nothing gives its biases, for all images the same
+        return ""
     both = {n: mean(v) for n in ("student", "teacher") if (v := values(rows, f"spread_{n}"))}
     low = [f"spread_{n} {v:.2g}" for n, v in both.items() if v < COLLAPSED]
     if not low:
