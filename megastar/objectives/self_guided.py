@@ -54,7 +54,7 @@ def total(
     zero in the sum and is absent from the metrics.
 
     Returns (scalar, detached scalars among loss, loss_ar, loss_mim, loss_step, loss_view, acc_step, acc_view), and with
-    ``spreads`` spread_student and spread_teacher (spread.py) of this rank's anchors and targets, where B > 1.
+    ``spreads`` spread_student and spread_teacher (spread.py) of all ranks' anchors and targets, where there are two images.
     """
     loss, metrics = loss_ar, {"loss_ar": loss_ar.detach()}
     if cfg.enabled and cfg.alpha:
@@ -71,6 +71,9 @@ def total(
             value, values = term(anchors, targets, cfg.temperature, lambda _: everyone, rank_offset)
             loss = loss + cfg.beta / 2 * value
             metrics |= {f"loss_{name}": value.detach(), f"acc_{name}": values["accuracy"]}
-        if spreads and len(anchors) > 1:
-            metrics |= {"spread_student": feature_spread(anchors), "spread_teacher": feature_spread(targets)}
+        if spreads and len(everyone) > 1:
+            metrics |= {
+                "spread_student": feature_spread(gather(anchors.detach())),
+                "spread_teacher": feature_spread(everyone),
+            }
     return loss, {"loss": loss.detach()} | metrics

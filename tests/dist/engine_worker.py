@@ -70,7 +70,7 @@ def run_case(
         sums: dict = {}
         for a in range(accumulation):
             first = a * per + ctx.mesh.data_rank * micro
-            loss, parts = losses(cfg, engines, ctx, batch_of(cfg, step, slice(first, first + micro)), step)
+            loss, parts = losses(cfg, engines, ctx, batch_of(cfg, step, slice(first, first + micro)), step, spreads=True)
             engines.student.backward(loss)
             set_schedules(cfg, engines, step, STEPS)
             engines.student.step()

@@ -141,4 +141,5 @@ def _guided(cfg, student, teacher, b, step):
     return total(
         guided, loss_ar=_next_token(student, out, codes), student_last=out.last, teacher_last=last,
         anchors=out.anchors.unflatten(0, (B, Ms)) if contrastive else None, targets=targets if contrastive else None,
+        spreads=True,
     )  # fmt: skip

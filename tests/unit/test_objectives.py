@@ -268,6 +268,12 @@ def test_spreads_are_metrics_where_asked_for() -> None:
     assert torch.equal(loss, plain) and metrics.keys() - others.keys() == {"spread_student", "spread_teacher"}
     assert metrics["spread_student"] == feature_spread(p["anchors"]) and not metrics["spread_student"].requires_grad
     assert metrics["spread_teacher"] == feature_spread(p["targets"])
+    twice = total(
+        SelfGuidedConfig(student_views=1), **p, spreads=True, gather=lambda x: torch.cat([-x, x]), rank_offset=1
+    )[1]
+    for name in ("anchors", "targets"):  # of all ranks' images
+        both = feature_spread(torch.cat([-p[name], p[name]]))
+        assert twice["spread_student" if name == "anchors" else "spread_teacher"] == both
     alone = p | {k: p[k][:1] for k in ("anchors", "targets")}
     assert "spread_student" not in total(SelfGuidedConfig(student_views=1), **alone, spreads=True)[1]
     assert "spread_student" not in total(replace(SelfGuidedConfig(), beta=0.0), **parts(), spreads=True)[1]
