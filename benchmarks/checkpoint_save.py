@@ -27,14 +27,14 @@ def main() -> None:
 
     import torch.distributed as dist
 
-    from megastar.engine import checkpoint
     from megastar.engine.build import build, start
+    from megastar.engine.saver import Saver
 
     cfg = run_config(a.size, f"train.global_batch={a.ranks}", "parallel.deepspeed=zero3", f"run={a.folder}/run")
     ctx = start(cfg)
     engines = build(cfg, ctx)
     engines.student._copy_recovery_script = lambda path: None
-    saver = checkpoint.Saver(cfg, ctx, engines)
+    saver = Saver(cfg, ctx, engines)
     step = iter(range(1, 100))
 
     def clear() -> None:

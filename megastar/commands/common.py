@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import json
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from megastar.errors import UserError
 
@@ -80,6 +81,41 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+class Enduring(io.TextIOBase):
+    """A text stream that takes no part in a full disk below it: what cannot be written is lost, or comes later.
+
+    A closed pipe stays an error.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def __getattr__(self, name: str) -> Any:  # encoding, buffer
+        return getattr(self.stream, name)
+
+
 # Launchers ---------------------------------------------------------------------------------------------------------
 BY_US = "MEGASTAR_LAUNCHER"  # set for the processes that launch.py starts
 
@@ -115,6 +151,9 @@ def tell(message: str, environ: Mapping[str, str]) -> None:
     """
     path = environ.get("TORCHELASTIC_ERROR_FILE")
     if path and (not is_main_process(environ) or BY_US in environ):
-        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
-        return
+        try:
+            Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+            return
+        except OSError:  # a full disk
+            pass
     print(f"megastar: error: {message}", file=sys.stderr)

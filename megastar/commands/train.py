@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 
-from megastar.commands.common import Parser, config_and_overrides, is_launched, positive, terminal_width
+from megastar.commands.common import Enduring, Parser, config_and_overrides, is_launched, positive, terminal_width
 from megastar.config.help import fields_text
 from megastar.config.load import load_config, resolve_batch
 from megastar.config.schema import RunConfig
@@ -46,5 +47,7 @@ def main(words: list[str]) -> int:
         return launch(args.nproc, ["train", *args.items, *(["--dry-run"] if args.dry_run else [])])
     from megastar.engine.loop import train
 
+    if not isinstance(sys.stdout, Enduring):  # the log may lie on a disk that fills
+        sys.stdout, sys.stderr = Enduring(sys.stdout), Enduring(sys.stderr)
     train(cfg, dry_run=args.dry_run)
     return 0

@@ -236,6 +236,12 @@ class FaultsConfig:
     slow_ratio: float = knob(
         1.5, "a rank whose steps take this many times the median's own time is named in a warning; 0: none is", low=0
     )
+    save_patience: float = knob(
+        600.0,
+        "seconds for which the run's last checkpoint is tried again where it cannot be written, before the run ends "
+        "without it",
+        low=0,
+    )
 
 
 @dataclass

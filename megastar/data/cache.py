@@ -12,11 +12,13 @@ the whole protocol: they end with the process that holds them, however it ends.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 
 INDEX = ".idx"  # beside SHA.tar
 _SOON = 60.0  # seconds in which an index is written
+
+
+class CacheFull(UserError):
+    """The disk of the cache takes no shard: it is full, read-only or lost."""
 
 
 class Cache:
@@ -60,7 +66,7 @@ class Cache:
         while True:
             try:
                 f = path.open("rb")
-            except FileNotFoundError:
+            except OSError:  # not there, or on a disk that is lost
                 return None
             fcntl.flock(f, fcntl.LOCK_SH)
             if _is_at(f, path):
@@ -100,9 +106,15 @@ class Cache:
     def reserve(self, part: BinaryIO, info: ShardInfo, must: bool) -> bool:
         """Make room for a claimed shard, least recently used first, never what is in use.
 
-        Where what is in use leaves too little, False, or with ``must`` the bound is passed. Raises ``UserError`` for a
-        full disk.
+        Where what is in use leaves too little, False, or with ``must`` the bound is passed. On a disk that others fill,
+        all that is not in use may go. Raises ``CacheFull`` where that is not enough.
         """
+        try:
+            return self._reserve(part, info, must)
+        except OSError as error:
+            raise self.full(info, error) from error
+
+    def _reserve(self, part: BinaryIO, info: ShardInfo, must: bool) -> bool:
         with self._making_room():
             held = []
             for path in [*self.folder.glob("*.tar"), *self.folder.glob("*.part")]:
@@ -110,35 +122,44 @@ class Cache:
                     found = path.stat()
                     held.append((found.st_mtime_ns, found.st_size + _size(path.with_suffix(INDEX)), path))
             used = info.bytes + sum(size for _, size, _ in held)
-            for _, size, path in sorted(held):
-                if used <= self.bound:
-                    break
-                if path.suffix == ".tar" and _remove(path):
-                    path.with_suffix(INDEX).unlink(missing_ok=True)
-                    used -= size
+            oldest = deque((size, path) for _, size, path in sorted(held) if path.suffix == ".tar")
+
+            def remove_one() -> int:
+                size, path = oldest.popleft()
+                if not _remove(path):
+                    return 0
+                path.with_suffix(INDEX).unlink(missing_ok=True)
+                return size
+
+            while used > self.bound and oldest:
+                used -= remove_one()
             if used > self.bound and not must:
                 return False
-            try:
-                os.posix_fallocate(part.fileno(), 0, max(1, info.bytes))
-            except OSError as error:
-                raise self.full(info, error) from error
-            return True
+            while True:
+                try:
+                    os.posix_fallocate(part.fileno(), 0, max(1, info.bytes))
+                    return True
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (must and oldest):
+                        raise
+                    remove_one()
 
     def keep(self, part: BinaryIO, info: ShardInfo) -> BinaryIO:
         """Give a whole and checked shard its name. Returns it as ``open`` does."""
         try:
             os.fsync(part.fileno())
+            self._part(info).rename(self._path(info))
+            sync_folder(self.folder)
         except OSError as error:
             raise self.full(info, error) from error
-        self._part(info).rename(self._path(info))
-        sync_folder(self.folder)
         fcntl.flock(part, fcntl.LOCK_SH)
         return part
 
     def discard(self, part: BinaryIO, info: ShardInfo) -> None:
         """Give a claim up."""
-        if _is_at(part, self._part(info)):
-            self._part(info).unlink()
+        with suppress(OSError):
+            if _is_at(part, self._part(info)):
+                self._part(info).unlink()
         part.close()
 
     def activity(self, info: ShardInfo) -> int:
@@ -157,8 +178,8 @@ class Cache:
             with suppress(OSError):
                 write_atomic(self._path(info).with_suffix(INDEX), data)
 
-    def full(self, info: ShardInfo, error: OSError) -> UserError:
-        return UserError(
+    def full(self, info: ShardInfo, error: OSError) -> CacheFull:
+        return CacheFull(
             f"{info.name} ({info.bytes} bytes) cannot be written to the cache {self.folder} ({error.strerror}): make room there, or name another data.cache"
         )
 

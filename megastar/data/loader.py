@@ -139,6 +139,10 @@ class TokenLoader:
         self.close()
         self.step, self._micro = samples // self.global_batch, 0
 
+    def said(self) -> tuple[str, str]:
+        """What the shards' store last said about a wait, and what makes the reading slow now; empty: nothing."""
+        return self.shards.store.said, self.shards.store.trouble
+
     def waited(self) -> float:
         """Seconds that the consumer has waited for batches since this was last asked."""
         total = self._waited + (self._reader.waited if self._reader else 0.0)

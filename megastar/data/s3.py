@@ -18,6 +18,7 @@ from contextlib import closing, suppress
 from functools import partial
 from typing import Any, BinaryIO
 
+from megastar.data.cache import CacheFull
 from megastar.data.stall import NEVER, PATIENCE, THREADS, Stall, Stopped, say_on_main, together
 from megastar.errors import UserError
 
@@ -321,7 +322,7 @@ class _Sink:
                     view, end = view[n:], end + n
                 self._pieces[at] = end
             except OSError as error:  # the disk's, not the network's
-                raise UserError(
+                raise CacheFull(
                     f"the cache cannot be written ({error.strerror}): make room, or name another data.cache"
                 ) from error
 

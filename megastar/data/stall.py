@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from megastar.errors import UserError
 
@@ -89,7 +90,8 @@ class Stall:
 def say_on_main(line: str) -> None:
     """One line on the console, from the first rank of all."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(line, flush=True)
+        with suppress(OSError):  # a full disk below the log is no trouble of the store's
+            print(line, flush=True)
 
 
 def together(jobs: Sequence[Callable[[], None]], stall: Stall, meanwhile: Callable[[], bool] = lambda: False) -> None:

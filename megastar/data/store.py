@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from megastar.config.schema import DataConfig
-from megastar.data.cache import Cache, most_of_index
+from megastar.data.cache import Cache, CacheFull, most_of_index
 from megastar.data.files import read_small, sha256_of, write_atomic
 from megastar.data.index import index_name
 from megastar.data.s3 import S3Folder
-from megastar.data.stall import NEVER, SAY_EVERY, Stall, together
+from megastar.data.stall import NEVER, SAY_EVERY, Stall, say_on_main, together
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 MOST_OF_MANIFEST = 256 << 20  # bytes: a million skipped pictures fit
 _FETCHERS = 3  # shards that are read ahead at once
+_SPARE = 1 << 30  # bytes of memory that shards do not take
 _POLL = 0.02  # seconds between looks at what another process of the node fetches
 
 
@@ -40,6 +41,9 @@ class Store(Protocol):
     @property
     def remote(self) -> bool:
         """Whether shards come through the cache."""
+
+    said: str  # what was last said about a wait; empty: nothing
+    trouble: str  # what makes the reading slow as long as it lasts; empty: nothing
 
     def where(self, name: str) -> str:
         """Path or URL of a file, for messages."""
@@ -88,7 +92,7 @@ def open_store(url: str | Path, data: DataConfig | None = None) -> Store:
 class FolderStore:
     """A folder of this machine: nothing is copied."""
 
-    remote = False
+    remote, said, trouble = False, "", ""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -154,17 +158,26 @@ class FolderStore:
         pass
 
 
+def available_memory() -> int:
+    """Bytes that the kernel says processes may still take; without its word, all there are."""
+    with suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as f:
+        return 1024 * int(next(line for line in f if line.startswith("MemAvailable")).split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 class S3Store:
     """``s3://bucket/prefix`` through a cache of the node.
 
     However many processes of a node ask for a shard, one fetches it. An outage makes the readers wait; the main rank
-    says so every ten seconds, and after ``data.patience`` seconds they end with a ``UserError``.
+    says so every ten seconds, and after ``data.patience`` seconds they end with a ``UserError``. Where the disk of the
+    cache takes nothing, each process keeps the shards that it reads in memory.
     """
 
     remote = True
 
     def __init__(self, url: str, data: DataConfig):
-        self.s3 = S3Folder(url, data.patience)
+        self.said = self.trouble = ""
+        self.s3 = S3Folder(url, data.patience, self._say)
         self.folder, self.bound = data.cache, int(data.cache_gib * 2**30)
         self._cache: Cache | None = None
         self._changed = threading.Condition()
@@ -172,6 +185,10 @@ class S3Store:
         self._first: ShardInfo | None = None  # of what was announced: till it is here, it has the network for itself
         self._closed = threading.Event()
         self._fetchers: list[threading.Thread] = []
+
+    def _say(self, line: str) -> None:
+        self.said = line
+        say_on_main(line)
 
     @property
     def cache(self) -> Cache:
@@ -198,10 +215,14 @@ class S3Store:
         while True:
             if f := self.cache.open(info):
                 return f
-            if part := self.cache.claim(info):
-                f = self._fetch(info, part, stall, must=True)
-                assert f is not None
-                return f
+            try:
+                if part := self.cache.claim(info):
+                    f = self._fetch(info, part, stall, must=True)
+                    assert f is not None
+                    self.trouble = ""
+                    return f
+            except CacheFull as full:
+                return self._into_memory(info, stall, full)
             if (now := self.cache.activity(info)) != activity:  # another reader of this node fetches it, and gets on
                 activity, asked = now, time.monotonic()
                 stall.moved()
@@ -226,13 +247,35 @@ class S3Store:
             if not cache.reserve(part, info, must):
                 cache.discard(part, info)
                 return None
-            if (found := self.s3.fetch(info.name, part, info.bytes, stall)) != info.sha256:
-                raise UserError(
-                    f"{self.where(info.name)} has SHA-256 {found}, the manifest says {info.sha256}: it was changed, upload it again"
-                )
+            self._fetch_checked(info, part, stall)
             return cache.keep(part, info)
         except BaseException:
             cache.discard(part, info)
+            raise
+
+    def _fetch_checked(self, info: ShardInfo, out: BinaryIO, stall: Stall) -> None:
+        if (found := self.s3.fetch(info.name, out, info.bytes, stall)) != info.sha256:
+            raise UserError(
+                f"{self.where(info.name)} has SHA-256 {found}, the manifest says {info.sha256}: it was changed, upload it again"
+            )
+
+    def _into_memory(self, info: ShardInfo, stall: Stall, full: CacheFull) -> BinaryIO:
+        """For this process alone, as long as it reads there. Raises ``full`` where there is no such memory."""
+        if info.bytes + _SPARE > available_memory():
+            raise full
+        self.trouble = f"{full}; till then each process keeps the shards that it reads in memory"
+        try:
+            f = os.fdopen(os.memfd_create(info.name), "w+b")
+        except OSError as error:
+            raise full from error
+        try:
+            os.posix_fallocate(f.fileno(), 0, max(1, info.bytes))
+            self._fetch_checked(info, f, stall)
+            return f
+        except BaseException as error:
+            f.close()
+            if isinstance(error, (OSError, CacheFull)):
+                raise full from error
             raise
 
     def index(self, info: ShardInfo) -> bytes | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections import deque
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,20 +21,55 @@ from typing import Any, BinaryIO
 NAME = "events.jsonl"
 STARTED = ("started", "resumed")
 ENDED = ("finished", "signal", "error")
-KINDS = (*STARTED, *ENDED, "saved", "warning")
+KINDS = (*STARTED, *ENDED, "saved", "warning", "slow")
+MOST = 10_000  # lines that wait for a disk
+_waiting: dict[Path, deque[str]] = {}
 
 
 def append_event(folder: Path, event: str, step: int, text: str, **more: Any) -> None:
-    """Append one line, on the disk when this returns. A disk that takes none is no reason to stop a run."""
+    """Append one line, on the disk when this returns.
+
+    A disk that takes none is no reason to stop a run: the line waits in memory, see ``flush_events``. ``situation`` and
+    ``over`` among the other fields say that something lasts, and that it is over: ``open_situations``.
+    """
     assert event in KINDS, event
     about = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "host": socket.gethostname()}
     if job := os.environ.get("SLURM_JOB_ID"):
         about["job"] = job
     line = json.dumps({**about, "event": event, "step": step, "text": text, **more}) + "\n"
-    with suppress(OSError), (folder / NAME).open("a+b") as f:
-        f.write((b"\n" if _is_cut(f) else b"") + line.encode())
-        f.flush()
-        os.fsync(f.fileno())
+    _waiting.setdefault(folder, deque(maxlen=MOST)).append(line)
+    flush_events(folder)
+
+
+def flush_events(folder: Path) -> bool:
+    """Write what the disk did not take before; whether nothing waits any more."""
+    lines = _waiting.get(folder)
+    if not lines:
+        return True
+    try:
+        with (folder / NAME).open("a+b", buffering=0) as f:
+            while lines:
+                data = (b"\n" if _is_cut(f) else b"") + lines[0].encode()
+                if f.write(data) != len(data):
+                    return False  # the rest of the disk; what is cut counts for nothing
+                lines.popleft()
+            os.fsync(f.fileno())
+    except OSError:
+        return False
+    return True
+
+
+def open_situations(happened: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events that say of something that it lasts, and after which nothing said that it is over."""
+    lasting: dict[str, dict[str, Any]] = {}
+    for event in happened:
+        if event["event"] in (*STARTED, *ENDED):
+            lasting.clear()
+        elif name := event.get("situation"):
+            lasting.pop(str(name), None)
+            if not event.get("over"):
+                lasting[str(name)] = event
+    return list(lasting.values())
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:

@@ -24,8 +24,10 @@ from megastar.engine.faults import PREEMPTED, Question, StopFlag, check_moved
 from megastar.engine.health import Health
 from megastar.engine.metrics import Metrics
 from megastar.engine.observed import ideal_seconds, observed
+from megastar.engine.saver import Saver, grace
 from megastar.engine.schedule import learning_rate, row_due, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
+from megastar.engine.stragglers import Stragglers
 from megastar.engine.supply import Starved, Supply, leave, on_all_ranks
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
@@ -66,7 +68,10 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
             Console().print(f"{cfg.run} is done: {done} of {steps} steps; raise train.steps to go on")
         return
     loader = on_all_ranks(ctx, lambda: make_loader(cfg, ctx, engines, done))
-    metrics = Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx))
+    metrics = on_all_ranks(
+        ctx,
+        lambda: Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx)),
+    )
     text = f"resumed {found} at step {done}" if found else f"{cfg.run}: {steps} steps on {ctx.world} rank(s)"
     metrics.event("resumed" if found else "started", text, steps=steps, ranks=ctx.world)
     if not manifest.tokenizer_sha256:
@@ -100,43 +105,55 @@ def run(
     stop: StopFlag,
 ) -> None:
     """The loop itself: batch -> losses -> backward -> agree -> step -> teacher. ``about`` goes into each checkpoint."""
-    supply, steps = Supply(loader, ctx, lambda: bool(stop.signal)), about["steps"]
-    saver = checkpoint.Saver(cfg, ctx, engines)
+    supply, steps = Supply(loader, ctx, lambda: bool(stop.signal), Path(cfg.run)), about["steps"]
+    saver = Saver(cfg, ctx, engines)
+    stragglers = Stragglers(ctx, engines, supply, cfg.faults.slow_ratio)
+    if ctx.main and (little := saver.lacks(steps)):
+        metrics.event("warning", little)
     validation = on_all_ranks(ctx, lambda: make_validation(cfg, ctx, engines))
     health = Health(cfg, ctx.world, steps, metrics)
     engines.student.train()
     for step in range(done, steps):
         try:
-            sums, signal_number, waited = train_step(cfg, ctx, engines, saver, supply, stop, step, steps)
+            sums, signal_number, lost = train_step(cfg, ctx, engines, saver, supply, stop, step, steps)
         except NonFiniteLoss:
             saver.finish()  # the save under way is good
             raise
         except Starved as starved:
             leave(saver, supply, metrics, about, done, step, starved.signal)
         about.pop("val_loss_ar", None)
-        metrics.waited(waited)
         if row_due(cfg, step, steps):
             row = average_over_ranks(ctx, sums) | observed(ctx, engines)
             row |= {"grad_norm": engines.grad_norm(), "lr": learning_rate(cfg, step, steps)}
+            row |= stragglers.row(step + 1 - metrics.last_step)
         else:
             row = {}
         metrics.step(step + 1, cfg.train.global_batch, row)
         health.look(step + 1, row)
+        metrics.warn(stragglers.news(), "slow")
         metrics.saved(saver.done)
         last = step + 1 == steps
         if validation and (last or (step + 1) % cfg.train.val_every == 0):
             about["val_loss_ar"] = value = validation_loss(cfg, engines, ctx, validation)
             metrics.write(step + 1, {"val_loss_ar": value})
             metrics.note(f"step {step + 1}: validation next-token loss {value:.4f}")
-        if last or signal_number or (step + 1) % cfg.train.save_every == 0:
+        again = lost and saver.attend()
+        if last or signal_number or again or (step + 1) % cfg.train.save_every == 0:
             metrics.write(step + 1, {"save_blocked_s": saver.save(step + 1, about)})
+        metrics.warn(saver.news())
         if signal_number and not last:
-            metrics.saved(saver.finish())
-            metrics.event("signal", f"signal {signal_number}: saved {saver.done}; the same command resumes")
+            unsaved = saver.insist(step + 1, about, grace(signal_number))
+            metrics.saved(saver.done)
+            metrics.event(
+                "signal", f"signal {signal_number}: {unsaved or f'saved {saver.done}'}; the same command resumes"
+            )
             raise SystemExit(PREEMPTED)  # the next run's uploads catch up
+    if problem := saver.insist(steps, about, cfg.faults.save_patience, lambda: bool(stop.signal)):
+        raise UserError(f"{problem}, and run the same command again")
     if problem := saver.close():
-        metrics.event("warning", problem)
+        metrics.event("warning", problem, situation="upload")
     metrics.saved(saver.done)
+    metrics.warn(saver.news())
     metrics.event("finished", f"{steps} steps are done", note=False)
 
 
@@ -144,31 +161,30 @@ def train_step(
     cfg: RunConfig,
     ctx: Context,
     engines: Engines,
-    saver: checkpoint.Saver,
+    saver: Saver,
     supply: Supply,
     stop: StopFlag,
     step: int,
     steps: int,
-) -> tuple[dict[str, torch.Tensor], int, float]:
-    """One optimizer step over its micro-batches; returns the mean of its metrics, the stop signal, if any, and the
-    seconds that it waited for data."""
+) -> tuple[dict[str, torch.Tensor], int, bool]:
+    """One optimizer step over its micro-batches; returns the mean of its metrics, the stop signal, if any, and whether
+    some rank has something to settle about a save."""
     sums: dict[str, torch.Tensor] = {}
-    total = 0.0
+    lost = False
     supply.begin_step()
     for _ in range(engines.accumulation):
         loss, parts = losses(cfg, engines, ctx, supply.next(), step, spreads=row_due(cfg, step, steps))
-        question = Question(ctx, loss, stop.signal, saver.failed, supply.dry, supply.waited())
+        supply.computed()
+        question = Question(ctx, loss, stop.signal, saver.failed, supply.dry)
         engines.student.backward(loss)
-        finite, signal_number, lost, dry, waited = question.answer()
-        total += waited
-        if dry:
+        word = question.answer()
+        signal_number, lost = word.signal, lost or word.lost
+        if word.dry:
             raise Starved(signal_number)
-        if not finite:
+        if not word.finite:
             raise NonFiniteLoss(
                 f"step {step}: the loss is not finite; resume from the last checkpoint with a lower optim.lr"
             )
-        if lost:
-            saver.finish()  # raises
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.detach().float() / engines.accumulation
         if engines.student.is_gradient_accumulation_boundary():
@@ -177,7 +193,7 @@ def train_step(
         engines.student.step()
         check_moved(skipped, engines.student.skipped_steps, step)
     engines.refresh_teacher()
-    return sums, signal_number, total
+    return sums, signal_number, lost
 
 
 # Data ------------------------------------------------------------------------------------------------------------
@@ -310,5 +326,5 @@ def claim_run_folder(cfg: RunConfig, ctx: Context) -> None:
             problem = f"{cfg.run} holds a run of another configuration: {'; '.join(differing)}: choose another run=... or restore the fields"
     if problem:
         raise UserError(problem)
-    if ctx.main:
+    if ctx.main and not (path.is_file() and not diff_configs(load_config(path), cfg)):  # a full disk needs no new one
         save_config(cfg, path)

@@ -11,34 +11,33 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megastar.engine.events import append_event
+from megastar.engine.board import Board
+from megastar.engine.events import append_event, flush_events
+from megastar.engine.lines import Lines
 
 
 class Metrics:
     """``step`` after each optimizer step; a row is written every ``every`` steps and at the end.
 
-    A resumed run cuts rows past its checkpoint, so that metrics.jsonl holds each step once. ``ideal`` seconds a step
-    would take at the devices' peak: its share of the time it takes is the row's ``mfu``.
+    A resumed run cuts rows past its checkpoint, so that metrics.jsonl holds each step once. Rows that the disk does not
+    take wait in memory until it does; a TensorBoard that fails is given up. ``ideal`` seconds a step would take at the
+    devices' peak: its share of the time it takes is the row's ``mfu``. Raises ``OSError`` where rows must be cut and
+    cannot be.
     """
 
     def __init__(self, folder: Path, start: int, total: int, every: int, active: bool, ideal: float | None = None):
         self.active, self.every, self.total, self.folder = active, every, total, folder
         self.done, self.ideal = start, ideal  # steps done
+        self.last_step = start  # of the last row
         self._saved: Path | None = None
-        self._waits: list[float] = []
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        if path.is_file():
-            rows = [line for line in path.read_text().splitlines() if _step_of(line) <= start]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(row + "\n" for row in rows))
-            temporary.replace(path)
-        self.file = path.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self.lines = Lines(folder / "metrics.jsonl")
+        self.lines.cut(lambda line: _step_of(line) <= start)
+        self.lines.flush()  # the file is there, and its time says when this began
+        self.disk_fails = False
+        self.board = Board(folder / "tensorboard", start)
         self.console = Console()
         self.bar = Progress(
             TextColumn("train"),
@@ -51,30 +50,26 @@ class Metrics:
         )
         self.task = self.bar.add_task("", total=total, completed=start, line="")
         self.bar.start()
-        self.clock, self.images, self.last_step = time.perf_counter(), 0, start
+        self.clock, self.images = time.perf_counter(), 0
         self.shown = ""
-
-    def waited(self, seconds: float) -> None:
-        """How long a step waited for data on its slowest rank; the next row has the mean as ``data_wait_s``."""
-        self._waits.append(seconds)
 
     def step(self, step: int, images: int, row: dict[str, float]) -> None:
         """``step`` steps are done; ``images`` were in this one. ``row`` holds plain numbers."""
-        self.done = step
+        self.done, before = step, self.last_step
+        due = step % self.every == 0 or step == self.total
+        if due:
+            self.last_step = step
         if not self.active:
             return
         self.images += images
         self.bar.update(self.task, completed=step)
-        if step % self.every and step != self.total:
+        if not due:
             return
         seconds = time.perf_counter() - self.clock
-        row = {**row, "images_per_s": self.images / seconds, "step_s": seconds / max(1, step - self.last_step)}
+        row = {**row, "images_per_s": self.images / seconds, "step_s": seconds / max(1, step - before)}
         if self.ideal is not None:
             row["mfu"] = self.ideal / row["step_s"]
-        if self._waits:
-            row["data_wait_s"] = sum(self._waits) / len(self._waits)
-            self._waits.clear()
-        self.clock, self.images, self.last_step = time.perf_counter(), 0, step
+        self.clock, self.images = time.perf_counter(), 0
         self.write(step, row)
         names = {
             "loss": "loss",
@@ -93,11 +88,9 @@ class Metrics:
         if not self.active:
             return
         rounded = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
-        self.file.write(json.dumps({"step": step, **rounded}) + "\n")
-        self.file.flush()
-        for name, value in row.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(name, value, step)
+        self.lines.append(json.dumps({"step": step, **rounded}))
+        self.board.add(row, step)
+        self._look_after_disk()
 
     def note(self, text: str) -> None:
         """A line above the bar."""
@@ -117,11 +110,39 @@ class Metrics:
             self._saved = checkpoint
             self.event("saved", f"saved {checkpoint}", note=False, checkpoint=checkpoint.name)
 
+    def warn(self, news: list[tuple[str, dict[str, Any]]], kind: str = "warning") -> None:
+        """An event for each of some sentences, with its further fields."""
+        for text, more in news:
+            self.event(kind, text, **more)
+
     def close(self) -> None:
         if self.active:
             self.bar.stop()
-            self.file.close()
             self.board.close()
+            self.lines.close()
+            self._look_after_disk()
+            if self.lines.problem:
+                self.note(f"{self.lines.waiting} rows of {self.lines.path} are lost ({self.lines.problem.strerror})")
+
+    def _look_after_disk(self) -> None:
+        flush_events(self.folder)
+        problem, lost = self.lines.problem, self.lines.given_up
+        if problem and not self.disk_fails:
+            self.event(
+                "warning",
+                f"{self.lines.path} cannot be written ({problem.strerror}): the training goes on, rows and events wait "
+                "in memory; free space on its disk, or see that it can be written",
+                situation="disk",
+            )
+        elif self.disk_fails and not problem:
+            less = f", {lost} older ones were given up" if lost else ""
+            text = f"{self.lines.path} can be written again: the rows that waited are there{less}"
+            self.event("warning", text, situation="disk", over=True)
+            self.lines.given_up = 0
+        self.disk_fails = problem is not None
+        if self.board.problem:
+            self.event("warning", self.board.problem)
+            self.board.problem = ""
 
 
 def _step_of(line: str) -> float:

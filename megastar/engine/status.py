@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -79,7 +80,9 @@ def status_of(run: Path, now: float | None = None) -> Status:
         *health_of_rows(rows),
         *health_of_method(cfg, status.steps, rows, happened),
         *health_of_checkpoint(status, cfg),
+        *health_of_disk(status, run, about),
         *health_of_restarts(happened),
+        *(f"since step {e.get('step')}: {e.get('text')}" for e in events.open_situations(happened)),
     ]
     return status
 
@@ -177,10 +180,10 @@ def restarts_of(happened: list[dict[str, Any]]) -> list[str]:
 def upload_of(cfg: RunConfig, happened: list[dict[str, Any]]) -> str:
     if not cfg.train.upload:
         return ""
-    failed = [e for e in happened if e["event"] == "warning" and "was not uploaded" in str(e.get("text"))]
+    told = [e for e in happened if e.get("situation") == "upload"]
     saved = max((e.get("step", 0) for e in happened if e["event"] == "saved"), default=0)
-    if failed and failed[-1].get("step", 0) >= saved:
-        return str(failed[-1]["text"])
+    if told and not told[-1].get("over") and told[-1].get("step", 0) >= saved:
+        return str(told[-1]["text"])
     return f"to {cfg.train.upload}; no failure on record"
 
 
@@ -234,6 +237,20 @@ def health_of_checkpoint(status: Status, cfg: RunConfig) -> list[str]:
             f"{lost} steps are in no checkpoint, one is due every {cfg.train.save_every}: see the log, and the free space"
         ]
     return []
+
+
+def health_of_disk(status: Status, run: Path, about: dict[str, Any]) -> list[str]:
+    """A full disk keeps the run from saying so itself."""
+    size = sum(entry["bytes"] for entry in about["files"].values()) if about else 0
+    if status.state not in ("running", "starting") or not size:
+        return []
+    try:
+        free = shutil.disk_usage(run).free
+    except OSError as error:
+        return [f"the disk of {run} cannot be asked for its free space ({error.strerror})"]
+    if free >= size:
+        return []
+    return [f"{run} has {free / 2**20:.0f} MiB free, the next checkpoint takes {size / 2**20:.0f} MiB: free some space"]
 
 
 def health_of_restarts(happened: list[dict[str, Any]]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 from megastar.data.loader import TokenLoader
 from megastar.data.prefetch import GaveUp
 from megastar.engine.build import Context
-from megastar.engine.checkpoint import Saver
 from megastar.engine.faults import PREEMPTED
 from megastar.engine.metrics import Metrics
+from megastar.engine.saver import Saver, grace
+from megastar.engine.stragglers import OwnTime
+from megastar.engine.waits import Waits
 from megastar.errors import UserError
 
 T = TypeVar("T")
@@ -34,13 +37,17 @@ class Supply:
     A rank that waits for data while a stop signal is there, or whose reading failed, must not leave: the others are in
     the step's collectives already. It goes on with a stand-in of zeros, and ``dry`` tells them so in the one reduction
     that each micro-batch ends in. Nothing of such a step moves a weight; ``rewind`` takes back the dropout's draws.
+
+    A long wait is told in the events of ``run``.
     """
 
-    def __init__(self, loader: TokenLoader, ctx: Context, stop: Callable[[], bool]):
+    def __init__(self, loader: TokenLoader, ctx: Context, stop: Callable[[], bool], run: Path):
         self.loader, self.ctx = loader, ctx
+        self.own = OwnTime(ctx.device)
         self.dry = False
         self.problem: Exception | None = None
-        self._batches = loader.batches(give_up=stop)
+        self._stop, self.waits = stop, Waits(loader, ctx, run)
+        self._batches = loader.batches(give_up=self._poll)
         self._random: list[Tensor] = []
 
     def begin_step(self) -> None:
@@ -56,13 +63,27 @@ class Supply:
 
     def next(self) -> dict[str, Any]:
         if not self.dry:
+            self.waits.begin()
             try:
-                return next(self._batches)
+                batch = next(self._batches)
+                self.waits.end()
+                self.own.arrived()
+                return batch
             except GaveUp:
                 self.dry = True
             except Exception as error:  # whatever it is, the others must learn of it
                 self.dry, self.problem = True, error
+        self.own.arrived()
         return self._stand_in()
+
+    def computed(self) -> None:
+        """The losses of the last batch are there, as far as this rank's own work goes."""
+        self.own.computed()
+
+    def _poll(self) -> bool:
+        """Asked ten times a second while no batch is there: whether to wait no longer."""
+        self.waits.poll()
+        return self._stop()
 
     def waited(self) -> float:
         """Seconds since this was last asked."""
@@ -112,11 +133,10 @@ def leave(
     """
     problem = supply.why()
     supply.rewind()
+    unsaved = saver.insist(step, about, grace(signal_number)) if step > start else ""
     place = saver.finish()
-    if step > start and (place is None or saver.step != step):
-        saver.save(step, about)
-        place = saver.finish()
-    kept = f"saved {place}" if place else "nothing was done since the start"
+    metrics.warn(saver.news())
+    kept = unsaved or (f"saved {place}" if place else "nothing was done since the start")
     if signal_number:
         metrics.saved(place)
         metrics.event("signal", f"signal {signal_number} while waiting for data: {kept}; the same command resumes")

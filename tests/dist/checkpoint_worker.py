@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megastar.engine import checkpoint, folders
 from megastar.engine.build import Engines, build, start
+from megastar.engine.saver import Saver
 from megastar.engine.step import losses, set_schedules
 from tests.dist.reference import STEPS, batch_of, config
 
@@ -46,7 +47,7 @@ def main(out: Path) -> None:
     engines = build(cfg, ctx)
     engines.student.train()
     folder = folders.folder_of(cfg)
-    saver = checkpoint.Saver(cfg, ctx, engines)
+    saver = Saver(cfg, ctx, engines)
     saver.save(1, {})
     saver.finish()
     step_of(engines, cfg, ctx, 1)

@@ -17,6 +17,7 @@ from deepspeed.utils import groups
 
 from megastar.engine import checkpoint, folders
 from megastar.engine.build import build, start
+from megastar.engine.saver import Saver
 from megastar.engine.convert import full_weights
 from megastar.engine.memory import state_bytes
 from megastar.engine.observed import observed
@@ -60,7 +61,7 @@ def run_case(
     if dropout:
         checkpoint.seed_dropout(cfg, ctx, 0)
     engines.student.train()
-    done, saver = 0, checkpoint.Saver(cfg, ctx, engines)
+    done, saver = 0, Saver(cfg, ctx, engines)
     if resume:
         source = folders.latest(out / resume / "checkpoints")
         done = checkpoint.load(cfg, ctx, engines, source)["step"]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megastar.engine import checkpoint, folders
+from megastar.engine import folders
 from megastar.engine.build import build, start
+from megastar.engine.saver import Saver
 from megastar.engine.errors import NonFiniteLoss
 from megastar.engine.state_files import StateReader
 from megastar.engine.step import check_batch, losses, set_schedules
@@ -49,7 +50,7 @@ def replicas_that_drifted_are_aligned(out: Path, stage: str) -> None:
     if ctx.rank == 1:
         norm.view("fp32").add_(1e-3)
         norm.view("ema").add_(1e-3)
-    saver = checkpoint.Saver(cfg, ctx, engines)
+    saver = Saver(cfg, ctx, engines)
     saver.save(1, {})
     found = saver.finish()
     assert torch.equal(norm.view("fp32"), kept)  # on both ranks tensor rank 0's

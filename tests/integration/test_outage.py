@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from megastar.engine import folders
+from megastar.engine.events import open_situations, read_events
+from megastar.engine.status import status_of
 from tests.integration.conftest import ROOT, environment, megastar
 from tests.integration.s3 import client_of
 from tests.integration.test_train import rows
@@ -109,6 +111,12 @@ def test_an_outage_ends_the_run_behind_its_last_step_and_costs_no_number(weed, u
         second.wait_for_step(done + 3)
         weed.kill()
         at = second.wait_for_stall()
+        until = time.monotonic() + 60
+        while not (lasting := open_situations(read_events(run))) and time.monotonic() < until:
+            time.sleep(0.2)
+        (waits,) = lasting
+        assert f"for its batch of step {at + 1}" in waits["text"] and f"{url}/shard-0000" in waits["text"]
+        assert any(waits["text"] in line for line in status_of(run).health)
         os.kill(second.process.pid, signal.SIGTERM)
         asked = time.monotonic()
         out = second.end()

@@ -21,6 +21,7 @@ from megastar.data.files import sha256
 from megastar.data.manifest import load_manifest
 from megastar.data.shard_set import ShardSet
 from megastar.errors import UserError
+from tests.disks import with_disks
 from tests.integration import test_store
 from tests.integration.conftest import ROOT
 from tests.integration.test_store import SIZES, cached
@@ -103,6 +104,13 @@ def test_a_cache_that_cannot_hold_a_shard(s3, use_s3, url, data):
     data.cache = "/proc/sys/megastar"  # nobody can write there
     with pytest.raises(UserError, match=r"data.cache = /proc/sys/megastar cannot be used .*: name a folder on a disk"):
         ShardSet(url, data=data).read(0, 0)
+
+
+def test_a_disk_that_others_fill_stops_no_reading(s3, use_s3, url, folder, tmp_path):
+    use_s3(s3)
+    sizes = [info.bytes for info in load_manifest(folder).shards]
+    words = ["-m", "tests.integration.cache_worker", url, folder, tmp_path / "disk"]
+    with_disks({tmp_path / "disk": f"{(sizes[0] + sizes[1] + 100_000) // 1024}k"}, *words)
 
 
 def read_at_random(url: str, data: DataConfig, seed: int) -> None:

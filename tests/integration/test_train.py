@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,7 +22,8 @@ from tests.integration.conftest import ROOT, environment, megastar
 pytestmark = pytest.mark.dist
 
 
-TIMES = ("images_per_s", "step_s", "data_wait_s", "save_blocked_s", "memory_gib")  # and what differs as times do
+TIMES = ("images_per_s", "step_s", "data_wait_s", "save_blocked_s")
+TIMES += ("memory_gib", "slowest_rank", "slowest_ratio")  # they differ as times do
 
 
 def rows(run: Path) -> dict[int, dict]:
@@ -148,25 +148,3 @@ def test_dry_run_builds_everything_and_leaves_nothing(world, tmp_path):
     for word in ("parameters", "memory", "batch", "learning rate", "fake step"):
         assert word in out
     assert not (tmp_path / "run").exists()
-
-
-def test_a_full_disk_during_a_checkpoint_keeps_the_former_one(world, tmp_path):
-    """Writes beyond a file-size limit fail as they do on a full disk, in the middle of the file."""
-    run = tmp_path / "run"
-    config = world.write_config(tmp_path / "run.yaml", run, steps=4)
-    megastar("train", config)
-    before = sorted(p.name for p in (run / "checkpoints").iterdir())
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    command = [sys.executable, "-m", "megastar", "train", str(config), "train.steps=8"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), preexec_fn=limit, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert "step 8" in done.stderr and "step-00000004 stays valid" in done.stderr and "Traceback" not in done.stderr
-    assert set(before) <= {p.name for p in (run / "checkpoints").iterdir()}
-    assert folders.latest(run / "checkpoints").name == "step-00000004"
-    megastar("train", config, "train.steps=8")  # room again: it resumes
-    assert folders.latest(run / "checkpoints").name == "step-00000008"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from pathlib import Path
 
+import boto3
 import pytest
 
 from megastar.data.s3 import split_url
-from megastar.engine import folders
+from megastar.engine import folders, upload
 from megastar.engine.upload import Uploader
 from megastar.errors import UserError
 from tests.dist.test_checkpoint import write
@@ -47,6 +50,38 @@ def test_an_outage_is_told_and_the_next_upload_goes_through(s3, use_s3, tmp_path
     use_s3(s3)
     uploader.put(other)
     assert uploader.finish() == "" and uploader.uploaded == [other.name]
+
+
+@pytest.mark.dist
+def test_an_outage_is_sat_out(s3, use_s3, tmp_path, monkeypatch):
+    """While the run goes on, and at its end."""
+    monkeypatch.setattr(upload, "RETRY_FIRST", 0.2)
+    write(tmp_path, 1, 1)
+    checkpoint = folders.latest(tmp_path)
+    for at_the_end in (False, True):
+        uploader = Uploader("s3://runs/d", patience=60)
+        use_s3(f"http://127.0.0.1:{free_port()}")
+        uploader.put(checkpoint)
+        until = time.monotonic() + 60
+        while not uploader.problem and time.monotonic() < until:
+            time.sleep(0.05)
+        ((text, more),) = uploader.news()
+        assert "was not uploaded to s3://runs/d" in text and more == {"situation": "upload"}
+        if at_the_end:
+            threading.Timer(0.5, lambda: use_s3(s3)).start()
+        else:
+            use_s3(s3)
+            while not uploader.uploaded and time.monotonic() < until:
+                time.sleep(0.05)
+        assert uploader.finish() == "" and uploader.uploaded == [checkpoint.name]
+        ((text, more),) = uploader.news()
+        assert "was uploaded to s3://runs/d after all" in text and more["over"]
+    # Nothing helps against wrong credentials: no minute is spent on them.
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # which keeps those it found first
+    uploader, began = Uploader("s3://runs/d", patience=600), time.monotonic()
+    uploader.put(checkpoint)
+    assert "was not uploaded" in uploader.finish() and time.monotonic() - began < 300
 
 
 def test_urls():

@@ -27,7 +27,7 @@ from tests.slurm.conftest import SIZE
 
 STEPS, SAVE_EVERY = 30, 5
 PATIENCE = 180  # seconds for a start: the imports of four processes, on a machine that may be busy
-TIMES = ("images_per_s", "step_s", "data_wait_s", "save_blocked_s", "memory_gib")
+TIMES = ("images_per_s", "step_s", "data_wait_s", "save_blocked_s", "memory_gib", "slowest_rank", "slowest_ratio")
 
 
 def rows(run: Path) -> dict[int, dict]:

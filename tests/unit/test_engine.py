@@ -165,7 +165,6 @@ def test_a_signal_sets_the_flag_and_a_second_interrupt_ends_at_once():
 def test_a_resumed_run_holds_each_step_once(tmp_path):
     first = Metrics(tmp_path, 0, 10, 1, True)
     for step in range(1, 6):
-        first.waited(0.5 * step)
         first.step(step, 4, {"loss": float(step)})
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as f:
@@ -176,17 +175,6 @@ def test_a_resumed_run_holds_each_step_once(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["loss"]) for r in rows] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
     assert all(r["images_per_s"] > 0 for r in rows)
-    assert [r.get("data_wait_s") for r in rows] == [0.5, 1.0, 1.5, None]
-
-
-def test_the_waiting_in_a_row_is_the_mean_of_its_steps(tmp_path):
-    metrics = Metrics(tmp_path, 0, 6, 3, True)
-    for step, seconds in enumerate((0.5, 1.0, 1.5, 0.0, 0.0, 0.3), 1):
-        metrics.waited(seconds)
-        metrics.step(step, 4, {})
-    metrics.close()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["step"], r["data_wait_s"]) for r in rows] == [(3, 1.0), (6, pytest.approx(0.1))]
 
 
 def test_dtype_auto_is_one_of_the_two():

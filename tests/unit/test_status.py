@@ -165,11 +165,30 @@ def test_an_upload_that_failed_is_shown_until_a_later_save(run, cfg):
     cfg.train.upload = "s3://bucket/runs"
     save_config(cfg, run / "config.yaml")
     metrics = write_rows(run, 0, 4)
-    metrics.event("warning", "step-00000004 was not uploaded to s3://bucket/runs (no route); it is whole in x")
+    metrics.event(
+        "warning", "step-00000004 was not uploaded to s3://bucket/runs (no route); it is whole in x", situation="upload"
+    )
     assert "was not uploaded" in status_of(run).upload
     metrics.done = 8
     metrics.saved(run / "step-00000008")
     assert status_of(run).upload == "to s3://bucket/runs; no failure on record"
+    metrics.close()
+
+
+def test_what_lasts_is_shown_until_it_is_over(run, cfg):
+    metrics = write_rows(run, 0, 3)
+
+    def shown() -> list[str]:
+        return [line for line in status_of(run).health if line.startswith("since step 3: ")]
+
+    metrics.event("slow", "b computes slowly", situation="slow b")
+    metrics.event("warning", "the disk is full", situation="disk")
+    metrics.event("warning", "the disk is fuller", situation="disk")
+    assert shown() == ["since step 3: b computes slowly", "since step 3: the disk is fuller"]
+    metrics.event("slow", "b is fast", situation="slow b", over=True)
+    assert shown() == ["since step 3: the disk is fuller"]
+    metrics.event("resumed", "again", steps=20, ranks=2)  # what still lasts will say so
+    assert shown() == []
     metrics.close()
 
 

@@ -1,0 +1,95 @@
+"""Runs on two ranks whose disk fills, with a rank that is slow: what the run folders say afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megastar.engine import folders
+from megastar.engine.events import open_situations, read_events
+from megastar.engine.status import status_of
+from megastar.engine.stragglers import ROWS
+from tests.disks import with_disks
+from tests.integration.test_train import rows
+
+pytestmark = pytest.mark.dist
+
+STEPS, FULL, FREE = 36, 13, 25  # the disk is full from before the step with index FULL to before that with index FREE
+SLOW = 10  # steps in which rank 1 takes four times as long
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("disks")
+    config = world.write_config(folder / "run.yaml", folder / "disk/run", save_every=4, val_every=100)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    disks = {folder / "disk": "64m", folder / "other": "1m"}
+    with_disks(disks, *launcher, "tests.integration.disk_worker", config, *disks, folder / "out")
+    return folder / "out"
+
+
+def raised(run: Path) -> str:
+    return json.loads((run / "raised.json").read_text())
+
+
+def told(run: Path, situation: str) -> list[dict]:
+    return [e for e in read_events(run) if str(e.get("situation", "")).startswith(situation)]
+
+
+def test_a_disk_that_is_freed_in_time_costs_nothing(runs, whole):
+    run = runs / "freed"
+    assert raised(run) == ""
+    done = rows(run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    for step, row in rows(whole).items():  # the same numbers as where nothing happened
+        assert done[step]["loss"] == row["loss"]
+    assert folders.latest(run / "checkpoints").name == folders.name_of(STEPS)
+    folders.verify(run / "checkpoints" / folders.name_of(STEPS))
+    failed, over = told(run, "save")
+    assert failed["step"] == 16 and "step-00000012 stays valid" in failed["text"] and "are free" in failed["text"]
+    again = re.search(r"step-(\d+) is written, after \d+ tries that failed", over["text"])
+    assert over["over"] and FREE < int(again[1]) < 28  # before the next save point
+    assert [bool(e.get("over")) for e in told(run, "disk")] == [False, True]
+    assert FULL < told(run, "disk")[0]["step"] < FREE <= told(run, "disk")[1]["step"]
+
+
+def test_a_slow_rank_is_named_until_it_keeps_up(runs):
+    run = runs / "freed"
+    lines = {r["step"]: r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in r}
+    assert all(lines[n]["slowest_rank"] == 1 and lines[n]["slowest_ratio"] > 2 for n in range(2, SLOW))
+    named, over = told(run, "slow")
+    assert named["event"] == "slow" and (named["rank"], named["why"], named["gpu"]) == (1, "compute", None)
+    assert f"rank 1 on {named['slow_host']} computes slowly" in named["text"] and "megastar doctor" in named["text"]
+    assert over["over"] and ROWS <= named["step"] <= SLOW < over["step"]
+    assert all(line["data_wait_s"] >= 0 for line in lines.values())
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_a_sentence(runs):
+    text = raised(runs / "full")
+    assert f"checkpoint of step {STEPS + 4} in " in text and f"step-{STEPS:08d} stays valid: free some space" in text
+    assert text.endswith("run the same command again")
+    assert folders.latest(runs / "full/checkpoints").name == folders.name_of(STEPS)
+    folders.verify(runs / "full/checkpoints" / folders.name_of(STEPS))
+    assert not (runs / "full/checkpoints/.writing").exists()
+
+
+def test_one_rank_whose_disk_is_full_keeps_a_checkpoint_from_counting(runs):
+    text = raised(runs / "one_rank")
+    assert "rank 1: " in text and "No space left on device" in text and f"step-{STEPS:08d} stays valid" in text
+    assert sorted(p.name for p in (runs / "one_rank/checkpoints").glob("step-*"))[-1] == folders.name_of(STEPS)
+    assert not (runs / "one_rank/checkpoints/.writing").exists()
+
+
+def test_with_room_again_the_same_command_ends_the_run(runs):
+    run = runs / "resumed"
+    assert raised(run) == ""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 5))
+    folders.verify(run / "checkpoints" / folders.name_of(STEPS + 4))
+    status = status_of(run)
+    assert status.state == "finished" and open_situations(read_events(run)) == []
+    assert [w for w in status.restarts if "could not be written" in w]
