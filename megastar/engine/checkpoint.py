@@ -88,6 +88,7 @@ class Saver:
         self.warning = ""
         self.uploader = Uploader(cfg.train.upload) if cfg.train.upload and ctx.main else None
         self.done: Path | None = None
+        self.step = 0  # of the last save
 
     @property
     def failed(self) -> bool:
@@ -127,7 +128,7 @@ class Saver:
                 "zero_stage": self.engines.student.zero_optimization_stage(),
             },
             "dtype": str(self.ctx.dtype),
-            "optimizer_step": step,
+            "optimizer_step": self.engines.updates(),
             "parameters": self.shapes,
             "config": asdict(self.cfg),
         }

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 NAME = "events.jsonl"
 STARTED = ("started", "resumed")
 ENDED = ("finished", "signal", "error")
-KINDS = (*STARTED, *ENDED, "saved", "warning")
+KINDS = (*STARTED, *ENDED, "saved", "warning", "skipped", "rolled_back")
 
 
 def append_event(folder: Path, event: str, step: int, text: str, **more: Any) -> None:

@@ -30,13 +30,7 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        if path.is_file():
-            rows = [line for line in path.read_text().splitlines() if _step_of(line) <= start]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(row + "\n" for row in rows))
-            temporary.replace(path)
-        self.file = path.open("a")
+        self._cut(start)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
         self.console = Console()
         self.bar = Progress(
@@ -52,6 +46,31 @@ class Metrics:
         self.bar.start()
         self.clock, self.images, self.last_step = time.perf_counter(), 0, start
         self.shown = ""
+
+    def _cut(self, start: int) -> None:
+        """Leave the rows up to step ``start``, and open the file."""
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            rows = [line for line in path.read_text().splitlines() if _step_of(line) <= start]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(row + "\n" for row in rows))
+            temporary.replace(path)
+        self.file = path.open("a")
+
+    def rewind(self, step: int, checkpoint: Path) -> None:
+        """The run went back to ``step`` steps, to ``checkpoint``: the rows behind it are cut, as on a resume."""
+        self.done, self._saved = step, checkpoint
+        self._waits.clear()
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file.close()
+        self._cut(step)
+        self.board.close()
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        self.clock, self.images, self.last_step = time.perf_counter(), 0, step
+        self.bar.update(self.task, completed=step)
 
     def waited(self, seconds: float) -> None:
         """How long a step waited for data on its slowest rank; the next row has the mean as ``data_wait_s``."""

@@ -151,3 +151,11 @@ def average_over_ranks(ctx: Context, sums: dict[str, torch.Tensor]) -> dict[str,
     if ctx.world > 1:
         dist.all_reduce(stacked)
     return dict(zip(sums, (stacked / ctx.world).tolist(), strict=True))
+
+
+def slowest(ctx: Context, seconds: float) -> float:
+    """The largest ``seconds`` of any rank."""
+    most = torch.tensor(seconds, dtype=torch.float64, device=ctx.device)
+    if ctx.world > 1:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.item()
