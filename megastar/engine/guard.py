@@ -125,7 +125,8 @@ def record_skip(
         row["loss"] = seen.loss
     if len(guard.spikes.losses) > 1:
         row["mean"], row["sigma"] = guard.spikes.baseline()
-    row |= {"suspects": whose, "shards": shards_of(shards, ids), "ids": ids}
+    hosts = len({each["host"] for each in every})
+    row |= {"suspects": whose, "hosts": hosts, "shards": shards_of(shards, ids), "ids": ids}
     if ctx.main:
         folder = metrics.folder
         append_line(folder / SKIPPED, json.dumps(row))

@@ -7,7 +7,6 @@ up behind the roll-back, or before it, and counts it in either case.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -79,7 +78,11 @@ def choose(folder: Path, first: int) -> tuple[Path | None, str]:
     known = folders.complete(folder)
     before = [p for p in known if folders.step_in(p) <= first]
     good = [p for p in before if not folders.parse_manifest(p).get("guard", {}).get("skips")]
-    for found, word in ((good, ""), (before, "which has skipped steps itself"), (known, "which is of after the first")):
+    for found, word in (
+        (good, ""),
+        (before, "which has skipped steps itself"),
+        (known, "which was saved after the first of them"),
+    ):
         if found:
             return found[-1], word
     return None, ""
@@ -160,14 +163,13 @@ def diagnosis(cfg: RunConfig, guard: Guard, step: int, target: Path | None) -> s
 
 def advice(cfg: RunConfig, rows: list[dict[str, Any]]) -> str:
     """What the skipped steps of the whole run have in common."""
-    hosts = Counter(h for r in rows for h in {s["host"] for s in r.get("suspects", [])})
     broken = [r for r in rows if "not finite" in r["why"]]
-    named = [r for r in broken if r.get("suspects")]
-    if named and len(named) == len(broken):
-        host, times = hosts.most_common(1)[0]
-        if times == len(named):
-            ranks = said(s for s in named[-1]["suspects"])
-            return f"every loss that was not finite came from {host} alone ({ranks}): exclude that host, see megastar doctor"
+    places = [{(s["rank"], s["host"]) for s in r.get("suspects", [])} for r in broken]
+    hosts = [{host for _, host in place} for place in places]
+    if hosts and (common := set.intersection(*hosts)):
+        ranks = said({"rank": r, "host": h} for r, h in sorted(set.union(*places)) if h in common)
+        remedy = "exclude that host" if broken[-1].get("hosts", 1) > 1 else "that GPU or its memory may be bad"
+        return f"every loss that was not finite came from {ranks}: {remedy}, see megastar doctor"
     if broken:
         return f"the losses that were not finite came from no host alone: resume with a lower optim.lr (now {cfg.optim.lr:g})"
     return (

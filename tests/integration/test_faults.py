@@ -20,8 +20,8 @@ from tests.integration.test_train import rows
 
 pytestmark = pytest.mark.dist
 FAULTS = [f"faults.{k}={v}" for k, v in (("spike_window", 8), ("max_skips", 2), ("max_rollbacks", 1))]
-# A skip, a spike, then three bad batches that send it back to step 16: it goes on at batch 23.
-MENDED = {"nan": {"5": 1, "20": -1, "21": -1, "22": -1}, "spike": [14]}
+# A skip, a spike, then three bad batches that send it back to step 20: it goes on at batch 23.
+MENDED = {"nan": {"5": 1, "20": -1, "21": -1, "22": -1}, "spike": [11]}
 # Back once, from step 12 to step 8; killed at batch 15, and once more bad batches behind the next checkpoint.
 LOST = {"nan": {"10": 1, "11": 1, "12": 1, "19": 1, "20": 1, "22": 1}}
 
@@ -48,7 +48,7 @@ def runs(world, tmp_path_factory) -> tuple[Path, Path, str]:
     mended = world.write_config(folder / "mended.yaml", folder / "mended", steps=28)
     lost = world.write_config(folder / "lost.yaml", folder / "lost", steps=28)
     done = inject((MENDED, [mended, *FAULTS, "faults.checksum_every=3"]), (LOST, [lost, *FAULTS]), check=False)
-    assert done.returncode != 0 and "Traceback" not in done.stderr.split("ChildFailedError")[0], done.stderr[-4000:]
+    assert done.returncode != 0 and "exitcode  : 2" in done.stderr, done.stderr[-4000:]
     return folder / "mended", folder / "lost", done.stderr
 
 
@@ -57,10 +57,10 @@ def test_bad_batches_are_skipped_and_named(runs, world):
     found = rows(run)
     assert sorted(found) == list(range(1, 29))
     marked = {step for step, row in found.items() if row.get("skipped")}
-    assert marked == {6, 15}  # those of the way that was left are cut
+    assert marked == {6, 12}  # those of the way that was left are cut
     assert all("loss" not in found[s] for s in marked) and all("loss" in found[s] for s in found if s not in marked)
     skips = read_lines(run / "skipped.jsonl")
-    assert [s["step"] for s in skips] == [s["position"] for s in skips] == [5, 14, 20, 21, 22]
+    assert [s["step"] for s in skips] == [s["position"] for s in skips] == [5, 11, 20, 21, 22]
     assert [s["why"].split()[-1] for s in skips[:1] + skips[2:]] == ["finite"] * 4
     assert skips[0]["suspects"][0]["rank"] == 1 and skips[2]["suspects"] == []
     spike = skips[1]
@@ -80,8 +80,6 @@ def test_it_goes_back_to_a_good_checkpoint_and_passes_over_the_data(runs):
     kinds = [e["event"] for e in read_events(run) if e["event"] != "saved"]
     assert kinds == ["started", *["skipped"] * 5, "rolled_back", "finished"]
     (back,) = read_lines(run / "rollbacks.jsonl")
-    # The checkpoint of step 16 was saved with the spike at 14 in its window, that of step 12 with the loss at 5, and
-    # keep_last has removed all before: the newest from before the first of the three is taken.
     assert (back["step"], back["to"], back["position"], back["skipped"]) == (22, "step-00000020", 23, [20, 21, 22])
 
 
@@ -96,7 +94,7 @@ def test_when_nothing_helps_it_stops_and_says_why(runs):
     (sentence,) = [line for line in said.splitlines() if line.startswith("megastar: error: ")]
     for part in (
         "step 17: 3 steps were skipped within 8", "after 1 roll-backs (faults.max_rollbacks 1)", "step 14: the loss is not",
-        "before, the loss was ", "(rank 1 (", "exclude that host", str(run / "skipped.jsonl"),
+        "before, the loss was ", "(rank 1 (", "megastar doctor", str(run / "skipped.jsonl"),
         "step-00000012 is the last good checkpoint",
     ):  # fmt: skip
         assert part in sentence, (part, sentence)
