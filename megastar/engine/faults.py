@@ -41,7 +41,7 @@ class Word(NamedTuple):
 
 
 ONE = 1 << 32  # a loss travels as a multiple of 1 / ONE: integers add up to the same sum in whatever order
-MOST = float(1 << 18)  # a larger loss counts as this: the sum of 8,192 ranks stays within 64 bits
+MOST = float(1 << 17)  # a larger loss counts as this: the sum of 8,192 ranks stays within 64 bits
 
 
 class Question:

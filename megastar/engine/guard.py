@@ -11,6 +11,7 @@ import math
 import os
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -50,6 +51,11 @@ class Seen:
     def loss(self) -> float:
         """The step's mean over all ranks and micro-batches."""
         return math.fsum(w.loss for w in self.words) / len(self.words)
+
+    @property
+    def signal(self) -> int:
+        """The stop signal, if any."""
+        return self.words[-1].signal
 
     def sums(self) -> dict[str, Tensor]:
         """The mean of each metric on this rank."""
@@ -129,7 +135,8 @@ def record_skip(
     row |= {"suspects": whose, "hosts": hosts, "shards": shards_of(shards, ids), "ids": ids}
     if ctx.main:
         folder = metrics.folder
-        append_line(folder / SKIPPED, json.dumps(row))
+        with suppress(OSError):  # a disk that takes none is no reason to stop
+            append_line(folder / SKIPPED, json.dumps(row))
         names = row["shards"]
         places = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         ranks = f" on {said(whose)}" if whose else ""

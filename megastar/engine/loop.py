@@ -118,7 +118,7 @@ def run(
     skipped, waits = 0, list[float]()  # since the last row: steps skipped; seconds that each step waited for data
     while step < steps:
         try:
-            seen, why, signal_number = train_step(cfg, ctx, engines, saver, supply, guard, stop, step, steps)
+            seen, why = train_step(cfg, ctx, engines, saver, supply, guard, stop, step, steps)
         except CorruptReplica:
             saver.finish()  # the save under way is good
             raise
@@ -130,8 +130,8 @@ def run(
             record_skip(ctx, metrics, guard, loader.shards, seen, step, why)
             if guard.skip(step):
                 step = done = roll_back(cfg, ctx, engines, loader, metrics, saver, guard, step)
-                supply, skipped = Supply(loader, ctx, lambda: bool(stop.signal)), 0
-                waits.clear()
+                supply.restart()
+                skipped, waits = 0, []
                 continue
         step += 1
         about["guard"] = guard.state(step)
@@ -149,11 +149,11 @@ def run(
             about["val_loss_ar"] = value = validation_loss(cfg, engines, ctx, validation)
             metrics.write(step, {"val_loss_ar": value})
             metrics.note(f"step {step}: validation next-token loss {value:.4f}")
-        if last or signal_number or step % cfg.train.save_every == 0:
+        if last or seen.signal or step % cfg.train.save_every == 0:
             metrics.write(step, {"save_blocked_s": saver.save(step, about)})
-        if signal_number and not last:
+        if seen.signal and not last:
             metrics.saved(saver.finish())
-            metrics.event("signal", f"signal {signal_number}: saved {saver.done}; the same command resumes")
+            metrics.event("signal", f"signal {seen.signal}: saved {saver.done}; the same command resumes")
             raise SystemExit(PREEMPTED)  # the next run's uploads catch up
     if problem := saver.close():
         metrics.event("warning", problem)
@@ -171,9 +171,8 @@ def train_step(
     stop: StopFlag,
     step: int,
     steps: int,
-) -> tuple[Seen, str, int]:
-    """One optimizer step over its micro-batches. Returns what was seen of them, why the step was skipped, if it was,
-    and the stop signal, if any; all but this rank's own values are the same on all ranks."""
+) -> tuple[Seen, str]:
+    """One optimizer step over its micro-batches: what was seen of them, and why the step was skipped, if it was."""
     seen, why = Seen(), ""
     supply.begin_step()
     for _ in range(engines.accumulation):
@@ -197,7 +196,7 @@ def train_step(
     if not why:
         guard.accept(seen)
         engines.refresh_teacher()
-    return seen, why, word.signal
+    return seen, why
 
 
 # The run folder ----------------------------------------------------------------------------------------------------

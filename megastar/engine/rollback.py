@@ -125,7 +125,7 @@ def roll_back(
 
     if problem := checkpoint.on_main(ctx, commit):
         raise UserError(f"the roll-back to {target} could not be put on record in {run} ({problem}): free some space")
-    number, done = guard.rollbacks + 1, about["step"]
+    number, done = guard.rollbacks + 1, int(about["step"])
     guard.restore(about, number, record["position"])
     loader.load_state_dict({"samples": (done + guard.offset) * loader.global_batch})
     saver.done, saver.step = target, done

@@ -40,8 +40,13 @@ class Supply:
         self.loader, self.ctx = loader, ctx
         self.dry = False
         self.problem: Exception | None = None
-        self._batches = loader.batches(give_up=stop)
+        self._stop = stop
         self._random: list[Tensor] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Go on where the loader stands."""
+        self._batches = self.loader.batches(give_up=self._stop)
 
     def begin_step(self) -> None:
         """Remember the generators, a few microseconds."""

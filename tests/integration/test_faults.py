@@ -47,7 +47,13 @@ def runs(world, tmp_path_factory) -> tuple[Path, Path, str]:
     folder = tmp_path_factory.mktemp("faults")
     mended = world.write_config(folder / "mended.yaml", folder / "mended", steps=28)
     lost = world.write_config(folder / "lost.yaml", folder / "lost", steps=28)
-    done = inject((MENDED, [mended, *FAULTS, "faults.checksum_every=3"]), (LOST, [lost, *FAULTS]), check=False)
+    corrupt = world.write_config(folder / "corrupt.yaml", folder / "corrupt", steps=12)
+    done = inject(
+        (MENDED, [mended, *FAULTS, "faults.checksum_every=3"]),
+        ({"corrupt": 8}, [corrupt, "faults.checksum_every=3"]),
+        (LOST, [lost, *FAULTS]),
+        check=False,
+    )
     assert done.returncode != 0 and "exitcode  : 2" in done.stderr, done.stderr[-4000:]
     return folder / "mended", folder / "lost", done.stderr
 
@@ -83,9 +89,18 @@ def test_it_goes_back_to_a_good_checkpoint_and_passes_over_the_data(runs):
     assert (back["step"], back["to"], back["position"], back["skipped"]) == (22, "step-00000020", 23, [20, 21, 22])
 
 
+def test_a_flipped_bit_ends_the_run_and_is_named(runs):
+    run = runs[0].parent / "corrupt"
+    assert sorted(rows(run)) == list(range(1, 9))  # it was found at once: step 8 was due
+    end = read_events(run)[-1]
+    assert end["event"] == "error" and end["text"].startswith("CorruptReplica: step 8: transformer.norm.weight must be")
+    assert "rank 0 (" in end["text"] and "rank 1 (" in end["text"] and "no majority" in end["text"]
+    assert folders.latest(run / "checkpoints").name == "step-00000008" and not (run / "lost.jsonl").exists()
+
+
 def test_when_nothing_helps_it_stops_and_says_why(runs):
     _, run, said = runs
-    assert sorted(rows(run)) == list(range(1, 20))
+    assert sorted(rows(run)) == list(range(1, 18))
     skips = read_lines(run / "skipped.jsonl")
     (back,) = read_lines(run / "rollbacks.jsonl")
     assert (back["step"], back["to"], back["position"]) == (12, "step-00000008", 13)
