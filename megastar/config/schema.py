@@ -222,12 +222,14 @@ class FaultsConfig:
     )
     spike_sigma: float = knob(
         6.0,
-        "a loss this many standard deviations above the mean of the last spike_window steps is skipped; 0: none is",
+        "a step whose loss is this many standard deviations above the last spike_window steps' is skipped; 0: none is",
         low=0,
     )
     spike_window: int = knob(128, "steps whose losses a spike is measured against", low=2)
     max_skips: int = knob(
-        3, "skipped steps within spike_window after which the run goes back to its last good checkpoint", low=0
+        3,
+        "skipped steps within spike_window that are borne; one more and the run goes back to its last good checkpoint",
+        low=0,
     )
     max_rollbacks: int = knob(2, "times that a run goes back, over its whole length, before it stops instead", low=0)
     checksum_every: int = knob(

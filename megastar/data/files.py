@@ -27,6 +27,15 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append ``line``, on the disk when this returns; below one that a crash cut, not behind it."""
+    with path.open("a+b") as f:
+        cut = f.seek(0, os.SEEK_END) > 0 and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
+        f.write((b"\n" if cut else b"") + line.encode() + b"\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
 def read_small(path: Path, most: int) -> bytes | None:
     """A file of at most ``most`` bytes; None for a bigger one, or one that cannot be read."""
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
-from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import groups
 from torch import nn
 
@@ -24,10 +22,10 @@ from megastar.config.load import resolve_batch
 from megastar.config.schema import RunConfig
 from megastar.data.store import is_remote
 from megastar.device import pick_dtype
-from megastar.engine.errors import NONFINITE_GRADIENT, NonFiniteLoss
 from megastar.engine.networks import Student
 from megastar.engine.sharding import AdamWEMA, Shard, parameter_groups, shards
 from megastar.engine.teachers import ReplicatedTeacher, ShardedTeacher
+from megastar.engine.veto import install_veto
 from megastar.errors import UserError
 from megastar.model.fused import set_fused
 from megastar.model.kernels import set_backend
@@ -74,8 +72,22 @@ class Engines:
         if self.teacher is not None:
             self.teacher.refresh()
 
+    def step(self, veto: bool = False) -> bool:
+        """DeepSpeed's step, at the end of each micro-batch. False: the gradient was not finite, or ``veto`` said so (on
+        all ranks alike), and nothing moved."""
+        self.optimizer.veto = veto
+        before = self.student.skipped_steps
+        self.student.step()
+        self.optimizer.veto = False
+        return self.student.skipped_steps == before
+
+    def updates(self) -> int:
+        """Steps that moved the weights: what Adam's bias correction counts."""
+        held = self.shards()  # none, where there are more ranks than elements
+        return int(self.optimizer.prepare(held[0].flat)["step"].item()) if held else 0
+
     def grad_norm(self) -> float:
-        """Of the last step, before clipping."""
+        """Of the last step, before clipping; infinite if it was dropped."""
         return float(self.student.get_global_grad_norm())
 
     def shards(self) -> list[Shard]:
@@ -225,14 +237,6 @@ def initialize(module: nn.Module, config: dict[str, Any], optimizer: AdamWEMA | 
     # DeepSpeed compares the first batch of a tensor group by pickling it; `parallel.check_batches` does every one.
     if hook := getattr(engine, "first_dataloader_check", None):
         hook.remove()
-    if optimizer is not None and engine.zero_optimization_stage() == 0:
-        # Without ZeRO the engine clips but forgets the norm, which it looks for on the optimizer, and steps even when
-        # the norm is not finite.
-        def clip() -> None:
-            norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu)
-            if not math.isfinite(norm):  # the same on all ranks
-                raise NonFiniteLoss(NONFINITE_GRADIENT.format(engine.global_steps))
-            optimizer._global_grad_norm = norm  # type: ignore[attr-defined]
-
-        engine.clip_fp32_gradients = clip
+    if optimizer is not None:
+        install_veto(engine, optimizer)
     return engine

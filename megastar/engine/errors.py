@@ -2,8 +2,10 @@
 
 from megastar.errors import UserError
 
-NONFINITE_GRADIENT = "step {}: the gradient is not finite; resume from the last checkpoint with a lower optim.lr"
-
 
 class NonFiniteLoss(UserError):
-    """The loss or its gradient stopped being finite; the last checkpoint is good."""
+    """Losses or gradients that are not finite, or spikes, and no skipping or going back helped."""
+
+
+class CorruptReplica(RuntimeError):
+    """What must be equal on several ranks is not: no mistake of the user's, the job may start again elsewhere."""

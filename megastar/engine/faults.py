@@ -1,4 +1,4 @@
-"""What may end a run early: signals, a loss that is no longer finite. Every rank takes the same decision."""
+"""What may end a run early, or keep a step from being taken: every rank knows, and takes the same decision."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megastar.engine.build import Context
-from megastar.engine.errors import NONFINITE_GRADIENT, NonFiniteLoss
 
+SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # rising
 PREEMPTED = 85  # a status of our own: SLURM counts a clean exit as done and would not requeue it
 
 
@@ -21,7 +21,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, self._set)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
@@ -30,40 +30,40 @@ class StopFlag:
         self.signal = number
 
 
-def check_moved(skipped_before: int, skipped_now: int, step: int) -> None:
-    """DeepSpeed drops a step whose gradient norm is not finite, on all ranks alike, and says nothing."""
-    if skipped_now > skipped_before:
-        raise NonFiniteLoss(NONFINITE_GRADIENT.format(step))
-
-
 class Word(NamedTuple):
-    """What all ranks know at the end of a forward pass."""
+    """What all ranks know at the end of a micro-batch."""
 
     finite: bool  # the loss, everywhere
     signal: int  # the largest stop signal of any rank
     lost: bool  # the save under way failed somewhere
     dry: bool  # some rank had no batch
-    waited: float  # seconds that the slowest rank waited for its batch
+    loss: float  # its mean over the ranks; those that are not finite count as 0
+
+
+ONE = 1 << 32  # a loss travels as a multiple of 1 / ONE: integers add up to the same sum in whatever order
+MOST = float(1 << 17)  # a larger loss counts as this: the sum of 8,192 ranks stays within 64 bits
 
 
 class Question:
     """Asked of all ranks after the forward pass, answered before the optimizer moves; the backward pass fits between.
 
-    One reduction. On a GPU the flags travel behind the forward pass while the host queues the backward pass: ``answer``
-    then waits for no more than the forward pass, and the queue does not run dry.
+    One reduction, a sum. On a GPU the numbers travel behind the forward pass while the host queues the backward pass:
+    ``answer`` then waits for no more than the forward pass, and the queue does not run dry.
     """
 
-    def __init__(
-        self, ctx: Context, loss: Tensor, stop: int, lost: bool = False, dry: bool = False, waited: float = 0.0
-    ):
-        said = torch.tensor([0, stop, int(lost), int(dry), round(waited * 1e6)], dtype=torch.int64)
-        flags = said.pin_memory().to(loss.device, non_blocking=True) if loss.is_cuda else said.to(loss.device)
-        flags[0] = ~torch.isfinite(loss.detach())
+    def __init__(self, ctx: Context, loss: Tensor, stop: int, lost: bool = False, dry: bool = False):
+        self.world = ctx.world
+        said = torch.tensor([0, 0, int(lost), int(dry), *(int(stop == s) for s in SIGNALS)], dtype=torch.int64)
+        numbers = said.pin_memory().to(loss.device, non_blocking=True) if loss.is_cuda else said
+        value = loss.detach().double()
+        finite = torch.isfinite(value)
+        numbers[0] = ~finite
+        numbers[1] = torch.where(finite, value.clamp(-MOST, MOST) * ONE, 0.0)
         if ctx.world > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        self.flags, self.ready = flags, None
-        if flags.is_cuda:
-            self.flags = torch.empty(len(said), dtype=torch.int64, pin_memory=True).copy_(flags, non_blocking=True)
+            dist.all_reduce(numbers)
+        self.numbers, self.ready = numbers, None
+        if numbers.is_cuda:
+            self.numbers = torch.empty(len(said), dtype=torch.int64, pin_memory=True).copy_(numbers, non_blocking=True)
             self.ready = torch.cuda.Event()
             self.ready.record()
 
@@ -71,5 +71,6 @@ class Question:
         """The same on every rank."""
         if self.ready is not None:
             self.ready.synchronize()
-        nonfinite, signal_number, failed, empty, microseconds = self.flags.tolist()
-        return Word(not nonfinite, int(signal_number), bool(failed), bool(empty), microseconds / 1e6)
+        nonfinite, loss, lost, dry, *stops = self.numbers.tolist()
+        number = max((int(s) for s, count in zip(SIGNALS, stops, strict=True) if count), default=0)
+        return Word(not nonfinite, number, bool(lost), bool(dry), loss / (ONE * self.world))

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from megastar.config.load import diff_configs, load_config, resolve_batch, save_config
 from megastar.config.schema import RunConfig
-from megastar.data.loader import TokenLoader, check_enough, check_manifest, validation_batches
-from megastar.data.manifest import Manifest, load_manifest
+from megastar.data.loader import TokenLoader
 from megastar.data.order import VERSION as ORDER
 from megastar.data.store import is_remote
-from megastar.engine import checkpoint, folders
+from megastar.engine import checkpoint, checksum, folders
 from megastar.engine.build import Context, Engines, build, start
-from megastar.engine.errors import NonFiniteLoss
-from megastar.engine.faults import PREEMPTED, Question, StopFlag, check_moved
+from megastar.engine.errors import CorruptReplica
+from megastar.engine.faults import PREEMPTED, Question, StopFlag
+from megastar.engine.guard import NONFINITE_GRADIENT, Guard, Seen, record_skip
 from megastar.engine.health import Health
 from megastar.engine.metrics import Metrics
 from megastar.engine.observed import ideal_seconds, observed
+from megastar.engine.rollback import roll_back, settle
+from megastar.engine.run_data import (
+    check_same_data,
+    check_same_order,
+    digest_of,
+    make_loader,
+    make_validation,
+    open_data,
+)
 from megastar.engine.saver import Saver, grace
 from megastar.engine.schedule import learning_rate, row_due, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
@@ -31,7 +37,6 @@ from megastar.engine.stragglers import Stragglers
 from megastar.engine.supply import Starved, Supply, leave, on_all_ranks
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
-from megastar.tokenizer.io import tokenizer_hash
 
 
 def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
@@ -52,11 +57,14 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
         describe(cfg, ctx, engines, manifest)
         return
     assert manifest is not None
+    records = settle(cfg, ctx)
+    guard = Guard(cfg.faults, len(records))
     found = checkpoint.newest(ctx, folders.folder_of(cfg))
     done, data = 0, {"data": digest_of(manifest), "val_data": digest_of(validation)}
     if found:
         restored = checkpoint.load(cfg, ctx, engines, found)
         done, origin = restored["step"], restored.get("init")
+        guard.restore(restored, len(records), records[-1]["position"] if records else 0)
         check_same_data(cfg, restored, data, found)
         check_same_order(cfg, manifest, restored, found)
     else:
@@ -67,7 +75,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
         if ctx.main:
             Console().print(f"{cfg.run} is done: {done} of {steps} steps; raise train.steps to go on")
         return
-    loader = on_all_ranks(ctx, lambda: make_loader(cfg, ctx, engines, done))
+    loader = on_all_ranks(ctx, lambda: make_loader(cfg, ctx, engines, done + guard.offset))
     metrics = on_all_ranks(
         ctx,
         lambda: Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx)),
@@ -83,9 +91,10 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
         "classes": manifest.classes,
         "init": origin,
         "command": " ".join(["megastar", *sys.argv[1:]]),
+        "guard": guard.state(done),
     }
     try:
-        run(cfg, ctx, engines, loader, metrics, done, about, stop)
+        run(cfg, ctx, engines, loader, metrics, guard, done, about, stop)
     except (Exception, KeyboardInterrupt) as error:
         metrics.event("error", " ".join(f"{type(error).__name__}: {error}".split()), note=False)
         raise
@@ -100,11 +109,14 @@ def run(
     engines: Engines,
     loader: TokenLoader,
     metrics: Metrics,
+    guard: Guard,
     done: int,
     about: dict[str, Any],
     stop: StopFlag,
 ) -> None:
-    """The loop itself: batch -> losses -> backward -> agree -> step -> teacher. ``about`` goes into each checkpoint."""
+    """The loop itself: batch -> losses -> backward -> agree -> step -> teacher. ``about`` goes into each checkpoint.
+
+    ``done`` steps lie before it, from where it started or last went back to."""
     supply, steps = Supply(loader, ctx, lambda: bool(stop.signal), Path(cfg.run)), about["steps"]
     saver = Saver(cfg, ctx, engines)
     stragglers = Stragglers(ctx, engines, supply, cfg.faults.slow_ratio)
@@ -113,39 +125,51 @@ def run(
     validation = on_all_ranks(ctx, lambda: make_validation(cfg, ctx, engines))
     health = Health(cfg, ctx.world, steps, metrics)
     engines.student.train()
-    for step in range(done, steps):
+    saver.step = step = done
+    skipped = 0  # steps since the last row
+    while step < steps:
         try:
-            sums, signal_number, lost = train_step(cfg, ctx, engines, saver, supply, stop, step, steps)
-        except NonFiniteLoss:
+            seen, why = train_step(cfg, ctx, engines, saver, supply, guard, stop, step, steps)
+        except CorruptReplica:
             saver.finish()  # the save under way is good
             raise
         except Starved as starved:
             leave(saver, supply, metrics, about, done, step, starved.signal)
+        if why:
+            skipped += 1
+            record_skip(ctx, metrics, guard, loader.shards, seen, step, why)
+            if guard.skip(step):
+                step = done = roll_back(cfg, ctx, engines, loader, metrics, saver, guard, step)
+                supply.restart()
+                skipped = 0
+                continue
+        step += 1
+        about["guard"] = guard.state(step)
         about.pop("val_loss_ar", None)
-        if row_due(cfg, step, steps):
-            row = average_over_ranks(ctx, sums) | observed(ctx, engines)
-            row |= {"grad_norm": engines.grad_norm(), "lr": learning_rate(cfg, step, steps)}
-            row |= stragglers.row(step + 1 - metrics.last_step)
-        else:
-            row = {}
-        metrics.step(step + 1, cfg.train.global_batch, row)
-        health.look(step + 1, row)
+        last, row = step == steps, {}
+        if row_due(cfg, step - 1, steps):
+            if not why:
+                row = average_over_ranks(ctx, seen.sums()) | {"grad_norm": engines.grad_norm()}
+            row |= observed(ctx, engines) | {"lr": learning_rate(cfg, step - 1, steps)}
+            row |= stragglers.row(step - metrics.last_step) | ({"skipped": skipped} if skipped else {})
+            skipped = 0
+        metrics.step(step, cfg.train.global_batch, row)
+        health.look(step, row)
         metrics.warn(stragglers.news(), "slow")
         metrics.saved(saver.done)
-        last = step + 1 == steps
-        if validation and (last or (step + 1) % cfg.train.val_every == 0):
+        if validation and (last or step % cfg.train.val_every == 0):
             about["val_loss_ar"] = value = validation_loss(cfg, engines, ctx, validation)
-            metrics.write(step + 1, {"val_loss_ar": value})
-            metrics.note(f"step {step + 1}: validation next-token loss {value:.4f}")
-        again = lost and saver.attend()
-        if last or signal_number or again or (step + 1) % cfg.train.save_every == 0:
-            metrics.write(step + 1, {"save_blocked_s": saver.save(step + 1, about)})
+            metrics.write(step, {"val_loss_ar": value})
+            metrics.note(f"step {step}: validation next-token loss {value:.4f}")
+        again = seen.lost and saver.attend()
+        if last or seen.signal or again or step % cfg.train.save_every == 0:
+            metrics.write(step, {"save_blocked_s": saver.save(step, about)})
         metrics.warn(saver.news())
-        if signal_number and not last:
-            unsaved = saver.insist(step + 1, about, grace(signal_number))
+        if seen.signal and not last:
+            unsaved = saver.insist(step, about, grace(seen.signal))
             metrics.saved(saver.done)
             metrics.event(
-                "signal", f"signal {signal_number}: {unsaved or f'saved {saver.done}'}; the same command resumes"
+                "signal", f"signal {seen.signal}: {unsaved or f'saved {saver.done}'}; the same command resumes"
             )
             raise SystemExit(PREEMPTED)  # the next run's uploads catch up
     if problem := saver.insist(steps, about, cfg.faults.save_patience, lambda: bool(stop.signal)):
@@ -163,129 +187,35 @@ def train_step(
     engines: Engines,
     saver: Saver,
     supply: Supply,
+    guard: Guard,
     stop: StopFlag,
     step: int,
     steps: int,
-) -> tuple[dict[str, torch.Tensor], int, bool]:
-    """One optimizer step over its micro-batches; returns the mean of its metrics, the stop signal, if any, and whether
-    some rank has something to settle about a save."""
-    sums: dict[str, torch.Tensor] = {}
-    lost = False
+) -> tuple[Seen, str]:
+    """One optimizer step over its micro-batches: what was seen of them, and why the step was skipped, if it was."""
+    seen, why = Seen(), ""
     supply.begin_step()
     for _ in range(engines.accumulation):
-        loss, parts = losses(cfg, engines, ctx, supply.next(), step, spreads=row_due(cfg, step, steps))
+        batch = supply.next()
+        loss, parts = losses(cfg, engines, ctx, batch, step, spreads=row_due(cfg, step, steps))
         supply.computed()
         question = Question(ctx, loss, stop.signal, saver.failed, supply.dry)
         engines.student.backward(loss)
         word = question.answer()
-        signal_number, lost = word.signal, lost or word.lost
         if word.dry:
-            raise Starved(signal_number)
-        if not word.finite:
-            raise NonFiniteLoss(
-                f"step {step}: the loss is not finite; resume from the last checkpoint with a lower optim.lr"
-            )
-        for name, value in parts.items():
-            sums[name] = sums.get(name, 0) + value.detach().float() / engines.accumulation
+            raise Starved(word.signal)
+        seen.add(word, parts, batch["ids"])
         if engines.student.is_gradient_accumulation_boundary():
+            if checksum.due(cfg, step):
+                checksum.compare(cfg, engines, ctx, step, step - saver.step)
             set_schedules(cfg, engines, step, steps)
-        skipped = engines.student.skipped_steps
-        engines.student.step()
-        check_moved(skipped, engines.student.skipped_steps, step)
-    engines.refresh_teacher()
-    return sums, signal_number, lost
-
-
-# Data ------------------------------------------------------------------------------------------------------------
-def open_data(cfg: RunConfig) -> tuple[Manifest, Manifest | None]:
-    """Check everything about the shards that can be known before anything is built; training's and validation's."""
-    expected = tokenizer_hash(cfg.data.tokenizer) if cfg.data.tokenizer and Path(cfg.data.tokenizer).is_file() else None
-    if cfg.data.tokenizer and expected is None:
-        raise UserError(f"data.tokenizer={cfg.data.tokenizer} does not exist: name the tokenizer that made the shards")
-    manifest = load_manifest(cfg.data.shards, cfg.data)
-    check_manifest(manifest, cfg.model, expected, views_of(cfg))
-    check_enough(cfg.data.shards, manifest, cfg.train.global_batch)
-    if not cfg.data.val_shards:
-        return manifest, None
-    validation = load_manifest(cfg.data.val_shards, cfg.data)
-    check_manifest(validation, cfg.model, expected, 1)
-    if validation.classes != manifest.classes:
-        raise UserError(
-            f"{cfg.data.val_shards} and {cfg.data.shards} name other classes: make both from folders of the same names"
-        )
-    hashes = [m.tokenizer_sha256 for m in (manifest, validation)]
-    if all(hashes) and hashes[0] != hashes[1]:
-        raise UserError(
-            f"{cfg.data.shards} was made with the tokenizer {hashes[0][:12]}..., {cfg.data.val_shards} with {hashes[1][:12]}...: pretokenize both with one"
-        )
-    return manifest, validation
-
-
-def check_same_data(cfg: RunConfig, restored: dict[str, Any], digests: dict[str, str], found: Path) -> None:
-    """Raise ``UserError`` for other shards than the checkpoint's, wherever they lie now."""
-    for name, what, where in (
-        ("data", "was trained on", f"data.shards = {cfg.data.shards}"),
-        ("val_data", "was validated on", f"data.val_shards = {cfg.data.val_shards}"),
-    ):
-        if restored.get(name, digests[name]) != digests[name]:
-            raise UserError(f"{where} holds other shards than {found} {what}: restore them, or choose another run=...")
-
-
-def check_same_order(cfg: RunConfig, manifest: Manifest, restored: dict[str, Any], found: Path) -> None:
-    """Raise ``UserError`` where the checkpoint's samples came in another order: some would come twice, some never.
-
-    With no more shards than are mixed, all versions of the order are one.
-    """
-    shards, order = sum(n > 0 for n in manifest.shard_sizes), restored.get("order", 1)
-    if order != ORDER and shards > cfg.data.window:
-        raise UserError(
-            f"{found} was trained in order {order} of the samples, this version of megastar knows order {ORDER}: finish that run with the version that began it, or begin another run=... from it with train.init={found}"
-        )
-
-
-def digest_of(manifest: Manifest | None) -> str:
-    """SHA-256 over the shards' own: a run resumes on the samples it was trained on, or not at all."""
-    if manifest is None:
-        return ""
-    return hashlib.sha256("".join(s.sha256 for s in manifest.shards).encode()).hexdigest()
-
-
-def views_of(cfg: RunConfig) -> int:
-    return cfg.self_guided.views if cfg.self_guided.enabled else 1
-
-
-def make_loader(cfg: RunConfig, ctx: Context, engines: Engines, done: int) -> TokenLoader:
-    return TokenLoader(
-        cfg.data.shards,
-        seed=cfg.train.seed,
-        global_batch=cfg.train.global_batch,
-        rank=ctx.mesh.data_rank,
-        world=ctx.mesh.data,
-        accumulation=engines.accumulation,
-        views=views_of(cfg),
-        class_dropout_prob=cfg.model.class_dropout_prob,
-        num_classes=cfg.model.num_classes,
-        vocab_size=cfg.model.vocab_size,
-        tokens=cfg.model.image_tokens,
-        window=cfg.data.window,
-        start_step=done,
-        data=cfg.data,
-        device=ctx.device,
-    )
-
-
-def make_validation(cfg: RunConfig, ctx: Context, engines: Engines) -> list[dict[str, Any]]:
-    if not cfg.data.val_shards or not cfg.train.val_every:
-        return []
-    batches: Iterator[dict[str, Any]] = validation_batches(
-        cfg.data.val_shards,
-        cfg.train.val_images,
-        engines.micro_batch,
-        ctx.mesh.data_rank,
-        ctx.mesh.data,
-        data=cfg.data,
-    )
-    return list(batches)
+            why = guard.judge(seen)
+        if not engines.step(veto=bool(why)):
+            why = why or NONFINITE_GRADIENT
+    if not why:
+        guard.accept(seen)
+        engines.refresh_teacher()
+    return seen, why
 
 
 # The run folder ----------------------------------------------------------------------------------------------------

@@ -53,6 +53,20 @@ class Metrics:
         self.clock, self.images = time.perf_counter(), 0
         self.shown = ""
 
+    def rewind(self, step: int, checkpoint: Path) -> None:
+        """The run went back to ``step`` steps, to ``checkpoint``: the rows behind it are cut, as on a resume."""
+        self.done, self.last_step, self._saved = step, step, checkpoint
+        if not self.active:
+            return
+        try:
+            self.lines.cut(lambda line: _step_of(line) <= step)
+        except OSError as error:  # the next start cuts them
+            self.note(f"{self.lines.path} keeps rows of the steps that were left: {error}")
+        self.board.close()
+        self.board = Board(self.folder / "tensorboard", step)
+        self.clock, self.images = time.perf_counter(), 0
+        self.bar.update(self.task, completed=step)
+
     def step(self, step: int, images: int, row: dict[str, float]) -> None:
         """``step`` steps are done; ``images`` were in this one. ``row`` holds plain numbers."""
         self.done, before = step, self.last_step

@@ -138,7 +138,7 @@ class Saver:
                 "zero_stage": self.engines.student.zero_optimization_stage(),
             },
             "dtype": str(self.ctx.dtype),
-            "optimizer_step": step,
+            "optimizer_step": self.engines.updates(),
             "parameters": self.shapes,
             "config": asdict(self.cfg),
         }

@@ -19,10 +19,15 @@ def row_due(cfg: RunConfig, step: int, steps: int) -> bool:
     return (step + 1) % cfg.train.log_every == 0 or step + 1 == steps
 
 
+def peak_rate(cfg: RunConfig) -> float:
+    """The largest rate of the run."""
+    return cfg.optim.lr * (cfg.train.global_batch / 256 if cfg.optim.scale_lr else 1.0)
+
+
 def learning_rate(cfg: RunConfig, step: int, steps: int) -> float:
     """Rate of the step that follows ``step`` finished ones; scaled with global_batch / 256 when ``scale_lr`` [P]."""
     o = cfg.optim
-    peak = o.lr * (cfg.train.global_batch / 256 if o.scale_lr else 1.0)
+    peak = peak_rate(cfg)
     if step < o.warmup_steps:
         return peak * (step + 1) / o.warmup_steps
     progress = min(1.0, (step - o.warmup_steps) / max(1, steps - o.warmup_steps))

@@ -25,6 +25,8 @@ class AdamWEMA(torch.optim.AdamW):
 
     def __init__(self, params: Any, **defaults: Any):
         super().__init__(params, fused=True, **defaults)  # one pass over memory, on a CPU too
+        self.veto = False  # drop the next step (veto.py)
+        self.overflow = False  # at ZeRO stage 0, where DeepSpeed asks this optimizer, whether this step is dropped
         for group in self.param_groups:
             group["ema_decay"] = 0.0
 
@@ -40,6 +42,8 @@ class AdamWEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if self.overflow:
+            return None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

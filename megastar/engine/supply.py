@@ -47,8 +47,12 @@ class Supply:
         self.dry = False
         self.problem: Exception | None = None
         self._stop, self.waits = stop, Waits(loader, ctx, run)
-        self._batches = loader.batches(give_up=self._poll)
         self._random: list[Tensor] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Go on where the loader stands."""
+        self._batches = self.loader.batches(give_up=self._poll)
 
     def begin_step(self) -> None:
         """Remember the generators, a few microseconds."""

@@ -1,4 +1,4 @@
-"""Two tensor ranks: drifting replicas, unlike batches, a gradient that is not finite."""
+"""Two ranks: drifting replicas, unlike batches, corrupt replicas, dropped steps at every ZeRO stage."""
 
 from __future__ import annotations
 

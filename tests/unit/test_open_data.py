@@ -7,7 +7,7 @@ import pytest
 from megastar.config.load import load_config
 from megastar.config.schema import RunConfig, TokenizerConfig
 from megastar.data.order import VERSION
-from megastar.engine.loop import check_same_data, check_same_order, digest_of, open_data
+from megastar.engine.run_data import check_same_data, check_same_order, digest_of, open_data
 from megastar.errors import UserError
 from megastar.tokenizer.io import save_tokenizer
 from megastar.tokenizer.vq import VQModel

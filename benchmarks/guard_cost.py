@@ -1,0 +1,74 @@
+"""What the guard costs a step: the agreement of all ranks and the spike test, against a 200 ms step of the nano model.
+
+    python benchmarks/guard_cost.py [--ranks 2] [--checksum]
+
+The peer is the least that any training does: one reduction of the loss, read on the host each step. The three are timed
+in turn in one process group. ``--checksum``: one comparison of all replicas of the nano model at ZeRO stage 1 too.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from common import relaunch, report, run_config, seconds
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ranks", type=int, default=2)
+    p.add_argument("--steps", type=int, default=300)
+    p.add_argument("--checksum", action="store_true")
+    args = p.parse_args()
+    relaunch(args.ranks)
+
+    import torch
+    import torch.distributed as dist
+
+    from megastar.engine import checksum
+    from megastar.engine.build import build, start
+    from megastar.engine.faults import Question
+    from megastar.engine.guard import Guard, Seen
+
+    cfg = run_config("nano", f"train.global_batch={args.ranks}", "parallel.deepspeed=zero1", "data.shards=none")
+    ctx = start(cfg)
+    loss = torch.tensor(7.5, device=ctx.device)
+    guard = Guard(cfg.faults)
+    for i in range(cfg.faults.spike_window):
+        guard.spikes.add(7.5 + 0.01 * (i % 7))
+
+    def plain() -> None:
+        x = loss.clone()
+        if ctx.world > 1:
+            dist.all_reduce(x)
+        x.item()
+
+    def agreement() -> None:
+        Question(ctx, loss, 0).answer()
+
+    def whole() -> None:
+        seen = Seen()
+        seen.add(Question(ctx, loss, 0).answer(), {"loss": loss, "loss_ar": loss}, loss)
+        assert not guard.judge(seen)
+        guard.accept(seen)
+        guard.state(1000)
+
+    rows: dict[str, list[float]] = {"one reduction": [], "agreement": [], "agreement and spike test": []}
+    for _ in range(args.steps):
+        for name, work in zip(rows, (plain, agreement, whole), strict=True):
+            rows[name] += seconds(work, 1)
+    if ctx.main:
+        report(f"a step's guard, {ctx.world} ranks on {ctx.device.type}", rows, "one reduction")
+        extra = (
+            sorted(rows["agreement and spike test"])[args.steps // 2] - sorted(rows["one reduction"])[args.steps // 2]
+        )
+        print(f"more than the peer: {extra * 1e6:.0f} us, {extra / 0.2:.3%} of a 200 ms step")
+    if args.checksum:
+        engines = build(cfg, ctx)
+        times = seconds(lambda: checksum.compare(cfg, engines, ctx, 1, 1), 7)
+        if ctx.main:
+            elements = sum(x.numel() for *_, x in checksum.replicas(engines, ctx))
+            print(f"checksum of {elements / 1e6:.1f} M elements: {sorted(times)[3] * 1e3:.1f} ms")
+
+
+if __name__ == "__main__":
+    main()
