@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 NAME = "events.jsonl"
 STARTED = ("started", "resumed")
-ENDED = ("finished", "signal", "error")
+ENDED = ("finished", "signal", "error", "hang", "lost")
 KINDS = (*STARTED, *ENDED, "saved", "warning")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from megastar.data.manifest import Manifest, load_manifest
 from megastar.data.order import VERSION as ORDER
 from megastar.data.store import is_remote
 from megastar.engine import checkpoint, folders
-from megastar.engine.build import Context, Engines, build, start
+from megastar.engine.build import Context, Engines, build, collective_timeout, set_timeouts, start
 from megastar.engine.errors import NonFiniteLoss
 from megastar.engine.faults import PREEMPTED, Question, StopFlag, check_moved
 from megastar.engine.metrics import Metrics
+from megastar.engine.progress import ENDING, PROGRESS, SAVING, VALIDATION
 from megastar.engine.schedule import learning_rate, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.supply import Starved, Supply, leave, on_all_ranks
+from megastar.engine.watchdog import is_from_a_peer, watch
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.tokenizer.io import tokenizer_hash
@@ -41,7 +44,21 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     resolve_batch(cfg, ctx.world)  # before the run folder exists
     if not dry_run:
         claim_run_folder(cfg, ctx)
+    with nullcontext() if dry_run else watch(cfg, ctx.rank, ctx.world):
+        build_and_run(cfg, ctx, manifest, validation, stop, dry_run)
+
+
+def build_and_run(
+    cfg: RunConfig,
+    ctx: Context,
+    manifest: Manifest | None,
+    validation: Manifest | None,
+    stop: StopFlag,
+    dry_run: bool,
+) -> None:
+    """Engines, the newest checkpoint, data and metrics, then the loop."""
     engines = build(cfg, ctx)
+    set_timeouts(collective_timeout(cfg))
     if dry_run:
         from megastar.engine.dry_run import describe
 
@@ -80,7 +97,8 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     try:
         run(cfg, ctx, engines, loader, metrics, done, about, stop)
     except (Exception, KeyboardInterrupt) as error:
-        metrics.event("error", " ".join(f"{type(error).__name__}: {error}".split()), note=False)
+        if not is_from_a_peer(error):  # the watchdog finds out whose
+            metrics.event("error", " ".join(f"{type(error).__name__}: {error}".split()), note=False)
         raise
     finally:
         loader.close()
@@ -103,6 +121,7 @@ def run(
     validation = on_all_ranks(ctx, lambda: make_validation(cfg, ctx, engines))
     engines.student.train()
     for step in range(done, steps):
+        PROGRESS.begin(step + 1)
         try:
             sums, signal_number, waited = train_step(cfg, ctx, engines, saver, supply, stop, step, steps)
         except NonFiniteLoss:
@@ -113,6 +132,7 @@ def run(
         about.pop("val_loss_ar", None)
         metrics.waited(waited)
         if (step + 1) % cfg.train.log_every == 0 or step + 1 == steps:
+            PROGRESS.at("averaging the metrics")
             row = average_over_ranks(ctx, sums)
             row |= {"grad_norm": engines.grad_norm(), "lr": learning_rate(cfg, step, steps)}
         else:
@@ -121,15 +141,18 @@ def run(
         metrics.saved(saver.done)
         last = step + 1 == steps
         if validation and (last or (step + 1) % cfg.train.val_every == 0):
+            PROGRESS.at(VALIDATION)
             about["val_loss_ar"] = value = validation_loss(cfg, engines, ctx, validation)
             metrics.write(step + 1, {"val_loss_ar": value})
             metrics.note(f"step {step + 1}: validation next-token loss {value:.4f}")
         if last or signal_number or (step + 1) % cfg.train.save_every == 0:
+            PROGRESS.at(SAVING)
             metrics.write(step + 1, {"save_blocked_s": saver.save(step + 1, about)})
         if signal_number and not last:
             metrics.saved(saver.finish())
             metrics.event("signal", f"signal {signal_number}: saved {saver.done}; the same command resumes")
             raise SystemExit(PREEMPTED)  # the next run's uploads catch up
+    PROGRESS.at(ENDING)
     if problem := saver.close():
         metrics.event("warning", problem)
     metrics.saved(saver.done)
@@ -153,7 +176,9 @@ def train_step(
     supply.begin_step()
     for _ in range(engines.accumulation):
         loss, parts = losses(cfg, engines, ctx, supply.next(), step)
+        PROGRESS.at("asking all ranks")
         question = Question(ctx, loss, stop.signal, saver.failed, supply.dry, supply.waited())
+        PROGRESS.at("backward")
         engines.student.backward(loss)
         finite, signal_number, lost, dry, waited = question.answer()
         total += waited
@@ -170,8 +195,10 @@ def train_step(
         if engines.student.is_gradient_accumulation_boundary():
             set_schedules(cfg, engines, step, steps)
         skipped = engines.student.skipped_steps
+        PROGRESS.at("optimizer")
         engines.student.step()
         check_moved(skipped, engines.student.skipped_steps, step)
+    PROGRESS.at("teacher")
     engines.refresh_teacher()
     return sums, signal_number, total
 

@@ -16,6 +16,7 @@ from megastar.engine.build import Context
 from megastar.engine.checkpoint import Saver
 from megastar.engine.faults import PREEMPTED
 from megastar.engine.metrics import Metrics
+from megastar.engine.progress import DATA, PROGRESS, SAVING
 from megastar.errors import UserError
 
 T = TypeVar("T")
@@ -55,6 +56,13 @@ class Supply:
             torch.cuda.set_rng_state(self._random[1], self.ctx.device)
 
     def next(self) -> dict[str, Any]:
+        PROGRESS.at(DATA)
+        try:
+            return self._next()
+        finally:
+            PROGRESS.at("forward")
+
+    def _next(self) -> dict[str, Any]:
         if not self.dry:
             try:
                 return next(self._batches)
@@ -110,6 +118,7 @@ def leave(
 
     It is saved unless it was, or unless nothing was done since the ``start``. Called by all ranks alike.
     """
+    PROGRESS.at(SAVING)
     problem = supply.why()
     supply.rewind()
     place = saver.finish()
