@@ -15,11 +15,12 @@ from pathlib import Path
 
 from megastar.config.schema import RunConfig
 from megastar.engine.beats import ENDED, LEFT, OVERDUE, Beat, decode, flag_of
-from megastar.engine.progress import PROGRESS, describe, limit_of
+from megastar.engine.progress import PROGRESS, STARTING, describe, limit_of
 
 HEARTBEATS = "heartbeats"
 STATUS = 86  # of a rank that ends because of a lost or a hung one: a crash for the batch script, which requeues
 CLEAN = (0, 85)  # statuses of a rank that left when all did
+STARTS = 5  # times longer a rank may be silent while it starts
 
 
 @dataclass
@@ -99,9 +100,11 @@ class Judge:
         limit = self.lost_timeout or (limit_of(self.cfg) if self.rank and self.overdue else 0)
         if not limit or not self.host or (zero_keeps_store() and self.flag(0) in (LEFT, ENDED)):
             return None
-        if self.clock - self.contact_at > limit:
+        if self.clock - self.contact_at > limit * (STARTS if PROGRESS.phase == STARTING else 1):
             return self.cut_off()
-        if self.clock - self.contact_at < limit / 2 and (silent := self.silent(limit)):
+        # A start imports and compiles: it may hold Python's lock, and the watchdog up, for long.
+        silent = [b for b in self.silent(limit) if b.phase != STARTING or b in self.silent(STARTS * limit)]
+        if silent and self.clock - self.contact_at < limit / 2:
             return self.lost_verdict(silent, f"(faults.lost_timeout = {limit:g})")
         return None
 

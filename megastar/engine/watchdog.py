@@ -26,7 +26,7 @@ from megastar.engine.beats import ALIVE, ENDED, LEFT, OVERDUE, PUZZLED, Beat, Li
 from megastar.engine.events import append_event
 from megastar.engine.evidence import STACKS, collectives_entered, record_loss, say, write_stacks
 from megastar.engine.judge import CLEAN, HEARTBEATS, Judge, Verdict, place, zero_keeps_store
-from megastar.engine.progress import PROGRESS
+from megastar.engine.progress import PROGRESS, STARTING
 from megastar.errors import UserError
 
 LAST_WORDS = 10.0  # seconds that a disk may take for the stacks before the rank ends without them
@@ -84,7 +84,7 @@ class Watchdog:
         self.wanted = bool(cfg.faults.hang_timeout or cfg.faults.lost_timeout)
         shortest = min((t for t in (cfg.faults.lost_timeout, cfg.faults.hang_timeout) if t), default=60.0)
         self.tick = min(1.0, max(0.05, shortest / 20))
-        self.me = Beat(rank, socket.gethostname(), os.getpid())  # what never changes of its signs
+        self.me = Beat(rank, socket.gethostname(), os.getpid(), phase=STARTING)  # what never changes of its signs
         self.stage, self.status, self.text = "", 0, ""  # stage: PUZZLED, LEFT, ENDED or nothing
         self.beats = 0
         self.said: dict[int, bytes] = {}  # by the others; replaced, never changed, by the thread that talks
@@ -164,8 +164,10 @@ class Watchdog:
         if self.sent.is_set() and not self._stays():
             return
         if self.rank and zero_keeps_store() and self._flag_of(0) in (LEFT, ENDED):
-            self.sent.set()  # nobody listens any more
-            return
+            if line.closed():
+                self.sent.set()  # nobody listens any more
+            if self.stage not in (LEFT, ENDED) or self.sent.is_set():
+                return
         if line.closed():
             line.close()
             if clock < self.retry_at:

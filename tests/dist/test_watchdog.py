@@ -18,7 +18,7 @@ def ended(tmp_path_factory) -> Path:
     """The folder of all scenarios, which went on side by side."""
     folder = tmp_path_factory.mktemp("watchdog")
     command = [sys.executable, "tests/dist/watchdog_worker.py", str(folder), *SCENARIOS]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -140,7 +140,7 @@ def main(folder: Path, names: list[str]) -> None:
     if "paused" in ranks:
         threading.Thread(target=pause, args=(folder / "paused", ranks["paused"]), daemon=True).start()
     left = {pid: (name, rank) for name, pids in ranks.items() for rank, pid in pids.items()}
-    deadline, began = time.monotonic() + 90, time.monotonic()
+    deadline, began = time.monotonic() + 150, time.monotonic()
     while left and time.monotonic() < deadline:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:

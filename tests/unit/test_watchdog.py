@@ -13,7 +13,7 @@ from megastar.engine import progress
 from megastar.engine.beats import ALIVE, ENDED, LEFT, OVERDUE, Beat
 from megastar.engine.evidence import record_loss, write_stacks
 from megastar.engine.judge import STATUS, Judge
-from megastar.engine.progress import DATA, ENDING, PROGRESS, SAVING, limit_of
+from megastar.engine.progress import DATA, ENDING, PROGRESS, SAVING, STARTING, limit_of
 from megastar.engine.status import heartbeats_of
 from megastar.engine.watchdog import Watchdog, watch
 
@@ -82,6 +82,15 @@ def test_a_silent_rank_is_lost():
     ranks = Ranks(config(lost_timeout=0))
     ranks.seconds(2)
     assert ranks.seconds(90, silent=(3,)) is None
+
+
+def test_a_rank_that_starts_may_be_silent_for_longer():
+    ranks = Ranks(config(hang_timeout=1000))
+    ranks.say(3, phase=STARTING, step=0)
+    ranks.seconds(2)
+    assert ranks.seconds(99, silent=(3,)) is None
+    verdict = ranks.seconds(5, silent=(3,))
+    assert verdict and [b.rank for b in verdict.culprits] == [3] and 'last seen at "starting"' in verdict.text
 
 
 def test_a_store_that_is_silent_is_rank_0_not_everyone(monkeypatch):
