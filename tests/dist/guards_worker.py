@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from megastar.engine import checkpoint, folders
-from megastar.engine.build import build, start
+from megastar.engine.build import build, set_timeouts, start
 from megastar.engine.errors import NonFiniteLoss
 from megastar.engine.state_files import StateReader
 from megastar.engine.step import check_batch, losses, set_schedules
@@ -71,6 +72,16 @@ def different_batches_are_told(out: Path) -> None:
         check_batch(ctx, batch, 7)
 
 
+def every_group_has_the_time_out(out: Path) -> None:
+    """Those that DeepSpeed and the mesh made for themselves too."""
+    engines_of(out, 2, "zero1")
+    set_timeouts(timedelta(seconds=77))
+    groups = list(torch.distributed.distributed_c10d._world.pg_map)
+    assert len(groups) > 2
+    for group in groups:
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77), group
+
+
 def a_gradient_that_is_not_finite_stops_stage_0(out: Path) -> None:
     for tensor in (1, 2):
         cfg, ctx, engines = engines_of(out, tensor, "tests/dist/ds/zero0.json")
@@ -85,5 +96,6 @@ if __name__ == "__main__":
     for json in ("zero1", "zero3"):
         replicas_that_drifted_are_aligned(folder, json)
     different_batches_are_told(folder)
+    every_group_has_the_time_out(folder)
     a_gradient_that_is_not_finite_stops_stage_0(folder)
     (folder / f"passed-{torch.distributed.get_rank()}").touch()
