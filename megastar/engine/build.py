@@ -26,7 +26,7 @@ from megastar.data.store import is_remote
 from megastar.device import pick_dtype
 from megastar.engine.errors import NONFINITE_GRADIENT, NonFiniteLoss
 from megastar.engine.networks import Student
-from megastar.engine.progress import DATA_EXTRA, START_EXTRA
+from megastar.engine.progress import DATA_EXTRA
 from megastar.engine.sharding import AdamWEMA, Shard, parameter_groups, shards
 from megastar.engine.teachers import ReplicatedTeacher, ShardedTeacher
 from megastar.errors import UserError
@@ -135,12 +135,12 @@ def collective_timeout(cfg: RunConfig) -> timedelta:
     """How long a collective may wait: after the watchdogs, which say more, have had their turn.
 
     NCCL's own watchdog then ends the process (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, torch's default), gloo raises. A rank
-    may wait for S3, or for the engines' first step, while the others wait for it.
+    may wait for S3 while the others wait for it.
     """
     if not cfg.faults.hang_timeout:
         seconds = default_pg_timeout.total_seconds()
     else:
-        seconds = cfg.faults.hang_timeout + START_EXTRA + 60
+        seconds = cfg.faults.hang_timeout + 60
     if is_remote(cfg.data.shards) or is_remote(cfg.data.val_shards):
         seconds = max(seconds, cfg.faults.hang_timeout + cfg.data.patience + DATA_EXTRA + 60)
     return timedelta(seconds=seconds)

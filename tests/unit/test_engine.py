@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.constants import default_pg_timeout
 
 from megastar.config.schema import OptimConfig, RunConfig, SelfGuidedConfig, TrainConfig
 from megastar.data.files import sha256
@@ -197,8 +198,8 @@ def test_dtype_auto_is_one_of_the_two():
 
 def test_collectives_time_out_after_the_watchdog_and_after_a_wait_for_data():
     cfg = RunConfig()
-    assert 600 < collective_timeout(cfg).total_seconds() < 1800  # before torch's own half hour
+    assert collective_timeout(cfg).total_seconds() == 660
     cfg.data.shards, cfg.data.patience = "s3://bucket/codes", 5000
     assert collective_timeout(cfg).total_seconds() > 600 + 5000
     cfg.faults.hang_timeout, cfg.data.shards = 0, "codes"
-    assert collective_timeout(cfg).total_seconds() == 1800
+    assert collective_timeout(cfg) == default_pg_timeout
