@@ -23,6 +23,7 @@ from megastar.config.schema import RunConfig
 from megastar.data.store import is_remote
 from megastar.device import pick_dtype
 from megastar.engine.networks import Student
+from megastar.engine.progress import DATA_EXTRA
 from megastar.engine.sharding import AdamWEMA, Shard, parameter_groups, shards
 from megastar.engine.teachers import ReplicatedTeacher, ShardedTeacher
 from megastar.engine.veto import install_veto
@@ -129,10 +130,7 @@ def start(cfg: RunConfig) -> Context:
     backend = "nccl" if cuda else "gloo"
     if alone and not dist.is_initialized():  # no launcher: a store of our own needs no free port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    # A rank may wait for S3 while the others wait for it.
-    remote = is_remote(cfg.data.shards) or is_remote(cfg.data.val_shards)
-    patience = timedelta(seconds=cfg.data.patience + 600) if remote else timedelta()
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=max(patience, default_pg_timeout))
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=collective_timeout(cfg))
     context = Context(rank, world, device, pick_dtype(cfg.train.dtype, device), cfg.parallel.tensor_parallel)
     resolve_batch(cfg, world)  # the world must fit before groups are made of it
     context.data_group = dist.group.WORLD if world > 1 else None
@@ -143,6 +141,27 @@ def start(cfg: RunConfig) -> Context:
         assert dist.get_rank(context.tensor_group) == context.mesh.tensor_rank
         assert dist.get_rank(context.data_group) == context.mesh.data_rank
     return context
+
+
+def collective_timeout(cfg: RunConfig) -> timedelta:
+    """How long a collective may wait: after the watchdogs, which say more, have had their turn.
+
+    NCCL's own watchdog then ends the process (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, torch's default), gloo raises. A rank
+    may wait for S3 while the others wait for it.
+    """
+    if not cfg.faults.hang_timeout:
+        seconds = default_pg_timeout.total_seconds()
+    else:
+        seconds = cfg.faults.hang_timeout + 60
+    if is_remote(cfg.data.shards) or is_remote(cfg.data.val_shards):
+        seconds = max(seconds, cfg.faults.hang_timeout + cfg.data.patience + DATA_EXTRA + 60)
+    return timedelta(seconds=seconds)
+
+
+def set_timeouts(timeout: timedelta) -> None:
+    """Give the groups that DeepSpeed and the tensor mesh made the time-out too: theirs is NCCL's 10 minutes."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def build(cfg: RunConfig, ctx: Context) -> Engines:

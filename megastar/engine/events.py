@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 NAME = "events.jsonl"
 STARTED = ("started", "resumed")
-ENDED = ("finished", "signal", "error")
+ENDED = ("finished", "signal", "error", "hang", "lost")
 KINDS = (*STARTED, *ENDED, "saved", "warning", "slow", "skipped", "rolled_back")
 MOST = 10_000  # lines that wait for a disk
 _waiting: dict[Path, deque[str]] = {}

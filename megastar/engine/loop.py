@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ from rich.console import Console
 from megastar.config.load import diff_configs, load_config, resolve_batch, save_config
 from megastar.config.schema import RunConfig
 from megastar.data.loader import TokenLoader
+from megastar.data.manifest import Manifest
 from megastar.data.order import VERSION as ORDER
 from megastar.data.store import is_remote
 from megastar.engine import checkpoint, checksum, folders
-from megastar.engine.build import Context, Engines, build, start
+from megastar.engine.build import Context, Engines, build, collective_timeout, set_timeouts, start
 from megastar.engine.errors import CorruptReplica
 from megastar.engine.faults import PREEMPTED, Question, StopFlag
 from megastar.engine.guard import NONFINITE_GRADIENT, Guard, Seen, record_skip
 from megastar.engine.health import Health
 from megastar.engine.metrics import Metrics
 from megastar.engine.observed import ideal_seconds, observed
+from megastar.engine.progress import ENDING, PROGRESS, SAVING, STARTING, VALIDATION
 from megastar.engine.rollback import roll_back, settle
 from megastar.engine.run_data import (
     check_same_data,
@@ -35,6 +38,7 @@ from megastar.engine.schedule import learning_rate, row_due, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.stragglers import Stragglers
 from megastar.engine.supply import Starved, Supply, leave, on_all_ranks
+from megastar.engine.watchdog import is_from_a_peer, watch
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 
@@ -50,7 +54,21 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     resolve_batch(cfg, ctx.world)  # before the run folder exists
     if not dry_run:
         claim_run_folder(cfg, ctx)
+    with nullcontext() if dry_run else watch(cfg, ctx.rank, ctx.world):
+        build_and_run(cfg, ctx, manifest, validation, stop, dry_run)
+
+
+def build_and_run(
+    cfg: RunConfig,
+    ctx: Context,
+    manifest: Manifest | None,
+    validation: Manifest | None,
+    stop: StopFlag,
+    dry_run: bool,
+) -> None:
+    """Engines, the newest checkpoint, data and metrics, then the loop."""
     engines = build(cfg, ctx)
+    set_timeouts(collective_timeout(cfg))
     if dry_run:
         from megastar.engine.dry_run import describe
 
@@ -96,7 +114,8 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     try:
         run(cfg, ctx, engines, loader, metrics, guard, done, about, stop)
     except (Exception, KeyboardInterrupt) as error:
-        metrics.event("error", " ".join(f"{type(error).__name__}: {error}".split()), note=False)
+        if not is_from_a_peer(error):  # the watchdog finds out whose
+            metrics.event("error", " ".join(f"{type(error).__name__}: {error}".split()), note=False)
         raise
     finally:
         loader.close()
@@ -128,6 +147,7 @@ def run(
     saver.step = step = done
     skipped = 0  # steps since the last row
     while step < steps:
+        PROGRESS.begin(step + 1)
         try:
             seen, why = train_step(cfg, ctx, engines, saver, supply, guard, stop, step, steps)
         except CorruptReplica:
@@ -137,8 +157,10 @@ def run(
             leave(saver, supply, metrics, about, done, step, starved.signal)
         if why:
             skipped += 1
+            PROGRESS.at("recording a skipped step")
             record_skip(ctx, metrics, guard, loader.shards, seen, step, why)
             if guard.skip(step):
+                PROGRESS.at(STARTING)
                 step = done = roll_back(cfg, ctx, engines, loader, metrics, saver, guard, step)
                 supply.restart()
                 skipped = 0
@@ -148,6 +170,7 @@ def run(
         about.pop("val_loss_ar", None)
         last, row = step == steps, {}
         if row_due(cfg, step - 1, steps):
+            PROGRESS.at("averaging the metrics")
             if not why:
                 row = average_over_ranks(ctx, seen.sums()) | {"grad_norm": engines.grad_norm()}
             row |= observed(ctx, engines) | {"lr": learning_rate(cfg, step - 1, steps)}
@@ -158,9 +181,11 @@ def run(
         metrics.warn(stragglers.news(), "slow")
         metrics.saved(saver.done)
         if validation and (last or step % cfg.train.val_every == 0):
+            PROGRESS.at(VALIDATION)
             about["val_loss_ar"] = value = validation_loss(cfg, engines, ctx, validation)
             metrics.write(step, {"val_loss_ar": value})
             metrics.note(f"step {step}: validation next-token loss {value:.4f}")
+        PROGRESS.at(SAVING)
         again = seen.lost and saver.attend()
         if last or seen.signal or again or step % cfg.train.save_every == 0:
             metrics.write(step, {"save_blocked_s": saver.save(step, about)})
@@ -172,6 +197,7 @@ def run(
                 "signal", f"signal {seen.signal}: {unsaved or f'saved {saver.done}'}; the same command resumes"
             )
             raise SystemExit(PREEMPTED)  # the next run's uploads catch up
+    PROGRESS.at(ENDING)
     if problem := saver.insist(steps, about, cfg.faults.save_patience, lambda: bool(stop.signal)):
         raise UserError(f"{problem}, and run the same command again")
     if problem := saver.close():
@@ -199,7 +225,9 @@ def train_step(
         batch = supply.next()
         loss, parts = losses(cfg, engines, ctx, batch, step, spreads=row_due(cfg, step, steps))
         supply.computed()
+        PROGRESS.at("asking all ranks")
         question = Question(ctx, loss, stop.signal, saver.failed, supply.dry)
+        PROGRESS.at("backward")
         engines.student.backward(loss)
         word = question.answer()
         if word.dry:
@@ -207,13 +235,16 @@ def train_step(
         seen.add(word, parts, batch["ids"])
         if engines.student.is_gradient_accumulation_boundary():
             if checksum.due(cfg, step):
+                PROGRESS.at("comparing checksums")
                 checksum.compare(cfg, engines, ctx, step, step - saver.step)
             set_schedules(cfg, engines, step, steps)
             why = guard.judge(seen)
+        PROGRESS.at("optimizer")
         if not engines.step(veto=bool(why)):
             why = why or NONFINITE_GRADIENT
     if not why:
         guard.accept(seen)
+        PROGRESS.at("teacher")
         engines.refresh_teacher()
     return seen, why
 

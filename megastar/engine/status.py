@@ -14,6 +14,7 @@ from megastar.config.files import read_yaml
 from megastar.config.load import config_from_dict
 from megastar.config.schema import RunConfig
 from megastar.engine import events, folders, health
+from megastar.engine.judge import HEARTBEATS
 from megastar.errors import UserError
 
 RECENT = 20  # rows of metrics whose median is the run's speed
@@ -39,6 +40,7 @@ class Status:
     step_s: float | None = None
     data_wait_s: float | None = None
     last_sign_s: float | None = None  # age of the newest row or event
+    ranks: str = ""  # their heartbeats: how old the newest is, and whose is the oldest
     left_s: float | None = None
     checkpoint: str = ""
     checkpoint_step: int | None = None
@@ -72,6 +74,7 @@ def status_of(run: Path, now: float | None = None) -> Status:
     about = read_checkpoint(status, run, now)
     status.steps = total_of(cfg, happened, about)
     judge(status, cfg, run, happened, now)
+    status.ranks = heartbeats_of(run, now)
     if status.steps and status.step_s and status.state in ("running", "starting"):
         status.left_s = max(0, status.steps - status.step) * status.step_s
     status.restarts = restarts_of(happened)
@@ -163,6 +166,22 @@ def judge(status: Status, cfg: RunConfig, run: Path, happened: list[dict[str, An
             status.state = "stopped"
             status.why = f"{silent}, a row is due every {duration(due)}" if due else silent
             status.why += ": it was killed, or it hangs"
+
+
+def heartbeats_of(run: Path, now: float) -> str:
+    """The ranks' last signs of life (engine/watchdog.py), in a sentence; nothing where there are none."""
+    beats = []
+    for path in sorted((run / HEARTBEATS).glob("rank-*.json")):
+        said = events.read_lines(path)
+        if said and events.seconds_of(said[0]):
+            beats.append((max(0.0, now - events.seconds_of(said[0])), said[0]))
+    if not beats:
+        return ""
+    (youngest, _), (age, oldest) = min(beats, key=lambda b: b[0]), max(beats, key=lambda b: b[0])
+    where = (
+        f'rank {oldest.get("rank")} on {oldest.get("host")}, at "{oldest.get("phase")}" of step {oldest.get("step")}'
+    )
+    return f"{len(beats)} rank(s), last sign {duration(youngest)} ago; the oldest {duration(age)} ago: {where}"
 
 
 def restarts_of(happened: list[dict[str, Any]]) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megastar.config.schema import RunConfig
 from megastar.engine.build import Context, Engines
+from megastar.engine.progress import PROGRESS, VALIDATION
 from megastar.engine.schedule import learning_rate
 from megastar.errors import UserError
 from megastar.model.masks import MaskSpec, draw_hidden
@@ -133,6 +134,7 @@ def validation_loss(cfg: RunConfig, engines: Engines, ctx: Context, batches: lis
     engines.student.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
     for batch in batches:
+        PROGRESS.at(VALIDATION)
         codes = batch["codes"][:, 0].to(ctx.device)
         loss = engines.student(batch["labels"].to(ctx.device), codes).loss
         sums += torch.stack([loss.double() * len(codes), torch.full_like(loss, len(codes), dtype=torch.float64)])

@@ -16,6 +16,7 @@ from megastar.data.prefetch import GaveUp
 from megastar.engine.build import Context
 from megastar.engine.faults import PREEMPTED
 from megastar.engine.metrics import Metrics
+from megastar.engine.progress import DATA, PROGRESS, SAVING
 from megastar.engine.saver import Saver, grace
 from megastar.engine.stragglers import OwnTime
 from megastar.engine.waits import Waits
@@ -66,6 +67,13 @@ class Supply:
             torch.cuda.set_rng_state(self._random[1], self.ctx.device)
 
     def next(self) -> dict[str, Any]:
+        PROGRESS.at(DATA)
+        try:
+            return self._next()
+        finally:
+            PROGRESS.at("forward")
+
+    def _next(self) -> dict[str, Any]:
         if not self.dry:
             self.waits.begin()
             try:
@@ -135,6 +143,7 @@ def leave(
 
     It is saved unless it was, or unless nothing was done since the ``start``. Called by all ranks alike.
     """
+    PROGRESS.at(SAVING)
     problem = supply.why()
     supply.rewind()
     unsaved = saver.insist(step, about, grace(signal_number)) if step > start else ""

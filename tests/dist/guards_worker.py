@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from megastar.engine import folders
-from megastar.engine.build import build, start
+from megastar.engine.build import build, set_timeouts, start
 from megastar.engine.checksum import compare
 from megastar.engine.errors import CorruptReplica
 from megastar.engine.saver import Saver
@@ -158,11 +159,22 @@ def corruption_is_named(out: Path) -> None:
         compare(cfg, engines, ctx, 1, 1)
 
 
+def every_group_has_the_time_out(out: Path) -> None:
+    """Those that DeepSpeed and the mesh made for themselves too."""
+    engines_of(out, 2, "zero1")
+    set_timeouts(timedelta(seconds=77))
+    groups = list(torch.distributed.distributed_c10d._world.pg_map)
+    assert len(groups) > 2
+    for group in groups:
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77), group
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for json in ("zero1", "zero3"):
         replicas_that_drifted_are_aligned(folder, json)
     different_batches_are_told(folder)
+    every_group_has_the_time_out(folder)
     corruption_is_named(folder)
     own = "tests/dist/ds/zero{}.json"
     for stage, tensor, accumulation, train in (

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.constants import default_pg_timeout
 
 from megastar.config.schema import OptimConfig, RunConfig, SelfGuidedConfig, TrainConfig
 from megastar.data.files import sha256
 from megastar.device import pick_dtype
 from megastar.engine import folders
-from megastar.engine.build import Context
+from megastar.engine.build import Context, collective_timeout
 from megastar.engine.faults import Question, StopFlag
 from megastar.engine.metrics import Metrics
 from megastar.engine.schedule import learning_rate, total_steps
@@ -183,3 +184,12 @@ def test_dtype_auto_is_one_of_the_two():
     device = torch.device("cpu")
     assert pick_dtype("auto", device) in (torch.bfloat16, torch.float32)
     assert pick_dtype("fp32", device) is torch.float32
+
+
+def test_collectives_time_out_after_the_watchdog_and_after_a_wait_for_data():
+    cfg = RunConfig()
+    assert collective_timeout(cfg).total_seconds() == 660
+    cfg.data.shards, cfg.data.patience = "s3://bucket/codes", 5000
+    assert collective_timeout(cfg).total_seconds() > 600 + 5000
+    cfg.faults.hang_timeout, cfg.data.shards = 0, "codes"
+    assert collective_timeout(cfg) == default_pg_timeout

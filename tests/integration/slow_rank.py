@@ -1,0 +1,27 @@
+"""`megastar train CONFIG` whose last rank falls asleep in the middle of a step. Run by torchrun from test_watchdog.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from megastar import cli
+from megastar.engine import loop
+
+STEP = 8
+
+
+def asleep_for_ever() -> None:
+    time.sleep(10_000)
+
+
+def set_schedules(cfg, engines, step, steps, inner=loop.set_schedules) -> None:
+    if step + 1 == STEP and os.environ["RANK"] == "1":
+        asleep_for_ever()
+    inner(cfg, engines, step, steps)
+
+
+if __name__ == "__main__":
+    loop.set_schedules = set_schedules
+    sys.exit(cli.main(["train", *sys.argv[1:]]))
