@@ -22,6 +22,7 @@ from megastar.engine.build import Context, Engines, build, start
 from megastar.engine.errors import NonFiniteLoss
 from megastar.engine.faults import PREEMPTED, Question, StopFlag, check_moved
 from megastar.engine.metrics import Metrics
+from megastar.engine.provenance import process_facts
 from megastar.engine.schedule import learning_rate, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.supply import Starved, Supply, leave, on_all_ranks
@@ -66,7 +67,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     loader = on_all_ranks(ctx, lambda: make_loader(cfg, ctx, engines, done))
     metrics = Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main)
     text = f"resumed {found} at step {done}" if found else f"{cfg.run}: {steps} steps on {ctx.world} rank(s)"
-    metrics.event("resumed" if found else "started", text, steps=steps, ranks=ctx.world)
+    metrics.event("resumed" if found else "started", text, steps=steps, ranks=ctx.world, **process_facts(ctx.device))
     if not manifest.tokenizer_sha256:
         metrics.note(f"{cfg.data.shards} does not say which tokenizer made it: that it fits is taken on trust")
     about = {
