@@ -124,11 +124,11 @@ class Browser:
 
     def centre(self, selector: str) -> tuple[float, float]:
         """Middle of an element, scrolled into view."""
-        script = (
-            f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center', behavior: 'instant'}});"
-            "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
-        )
-        x, y = self.run(script)
+        element = f"document.querySelector({selector!r})"
+        self.run(f"{element}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        self.settle()  # the place that a click finds follows a frame later
+        box = f"(() => {{ const b = {element}.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; }})()"
+        x, y = self.run(box)
         return x, y
 
     def move(self, x: float, y: float) -> None:

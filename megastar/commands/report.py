@@ -51,7 +51,7 @@ def parser() -> Parser:
 
 
 def main(words: list[str]) -> int:
-    a = parser().parse_args(words)
+    a = parser().parse_intermixed_args(words)
     from rich.console import Console
 
     from megastar import __version__
