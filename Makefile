@@ -1,4 +1,5 @@
 # make demo   pictures to scores on this machine     make test   the tests     make lint   ruff and mypy
+# make test-browser   the page of megastar report in a headless chromium
 # make clean  remove what make made      make test-slurm   the launchers on a SLURM cluster of this machine (root, Debian)
 #
 # PYTHON chooses the interpreter (3.10 to 3.12). TORCH_INDEX chooses where torch comes from, for example the index of
@@ -12,7 +13,7 @@ GPU := command -v nvidia-smi >/dev/null
 # DeepSpeed's own operators are compiled when first used, not now.
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-slurm lint clean install
+.PHONY: demo test test-slurm test-browser lint clean install
 
 install: $(STAMP)
 
@@ -28,10 +29,13 @@ demo: $(STAMP)
 	$(BIN)/megastar demo
 
 test: $(STAMP)
-	$(BIN)/pytest -m 'not gpu and not slow and not slurm'
+	$(BIN)/pytest -m 'not gpu and not slow and not slurm and not browser'
 
 test-slurm: $(STAMP)
 	$(BIN)/pytest -m slurm tests/slurm
+
+test-browser: $(STAMP)
+	$(BIN)/pytest -m browser tests/integration
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megastar", "megastar.*"]),
+    package_data={"megastar.report": ["web/*"]},
     # megastar/config/files.py looks for configs/... here when the working directory has none
     data_files=[
         (f"share/megastar/{folder.relative_to(ROOT)}", [str(f.relative_to(ROOT)) for f in sorted(folder.iterdir())])
@@ -28,6 +29,7 @@ setup(
         "deepspeed>=0.19.8",
         "webdataset>=1.0",
         "boto3>=1.34",
+        "jinja2>=3.1",
         "numpy>=1.26",
         "pyyaml>=6.0",
         "omegaconf>=2.3",

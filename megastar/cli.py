@@ -25,6 +25,7 @@ COMMANDS = {  # name -> (module of megastar.commands, what it does)
     "plan": ("plan", "memory, communication and time of a run on a machine"),
     "check-gpu": ("check_gpu", "are the kernels right and fast on this GPU; what auto picks"),
     "doctor": ("doctor", "what is wrong with this node, or with all nodes, and the remedy"),
+    "report": ("report", "one HTML page of runs: curves, samples by step, attention, configuration"),
     "status": ("status", "where runs are: step, loss, speed, checkpoint, restarts, health, time left"),
 }
 EXAMPLES = """examples:

@@ -16,6 +16,7 @@ from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding
 NEEDED = {  # package -> the least version, as setup.py asks for it
     "torch": "2.7",
     "deepspeed": "0.19.8",
+    "jinja2": "3.1",
     "numpy": "1.26",
     "omegaconf": "2.3",
     "pyyaml": "6.0",

@@ -80,8 +80,8 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file, without lines that are none."""
     found = []
-    with suppress(OSError):
-        for line in path.read_text(errors="replace").splitlines():
+    with suppress(OSError), path.open(errors="replace") as f:
+        for line in f:  # a long run's file is read a line at a time
             with suppress(ValueError):
                 value = json.loads(line)
                 if isinstance(value, dict):

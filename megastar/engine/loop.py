@@ -24,6 +24,7 @@ from megastar.engine.health import Health
 from megastar.engine.metrics import Metrics
 from megastar.engine.observed import ideal_seconds, observed
 from megastar.engine.progress import ENDING, PROGRESS, SAVING, STARTING, VALIDATION
+from megastar.engine.provenance import process_facts
 from megastar.engine.rollback import roll_back, settle
 from megastar.engine.run_data import (
     check_same_data,
@@ -99,7 +100,7 @@ def build_and_run(
         lambda: Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx)),
     )
     text = f"resumed {found} at step {done}" if found else f"{cfg.run}: {steps} steps on {ctx.world} rank(s)"
-    metrics.event("resumed" if found else "started", text, steps=steps, ranks=ctx.world)
+    metrics.event("resumed" if found else "started", text, steps=steps, ranks=ctx.world, **process_facts(ctx.device))
     if not manifest.tokenizer_sha256:
         metrics.note(f"{cfg.data.shards} does not say which tokenizer made it: that it fits is taken on trust")
     about = {

@@ -16,6 +16,7 @@ import torch
 
 from megastar.engine import folders
 from megastar.engine.convert import full_weights
+from megastar.engine.events import read_events
 from megastar.model.io import load_model
 from tests.integration.conftest import ROOT, environment, megastar
 
@@ -52,6 +53,9 @@ def test_a_run_leaves_what_the_documentation_promises(whole):
     assert names == ["latest", "step-00000008", "step-00000012"]  # keep_last 2
     assert (whole / "config.yaml").is_file() and list((whole / "tensorboard").iterdir())
     folders.verify(whole / "checkpoints/step-00000012")
+    began = read_events(whole)[0]
+    assert began["event"] == "started" and began["command"].startswith("megastar train ") and began["device"]
+    assert began["packages"]["torch"] == torch.__version__ and "deepspeed" in began["packages"]
 
 
 def start_and_stop(config: Path, run: Path, at_step: int, how: signal.Signals) -> int:

@@ -1,0 +1,111 @@
+"""``megastar report``: run folders -> one HTML page."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megastar.commands.common import Parser, natural, positive
+from megastar.errors import UserError
+
+if TYPE_CHECKING:
+    from megastar.report.page import Run
+
+EXAMPLES = """
+megastar report runs/demo/run                                  curves, samples, attention -> runs/demo/run/report.html
+megastar report runs/ar runs/star --names AR,ST-AR --out both.html     laid over each other, ST-AR against AR's configuration
+megastar report runs/star --baseline configs/run/demo.yaml     what differs from a file
+megastar report runs/star --no-samples --no-attention          nothing is drawn or computed: a second or two
+megastar report runs/compare                                   all runs below runs/compare/runs
+Sample grids are drawn once a checkpoint and kept in RUN/samples; the same command again takes them from there.
+"""
+
+
+def parser() -> Parser:
+    p = Parser(
+        "report",
+        "One self-contained HTML page of one run or several: losses, health, speed, samples by step, attention, "
+        "configuration, events. A run that is still going is shown as far as it is.",
+        EXAMPLES,
+    )
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a folder of a comparison (RUN/runs/*)")
+    p.add_argument("--out", type=Path, default=None, help="the page (default: report.html in the first folder)")
+    p.add_argument("--names", default=None, help="what the page calls the runs, with commas (default: their folders)")
+    p.add_argument(
+        "--baseline",
+        default=None,
+        help="run folder or configuration to compare configurations with (default: the first run; for one run "
+        "megastar's defaults)",
+    )
+    p.add_argument("--no-samples", action="store_true", help="draw no sample grids; show those of RUN/samples")
+    p.add_argument("--per-class", type=positive, default=4, help="pictures a class in a grid (default 4)")
+    p.add_argument("--no-attention", action="store_true", help="leave attention out")
+    p.add_argument("--picture", type=natural, default=0, help="whose attention: its number in the shards (default 0)")
+    p.add_argument("--weights", choices=("ema", "student"), default="ema", help="which draw and attend (default ema)")
+    p.add_argument("--tokenizer", default=None, help="tokenizer .safetensors (default: the run's)")
+    p.add_argument("--shards", default=None, help="token shards for attention (default: the run's, validation first)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
+    return p
+
+
+def main(words: list[str]) -> int:
+    a = parser().parse_intermixed_args(words)
+    from rich.console import Console
+
+    from megastar import __version__
+    from megastar.commands.report_pictures import Wanted, add_attention, add_grids
+    from megastar.commands.report_runs import expand, names_of, read_run
+    from megastar.data.files import write_atomic
+    from megastar.report.differences import differences
+    from megastar.report.page import page
+
+    console = Console()
+    folders = [f for source in a.runs for f in expand(Path(source))]
+    names = names_of(folders, a.names)
+    out = a.out or Path(a.runs[0]) / "report.html"
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name the file, {out / 'report.html'}")
+    runs, wanted = [], Wanted(a.weights, a.tokenizer, a.shards, a.device, a.per_class, a.picture)
+    for folder, name in zip(folders, names, strict=True):
+        run, cfg = read_run(folder, name)
+        add_grids(run, cfg, folder, wanted, console, draw=not a.no_samples)
+        if not a.no_attention:
+            add_attention(run, cfg, folder, wanted, console, blocks_for=len(folders))
+        runs.append(run)
+    baseline, config = baseline_of(a.baseline, runs)
+    html = page(
+        runs,
+        baseline,
+        differences(config, [run.config for run in runs]),
+        title="megastar report: " + (names[0] if len(names) == 1 else f"{len(names)} runs"),
+        made=f"made {datetime.now().astimezone():%Y-%m-%d %H:%M %Z} by megastar {__version__}: {' '.join(['megastar report', *words])}",
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, html.encode())
+    for run in runs:
+        for note in run.notes:
+            console.print(f"{run.name}: {note}", markup=False, highlight=False, soft_wrap=True)
+    told = f"{out}  {len(html) / 1e6:.2f} MB, {len(runs)} run{'s' * (len(runs) > 1)}"
+    console.print(told, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def baseline_of(given: str | None, runs: list[Run]) -> tuple[str, dict[str, Any]]:
+    """What configurations are compared with: its name on the page, and its fields. Raises ``UserError``."""
+    from megastar.commands.report_runs import config_of
+    from megastar.config.load import load_config
+    from megastar.config.schema import RunConfig
+
+    if given is None:
+        first = next((run for run in runs if run.config), None)
+        if len(runs) > 1 and first is not None:
+            return first.name, first.config or {}
+        return "megastar's defaults", asdict(RunConfig())
+    if not Path(given).is_dir():
+        return given, asdict(load_config(given))
+    _, config, problem = config_of(Path(given))
+    if config is None:
+        raise UserError(f"--baseline {given}: {problem}; name a run folder or a configuration file")
+    return given, config
