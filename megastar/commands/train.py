@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 
 from megastar.commands.common import Parser, config_and_overrides, is_launched, positive, terminal_width
-from megastar.config.help import fields_text
-from megastar.config.load import load_config, resolve_batch
-from megastar.config.schema import RunConfig
+from megastar.stop import StopFlag
 
 EXAMPLES = """
 megastar train configs/run/demo.yaml --nproc 2                    two processes on this machine
@@ -21,6 +19,9 @@ The same command again resumes from the run folder's newest checkpoint.
 
 
 def parser() -> Parser:
+    from megastar.config.help import fields_text
+    from megastar.config.schema import RunConfig
+
     p = Parser(
         "train",
         "Train a model on token shards, or go on with a run that was interrupted.",
@@ -36,6 +37,10 @@ def parser() -> Parser:
 
 
 def main(words: list[str]) -> int:
+    # A rank of a launcher listens at once: the imports below take seconds, and a signal would end it without the others.
+    stop = StopFlag() if is_launched(os.environ) or "SLURM_STEP_ID" in os.environ else None
+    from megastar.config.load import load_config, resolve_batch
+
     args = parser().parse_intermixed_args(words)
     path, overrides = config_and_overrides(args.items)
     cfg = load_config(path, overrides)
@@ -46,5 +51,5 @@ def main(words: list[str]) -> int:
         return launch(args.nproc, ["train", *args.items, *(["--dry-run"] if args.dry_run else [])])
     from megastar.engine.loop import train
 
-    train(cfg, dry_run=args.dry_run)
+    train(cfg, dry_run=args.dry_run, stop=stop)
     return 0

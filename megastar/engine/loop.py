@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -20,24 +20,31 @@ from megastar.data.store import is_remote
 from megastar.engine import checkpoint, folders
 from megastar.engine.build import Context, Engines, build, start
 from megastar.engine.errors import NonFiniteLoss
-from megastar.engine.faults import PREEMPTED, Question, StopFlag, check_moved
+from megastar.engine.events import append_event
+from megastar.engine.faults import PREEMPTED, Question, check_moved, stop_asked
 from megastar.engine.metrics import Metrics
 from megastar.engine.schedule import learning_rate, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.supply import Starved, Supply, leave, on_all_ranks
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
+from megastar.stop import StopFlag
 from megastar.tokenizer.io import tokenizer_hash
 
 
-def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
-    """Train to the end, resuming from the run folder's newest checkpoint. Exits with 85 when a signal asked to stop."""
+def train(cfg: RunConfig, *, dry_run: bool = False, stop: StopFlag | None = None) -> None:
+    """Train to the end, resuming from the run folder's newest checkpoint. Exits with 85 when a signal asked to stop.
+
+    ``stop``: one that has been listening since the process began.
+    """
     there = is_remote(cfg.data.shards) or Path(cfg.data.shards).exists()
     manifest, validation = open_data(cfg) if not dry_run or there else (None, None)
     if cfg.train.init and not folders.latest(folders.folder_of(cfg)):
         read_model_metadata(cfg.train.init)  # it exists, before anything is built
-    stop = StopFlag()  # a signal while the engines are built is heeded at the first step
+    stop = stop or StopFlag()
     ctx = start(cfg)
+    if signal_number := stop_asked(ctx, stop.signal):
+        leave_unstarted(cfg, ctx, signal_number)
     resolve_batch(cfg, ctx.world)  # before the run folder exists
     if not dry_run:
         claim_run_folder(cfg, ctx)
@@ -63,6 +70,8 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
         if ctx.main:
             Console().print(f"{cfg.run} is done: {done} of {steps} steps; raise train.steps to go on")
         return
+    if signal_number := stop_asked(ctx, stop.signal):
+        leave_unstarted(cfg, ctx, signal_number)
     loader = on_all_ranks(ctx, lambda: make_loader(cfg, ctx, engines, done))
     metrics = Metrics(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main)
     text = f"resumed {found} at step {done}" if found else f"{cfg.run}: {steps} steps on {ctx.world} rank(s)"
@@ -85,6 +94,16 @@ def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
     finally:
         loader.close()
         metrics.close()
+
+
+def leave_unstarted(cfg: RunConfig, ctx: Context, signal_number: int) -> NoReturn:
+    """Before the first step there is nothing to save. Called by all ranks alike."""
+    if ctx.main:
+        found = folders.latest(folders.folder_of(cfg))
+        text = f"signal {signal_number} before the first step: nothing to save; the same command starts again"
+        append_event(Path(cfg.run), "signal", folders.step_in(found) if found else 0, text)
+        Console().print(text)
+    raise SystemExit(PREEMPTED)
 
 
 def run(

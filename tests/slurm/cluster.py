@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "munge", "sbatch", "srun", "scontrol", "scancel", "unshare")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "munge", "sbatch", "srun", "scontrol", "scancel", "sinfo", "unshare")
+SIZE = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")  # of a job that fills the GPUs of its nodes
 
 CONF = """
 ClusterName=megastar-test

@@ -13,11 +13,12 @@ from megastar.data.files import sha256
 from megastar.device import pick_dtype
 from megastar.engine import folders
 from megastar.engine.build import Context
-from megastar.engine.faults import Question, StopFlag
+from megastar.engine.faults import Question
 from megastar.engine.metrics import Metrics
 from megastar.engine.schedule import learning_rate, total_steps
 from megastar.engine.sharding import AdamWEMA, parameter_groups
 from megastar.errors import UserError
+from megastar.stop import StopFlag
 
 
 def test_learning_rate_scales_with_the_batch_and_follows_its_schedule():
