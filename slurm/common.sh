@@ -69,7 +69,7 @@ train() {
     [ -n "$run" ] || run=$(sed -n "s/^run: *[\"']\{0,1\}\([^\"' #]*\).*/\1/p" "$config" | head -n 1)
     LEDGER=${run:=runs/run}/requeues.log
     tell "run folder $(realpath -m "$run"), last checkpoint $(last_checkpoint)"
-    [ -z "$JOB" ] || look_around
+    [ -z "$JOB" ] || [ -n "${MEGASTAR_DRY_RUN:-}" ] || look_around
     step --label --wait=60 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar train "$@" ${cache:+"$cache"}
     leave $?
 }
