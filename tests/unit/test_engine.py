@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,3 +197,19 @@ def test_dtype_auto_is_one_of_the_two():
     device = torch.device("cpu")
     assert pick_dtype("auto", device) in (torch.bfloat16, torch.float32)
     assert pick_dtype("fp32", device) is torch.float32
+
+
+def test_an_optimizer_under_zero_does_not_fetch_the_compiler_and_compiling_still_works():
+    """In a process of its own, which has imported nothing yet."""
+    code = """
+import os, sys
+from megastar.engine.build import import_muon
+import_muon()
+assert "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules and "TORCHDYNAMO_DISABLE" not in os.environ
+assert "torch._inductor.compile_fx" not in sys.modules
+import torch
+graphs = []
+double = torch.compile(lambda x: x * 2, backend=lambda graph, inputs: graphs.append(graph) or graph)
+assert double(torch.ones(2)).tolist() == [2.0, 2.0] and len(graphs) == 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
