@@ -37,6 +37,7 @@ from megastar.engine import folders
 from megastar.engine.events import read_lines
 from tests.integration.conftest import World, environment
 from tests.slurm.cluster import SIZE, Cluster, wait_for
+from tests.slurm.settings import write_site
 
 STEPS, PATIENCE = 100_000, 600
 
@@ -149,10 +150,7 @@ def main() -> None:
         world = make_world(folder / "world")
         (folder / "cluster").mkdir()
         with Cluster(folder / "cluster", nodes=3) as cluster:
-            site = folder / "env.sh"
-            ours = f"\nMEGASTAR_VENV={sys.prefix}\nexport PYTHONPATH={ROOT} OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo\n"
-            site.write_text((ROOT / "slurm/env.sh").read_text() + ours)
-            cluster.env |= {"MEGASTAR_ENV": str(site)}
+            cluster.env |= {"MEGASTAR_ENV": str(write_site(folder))}
             bench = Bench(cluster, world, folder, args.save_every)
             print(f"{'seconds':<18}" + "".join(f"{n:>9}" for n in names), "  end + start - imports", flush=True)
             for _ in range(args.repeats):

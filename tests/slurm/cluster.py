@@ -106,7 +106,9 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: int = 3, cpus: int = 4):
         self.folder, self.nodes, self.cpus = folder, nodes, cpus
-        self.env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        outer = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SBATCH_", "SLURM")  # of a job that the tests run in
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
+        self.env["SLURM_CONF"] = str(folder / "slurm.conf")
         self.daemons: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> Cluster:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import ROOT, world  # noqa: F401
+from tests.integration.conftest import world  # noqa: F401
 from tests.slurm.array import lose_a_task
 from tests.slurm.cluster import Cluster
+from tests.slurm.hosts import fail_hosts
+from tests.slurm.settings import write_site
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,17 +48,17 @@ class Behind:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     with Cluster(tmp_path_factory.mktemp("slurm"), nodes=4) as c:
-        site = c.folder / "env.sh"
-        text = (ROOT / "slurm/env.sh").read_text()
-        ours = f"\nMEGASTAR_VENV={sys.prefix}\nexport PYTHONPATH={ROOT} OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo\n"
-        site.write_text(text + ours)
-        c.env |= {"MEGASTAR_ENV": str(site)}
-        for name in [n for n in c.env if n.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SBATCH_"))]:
-            del c.env[name]
+        c.env |= {"MEGASTAR_ENV": str(write_site(c.folder))}
         yield c
 
 
 @pytest.fixture(scope="session")
 def array_that_loses_a_task(cluster, world, tmp_path_factory):  # noqa: F811
     with Behind(lambda: lose_a_task(cluster, world, tmp_path_factory.mktemp("array"))) as behind:
+        yield behind
+
+
+@pytest.fixture(scope="session")
+def hosts_that_fail(world, tmp_path_factory):  # noqa: F811
+    with Behind(lambda: fail_hosts(world, tmp_path_factory.mktemp("hosts"))) as behind:
         yield behind

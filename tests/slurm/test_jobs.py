@@ -14,6 +14,11 @@ def test_an_array_of_pretokenize_jobs_loses_a_task(array_that_loses_a_task):
     array_that_loses_a_task.result()
 
 
+def test_hosts_that_fail_are_left_out_while_enough_are_left(hosts_that_fail):
+    """It ran, without load, while the training did."""
+    hosts_that_fail.result()
+
+
 def test_what_is_not_started_again(cluster, world, tmp_path):
     """A mistake that a person has to mend: never. A crash that makes no progress: MEGASTAR_MAX_CRASHES times."""
     config = world.write_config(tmp_path / "run.yaml", tmp_path / "run")

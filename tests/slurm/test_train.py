@@ -155,8 +155,9 @@ def sampling(training, tmp_path_factory) -> tuple[str, Path]:
     return sample_after(training, npz), npz
 
 
-def test_cancelled_during_a_save(training):
+def test_cancelled_during_a_save(training, hosts_that_fail):
     """scancel ends a job for good, a half-written checkpoint does not count, a job that waited for it ends too."""
+    hosts_that_fail.start()
     training.hold_after(SAVE_EVERY - 1)
     waits = sample_after(training, training.folder / "never.npz")
     writing = training.run / "checkpoints/.writing"
