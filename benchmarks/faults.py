@@ -98,10 +98,6 @@ class Bench:
         newest = self.log().rpartition(f"megastar: job {self.job} (")[2]
         return [int(n) for n in re.findall(rf"step (\d+)/{STEPS} ", newest)]
 
-    def second_node(self) -> int:
-        nodes = self.cluster.job(self.job)["NodeList"]
-        return int(self.cluster.run("scontrol", "show", "hostnames", nodes).split()[1][1:])
-
     def measure(self, fault: str, extra: int) -> dict[str, float]:
         """One fault, once the present start has done a few steps since its last checkpoint."""
         wait_for("steps", PATIENCE, lambda: len(self.lines()) >= extra, self.told)
@@ -117,7 +113,7 @@ class Bench:
         elif fault == "a rank is killed":
             os.kill(ranks[3].pid, signal.SIGKILL)
         else:
-            node = self.second_node()
+            node = int(self.cluster.hosts(self.job, "NodeList")[1][1:])
             self.cluster.kill_node(node)
         before = max(r["step"] for r in read_lines(self.run / "metrics.jsonl"))
         gone = begin + wait_for("the end", PATIENCE, lambda: not self.cluster.tasks(self.job), self.told)

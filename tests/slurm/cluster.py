@@ -204,6 +204,10 @@ class Cluster:
         text = self.run("scontrol", "-o", "show", "job", job, check=False)
         return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0])) if text.strip() else {"JobState": "GONE"}
 
+    def hosts(self, job: str, name: str) -> list[str]:
+        """The field ``name`` of a job, NodeList or ExcNodeList, host by host; n[1,3] and n1,n3 are the same."""
+        return self.run("scontrol", "show", "hostnames", self.job(job)[name]).split()
+
     def state(self, job: str) -> str:
         return self.job(job)["JobState"]
 
