@@ -24,8 +24,9 @@ culprit() {
         /^srun: error: [^ ]+: tasks? [0-9,-]+: / {
             host = $3; sub(/:$/, "", host); what = $0; sub(/.*: tasks? [0-9,-]+: /, "", what)
             task = $0; sub(/.*: tasks? /, "", task); sub(/:.*/, "", task)
-            if (what ~ /^(Killed|Segmentation fault|Bus error|Illegal instruction)/) print host, what " (task " task ")"
-            exit
+            if (!ended++ && what ~ /^(Killed|Segmentation fault|Bus error|Illegal instruction)/) {
+                print host, what " (task " task ")"; exit
+            }
         }')
     [ -n "$found" ] || found=$(awk -v job="$SLURM_JOB_ID" -v attempt=$(($1 - 1)) '
         function value(name) {

@@ -142,6 +142,8 @@ def test_what_the_user_excluded_stays_so(play):
     [
         ("srun: error: n1: task 0: Segmentation fault\n", "n1"),
         ("srun: error: Node failure on n2\nsrun: error: n1: tasks 0-1: Terminated\n", "n2"),
+        # The ranks that notice are told of before the node that they miss.
+        ("srun: error: n1: tasks 0-1: Exited with exit code 1\nsrun: error: Node failure on n2\n", "n2"),
         ("0: srun: error: n1: task 0: Killed\n", None),  # a rank's own words carry its number
         ("srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n2: tasks 2-3: Killed\n", None),  # --wait's
         ("srun: error: n1: tasks 0-1: Aborted\n", None),
