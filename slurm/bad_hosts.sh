@@ -39,7 +39,7 @@ culprit() {
     read -r host why <<<"$found"
     # Ranks may know their host by its long name.
     for host in "$host" "${host%%.*}"; do
-        if [ -n "$host" ] && hosts "$2" | grep -qxF "$host"; then
+        if [ -n "$host" ] && hosts "$2" | grep -cxF "$host" >/dev/null; then # not -q: it would end its source too, which pipefail sees
             echo "$host $why"
             return
         fi

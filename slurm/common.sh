@@ -102,7 +102,7 @@ look_around() {
     if [ "$ATTEMPT" -gt 0 ] && [[ $before != *" job $JOB start $ATTEMPT on "* ]]; then
         before=$(grep -F "megastar: job $JOB (" "$LOG" 2>/dev/null | sed -n "s/.*, start $ATTEMPT, on \(.*\) at [-0-9]* [:0-9]*$/\1/p" | tail -n 1)
         # Its log ends in the middle of nothing when the node of the batch script vanished: SLURM told nobody.
-        log_of "$ATTEMPT" | grep -q -e ' CANCELLED AT ' -e '^megastar: ended by' || silent=${before%% *}
+        log_of "$ATTEMPT" | grep -c -e ' CANCELLED AT ' -e '^megastar: ended by' >/dev/null || silent=${before%% *}
         [ -z "$before" ] || blame "$ATTEMPT" "$(tr ' ' ',' <<<"$before")" "$silent"
         [ -z "$HOST" ] || tell "start $ATTEMPT ended by $HOST, see ${LEDGER%/*}/bad_hosts.log"
     fi
