@@ -116,7 +116,7 @@ def straight(world, tmp_path_factory) -> Iterator[Behind]:
     config = world.write_config(folder / "run.yaml", folder / "run", steps=STEPS, save_every=1000, val_every=0)
 
     def rows_of_it() -> dict[int, dict]:
-        megastar("train", config, ranks=4)
+        megastar("train", config, ranks=4, timeout=2 * PATIENCE)
         return rows(folder / "run")
 
     with Behind(rows_of_it) as behind:
