@@ -13,11 +13,15 @@ if [ -n "${MEGASTAR_VENV:-}" ] && [ -z "${MEGASTAR_DRY_RUN:-}" ]; then
 fi
 set -uo pipefail # not before: what sites load reads variables that are not set
 MEGASTAR_MAX_REQUEUES=${MEGASTAR_MAX_REQUEUES:-50} MEGASTAR_MAX_CRASHES=${MEGASTAR_MAX_CRASHES:-3}
+MEGASTAR_MAX_SIGNALS=${MEGASTAR_MAX_SIGNALS:-10}
+source slurm/bad_hosts.sh || exit 2
 
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # of an array: its first task has the array's id
 JOB=${JOB:-${SLURM_JOB_ID:-}}
 ATTEMPT=${SLURM_RESTART_COUNT:-0}
+PREEMPTED=85 # the status of megastar train when a signal asked it to stop, and it saved
 LEDGER= # file that remembers the requeues of a run
+OWN="" BAD="" HOST=""
 
 if [ -z "$JOB" ]; then
     echo "sbatch $(sed -n 's/^#SBATCH //p' "$0" | tr '\n' ' ')$(env | sed -n 's/^SBATCH_/SBATCH_/p' | sort | tr '\n' ' ')" | sed 's/ *$//'
@@ -65,6 +69,7 @@ train() {
     [ -n "$run" ] || run=$(sed -n "s/^run: *[\"']\{0,1\}\([^\"' #]*\).*/\1/p" "$config" | head -n 1)
     LEDGER=${run:=runs/run}/requeues.log
     tell "run folder $(realpath -m "$run"), last checkpoint $(last_checkpoint)"
+    [ -z "$JOB" ] || [ -n "${MEGASTAR_DRY_RUN:-}" ] || look_around
     step --label --wait=60 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar train "$@" ${cache:+"$cache"}
     leave $?
 }
@@ -83,31 +88,90 @@ tasks_together() {
 
 last_checkpoint() { cat "${LEDGER%/*}/checkpoints/latest" 2>/dev/null || echo none; }
 
+# look_around: before a training starts. Warns of a time limit that ends it at once, takes down the host of a start that
+# ended without a word of the batch script (its own node failed), and gives nodes back that the run keeps away from: a
+# new job cannot know of them when it is submitted.
+look_around() {
+    local lead limit before bad silent=""
+    lead=$(sed -n 's/^#SBATCH --signal=.*@//p' "$0") limit=$(seconds_of "$(field TimeLimit)")
+    if [ -n "$lead" ] && [ -n "$limit" ] && [ "$limit" -lt $((lead + 60)) ]; then
+        tell "warning: of the time limit of $limit s the last $lead s are for the save, SLURM counts in steps of 30 s: hardly a step will be done; ask for a longer --time"
+    fi
+    [ -d "${LEDGER%/*}" ] || return 0
+    before=$(last_line)
+    if [ "$ATTEMPT" -gt 0 ] && [[ $before != *" job $JOB start $ATTEMPT on "* ]]; then
+        before=$(grep -F "megastar: job $JOB (" "$LOG" 2>/dev/null | sed -n "s/.*, start $ATTEMPT, on \(.*\) at [-0-9]* [:0-9]*$/\1/p" | tail -n 1)
+        # Its log ends in the middle of nothing when the node of the batch script vanished: SLURM told nobody.
+        log_of "$ATTEMPT" | grep -c -e ' CANCELLED AT ' -e '^megastar: ended by' >/dev/null || silent=${before%% *}
+        [ -z "$before" ] || blame "$ATTEMPT" "$(tr ' ' ',' <<<"$before")" "$silent"
+        [ -z "$HOST" ] || tell "start $ATTEMPT ended by $HOST, see ${LEDGER%/*}/bad_hosts.log"
+    fi
+    HOST=""
+    decide
+    bad=$(hosts "$SLURM_JOB_NODELIST" | grep -xF -f <(printf '%s\n' "$BAD" | sed '/^$/d') | paste -sd ' ')
+    # Once: where SLURM grants such a node in spite of the list, it is used.
+    if [ -n "$bad" ] && [[ $(last_line) != *" job $JOB start "*" ended by a bad host "* ]]; then
+        requeue "a bad host among its nodes ($bad)"
+        exit "$PREEMPTED"
+    fi
+}
+
+# seconds_of [D-]HH:MM:SS: nothing for UNLIMITED.
+seconds_of() {
+    local h m s days=0 time=$1
+    [[ $time == *:* ]] || return 0
+    [[ $time != *-* ]] || { days=${time%%-*} time=${time#*-}; }
+    IFS=: read -r h m s <<<"$time"
+    echo $(((days * 24 + 10#$h) * 3600 + 10#$m * 60 + 10#$s))
+}
+last_line() { tail -n 1 "$LEDGER" 2>/dev/null; }
+
 # leave STATUS: ends the script, and asks for a requeue where that helps. 85: stopped by a signal, and saved; 138 and 143:
 # ended by USR1 or TERM before that could be. 2: a mistake that a person has to mend. Everything else is a crash.
 leave() {
-    local status=$1 why="" last=none crashes=$ATTEMPT
+    local status=$1 why
     case $status in
     0) exit 0 ;;
     2) exit 2 ;;
-    85 | 138 | 143) why="a signal (status $status)" ;;
+    "$PREEMPTED" | 138 | 143) why="a signal (status $status)" ;;
     *) why="a crash (status $status)" ;;
     esac
     [ -z "${MEGASTAR_DRY_RUN:-}" ] || exit "$status"
+    requeue "$why"
+    exit "$status"
+}
+
+# requeue WHY: unless someone cancelled the job, or it was started too often.
+requeue() {
+    local why=$1 last=none alike=$ATTEMPT limit=$MEGASTAR_MAX_REQUEUES kept=""
     if [ -n "$LEDGER" ] && [ -d "${LEDGER%/*}" ]; then
-        last=$(last_checkpoint)
-        echo "$(date '+%F %T') job $JOB start $((ATTEMPT + 1)) on $SLURM_JOB_NODELIST ended by $why, checkpoint $last" >>"$LEDGER"
-        crashes=$(tac "$LEDGER" | awk -v same="checkpoint $last" '!/ended by a crash/ || substr($0, length($0) - length(same) + 1) != same {exit} {n++} END {print n - 1}')
+        [[ $why != *crash* ]] || blame $((ATTEMPT + 1)) "$SLURM_JOB_NODELIST"
+        decide
+        kept=${HOST:+, host $HOST}${BAD:+, excluding $(paste -sd ' ' <<<"$BAD")} last=$(last_checkpoint)
+        echo "$(date '+%F %T') job $JOB start $((ATTEMPT + 1)) on $SLURM_JOB_NODELIST ended by $why$kept, checkpoint $last" >>"$LEDGER"
+        # Ends of this kind since the last new checkpoint, before this one.
+        alike=$(tac "$LEDGER" | awk -v same=", checkpoint $last" -v kind="ended by ${why% (*}" '
+            substr($0, length($0) - length(same) + 1) != same {exit} index($0, kind) {n++} END {print n - 1}')
     fi
+    case $why in
+    *crash*) limit=$MEGASTAR_MAX_CRASHES ;;
+    *signal*) limit=$MEGASTAR_MAX_SIGNALS ;;
+    esac
     # A job that someone cancelled stays so: scontrol would bring it back.
-    scontrol show job "$JOB" | grep -q 'JobState=RUNNING' || { tell "ended by $why while SLURM ends the job"; exit "$status"; }
+    scontrol show job "$JOB" | grep -q 'JobState=RUNNING' || { tell "ended by $why while SLURM ends the job"; return; }
     if [ "$ATTEMPT" -ge "$MEGASTAR_MAX_REQUEUES" ]; then
         tell "ended by $why; not started again: MEGASTAR_MAX_REQUEUES=$MEGASTAR_MAX_REQUEUES is reached"
-    elif [[ $why == *crash* ]] && [ "$crashes" -ge "$MEGASTAR_MAX_CRASHES" ]; then
-        tell "ended by $why; not started again: $MEGASTAR_MAX_CRASHES crashes before this one, checkpoint $last all the time"
+    elif [[ $why == *crash* ]] && [ "$alike" -ge "$limit" ]; then
+        tell "ended by $why; not started again: $limit crashes before this one, checkpoint $last all the time"
+    elif [[ $why == *signal* ]] && [ "$alike" -ge "$limit" ]; then
+        tell "ended by $why; not started again: $limit signals before this one, checkpoint $last all the time; is --time longer than what --signal keeps for the save?"
     else
-        tell "ended by $why; requeued"
-        scontrol requeue "$JOB" || tell "the requeue was refused: sbatch the same command, it goes on"
+        tell "ended by $why${kept}; requeued"
+        trap '' TERM # which the requeue sends; KillWait is left
+        if ! scontrol requeue "$JOB"; then
+            tell "the requeue was refused: sbatch the same command, it goes on"
+        elif [ -n "$LEDGER" ] && [ -d "${LEDGER%/*}" ]; then
+            keep_away
+        fi
     fi
-    exit "$status"
 }

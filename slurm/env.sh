@@ -33,3 +33,8 @@ MEGASTAR_SCRATCH=${MEGASTAR_SCRATCH-}  # a disk of each node: shards read from s
 # --- how often a job is started again ---
 MEGASTAR_MAX_REQUEUES=${MEGASTAR_MAX_REQUEUES:-50}  # in all
 MEGASTAR_MAX_CRASHES=${MEGASTAR_MAX_CRASHES:-3}     # in a row, with no new checkpoint between them
+MEGASTAR_MAX_SIGNALS=${MEGASTAR_MAX_SIGNALS:-10}    # ends by a signal in a row, with no new checkpoint between them
+
+# --- hosts that the trainings keep away from (RUN/bad_hosts.log) ---
+MEGASTAR_BAD_HOST_CRASHES=${MEGASTAR_BAD_HOST_CRASHES:-2}  # crashes of one host after which it is excluded; 0: never
+MEGASTAR_MAX_EXCLUDED=${MEGASTAR_MAX_EXCLUDED:-4}          # hosts at a time; more: the first ones are used again

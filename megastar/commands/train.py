@@ -6,9 +6,7 @@ import os
 import sys
 
 from megastar.commands.common import Enduring, Parser, config_and_overrides, is_launched, positive, terminal_width
-from megastar.config.help import fields_text
-from megastar.config.load import load_config, resolve_batch
-from megastar.config.schema import RunConfig
+from megastar.stop import StopFlag
 
 EXAMPLES = """
 megastar train configs/run/demo.yaml --nproc 2                    two processes on this machine
@@ -22,6 +20,9 @@ The same command again resumes from the run folder's newest checkpoint.
 
 
 def parser() -> Parser:
+    from megastar.config.help import fields_text
+    from megastar.config.schema import RunConfig
+
     p = Parser(
         "train",
         "Train a model on token shards, or go on with a run that was interrupted.",
@@ -37,6 +38,10 @@ def parser() -> Parser:
 
 
 def main(words: list[str]) -> int:
+    # A rank of a launcher listens at once: the imports below take seconds, and a signal would end it without the others.
+    stop = StopFlag() if is_launched(os.environ) or "SLURM_STEP_ID" in os.environ else None
+    from megastar.config.load import load_config, resolve_batch
+
     args = parser().parse_intermixed_args(words)
     path, overrides = config_and_overrides(args.items)
     cfg = load_config(path, overrides)
@@ -49,5 +54,5 @@ def main(words: list[str]) -> int:
 
     if not isinstance(sys.stdout, Enduring):  # the log may lie on a disk that fills
         sys.stdout, sys.stderr = Enduring(sys.stdout), Enduring(sys.stderr)
-    train(cfg, dry_run=args.dry_run)
+    train(cfg, dry_run=args.dry_run, stop=stop)
     return 0

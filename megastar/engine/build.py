@@ -251,7 +251,21 @@ def born_sharded(config: dict[str, Any], ctx: Context) -> AbstractContextManager
     return deepspeed.zero.Init(config_dict_or_path=config, data_parallel_group=group)
 
 
+def import_muon() -> None:
+    """DeepSpeed imports its Muon with any optimizer under ZeRO, and a ``torch.compile`` in it fetches the compiler: a
+    quarter of the CPU time of a rank's start, for what no run here uses. So it is imported with the compiler off."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 def initialize(module: nn.Module, config: dict[str, Any], optimizer: AdamWEMA | None = None) -> Any:
+    import_muon()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     # DeepSpeed compares the first batch of a tensor group by pickling it; `parallel.check_batches` does every one.
     if hook := getattr(engine, "first_dataloader_check", None):

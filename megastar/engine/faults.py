@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -16,18 +15,13 @@ SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # rising
 PREEMPTED = 85  # a status of our own: SLURM counts a clean exit as done and would not requeue it
 
 
-class StopFlag:
-    """Set by TERM, USR1 or the first INT; the loop saves and leaves at the next step. A second INT ends at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        for number in SIGNALS:
-            signal.signal(number, self._set)
-
-    def _set(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
+def stop_asked(ctx: Context, signal_number: int) -> int:
+    """The largest stop signal of any rank, 0 for none. One reduction, called by all ranks alike where no step's own
+    (``Question``) is at hand."""
+    said = torch.tensor([signal_number], dtype=torch.int64, device=ctx.device)
+    if ctx.world > 1:
+        dist.all_reduce(said, op=dist.ReduceOp.MAX)
+    return int(said)
 
 
 class Word(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -18,7 +18,8 @@ from megastar.data.store import is_remote
 from megastar.engine import checkpoint, checksum, folders
 from megastar.engine.build import Context, Engines, build, collective_timeout, set_timeouts, start
 from megastar.engine.errors import CorruptReplica
-from megastar.engine.faults import PREEMPTED, Question, StopFlag
+from megastar.engine.events import append_event
+from megastar.engine.faults import PREEMPTED, Question, stop_asked
 from megastar.engine.guard import NONFINITE_GRADIENT, Guard, Seen, record_skip
 from megastar.engine.health import Health
 from megastar.engine.metrics import Metrics
@@ -42,16 +43,22 @@ from megastar.engine.supply import Starved, Supply, leave, on_all_ranks
 from megastar.engine.watchdog import is_from_a_peer, watch
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
+from megastar.stop import StopFlag
 
 
-def train(cfg: RunConfig, *, dry_run: bool = False) -> None:
-    """Train to the end, resuming from the run folder's newest checkpoint. Exits with 85 when a signal asked to stop."""
+def train(cfg: RunConfig, *, dry_run: bool = False, stop: StopFlag | None = None) -> None:
+    """Train to the end, resuming from the run folder's newest checkpoint. Exits with 85 when a signal asked to stop.
+
+    ``stop``: one that has been listening since the process began.
+    """
     there = is_remote(cfg.data.shards) or Path(cfg.data.shards).exists()
     manifest, validation = open_data(cfg) if not dry_run or there else (None, None)
     if cfg.train.init and not folders.latest(folders.folder_of(cfg)):
         read_model_metadata(cfg.train.init)  # it exists, before anything is built
-    stop = StopFlag()  # a signal while the engines are built is heeded at the first step
+    stop = stop or StopFlag()
     ctx = start(cfg)
+    if signal_number := stop_asked(ctx, stop.signal):
+        leave_unstarted(cfg, ctx, signal_number)
     resolve_batch(cfg, ctx.world)  # before the run folder exists
     if not dry_run:
         claim_run_folder(cfg, ctx)
@@ -94,6 +101,8 @@ def build_and_run(
         if ctx.main:
             Console().print(f"{cfg.run} is done: {done} of {steps} steps; raise train.steps to go on")
         return
+    if signal_number := stop_asked(ctx, stop.signal):
+        leave_unstarted(cfg, ctx, signal_number)
     loader = on_all_ranks(ctx, lambda: make_loader(cfg, ctx, engines, done + guard.offset))
     metrics = on_all_ranks(
         ctx,
@@ -121,6 +130,16 @@ def build_and_run(
     finally:
         loader.close()
         metrics.close()
+
+
+def leave_unstarted(cfg: RunConfig, ctx: Context, signal_number: int) -> NoReturn:
+    """Before the first step there is nothing to save. Called by all ranks alike."""
+    if ctx.main:
+        found = folders.latest(folders.folder_of(cfg))
+        text = f"signal {signal_number} before the first step: nothing to save; the same command starts again"
+        append_event(Path(cfg.run), "signal", folders.step_in(found) if found else 0, text)
+        Console().print(text)
+    raise SystemExit(PREEMPTED)
 
 
 def run(

@@ -49,6 +49,7 @@ class Status:
     saving: bool = False
     upload: str = ""
     restarts: list[str] = field(default_factory=list)  # why each was needed
+    excluded: list[str] = field(default_factory=list)  # hosts that the batch script keeps the run away from
     health: list[str] = field(default_factory=list)
 
 
@@ -78,6 +79,7 @@ def status_of(run: Path, now: float | None = None) -> Status:
     if status.steps and status.step_s and status.state in ("running", "starting"):
         status.left_s = max(0, status.steps - status.step) * status.step_s
     status.restarts = restarts_of(happened)
+    status.excluded = excluded_of(run)
     status.upload = upload_of(cfg, happened)
     status.health = [
         *health_of_rows(rows),
@@ -194,6 +196,18 @@ def restarts_of(happened: list[dict[str, Any]]) -> list[str]:
         why = str(before.get("text", "")) if kind in events.ENDED else "it ended without a word (killed)"
         found.append(f"{event['time']} at step {event.get('step')} on {event.get('host')}: {why}")
     return found
+
+
+def excluded_of(run: Path) -> list[str]:
+    """Hosts that slurm/bad_hosts.sh excluded at the last requeue, without those that a person has forgiven since."""
+    bad = {words[2] for line in lines_of(run / "bad_hosts.log") if len(words := line.split()) > 2}
+    requeues = lines_of(run / "requeues.log")
+    named = requeues[-1].partition(", excluding ")[2].split(",")[0].split() if requeues else []
+    return [host for host in named if host in bad]
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines() if path.is_file() else []
 
 
 def upload_of(cfg: RunConfig, happened: list[dict[str, Any]]) -> str:

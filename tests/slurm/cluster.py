@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "munge", "sbatch", "srun", "scontrol", "scancel", "unshare")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "munge", "sbatch", "srun", "scontrol", "scancel", "sinfo", "unshare")
+SIZE = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")  # of a job that fills the GPUs of its nodes
 
 CONF = """
 ClusterName=megastar-test
@@ -47,7 +48,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=10
 SlurmctldTimeout=10
-KillWait=20
+KillWait=60
 EnforcePartLimits=ALL
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -105,7 +106,9 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: int = 3, cpus: int = 4):
         self.folder, self.nodes, self.cpus = folder, nodes, cpus
-        self.env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        outer = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SBATCH_", "SLURM")  # of a job that the tests run in
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
+        self.env["SLURM_CONF"] = str(folder / "slurm.conf")
         self.daemons: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> Cluster:
@@ -200,6 +203,10 @@ class Cluster:
         """The fields of ``scontrol show job``; of an array, its first task's."""
         text = self.run("scontrol", "-o", "show", "job", job, check=False)
         return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0])) if text.strip() else {"JobState": "GONE"}
+
+    def hosts(self, job: str, name: str) -> list[str]:
+        """The field ``name`` of a job, NodeList or ExcNodeList, host by host; n[1,3] and n1,n3 are the same."""
+        return self.run("scontrol", "show", "hostnames", self.job(job)[name]).split()
 
     def state(self, job: str) -> str:
         return self.job(job)["JobState"]

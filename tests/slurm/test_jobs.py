@@ -2,92 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import time
 from pathlib import Path
 
-from rich.console import Console
-
-from megastar.data.manifest import load_manifest
-from megastar.data.pretokenize import pretokenize
-from megastar.data.verify import verify
 from tests.integration.conftest import ROOT
-from tests.slurm.cluster import Cluster, Task, wait_for
-from tests.slurm.conftest import SIZE
-
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "GONE")
+from tests.slurm.array import OVER, logs
+from tests.slurm.cluster import SIZE, wait_for
 
 
-def logs(folder: Path) -> str:
-    return "".join(p.read_text(errors="replace") for p in sorted(folder.glob("*.log")))
+def test_an_array_of_pretokenize_jobs_loses_a_task(array_that_loses_a_task):
+    """It ran while the training waited for a node."""
+    array_that_loses_a_task.result()
 
 
-def holder(claim: Path, tasks: list[Task]) -> Task | None:
-    """Whose claim this is: the host name and the number of the process on that node."""
-    try:
-        said = json.loads(claim.read_text())
-    except (OSError, ValueError):  # just made, or just released
-        return None
-    for task in tasks:
-        numbers = Path(f"/proc/{task.pid}/status").read_text().split("NSpid:")[1].splitlines()[0].split()
-        if said["machine"].split()[0] == task.node and said["pid"] == int(numbers[-1]):
-            return task
-    return None
-
-
-def kill_one_at_work(cluster: Cluster, job: str, count: int, out: Path, told) -> Task:
-    """SIGKILL a task that holds the claim of a shard, while the others stand still."""
-    wait_for("tasks", 60, lambda: len(cluster.tasks(job)) == count, told)
-    tasks = cluster.tasks(job)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if claims := list(out.glob("**/*.claim")):
-            for task in tasks:
-                os.kill(task.pid, signal.SIGSTOP)
-            try:
-                if victim := next(filter(None, (holder(c, tasks) for c in claims)), None):
-                    os.kill(victim.pid, signal.SIGKILL)
-                    return victim
-            finally:
-                for task in tasks:
-                    os.kill(task.pid, signal.SIGCONT)
-    raise TimeoutError(told())
-
-
-def test_an_array_of_pretokenize_jobs_loses_a_task(cluster, world, tmp_path):
-    """The set is complete and to the byte that of one process: the others make the shard, or the requeued job does."""
-    source = (
-        world.pictures,
-        "--subset",
-        "train",
-        "--tokenizer",
-        world.tokenizer,
-        "--shard-size",
-        "1",
-        "--workers",
-        "1",
-    )
-    out, log = tmp_path / "codes", f"--output={tmp_path}/%x-%A_%a.log"
-    job = cluster.sbatch(
-        "--array=0-1", "--nodes=1", *SIZE, log, "slurm/pretokenize.sh", *source, "--out", out, cwd=ROOT
-    )
-    jobs = [f"{job}_0", f"{job}_1"]
-
-    def told() -> str:
-        return "".join(cluster.run("scontrol", "show", "job", j, check=False) for j in jobs) + logs(tmp_path)[-4000:]
-
-    kill_one_at_work(cluster, job, 4, out, told)
-    wait_for("the array", 180, lambda: all(cluster.state(j) in OVER for j in jobs), told)
-    assert [cluster.state(j) for j in jobs] == ["COMPLETED"] * 2, told()
-    assert [cluster.job(j)["Restarts"] for j in jobs].count("1") == 1, told()
-    assert "ended by a crash (status 137); requeued" in logs(tmp_path)
-    quiet = Console(quiet=True)
-    assert verify(str(out), progress=quiet) == []
-    pretokenize(world.pictures, "train", world.tokenizer, tmp_path / "one", shard_size=1, workers=1, console=quiet)
-    one, many = load_manifest(str(tmp_path / "one")), load_manifest(str(out))
-    assert [s.sha256 for s in one.shards] == [s.sha256 for s in many.shards] and len(one.shards) == 27
+def test_hosts_that_fail_are_left_out_while_enough_are_left(hosts_that_fail):
+    """It ran, without load, while the training did."""
+    hosts_that_fail.result()
 
 
 def test_what_is_not_started_again(cluster, world, tmp_path):
@@ -100,7 +29,7 @@ def test_what_is_not_started_again(cluster, world, tmp_path):
     mistake = cluster.sbatch(*common, tmp_path / "nothing.yaml", cwd=ROOT)
     crash = cluster.sbatch(*common, config, cwd=ROOT, MEGASTAR_ENV=str(broken), MEGASTAR_MAX_CRASHES="1")
     for job in (mistake, crash):
-        wait_for("the end", 60, lambda job=job: cluster.state(job) in OVER, lambda: logs(tmp_path))
+        wait_for("the end", 180, lambda job=job: cluster.state(job) in OVER, lambda: logs(tmp_path))
         assert cluster.state(job) == "FAILED"
     assert cluster.job(mistake)["Restarts"] == "0" and cluster.job(mistake)["ExitCode"] == "2:0"
     assert "nothing.yaml cannot be read" in (tmp_path / f"{mistake}.log").read_text()

@@ -12,8 +12,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,12 +20,13 @@ import numpy as np
 import pytest
 
 from megastar.engine import folders
+from megastar.engine.status import status_of
 from tests.integration.conftest import ROOT, World, megastar
-from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.conftest import SIZE
+from tests.slurm.cluster import SIZE, Cluster, wait_for
+from tests.slurm.conftest import Behind
 
 STEPS, SAVE_EVERY = 30, 5
-PATIENCE = 180  # seconds for a start: the imports of four processes, on a machine that may be busy
+PATIENCE = 600  # seconds for a start: the imports of four processes, on a machine that may be busy
 TIMES = ("images_per_s", "step_s", "data_wait_s", "save_blocked_s", "memory_gib", "slowest_rank", "slowest_ratio")
 
 
@@ -88,13 +88,17 @@ class Training:
         text = log.read_text(errors="replace") if log.is_file() else ""
         return len(re.findall(rf"step \d+/{STEPS} ", text.partition(f"start {self.starts()}, on")[2]))
 
+    def bad_hosts(self) -> list[str]:
+        path = self.run / "bad_hosts.log"
+        return path.read_text().splitlines() if path.is_file() else []
+
     def over(self) -> bool:
         return self.cluster.state(self.job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "GONE")
 
     def wait_for_start(self, number: int) -> None:
         """The job's ``number``-th start, counted from 1."""
         told = f"job {self.job} (megastar-b), start {number}, on"
-        wait_for(f"start {number}", 120, lambda: told in self.log() or self.over(), self.told)
+        wait_for(f"start {number}", PATIENCE, lambda: told in self.log() or self.over(), self.told)
         assert told in self.log(), self.told()
 
     def starts(self) -> int:
@@ -106,18 +110,17 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def straight(world, tmp_path_factory) -> Iterator[Callable[[], dict[int, dict]]]:
-    """The rows of four local processes that nothing happens to; they run while the first jobs wait."""
+def straight(world, tmp_path_factory) -> Iterator[Behind]:
+    """The rows of four local processes that nothing happens to; they run while the processors wait for SLURM."""
     folder = tmp_path_factory.mktemp("straight")
     config = world.write_config(folder / "run.yaml", folder / "run", steps=STEPS, save_every=1000, val_every=0)
-    with ThreadPoolExecutor(1) as background:
-        done = background.submit(megastar, "train", config, ranks=4)
 
-        def result() -> dict[int, dict]:
-            done.result()
-            return rows(folder / "run")
+    def rows_of_it() -> dict[int, dict]:
+        megastar("train", config, ranks=4, timeout=2 * PATIENCE)
+        return rows(folder / "run")
 
-        yield result
+    with Behind(rows_of_it) as behind:
+        yield behind
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +152,14 @@ def sample_after(training: Training, npz: Path) -> str:
 def sampling(training, tmp_path_factory) -> tuple[str, Path]:
     """A job that waits for the second training job from its beginning, through all its requeues."""
     npz = tmp_path_factory.mktemp("sampling") / "s.npz"
+    if not training.job:  # this test alone
+        training.submit()
     return sample_after(training, npz), npz
 
 
-def test_cancelled_during_a_save(training, straight):
+def test_cancelled_during_a_save(training, hosts_that_fail):
     """scancel ends a job for good, a half-written checkpoint does not count, a job that waited for it ends too."""
+    hosts_that_fail.start()
     training.hold_after(SAVE_EVERY - 1)
     waits = sample_after(training, training.folder / "never.npz")
     writing = training.run / "checkpoints/.writing"
@@ -166,9 +172,14 @@ def test_cancelled_during_a_save(training, straight):
     first = training.job
     training.cluster.run("scancel", first)
     wait_for(
-        "the cancel", 60, lambda: training.cluster.state(first) == "CANCELLED" and not training.pids(), training.told
+        "the cancel",
+        PATIENCE,
+        lambda: training.cluster.state(first) == "CANCELLED" and not training.pids(),
+        training.told,
     )
-    wait_for("the end of what waited for it", 60, lambda: training.cluster.state(waits) == "CANCELLED", training.told)
+    wait_for(
+        "the end of what waited for it", PATIENCE, lambda: training.cluster.state(waits) == "CANCELLED", training.told
+    )
     assert training.cluster.job(first)["Restarts"] == "0"
     assert training.submit() != first
 
@@ -184,7 +195,7 @@ def test_scontrol_requeue(training, sampling):
 def test_preempted_by_a_higher_partition(training):
     stopped, start = training.hold_after(2), training.starts()
     urgent = training.cluster.sbatch(
-        "-p", "urgent", "-N3", "--exclusive", f"--output={training.folder}/urgent.out", "--wrap", "hostname", cwd=ROOT
+        "-p", "urgent", "-N4", "--exclusive", f"--output={training.folder}/urgent.out", "--wrap", "hostname", cwd=ROOT
     )
     training.send(signal.SIGCONT)
     training.wait_for_start(start + 1)
@@ -192,19 +203,45 @@ def test_preempted_by_a_higher_partition(training):
     assert training.saved() >= stopped, "what the signal asked for was not saved"
 
 
+def second_node(training: Training) -> str:
+    """Not the first one, on which the batch script runs."""
+    return training.cluster.hosts(training.job, "NodeList")[1]
+
+
 def test_one_rank_is_killed(training):
-    stopped, start = training.hold_after(2), training.starts()
+    stopped, start, host = training.hold_after(2), training.starts(), second_node(training)
     os.kill(training.pids()[3], signal.SIGKILL)
     training.send(signal.SIGCONT)
     training.wait_for_start(start + 1)
-    assert "ended by a crash" in (training.run / "requeues.log").read_text()
+    ended = (training.run / "requeues.log").read_text().splitlines()[-1]
+    assert f"ended by a crash (status 137), host {host}, checkpoint" in ended
     assert stopped - training.saved() <= SAVE_EVERY
 
 
-def test_time_limit(training):
+def test_a_host_that_fails_twice_is_left_out(training):
+    """This time while Python starts. The job that goes on has other nodes; the run ends on them with every loss right."""
+    start, bad = training.starts(), second_node(training)
+    assert [x.split()[2] for x in training.bad_hosts()] == [bad], "SLURM gave the job other nodes than before"
+    wait_for("tasks", PATIENCE, lambda: len(training.pids()) == 4, training.told)
+    pids = training.pids()
+    os.kill(pids[3], signal.SIGKILL)
+    wait_for(
+        "srun's word", PATIENCE, lambda: training.log().count(f"srun: error: {bad}: task 3: Killed") == 2, training.told
+    )
+    training.send(signal.SIGKILL, pids[:3])
+    training.wait_for_start(start + 1)
+    assert [x.split()[2] for x in training.bad_hosts()] == [bad, bad]
+    assert training.cluster.hosts(training.job, "ExcNodeList") == [bad]
+    assert bad not in training.cluster.hosts(training.job, "NodeList")
+    assert f", excluding {bad}, checkpoint" in (training.run / "requeues.log").read_text()
+    assert status_of(training.run).excluded == [bad]
+
+
+def test_time_limit(training, straight):
     """SLURM looks at the clock every 30 s; the script asks for USR1 180 s before the end."""
     stopped, start = training.hold_after(2), training.starts()
     training.cluster.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=3")
+    straight.start()
     usr1, pids = 1 << (signal.SIGUSR1 - 1), training.pids()
 
     def requeued() -> bool:
@@ -214,23 +251,23 @@ def test_time_limit(training):
                     os.kill(pid, signal.SIGCONT)
         return training.starts() > start
 
-    wait_for("the requeue", 100, requeued, training.told)
+    wait_for("the requeue", PATIENCE, requeued, training.told)
     training.cluster.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=60")
     training.wait_for_start(start + 1)
     assert training.saved() >= stopped, "what USR1 asked for was not saved"
 
 
-def test_a_node_dies(training):
-    """Not the first one, on which the batch script runs."""
-    stopped, start = training.hold_after(2), training.starts()
-    nodes = training.cluster.run(
-        "scontrol", "show", "hostnames", training.cluster.job(training.job)["NodeList"]
-    ).split()
-    training.cluster.kill_node(int(nodes[1][1:]))
+def test_a_node_dies(training, array_that_loses_a_task):
+    """Not the first one, on which the batch script runs. It comes back when SLURM has given it up."""
+    stopped, start, node = training.hold_after(2), training.starts(), second_node(training)
+    training.cluster.kill_node(int(node[1:]))
+    array_that_loses_a_task.start()
     training.send(signal.SIGCONT)
+    wait_for("the requeue", PATIENCE, lambda: training.starts() > start, training.told)
+    training.cluster.start_node(int(node[1:]))
     training.wait_for_start(start + 1)
     assert stopped - training.saved() <= SAVE_EVERY
-    training.cluster.start_node(int(nodes[1][1:]))
+    wait_for("the blame", PATIENCE, lambda: f" {node} job" in training.bad_hosts()[-1], training.told)
 
 
 def test_every_loss_is_that_of_four_local_processes(training, straight, cluster):
@@ -239,7 +276,7 @@ def test_every_loss_is_that_of_four_local_processes(training, straight, cluster)
     training.send(signal.SIGCONT)
     wait_for("the end", PATIENCE, training.over, training.told)
     assert training.cluster.state(training.job) == "COMPLETED", training.told()
-    done, expected = rows(training.run), straight()
+    done, expected = rows(training.run), straight.result()
     assert done == expected and sorted(done) == list(range(1, STEPS + 1))
     for row in training.computed:
         assert row == expected[row["step"]]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +17,12 @@ from megastar.data.files import sha256
 from megastar.device import pick_dtype
 from megastar.engine import folders
 from megastar.engine.build import Context, collective_timeout
-from megastar.engine.faults import Question, StopFlag
+from megastar.engine.faults import Question
 from megastar.engine.metrics import Metrics
 from megastar.engine.schedule import learning_rate, total_steps
 from megastar.engine.sharding import AdamWEMA, parameter_groups
 from megastar.errors import UserError
+from megastar.stop import StopFlag
 
 
 def test_learning_rate_scales_with_the_batch_and_follows_its_schedule():
@@ -193,3 +197,19 @@ def test_collectives_time_out_after_the_watchdog_and_after_a_wait_for_data():
     assert collective_timeout(cfg).total_seconds() > 600 + 5000
     cfg.faults.hang_timeout, cfg.data.shards = 0, "codes"
     assert collective_timeout(cfg) == default_pg_timeout
+
+
+def test_an_optimizer_under_zero_does_not_fetch_the_compiler_and_compiling_still_works():
+    """In a process of its own, which has imported nothing yet."""
+    code = """
+import os, sys
+from megastar.engine.build import import_muon
+import_muon()
+assert "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules and "TORCHDYNAMO_DISABLE" not in os.environ
+assert "torch._inductor.compile_fx" not in sys.modules
+import torch
+graphs = []
+double = torch.compile(lambda x: x * 2, backend=lambda graph, inputs: graphs.append(graph) or graph)
+assert double(torch.ones(2)).tolist() == [2.0, 2.0] and len(graphs) == 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

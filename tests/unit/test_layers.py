@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megastar"
 LEVEL = {
     "errors": 0,
+    "stop": 0,
     "config": 0,
     "device": 1,
     "matmul": 1,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(p for p in (ROOT / "slurm").glob("*.sh") if p.name not in ("env.sh", "common.sh"))
+SCRIPTS = sorted(p for p in (ROOT / "slurm").glob("*.sh") if p.name not in ("env.sh", "common.sh", "bad_hosts.sh"))
 TRAIN = [p for p in SCRIPTS if p.name.startswith("train_")]
 
 
@@ -118,6 +119,22 @@ def test_mistakes(words, message):
     dry = {} if "submit" in message else {"MEGASTAR_DRY_RUN": "1"}
     done = shell("bash", *words, **dry)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_ci_fails_where_slurm_cannot_be_installed(tmp_path):
+    """It is told before anything else runs."""
+    programs = {"apt-get": "exit 100", "sudo": "exit 1", "make": f"touch {tmp_path}/made"}
+    for name, what in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{what}\n")
+        (tmp_path / name).chmod(0o755)
+    for name in ("bash", "env", "dirname", "id"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    done = shell("bash", ".ci/run", PATH=str(tmp_path))
+    assert (
+        done.returncode == 1
+        and "SLURM cannot run, its packages could not be installed: run this as root" in done.stderr
+    )
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "made").exists()
 
 
 def test_a_missing_settings_file():

@@ -289,3 +289,17 @@ def test_watching_ends_with_the_run(run, cfg, capsys):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_excluded_hosts_are_those_of_the_last_requeue_that_nobody_forgave(run, cfg, capsys):
+    write_rows(run, 0, 2).close()
+    assert status_of(run).excluded == []
+    now, end = "2026-01-31 12:00:00", "ended by a crash (status 137), host n2"
+    (run / "bad_hosts.log").write_text(f"{now} n2 job 4 start 1: Killed (task 3)\n" * 2)
+    (run / "requeues.log").write_text(f"{now} job 4 start 1 on n[1-2] {end}, checkpoint none\n")
+    assert status_of(run).excluded == []
+    (run / "requeues.log").write_text(f"{now} job 4 start 2 on n[1-2] {end}, excluding n7 n2, checkpoint none\n")
+    assert status_of(run).excluded == ["n2"]
+    assert cli.main(["status", str(run)]) == 0 and "n2: see bad_hosts.log" in capsys.readouterr().out
+    (run / "bad_hosts.log").unlink()
+    assert status_of(run).excluded == []

@@ -1,0 +1,163 @@
+"""What a fault costs on SLURM: seconds from the fault to the first new step, and steps that are done again.
+
+    python benchmarks/faults.py [--repeats 1] [--save-every 5]       (root; Debian's slurm packages, see .ci/run)
+
+A SLURM cluster of this machine (tests/slurm/cluster.py: three slurmd, 2 nodes x 2 tasks over gloo), the batch script of
+slurm/, a run of two tiny blocks. For each fault:
+
+    total      fault -> the end of the first new step, by the clock of this process
+    SLURM      of it: fault -> SLURM starts the batch script again, less what the run itself took to end. It is
+               `cred_expire` (5 s here, 120 s by default), after a node's death `SlurmdTimeout` and the 30 s between
+               two looks of slurmctld; none of it is megastar's
+    end        fault -> the batch script asks for the requeue: noticing, the save, the processes' end
+    start      SLURM's start -> the end of the first new step
+    imports    of `start`: importing torch, DeepSpeed and megastar, in four processes at once on this machine,
+               measured alone, just after
+    lost       steps that were done before the fault and had to be done again
+
+Goals: 0 steps lost on signals, at most save_every on a crash; end + start - imports under 30 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+from common import ROOT
+
+from megastar.engine import folders
+from megastar.engine.events import read_lines
+from tests.integration.conftest import World, environment
+from tests.slurm.cluster import SIZE, Cluster, wait_for
+from tests.slurm.settings import write_site
+
+STEPS, PATIENCE = 100_000, 600
+
+
+def make_world(folder: Path) -> World:
+    import torch
+    from rich.console import Console
+
+    from megastar.data.pretokenize import pretokenize
+    from megastar.tokenizer.io import save_tokenizer
+    from megastar.tokenizer.vq import VQModel
+    from tests.integration.conftest import TOKENIZER, draw
+
+    w = World(folder)
+    for shape, name in enumerate(("circle", "square", "stroke")):
+        (w.pictures / "train" / name).mkdir(parents=True)
+        for i in range(9):
+            draw(shape, i).save(w.pictures / "train" / name / f"{i}.png")
+    torch.manual_seed(0)
+    save_tokenizer(VQModel(TOKENIZER), w.tokenizer, {"seed": 0})
+    quiet = Console(quiet=True)
+    pretokenize(w.pictures, "train", w.tokenizer, w.codes("train"), shard_size=10, workers=1, console=quiet)
+    return w
+
+
+def import_seconds() -> float:
+    """Wall time of four processes that import what a rank imports, at once."""
+    begin = time.perf_counter()
+    code = "import torch.utils.tensorboard, megastar.engine.loop as l; l.build.__globals__['import_muon']()"
+    ranks = [subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT) for _ in range(4)]
+    assert all(r.wait() == 0 for r in ranks)
+    return time.perf_counter() - begin
+
+
+class Bench:
+    def __init__(self, cluster: Cluster, world: World, folder: Path, save_every: int):
+        self.cluster, self.folder, self.run = cluster, folder, folder / "run"
+        config = world.write_config(folder / "run.yaml", self.run, steps=STEPS, save_every=save_every, val_every=0)
+        text = config.read_text()
+        config.write_text(re.sub(r"val_shards: \S+ ", "", text))
+        self.job = cluster.sbatch(
+            "--nodes=2", *SIZE, f"--output={folder}/job.log", "slurm/train_b.sh", config, cwd=ROOT,
+            MEGASTAR_BAD_HOST_CRASHES="0",
+        )  # fmt: skip
+
+    def log(self) -> str:
+        path = self.folder / "job.log"
+        return path.read_text(errors="replace") if path.is_file() else ""
+
+    def told(self) -> str:
+        return self.cluster.run("scontrol", "show", "job", self.job, check=False) + self.log()[-3000:]
+
+    def starts(self) -> int:
+        return self.log().count(f"megastar: job {self.job} (")
+
+    def lines(self) -> list[int]:
+        """The steps told of since the job's newest start."""
+        newest = self.log().rpartition(f"megastar: job {self.job} (")[2]
+        return [int(n) for n in re.findall(rf"step (\d+)/{STEPS} ", newest)]
+
+    def measure(self, fault: str, extra: int) -> dict[str, float]:
+        """One fault, once the present start has done a few steps since its last checkpoint."""
+        wait_for("steps", PATIENCE, lambda: len(self.lines()) >= extra, self.told)
+        ranks = self.cluster.tasks(self.job)
+        assert len(ranks) == 4, self.told()
+        starts, node, begin = self.starts(), 0, time.time()
+        ended = (self.run / "requeues.log").read_text().count("\n") if (self.run / "requeues.log").exists() else 0
+        if fault == "USR1":
+            for rank in ranks:
+                os.kill(rank.pid, signal.SIGUSR1)
+        elif fault == "scontrol requeue":
+            self.cluster.run("scontrol", "requeue", self.job)
+        elif fault == "a rank is killed":
+            os.kill(ranks[3].pid, signal.SIGKILL)
+        else:
+            node = int(self.cluster.hosts(self.job, "NodeList")[1][1:])
+            self.cluster.kill_node(node)
+        before = max(r["step"] for r in read_lines(self.run / "metrics.jsonl"))
+        gone = begin + wait_for("the end", PATIENCE, lambda: not self.cluster.tasks(self.job), self.told)
+        before = max(before, *(r["step"] for r in read_lines(self.run / "metrics.jsonl")))
+        wait_for("a new start", PATIENCE, lambda: self.starts() > starts, self.told)
+        again = time.time()
+        saved = folders.step_in(folders.latest(self.run / "checkpoints"))
+        if (path := self.run / "requeues.log").exists() and path.read_text().count("\n") > ended:
+            when = datetime.strptime(path.read_text().splitlines()[-1][:19], "%Y-%m-%d %H:%M:%S").timestamp()
+            gone = max(gone, when)
+        wait_for("a new step", PATIENCE, self.lines, self.told)
+        if node:
+            self.cluster.start_node(node)
+        now = time.time()
+        imports = import_seconds()
+        found = {"total": now - begin, "SLURM": again - gone, "end": gone - begin, "start": now - again}
+        return found | {"imports": imports, "lost": before - saved}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--repeats", type=int, default=1)
+    p.add_argument("--save-every", type=int, default=5)
+    args = p.parse_args()
+    faults = ("USR1", "scontrol requeue", "a rank is killed", "a node is killed")
+    names = ("total", "SLURM", "end", "start", "imports", "lost")
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors, before", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        world = make_world(folder / "world")
+        (folder / "cluster").mkdir()
+        with Cluster(folder / "cluster", nodes=3) as cluster:
+            cluster.env |= {"MEGASTAR_ENV": str(write_site(folder))}
+            bench = Bench(cluster, world, folder, args.save_every)
+            print(f"{'seconds':<18}" + "".join(f"{n:>9}" for n in names), "  end + start - imports", flush=True)
+            for _ in range(args.repeats):
+                for fault in faults:
+                    row = bench.measure(fault, args.save_every + 3)
+                    ours_only = row["end"] + row["start"] - row["imports"]
+                    print(f"{fault:<18}" + "".join(f"{row[n]:9.1f}" for n in names), f"{ours_only:14.1f}", flush=True)
+            cluster.run("scancel", bench.job)
+            wait_for("the end", 60, lambda: not cluster.tasks(bench.job))
+    print(f"load average {os.getloadavg()[0]:.1f}, after")
+
+
+if __name__ == "__main__":
+    main()
