@@ -13,7 +13,7 @@ from megastar.config.load import diff_configs, load_config, resolve_batch
 from megastar.config.schema import DataConfig, OptimConfig, ParallelConfig, RunConfig, SelfGuidedConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS = sorted((ROOT / "configs" / "run").glob("*.yaml"))
+RUNS = sorted(p for p in (ROOT / "configs" / "run").glob("*.yaml") if not p.stem.startswith("compare_"))
 SECTIONS = {"data": DataConfig, "self_guided": SelfGuidedConfig, "optim": OptimConfig}
 SECTIONS |= {"parallel": ParallelConfig, "train": TrainConfig}
 
