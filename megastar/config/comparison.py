@@ -118,6 +118,8 @@ def rules(cfg: CompareConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     for name in cfg.variants:
         if not NAME.fullmatch(name):
             yield f"variants.{name}: a name is made of a-z, 0-9 and _", (f"variants.{name}",)
+        if not cfg.variants[name].label.isprintable():
+            yield f"variants.{name}.label = {cfg.variants[name].label!r}: must be one line", (f"variants.{name}.label",)
     labels = [v.label or name for name, v in cfg.variants.items()]
     if twice := [x for x in labels if labels.count(x) > 1]:
         yield f"variants: two are called {twice[0]!r}", ("variants",)
@@ -131,6 +133,11 @@ def rules(cfg: CompareConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield (
             f"curve.every = {every}: must be a multiple of base.train.save_every {t.save_every}",
             ("curve.every", "base.train.save_every"),
+        )
+    if cfg.probe.positions > cfg.base.model.image_tokens:
+        yield (
+            f"probe.positions = {cfg.probe.positions}: the model has {cfg.base.model.image_tokens}",
+            ("probe.positions", "base.model.image_tokens"),
         )
     if cfg.probe.block > cfg.base.model.n_layer:
         yield (

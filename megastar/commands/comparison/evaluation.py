@@ -54,8 +54,23 @@ class Evaluation:
                     out.append(Part(run, "probe", c.weights[0], step, curve=True))
         return out
 
+    def check(self) -> None:
+        """Raise ``UserError`` now for what would stop a measurement after hours of training."""
+        from megastar.data.manifest import load_manifest
+        from megastar.evaluation.features import open_network
+        from megastar.evaluation.figure import require_matplotlib
+        from megastar.evaluation.scores import choose_metrics
+
+        c = self.cfg
+        require_matplotlib()
+        choose_metrics(c.score.metrics or None, open_network("efflite0", inception=c.score.inception or None))
+        stored = load_manifest(codes_of(c, c.probe.fit_on)).views
+        if c.probe.fit_crops > stored:
+            raise UserError(f"probe.fit_crops = {c.probe.fit_crops}: the codes hold {stored} crops of each picture")
+        assert self.sources  # the pictures and the tokenizer are there
+
     @cached_property
-    def _data(self) -> dict[str, Any]:
+    def sources(self) -> dict[str, Any]:
         """The hashes of everything but the weights that a result depends on."""
         from megastar.data.files import sha256
         from megastar.data.store import MANIFEST
@@ -76,7 +91,7 @@ class Evaluation:
         about = part.checkpoint / MANIFEST
         if not about.is_file():
             return None
-        c, d = self.cfg, self._data
+        c, d = self.cfg, self.sources
         depends: dict[str, Any] = {"version": VERSION, "checkpoint": sha256(about), "weights": part.weights}
         if part.what == "probe":
             depends |= {"probe": asdict(c.probe), "codes": [d["codes"][s] for s in (c.probe.fit_on, c.probe.score_on)]}
@@ -93,7 +108,10 @@ class Evaluation:
     def read(self, part: Part) -> dict[str, Any] | None:
         """An earlier result, or None."""
         file = self.file(part)
-        return json.loads(file.read_text()) if file and file.is_file() else None
+        try:
+            return json.loads(file.read_text()) if file else None
+        except (FileNotFoundError, ValueError):  # a damaged one is made again
+            return None
 
     def missing(self, run: Run) -> list[Part]:
         return [p for p in self.parts(run) if self.read(p) is None]
@@ -105,7 +123,10 @@ class Evaluation:
         for part in self.missing(run):
             file = self.file(part)
             if file is None:
-                raise UserError(f"{part.checkpoint} is not there: train {run.name} to its end first")
+                raise UserError(
+                    f"{part.checkpoint} is not there: train {run.name} to its end first, or, where it was removed since, "
+                    f"remove {run.folder} so that it is trained again"
+                )
             console.print(f"{run.name} step {part.step}: {part.what} of the {part.weights} weights", highlight=False)
             result = (self.probe if part.what == "probe" else self.score)(part, console)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -149,9 +170,7 @@ class Evaluation:
             weights, tokenizer_of(c), labels, seed=s.seed, batch=s.batch, cfg_scale=s.cfg_scale,
             temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
         )  # fmt: skip
-        network = open_network(
-            "inception" if c.score.inception else "efflite0", device, inception=c.score.inception or None
-        )
+        network = open_network("efflite0", device, inception=c.score.inception or None)
         metrics = choose_metrics(c.score.metrics or None, network)[: 1 if part.curve else None]
         made = Collector(network, **needs(metrics, real=False))
         for ids, pixels in iterate_images(painter, console=console):
@@ -195,8 +214,6 @@ def crops(shards: str, count: int) -> tuple[Any, Any]:
 
     tokens = ShardSet(shards)
     centre, stored = tokens.manifest.centre_view, tokens.manifest.views
-    if count > stored:
-        raise UserError(f"probe.fit_crops = {count}: {shards} holds {stored} crops of each picture")
     views = [centre, *(v for v in range(stored) if v != centre)][:count]
     codes, labels = tokens.gather(np.arange(len(tokens)), np.tile(views, (len(tokens), 1)))  # (N, count, T)
     return codes.reshape(-1, codes.shape[-1]), np.repeat(labels, count)

@@ -9,10 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megastar.config.comparison import CompareConfig
-from megastar.config.load import diff_configs, override_config
+from megastar.config.load import diff_configs, load_compare_config, load_config, override_config
 from megastar.config.schema import RunConfig
+from megastar.engine.folders import folder_of, latest, name_of
 from megastar.errors import UserError
 
+# Fields in which a run may differ from what its folder holds, or from another of the same seed, and say the same.
+HOUSEKEEPING = (
+    "run",
+    "data.shards",
+    "data.val_shards",
+    "data.cache",
+    "data.cache_gib",
+    "data.patience",
+    "faults",
+    "train.log_every",
+    "train.keep_last",
+    "train.keep_every",
+    "train.threads",
+    "train.upload",
+)
 MOST = 4_000_000  # samples whose order is hashed in full; of a longer run the first and the last that many
 
 
@@ -57,37 +73,50 @@ def splits_of(cfg: CompareConfig) -> list[str]:
 
 def plan_runs(cfg: CompareConfig, gpus: int) -> list[Run]:
     """All runs, seed by seed, so that one of each is done first. Raises ``UserError``."""
+    if gpus and cfg.nproc > gpus:
+        raise UserError(f"nproc = {cfg.nproc}: there are {gpus} GPUs, and each process of a run needs its own")
     chosen = {name: v.seeds or cfg.seeds for name, v in cfg.variants.items()}
     seeds = list(dict.fromkeys([*cfg.seeds, *(s for some in chosen.values() for s in some)]))
-    threads = 0 if gpus else max(1, len(os.sched_getaffinity(0)) // (cfg.jobs * cfg.nproc))
+    side_by_side = min(cfg.jobs, sum(map(len, chosen.values())))
+    threads = 0 if gpus else max(1, len(os.sched_getaffinity(0)) // (side_by_side * cfg.nproc))
     runs = []
     for seed in seeds:
         for name, variant in cfg.variants.items():
             if seed not in chosen[name]:
                 continue
             label = f"{name}-seed{seed}"
-            given = [
-                f"run={Path(cfg.out) / 'runs' / label}",
-                f"data.shards={codes_of(cfg, 'train')}",
-                f"data.val_shards={codes_of(cfg, 'val') if cfg.base.train.val_every else ''}",
-                f"train.seed={seed}",
-                f"train.keep_every={cfg.curve.every}",
-                f"train.threads={cfg.base.train.threads or threads}",
-            ]
-            run = override_config(cfg.base, [*variant.overrides, *given], f"variant {name}")
-            runs.append(Run(label, name, seed, run))
-    check_fair(runs)
+            given = {
+                "run": Path(cfg.out) / "runs" / label,
+                "data.shards": codes_of(cfg, "train"),
+                "data.val_shards": codes_of(cfg, "val") if cfg.base.train.val_every else "",
+                "train.seed": seed,
+                "train.keep_every": cfg.curve.every,
+                "train.threads": cfg.base.train.threads or threads,
+            }
+            if taken := [text for text in variant.overrides if text.partition("=")[0] in given]:
+                raise UserError(
+                    f"variants.{name}.overrides holds {taken[0]}, which the comparison sets: remove it there"
+                )
+            overrides = [*variant.overrides, *(f"{field}={value}" for field, value in given.items())]
+            runs.append(Run(label, name, seed, override_config(cfg.base, overrides, f"variant {name}")))
+    check_fair(runs, cfg.curve.every)
     return runs
 
 
 def difference(cfg: CompareConfig, run: Run) -> list[str]:
     """In what a run's configuration differs from the base one, housekeeping aside."""
-    ignored = ("run", "data", "train.seed", "train.keep_every", "train.threads")
-    return diff_configs(cfg.base, run.cfg, ignored)
+    return diff_configs(cfg.base, run.cfg, (*HOUSEKEEPING, "train.seed"))
 
 
-def check_fair(runs: Iterable[Run]) -> None:
-    """Raise ``UserError`` where a variant's overrides change how many pictures its runs see."""
+def baselines(cfg: CompareConfig, runs: Iterable[Run]) -> list[str]:
+    """What the others are compared with: the main variants without self-guidance, else the first main one."""
+    guided = {run.variant: run.cfg.self_guided.enabled for run in runs}
+    main = [name for name, v in cfg.variants.items() if v.kind == "main"]
+    return [name for name in main if not guided[name]] or main[:1]
+
+
+def check_fair(runs: Iterable[Run], every: int) -> None:
+    """Raise ``UserError`` where a variant's overrides change how many pictures its runs see, or which checkpoints stay."""
     first: Run | None = None
     for run in runs:
         first = first or run
@@ -98,6 +127,35 @@ def check_fair(runs: Iterable[Run]) -> None:
                     f"variant {run.variant} trains on {here} {what}, {first.variant} on {there}: a comparison is of equal "
                     "train.steps and train.global_batch"
                 )
+        if every % run.cfg.train.save_every:
+            raise UserError(
+                f"variant {run.variant} saves every {run.cfg.train.save_every} steps: curve.every {every} must be a "
+                "multiple of it"
+            )
+
+
+def check_folder(cfg: CompareConfig, runs: Iterable[Run]) -> None:
+    """Raise ``UserError`` when the folder holds runs or codes of another configuration than ``runs``.
+
+    What is measured of them may change, and seeds and variants may be added.
+    """
+    advice = "choose another out=..., or restore the fields"
+    before = Path(cfg.out) / "compare.yaml"
+    if before.is_file():
+        there = load_compare_config(before)
+        fields = [d for d in diff_configs(there, cfg) if d.startswith(("pictures:", "codes:", "base.data.tokenizer:"))]
+        if fields:
+            raise UserError(f"{cfg.out} holds a comparison on other data ({'; '.join(fields)}): {advice}")
+    for run in runs:
+        there_too = run.folder / "config.yaml"
+        if there_too.is_file() and (fields := diff_configs(load_config(there_too), run.cfg, HOUSEKEEPING)):
+            raise UserError(f"{run.folder} holds a run of another configuration ({'; '.join(fields)}): {advice}")
+
+
+def is_trained(run: Run) -> bool:
+    """Whether its last checkpoint is there; ``check_folder`` has found it to be of this configuration."""
+    newest = latest(folder_of(run.cfg))
+    return newest is not None and newest.name == name_of(run.steps)
 
 
 def order_digest(run: Run) -> str:

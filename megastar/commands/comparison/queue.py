@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 POLL = 0.2
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
@@ -39,6 +41,15 @@ class Job:
         return f"{self.run}: {self.stage}"
 
 
+@dataclass(frozen=True)
+class Moment:
+    """How far a job is, when, and what its processes have taken of the processors since they started."""
+
+    done: int
+    clock: float
+    cpu_s: float
+
+
 @dataclass
 class Attempt:
     """A job that came to its end: seconds by the clock, and of the processors."""
@@ -48,6 +59,33 @@ class Attempt:
     seconds: float
     cpu_s: float
     cut: bool  # by the signal that asked us to stop
+    steady: tuple[int, float, float]  # how much was done, in which of both seconds, without start-up and the way out
+
+
+@dataclass
+class Running:
+    """A job's process; ``first`` and ``last``: when ``done`` was first and last seen to grow."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    start: float
+    task: TaskID
+    before: int
+    first: Moment | None = None
+    last: Moment | None = None
+
+    def look(self) -> int:
+        done = self.job.done()
+        if done > (self.last.done if self.last else self.before):
+            self.last = Moment(done, time.perf_counter(), cpu_seconds(self.process.pid))
+            self.first = self.first or self.last
+        return done
+
+    def steady(self) -> tuple[int, float, float]:
+        if self.first is None or self.last is None:
+            return 0, 0.0, 0.0
+        a, b = self.first, self.last
+        return b.done - a.done, b.clock - a.clock, b.cpu_s - a.cpu_s
 
 
 class Stopped(Exception):
@@ -64,7 +102,7 @@ class Queue:
     def __init__(self, width: int, environments: list[dict[str, str]], console: Console):
         assert len(environments) == width
         self.width, self.environments, self.console = width, environments, console
-        self.running: dict[int, tuple[Job, subprocess.Popen[bytes], float, object]] = {}
+        self.running: dict[int, Running] = {}
         self.asked = 0
 
     def work(self, jobs: Iterable[Job], after: Callable[[Attempt], list[Job]]) -> None:
@@ -81,23 +119,23 @@ class Queue:
         waiting = deque(jobs)
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
         former = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with Progress(*columns, console=self.console, refresh_per_second=2) as bar:
+            with Progress(*columns, console=self.console, refresh_per_second=2, transient=True) as bar:
                 while waiting or self.running:
                     while waiting and len(self.running) < self.width and not self.asked:
                         self._start(waiting.popleft(), bar)
                     time.sleep(POLL)
-                    for slot, (job, _, _, task) in list(self.running.items()):
-                        bar.update(task, completed=min(job.total, job.done()))
+                    for slot, one in list(self.running.items()):
+                        bar.update(one.task, completed=min(one.job.total, one.look()))
                         attempt = self._ended(slot)
                         if attempt is not None:
-                            bar.remove_task(task)
+                            bar.remove_task(one.task)
                             waiting.extendleft(reversed(after(attempt)))
                     if self.asked and not self.running:
                         raise Stopped(self.asked)
@@ -107,17 +145,21 @@ class Queue:
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
-        if not self.asked:
-            self.console.print("stopping: runs save their state first; the same command goes on", highlight=False)
+        """The first signal lets the jobs save, the second ends them as they are."""
+        if self.asked:
+            told, what = "ending at once: what was saved last counts", signal.SIGKILL
+        else:
+            told, what = "stopping: runs save their state first; once more ends at once", signal.SIGTERM
         self.asked = number
-        for _, process, _, _ in self.running.values():
-            send(process, signal.SIGTERM)
+        for one in self.running.values():
+            send(one.process, what)
+        self.console.print(told, highlight=False)
 
-    def _start(self, job: Job, bar) -> None:  # type: ignore[no-untyped-def]
+    def _start(self, job: Job, bar: Progress) -> None:
         slot = next(i for i in range(self.width) if i not in self.running)
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open("ab") as log:
-            log.write(f"$ megastar {' '.join(job.words)}\n".encode())
+            log.write(f"$ megastar {shlex.join(job.words)}\n".encode())
             log.flush()
             process = subprocess.Popen(
                 [sys.executable, "-m", "megastar", *job.words],
@@ -128,30 +170,57 @@ class Queue:
             )  # fmt: skip
         if not self.console.is_terminal:
             self.console.print(f"{job.title} ...", highlight=False)
-        self.running[slot] = (job, process, time.perf_counter(), bar.add_task(job.title, total=job.total))
+        task = bar.add_task(job.title, total=job.total)
+        self.running[slot] = Running(job, process, time.perf_counter(), task, job.done())
+        if self.asked:  # just now
+            send(process, signal.SIGTERM)
 
     def _ended(self, slot: int) -> Attempt | None:
-        job, process, start, _ = self.running[slot]
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        one = self.running[slot]
+        pid, status, usage = os.wait4(one.process.pid, os.WNOHANG)
         if not pid:
             return None
-        process.returncode = os.waitstatus_to_exitcode(status)
+        one.process.returncode = code = os.waitstatus_to_exitcode(status)
         del self.running[slot]
-        seconds, cpu_s = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
-        return Attempt(job, process.returncode, seconds, cpu_s, cut=bool(self.asked and process.returncode))
+        seconds, cpu_s = time.perf_counter() - one.start, usage.ru_utime + usage.ru_stime
+        return Attempt(one.job, code, seconds, cpu_s, cut=bool(self.asked and code), steady=one.steady())
 
     def _end_all(self) -> None:
         """Nothing that was started outlives this command."""
-        for _, process, _, _ in self.running.values():
-            send(process, signal.SIGTERM)
-        for _, process, _, _ in self.running.values():
-            process.wait()
+        for one in self.running.values():
+            send(one.process, signal.SIGTERM)
+        for one in self.running.values():
+            one.process.wait()
         self.running.clear()
 
 
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process and those below it, the ended ones that were waited for included."""
+    import psutil
+
+    total = 0.0
+    try:
+        process = psutil.Process(pid)
+        for one in [process, *process.children(recursive=True)]:
+            total += sum(one.cpu_times()[:4])  # user, system, and both of its ended children
+    except psutil.Error:
+        pass
+    return total
+
+
 def send(process: subprocess.Popen[bytes], number: int) -> None:
-    if process.returncode is None:
+    """A signal to a job; one that it cannot heed goes to all its processes, since it could not pass it on."""
+    import psutil
+
+    if process.returncode is not None:
+        return
+    try:
+        below = psutil.Process(process.pid).children(recursive=True) if number == signal.SIGKILL else []
         process.send_signal(number)
+        for one in below:
+            one.send_signal(number)
+    except psutil.Error:  # it has just ended
+        pass
 
 
 def die_with_parent() -> None:

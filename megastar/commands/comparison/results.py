@@ -1,21 +1,20 @@
-"""From what was measured of each run to means, spreads, one table and two figures."""
+"""From what was measured of each run to means, spreads and differences within a seed."""
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megastar.commands.comparison.evaluation import Evaluation
-from megastar.commands.comparison.plan import Run, difference
+from megastar.commands.comparison.plan import Run, baselines
 from megastar.config.comparison import CompareConfig
 
-if TYPE_CHECKING:
-    from rich.table import Table
+LAST, BEST = "probe, last position (%)", "probe, best position (%)"
+LOSS = "validation loss"
+HIGHER = ("probe", "IS", "precision", "recall")  # the beginnings of quantities of which more is better
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -28,12 +27,14 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def gather(run: Run, evaluation: Evaluation, times: Mapping[str, Mapping[str, float]], digest: str) -> dict[str, Any]:
+def gather(run: Run, evaluation: Evaluation, times: Mapping[str, Mapping[str, Any]], digest: str) -> dict[str, Any]:
     """All that is known of a run so far."""
-    rows = [json.loads(line) for line in read_lines(run.folder / "metrics.jsonl")]
+    rows = read_rows(run.folder / "metrics.jsonl")
     speeds = [r["images_per_s"] for r in rows if "images_per_s" in r]
     losses = [r["val_loss_ar"] for r in rows if "val_loss_ar" in r]
     trained = times.get(f"{run.name} train", {})
+    steps, seconds, cpu_s = (trained.get(f"steady_{what}", 0) for what in ("steps", "seconds", "cpu_s"))
+    steady = steps * run.cfg.train.global_batch
     out: dict[str, Any] = {
         "variant": run.variant,
         "seed": run.seed,
@@ -44,6 +45,7 @@ def gather(run: Run, evaluation: Evaluation, times: Mapping[str, Mapping[str, fl
         "sequences": run.sequences,
         "order_sha256": digest,
         "images_per_s": statistics.median(speeds) if speeds else None,
+        "cpu_ms_per_image": 1000 * cpu_s / steady if steady else None,
         "train_seconds": trained.get("seconds"),
         "train_cpu_s": trained.get("cpu_s"),
         "evaluate_seconds": times.get(f"{run.name} evaluate", {}).get("seconds"),
@@ -66,22 +68,35 @@ def gather(run: Run, evaluation: Evaluation, times: Mapping[str, Mapping[str, fl
     return out
 
 
-def read_lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
+def read_rows(metrics: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl, which a run may be writing."""
+    rows = []
+    for line in metrics.read_text().splitlines() if metrics.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def score_of(weights: str, split: str, metric: str) -> Callable[[Mapping[str, Any]], Any]:
+    """What reads a score from a run's row."""
+    return lambda r: r["weights"][weights]["score"][split]["scores"][metric]
 
 
 class Results:
     """The rows of all runs, and what is read from them."""
 
-    def __init__(self, cfg: CompareConfig, runs: Sequence[Run], rows: Mapping[str, Mapping[str, Any]]):
-        self.cfg, self.runs, self.rows = cfg, runs, rows
+    def __init__(self, cfg: CompareConfig, runs: Sequence[Run], rows: Mapping[str, Mapping[str, Any]], gpus: int):
+        self.cfg, self.runs, self.rows, self.gpus = cfg, runs, rows, gpus
         self.labels = {name: v.label or name for name, v in cfg.variants.items()}
+        self.baselines = baselines(cfg, runs)
 
     def of(self, variant: str, value: Callable[[Mapping[str, Any]], Any]) -> dict[int, Any]:
         """Seed -> value, of the runs that have it."""
         found = {}
         for run in self.runs:
-            if run.variant == variant:
+            if run.variant == variant and run.name in self.rows:
                 try:
                     found[run.seed] = value(self.rows[run.name])
                 except (KeyError, TypeError):
@@ -89,16 +104,15 @@ class Results:
         return {seed: v for seed, v in found.items() if v is not None}
 
     def quantities(self, weights: str) -> dict[str, Callable[[Mapping[str, Any]], Any]]:
-        """Name of a column -> its value in a run's row."""
+        """Name of a quantity -> its value in a run's row. The loss is of the student, whatever ``weights`` are."""
         out: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-            "probe, last position (%)": lambda r: 100 * r["weights"][weights]["probe"]["accuracy"][-1],
-            "probe, best position (%)": lambda r: 100 * max(r["weights"][weights]["probe"]["accuracy"]),
+            LAST: lambda r: 100 * r["weights"][weights]["probe"]["accuracy"][-1],
+            BEST: lambda r: 100 * max(r["weights"][weights]["probe"]["accuracy"]),
         }
         for split in self.cfg.score.against:
             for metric in self.metrics(weights, split):
-                out[f"{metric} ({split})"] = lambda r, s=split, m=metric: r["weights"][weights]["score"][s]["scores"][m]
-        out["validation loss"] = lambda r: r["val_loss_ar"]
-        return out
+                out[f"{metric} ({split})"] = score_of(weights, split, metric)
+        return out | {LOSS: lambda r: r["val_loss_ar"] if r["done"] == r["steps"] else None}
 
     def metrics(self, weights: str, split: str) -> list[str]:
         for row in self.rows.values():
@@ -107,131 +121,52 @@ class Results:
         return []
 
     def cost(self, variant: str) -> dict[str, Any]:
-        """Milliseconds of the clock and of the processors an image, medians over the runs."""
-        clock = self.of(variant, lambda r: 1000 / r["images_per_s"])
-        cpu = self.of(variant, lambda r: 1000 * r["train_cpu_s"] / r["images"] if r["done"] == r["steps"] else None)
-        return {
-            "ms_per_image": statistics.median(clock.values()) if clock else None,
-            "cpu_ms_per_image": statistics.median(cpu.values()) if cpu else None,
-        }
+        """Seconds a run, milliseconds an image by the clock and of the processors, medians over the finished runs.
+
+        Milliseconds are without start-up; ``with_startup`` where the processors' were not measured so.
+        ``relative``: milliseconds over each baseline's, of the processors, of the clock where a GPU does the work.
+        """
+        out = self._cost(variant)
+        kind = "ms_per_image" if self.gpus else "cpu_ms_per_image"
+        theirs = {b: self._cost(b)[kind] for b in self.baselines}
+        out["relative"] = {b: out[kind] / there if out[kind] and there else None for b, there in theirs.items()}
+        return out
+
+    def _cost(self, variant: str) -> dict[str, Any]:
+        def ended(r: Mapping[str, Any]) -> bool:
+            return bool(r["done"] == r["steps"])
+
+        seconds = self.of(variant, lambda r: r["train_seconds"] if ended(r) else None)
+        clock = self.of(variant, lambda r: 1000 / r["images_per_s"] if ended(r) else None)
+        cpu = self.of(variant, lambda r: r["cpu_ms_per_image"] if ended(r) else None)
+        whole = {} if cpu else self.of(variant, lambda r: 1000 * r["train_cpu_s"] / r["images"] if ended(r) else None)
+        names = {"seconds": seconds, "ms_per_image": clock, "cpu_ms_per_image": cpu or whole}
+        medians = {name: statistics.median(found.values()) if found else None for name, found in names.items()}
+        return {**medians, "with_startup": bool(whole)}
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(variant, baseline), each pair once."""
+        out = []
+        for i, baseline in enumerate(self.baselines):
+            out += [(v, baseline) for v in self.cfg.variants if v not in self.baselines[: i + 1]]
+        return out
 
     def summary(self) -> dict[str, Any]:
         """Per kind of weights and variant: each quantity's mean and spread; and differences within a seed."""
-        out: dict[str, Any] = {"cost": {v: self.cost(v) for v in self.cfg.variants}, "weights": {}, "differences": {}}
-        main = [n for n, v in self.cfg.variants.items() if v.kind == "main"]
+        out: dict[str, Any] = {
+            "baselines": self.baselines,
+            "cost": {v: self.cost(v) for v in self.cfg.variants},
+            "weights": {},
+            "differences": {},
+        }
         for weights in self.cfg.weights:
-            table, pairs = {}, {}
+            table: dict[str, Any] = {}
+            pairs: dict[str, Any] = {}
             for name, value in self.quantities(weights).items():
                 found = {v: self.of(v, value) for v in self.cfg.variants}
                 table[name] = {v: spread(list(x.values())) for v, x in found.items() if x}
-                for a, b in combinations(main, 2):
+                for b, a in self.pairs():
                     if common := [s for s in found[a] if s in found[b]]:
                         pairs.setdefault(f"{b} - {a}", {})[name] = spread([found[b][s] - found[a][s] for s in common])
             out["weights"][weights], out["differences"][weights] = table, pairs
         return out
-
-    # To read ---------------------------------------------------------------------------------------------------
-    def table(self, weights: str) -> list[list[str]]:
-        """Header and rows."""
-        summary = self.summary()
-        quantities, cost = summary["weights"][weights], summary["cost"]
-        baseline = next((c["cpu_ms_per_image"] for c in cost.values() if c["cpu_ms_per_image"]), None)
-        rows = [["variant", "seeds", "images", "sequences", *quantities, "ms CPU an image"]]
-        for variant, label in self.labels.items():
-            mine = [r for r in self.runs if r.variant == variant]
-            done = [r for r in mine if self.rows[r.name]["done"] >= r.steps]
-            counts = [f"{getattr(mine[0], what):,}" for what in ("images", "sequences")] if mine else ["", ""]
-            cells = [shown(q[variant]) if variant in q else "" for q in quantities.values()]
-            ms = cost[variant]["cpu_ms_per_image"]
-            price = f"{ms:.2f} ({ms / baseline:.2f}x)" if ms and baseline else ""
-            rows.append([label, f"{len(done)} of {len(mine)}", *counts, *cells, price])
-        return rows
-
-    def differences(self, weights: str) -> list[list[str]]:
-        """Header and rows: one main variant less another of the same seed."""
-        summary = self.summary()
-        pairs, names = summary["differences"][weights], list(summary["weights"][weights])
-        rows = [["difference", *names]]
-        for pair, cells in pairs.items():
-            b, a = pair.split(" - ")
-            rows.append(
-                [f"{self.labels[b]} - {self.labels[a]}", *(shown(cells[n], "+") if n in cells else "" for n in names)]
-            )
-        return rows
-
-    def markdown(self, head: str) -> str:
-        """table.md."""
-        out = [head]
-        for weights in self.cfg.weights:
-            out.append(f"## {weights} weights\n\n{as_markdown(self.table(weights))}")
-            if len(pairs := self.differences(weights)) > 1:
-                out.append(f"Within a seed, mean and standard deviation of the difference:\n\n{as_markdown(pairs)}")
-        changes = {self.labels[r.variant]: difference(self.cfg, r) for r in self.runs}
-        out.append("## What differs from the base run\n\n" + as_markdown(
-            [["variant", "fields"], *([label, "; ".join(d) or "nothing"] for label, d in changes.items())]
-        ))  # fmt: skip
-        return "\n\n".join(out) + "\n"
-
-    def rich(self, weights: str) -> Table:
-        from rich.table import Table
-
-        header, *rows = self.table(weights)
-        table = Table(*header, title=f"{weights} weights: mean ± standard deviation over seeds")
-        for row in rows:
-            table.add_row(*row)
-        return table
-
-    # To see ----------------------------------------------------------------------------------------------------
-    def figures(self) -> list[Path]:
-        """probe.png and score.png, as far as there is something to draw."""
-        from megastar.evaluation.figure import Line, draw_lines
-
-        c, out, written = self.cfg, Path(self.cfg.out), []
-        weights, split = c.weights[0], c.score.against[0]
-        lines = []
-        for variant, v in c.variants.items():
-            probes = self.of(variant, lambda r: r["weights"][weights]["probe"]).values()
-            ys = [[100 * a for a in p["accuracy"]] for p in probes]
-            xs = [p["positions"] for p in probes]
-            if ys:
-                lines.append(Line(self.labels[variant], xs[0], ys, thin=v.kind == "ablation"))
-        if lines:
-            title = f"linear probe of block {c.probe.block}, null class, {c.probe.score_on} split, {weights} weights"
-            draw_lines(
-                lines, out / "probe.png", "position in the sequence", "top-1 accuracy (%)", title, ticks=lines[0].xs
-            )
-            written.append(out / "probe.png")
-        lines, metric = [], ""
-        for variant, v in c.variants.items():
-            curves = self.of(variant, lambda r: r["curve"]).values()
-            steps = sorted({int(s) for curve in curves for s in curve if "score" in curve[s]})
-            ys = [[score_at(curve, s, split) for s in steps] for curve in curves if curve]
-            if steps and ys:
-                images = [s * c.base.train.global_batch for s in steps]
-                lines.append(Line(self.labels[variant], images, ys, thin=v.kind == "ablation"))
-                metric = next(r["score"][split]["metric"] for curve in curves for r in curve.values() if "score" in r)
-        if lines:
-            title = f"{c.curve.count} pictures against the {split} split, {weights} weights"
-            draw_lines(lines, out / "score.png", "images seen", metric, title)
-            written.append(out / "score.png")
-        return written
-
-
-def score_at(curve: Mapping[str, Any], step: int, split: str) -> float:
-    """NaN where it is not measured yet."""
-    try:
-        return curve[str(step)]["score"][split]["value"]
-    except KeyError:
-        return math.nan
-
-
-def shown(s: Mapping[str, Any], sign: str = "") -> str:
-    """4.31 ± 0.02; one seed says so."""
-    digits = 3 if abs(s["mean"]) < 10 else 2
-    mean = f"{s['mean']:{sign}.{digits}f}"
-    return f"{mean} (1 seed)" if s["std"] is None else f"{mean} ± {s['std']:.{digits}f}"
-
-
-def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    header, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([header, "|" + "---|" * len(rows[0]), *body])
