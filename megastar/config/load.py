@@ -176,7 +176,8 @@ def _fill(
 def _fill_named(
     config: DictConfig, value: Any, schema: type, name: str, leaves: list[str], problems: list[Problem]
 ) -> None:
-    """Sections that the user names."""
+    """Sections that the user names; an empty value is none."""
+    value = {} if value is None else value
     if not isinstance(value, dict):
         problems.append(Problem(f"{name} = {value!r}: holds sections, write {name}.NAME.field: value", (name,)))
         return
