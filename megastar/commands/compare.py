@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megastar.commands.common import Parser, config_and_overrides, terminal_width
+from megastar.commands.common import Parser, config_and_overrides, is_launched, terminal_width
 from megastar.config.comparison import CompareConfig
 from megastar.config.help import fields_text
 from megastar.config.load import load_compare_config
@@ -50,6 +51,10 @@ def main(words: list[str]) -> int:
         raise UserError(f"--redraw {a.redraw} takes all from that folder: leave out {' '.join(a.items)}")
     if a.redraw is None and path is None:
         raise UserError("name a configuration, as configs/run/compare_emoji.yaml; see megastar compare --help")
+    if is_launched(os.environ):
+        raise UserError(
+            "megastar compare starts its runs itself (nproc, jobs): call it without torchrun, deepspeed, srun"
+        )
     cfg = None if a.redraw is not None else load_compare_config(path, overrides)
     from rich.console import Console
 

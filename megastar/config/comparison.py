@@ -94,11 +94,11 @@ class CompareConfig:
     )
     jobs: int = knob(1, "runs side by side", low=1)
     nproc: int = knob(1, "processes of one run", low=1)
+    variants: dict[str, VariantConfig] = knob({}, "name -> what differs")
     probe: ProbeConfig = knob(ProbeConfig, "the linear probe")
     sample: SampleConfig = knob(SampleConfig, "the sampler")
     score: ScoreConfig = knob(ScoreConfig, "the score")
     curve: CurveConfig = knob(CurveConfig, "scores while training")
-    variants: dict[str, VariantConfig] = knob({}, "name -> what differs")
     base: RunConfig = knob(RunConfig, "the run that all variants change, or a path to one; megastar train --help")
 
 

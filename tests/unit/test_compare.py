@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from megastar.cli import main
 from megastar.commands.comparison.evaluation import Evaluation, like
 from megastar.commands.comparison.folder import Comparison, only_one
 from megastar.commands.comparison.plan import check_folder, check_order, is_trained, order_digest, plan_runs
+from megastar.commands.comparison.queue import Attempt, Job
 from megastar.config.load import load_compare_config, save_config
 from megastar.data.loader import TokenLoader
 from megastar.engine.build import Context
@@ -198,8 +201,13 @@ def test_unfair_variants_are_told(tmp_path, overrides, gpus, sentence):
         plan_runs(small(tmp_path, *overrides), gpus)
 
 
-def test_the_command_tells_mistakes_in_one_sentence(tmp_path, capsys):
+def test_the_command_tells_mistakes_in_one_sentence(tmp_path, capsys, monkeypatch):
     small(tmp_path)
+    with monkeypatch.context() as launched:
+        launched.setenv("RANK", "0")
+        launched.setenv("WORLD_SIZE", "2")
+        assert main(["compare", str(tmp_path / "compare.yaml")]) == 2
+        assert "megastar compare starts its runs itself (nproc, jobs)" in capsys.readouterr().err
     for words, message in (
         ([], "name a configuration, as configs/run/compare_emoji.yaml"),
         ([str(tmp_path / "compare.yaml"), "--evaluate", "star"], "--evaluate star: the runs are ar-seed0, star-seed0"),
@@ -317,6 +325,27 @@ def test_what_is_done_is_not_done_again(measured, tmp_path):
     assert comparison.next_job(runs[0]) is None
     shutil.rmtree(runs[0].folder)  # someone removes the run: it is made again
     assert comparison.next_job(runs[0]).stage == "train"
+
+
+def test_a_full_disk_stops_no_run(measured):
+    """What the comparison cannot note is told; what follows is started all the same."""
+    runs = plan_runs(measured.cfg, 0)
+    console = Console(file=io.StringIO(), width=200)
+    comparison = Comparison(measured.cfg, runs, 0, "megastar compare", console)
+    comparison.digests = dict.fromkeys(comparison.named, "")
+    trained(runs[0], 8)
+    trained(runs[0], 4)
+    (runs[0].folder / "checkpoints" / "latest").write_text(name_of(8))
+    job = Job(runs[0].name, "train", [], Path("log"), 8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        follows = comparison.after(Attempt(job, 0, 1.0, 1.0, cut=False, steady=(4, 0.5, 0.5)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [f.stage for f in follows] == ["evaluate"] and not comparison.failed
+    assert "takes no writing: File too large" in console.file.getvalue()
+    assert not list(comparison.out.glob("*.tmp")) and not (comparison.out / "times.json").exists()
 
 
 def test_a_missing_checkpoint_says_what_to_do(measured):
