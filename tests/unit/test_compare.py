@@ -305,7 +305,7 @@ def test_the_key_of_a_result_stays(measured, tmp_path):
     run = plan_runs(measured.cfg, 0)[0]
     trained(run, 8)
     probe = measured.parts(run)[0]
-    assert measured.file(probe).name == "ar-seed0-00000008-ema-probe-KEY.json"
+    assert measured.file(probe).name == "ar-seed0-00000008-ema-probe-fb3d569bba578a74.json"
 
 
 def test_what_is_done_is_not_done_again(measured, tmp_path):
