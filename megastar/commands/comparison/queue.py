@@ -126,7 +126,10 @@ class Queue:
         )
         former = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with Progress(*columns, console=self.console, refresh_per_second=2, transient=True) as bar:
+            unwatched = not self.console.is_terminal  # each start is a line there instead
+            with Progress(
+                *columns, console=self.console, refresh_per_second=2, transient=True, disable=unwatched
+            ) as bar:
                 while waiting or self.running:
                     while waiting and len(self.running) < self.width and not self.asked:
                         self._start(waiting.popleft(), bar)

@@ -140,7 +140,7 @@ def print_rows(rows: Rows, console: Console) -> None:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for i in columns:  # a heading may be broken, a value not
             justify: Literal["left", "right"] = "right" if i else "left"
-            table.add_column(Text(rows[0][i]), justify=justify, vertical="bottom", min_width=wide(rows, i))
+            table.add_column(Text(rows[0][i]), justify=justify, vertical="bottom", width=wide(rows, i))
         for row in rows[1:]:
             table.add_row(*(Text(row[i].replace(" ", UNBROKEN)) for i in columns))
         console.print(table)
