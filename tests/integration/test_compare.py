@@ -46,13 +46,13 @@ def cut(config: Path, out: Path) -> int:
         process = subprocess.Popen(
             [sys.executable, "-m", "megastar", "compare", str(config)], cwd=ROOT, env=environment(), stdout=log, stderr=log
         )  # fmt: skip
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     try:
         while not any(last_step(f) > 1 for f in out.glob("runs/*/metrics.jsonl")):
             assert time.monotonic() < deadline and process.poll() is None, (out.parent / "first.log").read_text()
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        return process.wait(timeout=200)
+        return process.wait(timeout=600)
     finally:
         if process.poll() is None:
             process.kill()
