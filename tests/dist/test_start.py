@@ -30,7 +30,7 @@ train: {{global_batch: 8, micro_batch: 2, steps: 2, dtype: fp32, val_every: 1, v
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["--log-dir", str(tmp_path / "logs"), "--redirects=3", "-m", "megastar", "train", str(config)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     said = [path.read_text() for path in sorted(tmp_path.glob("logs/*/attempt_0/*/stderr.log"))]
     assert done.returncode and len(said) == 2
     sentence = f"sample 2 of {folder} holds code {V}, outside the vocabulary of {V}"
