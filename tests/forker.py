@@ -1,7 +1,8 @@
 """Ranks without their imports: a process that has imported what training needs, and forks the ranks of each launch.
 
-Importing torch and deepspeed takes longer than most runs of the tests. ``python -m tests.forker`` takes requests on stdin
-and answers on stdout, a JSON object a line; ``run`` starts it when it is first needed, and it ends with its parent.
+Importing torch and deepspeed takes longer than most runs of the tests. ``run`` asks a server that is started when it is
+first needed and ends with its parent; it takes requests on stdin and answers on stdout, a JSON object a line.
+``python -m tests.forker RANKS WORDS...`` launches once, in the terminal's own files.
 The ranks find each other as under SLURM: rank 0 keeps the store. Where the launcher, signals to it, or the first moments
 of a process matter, a test starts real processes instead.
 """
@@ -33,14 +34,7 @@ def run(words: list[str], environment: dict[str, str], ranks: int = 0, timeout: 
     server = _server()
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder) / name) for name in ("out", "err")]
-        place: dict[str, str] = {}
-        if ranks:
-            with socket.create_server(("127.0.0.1", 0)) as s:
-                place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-            place |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        request = {
-            "words": words, "ranks": ranks, "environment": environment | place, "files": files, "timeout": timeout,
-        }  # fmt: skip
+        request = request_of(words, ranks, environment, files, timeout)
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         answer = server.stdout.readline()
@@ -49,6 +43,17 @@ def run(words: list[str], environment: dict[str, str], ranks: int = 0, timeout: 
     if status is None:
         raise subprocess.TimeoutExpired(words, timeout, out[-4000:], err[-4000:])
     return subprocess.CompletedProcess(words, status, out, err)
+
+
+def request_of(
+    words: list[str], ranks: int, environment: dict[str, str], files: list[str], timeout: float
+) -> dict[str, Any]:
+    place: dict[str, str] = {}
+    if ranks:
+        with socket.create_server(("127.0.0.1", 0)) as s:
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        place |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return {"words": words, "ranks": ranks, "environment": environment | place, "files": files, "timeout": timeout}
 
 
 @cache
@@ -61,7 +66,7 @@ def _server() -> Any:
 
 
 # The server --------------------------------------------------------------------------------------------------------
-def serve() -> None:
+def load() -> None:
     import torch.utils.tensorboard  # noqa: F401
 
     import megastar.cli
@@ -70,6 +75,9 @@ def serve() -> None:
     import megastar.engine.loop  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1, "a thread of the imports would be missing in the ranks"
+
+
+def serve() -> None:
     for line in sys.stdin:
         print(json.dumps(launch(json.loads(line))), flush=True)
 
@@ -101,14 +109,11 @@ def tell(pids: set[int], number: signal.Signals) -> None:
 def fork(request: dict[str, Any], rank: int) -> int:
     if pid := os.fork():
         return pid
-    os.setsid()
     status: Any = 1
     try:
-        for name, flags, fd in (
-            (os.devnull, os.O_RDONLY, 0),
-            *((file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, fd) for fd, file in enumerate(request["files"], 1)),
-        ):
-            os.dup2(os.open(name, flags, 0o600), fd)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for fd, file in enumerate(request["files"], 1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), fd)
         os.environ.clear()
         os.environ.update(request["environment"])
         if request["ranks"]:
@@ -154,4 +159,8 @@ def leave(status: Any) -> NoReturn:
 
 
 if __name__ == "__main__":
+    load()
+    if len(sys.argv) > 1:
+        status = launch(request_of(sys.argv[2:], int(sys.argv[1]), dict(os.environ), [], timeout=900))
+        sys.exit(124 if status is None else status)
     serve()
