@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 STACKS, LOST = "stacks", "lost.jsonl"
-WHY = ("lost", "hung", "slow")
+WHY = ("lost", "hung", "corrupt")
 COLLECTIVES = 8  # of the last ones, in a stacks file
 
 
