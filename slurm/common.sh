@@ -70,7 +70,7 @@ train() {
     LEDGER=${run:=runs/run}/requeues.log
     tell "run folder $(realpath -m "$run"), last checkpoint $(last_checkpoint)"
     [ -z "$JOB" ] || [ -n "${MEGASTAR_DRY_RUN:-}" ] || look_around
-    step --label --wait=60 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar train "$@" ${cache:+"$cache"}
+    step --label --wait=120 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar train "$@" ${cache:+"$cache"}
     leave $?
 }
 
