@@ -5,7 +5,6 @@ Looked at just before the optimizer moves: what it moves is sent to all ranks an
 
 from __future__ import annotations
 
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from megastar.engine.evidence import record_loss
 from megastar.engine.guard import said
 from megastar.engine.schedule import peak_rate
 from megastar.engine.state_files import KINDS
+from megastar.host import host_name
 from megastar.parallel.plan import split_of
 
 CHUNK = 1 << 22  # elements hashed at a time: their int64 copies are small against a layer
@@ -109,7 +109,7 @@ def compare(cfg: RunConfig, engines: Engines, ctx: Context, step: int, since: in
         if scopes[i] == "tensor" and held[i][2].is_floating_point():
             value = _far_from_first(ctx, held[i][2], 2 * since * peak_rate(cfg))
         every: list[Any] = [None] * ctx.world
-        dist.all_gather_object(every, (socket.gethostname(), value))
+        dist.all_gather_object(every, (host_name(), value))
         hosts = [host for host, _ in every]
         if found := odd_ones([value for _, value in every], _groups(ctx, scopes[i])):
             faults.append((names[i], *found, hosts))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from megastar.engine.evidence import STACKS, collectives_entered, record_loss, s
 from megastar.engine.judge import CLEAN, HEARTBEATS, Judge, Verdict, place, zero_keeps_store
 from megastar.engine.progress import PROGRESS, STARTING
 from megastar.errors import UserError
+from megastar.host import host_name
 
 LAST_WORDS = 10.0  # seconds that a disk may take for the stacks before the rank ends without them
 PUZZLE = 10.0  # seconds for finding out whose end broke a connection
@@ -83,7 +83,7 @@ class Watchdog:
         self.wanted = bool(cfg.faults.hang_timeout or cfg.faults.lost_timeout)
         shortest = min((t for t in (cfg.faults.lost_timeout, cfg.faults.hang_timeout) if t), default=60.0)
         self.tick = min(1.0, max(0.05, shortest / 20))
-        self.me = Beat(rank, socket.gethostname(), os.getpid(), phase=STARTING)  # what never changes of its signs
+        self.me = Beat(rank, host_name(), os.getpid(), phase=STARTING)  # what never changes of its signs
         self.stage, self.status, self.text = "", 0, ""  # stage: PUZZLED, LEFT, ENDED or nothing
         self.beats = 0
         self.said: dict[int, bytes] = {}  # by the others; replaced, never changed, by the thread that talks
