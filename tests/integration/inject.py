@@ -25,11 +25,11 @@ plain = loop.losses
 faults: dict = {}
 
 
-def losses(cfg, engines, ctx, batch, step):
+def losses(cfg, engines, ctx, batch, step, **more):
     place = batch["step"]
     if faults.get("kill") == place and ctx.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    loss, parts = plain(cfg, engines, ctx, batch, step)
+    loss, parts = plain(cfg, engines, ctx, batch, step, **more)
     if faults.get("corrupt") == place and ctx.rank == 1:
         engines.student.module.transformer.norm.weight.data.view(torch.int32)[5] ^= 1 << 20
     whose = faults.get("nan", {}).get(str(place))
