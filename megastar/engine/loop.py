@@ -168,7 +168,7 @@ def run(
             seen, why = train_step(cfg, ctx, engines, saver, supply, guard, stop, step, steps)
         except CorruptReplica:
             PROGRESS.at(SAVING)
-            saver.finish()  # the save under way is good
+            metrics.saved(saver.finish())  # the save under way is good
             raise
         except Starved as starved:
             leave(saver, supply, metrics, about, done, step, starved.signal)
