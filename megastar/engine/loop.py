@@ -181,7 +181,7 @@ def run(
                 supply.restart()
                 skipped = 0
                 continue
-        step += 1
+        PROGRESS.done = step = step + 1
         about["guard"] = guard.state(step)
         about.pop("val_loss_ar", None)
         last, row = step == steps, {}
