@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megastar.host import host_name
 
 STACKS, LOST = "stacks", "lost.jsonl"
-WHY = ("lost", "hung", "slow")
+WHY = ("lost", "hung", "corrupt")
 COLLECTIVES = 8  # of the last ones, in a stacks file
 
 

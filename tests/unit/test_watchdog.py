@@ -213,6 +213,9 @@ def test_limits():
     assert limit_of(cfg) == 100
     cfg.data.shards, cfg.data.patience = "s3://bucket/codes", 500
     assert limit_of(cfg) > 100 + 500
+    cfg.data.shards, cfg.data.val_shards = "runs/codes", "s3://bucket/val"
+    PROGRESS.at(STARTING)  # the validation pictures are read
+    assert limit_of(cfg) > 100 + 500 + progress.START_EXTRA
     PROGRESS.at(SAVING)
     assert limit_of(cfg) >= 3700
     PROGRESS.at(ENDING)
