@@ -8,7 +8,7 @@ import torch
 
 from megastar.config.schema import RunConfig
 from megastar.engine.build import Context, Engines
-from megastar.engine.checkpoint import owned
+from megastar.engine.saver import owned
 from megastar.engine.teachers import PREFIX
 from megastar.parallel.collectives import gather_rows
 from megastar.parallel.cost import peak_tflops, step_flops
