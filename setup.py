@@ -33,6 +33,7 @@ setup(
         "numpy>=1.26",
         "pyyaml>=6.0",
         "omegaconf>=2.3",
+        "psutil>=5.9",
         "rich>=13.0",
         "tensorboard>=2.16",
         "pillow>=10.1",

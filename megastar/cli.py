@@ -22,6 +22,7 @@ COMMANDS = {  # name -> (module of megastar.commands, what it does)
     "sample": ("sample", "draw pictures from a run or a weights file"),
     "evaluate": ("evaluate", "score pictures against real ones: FID and its kin, FD-EffLite0"),
     "probe": ("probe", "linear probe of a model's features"),
+    "compare": ("compare", "train variants with several seeds; probe, sample and score them alike"),
     "plan": ("plan", "memory, communication and time of a run on a machine"),
     "check-gpu": ("check_gpu", "are the kernels right and fast on this GPU; what auto picks"),
     "doctor": ("doctor", "what is wrong with this node, or with all nodes, and the remedy"),

@@ -224,7 +224,7 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     from rich.console import Console
 
     from megastar.parallel.budget import trunk
-    from megastar.parallel.cost import ASSUMPTIONS, elements, student_views
+    from megastar.parallel.cost import ASSUMPTIONS, elements
 
     # A pipe has no width of its own: give the table the one it needs.
     console = Console(
@@ -232,7 +232,7 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     )
     counts, g, gpu = elements(cfg), cfg.self_guided, machine.gpu
     P, extra = trunk(counts), sum(counts.values()) - trunk(counts)
-    views = f" x {student_views(cfg)} views (teacher {g.views})" if g.enabled else ""
+    views = f" x {cfg.student_views} views (teacher {g.views})" if g.enabled else ""
     data = "network" if machine.nodes > 1 else "NVLink"
     console.print(
         f"{cfg.model.name}: {P / 1e6:.1f} M parameters"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, NamedTuple, cast, get_type_hints
+from typing import Any, NamedTuple, cast, get_args, get_origin, get_type_hints
 
 
 class Row(NamedTuple):
@@ -22,6 +22,9 @@ def rows(schema: type, prefix: str = "") -> list[Row]:
         if is_dataclass(hint):
             out.append(Row(name + ".", "", f.metadata["help"]))
             out += rows(cast(type, hint), name + ".")
+        elif get_origin(hint) is dict:  # sections that the user names
+            out.append(Row(f"{name}.NAME.", "", f.metadata["help"]))
+            out += rows(get_args(hint)[1], f"{name}.NAME.")
         else:
             out.append(Row(name, _show(_default(f)), f.metadata["help"] + _bounds(f)))
     return out

@@ -12,6 +12,7 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megastar.config.comparison import CompareConfig
 from megastar.config.deepspeed import deepspeed_problems
 from megastar.config.files import find_file, read_yaml, require_file
 from megastar.config.schema import RunConfig, TokenizerTrainConfig
@@ -36,6 +37,17 @@ def load_tokenizer_config(path: str | Path | None, overrides: Sequence[str] = ()
     return cast(TokenizerTrainConfig, _load(data, overrides, TokenizerTrainConfig, path, near))
 
 
+def load_compare_config(path: str | Path | None, overrides: Sequence[str] = ()) -> CompareConfig:
+    """``load_config`` for ``megastar compare``."""
+    near = None if path is None else require_file(path, "configuration")
+    return cast(CompareConfig, _load({} if near is None else read_yaml(near), overrides, CompareConfig, path, near))
+
+
+def override_config(cfg: RunConfig, overrides: Sequence[str], where: str) -> RunConfig:
+    """``cfg`` with ``a.b=c`` overrides, checked; ``where`` begins the sentence about a problem."""
+    return cast(RunConfig, _load(asdict(cfg), overrides, RunConfig, where, None))
+
+
 def config_from_dict(data: dict[str, Any]) -> RunConfig:
     """The inverse of ``dataclasses.asdict``, checked as ``load_config`` does but for files on this machine."""
     return cast(RunConfig, _load(data, (), RunConfig, "saved configuration", None, files=False))
@@ -50,23 +62,23 @@ def _load(
     files: bool = True,
 ) -> Any:
     problems: list[Problem] = []
-    sections = {k: v for k, v in get_type_hints(schema).items() if is_dataclass(v)}
-    for name in sections:
-        if isinstance(data.get(name), str):
-            data[name] = _read_section(name, data[name], near, problems)
+    sections = _sections(schema)
+    _read_sections(data, sections, near, problems)
     for text in overrides:
-        _override(data, text, sections, near, problems)
+        _override(data, text, problems)
+        _read_sections(data, sections, near, problems)
 
     config = OmegaConf.structured(schema)
     _fill(config, data, schema, "", _leaves(schema), problems)
     cfg = OmegaConf.to_object(config)
     broken = {name for problem in problems for name in problem.about}
     problems += [p for p in find_problems(cfg) if not any(_touches(p, b) for b in broken)]
-    if files and isinstance(cfg, RunConfig) and not any(b.startswith("parallel") for b in broken):
-        found = find_file(cfg.parallel.deepspeed, near)
-        if found is not None and find_file(cfg.parallel.deepspeed) is None:
-            cfg.parallel.deepspeed = str(found)  # lies beside the YAML file, far from the working directory
-        problems += [Problem(text, ("parallel.deepspeed",)) for text in deepspeed_problems(cfg)]
+    run = cfg.base if isinstance(cfg, CompareConfig) else cfg
+    if files and isinstance(run, RunConfig) and not any(b.removeprefix("base.").startswith("parallel") for b in broken):
+        found = find_file(run.parallel.deepspeed, near)
+        if found is not None and find_file(run.parallel.deepspeed) is None:
+            run.parallel.deepspeed = str(found)  # lies beside the YAML file, far from the working directory
+        problems += [Problem(text, ("parallel.deepspeed",)) for text in deepspeed_problems(run)]
     if problems:
         raise UserError(_report(str(where or "command line"), [p.text for p in problems]))
     return cfg
@@ -82,17 +94,28 @@ def _report(where: str, texts: list[str]) -> str:
     return f"{where}: {len(texts)} problems\n" + "\n".join(f"  - {text}" for text in texts)
 
 
-def _read_section(name: str, file: str, near: Path | None, problems: list[Problem]) -> dict[str, Any]:
-    try:
-        return read_yaml(require_file(file, f"{name}:", near))
-    except UserError as error:
-        problems.append(Problem(str(error), (name,)))
-        return {}
+def _sections(schema: type, prefix: str = "") -> list[str]:
+    """Dotted names of all sections, outer ones first."""
+    inner = {prefix + name: hint for name, hint in get_type_hints(schema).items() if is_dataclass(hint)}
+    return [*inner, *(more for name, hint in inner.items() for more in _sections(cast(type, hint), name + "."))]
 
 
-def _override(
-    data: dict[str, Any], text: str, sections: Collection[str], near: Path | None, problems: list[Problem]
-) -> None:
+def _read_sections(data: dict[str, Any], sections: Sequence[str], near: Path | None, problems: list[Problem]) -> None:
+    """Put the contents of a file in the place of its path, wherever a section is a text."""
+    for name in sections:
+        *parents, last = name.split(".")
+        node: Any = data
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict) and isinstance(node.get(last), str):
+            try:
+                node[last] = read_yaml(require_file(node[last], f"{name}:", near))
+            except UserError as error:
+                problems.append(Problem(str(error), (name,)))
+                node[last] = {}
+
+
+def _override(data: dict[str, Any], text: str, problems: list[Problem]) -> None:
     name, equals, _ = text.partition("=")
     if not equals or not name or not all(name.split(".")):
         problems.append(Problem(f"override {text!r} is not of the form section.field=value", ()))
@@ -103,8 +126,6 @@ def _override(
     except (OmegaConfBaseException, ValueError) as error:
         problems.append(Problem(f"override {text!r} cannot be read ({str(error).splitlines()[0]})", (name,)))
         return
-    if name in sections and isinstance(value, str):
-        value = _read_section(name, value, near, problems)
     *parents, last = name.split(".")
     node = data
     for parent in parents:
@@ -137,6 +158,8 @@ def _fill(
                 _fill(config, value, cast(type, hint), name + ".", leaves, problems)
             elif value is not None:
                 problems.append(Problem(f"{name} = {value!r}: is a section, write {name}.field: value", (name,)))
+        elif get_origin(hint) is dict:
+            _fill_named(config, value, get_args(hint)[1], name, leaves, problems)
         else:
             if hint is str and value is None:
                 value = ""  # an empty value, `data.val_shards=`, turns a file off
@@ -148,6 +171,22 @@ def _fill(
                 OmegaConf.update(config, name, value)
             except (OmegaConfBaseException, ValueError, TypeError):
                 problems.append(Problem(f"{name} = {value!r}: must be {_type_name(hint)}", (name,)))
+
+
+def _fill_named(
+    config: DictConfig, value: Any, schema: type, name: str, leaves: list[str], problems: list[Problem]
+) -> None:
+    """Sections that the user names; an empty value is none."""
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        problems.append(Problem(f"{name} = {value!r}: holds sections, write {name}.NAME.field: value", (name,)))
+        return
+    for key, section in value.items():
+        OmegaConf.select(config, name)[str(key)] = schema()
+        if isinstance(section, dict):
+            _fill(config, section, schema, f"{name}.{key}.", leaves, problems)
+        elif section is not None:
+            problems.append(Problem(f"{name}.{key} = {section!r}: is a section, write {name}.{key}.field: value", ()))
 
 
 def _unknown(key: str, prefix: str, siblings: list[str], leaves: list[str]) -> str:
@@ -203,7 +242,7 @@ def resolve_batch(cfg: RunConfig, world_size: int) -> tuple[int, int]:
     return micro, per_rank // micro
 
 
-def save_config(cfg: RunConfig | TokenizerTrainConfig, path: str | Path) -> None:
+def save_config(cfg: RunConfig | TokenizerTrainConfig | CompareConfig, path: str | Path) -> None:
     """Write every field, so that the file means the same under later defaults; atomic."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

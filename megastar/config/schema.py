@@ -143,6 +143,11 @@ class SelfGuidedConfig:
     beta: float = knob(0.5, "weight of the mean of the two contrastive losses [P]", low=0)
     mask_ratio: float = knob(0.25, "share of the T - 1 image-token keys hidden from the student [P]", low=0, below=1)
     views: int = knob(2, "crops M of an image a step [P]; they are distinct stored crops [C]", low=1)
+    baseline_views: int = knob(
+        1,
+        "crops of an image a step, each a sequence, when enabled is false; 2: the control for doubled sequences",
+        low=1,
+    )
     student_views: int = knob(
         2, "views that go through the student, 1 or 2; the paper's text says 2, its figure 1 [C]", choices=(1, 2)
     )
@@ -292,3 +297,13 @@ class RunConfig:
     parallel: ParallelConfig = knob(ParallelConfig, "the split over GPUs")
     faults: FaultsConfig = knob(FaultsConfig, "when something goes wrong")
     train: TrainConfig = knob(TrainConfig, "length, batch, precision, housekeeping")
+
+    @property
+    def views(self) -> int:
+        """Crops M of an image that a step reads."""
+        return self.self_guided.views if self.self_guided.enabled else self.self_guided.baseline_views
+
+    @property
+    def student_views(self) -> int:
+        """Sequences of an image that go through the student."""
+        return self.self_guided.student_views if self.self_guided.enabled else self.self_guided.baseline_views

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from megastar.config.comparison import CompareConfig
+from megastar.config.comparison import rules as comparison_rules
 from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig, TokenizerConfig, TokenizerTrainConfig
 
 
@@ -34,10 +36,15 @@ def tensor_parallel_degrees(m: ModelConfig) -> list[int]:
 
 
 def find_problems(cfg: Any) -> list[Problem]:
-    """Everything wrong with a ``RunConfig`` or ``TokenizerTrainConfig``, field by field, then rule by rule."""
+    """Everything wrong with a configuration, field by field, then rule by rule."""
     found = list(_bounds(cfg))
     broken = {name for problem in found for name in problem.about}
-    rules = _run_rules if isinstance(cfg, RunConfig) else _tokenizer_rules
+    kinds: dict[type, Callable[[Any], Iterator[Problem]]] = {
+        RunConfig: _run_rules,
+        CompareConfig: _comparison_rules,
+        TokenizerTrainConfig: _tokenizer_rules,
+    }
+    rules = kinds[type(cfg)]
     return found + [p for p in rules(cfg) if not broken & set(p.about)]
 
 
@@ -47,6 +54,10 @@ def _bounds(section: Any, prefix: str = "") -> Iterator[Problem]:
         name, value, meta = prefix + f.name, getattr(section, f.name), f.metadata
         if is_dataclass(value):
             yield from _bounds(value, name + ".")
+            continue
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from _bounds(inner, f"{name}.{key}.")
             continue
         if "choices" in meta:
             if value not in meta["choices"]:
@@ -101,6 +112,14 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
             )
     if "://" in cfg.data.cache:
         yield Problem(f"data.cache = {cfg.data.cache}: must be a folder on a disk of this node", ("data.cache",))
+
+
+def _comparison_rules(cfg: CompareConfig) -> Iterator[Problem]:
+    for text, about in comparison_rules(cfg):
+        yield Problem(text, about)
+    for problem in _run_rules(cfg.base):
+        if problem.about not in (("run",), ("data.shards",)):  # the comparison names them
+            yield Problem(f"base: {problem.text}", tuple(f"base.{name}" for name in problem.about))
 
 
 def _near(values: list[int], wanted: int, count: int = 4) -> list[int]:

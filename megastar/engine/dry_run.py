@@ -23,7 +23,7 @@ IMAGENET = 1_281_167  # training pictures of ImageNet-1k, where there are no sha
 
 def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest | None) -> None:
     """Three steps on random codes, with a learning rate of 0; prints parameters, memory a rank, batch and schedule."""
-    B, M, T = engines.micro_batch, cfg.self_guided.views if cfg.self_guided.enabled else 1, cfg.model.image_tokens
+    B, M, T = engines.micro_batch, cfg.views, cfg.model.image_tokens
     g = torch.Generator().manual_seed(ctx.mesh.data_rank)
     batch = {
         "codes": torch.randint(0, cfg.model.vocab_size, (B, M, T), generator=g),

@@ -22,7 +22,7 @@ def open_data(cfg: RunConfig) -> tuple[Manifest, Manifest | None]:
     if cfg.data.tokenizer and expected is None:
         raise UserError(f"data.tokenizer={cfg.data.tokenizer} does not exist: name the tokenizer that made the shards")
     manifest = load_manifest(cfg.data.shards, cfg.data)
-    check_manifest(manifest, cfg.model, expected, views_of(cfg))
+    check_manifest(manifest, cfg.model, expected, cfg.views)
     check_enough(cfg.data.shards, manifest, cfg.train.global_batch)
     if not cfg.data.val_shards:
         return manifest, None
@@ -69,10 +69,6 @@ def digest_of(manifest: Manifest | None) -> str:
     return hashlib.sha256("".join(s.sha256 for s in manifest.shards).encode()).hexdigest()
 
 
-def views_of(cfg: RunConfig) -> int:
-    return cfg.self_guided.views if cfg.self_guided.enabled else 1
-
-
 def make_loader(cfg: RunConfig, ctx: Context, engines: Engines, position: int) -> TokenLoader:
     """``position``: the batches that lie before the first one."""
     return TokenLoader(
@@ -82,7 +78,7 @@ def make_loader(cfg: RunConfig, ctx: Context, engines: Engines, position: int) -
         rank=ctx.mesh.data_rank,
         world=ctx.mesh.data,
         accumulation=engines.accumulation,
-        views=views_of(cfg),
+        views=cfg.views,
         class_dropout_prob=cfg.model.class_dropout_prob,
         num_classes=cfg.model.num_classes,
         vocab_size=cfg.model.vocab_size,

@@ -77,9 +77,8 @@ def one_step(cfg: RunConfig, ctx: Context, engines: Engines, batch: dict[str, An
 
 def random_batch(cfg: RunConfig, images: int) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
-    views = cfg.self_guided.views if cfg.self_guided.enabled else 1
     labels = torch.randint(0, cfg.model.num_classes, (images,), generator=g)
     return {
-        "codes": torch.randint(0, cfg.model.vocab_size, (images, views, cfg.model.image_tokens), generator=g),
+        "codes": torch.randint(0, cfg.model.vocab_size, (images, cfg.views, cfg.model.image_tokens), generator=g),
         "labels": labels, "true_labels": labels, "ids": torch.arange(images), "epochs": torch.zeros(images, dtype=torch.int64),
     }  # fmt: skip

@@ -56,8 +56,7 @@ def losses(
     B, M, T = codes.shape
     guided = cfg.self_guided
     if not guided.enabled:
-        codes = codes[:, 0]  # (B, T)
-        return total(guided, loss_ar=engines.student(labels, codes).loss)
+        return total(guided, loss_ar=engines.student(labels.repeat_interleave(M), codes.flatten(0, 1)).loss)
 
     assert engines.teacher is not None
     Ms = guided.student_views

@@ -242,7 +242,7 @@ def loss_bytes(cfg: RunConfig, micro: int, tensor: int = 1, data: int = 1, dtype
     the logits (product, selection, log-softmax, gradient).
     """
     e, m, g = ELEMENT[dtype], cfg.model, cfg.self_guided
-    N = micro * student_views(cfg)
+    N = micro * cfg.student_views
     out = {"head": _head_bytes(cfg, N, tensor, dtype)[0], "features": 0, "contrastive": 0}
     if g.enabled and g.alpha:
         out["features"] = N * m.image_tokens * m.dim * (2 * e + 4 + (4 if e < 4 else 0))
@@ -271,11 +271,6 @@ def _head_bytes(cfg: RunConfig, sequences: int, tensor: int, dtype: str) -> tupl
         rows * D * e + V * D * (e if wide == e else wide + e),
     )
     return kept, max(moments)
-
-
-def student_views(cfg: RunConfig) -> int:
-    """Sequences an image that the student sees."""
-    return cfg.self_guided.student_views if cfg.self_guided.enabled else 1
 
 
 # ZeRO's buffers ----------------------------------------------------------------------------------------------------
@@ -318,7 +313,7 @@ def memory_bytes(
     the losses hold; ``working`` what another moment needs more than the last two: the head's own, the teacher's
     forward pass, a recomputed block and its backward pass, or the optimizer's step, when no activation is left.
     """
-    m, N = cfg.model, micro * student_views(cfg)
+    m, N = cfg.model, micro * cfg.student_views
     out = state_bytes(cfg, zero.stage, tensor, data, dtype, zero.offload)
     out["activations"] = kept_activation_bytes(m, N, tensor, dtype, checkpointing) + mask_bytes(cfg, N, dtype)
     losses = loss_bytes(cfg, micro, tensor, data, dtype)

@@ -26,7 +26,6 @@ from megastar.parallel.budget import (
     kept_elements,
     memory_bytes,
     parameter_shapes,
-    student_views,
     trunk,
 )
 
@@ -204,7 +203,7 @@ def step_flops(cfg: RunConfig) -> dict[str, int]:
     m, B, T = cfg.model, cfg.train.global_batch, cfg.model.image_tokens
     shapes = {n: math.prod(s) for n, s in parameter_shapes(m, cfg.self_guided).items() if len(s) == 2}
     block = 2 * T * (block_elements(shapes) + 2 * T * m.dim)  # one block, one sequence, forward
-    N = B * student_views(cfg)
+    N = B * cfg.student_views
     head = N * 2 * T * shapes["transformer.output.weight"]
     projector = (
         N * 2 * cfg.self_guided.positions * sum(n for name, n in shapes.items() if name.startswith("projector."))
@@ -223,9 +222,9 @@ def compute_seconds(cfg: RunConfig, machine: Machine, tensor: int, checkpointing
     operations = flops["student"] + flops["teacher"] + checkpointing * flops["recompute"]
     peak = machine.gpu.tflops * 1e12 / (FP32_SLOWDOWN if dtype == "fp32" else 1)
     images = cfg.train.global_batch * tensor / machine.gpus  # of a rank
-    passes = student_views(cfg) * m.n_layer * (1 + BACKWARD + checkpointing) + teacher_blocks(cfg)
+    passes = cfg.student_views * m.n_layer * (1 + BACKWARD + checkpointing) + teacher_blocks(cfg)
     moved = passes * (STREAM_BYTES * m.dim + (SPLIT_BYTES * m.dim + FFN_BYTES * m.ffn_dim) / tensor) * e / 2
-    moved += student_views(cfg) * (SPLIT_LOGIT_BYTES if tensor > 1 else LOGIT_BYTES) * m.vocab_size / tensor
+    moved += cfg.student_views * (SPLIT_LOGIT_BYTES if tensor > 1 else LOGIT_BYTES) * m.vocab_size / tensor
     traffic = images * m.image_tokens * moved / (machine.gpu.hbm * 1e9 * MEMORY_EFFICIENCY)
     return operations / (machine.gpus * peak * MATMUL_EFFICIENCY) + traffic
 
@@ -245,7 +244,7 @@ def transfers(
     P, theirs, L = sum(counts.values()), trunk(counts), m.n_layer
     out: list[Transfer] = []
     if tensor > 1:
-        sequences, ring = micro * student_views(cfg), 2 * (tensor - 1) / tensor
+        sequences, ring = micro * cfg.student_views, 2 * (tensor - 1) / tensor
         one = m.image_tokens * m.dim * e * ring
 
         def reduce(what: str, calls: int, size: float) -> None:

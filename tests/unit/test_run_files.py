@@ -10,13 +10,16 @@ import pytest
 import yaml
 
 from megastar.config.deepspeed import read_deepspeed
-from megastar.config.load import diff_configs, load_config, resolve_batch
+from megastar.config.load import diff_configs, load_compare_config, load_config, resolve_batch
 from megastar.config.schema import DataConfig, OptimConfig, ParallelConfig, RunConfig, SelfGuidedConfig, TrainConfig
 from megastar.parallel.budget import GIB, Zero
 from megastar.parallel.cost import GPUS, Machine, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS = sorted((ROOT / "configs" / "run").glob("*.yaml"))
+FILES = sorted((ROOT / "configs" / "run").glob("*.yaml"))
+COMPARISONS = [p for p in FILES if p.stem.startswith("compare_")]
+RUNS = [p for p in FILES if p not in COMPARISONS]
+HEADER = ("# command:", "# hardware:", "# hours:", "# expected:")
 SECTIONS = {"data": DataConfig, "self_guided": SelfGuidedConfig, "optim": OptimConfig}
 SECTIONS |= {"parallel": ParallelConfig, "train": TrainConfig}
 
@@ -37,7 +40,7 @@ def test_the_papers_runs_are_there():
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
 def test_every_file_is_whole_and_says_what_to_expect(path):
     text = path.read_text()
-    for word in ("# command:", "# hardware:", "# hours:", "# expected:"):
+    for word in HEADER:
         assert word in text, word
     data = yaml.safe_load(text)
     baseline = data["self_guided"] == {"enabled": False}  # nothing of the method is used
@@ -71,6 +74,28 @@ def test_a_header_says_what_the_plan_estimates(path):
     hours = cfg.train.epochs * 5004 * seconds / 3600
     told = f"{hours:.0f}" if hours >= 9.5 else f"{hours:.1f}"
     assert f"# hours:    {told} on H100s by that plan ({seconds:.3f} s a step), an estimate; not measured\n" in text
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda p: p.stem)
+def test_every_comparison_is_whole_and_reports_the_test_split(path):
+    text = path.read_text()
+    for word in HEADER:
+        assert word in text, word
+    assert f"megastar compare configs/run/{path.name}\n" in text
+    cfg = load_compare_config(path)
+
+    def check(given, section, where=""):
+        assert list(given) == [f.name for f in dataclasses.fields(section)], where
+        for name, value in given.items():
+            inner = getattr(section, name)
+            for key, one in inner.items() if isinstance(inner, dict) else [(name, inner)]:
+                if dataclasses.is_dataclass(one):
+                    check(value[key] if isinstance(inner, dict) else value, one, f"{where}{name}.{key}")
+
+    check(yaml.safe_load(text), cfg)
+    assert cfg.out == f"runs/{path.stem}" and cfg.probe.score_on == "test" and cfg.base.run == ""
+    main = [name for name, v in cfg.variants.items() if v.kind == "main"]
+    assert main == ["ar", "ar2", "star"] and all(len(cfg.variants[m].seeds or cfg.seeds) >= 3 for m in main)
 
 
 @pytest.mark.parametrize("size", ["b", "l", "xl"])

@@ -1,0 +1,107 @@
+"""``megastar compare``: train variants of one run with several seeds; probe, sample and score them alike."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megastar.commands.common import Parser, config_and_overrides, is_launched, terminal_width
+from megastar.config.comparison import CompareConfig
+from megastar.config.help import fields_text
+from megastar.config.load import load_compare_config
+from megastar.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from megastar.commands.comparison.plan import Run
+
+EXAMPLES = """
+megastar compare configs/run/compare_emoji.yaml            AR, AR with two crops, ST-AR, ablations
+megastar compare configs/run/compare_emoji.yaml --dry-run  which runs, how far each is; starts nothing
+megastar compare configs/run/compare_emoji.yaml out=runs/try base.train.steps=300 'seeds=[0]'
+megastar compare configs/run/compare_emoji.yaml out=runs/tune probe.score_on=val 'score.against=[val]'
+megastar compare mine.yaml base=configs/run/star_b_50ep.yaml base.train.steps=20000 nproc=8
+megastar compare --redraw runs/compare_emoji               tables and figures anew from results.json
+The same command again goes on where it was cut: finished runs and results are not made again.
+"""
+
+
+def parser() -> Parser:
+    p = Parser(
+        "compare",
+        "Train variants of a run on the same pictures with the same seeds; then probe, sample and score each alike.",
+        EXAMPLES,
+        fields_text(CompareConfig, terminal_width()),
+    )
+    p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="a YAML file, then other values")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="tell which runs there are and start nothing")
+    what.add_argument("--redraw", metavar="OUT", help="only write the tables and figures of this folder anew")
+    what.add_argument("--evaluate", metavar="RUN", help="only measure this run, which is trained: VARIANT-seedN")
+    return p
+
+
+def main(words: list[str]) -> int:
+    a = parser().parse_intermixed_args(words)
+    path, overrides = config_and_overrides(a.items)
+    if a.redraw is not None and a.items:
+        raise UserError(f"--redraw {a.redraw} takes all from that folder: leave out {' '.join(a.items)}")
+    if a.redraw is None and path is None:
+        raise UserError("name a configuration, as configs/run/compare_emoji.yaml; see megastar compare --help")
+    if is_launched(os.environ):
+        raise UserError(
+            "megastar compare starts its runs itself (nproc, jobs): call it without torchrun, deepspeed, srun"
+        )
+    cfg = None if a.redraw is not None else load_compare_config(path, overrides)
+    from rich.console import Console
+
+    from megastar.commands.comparison.evaluation import Evaluation
+    from megastar.commands.comparison.folder import Comparison, redraw
+    from megastar.commands.comparison.plan import plan_runs
+
+    console = Console()
+    if cfg is None:
+        redraw(Path(a.redraw), console)
+        return 0
+    gpus = count_gpus()
+    runs = plan_runs(cfg, gpus)
+    if a.dry_run:
+        show_plan(cfg, runs, console)
+        return 0
+    if a.evaluate is not None:
+        named = {run.name: run for run in runs}
+        if a.evaluate not in named:
+            raise UserError(f"--evaluate {a.evaluate}: the runs are {', '.join(named)}")
+        Evaluation(cfg).work(named[a.evaluate], console)
+        return 0
+    return Comparison(cfg, runs, gpus, shlex.join(["megastar", "compare", *a.items]), console).run()
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def show_plan(cfg: CompareConfig, runs: list[Run], console: Console) -> None:
+    """Runs, how much each sees, how far it is; in what the variants differ."""
+    from megastar.commands.comparison.plan import check_folder, difference
+    from megastar.commands.comparison.queue import last_step
+    from megastar.commands.comparison.tables import print_rows
+
+    check_folder(cfg, runs)
+    rows = [["run", "steps", "done", "images", "sequences"]]
+    for run in runs:
+        done = last_step(run.folder / "metrics.jsonl")
+        rows.append([run.name, *(f"{n:,}" for n in (run.steps, done, run.images, run.sequences))])
+    print_rows(rows, console)
+    for variant, fields in {run.variant: difference(cfg, run) for run in runs}.items():
+        console.print(f"{variant}: {'; '.join(fields) or 'the base run'}", highlight=False, markup=False)
+    images, sequences = (sum(getattr(run, what) for run in runs) for what in ("images", "sequences"))
+    console.print(
+        f"\n{len(runs)} runs, {cfg.jobs} side by side, {images:,} images and {sequences:,} sequences in all, in {cfg.out}",
+        highlight=False, markup=False,
+    )  # fmt: skip
