@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.config.load import resolve_batch
 from megastar.config.schema import RunConfig, SelfGuidedConfig
-from megastar.engine.events import read_lines
+from megastar.engine.events import read_ends
 
 if TYPE_CHECKING:
     from megastar.engine.metrics import Metrics
@@ -40,6 +41,11 @@ def values(rows: Rows, name: str, count: int = RECENT) -> list[float]:
     found = [r[name] for r in rows[-KEPT:] if name in r][-count:]
     fine = all(isinstance(v, (int, float)) and math.isfinite(v) for v in found)
     return found if fine and len(found) == count else []
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run folder that a look at it needs: these checks', and `megastar status`'s."""
+    return read_ends(run / "metrics.jsonl", FIRST, KEPT)
 
 
 def trained(rows: Rows) -> list[dict[str, Any]]:
@@ -71,8 +77,12 @@ def contrasted(cfg: RunConfig, ranks: int) -> int:
     return micro * (ranks // cfg.parallel.tensor_parallel)
 
 
+def contrasts(cfg: SelfGuidedConfig) -> bool:
+    return cfg.enabled and bool(cfg.beta and (cfg.step_loss or cfg.view_loss))
+
+
 def uses_teacher(cfg: SelfGuidedConfig) -> bool:
-    return cfg.enabled and bool(cfg.alpha or (cfg.beta and (cfg.step_loss or cfg.view_loss)))
+    return contrasts(cfg) or (cfg.enabled and bool(cfg.alpha))
 
 
 # Checks: "" or one sentence ------------------------------------------------------------------------------------------
@@ -87,6 +97,29 @@ def slow_teacher(cfg: RunConfig, steps: int) -> str:
         f"{left:.0%} of the last teacher are still the random first weights: set self_guided.teacher_warmup=true, or "
         f"teacher_decay to {1 - 10 / steps:.3g} or less"
     )
+
+
+def few_negatives(cfg: RunConfig, images: int, steps: int) -> str:
+    """Known before the first step too."""
+    g = cfg.self_guided
+    if not contrasts(g) or steps < TRIAL or images >= FEW_IMAGES:
+        return ""
+    among = (
+        f"{images - 1} others"
+        if images > 2
+        else ("one other" if images == 2 else "no other, so nothing is learned from it")
+    )
+    return (
+        f"the contrastive terms have few negatives: each anchor tells its image from {among} (a forward pass of all data "
+        f"ranks; train.global_batch {cfg.train.global_batch}, train.micro_batch {cfg.train.micro_batch}): raise them or use "
+        "more ranks, since accumulated micro-batches do not add negatives, or set self_guided.beta=0"
+    )
+
+
+def at_start(cfg: RunConfig, images: int, steps: int) -> dict[str, str]:
+    """Kind of trouble -> a sentence, of what is known before the first of ``steps`` steps."""
+    known = {"slow_teacher": slow_teacher(cfg, steps), "few_negatives": few_negatives(cfg, images, steps)}
+    return {kind: text for kind, text in known.items() if text}
 
 
 def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
@@ -200,10 +233,10 @@ class Health:
 
     def __init__(self, cfg: RunConfig, ranks: int, steps: int, metrics: Metrics):
         self.cfg, self.metrics, self.images = cfg, metrics, contrasted(cfg, ranks)
-        self.rows = trained(read_lines(metrics.folder / "metrics.jsonl")) if metrics.active else []  # it may go on
+        self.rows = trained(read_rows(metrics.folder)) if metrics.active else []  # it may go on
         self.present: set[str] = set()
-        if text := slow_teacher(cfg, steps):
-            metrics.event("warning", text, about="slow_teacher")
+        for kind, text in at_start(cfg, self.images, steps).items():
+            metrics.event("warning", text, about=kind)
 
     def look(self, step: int, row: dict[str, float]) -> None:
         """``row`` of metrics after ``step`` steps; an empty one where none is due."""

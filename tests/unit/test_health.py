@@ -139,6 +139,21 @@ def test_a_decay_that_is_too_slow_for_the_run_is_told_at_the_start():
     assert said(3000, "self_guided.enabled=false") == said(3000, "self_guided.alpha=0", "self_guided.beta=0") == ""
 
 
+def test_few_negatives_are_told_at_the_start():
+    def said(images: int, *overrides: str) -> str:
+        return health.few_negatives(demo(*overrides), images, 300)
+
+    assert said(2, "train.global_batch=2") == (
+        "the contrastive terms have few negatives: each anchor tells its image from one other (a forward pass of all data "
+        "ranks; train.global_batch 2, train.micro_batch 0): raise them or use more ranks, since accumulated micro-batches "
+        "do not add negatives, or set self_guided.beta=0"
+    )
+    assert "from 3 others (a forward" in said(4, "train.micro_batch=4") and "from no other, so nothing" in said(1)
+    assert said(8) == said(2, "self_guided.beta=0") == said(2, "self_guided.enabled=false") == ""
+    assert said(2, "self_guided.step_loss=false", "self_guided.view_loss=false") == ""
+    assert health.few_negatives(demo(), 2, 50) == ""  # a trial
+
+
 def test_images_to_choose_from():
     assert health.contrasted(demo(), 2) == 64
     assert health.contrasted(demo("train.micro_batch=8"), 4) == 32  # of one forward pass: the rest is accumulated
@@ -208,6 +223,26 @@ def test_a_run_that_goes_on_remembers_its_rows_and_one_that_went_back_forgets(tm
     assert said(tmp_path / "run") == [(500, "trivial_mim")]
     feed(demo(f"run={tmp_path / 'other'}"), bad[:49] + rows(100)[42:60])
     assert said(tmp_path / "other") == []
+
+
+def test_only_the_rows_that_count_are_held(tmp_path):
+    some = [{"step": s, "loss_ar": 6.0} for s in range(1, 3001)]
+    lines = [json.dumps(r) for r in some]
+    lines[500:500] = [
+        json.dumps({"step": 500, "val_loss_ar": 5.5}),
+        "[1, 2]",
+        "not json",
+        '{"step": 500, "save_blocked_s": 1}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3001, "loss_a')
+    held = health.read_rows(tmp_path)
+    assert [r["step"] for r in health.trained(held)] == [*range(1, 11), *range(2951, 3001)]
+    assert [r for r in held if "loss_ar" not in r] == [
+        {"step": 500, "val_loss_ar": 5.5},
+        {"step": 500, "save_blocked_s": 1},
+    ]
+    assert [r["step"] for r in held] == sorted(r["step"] for r in held)
+    assert health.read_rows(tmp_path / "nowhere") == []
 
 
 def test_the_start_is_warned_of_and_only_the_main_rank_speaks(tmp_path):
