@@ -155,7 +155,7 @@ def far_teacher(cfg: RunConfig, images: int, rows: Rows) -> str:
         return ""
     return (
         f"the teacher does not keep up: teacher_distance is {mean(away):.2g} over {RECENT} rows, so the student's targets "
-        f"are of another network: lower self_guided.teacher_decay (now {g.teacher_decay:g}) or optim.lr"
+        f"are of another network: lower self_guided.teacher_decay (now {g.teacher_decay:g}) if the losses fall, else optim.lr"
     )
 
 

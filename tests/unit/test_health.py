@@ -54,7 +54,7 @@ CASES = {
     "far_teacher": (
         {"teacher_distance": 0.7},
         "the teacher does not keep up: teacher_distance is 0.7 over 10 rows, so the student's targets are of another "
-        "network: lower self_guided.teacher_decay (now 0.999) or optim.lr",
+        "network: lower self_guided.teacher_decay (now 0.999) if the losses fall, else optim.lr",
     ),
     "trivial_mim": (
         {"loss_mim": 1e-6},

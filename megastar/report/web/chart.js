@@ -27,7 +27,7 @@ function brief(v, unit) { // for an axis
   const size = Math.abs(v);
   if (v === 0) return "0";
   for (const [at, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]]) if (size >= at) return trim((v / (at === 1e4 ? 1e3 : at)).toPrecision(6)) + letter;
-  return size < 1e-3 ? v.toExponential(1).replace(/\.0e/, "e").replace("e+", "e") : trim(v.toPrecision(6));
+  return size < 1e-4 ? v.toExponential(1).replace(/\.0e/, "e").replace("e+", "e") : trim(v.toPrecision(6));
 }
 
 function ticks(low, high, count) {
