@@ -129,10 +129,12 @@ def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
     if not low:
         return ""
     what = " and ".join(f"{n} {v:.2g}" for n, v in low.items())
+    remedy = "raise optim.lr or lower self_guided.temperature"
+    if not_learning(cfg, images, rows):
+        remedy = "change optim.lr: the next-token loss does not fall either"
     return (
         f"contrastive accuracy sits at chance: {what} over {RECENT} rows, guessing gives {1 / images:.2g} (1 of {images} "
-        "images): see that the stored views of a sample show one picture (megastar data stats), then raise optim.lr or "
-        "lower self_guided.temperature"
+        f"images): see that the stored views of a sample show one picture (megastar data stats), then {remedy}"
     )
 
 
@@ -143,10 +145,13 @@ def collapse(cfg: RunConfig, images: int, rows: Rows) -> str:
     low = [f"spread_{n} {v:.2g}" for n, v in both.items() if v < COLLAPSED]
     if not low:
         return ""
-    return (
-        f"features collapse: {' and '.join(low)} over {RECENT} rows, spread-out features have about 1: begin again from "
-        "a checkpoint before it (train.init, another run=...) with a lower optim.lr or a larger train.global_batch"
+    remedy = (
+        "begin again from a checkpoint before it (train.init, another run=...) with a lower optim.lr or a larger "
+        "train.global_batch"
     )
+    if not_learning(cfg, images, rows):  # an untrained projector is no better: the rate may also be near 0
+        remedy = f"change optim.lr (now {cfg.optim.lr:g}) first, the next-token loss does not fall either"
+    return f"features collapse: {' and '.join(low)} over {RECENT} rows, spread-out features have about 1: {remedy}"
 
 
 def far_teacher(cfg: RunConfig, images: int, rows: Rows) -> str:
@@ -225,7 +230,10 @@ CHECKS: dict[str, Callable[[RunConfig, int, Rows], str]] = {
 def judge(cfg: RunConfig, images: int, rows: Rows) -> dict[str, str]:
     """Kind of trouble -> a sentence with the remedy. rows: of metrics.jsonl, oldest first; ``images`` as ``contrasted``."""
     rows = trained(rows)
-    return {kind: text for kind, check in CHECKS.items() if (text := check(cfg, images, rows))}
+    found = {kind: text for kind, check in CHECKS.items() if (text := check(cfg, images, rows))}
+    if "collapse" in found:
+        found.pop("accuracy_at_chance", None)  # a consequence, for which a higher learning rate is no remedy
+    return found
 
 
 class Health:

@@ -80,6 +80,16 @@ def test_each_trouble_has_its_sentence(kind):
     assert "\n" not in some[kind] and not some[kind].endswith(".")
 
 
+def test_remedies_do_not_contradict_each_other():
+    """What a run at a hundred times its learning rate really showed: chance, collapse, and a loss above guessing."""
+    wild = {"loss_ar": 7.77, "acc_step": 0.016, "acc_view": 0.017, "spread_student": 0.0037}
+    some = found(demo(), rows(**wild))
+    assert list(some) == ["collapse", "not_learning"] and "raise optim.lr" not in str(some)
+    assert "change optim.lr (now 0.0015) first, the next-token loss does not fall either" in some["collapse"]
+    some = found(demo(), rows(**wild | {"spread_student": 0.5}))
+    assert some["accuracy_at_chance"].endswith("then change optim.lr: the next-token loss does not fall either")
+
+
 def test_a_teacher_that_falls_behind():
     away = [0.1 * 1.01**i for i in range(60)]
     cfg = demo()
