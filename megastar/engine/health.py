@@ -31,6 +31,7 @@ TRIAL = 100  # steps of a run that is no more than a trial: its teacher does not
 FOLLOWED = 0.05  # weight of the first weights at which the teacher's distance is its lag, not its beginning
 TOO_FAR = 0.5  # teacher_distance: half of the student's norm is news to the teacher
 GROWING = 1.2  # growth of teacher_distance over KEPT rows, each fifth of them above the one before
+NEAR = 0.01  # teacher_distance below which its growth does not matter; a teacher with decay 0 has 0
 CONSTANTS = 5  # times 1 / (1 - decay) steps, after which the distance should have come to rest
 GUESSING = 0.05  # nats below ln V, or below the run's first rows
 
@@ -171,7 +172,7 @@ def growing_teacher(cfg: RunConfig, images: int, rows: Rows) -> str:
         return ""
     fifth = KEPT // 5
     means = [mean(away[i : i + fifth]) for i in range(0, KEPT, fifth)]
-    if means != sorted(means) or means[-1] < GROWING * means[0]:
+    if means != sorted(means) or means[-1] < max(NEAR, GROWING * means[0]):
         return ""
     return (
         f"the teacher falls behind: teacher_distance grew from {means[0]:.2g} to {means[-1]:.2g} within {KEPT} rows, long "

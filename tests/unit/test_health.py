@@ -97,6 +97,7 @@ def test_a_teacher_that_falls_behind():
     assert list(found(cfg, late)) == ["growing_teacher"]
     assert "teacher_distance grew from 0.12 to 0.17 within 50 rows" in found(cfg, late)["growing_teacher"]
     assert found(cfg, rows(200, teacher_distance=away)) == {}  # it is still to come to rest
+    assert found(cfg, rows(700, teacher_distance=0.0)) == {}  # a copy
     assert found(cfg, rows(700, teacher_distance=[0.1 + 0.05 * (i % 7) for i in range(60)])) == {}  # it moves about
 
 
