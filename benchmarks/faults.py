@@ -15,20 +15,28 @@ slurm/, a run of two tiny blocks. For each fault:
                measured alone, just after
     lost       steps that were done before the fault and had to be done again
 
+Then a second run, on the same cluster, whose losses are not numbers at some batches (tests/integration/inject.py): one
+is skipped, three in a row send it back to its last good checkpoint. From the skip, and from the last of the three, to
+the end of the next step; a plain step is told beside it. No rank ends, so there is nothing to start.
+
 Goals: 0 steps lost on signals, at most save_every on a crash; end + start - imports under 30 s.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 from common import ROOT
@@ -133,6 +141,47 @@ class Bench:
         return found | {"imports": imports, "lost": before - saved}
 
 
+def not_a_number(cluster: Cluster, world: World, folder: Path) -> None:
+    """A skipped step, and a roll-back: seconds to the next step done."""
+    run, (alone, first), window = folder / "nan", (6, 18), 8
+    every = {alone: -1, **dict.fromkeys(range(first, first + 3), -1)}
+    config = world.write_config(folder / "nan.yaml", run, steps=first + 8, save_every=5, val_every=0)
+    wrapper = folder / "inject.sh"
+    inject = f"{sys.executable} {ROOT}/tests/integration/inject.py '{json.dumps({'nan': every})}'"
+    wrapper.write_text(f'#!/bin/sh\nshift  # "megastar"\nexec {inject} "$@"\n')
+    wrapper.chmod(0o755)
+    (folder / "injected").mkdir()
+    env = str(write_site(folder / "injected", f"MEGASTAR_PREFIX=({wrapper})"))
+    knobs = (f"faults.spike_window={window}", "faults.max_skips=2")
+    log = folder / "nan.log"
+    cluster.sbatch(
+        "--nodes=2", *SIZE, f"--output={log}", "slurm/train_b.sh", config, *knobs, cwd=ROOT, MEGASTAR_ENV=env
+    )
+    seen: list[tuple[float, int, int, int]] = []  # when, the newest step, skipped steps, roll-backs
+
+    def done() -> bool:
+        files = ("skipped.jsonl", "rollbacks.jsonl")
+        step = max((r["step"] for r in read_lines(run / "metrics.jsonl")), default=0)
+        now = (step, *(len(read_lines(run / f)) for f in files))
+        if not seen or now != seen[-1][1:]:
+            seen.append((time.monotonic(), *now))
+        return step >= first + 8 or (log.is_file() and "megastar: ended by" in log.read_text(errors="replace"))
+
+    wait_for("the run with bad batches", PATIENCE, done, lambda: log.read_text()[-3000:])
+    assert [s[2:] for s in seen][-1] == (4, 1), seen
+
+    def when(true: Callable[[int, int, int], bool]) -> float:
+        return next(at for at, *now in seen if true(*now))
+
+    plain = [b[0] - a[0] for a, b in pairwise(seen) if b[1] == a[1] + 1 and a[2:] == b[2:]]
+    skip = when(lambda step, _, __: step >= alone + 2) - when(lambda _, skips, __: skips >= 1)
+    back = next(r for r in read_lines(run / "rollbacks.jsonl"))
+    to = int(back["to"].rpartition("-")[2])
+    seconds = when(lambda step, _, backs: backs == 1 and to < step < first) - when(lambda _, skips, __: skips == 4)
+    print(f"a NaN, skipped: {skip:.2f} s to the next step, 0 steps lost; a step takes {statistics.median(plain):.2f} s")
+    print(f"three NaN, roll-back: {seconds:.2f} s to the first new step, {first - to} steps lost")
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeats", type=int, default=1)
@@ -155,7 +204,8 @@ def main() -> None:
                     ours_only = row["end"] + row["start"] - row["imports"]
                     print(f"{fault:<18}" + "".join(f"{row[n]:9.1f}" for n in names), f"{ours_only:14.1f}", flush=True)
             cluster.run("scancel", bench.job)
-            wait_for("the end", 60, lambda: not cluster.tasks(bench.job))
+            wait_for("the end", 60, lambda: not cluster.tasks(bench.job) and cluster.idle() == 3)
+            not_a_number(cluster, world, folder)
     print(f"load average {os.getloadavg()[0]:.1f}, after")
 
 

@@ -71,6 +71,7 @@ bad_hosts() {
     local bad up log=${LEDGER%/*}/bad_hosts.log
     [ -r "$log" ] && [ "$MEGASTAR_BAD_HOST_CRASHES" -gt 0 ] || return 0
     bad=$(awk -v limit="$MEGASTAR_BAD_HOST_CRASHES" '
+        seen[$3, $5, $7]++ {next} # a start of a job counts once
         {count[$3]++; last[$3] = NR}
         END {for (h in count) if (h != "" && count[h] >= limit) print last[h], h}' "$log" | sort -n | cut -d ' ' -f 2 | without "$OWN" | tail -n "$MEGASTAR_MAX_EXCLUDED")
     up=$(usable | without "$OWN")

@@ -51,7 +51,8 @@ step() {
 }
 
 # train DEFAULT [CONFIG] [section.field=value ...]: one task a GPU, one process group; does not return.
-# All ranks leave a run together, hence --wait: when one died without the others noticing, they are ended after a minute.
+# All ranks leave a run together, hence --wait: when one left and the others did not notice they are ended, after twice the
+# time in which their watchdogs would (faults.lost_timeout).
 # --kill-on-bad-exit=1 would end them at once, in the middle of the save that a signal asked for, and hide the 85.
 train() {
     local config="" run="" word cache=${MEGASTAR_SCRATCH:+data.cache=$MEGASTAR_SCRATCH/megastar} default=$1
@@ -70,7 +71,7 @@ train() {
     LEDGER=${run:=runs/run}/requeues.log
     tell "run folder $(realpath -m "$run"), last checkpoint $(last_checkpoint)"
     [ -z "$JOB" ] || [ -n "${MEGASTAR_DRY_RUN:-}" ] || look_around
-    step --label --wait=60 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar train "$@" ${cache:+"$cache"}
+    step --label --wait=120 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar train "$@" ${cache:+"$cache"}
     leave $?
 }
 

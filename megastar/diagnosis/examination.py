@@ -14,7 +14,8 @@ from typing import Any
 
 from megastar.diagnosis import gpus, links, node, packages
 from megastar.diagnosis.finding import FAILURE, OK, Answer, Finding, bounded, merge
-from megastar.diagnosis.meeting import Meeting, absent, node_name, slurm_hosts
+from megastar.diagnosis.meeting import Meeting, absent, slurm_hosts
+from megastar.host import host_name
 
 
 @dataclass
@@ -45,7 +46,7 @@ def examine(wishes: Wishes, rank: int, world: int, tell: Callable[[str], None]) 
     Raises ``UserError`` on a rank that cannot reach rank 0.
     """
     if world == 1:
-        name = node_name(os.environ)
+        name = host_name()
         findings = of_node(this_node(wishes, True, ""), [])
         cure = "start it as the training is: srun, torchrun, or --nproc"
         findings.append(Finding("links", OK, f"one process: bandwidth and clocks were not measured; {cure}"))

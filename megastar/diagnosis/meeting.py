@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -15,12 +14,9 @@ from datetime import timedelta
 from typing import Any
 
 from megastar.errors import UserError
+from megastar.host import host_name
 
 POLL = 0.02  # seconds
-
-
-def node_name(environ: Mapping[str, str]) -> str:
-    return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def slurm_hosts(environ: Mapping[str, str]) -> list[str]:
@@ -55,7 +51,7 @@ class Meeting:
         import torch.distributed as dist
 
         self.rank, self.world, self.patience = rank, world, patience
-        self.node = node_name(environ)
+        self.node = host_name(environ)
         host, port = address_of(environ)
         theirs = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process listens
         try:

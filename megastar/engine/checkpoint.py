@@ -19,9 +19,6 @@ from megastar.parallel.plan import split_of
 if TYPE_CHECKING:  # it imports deepspeed
     from megastar.engine.build import Context, Engines
 
-PATIENCE = 3600.0  # seconds that ranks wait for each other's files
-UPLOAD_PATIENCE = 86400.0
-
 
 def random_file(data_rank: int) -> str:
     return f"random-{data_rank:05d}.pt"

@@ -5,12 +5,8 @@ Looked at just before the optimizer moves: what it moves is sent to all ranks an
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megastar.config.schema import RunConfig
-from megastar.data.files import append_line
 from megastar.engine.build import Context, Engines
 from megastar.engine.errors import CorruptReplica
-from megastar.engine.guard import said, stamp
+from megastar.engine.evidence import record_loss
+from megastar.engine.guard import said
 from megastar.engine.schedule import peak_rate
 from megastar.engine.state_files import KINDS
+from megastar.host import host_name
 from megastar.parallel.plan import split_of
 
-LOST = "lost.jsonl"
 CHUNK = 1 << 22  # elements hashed at a time: their int64 copies are small against a layer
 ODD = 0x1E3779B97F4A7C15
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -113,7 +109,7 @@ def compare(cfg: RunConfig, engines: Engines, ctx: Context, step: int, since: in
         if scopes[i] == "tensor" and held[i][2].is_floating_point():
             value = _far_from_first(ctx, held[i][2], 2 * since * peak_rate(cfg))
         every: list[Any] = [None] * ctx.world
-        dist.all_gather_object(every, (socket.gethostname(), value))
+        dist.all_gather_object(every, (host_name(), value))
         hosts = [host for host, _ in every]
         if found := odd_ones([value for _, value in every], _groups(ctx, scopes[i])):
             faults.append((names[i], *found, hosts))
@@ -158,11 +154,8 @@ def _told(cfg: RunConfig, ctx: Context, step: int, faults: list[tuple[str, list[
     whose = [{"rank": r, "host": hosts[r]} for r in ranks]
     certain = certain and all(f[2] for f in faults)
     if ctx.main and certain:
-        attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         for one in whose:
-            with suppress(OSError):
-                row = {**stamp(), "attempt": attempt, **one, "why": "corrupt"}
-                append_line(Path(cfg.run) / LOST, json.dumps(row))
+            record_loss(Path(cfg.run), one["rank"], one["host"], "corrupt")
     more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
     if certain:
         blame = f"on {said(whose)} alone: that memory is not to be trusted, keep the run away from the host"

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from megastar.host import host_name
 
 NAME = "events.jsonl"
 STARTED = ("started", "resumed")
@@ -34,7 +35,7 @@ def append_event(folder: Path, event: str, step: int, text: str, **more: Any) ->
     ``over`` among the other fields say that something lasts, and that it is over: ``open_situations``.
     """
     assert event in KINDS, event
-    about = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "host": socket.gethostname()}
+    about = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "host": host_name()}
     if job := os.environ.get("SLURM_JOB_ID"):
         about["job"] = job
     line = json.dumps({**about, "event": event, "step": step, "text": text, **more}) + "\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import socket
 import sys
 import threading
 import traceback
@@ -17,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megastar.host import host_name
+
 STACKS, LOST = "stacks", "lost.jsonl"
-WHY = ("lost", "hung", "slow")
+WHY = ("lost", "hung", "corrupt")
 COLLECTIVES = 8  # of the last ones, in a stacks file
 
 
@@ -52,7 +53,7 @@ def write_stacks(run: Path, rank: int, text: str, error: BaseException | None = 
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as f:
-            f.write(f"{text}\nrank {rank}, pid {os.getpid()}, host {socket.gethostname()}, {now}\n")
+            f.write(f"{text}\nrank {rank}, pid {os.getpid()}, host {host_name()}, {now}\n")
             if error is not None:
                 f.write("\n" + "".join(traceback.format_exception(error)))
             f.write("\nThreads\n")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from megastar.engine.build import Context
 from megastar.engine.faults import Word
 from megastar.engine.metrics import Metrics
 from megastar.engine.spikes import SpikeTest
+from megastar.host import host_name
 
 SKIPPED = "skipped.jsonl"
 NONFINITE_LOSS, NONFINITE_GRADIENT = "the loss is not finite", "the gradient is not finite"
@@ -122,7 +122,7 @@ def record_skip(
 ) -> dict[str, Any]:
     """Put the skipped ``step`` and its batch on record, in RUN/skipped.jsonl and as an event. Called by all ranks."""
     broken = [name for name in seen.parts[0] if not all(torch.isfinite(p[name]).all() for p in seen.parts)]
-    mine: dict[str, Any] = {"rank": ctx.rank, "host": socket.gethostname(), "broken": broken}
+    mine: dict[str, Any] = {"rank": ctx.rank, "host": host_name(), "broken": broken}
     if ctx.mesh.tensor_rank == 0:  # the ranks of a tensor group see one batch
         mine["ids"] = torch.cat(seen.ids).tolist()
     every = [mine]

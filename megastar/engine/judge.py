@@ -91,8 +91,9 @@ class Judge:
         return None
 
     def silent(self, seconds: float) -> list[Beat]:
-        """Ranks that have said nothing new for so long, though they have not left."""
+        """Ranks that have said nothing new for so long, though they have not left; the longest silent first."""
         there = [(r, raw) for r, raw in list(self.heard.items()) if flag_of(raw) not in (LEFT, ENDED)]
+        there.sort(key=lambda said: self.heard_at[said[0]])
         return [decode(raw) for r, raw in there if self.clock - self.heard_at[r] > seconds]
 
     def lost(self) -> Verdict | None:

@@ -24,7 +24,7 @@ from megastar.engine.guard import NONFINITE_GRADIENT, Guard, Seen, record_skip
 from megastar.engine.health import Health
 from megastar.engine.metrics import Metrics
 from megastar.engine.observed import ideal_seconds, observed
-from megastar.engine.progress import ENDING, PROGRESS, SAVING, STARTING, VALIDATION
+from megastar.engine.progress import ENDING, PROGRESS, SAVING, VALIDATION
 from megastar.engine.provenance import process_facts
 from megastar.engine.rollback import roll_back, settle
 from megastar.engine.run_data import (
@@ -40,7 +40,7 @@ from megastar.engine.schedule import learning_rate, row_due, total_steps
 from megastar.engine.step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.stragglers import Stragglers
 from megastar.engine.supply import Starved, Supply, leave, on_all_ranks
-from megastar.engine.watchdog import is_from_a_peer, watch
+from megastar.engine.watchdog import watch
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.stop import StopFlag
@@ -123,10 +123,6 @@ def build_and_run(
     }
     try:
         run(cfg, ctx, engines, loader, metrics, guard, done, about, stop)
-    except (Exception, KeyboardInterrupt) as error:
-        if not is_from_a_peer(error):  # the watchdog finds out whose
-            metrics.event("error", " ".join(f"{type(error).__name__}: {error}".split()), note=False)
-        raise
     finally:
         loader.close()
         metrics.close()
@@ -171,6 +167,7 @@ def run(
         try:
             seen, why = train_step(cfg, ctx, engines, saver, supply, guard, stop, step, steps)
         except CorruptReplica:
+            PROGRESS.at(SAVING)
             saver.finish()  # the save under way is good
             raise
         except Starved as starved:
@@ -180,7 +177,6 @@ def run(
             PROGRESS.at("recording a skipped step")
             record_skip(ctx, metrics, guard, loader.shards, seen, step, why)
             if guard.skip(step):
-                PROGRESS.at(STARTING)
                 step = done = roll_back(cfg, ctx, engines, loader, metrics, saver, guard, step)
                 supply.restart()
                 skipped = 0
@@ -217,9 +213,9 @@ def run(
                 "signal", f"signal {seen.signal}: {unsaved or f'saved {saver.done}'}; the same command resumes"
             )
             raise SystemExit(PREEMPTED)  # the next run's uploads catch up
-    PROGRESS.at(ENDING)
     if problem := saver.insist(steps, about, cfg.faults.save_patience, lambda: bool(stop.signal)):
         raise UserError(f"{problem}, and run the same command again")
+    PROGRESS.at(ENDING)
     if problem := saver.close():
         metrics.event("warning", problem, situation="upload")
     metrics.saved(saver.done)

@@ -39,6 +39,11 @@ class Progress:
         self.phase = phase
         self.moves += 1
 
+    @property
+    def done(self) -> int:
+        """Steps."""
+        return self.step if self.phase in (SAVING, ENDING) else max(0, self.step - 1)
+
     def __str__(self) -> str:
         return describe(self.phase, self.step)
 
@@ -59,6 +64,7 @@ def limit_of(cfg: RunConfig, progress: Progress = PROGRESS) -> float:
         return limit + SAVE_EXTRA
     if progress.steps <= 1 or progress.phase == STARTING:
         limit += START_EXTRA
-    if progress.phase == DATA and is_remote(cfg.data.shards):
+    remote = is_remote(cfg.data.shards) or is_remote(cfg.data.val_shards)  # a start reads of both
+    if remote and progress.phase in (DATA, STARTING):
         limit += cfg.data.patience + DATA_EXTRA
     return limit

@@ -24,6 +24,7 @@ from megastar.engine.errors import NonFiniteLoss
 from megastar.engine.events import read_ends, read_lines
 from megastar.engine.guard import SKIPPED, Guard, read_skips, said, stamp
 from megastar.engine.metrics import Metrics
+from megastar.engine.progress import PROGRESS, SAVING, STARTING
 from megastar.engine.saver import Saver
 from megastar.engine.supply import on_all_ranks
 from megastar.errors import UserError
@@ -105,8 +106,10 @@ def roll_back(
 
     Raises ``NonFiniteLoss`` with a diagnosis when there is no checkpoint, or after ``faults.max_rollbacks``.
     """
+    PROGRESS.at(SAVING)
     saver.finish()
     metrics.saved(saver.done)
+    PROGRESS.at(STARTING)  # a checkpoint is read
     run, folder, first = Path(cfg.run), folders.folder_of(cfg), guard.skips[0]
 
     def plan() -> tuple[Path | None, str, str]:

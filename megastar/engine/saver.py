@@ -33,6 +33,7 @@ from megastar.engine import folders
 from megastar.engine.agreement import agreed, on_main, wait_for
 from megastar.engine.checkpoint import full_shapes, random_file
 from megastar.engine.folders import WRITING, folder_of, name_of
+from megastar.engine.progress import PROGRESS, SAVING
 from megastar.engine.state_files import FORMAT, KINDS, Piece, state_file, write_pieces
 from megastar.engine.upload import Uploader
 from megastar.parallel.plan import split_of
@@ -157,6 +158,7 @@ class Saver:
         if self.step != step:
             self.save(step, about)
         while True:
+            PROGRESS.at(SAVING)  # each try has the watchdog's patience anew
             self.finish()
             left = until - time.monotonic()
             if not self.problem or not agreed(self.ctx, left > 0 and not stop()):

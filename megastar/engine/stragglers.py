@@ -10,7 +10,6 @@ linear layer. Nothing is synchronised, and one small gather a row of metrics tel
 from __future__ import annotations
 
 import os
-import socket
 import statistics
 import time
 from collections import deque
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from megastar.host import host_name
 
 if TYPE_CHECKING:  # it imports deepspeed
     from megastar.engine.build import Context, Engines
@@ -165,7 +166,7 @@ class Stragglers:
     def __init__(self, ctx: Context, engines: Engines, supply: Supply, slow_ratio: float):
         self.ctx, self.supply = ctx, supply
         gpu = int(os.environ.get("SLURM_LOCALID", ctx.device.index or 0)) if ctx.device.type == "cuda" else None
-        mine = Place(os.environ.get("SLURMD_NODENAME") or socket.gethostname(), gpu)
+        mine = Place(host_name(), gpu)
         places = [mine]
         if ctx.world > 1:
             places = [mine] * ctx.world

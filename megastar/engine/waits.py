@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from megastar.engine.events import append_event
+from megastar.host import host_name
 
 if TYPE_CHECKING:  # it imports deepspeed
     from megastar.data.loader import TokenLoader
@@ -27,7 +27,7 @@ class Waits:
 
     def __init__(self, loader: TokenLoader, ctx: Context, run: Path):
         self.loader, self.ctx, self.run = loader, ctx, run
-        self.host = socket.gethostname()
+        self.host = host_name()
         self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
         self.step = 0  # whose batch is waited for, counted from 1
         self._since = 0.0  # 0: there is no wait

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from megastar.engine.evidence import STACKS, collectives_entered, record_loss, s
 from megastar.engine.judge import CLEAN, HEARTBEATS, Judge, Verdict, place, zero_keeps_store
 from megastar.engine.progress import PROGRESS, STARTING
 from megastar.errors import UserError
+from megastar.host import host_name
 
 LAST_WORDS = 10.0  # seconds that a disk may take for the stacks before the rank ends without them
 PUZZLE = 10.0  # seconds for finding out whose end broke a connection
@@ -51,11 +51,10 @@ def watch(cfg: RunConfig, rank: int, world: int) -> Iterator[Watchdog]:
         dog.leave(status, "" if status in CLEAN else f"it left with status {status}")
         raise
     except BaseException as error:
-        if is_from_a_peer(error):
-            if verdict := dog.explain():
-                dog.end(verdict, error)
-            if rank == 0:
-                append_event(dog.run, "error", PROGRESS.step, first_line(error))
+        if is_from_a_peer(error) and (verdict := dog.explain()):
+            dog.end(verdict, error)
+        if rank == 0 and dog.is_first():
+            append_event(dog.run, "error", PROGRESS.done, " ".join(f"{type(error).__name__}: {error}".split()))
         dog.leave(2 if isinstance(error, UserError) else 1, first_line(error))
         raise
     else:
@@ -84,7 +83,7 @@ class Watchdog:
         self.wanted = bool(cfg.faults.hang_timeout or cfg.faults.lost_timeout)
         shortest = min((t for t in (cfg.faults.lost_timeout, cfg.faults.hang_timeout) if t), default=60.0)
         self.tick = min(1.0, max(0.05, shortest / 20))
-        self.me = Beat(rank, socket.gethostname(), os.getpid(), phase=STARTING)  # what never changes of its signs
+        self.me = Beat(rank, host_name(), os.getpid(), phase=STARTING)  # what never changes of its signs
         self.stage, self.status, self.text = "", 0, ""  # stage: PUZZLED, LEFT, ENDED or nothing
         self.beats = 0
         self.said: dict[int, bytes] = {}  # by the others; replaced, never changed, by the thread that talks
@@ -95,7 +94,7 @@ class Watchdog:
         self.ending = threading.Lock()
         self.threads: list[threading.Thread] = []
         PROGRESS.reset()
-        if rank == 0 and self.wanted:
+        if rank == 0:
             self._tidy()
         self.line = self._join() if world > 1 and self.wanted else None
         self.judge = Judge(cfg, rank, self.tick, self.line.host if self.line else "")
@@ -241,8 +240,8 @@ class Watchdog:
         self.nudge.set()
 
         def last_words() -> None:
-            if verdict.kind and self._is_first():
-                append_event(self.run, verdict.kind, max(0, PROGRESS.step - 1), verdict.text)
+            if verdict.kind and self.is_first():
+                append_event(self.run, verdict.kind, PROGRESS.done, verdict.text)
                 if verdict.kind != "error":
                     for beat in verdict.culprits:
                         record_loss(self.run, beat.rank, beat.host, "hung" if verdict.kind == "hang" else "lost")
@@ -256,14 +255,16 @@ class Watchdog:
         writer.join(LAST_WORDS)
         os._exit(verdict.status)
 
-    def _is_first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this rank is the first to say why the run ends: once is enough."""
         try:
             (self.run / HEARTBEATS).mkdir(exist_ok=True)
             os.close(os.open(self.run / HEARTBEATS / "ended", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             return True
-        except OSError:
+        except FileExistsError:
             return False
+        except OSError:  # better twice than never
+            return True
 
     def leave(self, status: int, text: str) -> None:
         """This rank ends by itself, with ``text`` where it is an error; the threads are over when this returns."""

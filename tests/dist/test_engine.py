@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from megastar.parallel.budget import state_bytes
+from tests import forker
 from tests.dist.reference import STEPS, config, initial_weights, train
 
-ROOT = Path(__file__).parents[2]
+ROOT = forker.ROOT
 SAVED = STEPS // 2
 
 
@@ -75,8 +75,7 @@ COMPARED = [
 
 def launch(ranks: int, *arguments: str, timeout: int = 400) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    done = forker.run(list(arguments), environment, ranks, timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

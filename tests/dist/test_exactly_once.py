@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megastar.engine import folders
-from tests.dist.test_engine import ROOT
+from tests import forker
 from tests.integration.conftest import environment
 from tests.unit.test_data_shards import T, V, write_set
 
@@ -36,9 +34,8 @@ def run(folder: Path, name: str, config: Path, ranks: int, *overrides: str, die_
     """What each rank was handed, in order."""
     ids = folder / f"ids-{name}"
     ids.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += ["tests/dist/exactly_once_worker.py", str(ids), str(die_at), str(config), *overrides]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    words = ["tests/dist/exactly_once_worker.py", str(ids), str(die_at), str(config), *overrides]
+    done = forker.run(words, environment(), ranks)
     assert (done.returncode == 0) == (die_at < 0), done.stdout[-1000:] + done.stderr[-4000:]
     files = [ids / f"rank-{rank}.jsonl" for rank in range(ranks)]
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]

@@ -17,6 +17,7 @@ from rich.console import Console
 from megastar.config.schema import TokenizerConfig
 from megastar.tokenizer.io import save_tokenizer
 from megastar.tokenizer.vq import VQModel
+from tests import forker
 from tests.integration.s3 import relay, s3, use_s3, weed  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -105,12 +106,18 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
-def megastar(*words: object, ranks: int = 1, check: bool = True, timeout: int = 240) -> subprocess.CompletedProcess:
-    """The command line, as a user would call it."""
+def megastar(
+    *words: object, ranks: int = 1, check: bool = True, timeout: int = 300, launcher: bool = False
+) -> subprocess.CompletedProcess:
+    """The command line, as a user would call it. A training's ranks come without their imports, but with ``launcher``
+    from torchrun."""
     command = [sys.executable, "-m", "megastar", *map(str, words)]
-    if ranks > 1:
-        command[2:] = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command[1:]]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+    if words[0] == "train" and "--nproc" not in words and not launcher:
+        done = forker.run(command[1:], environment(), 0 if ranks == 1 else ranks, timeout)
+    else:
+        if ranks > 1:
+            command[2:] = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command[1:]]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
@@ -121,5 +128,5 @@ def whole(world, tmp_path_factory) -> Path:
     """The folder of an uninterrupted run of 12 steps on two ranks."""
     folder = tmp_path_factory.mktemp("whole")
     config = world.write_config(folder / "run.yaml", folder / "run")
-    megastar("train", config, ranks=2)
+    megastar("train", config, ranks=2, launcher=True)
     return folder / "run"

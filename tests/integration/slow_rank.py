@@ -1,4 +1,4 @@
-"""`megastar train CONFIG` whose last rank falls asleep in the middle of a step. Run by torchrun from test_watchdog.py."""
+"""`megastar train CONFIG` whose last rank falls asleep in the middle of a step. Run from test_watchdog.py."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ SLOW = 10  # steps in which rank 1 takes four times as long
 def runs(world, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("disks")
     config = world.write_config(folder / "run.yaml", folder / "disk/run", save_every=4, val_every=100)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     disks = {folder / "disk": "64m", folder / "other": "1m"}
-    with_disks(disks, *launcher, "tests.integration.disk_worker", config, *disks, folder / "out")
+    words = ["-m", "tests.integration.disk_worker", config, *disks, folder / "out"]
+    with_disks(disks, "-m", "tests.forker", 2, *words)
     return folder / "out"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ from megastar.data.order import batch_ids
 from megastar.engine import folders
 from megastar.engine.convert import full_weights
 from megastar.engine.events import read_events, read_lines
-from tests.integration.conftest import ROOT, environment
+from tests import forker
+from tests.integration.conftest import environment
 from tests.integration.test_train import rows
 
 pytestmark = pytest.mark.dist
@@ -31,11 +31,7 @@ def inject(*runs: tuple[dict, list], check: bool = True) -> subprocess.Completed
     words: list = []
     for faults, arguments in runs:
         words += [*(["--"] if words else []), json.dumps(faults), "train", *map(str, arguments)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "tests/integration/inject.py", *words], cwd=ROOT, env=environment(), capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
+    done = forker.run(["tests/integration/inject.py", *words], environment(), 2)
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
@@ -54,7 +50,7 @@ def runs(world, tmp_path_factory) -> tuple[Path, Path, str]:
         (LOST, [lost, *FAULTS]),
         check=False,
     )
-    assert done.returncode != 0 and "exitcode  : 2" in done.stderr, done.stderr[-4000:]
+    assert done.returncode == 2, done.stderr[-4000:]
     return folder / "mended", folder / "lost", done.stderr
 
 

@@ -93,8 +93,7 @@ def test_a_rank_that_hangs_is_named_and_its_stacks_are_written(world, tmp_path):
     run = tmp_path / "run"
     config = world.write_config(tmp_path / "run.yaml", run, steps=100, val_every=0)
     script = str(Path(__file__).with_name("slow_rank.py"))
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    training = Run(run, *launcher, script, str(config), *FAULTS)
+    training = Run(run, "tests.forker", "2", script, str(config), *FAULTS)
     out = training.end(300)
     said = [line for line in out.splitlines() if "megastar: error:" in line]
     assert training.process.returncode != 0 and len(said) == 2, out[-4000:]

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megastar"
 LEVEL = {
     "errors": 0,
+    "host": 0,
     "stop": 0,
     "config": 0,
     "device": 1,
@@ -31,7 +32,12 @@ LEVEL = {
     "report": 6,
     "cli": 7,
 }
-EVERYWHERE = {"errors", "device", "matmul"}  # no packages: an exception, a question to the hardware, a product
+EVERYWHERE = {
+    "errors",
+    "host",
+    "device",
+    "matmul",
+}  # no packages: an exception, a name, a question to the hardware, a product
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -163,6 +163,7 @@ def test_who_is_to_blame_as_the_ranks_tell(play):
     play.lost("n1", job="99")
     play.lost("n1", why="slow")
     play.lost("n2.cluster.example.org", why="hung")
+    play.lost("n2", why="hung")  # another rank of the same host
     play.lost("n1", why="lost")  # a consequence
     play.start(1, 1, "srun: error: n1: task 0: Exited with exit code 1\n")
     assert play.bad() == ["n2 job 417 start 1: hung (rank 3)"]
@@ -173,7 +174,7 @@ def test_who_is_to_blame_as_the_ranks_tell(play):
 
 def test_a_list_that_leaves_too_few_nodes_is_cut(play):
     play.run.joinpath("bad_hosts.log").write_text(
-        "".join(f"2026-01-31 12:00:00 {h} job 1 start 1: Killed (task 0)\n" for h in ("n1", "n1", "n3", "n3"))
+        "".join(f"2026-01-31 12:00:00 n{n} job 1 start {i}: Killed (task 0)\n" for n in (1, 3) for i in (1, 2))
     )
     told = play.start(1, 85, nodes="n2,n6", job="2")
     assert "n1 crashed too often but is not excluded: without it main has too few usable nodes for the 2" in told
@@ -190,7 +191,10 @@ def test_a_list_that_leaves_too_few_nodes_is_cut(play):
 
 
 def test_a_new_job_gives_bad_hosts_back_once(play):
-    play.run.joinpath("bad_hosts.log").write_text("2026-01-31 12:00:00 n2 job 1 start 1: Killed (task 0)\n" * 2)
+    crash = "2026-01-31 12:00:00 n2 job 1 start {}: Killed (task 0)\n"
+    play.run.joinpath("bad_hosts.log").write_text(crash.format(1) * 3)  # a start counts once
+    assert "srun" in play.start(1, 0, job="416") and play.calls() == []
+    play.run.joinpath("bad_hosts.log").write_text(crash.format(1) + crash.format(2))
     told = play.start(1, 0)
     assert "ended by a bad host among its nodes (n2), excluding n2; requeued" in told and "srun" not in told
     assert play.calls() == ["requeue 417", "update job=417 ExcNodeList=n2"]

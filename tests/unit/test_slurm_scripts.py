@@ -121,20 +121,28 @@ def test_mistakes(words, message):
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_ci_fails_where_slurm_cannot_be_installed(tmp_path):
-    """It is told before anything else runs."""
-    programs = {"apt-get": "exit 100", "sudo": "exit 1", "make": f"touch {tmp_path}/made"}
+SLURM = ("slurmctld", "slurmd", "munged", "munge", "sbatch", "srun", "scontrol", "scancel", "sinfo")
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"), [((), "on a real SLURM"), (SLURM, "in a browser"), ((*SLURM, "chromium"), "")]
+)
+def test_ci_fails_where_packages_cannot_be_installed(tmp_path, there, missing):
+    """It is told before anything else runs; nothing is skipped."""
+    made = f'echo "$1" >>{tmp_path}/made'
+    programs = {"apt-get": "exit 100", "sudo": 'shift 2; exec "$@"', "make": made} | dict.fromkeys(there, "")
     for name, what in programs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{what}\n")
         (tmp_path / name).chmod(0o755)
     for name in ("bash", "env", "dirname", "id"):
         (tmp_path / name).symlink_to(shutil.which(name))
     done = shell("bash", ".ci/run", PATH=str(tmp_path))
-    assert (
-        done.returncode == 1
-        and "SLURM cannot run, its packages could not be installed: run this as root" in done.stderr
-    )
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "made").exists()
+    if missing:
+        told = f"the tests {missing} cannot run, their packages could not be installed: run this as root"
+        assert done.returncode == 1 and told in done.stderr
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "made").exists()
+    else:
+        assert (tmp_path / "made").read_text().split() == ["test", "test-slurm", "test-browser", "lint"]
 
 
 def test_a_missing_settings_file():

@@ -84,6 +84,15 @@ def test_a_silent_rank_is_lost():
     assert ranks.seconds(90, silent=(3,)) is None
 
 
+def test_the_rank_that_was_silent_first_is_blamed_first():
+    ranks = Ranks(config(lost_timeout=20, hang_timeout=0))
+    ranks.seconds(10)
+    assert ranks.seconds(5, silent=(3,)) is None
+    ranks.judge.lost_timeout = 0
+    assert ranks.seconds(40, silent=(1, 3)) is None
+    assert [b.rank for b in ranks.judge.silent(20)] == [3, 1]
+
+
 def test_a_rank_that_starts_may_be_silent_for_longer():
     ranks = Ranks(config(hang_timeout=1000))
     ranks.say(3, phase=STARTING, step=0)
@@ -204,6 +213,9 @@ def test_limits():
     assert limit_of(cfg) == 100
     cfg.data.shards, cfg.data.patience = "s3://bucket/codes", 500
     assert limit_of(cfg) > 100 + 500
+    cfg.data.shards, cfg.data.val_shards = "runs/codes", "s3://bucket/val"
+    PROGRESS.at(STARTING)  # the validation pictures are read
+    assert limit_of(cfg) > 100 + 500 + progress.START_EXTRA
     PROGRESS.at(SAVING)
     assert limit_of(cfg) >= 3700
     PROGRESS.at(ENDING)
@@ -250,7 +262,8 @@ def test_stacks_of_all_threads(tmp_path):
     assert write_stacks(tmp_path / "file", 3, "the reason") is None
 
 
-def test_the_heartbeat_file_and_what_status_makes_of_it(tmp_path):
+def test_the_heartbeat_file_and_what_status_makes_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "n5")
     cfg = config()
     cfg.run = str(tmp_path)
     (tmp_path / "heartbeats").mkdir()
@@ -263,6 +276,7 @@ def test_the_heartbeat_file_and_what_status_makes_of_it(tmp_path):
         (path,) = (tmp_path / "heartbeats").glob("rank-*.json")
         said = json.loads(path.read_text())
         assert (said["rank"], said["step"], said["phase"], said["flag"]) == (0, 12, "backward", ALIVE)
+        assert said["host"] == "n5"  # what sbatch --exclude takes
     assert json.loads(path.read_text())["flag"] == LEFT and len(list(path.parent.iterdir())) == 1
     other = {**said, "rank": 1, "host": "node7", "time": "2026-01-31T12:00:00+00:00"}
     (path.parent / "rank-00001.json").write_text(json.dumps(other))
