@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
-GRACE = 30.0  # seconds from TERM, when a rank has failed, to KILL
+LAST_WORDS = 0.5  # seconds from a rank's failure to TERM: the others may end by themselves
+GRACE = 30.0  # and from there to KILL
 
 
 def run(words: list[str], environment: dict[str, str], ranks: int = 0, timeout: float = 300) -> Any:
@@ -92,6 +93,7 @@ def launch(request: dict[str, Any]) -> int | None:
             left.discard(pid)
             if status and not first:
                 first, failed_at = os.waitstatus_to_exitcode(status), time.monotonic()
+                time.sleep(LAST_WORDS)
                 tell(left, signal.SIGTERM)
             continue
         now = time.monotonic()
@@ -102,7 +104,7 @@ def launch(request: dict[str, Any]) -> int | None:
 
 
 def tell(pids: set[int], number: signal.Signals) -> None:
-    for pid in pids:
+    for pid in pids:  # none was waited for yet: each is theirs still
         os.kill(pid, number)
 
 
