@@ -14,6 +14,8 @@ slurm/, a run of two tiny blocks. For each fault:
     start      SLURM's start -> the end of the first new step
     imports    of `start`: importing torch, DeepSpeed and megastar, in four processes at once on this machine,
                measured just after, the ranks standing still
+    CPU        processor seconds a rank, on average, from its exec to the end of that step, and of its imports alone: what
+               other work on the machine hardly changes
     lost       steps that were done before the fault and had to be done again
 
 Then a second run, on the same cluster, whose losses are not numbers at some batches (tests/integration/inject.py): one
@@ -29,6 +31,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import signal
 import statistics
 import subprocess
@@ -72,13 +75,23 @@ def make_world(folder: Path) -> World:
     return w
 
 
-def import_seconds() -> float:
-    """Wall time of four processes that import what a rank imports, at once."""
-    begin = time.perf_counter()
+def cpu_of(pids: list[int]) -> float:
+    """Processor seconds a process, on average, so far."""
+    ticks = 0
+    for pid in pids:
+        ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK") / len(pids)
+
+
+def import_seconds() -> tuple[float, float]:
+    """Wall time of four processes that import what a rank imports, at once; processor seconds of one."""
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     code = "import torch.utils.tensorboard, megastar.engine.loop as l; l.build.__globals__['import_muon']()"
     ranks = [subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT) for _ in range(4)]
     assert all(r.wait() == 0 for r in ranks)
-    return time.perf_counter() - begin
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - begin, used / len(ranks)
 
 
 def write_config(world: World, path: Path, run: Path, steps: int, save_every: int) -> Path:
@@ -143,13 +156,15 @@ class Bench:
             self.cluster.start_node(node)
         now = time.time()
         ranks = self.cluster.tasks(self.job)
+        used = cpu_of([r.pid for r in ranks])
         for rank in ranks:  # or they would go on training beside it
             os.kill(rank.pid, signal.SIGSTOP)
-        imports = import_seconds()
+        imports, used_for_imports = import_seconds()
         for rank in ranks:
             os.kill(rank.pid, signal.SIGCONT)
         found = {"total": now - begin, "SLURM": again - gone, "end": gone - begin, "start": now - again}
-        return found | {"imports": imports, "lost": before - saved}
+        cpu = {"CPU": used, "imp. CPU": used_for_imports}
+        return found | {"imports": imports, **cpu, "lost": before - saved}
 
 
 def not_a_number(cluster: Cluster, world: World, folder: Path) -> None:
@@ -200,7 +215,7 @@ def main() -> None:
     faults = ("USR1", "scontrol requeue", "a rank is killed", "a node is killed", "NaN")
     p.add_argument("--only", nargs="+", choices=faults, default=faults, metavar="FAULT", help=", ".join(faults))
     args = p.parse_args()
-    names = ("total", "SLURM", "end", "start", "imports", "lost")
+    names = ("total", "SLURM", "end", "start", "imports", "CPU", "imp. CPU", "lost")
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors, before", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
