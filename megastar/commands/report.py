@@ -79,7 +79,7 @@ def main(words: list[str]) -> int:
         runs,
         baseline,
         differences(config, [run.config for run in runs]),
-        title="megastar report: " + (names[0] if len(names) == 1 else f"{len(names)} runs"),
+        title="megastar report: " + (", ".join(names) if len(names) <= 3 else f"{len(names)} runs"),
         made=f"made {datetime.now().astimezone():%Y-%m-%d %H:%M %Z} by megastar {__version__}: {' '.join(['megastar report', *words])}",
     )
     out.parent.mkdir(parents=True, exist_ok=True)

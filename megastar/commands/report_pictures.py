@@ -56,7 +56,15 @@ def add_grids(run: Run, cfg: RunConfig | None, folder: Path, wanted: Wanted, con
             run.notes.append(f"samples: {path.name} cannot be read ({error})")
             continue
         told = provenance_of(path)
-        run.grids.append(Grid(step, source, f"{told['weights']} weights" if "weights" in told else ""))
+        run.grids.append(Grid(step, source, caption_of(told)))
+
+
+def caption_of(told: dict[str, Any]) -> str:
+    """How a grid was drawn, from what its PNG says; nothing for one that is not ours."""
+    if "weights" not in told:
+        return ""
+    which = "averaged" if told["weights"] == "ema" else told["weights"]
+    return f"{which} weights, guidance {told.get('cfg_scale', 1):g}, temperature {told.get('temperature', 1):g}"
 
 
 def evenly(items: list[Any], most: int) -> list[Any]:
@@ -173,6 +181,7 @@ def attend(run: Run, cfg: RunConfig, folder: Path, wanted: Wanted, blocks_for: i
         f"Picture {wanted.picture} of {Path(shards).name} (class {label}), {which}, mean of the heads. "
         f"{len(found['hidden'])} of {len(hidden) - 1} keys are {how}."
     )
+    found["trained"] = trained
     run.attention = found | {"block": block, "picture": decoded(cfg, folder, wanted, codes[0], device)}
 
 

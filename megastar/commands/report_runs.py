@@ -129,8 +129,10 @@ def facts_of(run: Run, cfg: RunConfig | None, status: Status | None) -> list[tup
         )
     if (lowest := best(run.columns.get("val_loss_ar"))) is not None:
         found.append(("best validation loss", f"{lowest[0]:.4f} at step {lowest[1]:,}"))
-    if (last := ending(run.columns.get("loss"))) is not None:
-        found.append(("last loss", f"{last:.4f}"))
+    for name, label in (("loss_ar", "last next-token loss"), ("loss", "last loss")):
+        if (last := ending(run.columns.get(name))) is not None:
+            found.append((label, f"{last:.4f}"))
+            break
     if run.global_batch:
         found.append(("images seen", f"{step * run.global_batch:,}"))
     if spent := hours(run.columns)["y"]:

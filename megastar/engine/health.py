@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.config.load import resolve_batch
 from megastar.config.schema import RunConfig, SelfGuidedConfig
-from megastar.engine.events import read_lines
+from megastar.engine.events import read_ends
 
 if TYPE_CHECKING:
     from megastar.engine.metrics import Metrics
@@ -30,6 +31,7 @@ TRIAL = 100  # steps of a run that is no more than a trial: its teacher does not
 FOLLOWED = 0.05  # weight of the first weights at which the teacher's distance is its lag, not its beginning
 TOO_FAR = 0.5  # teacher_distance: half of the student's norm is news to the teacher
 GROWING = 1.2  # growth of teacher_distance over KEPT rows, each fifth of them above the one before
+NEAR = 0.01  # teacher_distance below which its growth does not matter; a teacher with decay 0 has 0
 CONSTANTS = 5  # times 1 / (1 - decay) steps, after which the distance should have come to rest
 GUESSING = 0.05  # nats below ln V, or below the run's first rows
 
@@ -40,6 +42,11 @@ def values(rows: Rows, name: str, count: int = RECENT) -> list[float]:
     found = [r[name] for r in rows[-KEPT:] if name in r][-count:]
     fine = all(isinstance(v, (int, float)) and math.isfinite(v) for v in found)
     return found if fine and len(found) == count else []
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run folder that a look at it needs: these checks', and `megastar status`'s."""
+    return read_ends(run / "metrics.jsonl", FIRST, KEPT)
 
 
 def trained(rows: Rows) -> list[dict[str, Any]]:
@@ -71,8 +78,12 @@ def contrasted(cfg: RunConfig, ranks: int) -> int:
     return micro * (ranks // cfg.parallel.tensor_parallel)
 
 
+def contrasts(cfg: SelfGuidedConfig) -> bool:
+    return cfg.enabled and bool(cfg.beta and (cfg.step_loss or cfg.view_loss))
+
+
 def uses_teacher(cfg: SelfGuidedConfig) -> bool:
-    return cfg.enabled and bool(cfg.alpha or (cfg.beta and (cfg.step_loss or cfg.view_loss)))
+    return contrasts(cfg) or (cfg.enabled and bool(cfg.alpha))
 
 
 # Checks: "" or one sentence ------------------------------------------------------------------------------------------
@@ -89,6 +100,29 @@ def slow_teacher(cfg: RunConfig, steps: int) -> str:
     )
 
 
+def few_negatives(cfg: RunConfig, images: int, steps: int) -> str:
+    """Known before the first step too."""
+    g = cfg.self_guided
+    if not contrasts(g) or steps < TRIAL or images >= FEW_IMAGES:
+        return ""
+    among = (
+        f"{images - 1} others"
+        if images > 2
+        else ("one other" if images == 2 else "no other, so nothing is learned from it")
+    )
+    return (
+        f"the contrastive terms have few negatives: each anchor tells its image from {among} (a forward pass of all data "
+        f"ranks; train.global_batch {cfg.train.global_batch}, train.micro_batch {cfg.train.micro_batch}): raise them or use "
+        "more ranks, since accumulated micro-batches do not add negatives, or set self_guided.beta=0"
+    )
+
+
+def at_start(cfg: RunConfig, images: int, steps: int) -> dict[str, str]:
+    """Kind of trouble -> a sentence, of what is known before the first of ``steps`` steps."""
+    known = {"slow_teacher": slow_teacher(cfg, steps), "few_negatives": few_negatives(cfg, images, steps)}
+    return {kind: text for kind, text in known.items() if text}
+
+
 def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
     if images < FEW_IMAGES or not settled(cfg, rows):
         return ""
@@ -96,10 +130,12 @@ def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
     if not low:
         return ""
     what = " and ".join(f"{n} {v:.2g}" for n, v in low.items())
+    remedy = "raise optim.lr or lower self_guided.temperature"
+    if not_learning(cfg, images, rows):
+        remedy = "change optim.lr: the next-token loss does not fall either"
     return (
         f"contrastive accuracy sits at chance: {what} over {RECENT} rows, guessing gives {1 / images:.2g} (1 of {images} "
-        "images): see that the stored views of a sample show one picture (megastar data stats), then raise optim.lr or "
-        "lower self_guided.temperature"
+        f"images): see that the stored views of a sample show one picture (megastar data stats), then {remedy}"
     )
 
 
@@ -110,10 +146,13 @@ def collapse(cfg: RunConfig, images: int, rows: Rows) -> str:
     low = [f"spread_{n} {v:.2g}" for n, v in both.items() if v < COLLAPSED]
     if not low:
         return ""
-    return (
-        f"features collapse: {' and '.join(low)} over {RECENT} rows, spread-out features have about 1: begin again from "
-        "a checkpoint before it (train.init, another run=...) with a lower optim.lr or a larger train.global_batch"
+    remedy = (
+        "begin again from a checkpoint before it (train.init, another run=...) with a lower optim.lr or a larger "
+        "train.global_batch"
     )
+    if not_learning(cfg, images, rows):  # an untrained projector is no better: the rate may also be near 0
+        remedy = f"change optim.lr (now {cfg.optim.lr:g}) first, the next-token loss does not fall either"
+    return f"features collapse: {' and '.join(low)} over {RECENT} rows, spread-out features have about 1: {remedy}"
 
 
 def far_teacher(cfg: RunConfig, images: int, rows: Rows) -> str:
@@ -122,7 +161,7 @@ def far_teacher(cfg: RunConfig, images: int, rows: Rows) -> str:
         return ""
     return (
         f"the teacher does not keep up: teacher_distance is {mean(away):.2g} over {RECENT} rows, so the student's targets "
-        f"are of another network: lower self_guided.teacher_decay (now {g.teacher_decay:g}) or optim.lr"
+        f"are of another network: lower self_guided.teacher_decay (now {g.teacher_decay:g}) if the losses fall, else optim.lr"
     )
 
 
@@ -133,7 +172,7 @@ def growing_teacher(cfg: RunConfig, images: int, rows: Rows) -> str:
         return ""
     fifth = KEPT // 5
     means = [mean(away[i : i + fifth]) for i in range(0, KEPT, fifth)]
-    if means != sorted(means) or means[-1] < GROWING * means[0]:
+    if means != sorted(means) or means[-1] < max(NEAR, GROWING * means[0]):
         return ""
     return (
         f"the teacher falls behind: teacher_distance grew from {means[0]:.2g} to {means[-1]:.2g} within {KEPT} rows, long "
@@ -192,7 +231,10 @@ CHECKS: dict[str, Callable[[RunConfig, int, Rows], str]] = {
 def judge(cfg: RunConfig, images: int, rows: Rows) -> dict[str, str]:
     """Kind of trouble -> a sentence with the remedy. rows: of metrics.jsonl, oldest first; ``images`` as ``contrasted``."""
     rows = trained(rows)
-    return {kind: text for kind, check in CHECKS.items() if (text := check(cfg, images, rows))}
+    found = {kind: text for kind, check in CHECKS.items() if (text := check(cfg, images, rows))}
+    if "collapse" in found:
+        found.pop("accuracy_at_chance", None)  # a consequence, for which a higher learning rate is no remedy
+    return found
 
 
 class Health:
@@ -200,10 +242,10 @@ class Health:
 
     def __init__(self, cfg: RunConfig, ranks: int, steps: int, metrics: Metrics):
         self.cfg, self.metrics, self.images = cfg, metrics, contrasted(cfg, ranks)
-        self.rows = trained(read_lines(metrics.folder / "metrics.jsonl")) if metrics.active else []  # it may go on
+        self.rows = trained(read_rows(metrics.folder)) if metrics.active else []  # it may go on
         self.present: set[str] = set()
-        if text := slow_teacher(cfg, steps):
-            metrics.event("warning", text, about="slow_teacher")
+        for kind, text in at_start(cfg, self.images, steps).items():
+            metrics.event("warning", text, about=kind)
 
     def look(self, step: int, row: dict[str, float]) -> None:
         """``row`` of metrics after ``step`` steps; an empty one where none is due."""

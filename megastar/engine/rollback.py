@@ -21,7 +21,7 @@ from megastar.engine import checkpoint, folders
 from megastar.engine.agreement import on_main
 from megastar.engine.build import Context, Engines
 from megastar.engine.errors import NonFiniteLoss
-from megastar.engine.events import read_lines
+from megastar.engine.events import read_ends, read_lines
 from megastar.engine.guard import SKIPPED, Guard, read_skips, said, stamp
 from megastar.engine.metrics import Metrics
 from megastar.engine.progress import PROGRESS, SAVING, STARTING
@@ -156,7 +156,7 @@ def diagnosis(cfg: RunConfig, guard: Guard, step: int, target: Path | None) -> s
     )
     with suppress(KeyError, IndexError):
         losses += f"; before, the loss was {recent[-1]['mean']:.5g} +- {recent[-1]['sigma']:.2g}"
-    norms = [r["grad_norm"] for r in read_lines(run / "metrics.jsonl") if "grad_norm" in r][-3:]
+    norms = [r["grad_norm"] for r in read_ends(run / "metrics.jsonl", 0, 3) if "grad_norm" in r][-3:]
     if norms:
         losses += f", the last gradient norms {', '.join(str(n)[:6] for n in norms)}"
     return (

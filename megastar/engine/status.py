@@ -68,7 +68,7 @@ def status_of(run: Path, now: float | None = None) -> Status:
         raise UserError(
             f"{path} cannot be used ({first}): restore it; a `megastar train` command of this run wrote it"
         ) from error
-    rows = [r for r in events.read_lines(run / "metrics.jsonl") if isinstance(r.get("step"), int)]
+    rows = [r for r in health.read_rows(run) if isinstance(r.get("step"), int)]
     happened = events.read_events(run)
     status = Status(str(run), "new", "")
     read_rows(status, rows)
@@ -257,8 +257,7 @@ def health_of_method(
         images = health.contrasted(cfg, ranks[-1] if ranks else cfg.parallel.tensor_parallel)
     except UserError:  # started on another split than the configuration's
         images = cfg.train.global_batch
-    teacher = health.slow_teacher(cfg, steps) if steps else ""
-    return [*filter(None, [teacher]), *health.judge(cfg, images, rows).values()]
+    return [*health.at_start(cfg, images, steps or 0).values(), *health.judge(cfg, images, rows).values()]
 
 
 def health_of_checkpoint(status: Status, cfg: RunConfig) -> list[str]:

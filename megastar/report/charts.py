@@ -35,12 +35,17 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
     (
         "Losses",
         (
-            one("loss", "Total loss", "next token + alpha x masked image + beta x mean of the contrastive ones"),
-            Chart(
-                "Next-token loss",
-                (Line("loss_ar"), Line("val_loss_ar", "validation", "points")),
-                "nats a token; points: validation, without hidden keys. Training runs with keys hidden, so it lies above",
+            one(
+                "loss_ar", "Next-token loss", "of training: with dropout, and for ST-AR with hidden keys", unit=" nats"
             ),
+            one(
+                "val_loss_ar",
+                "Validation loss",
+                "next token, without hidden keys or dropout",
+                unit=" nats",
+                smooth=False,
+            ),
+            one("loss", "Total loss", "of all terms with their weights: compare only runs that have the same terms"),
             one("loss_mim", "Masked-image loss", "1 - cosine to the teacher's last features; near 0: nothing to learn"),
             one("loss_step", "Contrastive loss between positions", "falls when features of one image agree"),
             one("loss_view", "Contrastive loss between views", "falls when two crops of one image agree"),

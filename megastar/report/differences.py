@@ -27,12 +27,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(baseline: Mapping[str, Any], configs: Sequence[Mapping[str, Any] | None]) -> list[Difference]:
     """The fields in which some run differs from the baseline, in the baseline's order; all are nested mappings.
 
-    A run without a configuration (None) has no values and no differences.
+    A run without a configuration (None) has no values and no differences. The run's folder is no difference.
     """
     base = flatten(baseline)
     flat = [None if c is None else flatten(c) for c in configs]
     out = []
     for name in dict.fromkeys([*base, *(key for c in flat if c for key in c)]):
+        if name == "run":
+            continue
         there = [None if c is None else c.get(name, ABSENT) for c in flat]
         own = base.get(name, ABSENT)
         changed = [c is not None and value != own for c, value in zip(flat, there, strict=True)]

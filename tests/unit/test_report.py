@@ -101,7 +101,7 @@ def test_hours_count_the_steps_between_rows():
 def test_a_value_that_no_chart_knows_gets_one():
     groups = charts_for({"loss_ar", "val_loss_ar", "some_value", "slowest_rank"})
     assert [g["title"] for g in groups] == ["Losses", "Other values"]
-    assert [c["title"] for g in groups for c in g["charts"]] == ["Next-token loss", "some_value"]
+    assert [c["title"] for g in groups for c in g["charts"]] == ["Next-token loss", "Validation loss", "some_value"]
 
 
 # The page -----------------------------------------------------------------------------------------------------------

@@ -27,12 +27,12 @@ function brief(v, unit) { // for an axis
   const size = Math.abs(v);
   if (v === 0) return "0";
   for (const [at, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]]) if (size >= at) return trim((v / (at === 1e4 ? 1e3 : at)).toPrecision(6)) + letter;
-  return size < 1e-3 ? v.toExponential(1).replace(/\.0e/, "e").replace("e+", "e") : trim(v.toPrecision(6));
+  return size < 1e-4 ? v.toExponential(1).replace(/\.0e/, "e").replace("e+", "e") : trim(v.toPrecision(6));
 }
 
 function ticks(low, high, count) {
   const rough = (high - low) / Math.max(1, count), power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find((m) => m * power >= rough * 0.999);
+  const step = power * [1, 2, 5, 10].find((m) => m * power >= rough * 0.7);
   const out = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) out.push(i * step);
   return out;
@@ -90,7 +90,7 @@ class Plot {
     svg.replaceChildren();
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.setAttribute("aria-label", `${this.title}. ` + (lines.length ? lines.map((l) => `${l.name}: last ${format(l.y[l.y.length - 1], this.unit)}`).join("; ") : "nothing shown"));
-    this.which.textContent = data.which || "";
+    this.which.textContent = [this.unit === "%" ? "" : (this.unit || "").trim(), data.which].filter(Boolean).join("; ");
 
     const every = lines.flatMap((l) => [l.x, ...(l.raw ? [l.raw.x] : [])]), values = lines.flatMap((l) => [l.y, ...(l.raw ? [l.raw.y] : []), (l.spots || []).map((s) => s[1])]);
     let [x0, x1] = extent(every), [y0, y1] = extent(values);
@@ -135,7 +135,6 @@ class Plot {
     for (const r of data.refs || []) {
       if (log && !(r.y >= y0 && r.y <= y1)) continue;
       make("line", { class: "reference", x1: left, x2: width - right, y1: py(r.y), y2: py(r.y) }, svg);
-      make("text", { x: left + 4, y: py(r.y) - 3 }, svg, r.label);
     }
     for (const l of lines) {
       const group = make("g", { class: `series r${l.run % 8}`, "data-run": l.run }, svg);
@@ -151,6 +150,8 @@ class Plot {
         cross.lastChild.textContent = `${l.name}: not a finite number`;
       }
     }
+    for (const r of data.refs || [])
+      if (!log || (r.y >= y0 && r.y <= y1)) make("text", { class: "over", x: left + 4, y: py(r.y) - 4 }, svg, r.label);
     const base = height - bottom + 8;
     for (const m of this.marks) make("path", { class: `mark ${m.tone} r${m.run % 8}`, "data-run": m.run, d: glyph(m.shape, px(m.x), base) }, svg);
     this.cross = make("line", { class: "cross", y1: top, y2: height - bottom, visibility: "hidden" }, svg);

@@ -56,7 +56,7 @@ function seriesOf(report, state, chart) {
       const many = chart.lines.filter((l) => report.names.has(l.name)).length > 1;
       const name = many && spec.label ? `${run.name}, ${spec.label}` : run.name;
       const smooth = !chart.smooth || spec.style === "points" || state.smooth === 0 || x.length < 8 ? value.y : smoothed(x, value.y, state.smooth);
-      lines.push({ run: index, name, style: spec.style, x, y: smooth, raw: smooth === value.y ? null : { x, y: value.y }, bad: value.bad.map(place), dots: x.length === 1 });
+      lines.push({ run: index, name, style: spec.style, x, y: smooth, raw: smooth === value.y ? null : { x, y: value.y }, bad: value.bad.map(place), dots: x.length <= 12 });
     }
     if (chart.reference === "chance" && run.chance && !refs.some((r) => r.y === run.chance)) refs.push({ y: run.chance, label: "chance" });
   });

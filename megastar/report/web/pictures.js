@@ -67,7 +67,9 @@ class Maps {
       this.get(`${kind}-picture`).addEventListener("click", (e) => { const { grid } = this.info, [x, y] = this.place(e, grid); this.ask(y * grid + x + 1); });
       this.get(`${kind}-map`).addEventListener("click", (e) => this.ask(this.place(e, this.info.size)[1]));
     }
-    this.load(0);
+    const first = Math.max(0, this.runs.findIndex((run) => run.attention.trained)); // one that trains with hidden keys
+    select.value = first;
+    this.load(first);
   }
 
   place(e, cells) {
