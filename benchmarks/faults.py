@@ -1,6 +1,7 @@
 """What a fault costs on SLURM: seconds from the fault to the first new step, and steps that are done again.
 
-    python benchmarks/faults.py [--repeats 1] [--save-every 5]       (root; Debian's slurm packages, see .ci/run)
+    python benchmarks/faults.py [--repeats 1] [--save-every 5] [--only FAULT ...]
+                                                                     (root; Debian's slurm packages, see .ci/run)
 
 A SLURM cluster of this machine (tests/slurm/cluster.py: three slurmd, 2 nodes x 2 tasks over gloo), the batch script of
 slurm/, a run of two tiny blocks. For each fault:
@@ -13,6 +14,8 @@ slurm/, a run of two tiny blocks. For each fault:
     start      SLURM's start -> the end of the first new step
     imports    of `start`: importing torch, DeepSpeed and megastar, in four processes at once on this machine,
                measured just after, the ranks standing still
+    CPU        processor seconds a rank, on average, from its exec to the end of that step, and of its imports alone: what
+               other work on the machine hardly changes
     lost       steps that were done before the fault and had to be done again
 
 Then a second run, on the same cluster, whose losses are not numbers at some batches (tests/integration/inject.py): one
@@ -28,6 +31,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import signal
 import statistics
 import subprocess
@@ -71,21 +75,36 @@ def make_world(folder: Path) -> World:
     return w
 
 
-def import_seconds() -> float:
-    """Wall time of four processes that import what a rank imports, at once."""
-    begin = time.perf_counter()
+def cpu_of(pids: list[int]) -> float:
+    """Processor seconds a process, on average, so far."""
+    ticks = 0
+    for pid in pids:
+        ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK") / len(pids)
+
+
+def import_seconds() -> tuple[float, float]:
+    """Wall time of four processes that import what a rank imports, at once; processor seconds of one."""
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     code = "import torch.utils.tensorboard, megastar.engine.loop as l; l.build.__globals__['import_muon']()"
     ranks = [subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT) for _ in range(4)]
     assert all(r.wait() == 0 for r in ranks)
-    return time.perf_counter() - begin
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - begin, used / len(ranks)
+
+
+def write_config(world: World, path: Path, run: Path, steps: int, save_every: int) -> Path:
+    """A run without validation."""
+    world.write_config(path, run, steps=steps, save_every=save_every, val_every=0)
+    path.write_text(re.sub(r"val_shards: \S+ ", "", path.read_text()))
+    return path
 
 
 class Bench:
     def __init__(self, cluster: Cluster, world: World, folder: Path, save_every: int):
         self.cluster, self.folder, self.run = cluster, folder, folder / "run"
-        config = world.write_config(folder / "run.yaml", self.run, steps=STEPS, save_every=save_every, val_every=0)
-        text = config.read_text()
-        config.write_text(re.sub(r"val_shards: \S+ ", "", text))
+        config = write_config(world, folder / "run.yaml", self.run, STEPS, save_every)
         self.job = cluster.sbatch(
             "--nodes=2", *SIZE, f"--output={folder}/job.log", "slurm/train_b.sh", config, cwd=ROOT,
             MEGASTAR_BAD_HOST_CRASHES="0",
@@ -137,20 +156,22 @@ class Bench:
             self.cluster.start_node(node)
         now = time.time()
         ranks = self.cluster.tasks(self.job)
+        used = cpu_of([r.pid for r in ranks])
         for rank in ranks:  # or they would go on training beside it
             os.kill(rank.pid, signal.SIGSTOP)
-        imports = import_seconds()
+        imports, used_for_imports = import_seconds()
         for rank in ranks:
             os.kill(rank.pid, signal.SIGCONT)
         found = {"total": now - begin, "SLURM": again - gone, "end": gone - begin, "start": now - again}
-        return found | {"imports": imports, "lost": before - saved}
+        cpu = {"CPU": used, "imp. CPU": used_for_imports}
+        return found | {"imports": imports, **cpu, "lost": before - saved}
 
 
 def not_a_number(cluster: Cluster, world: World, folder: Path) -> None:
     """A skipped step, and a roll-back: seconds to the next step done."""
     run, (alone, first), window = folder / "nan", (6, 18), 8
     every = {alone: -1, **dict.fromkeys(range(first, first + 3), -1)}
-    config = world.write_config(folder / "nan.yaml", run, steps=first + 8, save_every=5, val_every=0)
+    config = write_config(world, folder / "nan.yaml", run, first + 8, 5)
     wrapper = folder / "inject.sh"
     inject = f"{sys.executable} {ROOT}/tests/integration/inject.py '{json.dumps({'nan': every})}'"
     wrapper.write_text(f'#!/bin/sh\nshift  # "megastar"\nexec {inject} "$@"\n')
@@ -170,10 +191,10 @@ def not_a_number(cluster: Cluster, world: World, folder: Path) -> None:
         now = (step, *(len(read_lines(run / f)) for f in files))
         if not seen or now != seen[-1][1:]:
             seen.append((time.monotonic(), *now))
-        return step >= first + 8 or (log.is_file() and "megastar: ended by" in log.read_text(errors="replace"))
+        return step >= first + 8 or (log.is_file() and "srun: error:" in log.read_text(errors="replace"))
 
     wait_for("the run with bad batches", PATIENCE, done, lambda: log.read_text()[-3000:])
-    assert [s[2:] for s in seen][-1] == (4, 1), seen
+    assert [s[2:] for s in seen][-1] == (4, 1), log.read_text()[-3000:]
 
     def when(true: Callable[[int, int, int], bool]) -> float:
         return next(at for at, *now in seen if true(*now))
@@ -191,9 +212,10 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeats", type=int, default=1)
     p.add_argument("--save-every", type=int, default=5)
+    faults = ("USR1", "scontrol requeue", "a rank is killed", "a node is killed", "NaN")
+    p.add_argument("--only", nargs="+", choices=faults, default=faults, metavar="FAULT", help=", ".join(faults))
     args = p.parse_args()
-    faults = ("USR1", "scontrol requeue", "a rank is killed", "a node is killed")
-    names = ("total", "SLURM", "end", "start", "imports", "lost")
+    names = ("total", "SLURM", "end", "start", "imports", "CPU", "imp. CPU", "lost")
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors, before", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -201,16 +223,17 @@ def main() -> None:
         (folder / "cluster").mkdir()
         with Cluster(folder / "cluster", nodes=3) as cluster:
             cluster.env |= {"MEGASTAR_ENV": str(write_site(folder))}
-            bench = Bench(cluster, world, folder, args.save_every)
-            print(f"{'seconds':<18}" + "".join(f"{n:>9}" for n in names), "  end + start - imports", flush=True)
-            for _ in range(args.repeats):
-                for fault in faults:
+            if starts := [f for f in args.only if f != "NaN"]:
+                bench = Bench(cluster, world, folder, args.save_every)
+                print(f"{'seconds':<18}" + "".join(f"{n:>9}" for n in names), "  end + start - imports", flush=True)
+                for fault in starts * args.repeats:
                     row = bench.measure(fault, args.save_every + 3)
                     ours_only = row["end"] + row["start"] - row["imports"]
                     print(f"{fault:<18}" + "".join(f"{row[n]:9.1f}" for n in names), f"{ours_only:14.1f}", flush=True)
-            cluster.run("scancel", bench.job)
-            wait_for("the end", 60, lambda: not cluster.tasks(bench.job) and cluster.idle() == 3)
-            not_a_number(cluster, world, folder)
+                cluster.run("scancel", bench.job)
+                wait_for("the end", 60, lambda: not cluster.tasks(bench.job) and cluster.idle() == 3)
+            if "NaN" in args.only:
+                not_a_number(cluster, world, folder)
     print(f"load average {os.getloadavg()[0]:.1f}, after")
 
 
