@@ -12,7 +12,7 @@ slurm/, a run of two tiny blocks. For each fault:
     end        fault -> the batch script asks for the requeue: noticing, the save, the processes' end
     start      SLURM's start -> the end of the first new step
     imports    of `start`: importing torch, DeepSpeed and megastar, in four processes at once on this machine,
-               measured alone, just after
+               measured just after, the ranks standing still
     lost       steps that were done before the fault and had to be done again
 
 Then a second run, on the same cluster, whose losses are not numbers at some batches (tests/integration/inject.py): one
@@ -136,7 +136,12 @@ class Bench:
         if node:
             self.cluster.start_node(node)
         now = time.time()
+        ranks = self.cluster.tasks(self.job)
+        for rank in ranks:  # or they would go on training beside it
+            os.kill(rank.pid, signal.SIGSTOP)
         imports = import_seconds()
+        for rank in ranks:
+            os.kill(rank.pid, signal.SIGCONT)
         found = {"total": now - begin, "SLURM": again - gone, "end": gone - begin, "start": now - again}
         return found | {"imports": imports, "lost": before - saved}
 

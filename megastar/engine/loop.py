@@ -168,7 +168,7 @@ def run(
             seen, why = train_step(cfg, ctx, engines, saver, supply, guard, stop, step, steps)
         except CorruptReplica:
             PROGRESS.at(SAVING)
-            saver.finish()  # the save under way is good
+            metrics.saved(saver.finish())  # the save under way is good
             raise
         except Starved as starved:
             leave(saver, supply, metrics, about, done, step, starved.signal)
@@ -181,7 +181,7 @@ def run(
                 supply.restart()
                 skipped = 0
                 continue
-        step += 1
+        PROGRESS.done = step = step + 1
         about["guard"] = guard.state(step)
         about.pop("val_loss_ar", None)
         last, row = step == steps, {}

@@ -29,20 +29,16 @@ class Progress:
 
     def reset(self) -> None:
         self.phase, self.step, self.moves, self.steps = STARTING, 0, 0, 0
+        self.done = 0  # steps
 
     def begin(self, step: int) -> None:
-        self.step = step
+        self.step, self.done = step, step - 1
         self.steps += 1  # of this start
         self.moves += 1
 
     def at(self, phase: str) -> None:
         self.phase = phase
         self.moves += 1
-
-    @property
-    def done(self) -> int:
-        """Steps."""
-        return self.step if self.phase in (SAVING, ENDING) else max(0, self.step - 1)
 
     def __str__(self) -> str:
         return describe(self.phase, self.step)

@@ -14,6 +14,7 @@ from megastar.engine import saver as saver_module
 from megastar.engine.board import Board
 from megastar.engine.lines import Lines
 from megastar.engine.metrics import Metrics
+from megastar.engine.progress import PROGRESS
 from megastar.engine.status import Status, health_of_disk
 from tests.disks import fill, remount
 from tests.dist.test_checkpoint import saver_for
@@ -135,9 +136,10 @@ def a_save_is_tried_again(disk: Path) -> None:
     assert "is written, after" in text and more == {"situation": "save", "over": True}
     # The end of a run: in time, and not in time.
     filler = fill(disk)
-    began = time.monotonic()
+    began, moves = time.monotonic(), PROGRESS.moves
     problem = saver.insist(10, {}, 1.5)
     assert 1.4 < time.monotonic() - began < 10 and "checkpoint of step 10" in problem and "step-00000009" in problem
+    assert PROGRESS.moves > moves + 1  # or the watchdog would take a long patience for a hang
     assert saver.insist(11, {}, 600, stop=lambda: True)
     filler.unlink()
     assert saver.insist(12, {}, 0) == "" and folders.latest(saver.folder).name == "step-00000012"

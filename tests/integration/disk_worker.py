@@ -35,10 +35,10 @@ def free() -> None:
 def run(name: str, what: dict[str, Any], at_step: Any) -> None:
     """Train; ``at_step`` is called before each step. What was raised, and the run folder, go to OUT / name."""
 
-    def wrapped(cfg: Any, engines: Any, ctx: Any, batch: Any, step: int) -> Any:
+    def wrapped(cfg: Any, engines: Any, ctx: Any, batch: Any, step: int, **more: Any) -> Any:
         at_step(step)
         began = time.thread_time()
-        found = losses(cfg, engines, ctx, batch, step)
+        found = losses(cfg, engines, ctx, batch, step, **more)
         if not MAIN and name == "freed" and step < SLOW:
             until = time.thread_time() + 3 * (time.thread_time() - began)
             while time.thread_time() < until:  # busy: who sleeps in a collective is not slow

@@ -4,7 +4,7 @@
 
 nan: places in the data's order (batches) -> the rank whose loss is not a number there; -1: every rank's.
 spike: places whose losses are ten times as high. kill: the place at which rank 0 is killed.
-corrupt: the place at which a bit of a weight flips on rank 1.
+corrupt: the place at which a bit of a weight flips on rank 1. signal: the place at which rank 1 is asked to stop.
 Several runs of one process are separated by the word "--", each with FAULTS of its own.
 """
 
@@ -25,11 +25,13 @@ plain = loop.losses
 faults: dict = {}
 
 
-def losses(cfg, engines, ctx, batch, step):
+def losses(cfg, engines, ctx, batch, step, **more):
     place = batch["step"]
     if faults.get("kill") == place and ctx.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    loss, parts = plain(cfg, engines, ctx, batch, step)
+    if faults.get("signal") == place and ctx.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    loss, parts = plain(cfg, engines, ctx, batch, step, **more)
     if faults.get("corrupt") == place and ctx.rank == 1:
         engines.student.module.transformer.norm.weight.data.view(torch.int32)[5] ^= 1 << 20
     whose = faults.get("nan", {}).get(str(place))
@@ -44,6 +46,8 @@ while words:
     faults = json.loads(words[0])
     try:
         status = main(words[1:end])
+    except SystemExit as leaving:  # stopped
+        status = leaving.code
     except CorruptReplica as error:
         print("CorruptReplica:", error, flush=True)
     words = words[end + 1 :]

@@ -66,13 +66,15 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def wait_for(what: str, seconds: float, true: Callable[[], object], told: Callable[[], str] = str) -> float:
+def wait_for(
+    what: str, seconds: float, true: Callable[[], object], told: Callable[[], str] = str, every: float = 0.05
+) -> float:
     """Poll until ``true()``; the seconds it took. Raises ``TimeoutError`` with ``told()``."""
     start = time.monotonic()
     while not true():
         if time.monotonic() - start > seconds:
             raise TimeoutError(f"{what}: not within {seconds:g} s\n{told()}")
-        time.sleep(0.05)
+        time.sleep(every)
     return time.monotonic() - start
 
 

@@ -77,16 +77,18 @@ class Training:
         """Stop all ranks once the job's present start has done ``steps``; the last step. Submits where there is no job."""
         if not self.job or self.over():
             self.submit()
-        wait_for(f"{steps} steps", PATIENCE, lambda: self.steps_since_start() >= steps or self.over(), self.told)
-        pids = self.pids()
+        wait_for("a step", PATIENCE, lambda: self.steps_since_start() or self.over(), self.told)
+        pids = self.pids()  # now: it takes as long as a step, on a fast machine
+        wait_for(f"{steps} steps", PATIENCE, lambda: self.steps_since_start() >= steps, self.told, every=0.005)
         self.send(signal.SIGSTOP, pids)
         assert len(pids) == 4 and self.last() < STEPS, f"{pids}, step {self.last()}: too late\n{self.told()}"
         return self.last()
 
     def steps_since_start(self) -> int:
+        """Of the newest start in the log."""
         log = self.folder / f"megastar-b-{self.job}.log"
         text = log.read_text(errors="replace") if log.is_file() else ""
-        return len(re.findall(rf"step \d+/{STEPS} ", text.partition(f"start {self.starts()}, on")[2]))
+        return len(re.findall(rf"step \d+/{STEPS} ", text.rpartition(f"megastar: job {self.job} (")[2]))
 
     def bad_hosts(self) -> list[str]:
         path = self.run / "bad_hosts.log"

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from megastar.config.schema import FaultsConfig
+from megastar.config.schema import FaultsConfig, RunConfig
+from megastar.engine import checksum
+from megastar.engine.build import Context
 from megastar.engine.checksum import CHUNK, digest, odd_ones
+from megastar.engine.events import read_lines
 from megastar.engine.guard import Guard
 from megastar.engine.spikes import LEAST_SIGMA, SpikeTest
 
@@ -109,3 +112,15 @@ def test_the_rank_at_fault():
     assert odd_ones([1, 2, 1, 2, 1, 3], [[0, 2, 4], [1, 3, 5]]) == ([5], True)  # two tensor ranks, three data ranks
     assert odd_ones([1, 1, 2, 2], [[0, 1, 2, 3]]) == ([0, 1, 2, 3], False)
     assert odd_ones([False, True, False, False], [[0, 1], [2, 3]]) == ([0, 1], False)
+
+
+def test_a_rank_that_a_majority_is_against_is_on_record(tmp_path):
+    ctx = Context(0, 3, torch.device("cpu"), torch.float32)
+    cfg, hosts = RunConfig(run=str(tmp_path)), ["n0", "n0", "n1"]
+    certain, not_certain = ("norm.weight", [2], True, hosts), ("w1.weight", [0, 2], False, hosts)
+    assert "differs between rank 2 (n1), and no majority" in checksum._told(cfg, ctx, 7, [certain, not_certain])
+    assert not (tmp_path / "lost.jsonl").exists()
+    text = checksum._told(cfg, ctx, 7, [certain])
+    assert text.startswith("step 7: norm.weight must be equal") and "on rank 2 (n1) alone" in text
+    (line,) = read_lines(tmp_path / "lost.jsonl")
+    assert (line["rank"], line["host"], line["why"], line["attempt"]) == (2, "n1", "corrupt", 0)

@@ -11,6 +11,7 @@ import pytest
 from megastar.config.schema import RunConfig
 from megastar.engine import progress
 from megastar.engine.beats import ALIVE, ENDED, LEFT, OVERDUE, Beat
+from megastar.engine.events import read_events
 from megastar.engine.evidence import record_loss, write_stacks
 from megastar.engine.judge import STATUS, Judge
 from megastar.engine.progress import DATA, ENDING, PROGRESS, SAVING, STARTING, limit_of
@@ -238,6 +239,18 @@ def test_the_record_for_the_batch_script(tmp_path, monkeypatch):
     assert first == {"job": "417", "attempt": 2, "rank": 3, "host": "node7", "why": "lost"}
     assert (second["rank"], second["why"]) == (1, "hung")
     record_loss(tmp_path / "nothing", 3, "node7", "lost")  # a disk that takes none is no reason to stop
+
+
+def test_an_error_of_its_own_is_one_event(tmp_path):
+    cfg = RunConfig(run=str(tmp_path))
+    for watched in (True, False):  # each start says it for itself
+        cfg.faults.hang_timeout, cfg.faults.lost_timeout = (60.0, 60.0) if watched else (0, 0)
+        with pytest.raises(ValueError), watch(cfg, 0, 1):
+            PROGRESS.begin(4)
+            raise ValueError("two\nlines")
+        *_, event = read_events(tmp_path)
+        assert (event["event"], event["step"], event["text"]) == ("error", 3, "ValueError: two lines")
+    assert len(read_events(tmp_path)) == 2
 
 
 def held_up(gate: threading.Event) -> None:
