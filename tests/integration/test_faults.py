@@ -84,7 +84,7 @@ def test_it_goes_back_to_a_good_checkpoint_and_passes_over_the_data(runs):
     kinds = [e["event"] for e in read_events(run) if e["event"] != "saved"]
     assert kinds == ["started", *["skipped"] * 5, "rolled_back", "signal", "resumed", "finished"]
     (stop,) = (e for e in read_events(run) if e["event"] == "signal")
-    assert stop["step"] == 21 and "saved" in stop["text"]  # behind the first step of the new way
+    assert stop["step"] in (20, 21) and "saved" in stop["text"]  # at once where its next batch is not there yet
     (back,) = read_lines(run / "rollbacks.jsonl")
     assert (back["step"], back["to"], back["position"], back["skipped"]) == (22, "step-00000020", 23, [20, 21, 22])
 
