@@ -66,7 +66,7 @@ def run_case(
         source = folders.latest(out / resume / "checkpoints")
         done = checkpoint.load(cfg, ctx, engines, source)["step"]
     per, micro = BATCH // accumulation, cfg.train.micro_batch
-    history = []
+    history, memory = [], []
     for step in range(done, STEPS):
         sums: dict = {}
         for a in range(accumulation):
@@ -81,6 +81,7 @@ def run_case(
         row = average_over_ranks(ctx, sums)
         row["grad_norm"] = engines.grad_norm()
         row |= observed(ctx, engines)
+        memory.append(row.pop("memory_gib"))  # no two runs have the same
         history.append(row)
         if validate:
             first = ctx.mesh.data_rank * micro
@@ -97,7 +98,7 @@ def run_case(
             mean = shard.view("ema")
             assert torch.equal(target.data.view(-1)[: len(mean)], mean.to(target.dtype)), shard.name
     if ctx.main:
-        result = {"history": history, "done": done, "bytes": state_bytes(engines)}
+        result = {"history": history, "memory_gib": memory, "done": done, "bytes": state_bytes(engines)}
         (out / f"{name}.json").write_text(json.dumps(result))
         torch.save({w: full_weights(path, w) for w in ("student", "ema")}, out / f"{name}.pt")
 
