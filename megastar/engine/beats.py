@@ -53,6 +53,7 @@ def flag_of(raw: bytes) -> str:
     return chr(raw[0])
 
 
+JOINING = 30.0  # seconds that the first connection may take: all ranks come at once, and the store's process is busy
 TRIPWIRE = 128  # ranks; a second connection of more of them would cost the store's process its file descriptors
 
 
@@ -71,17 +72,19 @@ class Line:
         self.tripwire = world <= TRIPWIRE
         self.store: Any = None
         self.wire: socket.socket | None = None
-        self.connect()
+        self.connect(JOINING)
 
-    def connect(self) -> None:
+    def connect(self, patience: float = 0.0) -> None:
         """Raises ``OSError`` or torch's ``DistError`` when nobody answers."""
         # A second, silent connection: it ends when the store's process does, and to ask a dead store would print
         # thirty lines of C++ on stderr.
+        seconds = max(self.timeout, patience)
         if self.tripwire:
-            self.wire = socket.create_connection((self.host, self.port), self.timeout)
+            self.wire = socket.create_connection((self.host, self.port), seconds)
         self.store = dist.TCPStore(
-            self.host, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self.timeout)
+            self.host, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds)
         )
+        self.store.set_timeout(timedelta(seconds=self.timeout))
 
     def closed(self) -> bool:
         """Whether the store's process is gone. A host that vanished without a word is not seen here."""

@@ -229,6 +229,8 @@ class Watchdog:
             if judge.clock - judge.contact_at > max(1.0, 3 * self.tick) and self.line.closed():
                 return judge.cut_off()
             if judge.clock - began > judge.silence and (silent := judge.silent(judge.silence)):
+                if judge.clock - judge.contact_at > judge.silence:  # nobody is heard: it is the store that is silent
+                    return judge.cut_off()
                 return judge.lost_verdict(silent, "and has closed its connections")
         return None
 
