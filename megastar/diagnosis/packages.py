@@ -17,6 +17,7 @@ NEEDED = {  # package -> the least version, as setup.py asks for it
     "torch": "2.7",
     "deepspeed": "0.19.8",
     "jinja2": "3.1",
+    "psutil": "5.9",
     "numpy": "1.26",
     "omegaconf": "2.3",
     "pyyaml": "6.0",

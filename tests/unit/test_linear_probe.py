@@ -190,7 +190,7 @@ def test_two_probes_become_a_table_and_a_figure(tmp_path, capsys):
     assert "ST-AR" in told and "45.00%" in told and "256" in told
     with Image.open(figure) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
-    for colour in ((31, 119, 180), (255, 127, 14)):  # one line each, in matplotlib's first two colours
+    for colour in ((0x00, 0x72, 0xB2), (0xDE, 0x8F, 0x05)):  # one line each, in the first two colours
         assert (pixels == colour).all(1).sum() > 100
     words = ["probe", *files]
     for more, message in (
