@@ -228,9 +228,11 @@ class Watchdog:
                 return verdict
             if judge.clock - judge.contact_at > max(1.0, 3 * self.tick) and self.line.closed():
                 return judge.cut_off()
-            if judge.clock - began > judge.silence and (silent := judge.silent(judge.silence)):
-                if judge.clock - judge.contact_at > judge.silence:  # nobody is heard: it is the store that is silent
-                    return judge.cut_off()
+            if judge.clock - judge.contact_at > judge.silence:  # nobody is heard: it is the store that is silent
+                return judge.cut_off()
+            # Of the others a rank hears only while it asks the store: without an answer what it last heard is old.
+            answered = judge.clock - judge.contact_at < judge.silence / 2
+            if answered and judge.clock - began > judge.silence and (silent := judge.silent(judge.silence)):
                 return judge.lost_verdict(silent, "and has closed its connections")
         return None
 
