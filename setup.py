@@ -52,7 +52,7 @@ setup(
             "triton>=3.6; platform_system == 'Linux'",  # its interpreter and assembler; CUDA builds of torch bring it
         ],
     },
-    entry_points={"console_scripts": ["megastar=megastar.cli:main"]},
+    entry_points={"console_scripts": ["megastar=megastar.cli:program"]},
     classifiers=[
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",

@@ -1,8 +1,6 @@
 """``python -m megastar``, and what the deepspeed launcher starts with ``--module megastar``."""
 
-import sys
-
-from megastar.cli import main
+from megastar.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

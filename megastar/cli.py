@@ -7,10 +7,12 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megastar import __version__
 from megastar.commands.common import nearest, tell
 from megastar.errors import UserError
+from megastar.leaving import run_and_leave
 
 COMMANDS = {  # name -> (module of megastar.commands, what it does)
     "demo": ("demo", "pictures to scores on the embedded emoji, in one command"),
@@ -42,6 +44,11 @@ def usage() -> str:
     return "\n".join(
         ["usage: megastar COMMAND ...", "", *lines, "", EXAMPLES, "", "megastar COMMAND --help tells more."]
     )
+
+
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """``main`` as a program."""
+    run_and_leave(lambda: main(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,4 +91,4 @@ def run(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

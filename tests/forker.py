@@ -9,7 +9,6 @@ of a process matter, a test starts real processes instead.
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import runpy
@@ -22,7 +21,9 @@ import threading
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from megastar.leaving import leave
 
 ROOT = Path(__file__).parents[1]
 LAST_WORDS = 0.5  # seconds from a rank's failure to TERM: the others may end by themselves
@@ -144,20 +145,6 @@ def main(words: list[str]) -> Any:
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
-
-
-def leave(status: Any) -> NoReturn:
-    """What Python does at its end, up to its own taking down."""
-    if not isinstance(status, int):
-        print(status, file=sys.stderr)
-        status = 1
-    try:
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(status)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import sys
 
-from megastar.cli import main
+from megastar.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main(["probe", *sys.argv[1:]]))
+    program(["probe", *sys.argv[1:]])

@@ -20,6 +20,7 @@ import torch
 import megastar.engine.loop as loop
 from megastar.cli import main
 from megastar.engine.errors import CorruptReplica
+from megastar.leaving import leave
 
 plain = loop.losses
 faults: dict = {}
@@ -51,4 +52,4 @@ while words:
     except CorruptReplica as error:
         print("CorruptReplica:", error, flush=True)
     words = words[end + 1 :]
-sys.exit(status)
+leave(status)

@@ -24,4 +24,4 @@ def set_schedules(cfg, engines, step, steps, inner=loop.set_schedules) -> None:
 
 if __name__ == "__main__":
     loop.set_schedules = set_schedules
-    sys.exit(cli.main(["train", *sys.argv[1:]]))
+    cli.program(["train", *sys.argv[1:]])

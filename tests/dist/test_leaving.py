@@ -1,0 +1,46 @@
+"""How ranks end: with the status they mean, whatever gloo's threads are at."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.dist.leaving_worker import PAIRS
+from tests.integration.conftest import ROOT, environment
+
+ENDINGS = {
+    "return 0": (0, "", ""),
+    "return 2": (2, "", ""),
+    "raise SystemExit": (0, "", ""),
+    "raise SystemExit('what is wrong')": (1, "", "what is wrong\n"),
+    "print('said', end=''); raise SystemExit(85)": (85, "said", ""),
+    "raise ValueError('a defect')": (1, "", "ValueError: a defect\n"),
+}
+
+
+@pytest.mark.dist
+def test_ranks_that_leave_right_after_a_collective_keep_their_status():
+    """With Python's own end about one in seven aborts here."""
+    command = [sys.executable, "tests/dist/leaving_worker.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.stdout.split() == ["85"] * 2 * PAIRS, done.stderr
+
+
+@pytest.mark.parametrize("rank", [True, False])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_program_ends_as_python_would(ending, rank):
+    status, out, err = ENDINGS[ending]
+    code = (
+        "import atexit, sys, threading, time\n"
+        "from megastar import leaving\n"
+        f"leaving.is_rank = lambda: {rank}\n"
+        "atexit.register(lambda: print('hook', end=''))\n"
+        "threading.Thread(target=lambda: (time.sleep(0.2), print('thread', end=''))).start()\n"
+        f"def main():\n    {ending}\n"
+        "leaving.run_and_leave(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (status, out + "threadhook") and done.stderr.endswith(err)
+    assert ("Traceback" in done.stderr) == ("ValueError" in ending)
