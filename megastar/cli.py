@@ -12,6 +12,7 @@ from typing import NoReturn
 from megastar import __version__
 from megastar.commands.common import nearest, tell
 from megastar.errors import UserError
+from megastar.host import hurry_lookups
 from megastar.leaving import run_and_leave
 
 COMMANDS = {  # name -> (module of megastar.commands, what it does)
@@ -48,6 +49,7 @@ def usage() -> str:
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """``main`` as a program."""
+    hurry_lookups()
     run_and_leave(lambda: main(argv))
 
 

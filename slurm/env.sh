@@ -22,6 +22,7 @@ MEGASTAR_PREFIX=()                     # before the command itself; a container 
 # MEGASTAR_PREFIX=(apptainer exec --nv --bind "$PWD" /images/megastar.sif)
 
 # --- network ---
+# export RES_OPTIONS="timeout:1 attempts:3"                  # how long a name server is waited for; this is the default
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0      # the interface of the rendezvous
 # export NCCL_IB_HCA=mlx5
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

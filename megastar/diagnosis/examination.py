@@ -93,6 +93,7 @@ def this_node(wishes: Wishes, first: bool, mark: str) -> dict[str, Any]:
             ("memory", node.memory),
             ("shared memory", node.shared_memory),
             ("open files", node.limits),
+            ("names", node.names),
         ]
         if wishes.run:
             checks.append(("run folder", partial(node.disk, "run", Path(wishes.run))))

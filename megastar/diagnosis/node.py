@@ -7,9 +7,12 @@ import os
 import resource
 import secrets
 import shutil
+import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding
 
@@ -19,6 +22,7 @@ SAMPLE = 64 << 20  # bytes that are written to a disk, read from S3
 BLOCK = 4 << 20
 SLOW_DISK = 50e6  # bytes a second
 SLOW_S3 = 50e6
+SLOW_NAMES = 0.5  # seconds
 ROOM = 20 * GIB  # free space: a checkpoint of XL has about 12
 
 
@@ -71,6 +75,29 @@ def limits(
             cure = "ulimit -l unlimited (limits.conf; slurmd.service LimitMEMLOCK=infinity)"
             found.append(Finding("locked memory", WARNING, f"{locked >> 10} KiB: InfiniBand registers more", cure))
     return found
+
+
+def names(lookup: Callable[..., Any] = socket.getnameinfo) -> list[Finding]:
+    """The name of this node's address on the way to rank 0, in the form in which torch's store asks for it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            s.connect((os.environ.get("MASTER_ADDR") or socket.gethostname(), 9))  # sends nothing
+        except OSError as error:
+            where = os.environ.get("MASTER_ADDR") or socket.gethostname()
+            cure = "set MASTER_ADDR to an address that all nodes reach"
+            return [Finding("names", WARNING, f"{where} has no address here ({error.strerror or error})", cure)]
+        address = s.getsockname()[0]
+    began = time.monotonic()
+    with suppress(OSError):
+        lookup((f"::ffff:{address}", 0, 0, 0), socket.NI_NUMERICSERV)
+    seconds = time.monotonic() - began
+    if seconds > SLOW_NAMES:
+        cure = (
+            "let the name server answer for the nodes' addresses, or give them in /etc/hosts as ::ffff:ADDRESS NAME: "
+            "the ranks' rendezvous asks for the name of each, one after the other"
+        )
+        return [Finding("names", WARNING, f"the name of {address} took {seconds:.1f} s", cure)]
+    return [Finding("names", OK, "of addresses are found, or not, at once")]
 
 
 def disk(what: str, folder: Path, sample: int = SAMPLE) -> list[Finding]:

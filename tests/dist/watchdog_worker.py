@@ -25,6 +25,7 @@ from megastar.config.schema import RunConfig
 from megastar.engine.progress import DATA, PROGRESS
 from megastar.engine.watchdog import watch
 from megastar.errors import UserError
+from megastar.host import hurry_lookups
 
 WORLD, AT = 3, 20
 STEP_S = 0.02
@@ -158,4 +159,5 @@ def main(folder: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    hurry_lookups()
     main(Path(sys.argv[1]), sys.argv[2:])

@@ -103,7 +103,13 @@ def world(tmp_path_factory) -> World:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    """``RES_OPTIONS``: for torchrun's own store, which starts before megastar (megastar/host.py)."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "RES_OPTIONS": "timeout:1 attempts:3",
+    }
 
 
 def megastar(

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import socket
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from megastar.diagnosis.examination import Report, Wishes, put_together
 from megastar.diagnosis.finding import FAILURE, OK, WARNING, Answer, Finding, bounded, hung, merge, shortened
 from megastar.diagnosis.meeting import absent, address_of
 from megastar.errors import UserError
+from megastar.host import hurry_lookups
 from megastar.parallel import cost
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +98,33 @@ def test_memory_limits_and_shared_memory(tmp_path):
     assert [f.level for f in node.limits(4096, -1, tmp_path / "ib")] == [OK, OK]
     assert node.shared_memory(none)[0].level == WARNING
     assert node.memory() and node.cores() and node.limits() and node.shared_memory()
+
+
+def test_names_of_addresses(monkeypatch):
+    """As torch's store asks: an IPv4 address within IPv6."""
+    asked = []
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert node.names(lambda *words: asked.append(words))[0].level == OK
+    assert asked == [(("::ffff:127.0.0.1", 0, 0, 0), socket.NI_NUMERICSERV)]
+
+    def silent(*words):
+        time.sleep(0.6)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    (found,) = node.names(silent)
+    assert found.level == WARNING and found.finding.startswith("the name of 127.0.0.1 took 0.") and found.remedy
+    monkeypatch.setenv("MASTER_ADDR", "no such host")
+    assert node.names()[0].level == WARNING
+    assert node.names()[0].finding.startswith("no such host has no address here")
+
+
+@pytest.mark.parametrize(("theirs", "wanted"), [(None, "timeout:1 attempts:3"), ("ndots:2", "ndots:2")])
+def test_a_name_server_is_asked_again_soon(monkeypatch, theirs, wanted):
+    monkeypatch.setenv("RES_OPTIONS", theirs or "")  # put back after the test
+    if not theirs:
+        del os.environ["RES_OPTIONS"]
+    hurry_lookups()
+    assert os.environ["RES_OPTIONS"] == wanted
 
 
 def test_a_disk(tmp_path, monkeypatch):

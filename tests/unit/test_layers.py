@@ -15,6 +15,7 @@ PACKAGE = ROOT / "megastar"
 LEVEL = {
     "errors": 0,
     "host": 0,
+    "leaving": 0,
     "stop": 0,
     "config": 0,
     "device": 1,
