@@ -245,8 +245,8 @@ class FaultsConfig:
     )
     save_patience: float = knob(
         600.0,
-        "seconds for which the run's last checkpoint is tried again where it cannot be written, before the run ends "
-        "without it",
+        "seconds for which the run's last checkpoint, or a roll-back's record, is tried again where it cannot be "
+        "written, before the run ends without it",
         low=0,
     )
 

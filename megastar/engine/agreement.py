@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from megastar.engine.progress import PROGRESS, SAVING
+
 if TYPE_CHECKING:  # it imports deepspeed
     from megastar.engine.build import Context
 
@@ -33,6 +35,20 @@ def on_main(ctx: Context, work: Callable[[], None]) -> str:
     if ctx.world > 1:
         dist.broadcast_object_list(problem, src=0, device=ctx.device)
     return problem[0]
+
+
+def on_main_in_time(ctx: Context, work: Callable[[], None], patience: float) -> str:
+    """``on_main``, tried again for ``patience`` seconds while the disk does not take it: ``work`` must bear that."""
+    until, pause = time.monotonic() + patience, 1.0
+    while True:
+        PROGRESS.at(SAVING)  # each try has the watchdog's patience anew
+        problem, left = on_main(ctx, work), until - time.monotonic()
+        if not problem or not agreed(ctx, left > 0):
+            return problem
+        if ctx.main and pause == 1.0:
+            print(f"{problem}; trying for {left:.0f} s more", flush=True)
+        time.sleep(max(0.0, min(pause, left)))
+        pause = min(2 * pause, 10.0)
 
 
 def wait_for(store: Any, key: str, otherwise: str, patience: float = PATIENCE) -> str:

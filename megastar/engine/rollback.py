@@ -18,7 +18,7 @@ from megastar.config.schema import RunConfig
 from megastar.data.files import append_line, write_atomic
 from megastar.data.loader import TokenLoader
 from megastar.engine import checkpoint, folders
-from megastar.engine.agreement import on_main
+from megastar.engine.agreement import on_main_in_time
 from megastar.engine.build import Context, Engines
 from megastar.engine.errors import NonFiniteLoss
 from megastar.engine.events import read_ends, read_lines
@@ -125,15 +125,18 @@ def roll_back(
     record = {**stamp(), "step": step, "to": target.name, "position": step + guard.offset + 1, "skipped": guard.skips}
 
     def commit() -> None:
-        append_line(run / RECORDS, json.dumps(record))
+        if record not in read_records(run):  # a try before this one may have come so far
+            append_line(run / RECORDS, json.dumps(record))
         forget_after(target)
 
-    if problem := on_main(ctx, commit):
+    if problem := on_main_in_time(ctx, commit, cfg.faults.save_patience):
         raise UserError(f"the roll-back to {target} could not be put on record in {run} ({problem}): free some space")
     number, done = guard.rollbacks + 1, int(about["step"])
     guard.restore(about, number, record["position"])
     loader.load_state_dict({"samples": (done + guard.offset) * loader.global_batch})
     saver.done, saver.step = target, done
+    if saver.uploader:
+        saver.uploader.put(target)  # the newest there too
     metrics.rewind(done, target)
     text = (
         f"step {step}: {len(record['skipped'])} steps were skipped within {cfg.faults.spike_window}; back to {target}"

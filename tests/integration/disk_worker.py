@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from megastar.engine import saver as saver_module
 from megastar.errors import UserError
 from tests.disks import fill
 from tests.dist.engine_worker import forget_mesh
-from tests.integration.test_disks import FREE, FULL, SLOW, STEPS
+from tests.integration.test_disks import BAD, FREE, FULL, SLOW, STEPS
 
 MAIN = os.environ["RANK"] == "0"
 config, disk, other, out = (Path(word) for word in sys.argv[1:])
@@ -38,12 +39,14 @@ def run(name: str, what: dict[str, Any], at_step: Any) -> None:
     def wrapped(cfg: Any, engines: Any, ctx: Any, batch: Any, step: int, **more: Any) -> Any:
         at_step(step)
         began = time.thread_time()
-        found = losses(cfg, engines, ctx, batch, step, **more)
+        found, parts = losses(cfg, engines, ctx, batch, step, **more)
+        if name == "back" and batch["step"] in BAD:
+            found = found * float("nan")
         if not MAIN and name == "freed" and step < SLOW:
             until = time.thread_time() + 3 * (time.thread_time() - began)
             while time.thread_time() < until:  # busy: who sleeps in a collective is not slow
                 pass
-        return found
+        return found, parts
 
     loop.losses = wrapped
     forget_mesh()
@@ -74,6 +77,12 @@ def stays_full(step: int) -> None:
         fillers.append(fill(disk))
 
 
+def is_full_when_it_goes_back(step: int) -> None:
+    if MAIN and step == BAD[-1]:
+        fillers.append(fill(disk))
+        threading.Timer(2.0, free).start()
+
+
 if __name__ == "__main__":
     saver_module.RETRY_EVERY = 0.05
     run("freed", {"train.steps": STEPS, "faults.slow_ratio": 2}, fills_and_is_freed)
@@ -84,3 +93,5 @@ if __name__ == "__main__":
     run("one_rank", {"train.steps": STEPS + 4, "faults.save_patience": 1}, lambda step: None)
     saver_module.folder_of = folder_of
     run("resumed", {"train.steps": STEPS + 4}, lambda step: None)
+    what = {"spike_window": 8, "max_skips": 2}
+    run("back", {"train.steps": STEPS + 12} | {f"faults.{k}": v for k, v in what.items()}, is_full_when_it_goes_back)

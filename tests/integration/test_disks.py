@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megastar.engine import folders
-from megastar.engine.events import open_situations, read_events
+from megastar.engine.events import open_situations, read_events, read_lines
 from megastar.engine.status import status_of
 from megastar.engine.stragglers import ROWS
 from tests.disks import with_disks
@@ -18,6 +18,7 @@ from tests.integration.test_train import rows
 pytestmark = pytest.mark.dist
 
 STEPS, FULL, FREE = 36, 13, 25  # the disk is full from before the step with index FULL to before that with index FREE
+BAD = (45, 46, 47)  # batches without a loss, so that the run goes back, while the disk is full
 SLOW = 10  # steps in which rank 1 takes four times as long
 
 
@@ -27,7 +28,8 @@ def runs(world, tmp_path_factory) -> Path:
     config = world.write_config(folder / "run.yaml", folder / "disk/run", save_every=4, val_every=100)
     disks = {folder / "disk": "64m", folder / "other": "1m"}
     words = ["-m", "tests.integration.disk_worker", config, *disks, folder / "out"]
-    with_disks(disks, "-m", "tests.forker", 2, *words)
+    done = with_disks(disks, "-m", "tests.forker", 2, *words)
+    (folder / "out/said").write_text(done.stdout)
     return folder / "out"
 
 
@@ -82,6 +84,17 @@ def test_one_rank_whose_disk_is_full_keeps_a_checkpoint_from_counting(runs):
     assert "rank 1: " in text and "No space left on device" in text and f"step-{STEPS:08d} stays valid" in text
     assert sorted(p.name for p in (runs / "one_rank/checkpoints").glob("step-*"))[-1] == folders.name_of(STEPS)
     assert not (runs / "one_rank/checkpoints/.writing").exists()
+
+
+def test_a_roll_back_waits_for_room(runs):
+    run = runs / "back"
+    assert raised(run) == "" and "No space left on device; trying for 600 s more" in (runs / "said").read_text()
+    (back,) = read_lines(run / "rollbacks.jsonl")
+    assert (back["step"], back["to"], back["position"]) == (BAD[-1], "step-00000044", BAD[-1] + 1)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 13))
+    assert [e["left"] for e in read_events(run) if e["event"] == "rolled_back"] == [BAD[-1]]
+    folders.verify(run / "checkpoints" / folders.name_of(STEPS + 12))
 
 
 def test_with_room_again_the_same_command_ends_the_run(runs):

@@ -53,6 +53,20 @@ def test_an_outage_is_told_and_the_next_upload_goes_through(s3, use_s3, tmp_path
 
 
 @pytest.mark.dist
+def test_after_a_roll_back_the_older_checkpoint_is_the_newest_there(s3, use_s3, tmp_path):
+    use_s3(s3)
+    write(tmp_path, 1, 1)
+    checkpoint = folders.latest(tmp_path)
+    later = checkpoint.with_name(folders.name_of(9))
+    shutil.copytree(checkpoint, later)
+    uploader = Uploader("s3://runs/back")
+    for path in (checkpoint, later, checkpoint):
+        uploader.put(path)
+        assert uploader.finish() == ""
+        assert client_of(s3).get_object(Bucket="runs", Key="back/latest")["Body"].read().decode().strip() == path.name
+
+
+@pytest.mark.dist
 def test_an_outage_is_sat_out(s3, use_s3, tmp_path, monkeypatch):
     """While the run goes on, and at its end."""
     monkeypatch.setattr(upload, "RETRY_FIRST", 0.2)
