@@ -1,14 +1,17 @@
-"""What the guard costs a step: the agreement of all ranks and the spike test, against a 200 ms step of the nano model.
+"""What the guard costs a step of 200 ms, as the nano model takes: the agreement of all ranks, the spike test, the watchdog.
 
     python benchmarks/guard_cost.py [--ranks 2] [--checksum]
 
 The peer is the least that any training does: one reduction of the loss, read on the host each step. The three are timed
-in turn in one process group. ``--checksum``: one comparison of all replicas of the nano model at ZeRO stage 1 too.
+in turn in one process group. The watchdog's cost is the processor time of all its threads, while the rank itself sleeps,
+less that of a rank without one; its stamps are timed alone. ``--checksum``: one comparison of all replicas of the nano model at ZeRO stage 1 too.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
+import time
 
 from common import relaunch, report, run_config, seconds
 
@@ -18,6 +21,7 @@ def main() -> None:
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--steps", type=int, default=300)
     p.add_argument("--checksum", action="store_true")
+    p.add_argument("--watch", type=float, default=10.0, help="seconds for which the watchdog's threads are observed")
     args = p.parse_args()
     relaunch(args.ranks)
 
@@ -28,6 +32,8 @@ def main() -> None:
     from megastar.engine.build import build, start
     from megastar.engine.faults import Question
     from megastar.engine.guard import Guard, Seen
+    from megastar.engine.progress import PROGRESS
+    from megastar.engine.watchdog import watch
 
     cfg = run_config("nano", f"train.global_batch={args.ranks}", "parallel.deepspeed=zero1", "data.shards=none")
     ctx = start(cfg)
@@ -62,12 +68,36 @@ def main() -> None:
             sorted(rows["agreement and spike test"])[args.steps // 2] - sorted(rows["one reduction"])[args.steps // 2]
         )
         print(f"more than the peer: {extra * 1e6:.0f} us, {extra / 0.2:.3%} of a 200 ms step")
+    with tempfile.TemporaryDirectory() as folder:
+        cfg.run = folder
+        without = busy(args.watch)
+        with watch(cfg, ctx.rank, ctx.world):
+            watched = busy(args.watch) - without
+    if ctx.main:
+        began = time.process_time()
+        for step in range(10_000):
+            PROGRESS.begin(step)
+            for phase in ("waiting for data", "forward", "backward", "asking all ranks", "step", "teacher"):
+                PROGRESS.at(phase)
+        stamps = (time.process_time() - began) / 10_000
+        a_step = 0.2 * watched + stamps
+        print(
+            f"watchdog of {ctx.world} ranks: {watched * 1e3:.2f} ms of a processor each second, stamps {stamps * 1e6:.1f} us "
+            f"a step: {a_step / 0.2:.3%} of a 200 ms step"
+        )
     if args.checksum:
         engines = build(cfg, ctx)
         times = seconds(lambda: checksum.compare(cfg, engines, ctx, 1, 1), 7)
         if ctx.main:
             elements = sum(x.numel() for *_, x in checksum.replicas(engines, ctx))
             print(f"checksum of {elements / 1e6:.1f} M elements: {sorted(times)[3] * 1e3:.1f} ms")
+
+
+def busy(seconds: float) -> float:
+    """Processor time that this process takes a second while its main thread sleeps."""
+    began = time.process_time()
+    time.sleep(seconds)
+    return (time.process_time() - began) / seconds
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from megastar.engine.teachers import PREFIX
 from megastar.parallel.collectives import gather_rows
 from megastar.parallel.cost import peak_tflops, step_flops
 
+CHUNK = 1 << 26  # elements whose difference exists at once
+CACHED = 1 << 18  # of a CPU: the difference is still in its cache when its norm is taken
+
 
 def observed(ctx: Context, engines: Engines) -> dict[str, float]:
     """After a step, on all ranks together: one small gather. ``memory_gib`` is the largest rank's peak since its start;
@@ -37,9 +40,15 @@ def squares(ctx: Context, engines: Engines) -> tuple[float, float]:
     shards = [s for s in owned(engines, ctx) if s.name.startswith(PREFIX)]
     if not shards:
         return 0.0, 0.0
-    away = [torch.linalg.vector_norm(s.view("ema") - s.view("fp32")) for s in shards]
-    norm = [torch.linalg.vector_norm(s.view("fp32")) for s in shards]
-    both = torch.stack([torch.stack(away), torch.stack(norm)]).double().square().sum(1)  # (2,)
+    away, norm = [], []
+    for shard in shards:
+        ema, fp32 = shard.view("ema"), shard.view("fp32")
+        most = CHUNK if fp32.is_cuda else CACHED
+        for e, s in zip(ema.split(most), fp32.split(most), strict=True):
+            difference = e - s
+            away.append(torch.dot(difference, difference))  # on a CPU five times as fast as a norm
+            norm.append(torch.dot(s, s))
+    both = torch.stack([torch.stack(away), torch.stack(norm)]).double().sum(1)  # (2,)
     return both[0].item(), both[1].item()
 
 
