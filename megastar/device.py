@@ -13,7 +13,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """ "auto" is the first GPU, else the CPU. Raises ``UserError`` for a device this machine lacks."""
+    """ "auto" is the first GPU, else the CPU. Raises ``UserError`` for a device this machine lacks.
+
+    A GPU with a number becomes torch's current one: CUDA graphs, events and Triton's kernels go there, not to the first.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -22,6 +25,8 @@ def pick_device(name: str = "auto") -> torch.device:
         raise UserError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; use cpu or auto")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
+PATIENCE = 10.0  # seconds for threads that are no daemons
+
 
 def run_and_leave(main: Callable[[], int]) -> NoReturn:
     """End this process with ``main``'s status, or with what it raised, as Python would."""
@@ -43,7 +45,10 @@ def leave(status: Any) -> NoReturn:
         print(status, file=sys.stderr)
         status = 1
     try:
-        threading._shutdown()  # type: ignore[attr-defined]
+        # Workers of an upload may have a file in hand; where the others left long ago a launcher kills this rank.
+        shutdown = threading.Thread(target=threading._shutdown, daemon=True)  # type: ignore[attr-defined]
+        shutdown.start()
+        shutdown.join(PATIENCE)
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):

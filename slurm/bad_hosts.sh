@@ -4,7 +4,21 @@
 #     2026-01-31 12:00:00 node7 job 417 start 2: Killed (task 12)
 MEGASTAR_BAD_HOST_CRASHES=${MEGASTAR_BAD_HOST_CRASHES:-2} MEGASTAR_MAX_EXCLUDED=${MEGASTAR_MAX_EXCLUDED:-4}
 
-field() { scontrol -o show job "$JOB" | tr ' ' '\n' | sed -n "s/^$1=//p" | sed 's/^(null)$//'; }
+# asked COMMAND ...: again, for a minute, where SLURM's controller does not answer.
+asked() {
+    local said i
+    for i in 1 2 3 4 5 6; do
+        if { said=$("$@" 2>&1 1>&3); } 3>&1; then # what it says on stderr
+            [ -z "$said" ] || printf '%s\n' "$said" >&2
+            return 0
+        fi
+        [[ $said =~ [Cc]ontact|[Cc]onnect|"timed out"|"Zero Bytes"|"temporarily" ]] || break
+        [ "$i" = 6 ] || sleep "$MEGASTAR_RETRY"
+    done
+    printf '%s\n' "$said" >&2
+    return 1
+}
+field() { asked scontrol -o show job "$JOB" | tr ' ' '\n' | sed -n "s/^$1=//p" | sed 's/^(null)$//'; }
 hosts() { [ -z "$1" ] || scontrol show hostnames "$1"; }
 # without LIST: the lines of the input that LIST does not hold.
 without() { grep -vxF -f <(printf '%s\n' "$1" | sed '/^$/d') || true; }
@@ -85,17 +99,21 @@ bad_hosts() {
 # decide: OWN, the hosts that the user excluded (--exclude), and BAD, those that this run excludes; one a line. What
 # the job excludes now is both, as of its last requeue.
 decide() {
-    local ours
+    local ours excluded
     ours=$(sed -n "s/.* job $JOB start .*, excluding \([^,]*\),.*/\1/p" "$LEDGER" 2>/dev/null | tr ' ' '\n')
-    OWN=$(hosts "$(field ExcNodeList)" | without "$ours")
+    KNOWN="" OWN=""
+    excluded=$(field ExcNodeList) && KNOWN=1
+    OWN=$(hosts "$excluded" | without "$ours")
     BAD=$(bad_hosts)
 }
 
 # keep_away: tell SLURM. It refuses that of a running job; after the requeue, as long as this script lives, the job is
 # completing: changes count and the next start cannot come before them.
 keep_away() {
-    local all now
-    all=$(printf '%s\n' "$OWN" "$BAD" | sed '/^$/d' | sort -u | paste -sd ,) now=$(hosts "$(field ExcNodeList)" | sort -u | paste -sd ,)
+    local all now excluded
+    # What the user excluded must be known: the list is replaced.
+    excluded=$(field ExcNodeList) && [ -n "$KNOWN" ] || { tell "SLURM does not say which nodes the job excludes: left as they are"; return 0; }
+    all=$(printf '%s\n' "$OWN" "$BAD" | sed '/^$/d' | sort -u | paste -sd ,) now=$(hosts "$excluded" | sort -u | paste -sd ,)
     [ "$all" != "$now" ] || return 0
     scontrol update job="$JOB" ExcNodeList="$all" || tell "the nodes ${all:-none} could not be excluded: scontrol update job=$JOB ExcNodeList=$all"
 }

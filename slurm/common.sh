@@ -13,7 +13,7 @@ if [ -n "${MEGASTAR_VENV:-}" ] && [ -z "${MEGASTAR_DRY_RUN:-}" ]; then
 fi
 set -uo pipefail # not before: what sites load reads variables that are not set
 MEGASTAR_MAX_REQUEUES=${MEGASTAR_MAX_REQUEUES:-50} MEGASTAR_MAX_CRASHES=${MEGASTAR_MAX_CRASHES:-3}
-MEGASTAR_MAX_SIGNALS=${MEGASTAR_MAX_SIGNALS:-10}
+MEGASTAR_MAX_SIGNALS=${MEGASTAR_MAX_SIGNALS:-10} MEGASTAR_RETRY=${MEGASTAR_RETRY:-10}
 source slurm/bad_hosts.sh || exit 2
 
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # of an array: its first task has the array's id
@@ -21,17 +21,20 @@ JOB=${JOB:-${SLURM_JOB_ID:-}}
 ATTEMPT=${SLURM_RESTART_COUNT:-0}
 PREEMPTED=85 # the status of megastar train when a signal asked it to stop, and it saved
 LEDGER= # file that remembers the requeues of a run
-OWN="" BAD="" HOST=""
+OWN="" BAD="" HOST="" KNOWN=""
+APART= # set where sbatch writes errors to a file of their own
 
 if [ -z "$JOB" ]; then
     echo "sbatch $(sed -n 's/^#SBATCH //p' "$0" | tr '\n' ' ')$(env | sed -n 's/^SBATCH_/SBATCH_/p' | sort | tr '\n' ' ')" | sed 's/ *$//'
     MASTER_ADDR=FIRST_NODE MASTER_PORT=20000
 else
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) || fail "scontrol names no host of $SLURM_JOB_NODELIST"
+    NODES=$(asked scontrol show hostnames "$SLURM_JOB_NODELIST") || fail "scontrol names no host of $SLURM_JOB_NODELIST"
+    MASTER_ADDR=${NODES%%$'\n'*}
     # Below the ports that the kernel hands out, and another one each time: an attempt that is still dying keeps its own.
     MASTER_PORT=$((20000 + (SLURM_JOB_ID + 997 * ATTEMPT) % 12000))
-    LOG=$(scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p')
-    tell "job $JOB ($SLURM_JOB_NAME), start $((ATTEMPT + 1)), on $(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')at $(date '+%F %T')"
+    LOG=$(asked scontrol show job "$JOB" | sed -n 's/^ *\(StdOut\|StdErr\)=//p' | sort -u)
+    [[ $LOG != *$'\n'* ]] || LOG=$(asked scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p') APART=1
+    tell "job $JOB ($SLURM_JOB_NAME), start $((ATTEMPT + 1)), on $(tr '\n' ' ' <<<"$NODES")at $(date '+%F %T')"
     tell "log ${LOG:-?}"
 fi
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
@@ -103,7 +106,7 @@ look_around() {
     if [ "$ATTEMPT" -gt 0 ] && [[ $before != *" job $JOB start $ATTEMPT on "* ]]; then
         before=$(grep -F "megastar: job $JOB (" "$LOG" 2>/dev/null | sed -n "s/.*, start $ATTEMPT, on \(.*\) at [-0-9]* [:0-9]*$/\1/p" | tail -n 1)
         # Its log ends in the middle of nothing when the node of the batch script vanished: SLURM told nobody.
-        log_of "$ATTEMPT" | grep -c -e ' CANCELLED AT ' -e '^megastar: ended by' >/dev/null || silent=${before%% *}
+        [ -n "$APART" ] || log_of "$ATTEMPT" | grep -c -e ' CANCELLED AT ' -e '^megastar: ended by' >/dev/null || silent=${before%% *}
         [ -z "$before" ] || blame "$ATTEMPT" "$(tr ' ' ',' <<<"$before")" "$silent"
         [ -z "$HOST" ] || tell "start $ATTEMPT ended by $HOST, see ${LEDGER%/*}/bad_hosts.log"
     fi
@@ -133,7 +136,10 @@ leave() {
     local status=$1 why
     case $status in
     0) exit 0 ;;
-    2) exit 2 ;;
+    2)
+        tell "ended by a mistake (status 2); not started again"
+        exit 2
+        ;;
     "$PREEMPTED" | 138 | 143) why="a signal (status $status)" ;;
     *) why="a crash (status $status)" ;;
     esac
@@ -144,7 +150,7 @@ leave() {
 
 # requeue WHY: unless someone cancelled the job, or it was started too often.
 requeue() {
-    local why=$1 last=none alike=$ATTEMPT limit=$MEGASTAR_MAX_REQUEUES kept=""
+    local why=$1 last=none alike=$ATTEMPT limit=$MEGASTAR_MAX_REQUEUES kept="" kept_there="" state
     if [ -n "$LEDGER" ] && [ -d "${LEDGER%/*}" ]; then
         [[ $why != *crash* ]] || blame $((ATTEMPT + 1)) "$SLURM_JOB_NODELIST"
         decide
@@ -153,23 +159,29 @@ requeue() {
         # Ends of this kind since the last new checkpoint, before this one.
         alike=$(tac "$LEDGER" | awk -v same=", checkpoint $last" -v kind="ended by ${why% (*}" '
             substr($0, length($0) - length(same) + 1) != same {exit} index($0, kind) {n++} END {print n - 1}')
+        kept_there=", checkpoint $last all the time"
+    elif [ -r "$LOG" ]; then
+        alike=$(grep -c "^megastar: ended by ${why% (*}" "$LOG")
     fi
     case $why in
     *crash*) limit=$MEGASTAR_MAX_CRASHES ;;
-    *signal*) limit=$MEGASTAR_MAX_SIGNALS ;;
+    *signal*) [ -z "$LEDGER" ] || limit=$MEGASTAR_MAX_SIGNALS ;; # who can tell whether another job made progress
     esac
-    # A job that someone cancelled stays so: scontrol would bring it back.
-    scontrol show job "$JOB" | grep -q 'JobState=RUNNING' || { tell "ended by $why while SLURM ends the job"; return; }
+    # A job that someone cancelled stays so: scontrol would bring it back. Where nobody answers, it may run.
+    if state=$(asked scontrol -o show job "$JOB") && [[ $state != *JobState=RUNNING* ]]; then
+        tell "ended by $why while SLURM ends the job"
+        return
+    fi
     if [ "$ATTEMPT" -ge "$MEGASTAR_MAX_REQUEUES" ]; then
         tell "ended by $why; not started again: MEGASTAR_MAX_REQUEUES=$MEGASTAR_MAX_REQUEUES is reached"
     elif [[ $why == *crash* ]] && [ "$alike" -ge "$limit" ]; then
-        tell "ended by $why; not started again: $limit crashes before this one, checkpoint $last all the time"
+        tell "ended by $why; not started again: $limit crashes before this one$kept_there"
     elif [[ $why == *signal* ]] && [ "$alike" -ge "$limit" ]; then
-        tell "ended by $why; not started again: $limit signals before this one, checkpoint $last all the time; is --time longer than what --signal keeps for the save?"
+        tell "ended by $why; not started again: $limit signals before this one$kept_there; is --time longer than what --signal keeps for the save?"
     else
         tell "ended by $why${kept}; requeued"
         trap '' TERM # which the requeue sends; KillWait is left
-        if ! scontrol requeue "$JOB"; then
+        if ! asked scontrol requeue "$JOB"; then
             tell "the requeue was refused: sbatch the same command, it goes on"
         elif [ -n "$LEDGER" ] && [ -d "${LEDGER%/*}" ]; then
             keep_away

@@ -211,6 +211,7 @@ def steps(console: Console, device: torch.device, peak: float | None, over: Any)
             cfg = load_config(
                 f"configs/run/{method}_{size}_50ep.yaml", ["data.shards=none", "data.val_shards=", "data.tokenizer="]
             )
+            os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed asks it where the student goes
             ctx = dataclasses.replace(start(cfg), device=device)
             while images:
                 try:

@@ -117,6 +117,7 @@ def deepspeed_config(
         raise UserError("; ".join(dict.fromkeys(problems)))
     merged = {k: v for k, v in data.items() if k not in ("train_batch_size", "fp16", "tensor_parallel")}
     merged.setdefault("steps_per_print", 10**9)  # the engine writes its own lines
+    merged.setdefault("timers", {"throughput": {"enabled": False}})  # it drains the GPU's queue twice a step
     return merged | {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,

@@ -107,6 +107,8 @@ class ToDevice:
     def send(self, batch: Batch) -> Batch:
         if self._stream is None:
             return batch
+        # A thread begins on the first GPU, and leaving the stream would open a context there, half a GiB a rank.
+        torch.cuda.set_device(self.device)
         with torch.cuda.stream(self._stream):
             for name in self.ON_DEVICE:  # the allocator of pinned memory keeps it until the copy is done
                 batch[name] = batch[name].pin_memory().to(self.device, non_blocking=True)

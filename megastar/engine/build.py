@@ -128,6 +128,8 @@ def start(cfg: RunConfig) -> Context:
         # (By its full name: the attribute deepspeed.comm.torch is torch itself.)
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     backend = "nccl" if cuda else "gloo"
+    if cuda:
+        let_watchdogs_speak(cfg)
     if alone and not dist.is_initialized():  # no launcher: a store of our own needs no free port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=collective_timeout(cfg))
@@ -141,6 +143,15 @@ def start(cfg: RunConfig) -> Context:
         assert dist.get_rank(context.tensor_group) == context.mesh.tensor_rank
         assert dist.get_rank(context.data_group) == context.mesh.data_rank
     return context
+
+
+def let_watchdogs_speak(cfg: RunConfig) -> None:
+    """NCCL's own thread ends the process some time after an error, or when it hangs itself: after megastar's watchdogs,
+    which name the rank (torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp; it waits four times the first of these)."""
+    if cfg.faults.lost_timeout:
+        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(int(250 * (cfg.faults.lost_timeout + 60))))
+    if cfg.faults.hang_timeout:
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(cfg.faults.hang_timeout + 120)))
 
 
 def collective_timeout(cfg: RunConfig) -> timedelta:

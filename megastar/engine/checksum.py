@@ -42,10 +42,11 @@ def digest(x: Tensor) -> Tensor:
     return total
 
 
-def due(cfg: RunConfig, step: int) -> bool:
-    """Whether step ``step`` (steps done before it) compares: every ``checksum_every`` steps, and before each save."""
+def due(cfg: RunConfig, step: int, saves: bool = False) -> bool:
+    """Whether step ``step`` (steps done before it) compares: every ``checksum_every`` steps, and before each save;
+    ``saves``: one follows that is not of ``save_every``."""
     every = cfg.faults.checksum_every
-    return bool(every) and ((step + 1) % every == 0 or (step + 1) % cfg.train.save_every == 0)
+    return bool(every) and (saves or (step + 1) % every == 0 or (step + 1) % cfg.train.save_every == 0)
 
 
 def replicas(engines: Engines, ctx: Context) -> Iterator[tuple[str, str, Tensor]]:

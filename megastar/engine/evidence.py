@@ -72,11 +72,12 @@ def write_stacks(run: Path, rank: int, text: str, error: BaseException | None = 
 def last_collectives() -> list[str]:
     """What torch's flight recorder holds of this rank, for NCCL and gloo."""
     recorder = torch._C._distributed_c10d if dist.is_available() else None
-    dump = getattr(recorder, "_dump_fr_trace_json", getattr(recorder, "_dump_nccl_trace_json", None))
-    if dump is None:
+    # With NCCL there are two records, and the general one may hold gloo's collectives alone.
+    dumps = [getattr(recorder, name, None) for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json")]
+    if not any(dumps):
         return ["this torch has no flight recorder"]
     try:
-        entries = json.loads(dump()).get("entries", [])
+        entries = next((e for dump in dumps if dump and (e := json.loads(dump()).get("entries"))), [])
     except Exception as error:  # a private function of torch: not a reason to lose the rest
         return [f"the flight recorder cannot be read ({type(error).__name__}: {error})"]
     return [_line_of(e) for e in entries[-COLLECTIVES:]] or ["none on record"]

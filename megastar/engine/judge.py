@@ -110,6 +110,9 @@ class Judge:
         return None
 
     def lost_verdict(self, silent: list[Beat], more: str) -> Verdict:
+        for beat in silent[:2]:  # its word may not have come through
+            if found := self.left_in_file(beat):
+                return found
         seconds = self.clock - max(self.heard_at[b.rank] for b in silent)
         have = "has" if len(silent) == 1 else "have"
         text = f"{names_of(silent)} {have} been silent for {seconds:.0f} s {more}, last seen at {place(silent[0])}"
@@ -125,20 +128,20 @@ class Judge:
         text = f"{zero} has not answered for {seconds:.0f} s, last seen at {place(zero)}"
         return self.left_in_file(zero) or Verdict("lost", f"{text}: the process or its host is gone", [zero])
 
-    def left_in_file(self, zero: Beat) -> Verdict | None:
-        """What rank 0 wrote into the run folder when it left: its store has left with it."""
+    def left_in_file(self, last: Beat) -> Verdict | None:
+        """What a rank wrote into the run folder when it left, where the store did not take it, or has left with it."""
         found: list[Beat] = []
 
         def read() -> None:
             with suppress(OSError, ValueError, TypeError):
-                said = json.loads((Path(self.cfg.run) / HEARTBEATS / "rank-00000.json").read_text())
+                said = json.loads((Path(self.cfg.run) / HEARTBEATS / f"rank-{last.rank:05d}.json").read_text())
                 said.pop("time")
                 found.append(Beat(**said))
 
         reader = threading.Thread(target=read, name="watchdog-read", daemon=True)
         reader.start()
         reader.join(5.0)  # the disk may have gone with the host
-        same = [b for b in found if (b.pid, b.host, b.flag) == (zero.pid, zero.host, LEFT)]
+        same = [b for b in found if (b.pid, b.host, b.flag) == (last.pid, last.host, LEFT)]
         return error_of(same[0]) if same else None
 
     def hang(self, me: Beat) -> Verdict | None:

@@ -214,6 +214,9 @@ def run(
             )
             raise SystemExit(PREEMPTED)  # the next run's uploads catch up
     if problem := saver.insist(steps, about, cfg.faults.save_patience, lambda: bool(stop.signal)):
+        if signal_number := stop_asked(ctx, stop.signal):
+            metrics.event("signal", f"signal {signal_number}: {problem}; the same command resumes")
+            raise SystemExit(PREEMPTED)
         raise UserError(f"{problem}, and run the same command again")
     PROGRESS.at(ENDING)
     if problem := saver.close():
@@ -250,7 +253,7 @@ def train_step(
             raise Starved(word.signal)
         seen.add(word, parts, batch["ids"])
         if engines.student.is_gradient_accumulation_boundary():
-            if checksum.due(cfg, step):
+            if checksum.due(cfg, step, saves=bool(seen.signal) or seen.lost or step + 1 == steps):
                 PROGRESS.at("comparing checksums")
                 checksum.compare(cfg, engines, ctx, step, step - saver.step)
             set_schedules(cfg, engines, step, steps)

@@ -126,14 +126,21 @@ def on_all_ranks(ctx: Context, make: Callable[[], T]) -> T:
 
 
 def _problem_of_any(ctx: Context, problem: Exception | None) -> Exception | None:
-    """This rank's own, or else the first rank's that has one, as its sentence. Called by all ranks alike."""
-    told = f"{problem}" if isinstance(problem, UserError) else repr(problem) if problem else ""
+    """This rank's own, or else the first rank's that has one, as its sentence. Called by all ranks alike.
+
+    A ``UserError`` on others too only where it was one: what nobody has to mend is requeued.
+    """
+    mine = isinstance(problem, UserError)
+    told = (f"{problem}" if mine else repr(problem) if problem else "", mine)
     every = [told]
     if ctx.world > 1:
-        every = [""] * ctx.world
+        every = [("", False)] * ctx.world
         dist.all_gather_object(every, told)
-    first = next((text for text in every if text), "")
-    return problem or (UserError(first) if first else None)
+    if problem is not None:
+        return problem
+    return next(
+        (UserError(t) if user else RuntimeError(f"rank {r}: {t}") for r, (t, user) in enumerate(every) if t), None
+    )
 
 
 def leave(

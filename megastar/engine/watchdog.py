@@ -53,9 +53,8 @@ def watch(cfg: RunConfig, rank: int, world: int) -> Iterator[Watchdog]:
     except BaseException as error:
         if is_from_a_peer(error) and (verdict := dog.explain()):
             dog.end(verdict, error)
-        if rank == 0 and dog.is_first():
-            append_event(dog.run, "error", PROGRESS.done, " ".join(f"{type(error).__name__}: {error}".split()))
-        dog.leave(2 if isinstance(error, UserError) else 1, first_line(error))
+        event = " ".join(f"{type(error).__name__}: {error}".split()) if rank == 0 else ""
+        dog.leave(2 if isinstance(error, UserError) else 1, first_line(error), event)
         raise
     else:
         dog.leave(0, "")
@@ -255,7 +254,7 @@ class Watchdog:
         writer = threading.Thread(target=last_words, name="watchdog-last-words", daemon=True)
         writer.start()
         say(f"{verdict.text} (stacks of rank {self.rank} in {self.run / STACKS})")
-        self._wait_for_others()
+        self._wait_for_others(2.0)
         writer.join(LAST_WORDS)
         os._exit(verdict.status)
 
@@ -270,16 +269,31 @@ class Watchdog:
         except OSError:  # better twice than never
             return True
 
-    def leave(self, status: int, text: str) -> None:
-        """This rank ends by itself, with ``text`` where it is an error; the threads are over when this returns."""
-        if not self.threads:
-            return
-        self.ending.acquire()  # a verdict that comes now is not this rank's business any more
+    def leave(self, status: int, text: str, event: str = "") -> None:
+        """This rank ends by itself, with ``text`` where it is an error; the threads are over when this returns.
+
+        ``event``: for events.jsonl, unless another rank was the first. A disk that hangs holds up neither the word to the
+        others nor, for long, the end.
+        """
+
+        def last_words() -> None:
+            if event and self.is_first():
+                append_event(self.run, "error", PROGRESS.done, event)
+            if self.threads:
+                self._write_file()
+
+        if self.threads:
+            self.ending.acquire()  # a verdict that comes now is not this rank's business any more
         self.status, self.text, self.everyone = status, text, True
         self.stage = LEFT
-        self._write_file()
+        writer = threading.Thread(target=last_words, name="watchdog-last-words", daemon=True)
+        writer.start()
         self.nudge.set()
-        self._wait_for_others()
+        if self.threads:
+            self._wait_for_others(2.0 if status in CLEAN else LAST_WORDS)
+        writer.join(LAST_WORDS)
+        if not self.threads:
+            return
         self.over.set()
         self.nudge.set()
         for thread in self.threads:  # one that lives on in C++ while Python ends would abort the process
@@ -287,10 +301,12 @@ class Watchdog:
         if self.line is not None:
             self.line.close()
 
-    def _wait_for_others(self) -> None:
+    def _wait_for_others(self, patience: float) -> None:
         """Until the last word is in the store, and, where the store ends with this process, until all have read it."""
+        if self.line is None or self.line.closed():
+            return
         cut_off = self.judge.clock - self.judge.contact_at > max(2.0, 3 * self.tick)
-        if self.line is None or cut_off or not self.sent.wait(2.0) or not self._stays():
+        if (cut_off and patience < LAST_WORDS) or not self.sent.wait(patience) or not self._stays():
             return
         deadline = time.monotonic() + max(2.0, 4 * self.tick)
         while time.monotonic() < deadline and not all(self._flag_of(r) in (LEFT, ENDED) for r in self._others()):

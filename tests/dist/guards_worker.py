@@ -18,6 +18,7 @@ from megastar.engine.saver import Saver
 from megastar.engine.sharding import publish_masters
 from megastar.engine.state_files import KINDS, StateReader
 from megastar.engine.step import check_batch, losses, set_schedules
+from megastar.engine.supply import on_all_ranks
 from megastar.errors import UserError
 from tests.dist.engine_worker import forget_mesh
 from tests.dist.reference import BATCH, STEPS, batch_of, config
@@ -169,12 +170,32 @@ def every_group_has_the_time_out(out: Path) -> None:
         assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77), group
 
 
+def an_error_elsewhere_is_of_its_kind(out: Path) -> None:
+    """Only what a person has to mend ends all ranks with 2, which is not requeued."""
+    _, ctx, _ = engines_of(out, 1, "zero1")
+
+    def fail(error: Exception) -> None:
+        if ctx.rank == 1:
+            raise error
+
+    for error, elsewhere in (
+        (UserError("the shard is broken: mend it"), UserError("the shard is broken: mend it")),
+        (OSError(5, "Input/output error"), RuntimeError("rank 1: OSError(5, 'Input/output error')")),
+    ):
+        wanted = error if ctx.rank == 1 else elsewhere
+        with pytest.raises(type(wanted)) as found:
+            on_all_ranks(ctx, lambda error=error: fail(error))
+        assert type(found.value) is type(wanted) and str(found.value) == str(wanted)
+    assert on_all_ranks(ctx, lambda: 7) == 7
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for json in ("zero1", "zero3"):
         replicas_that_drifted_are_aligned(folder, json)
     different_batches_are_told(folder)
     every_group_has_the_time_out(folder)
+    an_error_elsewhere_is_of_its_kind(folder)
     corruption_is_named(folder)
     own = "tests/dist/ds/zero{}.json"
     for stage, tensor, accumulation, train in (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -56,6 +57,8 @@ def run(name: str, what: dict[str, Any], at_step: Any) -> None:
         loop.train(cfg)
     except UserError as error:
         raised = str(error)
+    except SystemExit as leaving:
+        raised = f"status {leaving.code}"
     if MAIN:
         free()
         shutil.copytree(disk / "run", out / name)
@@ -77,6 +80,12 @@ def stays_full(step: int) -> None:
         fillers.append(fill(disk))
 
 
+def stays_full_and_a_signal_comes(step: int) -> None:
+    stays_full(step)
+    if MAIN and step == STEPS + 3:  # the last one
+        threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+
+
 def is_full_when_it_goes_back(step: int) -> None:
     if MAIN and step == BAD[-1]:
         fillers.append(fill(disk))
@@ -87,6 +96,7 @@ if __name__ == "__main__":
     saver_module.RETRY_EVERY = 0.05
     run("freed", {"train.steps": STEPS, "faults.slow_ratio": 2}, fills_and_is_freed)
     run("full", {"train.steps": STEPS + 4, "faults.save_patience": 1}, stays_full)
+    run("signalled", {"train.steps": STEPS + 4}, stays_full_and_a_signal_comes)
     # Rank 1 writes to a disk of its own, and that is full.
     fill(other)
     saver_module.folder_of = lambda cfg: folder_of(cfg) if MAIN else other

@@ -79,6 +79,12 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_sentence(runs):
     assert not (runs / "full/checkpoints/.writing").exists()
 
 
+def test_a_signal_while_the_last_save_is_tried_again_ends_it_to_be_requeued(runs):
+    run = runs / "signalled"
+    assert raised(run) == "status 85" and folders.latest(run / "checkpoints").name == folders.name_of(STEPS)
+    assert [e for e in read_events(run) if e["event"] == "signal"][-1]["text"].endswith("the same command resumes")
+
+
 def test_one_rank_whose_disk_is_full_keeps_a_checkpoint_from_counting(runs):
     text = raised(runs / "one_rank")
     assert "rank 1: " in text and "No space left on device" in text and f"step-{STEPS:08d} stays valid" in text

@@ -13,7 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCONTROL = """#!/bin/bash
 case "$*" in
-"show hostnames "*) echo "$3" | tr , '\\n' ;;
+"show hostnames "*) echo "$3" | tr , '\\n'; exit ;;
+esac
+if [ -s "$PLAY/mute" ]; then # so often nobody answers
+    sed -i 1d "$PLAY/mute"
+    echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2
+    exit 1
+fi
+case "$*" in
 *"show job"*) cat "$PLAY/job" ;;
 *) echo "$*" >>"$PLAY/calls" ;;
 esac
@@ -29,11 +36,12 @@ class Play:
         (folder / "bin").mkdir()
         self.run.mkdir()
         self.excluded, self.limit, self.features = "(null)", "1-00:00:00", "(null)"
+        self.script, self.errors, self.silence = ["slurm/train_b.sh", f"run={self.run}"], self.log, 0
         self.nodes(*UP)
         for name, text in {
             "scontrol": SCONTROL,
             "sinfo": '#!/bin/bash\ncat "$PLAY/sinfo"\n',
-            "srun": '#!/bin/bash\ncat "$PLAY/said" >&2\nexit $(cat "$PLAY/status")\n',
+            "srun": '#!/bin/bash\ncat "$PLAY/said" >&2\ncp "$PLAY/silence" "$PLAY/mute"\nexit $(cat "$PLAY/status")\n',
         }.items():
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(0o755)
@@ -47,21 +55,22 @@ class Play:
         """What the job's ``number``-th start writes into the log, srun ending with ``status``."""
         (self.folder / "job").write_text(
             f"JobId={job} JobState=RUNNING TimeLimit={self.limit} ExcNodeList={self.excluded} Features={self.features}\n"
-            f"   StdOut={self.log}\n"
+            f"   StdErr={self.errors}\n   StdIn=/dev/null\n   StdOut={self.log}\n"
         )
+        (self.folder / "silence").write_text("x\n" * self.silence)
         (self.folder / "status").write_text(str(status))
         (self.folder / "said").write_text(said)
         (self.folder / "calls").write_text("")
         place = {
             "SLURM_JOB_ID": job, "SLURM_JOB_NAME": "x", "SLURM_JOB_NODELIST": nodes, "SLURM_JOB_NUM_NODES": "2",
             "SLURM_JOB_PARTITION": "main", "SLURM_RESTART_COUNT": str(number - 1), "PLAY": str(self.folder),
-            "PATH": f"{self.folder}/bin:{os.environ['PATH']}", "MEGASTAR_VENV": "",
+            "PATH": f"{self.folder}/bin:{os.environ['PATH']}", "MEGASTAR_VENV": "", "MEGASTAR_RETRY": "0",
         }  # fmt: skip
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "MEGASTAR"))}
         before = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("a") as log:
             done = subprocess.run(
-                ["bash", "slurm/train_b.sh", f"run={self.run}"],
+                ["bash", *self.script],
                 cwd=ROOT,
                 env=kept | place | env,
                 stdout=log,
@@ -217,6 +226,44 @@ def test_a_start_that_ended_without_a_word_is_its_first_nodes_fault(play):
     )
     play.start(4, 0)
     assert play.bad()[1:] == ["n1 job 417 start 3: node failure"]
+
+
+def test_a_mistake_that_was_mended_is_no_hosts_fault(play):
+    assert "ended by a mistake (status 2); not started again" in play.start(1, 2) and play.calls() == []
+    play.start(2, 0)  # someone's scontrol requeue
+    assert play.bad() == []
+
+
+def test_without_the_errors_in_its_log_no_host_is_taken_for_vanished(play):
+    play.errors = play.folder / "job.err"
+    play.log.write_text("megastar: job 417 (x), start 1, on n2 n1 at 2026-01-31 12:00:00\n")
+    play.start(2, 0)
+    assert play.bad() == []
+
+
+def test_a_controller_that_is_away_for_some_seconds_costs_nothing(play):
+    play.silence = 3
+    assert "requeued" in play.start(1, 85) and play.calls() == ["requeue 417"]
+    play.silence = 20
+    told = play.start(2, 85)
+    assert "Unable to contact slurm controller" in told and "sbatch the same command, it goes on" in told
+
+
+def test_the_users_list_is_kept_where_slurm_does_not_tell_it(play):
+    play.excluded = "n3"
+    play.start(1, 137, KILLED)
+    play.silence = 6  # the first question after the end, six times
+    told = play.start(2, 137, KILLED)
+    assert play.calls() == ["requeue 417"] and "does not say which nodes the job excludes" in told
+
+
+def test_without_a_run_folder_the_log_counts_ends_of_a_kind(play):
+    play.script = ["slurm/sample_fid.sh", "run", "--npz", "x.npz"]
+    for start in range(1, 13):  # more than MEGASTAR_MAX_SIGNALS: nobody knows of the progress between them
+        assert "requeued" in play.start(start, 143)
+    for start in (13, 14, 15):
+        assert "requeued" in play.start(start, 1)
+    assert "not started again: 3 crashes before this one\n" in play.start(16, 1) and play.calls() == []
 
 
 def test_limits_count_what_happened_since_the_last_checkpoint(play):
