@@ -46,12 +46,22 @@ def leave(status: Any) -> NoReturn:
         status = 1
     try:
         # Workers of an upload may have a file in hand; where the others left long ago a launcher kills this rank.
-        shutdown = threading.Thread(target=threading._shutdown, daemon=True)  # type: ignore[attr-defined]
-        shutdown.start()
-        shutdown.join(PATIENCE)
+        finisher = threading.Thread(target=finish_threads, daemon=True)
+        finisher.start()
+        finisher.join(PATIENCE)
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
     finally:
         os._exit(status & 0xFF)
+
+
+def finish_threads() -> None:
+    """Tell executors that the end has come, wait for threads that are no daemons. (``threading._shutdown`` does this too,
+    but it can be called by the main thread only, and waits without end.)"""
+    for call in reversed(getattr(threading, "_threading_atexits", [])):
+        call()
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
