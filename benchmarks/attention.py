@@ -27,9 +27,9 @@ def main() -> None:
     import torch
     import torch.nn.functional as F
 
-    from megastar.device import DTYPES, pick_device
     from megastar.model.kernels.check import draw, example
     from megastar.model.kernels.select import backend
+    from megastar.utils.device import DTYPES, pick_device
 
     device = pick_device()
     B, H, d = args.batch or (32 if device.type == "cuda" else 4), 12, 64

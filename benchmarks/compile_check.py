@@ -20,11 +20,11 @@ import torch
 from common import run_config
 from torch import Tensor
 
-from megastar.device import pick_dtype
-from megastar.engine.build import compile_blocks
-from megastar.engine.networks import Student
-from megastar.engine.sharding import AdamWEMA, parameter_groups
+from megastar.engine.student import Student
+from megastar.engine.zero.partitions import AdamWEMA, parameter_groups
+from megastar.engine.zero.setup import compile_blocks
 from megastar.model.masks import MaskSpec, draw_hidden
+from megastar.utils.device import pick_dtype
 
 
 def chain(vocabulary: int, batch: int, tokens: int, g: torch.Generator) -> Tensor:

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megastar.checkpoint.atomic_output import remove
 from megastar.config.load import load_config
-from megastar.engine.staging import remove
 from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def kb(field):
 
 import torch
 base, start = kb("VmRSS"), time.perf_counter()
-from megastar.engine.convert import convert, size_of
+from megastar.checkpoint.convert import convert, size_of
 source, to, out, options = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
 told = convert(source, to, out, **options)
 seconds = time.perf_counter() - start

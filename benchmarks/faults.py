@@ -18,7 +18,7 @@ slurm/, a run of two tiny blocks. For each fault:
                other work on the machine hardly changes
     lost       steps that were done before the fault and had to be done again
 
-Then a second run, on the same cluster, whose losses are not numbers at some batches (tests/integration/inject.py): one
+Then a second run, on the same cluster, whose losses are not numbers at some batches (tests/integration/helpers/inject.py): one
 is skipped, three in a row send it back to its last good checkpoint. From the skip, and from the last of the three, to
 the end of the next step; a plain step is told beside it. No rank ends, so there is nothing to start.
 
@@ -45,8 +45,8 @@ from pathlib import Path
 
 from common import ROOT
 
-from megastar.engine import folders
-from megastar.engine.events import read_lines
+from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.events import read_lines
 from tests.integration.conftest import World, environment
 from tests.slurm.cluster import SIZE, Cluster, wait_for
 from tests.slurm.settings import write_site
@@ -58,7 +58,7 @@ def make_world(folder: Path) -> World:
     import torch
     from rich.console import Console
 
-    from megastar.data.pretokenize import pretokenize
+    from megastar.data.pretokenize.runner import pretokenize
     from megastar.tokenizer.io import save_tokenizer
     from megastar.tokenizer.vq import VQModel
     from tests.integration.conftest import TOKENIZER, draw
@@ -86,7 +86,7 @@ def cpu_of(pids: list[int]) -> float:
 def import_seconds() -> tuple[float, float]:
     """Wall time of four processes that import what a rank imports, at once; processor seconds of one."""
     begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    code = "import torch.utils.tensorboard, megastar.engine.loop as l; l.build.__globals__['import_muon']()"
+    code = "import torch.utils.tensorboard, megastar.engine.trainer as l; l.build.__globals__['import_muon']()"
     ranks = [subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT) for _ in range(4)]
     assert all(r.wait() == 0 for r in ranks)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -147,7 +147,7 @@ class Bench:
         before = max(before, *(r["step"] for r in read_lines(self.run / "metrics.jsonl")))
         wait_for("a new start", PATIENCE, lambda: self.starts() > starts, self.told)
         again = time.time()
-        saved = folders.step_in(folders.latest(self.run / "checkpoints"))
+        saved = checkpoint_dir.step_in(checkpoint_dir.latest(self.run / "checkpoints"))
         if (path := self.run / "requeues.log").exists() and path.read_text().count("\n") > ended:
             when = datetime.strptime(path.read_text().splitlines()[-1][:19], "%Y-%m-%d %H:%M:%S").timestamp()
             gone = max(gone, when)

@@ -31,7 +31,7 @@ from megastar.evaluation.inception import from_state, scale
 from megastar.evaluation.inception_score import inception_score
 from megastar.evaluation.kid import mmd2
 from megastar.evaluation.prdc import precision_recall
-from tests.unit.test_inception import random_state
+from tests.unit.evaluation.test_inception import random_state
 
 HOW = "pip install --no-deps --target FOLDER torch-fidelity pytorch-fid scipy, then FID_PEERS=FOLDER python -m benchmarks.fid"
 ARITHMETIC, PATH = 1e-6, 1e-4

@@ -99,8 +99,8 @@ def main() -> None:
 
 
 def measure(a: argparse.Namespace, root: Path, endpoint: str) -> None:
-    from megastar.data.manifest import load_manifest
-    from tests.integration.s3 import client_of
+    from megastar.data.shards.manifest import load_manifest
+    from tests.integration.helpers.s3 import client_of
 
     client, manifest = client_of(endpoint), load_manifest(root / "set")
     upload(client, root / "set", "codes", "set")

@@ -28,17 +28,17 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from megastar.engine import checksum
-    from megastar.engine.build import build, start
-    from megastar.engine.faults import Question
-    from megastar.engine.guard import Guard, Seen
-    from megastar.engine.progress import PROGRESS
-    from megastar.engine.watchdog import watch
+    from megastar.engine.fault_tolerance import replica_checksum
+    from megastar.engine.fault_tolerance.skip_policy import SkipPolicy, StepRecord
+    from megastar.engine.fault_tolerance.step_consensus import StepConsensus
+    from megastar.engine.fault_tolerance.watchdog import watch
+    from megastar.engine.phase import PHASE
+    from megastar.engine.zero.setup import build, start
 
     cfg = run_config("nano", f"train.global_batch={args.ranks}", "parallel.deepspeed=zero1", "data.shards=none")
     ctx = start(cfg)
     loss = torch.tensor(7.5, device=ctx.device)
-    guard = Guard(cfg.faults)
+    guard = SkipPolicy(cfg.faults)
     for i in range(cfg.faults.spike_window):
         guard.spikes.add(7.5 + 0.01 * (i % 7))
 
@@ -49,11 +49,11 @@ def main() -> None:
         x.item()
 
     def agreement() -> None:
-        Question(ctx, loss, 0).answer()
+        StepConsensus(ctx, loss, 0).answer()
 
     def whole() -> None:
-        seen = Seen()
-        seen.add(Question(ctx, loss, 0).answer(), {"loss": loss, "loss_ar": loss}, loss)
+        seen = StepRecord()
+        seen.add(StepConsensus(ctx, loss, 0).answer(), {"loss": loss, "loss_ar": loss}, loss)
         assert not guard.judge(seen)
         guard.accept(seen)
         guard.state(1000)
@@ -76,9 +76,9 @@ def main() -> None:
     if ctx.main:
         began = time.process_time()
         for step in range(10_000):
-            PROGRESS.begin(step)
+            PHASE.begin(step)
             for phase in ("waiting for data", "forward", "backward", "asking all ranks", "step", "teacher"):
-                PROGRESS.at(phase)
+                PHASE.at(phase)
         stamps = (time.process_time() - began) / 10_000
         a_step = 0.2 * watched + stamps
         print(
@@ -87,9 +87,9 @@ def main() -> None:
         )
     if args.checksum:
         engines = build(cfg, ctx)
-        times = seconds(lambda: checksum.compare(cfg, engines, ctx, 1, 1), 7)
+        times = seconds(lambda: replica_checksum.compare(cfg, engines, ctx, 1, 1), 7)
         if ctx.main:
-            elements = sum(x.numel() for *_, x in checksum.replicas(engines, ctx))
+            elements = sum(x.numel() for *_, x in replica_checksum.replicas(engines, ctx))
             print(f"checksum of {elements / 1e6:.1f} M elements: {sorted(times)[3] * 1e3:.1f} ms")
 
 

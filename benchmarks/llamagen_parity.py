@@ -19,8 +19,8 @@ import torch
 import yaml
 
 from benchmarks.sampling import llamagen, networks
+from megastar.checkpoint.convert_weights import convert_file, open_weights
 from megastar.config.schema import ModelConfig
-from megastar.engine.weights_file import convert_file, open_weights
 from megastar.model.io import load_model
 from megastar.sampling.sampler import sample_tokens
 from megastar.tokenizer.io import load_tokenizer

@@ -33,9 +33,9 @@ VOCAB = 16384
 
 
 def write_ours(folder: Path, layout: str, a: argparse.Namespace) -> None:
-    from megastar.data.files import write_atomic
-    from megastar.data.manifest import Manifest
-    from megastar.data.shards import open_writer
+    from megastar.data.shards.manifest import Manifest
+    from megastar.data.shards.writer import open_writer
+    from megastar.utils.files import write_atomic
 
     folder.mkdir()
     rng, shards = np.random.default_rng(0), []

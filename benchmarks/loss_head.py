@@ -26,8 +26,8 @@ KINDS = {"plain": "plain: fp32 logits, F.cross_entropy", "ours": "megastar: chun
 
 
 def one(kind: str, rows: int, dim: int, vocabulary: int, dtype: str, repeats: int) -> None:
-    from megastar.matmul import linear
     from megastar.parallel.cross_entropy import linear_cross_entropy
+    from megastar.utils.onednn import linear
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)

@@ -18,9 +18,11 @@ from common import random_batch, relaunch, report, run_config, seconds
 from torch.nn.parallel import DistributedDataParallel
 
 from megastar.config.schema import RunConfig
-from megastar.engine.build import Context, Engines, build, start
-from megastar.engine.networks import Student
-from megastar.engine.step import losses, set_schedules
+from megastar.engine.context import Context
+from megastar.engine.student import Student
+from megastar.engine.train_step import losses, set_schedules
+from megastar.engine.zero.engines import Engines
+from megastar.engine.zero.setup import build, start
 
 
 def ddp_times(cfg: RunConfig, ctx: Context, repeats: int) -> list[float]:

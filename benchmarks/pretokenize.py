@@ -27,14 +27,14 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
 from megastar.config.schema import TokenizerConfig
-from megastar.data.crops import parse_crops
-from megastar.data.encoding import Encoder, Pipeline
-from megastar.data.pictures import PictureSet
-from megastar.data.pretokenize import pretokenize
-from megastar.data.shard_set import ShardSet
+from megastar.data.images.crops import parse_crops
+from megastar.data.images.dataset import PictureSet
+from megastar.data.pretokenize.encoding import Pipeline, ViewEncoder
+from megastar.data.pretokenize.runner import pretokenize
+from megastar.data.shards.reader import ShardSet
 from megastar.tokenizer.io import load_tokenizer, save_tokenizer
 from megastar.tokenizer.vq import VQModel
-from tests.unit.test_data_pictures import tenfold
+from tests.unit.data.images.test_dataset import tenfold
 
 SIZE = 256
 TIE = 1e-4  # of squared distances on the unit sphere, which lie between 0 and 4
@@ -116,7 +116,7 @@ def main(count: int = 4, rounds: int = 2) -> None:
         waited = []
         for _ in range(rounds):
             start = time.perf_counter()
-            with Pipeline(pictures, make, views, Encoder(model, torch.device("cpu"), torch.float32, 0), cores) as p:
+            with Pipeline(pictures, make, views, ViewEncoder(model, torch.device("cpu"), torch.float32, 0), cores) as p:
                 list(p([(i, i) for i in range(count)]))
                 waited.append(p.waiting)
             seconds["megastar"].append(time.perf_counter() - start)

@@ -23,9 +23,9 @@ def main() -> None:
 
     import torch
 
-    from megastar.engine.build import build, start
-    from megastar.engine.observed import observed
-    from megastar.engine.step import losses
+    from megastar.engine.metrics.step_metrics import observed
+    from megastar.engine.train_step import losses
+    from megastar.engine.zero.setup import build, start
 
     cfg = run_config(a.size, f"train.global_batch={a.batch}", "parallel.deepspeed=zero1")
     ctx = start(cfg)

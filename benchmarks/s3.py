@@ -29,8 +29,8 @@ def write_shards(folder: Path, shards: int, megabytes: float) -> None:
     """A set like one that ``megastar pretokenize`` makes of pictures of 256 pixels."""
     import numpy as np
 
-    from megastar.data.manifest import Manifest
-    from megastar.data.shards import open_writer
+    from megastar.data.shards.manifest import Manifest
+    from megastar.data.shards.writer import open_writer
 
     folder.mkdir(parents=True)
     samples, infos, rng = max(1, int(megabytes * 1e6 / 8192)), [], np.random.default_rng(0)
@@ -49,7 +49,7 @@ def write_shards(folder: Path, shards: int, megabytes: float) -> None:
 
 def serve(root: Path):
     """A server with its own folder below ``root``; end it with ``kill``. This process' AWS settings point at it."""
-    from tests.integration.s3 import KEYS, Server
+    from tests.integration.helpers.s3 import KEYS, Server
 
     (root / "server").mkdir(parents=True)
     server = Server(root / "server")
@@ -98,9 +98,9 @@ def compare(a: argparse.Namespace, root: Path, endpoint: str) -> None:
 
     from megastar.config.schema import DataConfig
     from megastar.data.loader import TokenLoader
-    from megastar.data.manifest import load_manifest
-    from megastar.data.store import S3Store
-    from tests.integration.s3 import client_of
+    from megastar.data.shards.manifest import load_manifest
+    from megastar.data.storage.s3_store import S3Store
+    from tests.integration.helpers.s3 import client_of
 
     client, manifest = client_of(endpoint), load_manifest(root / "set")
     upload(client, root / "set", "public", "set")

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from megastar.config.schema import ModelConfig
-from megastar.device import DTYPES
 from megastar.model.transformer import Transformer
-from megastar.sampling.request import Options
+from megastar.sampling.options import SamplingOptions
 from megastar.sampling.sampler import Sampler, sample_seeds
+from megastar.utils.device import DTYPES
 
 
 def llamagen() -> Path:
@@ -93,7 +93,7 @@ def main() -> None:
     theirs, ours = networks(c, DTYPES[a.dtype], a.device)
     from autoregressive.models.generate import generate
 
-    options = Options(cfg_scale=a.cfg_scale)
+    options = SamplingOptions(cfg_scale=a.cfg_scale)
     known = {"cfg_scale": a.cfg_scale, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     print(
         f"{a.layers} blocks x {a.dim}, S = {a.tokens}, V = {a.vocab}, guidance {a.cfg_scale}, {a.dtype}, {a.device}, "

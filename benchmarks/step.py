@@ -25,10 +25,10 @@ from common import random_batch, report, run_config, seconds
 from torch import Tensor, nn
 
 from megastar.config.schema import RunConfig
-from megastar.engine.build import build, start
-from megastar.engine.networks import Student
-from megastar.engine.sharding import parameter_groups
-from megastar.engine.step import losses, set_schedules
+from megastar.engine.student import Student
+from megastar.engine.train_step import losses, set_schedules
+from megastar.engine.zero.partitions import parameter_groups
+from megastar.engine.zero.setup import build, start
 
 Step = Callable[[], Tensor]
 # The peer's schedule: a constant learning rate.
@@ -113,7 +113,7 @@ def engine_step(cfg: RunConfig, batch: dict, weights: dict | None = None) -> Ste
     ctx = start(cfg)
     engines = build(cfg, ctx)
     if weights:
-        from megastar.engine.sharding import publish_masters
+        from megastar.engine.zero.partitions import publish_masters
 
         for shard in engines.shards():
             shard.view("fp32").copy_(

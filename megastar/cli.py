@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megastar import __version__
-from megastar.commands.common import nearest, tell
+from megastar.commands._common import nearest, tell
 from megastar.errors import UserError
-from megastar.host import hurry_lookups
-from megastar.leaving import run_and_leave
+from megastar.utils.hostname import shorten_dns_timeout
+from megastar.utils.process_exit import run_and_leave
 
 COMMANDS = {  # name -> (module of megastar.commands, what it does)
     "demo": ("demo", "pictures to scores on the embedded emoji, in one command"),
@@ -49,7 +49,7 @@ def usage() -> str:
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """``main`` as a program."""
-    hurry_lookups()
+    shorten_dns_timeout()
     run_and_leave(lambda: main(argv))
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megastar.checkpoint.rng_state import random_file
+from megastar.checkpoint.shard_format import KINDS, Piece, state_file, write_pieces
 from megastar.config.schema import RunConfig
-from megastar.data.files import sha256
-from megastar.engine import folders
-from megastar.engine.checkpoint import random_file
-from megastar.engine.networks import Student
-from megastar.engine.state_files import FORMAT, KINDS, Piece, state_file, write_pieces
+from megastar.engine.student import Student
 from megastar.parallel.plan import split_of
+from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.layout import FORMAT
+from megastar.utils.files import sha256
 
 Whole = dict[str, dict[str, Tensor]]  # name -> kind -> the whole tensor
 
@@ -41,7 +42,7 @@ def whole_of(cfg: RunConfig) -> Whole:
 def write_checkpoint(run: Path, cfg: RunConfig, data: int, tensor: int, step: int = 3) -> Path:
     """Every rank's pieces: a tensor rank's part of a weight, laid flat, in ``data`` nearly equal parts."""
     folder, shapes = run / "checkpoints", shapes_of(cfg)
-    written = folder / folders.WRITING / folders.name_of(step)
+    written = folder / checkpoint_dir.WRITING / checkpoint_dir.name_of(step)
     written.mkdir(parents=True)
     files = {}
     for rank in range(data * tensor):
@@ -69,4 +70,4 @@ def write_checkpoint(run: Path, cfg: RunConfig, data: int, tensor: int, step: in
         "command": "megastar train", "config": asdict(cfg) | {"run": str(run)}, "files": files,
         "parameters": {n: list(s) for n, s in shapes.items()},
     }  # fmt: skip
-    return folders.publish(folder, folders.name_of(step), manifest)
+    return checkpoint_dir.publish(folder, checkpoint_dir.name_of(step), manifest)

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megastar.leaving import leave
+from megastar.utils.process_exit import leave
 
 ROOT = Path(__file__).parents[1]
 LAST_WORDS = 0.5  # seconds from a rank's failure to TERM: the others may end by themselves
@@ -70,10 +70,10 @@ def _server() -> Any:
 def load() -> None:
     import torch.utils.tensorboard  # noqa: F401
 
+    import megastar.checkpoint.convert
     import megastar.cli
     import megastar.commands.train
-    import megastar.engine.convert
-    import megastar.engine.loop  # noqa: F401
+    import megastar.engine.trainer  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1, "a thread of the imports would be missing in the ranks"
 

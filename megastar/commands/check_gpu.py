@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands.common import Parser
+from megastar.commands._common import Parser
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def main(words: list[str]) -> int:
     import torch
     from rich.console import Console
 
-    from megastar.device import pick_device
+    from megastar.utils.device import pick_device
 
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError(
@@ -198,8 +198,8 @@ def steps(console: Console, device: torch.device, peak: float | None, over: Any)
     import torch
 
     from megastar.config.load import load_config
-    from megastar.engine.build import start
-    from megastar.engine.speed import step_speed
+    from megastar.engine.step_benchmark import step_speed
+    from megastar.engine.zero.setup import start
 
     rows: list[dict[str, Any]] = []
     for size, images in STEPS:

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megastar.commands.common import Parser, config_and_overrides, is_launched, terminal_width
+from megastar.commands._common import Parser, config_and_overrides, is_launched, terminal_width
 from megastar.config.comparison import CompareConfig
 from megastar.config.help import fields_text
 from megastar.config.load import load_compare_config
@@ -16,7 +16,7 @@ from megastar.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from megastar.commands.comparison.plan import Run
+    from megastar.experiments.plan import PlannedRun
 
 EXAMPLES = """
 megastar compare configs/run/compare_emoji.yaml            AR, AR with two crops, ST-AR, ablations
@@ -58,9 +58,9 @@ def main(words: list[str]) -> int:
     cfg = None if a.redraw is not None else load_compare_config(path, overrides)
     from rich.console import Console
 
-    from megastar.commands.comparison.evaluation import Evaluation
-    from megastar.commands.comparison.folder import Comparison, redraw
-    from megastar.commands.comparison.plan import plan_runs
+    from megastar.experiments.comparison import Comparison, redraw
+    from megastar.experiments.evaluation import Evaluation
+    from megastar.experiments.plan import plan_runs
 
     console = Console()
     if cfg is None:
@@ -86,11 +86,11 @@ def count_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def show_plan(cfg: CompareConfig, runs: list[Run], console: Console) -> None:
+def show_plan(cfg: CompareConfig, runs: list[PlannedRun], console: Console) -> None:
     """Runs, how much each sees, how far it is; in what the variants differ."""
-    from megastar.commands.comparison.plan import check_folder, difference
-    from megastar.commands.comparison.queue import last_step
-    from megastar.commands.comparison.tables import print_rows
+    from megastar.experiments.job_queue import last_step
+    from megastar.experiments.plan import check_folder, difference
+    from megastar.experiments.tables import print_rows
 
     check_folder(cfg, runs)
     rows = [["run", "steps", "done", "images", "sequences"]]

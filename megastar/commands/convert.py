@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megastar.commands.common import Parser, positive
+from megastar.commands._common import Parser, positive
 from megastar.errors import UserError
 
 EXAMPLES = """
@@ -94,7 +94,7 @@ def main(words: list[str]) -> int:
 
     console = Console()
     if a.source.is_file() or a.source.suffix in (".safetensors", ".pt", ".pth"):
-        from megastar.engine.weights_file import convert_file, inspect_file, open_weights
+        from megastar.checkpoint.convert_weights import convert_file, inspect_file, open_weights
 
         given = {"config": a.config, "image_tokens": a.image_tokens, "image_size": a.image_size or 256}
         if a.inspect:
@@ -105,10 +105,10 @@ def main(words: list[str]) -> int:
         console.print(told, markup=False, highlight=False, soft_wrap=True)
         return 0
     if a.inspect:
-        from megastar.engine.inspection import inspect
+        from megastar.checkpoint.inspect import inspect
 
         return 0 if inspect(a.source, a.verify, console) else 1
-    from megastar.engine.convert import convert
+    from megastar.checkpoint.convert import convert
 
     told = convert(
         a.source,

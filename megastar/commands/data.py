@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands.common import Parser, nearest, positive
+from megastar.commands._common import Parser, nearest, positive
 from megastar.config.schema import DataConfig
 from megastar.errors import UserError
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from megastar.data.manifest import Manifest
-    from megastar.data.stats import Stats
+    from megastar.data.shards.manifest import Manifest
+    from megastar.data.shards.stats import Stats
 
 ACTIONS = {
     "inspect": "what a set holds, from its manifest and its first samples",
@@ -74,7 +74,7 @@ def parser(action: str) -> Parser:
         help=f"seconds that an outage of s3:// is waited out (default {default.patience:g})",
     )  # fmt: skip
     if action == "index":
-        from megastar.data.samples import LAYOUTS
+        from megastar.data.shards.sample_parser import LAYOUTS
 
         p.add_argument("--tokenizer", default=None, help="tokenizer .safetensors that made the codes")
         p.add_argument("--codebook-size", type=positive, default=None, help="instead of --tokenizer: number of codes")
@@ -145,7 +145,7 @@ def size_of(n: int) -> str:
 def inspect(a: argparse.Namespace, console: Console) -> int:
     from contextlib import closing
 
-    from megastar.data.shard_set import ShardSet
+    from megastar.data.shards.reader import ShardSet
 
     with closing(ShardSet(a.set, data=_config(a), max_open=1)) as shards:
         about = describe(shards.manifest)
@@ -204,8 +204,8 @@ def first_samples(shards: Any, n: int) -> list[dict[str, Any]]:
 
 # verify ------------------------------------------------------------------------------------------------------------
 def check(a: argparse.Namespace, console: Console) -> int:
-    from megastar.data.manifest import load_manifest
-    from megastar.data.verify import verify
+    from megastar.data.shards.manifest import load_manifest
+    from megastar.data.shards.verify import verify
 
     manifest = load_manifest(a.set, _config(a))
     problems = verify(a.set, _config(a), console)
@@ -224,8 +224,8 @@ def check(a: argparse.Namespace, console: Console) -> int:
 
 # stats -------------------------------------------------------------------------------------------------------------
 def stats(a: argparse.Namespace, console: Console) -> int:
-    from megastar.data.manifest import load_manifest
-    from megastar.data.stats import count
+    from megastar.data.shards.manifest import load_manifest
+    from megastar.data.shards.stats import count
 
     if bool(a.sheet) != bool(a.tokenizer):
         raise UserError("--sheet and --tokenizer belong together: the codes are decoded with their tokenizer")
@@ -332,7 +332,7 @@ def draw_sheet(a: argparse.Namespace, m: Manifest, labels: np.ndarray) -> None:
     import numpy as np
     import torch
 
-    from megastar.data.shard_set import ShardSet
+    from megastar.data.shards.reader import ShardSet
     from megastar.sampling.grid import Block, picture_grid, save_grid
     from megastar.sampling.sampler import decode_pictures
     from megastar.tokenizer.io import load_tokenizer
@@ -355,7 +355,7 @@ def index(a: argparse.Namespace, console: Console) -> int:
             raise UserError(f"--classes {a.classes} does not exist: name a file with a class name a line")
         classes = Path(a.classes).read_text(encoding="utf-8").split("\n")
         classes = [line.strip() for line in classes[: -1 if not classes[-1] else None]]
-    from megastar.data.foreign import index_foreign
+    from megastar.data.shards.import_webdataset import index_foreign
 
     manifest = index_foreign(
         a.set, tokenizer=a.tokenizer, codebook_size=a.codebook_size, classes=classes, layout=a.layout, crops=a.crops,

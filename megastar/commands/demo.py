@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands.common import Parser, config_and_overrides, positive
+from megastar.commands._common import Parser, config_and_overrides, positive
 from megastar.config.files import REPOSITORY
 from megastar.config.load import diff_configs, load_config
 from megastar.config.schema import RunConfig
@@ -98,14 +98,14 @@ class Demo:
         return scores if same and scores["shipped"] == fingerprint(shipped_weights()) else None
 
     def pretokenize(self) -> None:
-        from megastar.data.pretokenize import pretokenize
+        from megastar.data.pretokenize.runner import pretokenize
 
         for subset, out in (("train", self.cfg.data.shards), ("val", self.cfg.data.val_shards)):
             pretokenize(PICTURES, subset, self.cfg.data.tokenizer, out, console=self.console)
 
     def train(self) -> int:
-        from megastar.commands.launch import launch
-        from megastar.engine.folders import folder_of, latest, name_of
+        from megastar.commands._launch import launch
+        from megastar.run_dir.checkpoint_dir import folder_of, latest, name_of
 
         there, newest = Path(self.cfg.run) / "config.yaml", latest(folder_of(self.cfg))
         unchanged = there.is_file() and not diff_configs(load_config(there), self.cfg)
@@ -118,11 +118,11 @@ class Demo:
         """(name, .npz of pictures, provenance) of this run and of the shipped weights; writes the grid of both."""
         import numpy as np
 
-        from megastar.commands.drawing import draw_pictures
-        from megastar.commands.weights import class_names, find_weights, labels_of
+        from megastar.checkpoint.find_weights import class_names, find_weights, labels_of
         from megastar.model.io import read_model_metadata
         from megastar.sampling.grid import Block, picture_grid, save_grid
         from megastar.sampling.npz import record_of, save_npz, write_record
+        from megastar.sampling.pipeline import sample_images
 
         rng = np.random.default_rng([self.cfg.train.seed, 1])
         labels = rng.choice(labels_of(self.cfg.data.shards), self.samples).tolist()
@@ -135,7 +135,7 @@ class Demo:
             file = self.folder / "samples" / f"{weights.stem}-{fingerprint(weights)}-{self.samples}.npz"
             if not file.is_file():
                 self.console.print(f"{name}: {weights}", highlight=False)
-                pictures = draw_pictures(
+                pictures = sample_images(
                     weights,
                     self.cfg.data.tokenizer,
                     labels,
@@ -159,8 +159,8 @@ class Demo:
         return made
 
     def evaluate(self, made: list[tuple[str, Path, dict[str, Any]]]) -> dict[str, Any]:
-        from megastar.device import pick_device
         from megastar.evaluation.runner import evaluate
+        from megastar.utils.device import pick_device
 
         rows = {}
         for name, file, about in made:
@@ -221,7 +221,7 @@ def default_processes() -> int:
 
 
 def shipped_weights() -> Path | None:
-    from megastar.commands.weights import SHIPPED_WEIGHTS
+    from megastar.checkpoint.find_weights import SHIPPED_WEIGHTS
 
     path = Path(SHIPPED_WEIGHTS)
     return path if path.is_file() else None
@@ -229,6 +229,6 @@ def shipped_weights() -> Path | None:
 
 def fingerprint(path: Path | None) -> str:
     """A few digits of the file's SHA-256: other weights never meet old samples."""
-    from megastar.data.files import sha256
+    from megastar.utils.files import sha256
 
     return sha256(path)[:12] if path else ""

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from megastar.commands.common import Parser, is_launched, place_of, positive, seconds, terminal_width
+from megastar.commands._common import Parser, is_launched, place_of, positive, seconds, terminal_width
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,12 +51,12 @@ def parser() -> Parser:
 
 def main(words: list[str]) -> int:
     args = parser().parse_args(words)
-    from megastar.data.s3 import split_url
+    from megastar.data.storage.s3_client import split_url
 
     for url in filter(None, (args.s3, args.upload)):
         split_url(url)  # a wrong one is told before anything is measured
     if args.nproc > 1 and not is_launched(os.environ):
-        from megastar.commands.launch import launch
+        from megastar.commands._launch import launch
 
         names = ("cache", "s3", "upload")
         given = [f"--{name}={value}" for name in names if (value := getattr(args, name))]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megastar.commands.common import Parser, natural, positive
-from megastar.commands.scoring import add_options, options_of
+from megastar.commands._common import Parser, natural, positive
+from megastar.commands._score_options import add_options, options_of
 from megastar.errors import UserError
 
 EXAMPLES = """
@@ -42,8 +42,8 @@ def main(words: list[str]) -> int:
         raise UserError("give either pictures to score or --tokenizer; see megastar evaluate --help")
     from rich.console import Console
 
-    from megastar.device import pick_device
     from megastar.evaluation.runner import evaluate, evaluate_reconstruction, read_provenance
+    from megastar.utils.device import pick_device
 
     told = read_provenance(a.provenance) if a.provenance else {}
     options = options_of(a, a.seed) | {

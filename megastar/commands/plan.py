@@ -9,7 +9,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands.common import Parser, config_and_overrides, nearest, positive, terminal_width
+from megastar.commands._common import Parser, config_and_overrides, nearest, positive, terminal_width
 from megastar.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import shlex
 
 from rich.console import Console
 
-from megastar.commands.common import Parser, is_launched, is_main_process, natural, positive
+from megastar.commands._common import Parser, is_launched, is_main_process, natural, positive
 from megastar.errors import UserError
 
 EXAMPLES = """
@@ -61,10 +61,10 @@ def main(words: list[str]) -> int:
     if a.source is None or a.tokenizer is None:
         raise UserError("pretokenize needs SOURCE and --tokenizer; see megastar pretokenize --help")
     if a.nproc > 1 and not is_launched(os.environ):
-        from megastar.commands.launch import launch
+        from megastar.commands._launch import launch
 
         return launch(a.nproc, ["pretokenize", *without(words, "--nproc")])
-    from megastar.data.pretokenize import pretokenize
+    from megastar.data.pretokenize.runner import pretokenize
 
     pretokenize(
         a.source,
@@ -102,8 +102,8 @@ def own_device(name: str) -> str:
 
 def verify(out: str, console: Console) -> int:
     """Name the broken shards of a finished set, and what mends it; the exit status."""
-    from megastar.data import verify as check
-    from megastar.data.manifest import load_manifest
+    from megastar.data.shards import verify as check
+    from megastar.data.shards.manifest import load_manifest
 
     m = load_manifest(out)
     if not (problems := check.verify(out, progress=console)):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands.common import Parser, natural, positive
+from megastar.commands._common import Parser, natural, positive
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def main(words: list[str]) -> int:
         raise UserError(f"--figure {a.figure} must end in .png")
     from rich.console import Console
 
-    from megastar.data.files import write_atomic
     from megastar.evaluation.figure import draw_probes
+    from megastar.utils.files import write_atomic
 
     console = Console()
     results: dict[str, dict[str, Any]] = {}
@@ -87,11 +87,11 @@ def main(words: list[str]) -> int:
 
 def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The probe of one run or weights file, with where everything came from."""
-    from megastar.commands.weights import find_weights
-    from megastar.data.files import sha256
-    from megastar.device import pick_device
+    from megastar.checkpoint.find_weights import find_weights
     from megastar.evaluation.linear_probe import linear_probe
     from megastar.model.io import load_model
+    from megastar.utils.device import pick_device
+    from megastar.utils.files import sha256
 
     found = find_weights(source)
     shards = a.shards or found.shards
@@ -148,7 +148,7 @@ def centre_codes(shards: str, limit: int | None) -> tuple:
     """Codes (N, T) of each picture's centre crop, and classes (N,)."""
     import numpy as np
 
-    from megastar.data.shard_set import ShardSet
+    from megastar.data.shards.reader import ShardSet
 
     tokens = ShardSet(shards)
     count = min(len(tokens), limit or len(tokens))

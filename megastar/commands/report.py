@@ -7,11 +7,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands.common import Parser, natural, positive
+from megastar.commands._common import Parser, natural, positive
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
-    from megastar.report.page import Run
+    from megastar.report.page import ReportRun
 
 EXAMPLES = """
 megastar report runs/demo/run                                  curves, samples, attention -> runs/demo/run/report.html
@@ -55,11 +55,11 @@ def main(words: list[str]) -> int:
     from rich.console import Console
 
     from megastar import __version__
-    from megastar.commands.report_pictures import Wanted, add_attention, add_grids
-    from megastar.commands.report_runs import expand, names_of, read_run
-    from megastar.data.files import write_atomic
     from megastar.report.differences import differences
     from megastar.report.page import page
+    from megastar.report.read_run import expand, names_of, read_run
+    from megastar.report.render_samples import Wanted, add_attention, add_grids
+    from megastar.utils.files import write_atomic
 
     console = Console()
     folders = [f for source in a.runs for f in expand(Path(source))]
@@ -92,11 +92,11 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def baseline_of(given: str | None, runs: list[Run]) -> tuple[str, dict[str, Any]]:
+def baseline_of(given: str | None, runs: list[ReportRun]) -> tuple[str, dict[str, Any]]:
     """What configurations are compared with: its name on the page, and its fields. Raises ``UserError``."""
-    from megastar.commands.report_runs import config_of
     from megastar.config.load import load_config
     from megastar.config.schema import RunConfig
+    from megastar.report.read_run import config_of
 
     if given is None:
         first = next((run for run in runs if run.config), None)

@@ -6,12 +6,13 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from megastar.commands.common import Parser, natural, nearest, place_of, positive
-from megastar.commands.drawing import SHOWN_CLASSES, draw_to_files, open_painter, score_drawn, shown_pictures
-from megastar.commands.scoring import add_options, without_words
-from megastar.commands.weights import SHIPPED_TOKENIZER, class_names, find_weights, labels_of
+from megastar.checkpoint.find_weights import SHIPPED_TOKENIZER, class_names, find_weights, labels_of
+from megastar.commands._common import Parser, natural, nearest, place_of, positive
+from megastar.commands._sample_output import SHOWN_CLASSES, draw_to_files, score_drawn, shown_pictures
+from megastar.commands._score_options import add_options, without_words
 from megastar.config.files import find_file
 from megastar.errors import UserError
+from megastar.sampling.pipeline import open_pipeline
 
 EXAMPLES = """
 megastar sample                                                 the shipped weights, all classes -> samples.png
@@ -144,7 +145,7 @@ def main(words: list[str]) -> int:
     if a.score and (a.npz or a.out):
         raise UserError("--score keeps no pictures: leave out --npz and --out, or score an .npz with megastar evaluate")
     if a.nproc > 1 and world == 1:
-        from megastar.commands.launch import launch
+        from megastar.commands._launch import launch
 
         find_weights(a.source, a.weights)  # a run is converted once, not by each process
         return launch(a.nproc, ["sample", *without_words(words, "--nproc")])
@@ -180,7 +181,7 @@ def main(words: list[str]) -> int:
         device = f"cuda:{local % gpus}" if gpus else "cpu"
     console = Console(quiet=rank > 0)
 
-    painter = open_painter(
+    painter = open_pipeline(
         found.file, tokenizer, labels, device=device, passes=a.cfg_passes, rank=rank, **known, **options
     )
     if a.score:

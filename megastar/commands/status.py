@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands.common import Parser, seconds, terminal_width
+from megastar.commands._common import Parser, seconds, terminal_width
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from megastar.engine.status import Status
+    from megastar.run_dir.status import Status
 
 EXAMPLES = """
 megastar status runs/star_xl_50ep
@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
         console.width = terminal_width()
 
     def look() -> tuple[list[Status], list[str]]:
-        from megastar.engine.status import status_of
+        from megastar.run_dir.status import status_of
 
         found, problems = [], []
         for run in args.runs:
@@ -121,7 +121,7 @@ def table_of(found: list[Status]) -> Table:
 
 def lines_of(s: Status) -> dict[str, str]:
     """Name of a line -> what it says of the run, the same names for every run."""
-    from megastar.engine.status import duration
+    from megastar.run_dir.status import duration
 
     share = f", {s.step / s.steps:.1%}" if s.steps else ""
     waits = ""

@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 import sys
 
-from megastar.commands.common import Enduring, Parser, config_and_overrides, is_launched, positive, terminal_width
-from megastar.stop import StopFlag
+from megastar.commands._common import (
+    FaultTolerantStream,
+    Parser,
+    config_and_overrides,
+    is_launched,
+    positive,
+    terminal_width,
+)
+from megastar.utils.signals import StopFlag
 
 EXAMPLES = """
 megastar train configs/run/demo.yaml --nproc 2                    two processes on this machine
@@ -46,13 +53,13 @@ def main(words: list[str]) -> int:
     path, overrides = config_and_overrides(args.items)
     cfg = load_config(path, overrides)
     if args.nproc > 1 and not is_launched(os.environ):
-        from megastar.commands.launch import launch
+        from megastar.commands._launch import launch
 
         resolve_batch(cfg, args.nproc)  # a wrong number of processes is told before they start
         return launch(args.nproc, ["train", *args.items, *(["--dry-run"] if args.dry_run else [])])
-    from megastar.engine.loop import train
+    from megastar.engine.trainer import train
 
-    if not isinstance(sys.stdout, Enduring):  # the log may lie on a disk that fills
-        sys.stdout, sys.stderr = Enduring(sys.stdout), Enduring(sys.stderr)
+    if not isinstance(sys.stdout, FaultTolerantStream):  # the log may lie on a disk that fills
+        sys.stdout, sys.stderr = FaultTolerantStream(sys.stdout), FaultTolerantStream(sys.stderr)
     train(cfg, dry_run=args.dry_run, stop=stop)
     return 0

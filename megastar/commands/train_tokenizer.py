@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands.common import Parser, config_and_overrides, terminal_width
+from megastar.commands._common import Parser, config_and_overrides, terminal_width
 from megastar.config.help import fields_text
 from megastar.config.load import load_tokenizer_config, save_config
 from megastar.config.schema import TokenizerTrainConfig
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from rich.console import Console
 
-    from megastar.data.pictures import PictureSet
+    from megastar.data.images.dataset import PictureSet
 
 EXAMPLES = """
 megastar train-tokenizer configs/tokenizer/emoji64.yaml
@@ -57,11 +57,11 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     """Train to ``cfg.steps`` (resuming) and write ``out/tokenizer.safetensors``; returns it and scores by subset."""
     import torch
 
-    from megastar.data.pictures import PictureSet
-    from megastar.device import pick_device, pick_dtype
-    from megastar.evaluation.pictures import load_images
+    from megastar.data.images.dataset import PictureSet
+    from megastar.evaluation.image_sources import load_images
     from megastar.tokenizer.io import read_tokenizer_metadata, save_tokenizer
     from megastar.tokenizer.train import Trainer
+    from megastar.utils.device import pick_device, pick_dtype
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -118,7 +118,7 @@ class Batches:
         import numpy as np
         import torch
 
-        from megastar.data.pictures import random_crop
+        from megastar.data.images.dataset import random_crop
 
         c = self.cfg
         epoch, k = divmod(step, len(self.pictures) // c.batch)
@@ -129,7 +129,7 @@ class Batches:
         return torch.from_numpy(np.stack([random_crop(i, c.tokenizer.image_size, rng, c.max_scale) for i in images]))
 
     def read(self, i: int) -> Image.Image:
-        from megastar.data.pictures import PictureError
+        from megastar.data.images.dataset import PictureError
 
         for k in range(len(self.pictures)):
             j = (i + k) % len(self.pictures)

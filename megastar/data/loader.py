@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from megastar.config.schema import DataConfig, ModelConfig
-from megastar.data.manifest import Manifest
 from megastar.data.order import OrderSpec, sample_ids, shards_from, slot_of
 from megastar.data.prefetch import Batch, ReadAhead, ToDevice
-from megastar.data.shard_set import ShardSet
-from megastar.data.store import is_remote
+from megastar.data.shards.manifest import Manifest
+from megastar.data.shards.reader import ShardSet
+from megastar.data.storage.protocol import is_remote
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
 

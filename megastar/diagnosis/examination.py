@@ -15,7 +15,7 @@ from typing import Any
 from megastar.diagnosis import gpus, links, node, packages
 from megastar.diagnosis.finding import FAILURE, OK, Answer, Finding, bounded, merge
 from megastar.diagnosis.meeting import Meeting, absent, slurm_hosts
-from megastar.host import host_name
+from megastar.utils.hostname import host_name
 
 
 @dataclass

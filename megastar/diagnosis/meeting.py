@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from megastar.errors import UserError
-from megastar.host import host_name
+from megastar.utils.hostname import host_name
 
 POLL = 0.02  # seconds
 

@@ -158,7 +158,7 @@ def _speed(path: Path, size: int) -> tuple[float, float]:
 
 def s3_reading(url: str, sample: int = SAMPLE) -> list[Finding]:
     """List a page of s3://bucket/prefix and read a range of its largest object. Raises ``UserError`` as S3Folder does."""
-    from megastar.data.s3 import PAGE, S3Folder
+    from megastar.data.storage.s3_client import PAGE, S3Folder
 
     folder = S3Folder(url, patience=15.0, say=lambda line: None)
     start = time.perf_counter()
@@ -184,7 +184,7 @@ def s3_reading(url: str, sample: int = SAMPLE) -> list[Finding]:
 
 def s3_writing(url: str) -> list[Finding]:
     """Put a small object and remove it again. Raises ``UserError`` where that is denied."""
-    from megastar.data.s3 import S3Folder
+    from megastar.data.storage.s3_client import S3Folder
 
     folder, name = S3Folder(url, patience=15.0, say=lambda line: None), f".megastar-doctor-{secrets.token_hex(6)}"
     try:

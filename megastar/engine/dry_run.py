@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megastar.config.schema import RunConfig
-from megastar.data.manifest import Manifest
-from megastar.engine.build import Context, Engines
-from megastar.engine.checkpoint import full_shapes
-from megastar.engine.memory import state_bytes
-from megastar.engine.schedule import learning_rate, total_steps
-from megastar.engine.step import losses
+from megastar.data.shards.manifest import Manifest
+from megastar.engine.context import Context
+from megastar.engine.lr_schedule import learning_rate, total_steps
+from megastar.engine.train_step import losses
+from megastar.engine.zero.engines import Engines, full_shapes
+from megastar.engine.zero.state_memory import state_bytes
 from megastar.teacher.schedule import decay_at
 
 IMAGENET = 1_281_167  # training pictures of ImageNet-1k, where there are no shards to count

@@ -22,7 +22,7 @@ DASHES = ((4, 2), (1.5, 1.5), (6, 2, 1.5, 2), (8, 2))
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """``ys``: one list a seed, each as long as ``xs``; NaN where nothing was measured."""
 
     label: str
@@ -41,7 +41,7 @@ def require_matplotlib() -> None:
 
 def draw_probes(results: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
     """Accuracy over position (figure 4 of the ST-AR paper). ``results``: name -> what ``linear_probe`` returned."""
-    lines = [Line(name, r["positions"], [[100 * a for a in r["accuracy"]]]) for name, r in results.items()]
+    lines = [Curve(name, r["positions"], [[100 * a for a in r["accuracy"]]]) for name, r in results.items()]
     blocks = sorted({r["block"] for r in results.values()})
     title = f"linear probe of block {', '.join(map(str, blocks))}, null class"
     ticks = sorted({p for r in results.values() for p in r["positions"]})
@@ -56,7 +56,7 @@ def mean_and_deviation(ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_lines(
-    lines: Sequence[Line],
+    lines: Sequence[Curve],
     path: str | Path,
     x: str,
     y: str,

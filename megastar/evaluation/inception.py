@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from megastar.data.files import sha256
 from megastar.errors import UserError
+from megastar.utils.files import sha256
 
 SIDE = 299
 POOL, SPATIAL, CLASSES = 2048, 17 * 17 * 7, 1008

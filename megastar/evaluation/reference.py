@@ -12,13 +12,13 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from megastar.data.files import sha256
 from megastar.errors import UserError
-from megastar.evaluation.collector import Collector, collect
+from megastar.evaluation.feature_statistics import Collector, collect
 from megastar.evaluation.features import Network
 from megastar.evaluation.frechet import Statistics
+from megastar.evaluation.image_sources import NPZ_NAMES, npz_names, open_pictures, read_arrays
 from megastar.evaluation.inception import POOL, SPATIAL
-from megastar.evaluation.pictures import NPZ_NAMES, npz_names, open_pictures, read_arrays
+from megastar.utils.files import sha256
 
 
 @dataclass

@@ -20,18 +20,18 @@ from rich.console import Console
 from rich.table import Table
 
 import megastar
-from megastar.data.files import write_atomic
 from megastar.errors import UserError
-from megastar.evaluation.collector import Collector, collect
+from megastar.evaluation.feature_statistics import Collector, collect
 from megastar.evaluation.features import Network, open_network
-from megastar.evaluation.pictures import Pictures, open_pictures, to_pixels
+from megastar.evaluation.image_sources import ImageSource, open_pictures, to_pixels
 from megastar.evaluation.reference import Reference, read_reference
 from megastar.evaluation.scores import Settings, check_count, check_real, choose_metrics, compute, needs
-from megastar.sampling.distributed import Painter, iterate_images
+from megastar.sampling.distributed import SamplingPipeline, iterate_images
 from megastar.sampling.npz import record_of
 from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, tokenizer_hash
 from megastar.tokenizer.losses import psnr
 from megastar.tokenizer.train import to_images
+from megastar.utils.files import write_atomic
 
 # What the sampler must tell of generated pictures, under its own names. A result lists what is missing.
 DRAWN = "drawn while scoring"
@@ -39,7 +39,7 @@ WANTED = ("label_plan", "cfg_scale", "weights", "dtype", "seed")
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """How to score; the same for pictures from files, from a sampler and from a tokenizer."""
 
     metrics: Sequence[str] | None = None
@@ -68,10 +68,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores of ``generated`` against ``real`` (folders, picture tars, .npz; ``real`` also token shards).
 
-    ``known`` are ``Options``. Real pictures are cut to the generated ones' size. What a sampler wrote about an .npz, in
+    ``known`` are ``EvaluationOptions``. Real pictures are cut to the generated ones' size. What a sampler wrote about an .npz, in
     a file of its name and .json, joins the provenance. Raises ``UserError``.
     """
-    o, start = Options(**known), time.perf_counter()
+    o, start = EvaluationOptions(**known), time.perf_counter()
     pictures = open_pictures(generated, subset=generated_subset, console=o.console)
     if pictures.height != pictures.width:
         raise UserError(
@@ -99,9 +99,9 @@ def evaluate_collected(made: Collector, real: str | Path, **known: Any) -> dict[
     """Scores of pictures that a sampler has fed to a ``Collector``, on one rank, after ``made.finish(group)``.
 
     The collector must hold what ``needs(choose_metrics(metrics, network), real=False)`` says. ``known`` are
-    ``Options``; those that name the network are not read.
+    ``EvaluationOptions``; those that name the network are not read.
     """
-    o, start = Options(**known), time.perf_counter()
+    o, start = EvaluationOptions(**known), time.perf_counter()
     metrics = choose_metrics(o.metrics, made.network)
     wanted = needs(metrics, real=False)
     assert made.keep >= wanted["keep"] and made.spatial >= wanted["spatial"], f"the collector lacks {wanted}"
@@ -112,7 +112,7 @@ def evaluate_collected(made: Collector, real: str | Path, **known: Any) -> dict[
 
 
 def evaluate_drawn(
-    painter: Painter,
+    painter: SamplingPipeline,
     real: str | Path,
     *,
     rank: int = 0,
@@ -123,11 +123,11 @@ def evaluate_drawn(
 ) -> dict[str, Any] | None:
     """Draw a plan's pictures and score them on the way: none is written. All ranks of ``group`` call it; rank 0's result.
 
-    Finished parts in ``folder`` are read instead of drawn. ``known`` are ``Options``, equal on all ranks; the networks
+    Finished parts in ``folder`` are read instead of drawn. ``known`` are ``EvaluationOptions``, equal on all ranks; the networks
     are on the options' device, statistics meet in float64 over ``group``, which must take tensors of the CPU. Whatever
     is wrong with the request or the real set is said before the first picture is drawn. Raises ``UserError``.
     """
-    o, start = Options(**known), time.perf_counter()
+    o, start = EvaluationOptions(**known), time.perf_counter()
     network = o.network()
     metrics = choose_metrics(o.metrics, network)
     count, size = painter.shape[:2]
@@ -152,7 +152,7 @@ def evaluate_reconstruction(
 
     Take pictures that the tokenizer was not trained on. Also reports the share of the code book they use.
     """
-    o, start = Options(**known), time.perf_counter()
+    o, start = EvaluationOptions(**known), time.perf_counter()
     config, _ = read_tokenizer_metadata(tokenizer)
     pictures = open_pictures(real, subset=o.real_subset, size=config.image_size, limit=limit, console=o.console)
     network = o.network()
@@ -175,7 +175,7 @@ def evaluate_reconstruction(
 class Reconstructions:
     """What a tokenizer makes of pictures, batch by batch; PSNR before rounding, and the codes that were used."""
 
-    def __init__(self, tokenizer: str | Path, pictures: Pictures, device: torch.device | str = "cpu"):
+    def __init__(self, tokenizer: str | Path, pictures: ImageSource, device: torch.device | str = "cpu"):
         self.model, self.pictures, self.device = load_tokenizer(tokenizer, device), pictures, device
         self.ratios: list[np.ndarray] = []
         self.used = torch.zeros(self.model.config.codebook_size, dtype=torch.bool)
@@ -192,7 +192,12 @@ class Reconstructions:
 
 
 def _reference(
-    real: str | Path, size: int, metrics: Sequence[str], network: Network, o: Options, limit: int | None = None
+    real: str | Path,
+    size: int,
+    metrics: Sequence[str],
+    network: Network,
+    o: EvaluationOptions,
+    limit: int | None = None,
 ) -> Reference:
     """The real set, before any time goes into the generated one."""
     reference = read_reference(
@@ -207,7 +212,7 @@ def _score(
     made: Collector,
     reference: Reference,
     metrics: Sequence[str],
-    o: Options,
+    o: EvaluationOptions,
     about: dict[str, Any],
     provenance: dict[str, Any],
     start: float,

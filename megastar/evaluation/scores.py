@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megastar.errors import UserError
-from megastar.evaluation.collector import Collector
+from megastar.evaluation.feature_statistics import Collector
 from megastar.evaluation.features import Network
 from megastar.evaluation.frechet import finite_sample_floor, frechet_distance
 from megastar.evaluation.inception import POOL

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megastar.matmul import linear
 from megastar.model.fused import rms_norm
 from megastar.parallel.cross_entropy import linear_cross_entropy
+from megastar.utils.onednn import linear
 
 
 class Linear(nn.Linear):

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megastar.matmul import product
 from megastar.parallel.plan import chunk_rows
+from megastar.utils.onednn import product
 
 
 def linear_cross_entropy(

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     name: str  # in metrics.jsonl
     label: str = ""  # beside the run's name, where a chart has several lines
     style: str = "line"  # line, dashed, or points
@@ -17,7 +17,7 @@ class Line:
 @dataclass(frozen=True)
 class Chart:
     title: str
-    lines: tuple[Line, ...]
+    lines: tuple[ChartLine, ...]
     about: str = ""  # what a reader should look for
     unit: str = ""  # appended to numbers; "%" shows shares of one
     log: bool = False  # the axis at first
@@ -28,7 +28,7 @@ class Chart:
 
 
 def one(name: str, title: str, about: str = "", **more: Any) -> Chart:
-    return Chart(title, (Line(name),), about, **more)
+    return Chart(title, (ChartLine(name),), about, **more)
 
 
 GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
@@ -72,7 +72,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             ),
             Chart(
                 "Feature spread",
-                (Line("spread_student", "student"), Line("spread_teacher", "teacher", "dashed")),
+                (ChartLine("spread_student", "student"), ChartLine("spread_teacher", "teacher", "dashed")),
                 "1: features point everywhere; near 0: they collapsed onto one",
                 zero=True,
                 references=((0.0, "collapsed"),),
@@ -91,7 +91,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
         (
             one("lr", "Learning rate", zero=True, smooth=False),
             one("grad_norm", "Gradient norm", "before clipping"),
-            Chart("Skipped steps", (Line("skipped", style="points"),), "since the row before", zero=True),
+            Chart("Skipped steps", (ChartLine("skipped", style="points"),), "since the row before", zero=True),
         ),
     ),
     (
@@ -102,7 +102,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             one("memory_gib", "Memory", "peak of the fullest rank", unit=" GiB", zero=True, smooth=False),
             one("step_s", "Time of a step", unit=" s", zero=True),
             one("data_wait_s", "Wait for data", "of a step, slowest rank", unit=" s", zero=True),
-            Chart("Wait for checkpoints", (Line("save_blocked_s", style="points"),), unit=" s", zero=True),
+            Chart("Wait for checkpoints", (ChartLine("save_blocked_s", style="points"),), unit=" s", zero=True),
             one("slowest_ratio", "Slowest rank", "its time over the median's", zero=True, references=((1.0, "even"),)),
         ),
     ),

@@ -32,7 +32,7 @@ class Grid:
 
 
 @dataclass
-class Run:
+class ReportRun:
     """What the page tells of one run. Texts are plain: the page escapes them."""
 
     name: str
@@ -53,7 +53,7 @@ class Run:
     reach: dict[str, Any] | None = None  # ``means``, ``heads`` (block, head), ``uniform``, ``about``
 
 
-def page(runs: list[Run], baseline: str, table: list[Difference], *, title: str, made: str) -> str:
+def page(runs: list[ReportRun], baseline: str, table: list[Difference], *, title: str, made: str) -> str:
     """The whole HTML. ``baseline`` names what ``table`` compares with; ``made`` says when and by what."""
     names = {name for run in runs for name in run.columns}
     points = max(100, min(1000, POINTS // max(1, len(runs))))
@@ -76,7 +76,7 @@ def page(runs: list[Run], baseline: str, table: list[Difference], *, title: str,
     )
 
 
-def numbers(run: Run, points: int) -> dict[str, Any]:
+def numbers(run: ReportRun, points: int) -> dict[str, Any]:
     """One run for the page's script."""
     return {
         "name": run.name,

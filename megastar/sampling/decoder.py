@@ -8,10 +8,10 @@ from torch import Tensor
 from megastar.model.transformer import Transformer
 from megastar.sampling.guidance import doubled_labels, guide
 from megastar.sampling.kv_cache import KVCache
-from megastar.sampling.packed import decoding_copy
+from megastar.sampling.packed_linear import decoding_copy
 
 
-class Decoder:
+class CachedDecoder:
     """A network, its cache for ``batch`` pictures, and on a GPU one CUDA graph a position.
 
     ``guided``: the cache has null rows too. ``passes`` 1 runs conditional and null rows as one batch, 2 one after the

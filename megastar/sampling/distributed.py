@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from megastar.data.claims import Claims, is_running
-from megastar.device import DTYPES
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
 from megastar.sampling.npz import read_npz, save_npz, write_record
-from megastar.sampling.progress import picture_bar
-from megastar.sampling.request import Options
+from megastar.sampling.options import SamplingOptions
 from megastar.sampling.sampler import Sampler, check_tokenizer, decode_pictures, sample_seeds
 from megastar.tokenizer.vq import VQModel
+from megastar.utils.device import DTYPES
+from megastar.utils.lockfile import Claims, is_running
+from megastar.utils.progress_bar import picture_bar
 
 PLAN = "plan.json"
 FORMAT = 1
@@ -54,7 +54,7 @@ def plan_labels(plan: str, count: int, classes: list[int], seed: int) -> list[in
     return [classes[int(u * 2.0**-53 * len(classes))] for u in numbers]
 
 
-class Painter:
+class SamplingPipeline:
     """Draws any chunk of a plan: ``labels`` (N,), picture i with seed ``seed`` and number i.
 
     ``size``: pictures are resized to it before they become uint8 (LlamaGen scores its 384-pixel models at 256).
@@ -69,7 +69,7 @@ class Painter:
         labels: list[int],
         *,
         seed: int = 0,
-        options: Options | None = None,
+        options: SamplingOptions | None = None,
         batch: int = 64,
         passes: int = 1,
         rank: int = 0,
@@ -81,7 +81,7 @@ class Painter:
             raise UserError(f"class {outside[0]} is outside 0..{model.cfg.num_classes - 1}, the classes of this model")
         self.size = size or tokenizer.config.image_size
         self.tokenizer, self.labels, self.seeds = tokenizer, labels, sample_seeds(seed, len(labels))
-        self.batch, self.seed, self.options = batch, seed, options or Options()
+        self.batch, self.seed, self.options = batch, seed, options or SamplingOptions()
         self.sampler = Sampler(model, self.options, batch, passes=passes, rank=rank)
 
     @property
@@ -114,7 +114,12 @@ class Painter:
 
 
 def iterate_images(
-    painter: Painter, *, rank: int = 0, world: int = 1, folder: Path | None = None, console: Console | None = None
+    painter: SamplingPipeline,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    folder: Path | None = None,
+    console: Console | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """This rank's share of the pictures while they are drawn: (numbers (n,) int64, pictures (n, H, W, 3) uint8).
 
@@ -184,7 +189,7 @@ def _short(value: Any) -> str:
 
 
 def sample_folder(
-    painter: Painter, folder: Path, *, rank: int = 0, world: int = 1, console: Console | None = None
+    painter: SamplingPipeline, folder: Path, *, rank: int = 0, world: int = 1, console: Console | None = None
 ) -> None:
     """Draw what is missing in ``folder`` (see ``open_folder``) together with the other ranks.
 
@@ -237,7 +242,7 @@ def clear_leftovers(folder: Path) -> None:
             half.unlink(missing_ok=True)
 
 
-def join_parts(painter: Painter, folder: Path, out: Path) -> None:
+def join_parts(painter: SamplingPipeline, folder: Path, out: Path) -> None:
     """All parts as one .npz, a part at a time in memory."""
     parts = (read_npz(part_of(folder, c))[0] for c in range(painter.chunks))
     save_npz(out, painter.shape, parts, np.asarray(painter.labels))

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from megastar.data.files import sync_folder, write_atomic
 from megastar.errors import UserError
+from megastar.utils.files import sync_folder, write_atomic
 
 
 def record_of(npz: Path) -> Path:

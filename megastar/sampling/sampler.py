@@ -14,12 +14,12 @@ from torch import Tensor
 from megastar.config.schema import ModelConfig
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
-from megastar.sampling.decoder import Decoder
+from megastar.sampling.decoder import CachedDecoder
 from megastar.sampling.guidance import null_until, scales
 from megastar.sampling.logits import draw, probabilities
-from megastar.sampling.progress import picture_bar
-from megastar.sampling.request import Options, check_request
+from megastar.sampling.options import SamplingOptions, check_request
 from megastar.tokenizer.vq import VQModel
+from megastar.utils.progress_bar import picture_bar
 
 
 def sample_seeds(seed: int, count: int, start: int = 0) -> list[int]:
@@ -44,7 +44,9 @@ class Sampler:
     other (2). ``rank`` is named when something goes wrong.
     """
 
-    def __init__(self, model: Transformer, options: Options, batch: int = 64, *, passes: int = 1, rank: int = 0):
+    def __init__(
+        self, model: Transformer, options: SamplingOptions, batch: int = 64, *, passes: int = 1, rank: int = 0
+    ):
         self.cfg, self.options, self.batch, self.rank = model.cfg, options, batch, rank
         problems = options.problems(model.cfg) + ([] if batch >= 1 else [f"batch {batch} must be at least 1"])
         if problems:
@@ -52,7 +54,7 @@ class Sampler:
         o = options
         self.scales = scales(self.cfg.image_tokens, o.cfg_scale, o.cfg_schedule, o.cfg_interval)
         self.null_until = null_until(self.scales)
-        self.decoder = Decoder(model, batch, self.null_until > 0, passes=passes)
+        self.decoder = CachedDecoder(model, batch, self.null_until > 0, passes=passes)
 
     @torch.inference_mode()
     def draw(
@@ -101,13 +103,13 @@ def sample_tokens(
 ) -> Tensor:
     """Draw one picture's codes for each label: labels (N,) -> codes (N, T) int64 on the CPU.
 
-    ``options`` are the fields of ``Options``. Sample i depends on labels[i] and seeds[i] only, not on ``batch``, its
+    ``options`` are the fields of ``SamplingOptions``. Sample i depends on labels[i] and seeds[i] only, not on ``batch``, its
     neighbours or ``passes``, up to the rounding of matrix products of another size (in fp32 too small to matter; in
     bf16 a code may turn). ``cfg_scale`` 1 computes no null half. ``progress`` is the console that shows a bar. Raises
     ``UserError`` (see check_request).
     """
     labels = torch.as_tensor(labels, dtype=torch.long).cpu()
-    asked = Options(**options)
+    asked = SamplingOptions(**options)
     check_request(model.cfg, labels, seeds, asked, batch)
     out = torch.empty(len(labels), model.cfg.image_tokens, dtype=torch.long)
     if not len(labels):

@@ -13,7 +13,7 @@ from megastar.config.schema import (
     SelfGuidedConfig,
     TrainConfig,
 )
-from megastar.engine.schedule import learning_rate
+from megastar.engine.lr_schedule import learning_rate
 from megastar.model.masks import MaskSpec, draw_hidden
 from megastar.objectives.next_token import next_token_loss
 from megastar.objectives.self_guided import draw_positions, total
@@ -67,7 +67,7 @@ def initial_weights() -> dict[str, torch.Tensor]:
 
 def train(cfg: RunConfig, accumulation: int, initial: dict[str, torch.Tensor] | None = None) -> dict:
     """Losses and gradient norm of each step, and the last weights of student and average."""
-    from megastar.engine.networks import Student
+    from megastar.engine.student import Student
     from megastar.model.transformer import Transformer
 
     torch.manual_seed(cfg.train.seed)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megastar.engine import checkpoint, folders, saver
-from megastar.engine.state_files import KINDS, Piece, StateReader, state_file, write_pieces
+from megastar.run_dir import checkpoint_dir
+from megastar.engine.checkpointer import load
+from megastar.engine.checkpointer import async_saver
+from megastar.checkpoint.shard_format import KINDS, Piece, StateReader, state_file, write_pieces
 from megastar.errors import UserError
 from megastar.parallel.plan import split_of
 from tests.dist.test_engine import launch
@@ -25,7 +27,7 @@ SHAPES = {
 
 @pytest.mark.dist
 def test_a_save_killed_anywhere_leaves_a_checkpoint_to_resume(tmp_path):
-    launch(1, "tests/dist/checkpoint_worker.py", str(tmp_path))
+    launch(1, "tests/dist/workers/checkpoint_worker.py", str(tmp_path))
     results = json.loads((tmp_path / "kills.json").read_text())
     assert len(results) > 10 and all(r["killed"] for r in results[:-1]) and not results[-1]["killed"]
     assert {r["step"] for r in results} == {1, 2} and results[-1]["step"] == 2
@@ -39,7 +41,7 @@ def write(folder: Path, data: int, tensor: int) -> tuple[dict[str, dict[str, tor
     """A checkpoint of SHAPES by data x tensor ranks, as the engine lays it out; returns the whole tensors."""
     torch.manual_seed(0)
     whole = {n: {k: torch.randn(s) for k in KINDS} for n, s in SHAPES.items()}
-    written = folder / folders.WRITING / folders.name_of(3)
+    written = folder / checkpoint_dir.WRITING / checkpoint_dir.name_of(3)
     written.mkdir(parents=True)
     files = {}
     for rank in range(data * tensor):
@@ -56,19 +58,19 @@ def write(folder: Path, data: int, tensor: int) -> tuple[dict[str, dict[str, tor
         size, digest = write_pieces(written / state_file(rank), pieces)
         files[state_file(rank)] = {"bytes": size, "sha256": digest, "whose": f"rank {rank}"}
     manifest = {
-        "format": folders.FORMAT, "step": 3, "optimizer_step": 3, "mesh": {"data": data, "tensor": tensor},
+        "format": checkpoint_dir.FORMAT, "step": 3, "optimizer_step": 3, "mesh": {"data": data, "tensor": tensor},
         "parameters": {n: list(s) for n, s in SHAPES.items()}, "files": files,
     }  # fmt: skip
-    folders.publish(folder, folders.name_of(3), manifest)
+    checkpoint_dir.publish(folder, checkpoint_dir.name_of(3), manifest)
     return whole, manifest
 
 
 @pytest.mark.parametrize(("data", "tensor"), [(1, 1), (3, 1), (1, 2), (2, 2), (1, 4)])
 def test_any_mesh_reads_any_checkpoint(tmp_path, data, tensor):
     whole, _ = write(tmp_path, data, tensor)
-    found = folders.latest(tmp_path)
-    folders.verify(found)
-    reader = StateReader(found, folders.read_manifest(found))
+    found = checkpoint_dir.latest(tmp_path)
+    checkpoint_dir.verify(found)
+    reader = StateReader(found, checkpoint_dir.read_manifest(found))
     for name, kinds in whole.items():
         for kind, value in kinds.items():
             assert torch.equal(reader.whole(name, kind), value)
@@ -82,8 +84,8 @@ def test_any_mesh_reads_any_checkpoint(tmp_path, data, tensor):
 
 def test_a_missing_or_damaged_part_is_named(tmp_path):
     write(tmp_path, 2, 2)
-    found = folders.latest(tmp_path)
-    manifest = folders.read_manifest(found)
+    found = checkpoint_dir.latest(tmp_path)
+    manifest = checkpoint_dir.read_manifest(found)
     for name in [*manifest["files"]]:
         good = (found / name).read_bytes()
         for place in (4, len(good) // 2, len(good) - 1):  # in the header, in the middle, at the end
@@ -91,11 +93,11 @@ def test_a_missing_or_damaged_part_is_named(tmp_path):
             bad[place] ^= 1
             (found / name).write_bytes(bad)
             with pytest.raises(UserError, match=f"{name} is damaged"):
-                folders.verify(found)
+                checkpoint_dir.verify(found)
         (found / name).write_bytes(good)
     (found / state_file(1)).rename(tmp_path / "away")
     with pytest.raises(UserError, match=r"lacks state-00001.safetensors \(rank 1\)"):
-        folders.read_manifest(found)
+        checkpoint_dir.read_manifest(found)
     with pytest.raises(UserError, match="lacks state-00001"):
         StateReader(found, manifest)
     less = {k: v for k, v in manifest["files"].items() if k != state_file(1)}
@@ -116,37 +118,38 @@ class Student:
         return 0
 
 
-def saver_for(folder: Path) -> saver.Saver:
+def saver_for(folder: Path) -> async_saver.Saver:
     from megastar.config.schema import RunConfig
-    from megastar.engine.build import Context, Engines
-    from megastar.engine.sharding import AdamWEMA
+    from megastar.engine.zero.engines import Engines
+    from megastar.engine.context import Context
+    from megastar.engine.zero.partitions import AdamWEMA
 
     Student.optimizer = optimizer = AdamWEMA(Student.module.values(), lr=0.1)
     engines = Engines(Student(), None, optimizer, 1, 1)
-    return saver.Saver(RunConfig(run=str(folder)), Context(0, 1, torch.device("cpu"), torch.float32), engines)
+    return async_saver.Saver(RunConfig(run=str(folder)), Context(0, 1, torch.device("cpu"), torch.float32), engines)
 
 
 def test_training_goes_on_while_a_save_is_written(tmp_path, monkeypatch):
     save, gate = saver_for(tmp_path), threading.Event()
-    original = saver.write_pieces
+    original = async_saver.write_pieces
 
     def slow(*arguments):
         assert gate.wait(20)
         return original(*arguments)
 
-    monkeypatch.setattr(saver, "write_pieces", slow)
+    monkeypatch.setattr(async_saver, "write_pieces", slow)
     save.save(5, {})
     with torch.no_grad():
         Student.module["a"].fill_(-1.0)  # the next step
-    assert folders.latest(tmp_path / "checkpoints") is None
+    assert checkpoint_dir.latest(tmp_path / "checkpoints") is None
     gate.set()
     done = save.finish()
-    reader = StateReader(done, folders.read_manifest(done))
+    reader = StateReader(done, checkpoint_dir.read_manifest(done))
     assert reader.whole("a", "fp32").tolist() == [0.0, 1.0, 2.0, 3.0]  # of the moment of the save
 
 
 def test_another_network_is_refused():
     with pytest.raises(UserError, match=r"norm.weight is \[4\] there, \[8\] in this configuration"):
-        checkpoint._same_network({"norm.weight": [4]}, {"norm.weight": [8]}, Path("runs/x"))
+        load._same_network({"norm.weight": [4]}, {"norm.weight": [8]}, Path("runs/x"))
     with pytest.raises(UserError, match="projector.w1.weight is absent there"):
-        checkpoint._same_network({}, {"projector.w1.weight": [8]}, Path("runs/x"))
+        load._same_network({}, {"projector.w1.weight": [8]}, Path("runs/x"))

@@ -12,13 +12,13 @@ from tests.disks import ROOT, with_disks
 
 @pytest.mark.dist
 def test_what_is_written_outlives_a_full_disk(tmp_path):
-    with_disks({tmp_path / "disk": "8m"}, "-m", "tests.dist.disk_worker", tmp_path / "disk")
+    with_disks({tmp_path / "disk": "8m"}, "-m", "tests.dist.workers.disk_worker", tmp_path / "disk")
 
 
 def test_a_log_on_a_full_disk_is_no_error():
     code = """if True:
         import sys
-        from megastar.commands.common import Enduring
+        from megastar.commands._common import Enduring
         sys.stdout, sys.stderr = Enduring(sys.stdout), Enduring(sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             for _ in range(100):

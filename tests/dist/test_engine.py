@@ -90,7 +90,7 @@ def runs(tmp_path_factory) -> Path:
         for saved in ("saved", "saved1"):
             if ranks != 4:
                 (out / f"{ranks}" / saved).symlink_to(out / "4" / saved)
-        launch(ranks, "tests/dist/engine_worker.py", str(out / f"{ranks}"), json.dumps(some))
+        launch(ranks, "tests/dist/workers/engine_worker.py", str(out / f"{ranks}"), json.dumps(some))
     return out
 
 

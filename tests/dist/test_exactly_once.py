@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megastar.engine import folders
+from megastar.run_dir import checkpoint_dir
 from tests import forker
 from tests.integration.conftest import environment
-from tests.unit.test_data_shards import T, V, write_set
+from tests.unit.data.shards.test_shards import T, V, write_set
 
 SIZES = (7, 0, 5, 1, 8, 5)  # 26 samples in five shards that hold any, two mixed: no batch ends with an epoch but the 13th
 BATCH, STEPS = 8, 13
@@ -34,7 +34,7 @@ def run(folder: Path, name: str, config: Path, ranks: int, *overrides: str, die_
     """What each rank was handed, in order."""
     ids = folder / f"ids-{name}"
     ids.mkdir()
-    words = ["tests/dist/exactly_once_worker.py", str(ids), str(die_at), str(config), *overrides]
+    words = ["tests/dist/workers/exactly_once_worker.py", str(ids), str(die_at), str(config), *overrides]
     done = forker.run(words, environment(), ranks)
     assert (done.returncode == 0) == (die_at < 0), done.stdout[-1000:] + done.stderr[-4000:]
     files = [ids / f"rank-{rank}.jsonl" for rank in range(ranks)]
@@ -60,7 +60,7 @@ def test_every_sample_once_whatever_ranks_go_on(tmp_path):
     config = write_config(tmp_path, "broken")
     killed = run(tmp_path, "killed", config, 4, die_at=5)
     assert all(rows[-1]["step"] == 5 for rows in killed)  # by SIGKILL, all four
-    found = folders.latest(tmp_path / "broken/checkpoints")
+    found = checkpoint_dir.latest(tmp_path / "broken/checkpoints")
     assert found is not None
     resumed = int(found.name.removeprefix("step-"))
     assert resumed in (2, 4)  # the second save may have been under way

@@ -9,5 +9,5 @@ from tests.dist.test_engine import launch
 
 @pytest.mark.dist
 def test_guards(tmp_path):
-    launch(2, "tests/dist/guards_worker.py", str(tmp_path))
+    launch(2, "tests/dist/workers/guards_worker.py", str(tmp_path))
     assert sorted(p.name for p in tmp_path.glob("passed-*")) == ["passed-0", "passed-1"]

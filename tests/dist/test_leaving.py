@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.dist.leaving_worker import PAIRS
+from tests.dist.workers.leaving_worker import PAIRS
 from tests.integration.conftest import ROOT, environment
 
 ENDINGS = {
@@ -23,7 +23,7 @@ ENDINGS = {
 @pytest.mark.dist
 def test_ranks_that_leave_right_after_a_collective_keep_their_status():
     """With Python's own end about one in seven aborts here."""
-    command = [sys.executable, "tests/dist/leaving_worker.py"]
+    command = [sys.executable, "tests/dist/workers/leaving_worker.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.stdout.split() == ["85"] * 2 * PAIRS, done.stderr
 

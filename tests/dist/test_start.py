@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megastar.data.shard_set import ShardSet
+from megastar.data.shards.reader import ShardSet
 from tests import forker
 from tests.integration.conftest import environment
-from tests.unit.test_data_shards import T, V, write_set
+from tests.unit.data.shards.test_shards import T, V, write_set
 
 
 @pytest.mark.dist

@@ -9,5 +9,5 @@ from tests.dist.test_engine import launch
 
 @pytest.mark.dist
 def test_four_ranks_equal_one_process(tmp_path):
-    launch(4, "tests/dist/statistics_worker.py", str(tmp_path))
+    launch(4, "tests/dist/workers/statistics_worker.py", str(tmp_path))
     assert sorted(p.name for p in tmp_path.glob("passed-*")) == [f"passed-{r}" for r in range(4)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.watchdog_worker import AT, SCENARIOS, WORLD
+from tests.dist.workers.watchdog_worker import AT, SCENARIOS, WORLD
 from tests.integration.conftest import ROOT, environment
 
 
@@ -18,7 +18,7 @@ from tests.integration.conftest import ROOT, environment
 def ended(tmp_path_factory) -> Path:
     """The folder of all scenarios, which went on side by side."""
     folder = tmp_path_factory.mktemp("watchdog")
-    command = [sys.executable, "tests/dist/watchdog_worker.py", str(folder), *SCENARIOS]
+    command = [sys.executable, "tests/dist/workers/watchdog_worker.py", str(folder), *SCENARIOS]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

@@ -18,7 +18,7 @@ from megastar.config.schema import TokenizerConfig
 from megastar.tokenizer.io import save_tokenizer
 from megastar.tokenizer.vq import VQModel
 from tests import forker
-from tests.integration.s3 import relay, s3, use_s3, weed  # noqa: F401
+from tests.integration.helpers.s3 import relay, s3, use_s3, weed  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = TokenizerConfig(
@@ -84,7 +84,7 @@ def draw(shape: int, seed: int) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
-    from megastar.data.pretokenize import pretokenize
+    from megastar.data.pretokenize.runner import pretokenize
 
     w = World(tmp_path_factory.mktemp("world"))
     for split, count in (("train", 9), ("val", 3)):

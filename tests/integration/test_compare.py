@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 
+from megastar.checkpoint.convert import full_weights
 from megastar.cli import main
-from megastar.commands.comparison.queue import last_step
-from megastar.engine.convert import full_weights
-from megastar.engine.folders import latest
+from megastar.experiments.job_queue import last_step
+from megastar.run_dir.checkpoint_dir import latest
 from tests.integration.conftest import ROOT, environment
 
 pytestmark = pytest.mark.dist

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megastar.engine import folders
-from megastar.engine.events import open_situations, read_events, read_lines
-from megastar.engine.status import status_of
-from megastar.engine.stragglers import ROWS
+from megastar.engine.fault_tolerance.stragglers import ROWS
+from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.events import open_situations, read_events, read_lines
+from megastar.run_dir.status import status_of
 from tests.disks import with_disks
 from tests.integration.test_train import rows
 
@@ -27,7 +27,7 @@ def runs(world, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("disks")
     config = world.write_config(folder / "run.yaml", folder / "disk/run", save_every=4, val_every=100)
     disks = {folder / "disk": "64m", folder / "other": "1m"}
-    words = ["-m", "tests.integration.disk_worker", config, *disks, folder / "out"]
+    words = ["-m", "tests.integration.helpers.disk_worker", config, *disks, folder / "out"]
     done = with_disks(disks, "-m", "tests.forker", 2, *words)
     (folder / "out/said").write_text(done.stdout)
     return folder / "out"
@@ -49,8 +49,8 @@ def test_a_disk_that_is_freed_in_time_costs_nothing(runs, whole):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     for step, row in rows(whole).items():  # the same numbers as where nothing happened
         assert done[step]["loss"] == row["loss"]
-    assert folders.latest(run / "checkpoints").name == folders.name_of(STEPS)
-    folders.verify(run / "checkpoints" / folders.name_of(STEPS))
+    assert checkpoint_dir.latest(run / "checkpoints").name == checkpoint_dir.name_of(STEPS)
+    checkpoint_dir.verify(run / "checkpoints" / checkpoint_dir.name_of(STEPS))
     failed, over = told(run, "save")
     assert failed["step"] == 16 and "step-00000012 stays valid" in failed["text"] and "are free" in failed["text"]
     again = re.search(r"step-(\d+) is written, after \d+ tries that failed", over["text"])
@@ -74,21 +74,23 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_sentence(runs):
     text = raised(runs / "full")
     assert f"checkpoint of step {STEPS + 4} in " in text and f"step-{STEPS:08d} stays valid: free some space" in text
     assert text.endswith("run the same command again")
-    assert folders.latest(runs / "full/checkpoints").name == folders.name_of(STEPS)
-    folders.verify(runs / "full/checkpoints" / folders.name_of(STEPS))
+    assert checkpoint_dir.latest(runs / "full/checkpoints").name == checkpoint_dir.name_of(STEPS)
+    checkpoint_dir.verify(runs / "full/checkpoints" / checkpoint_dir.name_of(STEPS))
     assert not (runs / "full/checkpoints/.writing").exists()
 
 
 def test_a_signal_while_the_last_save_is_tried_again_ends_it_to_be_requeued(runs):
     run = runs / "signalled"
-    assert raised(run) == "status 85" and folders.latest(run / "checkpoints").name == folders.name_of(STEPS)
+    assert raised(run) == "status 85" and checkpoint_dir.latest(run / "checkpoints").name == checkpoint_dir.name_of(
+        STEPS
+    )
     assert [e for e in read_events(run) if e["event"] == "signal"][-1]["text"].endswith("the same command resumes")
 
 
 def test_one_rank_whose_disk_is_full_keeps_a_checkpoint_from_counting(runs):
     text = raised(runs / "one_rank")
     assert "rank 1: " in text and "No space left on device" in text and f"step-{STEPS:08d} stays valid" in text
-    assert sorted(p.name for p in (runs / "one_rank/checkpoints").glob("step-*"))[-1] == folders.name_of(STEPS)
+    assert sorted(p.name for p in (runs / "one_rank/checkpoints").glob("step-*"))[-1] == checkpoint_dir.name_of(STEPS)
     assert not (runs / "one_rank/checkpoints/.writing").exists()
 
 
@@ -100,7 +102,7 @@ def test_a_roll_back_waits_for_room(runs):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 13))
     assert [e["left"] for e in read_events(run) if e["event"] == "rolled_back"] == [BAD[-1]]
-    folders.verify(run / "checkpoints" / folders.name_of(STEPS + 12))
+    checkpoint_dir.verify(run / "checkpoints" / checkpoint_dir.name_of(STEPS + 12))
 
 
 def test_with_room_again_the_same_command_ends_the_run(runs):
@@ -108,7 +110,7 @@ def test_with_room_again_the_same_command_ends_the_run(runs):
     assert raised(run) == ""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 5))
-    folders.verify(run / "checkpoints" / folders.name_of(STEPS + 4))
+    checkpoint_dir.verify(run / "checkpoints" / checkpoint_dir.name_of(STEPS + 4))
     status = status_of(run)
     assert status.state == "finished" and open_situations(read_events(run)) == []
     assert [w for w in status.restarts if "could not be written" in w]

@@ -15,7 +15,7 @@ import pytest
 from megastar.diagnosis import node
 from megastar.diagnosis.finding import FAILURE, OK, WARNING, bounded
 from tests.integration.conftest import ROOT, environment, megastar
-from tests.integration.s3 import client_of
+from tests.integration.helpers.s3 import client_of
 
 
 def free_port() -> int:

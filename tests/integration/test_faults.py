@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megastar.checkpoint.convert import full_weights
 from megastar.data.order import batch_ids
-from megastar.engine import folders
-from megastar.engine.convert import full_weights
-from megastar.engine.events import read_events, read_lines
+from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.events import read_events, read_lines
 from tests import forker
 from tests.integration.conftest import environment
 from tests.integration.test_train import rows
@@ -32,7 +32,7 @@ def inject(*runs: tuple[dict, list], check: bool = True) -> subprocess.Completed
     words: list = []
     for faults, arguments in runs:
         words += [*(["--"] if words else []), json.dumps(faults), "train", *map(str, arguments)]
-    done = forker.run(["tests/integration/inject.py", *words], environment(), 2)
+    done = forker.run(["tests/integration/helpers/inject.py", *words], environment(), 2)
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
@@ -69,8 +69,8 @@ def test_bad_batches_are_skipped_and_named(runs, world):
     assert skips[0]["suspects"][0]["rank"] == 1 and skips[2]["suspects"] == []
     spike = skips[1]
     assert " sigma above " in spike["why"] and spike["loss"] > 5 * spike["mean"] and spike["sigma"] > 0
-    from megastar.data.manifest import load_manifest
     from megastar.data.order import OrderSpec
+    from megastar.data.shards.manifest import load_manifest
 
     manifest = load_manifest(world.codes("train"))
     order = OrderSpec(0, manifest.shard_sizes, 2)
@@ -95,7 +95,7 @@ def test_a_flipped_bit_ends_the_run_and_is_named(runs):
     end = read_events(run)[-1]
     assert end["event"] == "error" and end["text"].startswith("CorruptReplica: step 8: transformer.norm.weight must be")
     assert "rank 0 (" in end["text"] and "rank 1 (" in end["text"] and "no majority" in end["text"]
-    assert folders.latest(run / "checkpoints").name == "step-00000008" and not (run / "lost.jsonl").exists()
+    assert checkpoint_dir.latest(run / "checkpoints").name == "step-00000008" and not (run / "lost.jsonl").exists()
 
 
 def test_when_nothing_helps_it_stops_and_says_why(runs):
@@ -122,7 +122,7 @@ def test_killed_behind_a_roll_back_it_comes_to_the_same_end(runs, world, tmp_pat
     config = world.write_config(tmp_path / "run.yaml", tmp_path / "run", steps=28)
     killed = inject((LOST | {"kill": 15}, [config, *FAULTS]), check=False)
     assert killed.returncode != 0
-    newest = folders.latest(tmp_path / "run/checkpoints")
+    newest = checkpoint_dir.latest(tmp_path / "run/checkpoints")
     assert newest.name == "step-00000008" and len(read_lines(tmp_path / "run/rollbacks.jsonl")) == 1
     again = inject((LOST, [config, *FAULTS]), check=False)
     assert "resumed" in again.stdout and "at step 8" in again.stdout

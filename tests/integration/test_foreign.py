@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from megastar.config.schema import DataConfig
-from megastar.data.foreign import index_foreign
 from megastar.data.loader import TokenLoader
-from megastar.data.manifest import load_manifest
+from megastar.data.shards.import_webdataset import index_foreign
+from megastar.data.shards.manifest import load_manifest
 from megastar.errors import UserError
-from tests.integration.s3 import client_of
-from tests.unit.test_data_foreign import CLASSES, T, V, foreign
-from tests.unit.test_data_loader import same, take
+from tests.integration.helpers.s3 import client_of
+from tests.unit.data.shards.test_import_webdataset import CLASSES, T, V, foreign
+from tests.unit.data.test_loader import same, take
 
 pytestmark = pytest.mark.dist
 

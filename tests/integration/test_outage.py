@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from megastar.engine import folders
-from megastar.engine.events import open_situations, read_events
-from megastar.engine.status import status_of
+from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.events import open_situations, read_events
+from megastar.run_dir.status import status_of
 from tests.integration.conftest import ROOT, environment, megastar
-from tests.integration.s3 import client_of
+from tests.integration.helpers.s3 import client_of
 from tests.integration.test_train import rows
-from tests.unit.test_data_shards import T, V, write_set
+from tests.unit.data.shards.test_shards import T, V, write_set
 
 pytestmark = pytest.mark.dist
 
@@ -77,9 +77,9 @@ class Run:
 
 
 def saved(run: Path) -> int:
-    found = folders.latest(run / "checkpoints")
+    found = checkpoint_dir.latest(run / "checkpoints")
     assert found is not None
-    folders.verify(found)
+    checkpoint_dir.verify(found)
     return int(found.name.removeprefix("step-"))
 
 

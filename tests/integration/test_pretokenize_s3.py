@@ -8,11 +8,11 @@ import time
 import pytest
 from rich.console import Console
 
-from megastar.data.pretokenize import pretokenize
+from megastar.data.pretokenize.runner import pretokenize
 from megastar.errors import UserError
-from tests.integration.s3 import client_of
-from tests.unit.test_data_pretokenize import contents, tokenizer  # noqa: F401
-from tests.unit.test_data_sources import write_source
+from tests.integration.helpers.s3 import client_of
+from tests.unit.data.images.test_sources import write_source
+from tests.unit.data.pretokenize.test_runner import contents, tokenizer  # noqa: F401
 
 SETTINGS = {"crops": "center", "shard_size": 5, "device": "cpu", "workers": 2, "console": Console(quiet=True)}
 
@@ -61,7 +61,7 @@ def test_an_outage_is_waited_out(tars, tokenizer, tmp_path, weed, use_s3):  # no
 
 
 def test_a_tar_that_changes_is_found(tars, tokenizer, tmp_path, s3, use_s3):  # noqa: F811
-    from megastar.data.pictures import PictureSet
+    from megastar.data.images.dataset import PictureSet
 
     url, folder = tars
     use_s3(s3)

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from megastar import cli
-from megastar.commands.report_runs import provenance_of
 from megastar.config.load import load_config, save_config
-from megastar.engine.events import append_event
+from megastar.report.read_run import provenance_of
+from megastar.run_dir.events import append_event
 from tests.browser import Browser
 from tests.checkpoints import write_checkpoint
 

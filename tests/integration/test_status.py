@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from megastar.engine.events import read_events
-from megastar.engine.status import status_of
+from megastar.run_dir.events import read_events
+from megastar.run_dir.status import status_of
 from tests.integration.conftest import megastar
 
 

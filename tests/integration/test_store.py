@@ -16,21 +16,21 @@ import pytest
 
 from megastar import cli
 from megastar.config.schema import DataConfig
-from megastar.data import s3 as s3_module
-from megastar.data import shard_set
 from megastar.data.loader import validation_batches
-from megastar.data.manifest import load_manifest
-from megastar.data.s3 import S3Folder
-from megastar.data.shard_set import ShardSet
-from megastar.data.stall import OutOfReach
-from megastar.data.store import S3Store
-from megastar.data.verify import _check, verify
+from megastar.data.shards import reader
+from megastar.data.shards.manifest import load_manifest
+from megastar.data.shards.reader import ShardSet
+from megastar.data.shards.verify import _check, verify
+from megastar.data.storage import s3_client as s3_module
+from megastar.data.storage.errors import OutOfReach
+from megastar.data.storage.s3_client import S3Folder
+from megastar.data.storage.s3_store import S3Store
 from megastar.errors import UserError
 from tests.integration.conftest import ROOT, megastar
-from tests.integration.s3 import client_of, free_port
+from tests.integration.helpers.s3 import client_of, free_port
 from tests.integration.test_train import rows
-from tests.unit.test_data_loader import loader, same, take
-from tests.unit.test_data_shards import sample, write_set
+from tests.unit.data.shards.test_shards import sample, write_set
+from tests.unit.data.test_loader import loader, same, take
 
 pytestmark = pytest.mark.dist
 
@@ -126,8 +126,8 @@ def test_objects_are_listed_read_by_ranges_and_written(s3, use_s3, tmp_path, mon
 def test_an_index_comes_from_the_store_and_is_not_trusted(s3, use_s3, spoilt, data, monkeypatch):
     client, url, prefix, _ = spoilt
     walks = []
-    walk = shard_set.walk_shard
-    monkeypatch.setattr(shard_set, "walk_shard", lambda *a: walks.append(a[1]) or walk(*a))
+    walk = reader.walk_shard
+    monkeypatch.setattr(reader, "walk_shard", lambda *a: walks.append(a[1]) or walk(*a))
     client.delete_object(Bucket="codes", Key=f"{prefix}/shard-00001.idx")
     client.put_object(Bucket="codes", Key=f"{prefix}/shard-00002.idx", Body=b"no index")
     client.put_object(Bucket="codes", Key=f"{prefix}/shard-00003.idx", Body=bytes(10_000))  # larger than one may be
@@ -143,7 +143,7 @@ import sys, time
 from pathlib import Path
 from megastar import cli
 from megastar.config.schema import DataConfig
-from megastar.data.shard_set import ShardSet
+from megastar.data.shards.reader import ShardSet
 shards = ShardSet(sys.argv[1], data=DataConfig(cache=sys.argv[2]))
 Path(sys.argv[3]).touch()
 while not Path(sys.argv[4]).exists():
@@ -187,7 +187,7 @@ def test_a_cut_part_goes_on_where_it_was_cut(relay, use_s3, url, folder, data):
 def test_a_server_killed_in_the_middle_comes_back_and_the_reader_goes_on(
     weed, relay, use_s3, url, folder, data, capsys, monkeypatch
 ):
-    monkeypatch.setattr("megastar.data.stall.SAY_EVERY", 0.5)
+    monkeypatch.setattr("megastar.data.storage.stall_timer.SAY_EVERY", 0.5)
     use_s3(relay.endpoint)
     shards = ShardSet(url, data=data)
     shards.read(0, 0)
@@ -241,7 +241,7 @@ def test_an_outage_does_not_hold_up_the_end_of_a_loader(relay, use_s3, url, data
 
 
 def test_a_crawl_is_told_and_waited_for(relay, use_s3, url, folder, data, capsys, monkeypatch):
-    monkeypatch.setattr("megastar.data.stall.SAY_EVERY", 0.7)
+    monkeypatch.setattr("megastar.data.storage.stall_timer.SAY_EVERY", 0.7)
     use_s3(relay.endpoint)
     data.patience = 0.5  # it is for outages
     shards = ShardSet(url, data=data)
@@ -258,7 +258,7 @@ def test_a_crawl_is_told_and_waited_for(relay, use_s3, url, folder, data, capsys
 
 
 def test_a_server_that_falls_silent(relay, use_s3, url, data, monkeypatch):
-    monkeypatch.setattr("megastar.data.stall._UNTOLD", 0.5)  # no error yet: the sockets wait for 20 s
+    monkeypatch.setattr("megastar.data.storage.stall_timer._UNTOLD", 0.5)  # no error yet: the sockets wait for 20 s
     use_s3(relay.endpoint)
     shards = ShardSet(url, data=data)
     shards.read(0, 0)

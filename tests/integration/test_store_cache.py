@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 
 from megastar.config.schema import DataConfig
-from megastar.data.cache import Cache
-from megastar.data.files import sha256
-from megastar.data.manifest import load_manifest
-from megastar.data.shard_set import ShardSet
+from megastar.data.shards.manifest import load_manifest
+from megastar.data.shards.reader import ShardSet
+from megastar.data.storage.shard_cache import ShardCache
 from megastar.errors import UserError
+from megastar.utils.files import sha256
 from tests.disks import with_disks
 from tests.integration import test_store
 from tests.integration.conftest import ROOT
 from tests.integration.test_store import SIZES, cached
-from tests.unit.test_data_loader import loader
-from tests.unit.test_data_shards import sample
+from tests.unit.data.shards.test_shards import sample
+from tests.unit.data.test_loader import loader
 
 pytestmark = pytest.mark.dist
 small_and_quick, folder, url, data = test_store.small_and_quick, test_store.folder, test_store.url, test_store.data
@@ -56,11 +56,11 @@ def test_the_bound_holds_and_what_is_mapped_stays(s3, use_s3, url, folder, data)
 
 HOLDER = """
 import sys, time
-from megastar.data.cache import Cache
-from megastar.data.files import sha256
-from megastar.data.manifest import load_manifest
-from megastar.data.s3 import S3Folder
-cache, info = Cache(sys.argv[1], 1 << 30), load_manifest(sys.argv[2]).shards[int(sys.argv[3])]
+from megastar.data.storage.shard_cache import ShardCache
+from megastar.utils.files import sha256
+from megastar.data.shards.manifest import load_manifest
+from megastar.data.storage.s3_client import S3Folder
+cache, info = ShardCache(sys.argv[1], 1 << 30), load_manifest(sys.argv[2]).shards[int(sys.argv[3])]
 part = cache.claim(info)
 cache.reserve(part, info, True)
 print("claimed", flush=True)
@@ -78,7 +78,7 @@ def test_the_left_overs_of_a_killed_process_are_swept(s3, use_s3, url, folder, d
         assert cached(data) == sorted(f"{i.sha256}.part" for i in infos[:2])
         killed.send_signal(signal.SIGKILL)
         killed.wait()
-        assert Cache(data.cache, 1 << 30).claim(infos[1]) is None  # a live one is left alone
+        assert ShardCache(data.cache, 1 << 30).claim(infos[1]) is None  # a live one is left alone
         assert cached(data) == [f"{infos[1].sha256}.part"]
         assert ShardSet(url, data=data).read(0, 0)[2] == 0
     finally:
@@ -109,7 +109,7 @@ def test_a_cache_that_cannot_hold_a_shard(s3, use_s3, url, data):
 def test_a_disk_that_others_fill_stops_no_reading(s3, use_s3, url, folder, tmp_path):
     use_s3(s3)
     sizes = [info.bytes for info in load_manifest(folder).shards]
-    words = ["-m", "tests.integration.cache_worker", url, folder, tmp_path / "disk"]
+    words = ["-m", "tests.integration.helpers.cache_worker", url, folder, tmp_path / "disk"]
     with_disks({tmp_path / "disk": f"{(sizes[0] + sizes[1] + 100_000) // 1024}k"}, *words)
 
 
@@ -156,7 +156,7 @@ def test_four_processes_killed_at_random_leave_a_good_cache(s3, use_s3, url, fol
             reader.join()
     for left in Path(data.cache).glob("*.tmp"):  # an index that was being written: swept after a minute
         os.utime(left, (1, 1))
-    cache = Cache(data.cache, int(data.cache_gib * 2**30))  # sweeps
+    cache = ShardCache(data.cache, int(data.cache_gib * 2**30))  # sweeps
     assert {Path(n).suffix for n in cached(data)} <= {".tar"}
     for path in cache.folder.glob("*.tar"):
         assert sha256(path) == path.stem

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from megastar import cli
-from megastar.engine import folders
-from megastar.engine.convert import full_weights
-from megastar.engine.events import read_events
+from megastar.checkpoint.convert import full_weights
 from megastar.model.io import load_model
+from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.events import read_events
 from tests.integration.conftest import ROOT, environment, megastar
 
 pytestmark = pytest.mark.dist
@@ -53,7 +53,7 @@ def test_a_run_leaves_what_the_documentation_promises(whole):
     names = sorted(p.name for p in (whole / "checkpoints").iterdir())
     assert names == ["latest", "step-00000008", "step-00000012"]  # keep_last 2
     assert (whole / "config.yaml").is_file() and list((whole / "tensorboard").iterdir())
-    folders.verify(whole / "checkpoints/step-00000012")
+    checkpoint_dir.verify(whole / "checkpoints/step-00000012")
     began = read_events(whole)[0]
     assert began["event"] == "started" and began["command"].startswith("megastar train ") and began["device"]
     assert began["packages"]["torch"] == torch.__version__ and "deepspeed" in began["packages"]
@@ -89,10 +89,10 @@ def test_an_interrupted_run_repeats_every_number(world, tmp_path):
         start_and_stop(broken, tmp_path / "b", at_step, how)
         stopped_at = max(rows(tmp_path / "b"))
         assert killed_at < stopped_at < 60, "the run ended before the signal: the test proves nothing"
-        found = folders.latest(tmp_path / "b/checkpoints")
+        found = checkpoint_dir.latest(tmp_path / "b/checkpoints")
         assert found is not None
         killed_at = stopped_at
-    assert folders.step_in(found) >= stopped_at  # it saved on its way out
+    assert checkpoint_dir.step_in(found) >= stopped_at  # it saved on its way out
     megastar("train", broken, ranks=2)
     assert rows(tmp_path / "b") == rows(tmp_path / "a")
     last = "checkpoints/step-00000060"

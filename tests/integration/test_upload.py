@@ -10,20 +10,21 @@ from pathlib import Path
 import boto3
 import pytest
 
-from megastar.data.s3 import split_url
-from megastar.engine import folders, upload
-from megastar.engine.upload import Uploader
+from megastar.data.storage.s3_client import split_url
+from megastar.engine.checkpointer import s3_upload
+from megastar.engine.checkpointer.s3_upload import Uploader
 from megastar.errors import UserError
+from megastar.run_dir import checkpoint_dir
 from tests.dist.test_checkpoint import write
 from tests.integration.conftest import megastar
-from tests.integration.s3 import client_of, free_port
+from tests.integration.helpers.s3 import client_of, free_port
 
 
 @pytest.mark.dist
 def test_a_checkpoint_comes_back_whole(s3, use_s3, tmp_path):
     use_s3(s3)
     write(tmp_path, 2, 2)
-    checkpoint = folders.latest(tmp_path)
+    checkpoint = checkpoint_dir.latest(tmp_path)
     uploader = Uploader("s3://runs/a/run")
     uploader.put(checkpoint)
     assert uploader.finish() == "" and uploader.uploaded == [checkpoint.name]
@@ -33,14 +34,14 @@ def test_a_checkpoint_comes_back_whole(s3, use_s3, tmp_path):
         client.download_file("runs", entry["Key"], str(back / Path(entry["Key"]).name))
     assert client.get_object(Bucket="runs", Key="a/run/latest")["Body"].read().decode().strip() == checkpoint.name
     assert sorted(p.name for p in back.iterdir()) == sorted(p.name for p in checkpoint.iterdir())
-    folders.verify(back)
+    checkpoint_dir.verify(back)
 
 
 @pytest.mark.dist
 def test_an_outage_is_told_and_the_next_upload_goes_through(s3, use_s3, tmp_path):
     write(tmp_path, 1, 1)
-    checkpoint = folders.latest(tmp_path)
-    other = checkpoint.with_name(folders.name_of(9))
+    checkpoint = checkpoint_dir.latest(tmp_path)
+    other = checkpoint.with_name(checkpoint_dir.name_of(9))
     shutil.copytree(checkpoint, other)
     uploader = Uploader("s3://runs/b")
     use_s3(f"http://127.0.0.1:{free_port()}")  # nobody listens there
@@ -56,8 +57,8 @@ def test_an_outage_is_told_and_the_next_upload_goes_through(s3, use_s3, tmp_path
 def test_after_a_roll_back_the_older_checkpoint_is_the_newest_there(s3, use_s3, tmp_path):
     use_s3(s3)
     write(tmp_path, 1, 1)
-    checkpoint = folders.latest(tmp_path)
-    later = checkpoint.with_name(folders.name_of(9))
+    checkpoint = checkpoint_dir.latest(tmp_path)
+    later = checkpoint.with_name(checkpoint_dir.name_of(9))
     shutil.copytree(checkpoint, later)
     uploader = Uploader("s3://runs/back")
     for path in (checkpoint, later, checkpoint):
@@ -69,9 +70,9 @@ def test_after_a_roll_back_the_older_checkpoint_is_the_newest_there(s3, use_s3, 
 @pytest.mark.dist
 def test_an_outage_is_sat_out(s3, use_s3, tmp_path, monkeypatch):
     """While the run goes on, and at its end."""
-    monkeypatch.setattr(upload, "RETRY_FIRST", 0.2)
+    monkeypatch.setattr(s3_upload, "RETRY_FIRST", 0.2)
     write(tmp_path, 1, 1)
-    checkpoint = folders.latest(tmp_path)
+    checkpoint = checkpoint_dir.latest(tmp_path)
     for at_the_end in (False, True):
         uploader = Uploader("s3://runs/d", patience=60)
         use_s3(f"http://127.0.0.1:{free_port()}")

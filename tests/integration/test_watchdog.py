@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megastar.engine.events import read_events
-from megastar.engine.status import status_of
+from megastar.run_dir.events import read_events
+from megastar.run_dir.status import status_of
 from tests.integration.conftest import ROOT, environment
 from tests.integration.test_train import rows
 
@@ -92,7 +92,7 @@ def test_ranks_that_were_suspended_go_on_and_one_that_dies_is_named(world, tmp_p
 def test_a_rank_that_hangs_is_named_and_its_stacks_are_written(world, tmp_path):
     run = tmp_path / "run"
     config = world.write_config(tmp_path / "run.yaml", run, steps=100, val_every=0)
-    script = str(Path(__file__).with_name("slow_rank.py"))
+    script = str(Path(__file__).parent / "helpers/slow_rank.py")
     training = Run(run, "tests.forker", "2", script, str(config), *FAULTS)
     out = training.end(300)
     said = [line for line in out.splitlines() if "megastar: error:" in line]

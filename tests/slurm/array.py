@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megastar.data.manifest import load_manifest
-from megastar.data.pretokenize import pretokenize
-from megastar.data.verify import verify
+from megastar.data.pretokenize.runner import pretokenize
+from megastar.data.shards.manifest import load_manifest
+from megastar.data.shards.verify import verify
 from tests.integration.conftest import ROOT, World
 from tests.slurm.cluster import SIZE, Cluster, Task, wait_for
 

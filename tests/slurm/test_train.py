@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megastar.engine import folders
-from megastar.engine.status import status_of
+from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.status import status_of
 from tests.integration.conftest import ROOT, World, megastar
 from tests.slurm.cluster import SIZE, Cluster, wait_for
 from tests.slurm.conftest import Behind
@@ -107,8 +107,8 @@ class Training:
         return int(self.cluster.job(self.job)["Restarts"]) + 1
 
     def saved(self) -> int:
-        found = folders.latest(self.run / "checkpoints")
-        return folders.step_in(found) if found else 0
+        found = checkpoint_dir.latest(self.run / "checkpoints")
+        return checkpoint_dir.step_in(found) if found else 0
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_every_loss_is_that_of_four_local_processes(training, straight, cluster)
     assert done == expected and sorted(done) == list(range(1, STEPS + 1))
     for row in training.computed:
         assert row == expected[row["step"]]
-    folders.verify(training.run / f"checkpoints/step-{STEPS:08d}")
+    checkpoint_dir.verify(training.run / f"checkpoints/step-{STEPS:08d}")
 
 
 def test_sampling_starts_after_the_training(training, sampling, cluster):

@@ -1,10 +1,11 @@
-"""Imports point down, packages of one level do not know each other, files stay short."""
+"""The rules of the layout: imports point down and in no circle, folders and files stay small, torch loads late."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -12,112 +13,201 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megastar"
+# A package imports only packages of a lower level. Deeper packages (data/storage) belong to their first one.
 LEVEL = {
     "errors": 0,
-    "host": 0,
-    "leaving": 0,
-    "stop": 0,
-    "config": 0,
-    "device": 1,
-    "matmul": 1,
-    "parallel": 1,
-    "model": 2,
-    "tokenizer": 2,
-    "objectives": 3,
-    "teacher": 3,
-    "data": 3,
-    "sampling": 4,
-    "evaluation": 5,
-    "engine": 6,
-    "diagnosis": 6,
-    "report": 6,
-    "cli": 7,
+    "utils": 1,
+    "config": 2,
+    "run_dir": 3,
+    "parallel": 3,
+    "model": 4,
+    "tokenizer": 4,
+    "objectives": 5,
+    "teacher": 5,
+    "data": 5,
+    "checkpoint": 6,
+    "sampling": 7,
+    "evaluation": 8,
+    "engine": 9,
+    "diagnosis": 9,
+    "report": 9,
+    "experiments": 10,
+    "cli": 11,
 }
-EVERYWHERE = {
-    "errors",
-    "host",
-    "device",
-    "matmul",
-}  # no packages: an exception, a name, a question to the hardware, a product
-FILES = sorted(PACKAGE.rglob("*.py"))
+# Attributes in which DeepSpeed keeps partitions: reading or writing one is the business of engine/zero alone.
+ZERO_ATTRIBUTES = {
+    *(
+        "ds_tensor",
+        "ds_id",
+        "ds_status",
+        "ds_numel",
+        "ds_shape",
+        "ds_persist",
+        "all_gather_coalesced",
+        "partition_numel",
+    ),
+    *("bit16_groups_flat", "bit16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat"),
+    *("single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups", "params_in_partition"),
+}
+MOST_MODULES, MOST_LINES = 20, 400
 
 
-def owner(path: Path) -> str:
-    """The layer a file belongs to; the commands are the cli's."""
-    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def package_of(module: str) -> str:
+    """The level that a module belongs to; the commands belong to the command line."""
+    first = module.split(".")[1] if "." in module else "__init__"
     return "cli" if first in ("cli", "commands", "__main__") else first
 
 
-def imports(path: Path) -> list[tuple[str, int]]:
-    """(dotted module, line) of every import, also those inside functions."""
-    out = []
-    for node in ast.walk(ast.parse(path.read_text())):
+def sources() -> dict[str, ast.Module]:
+    return {module_of(p): ast.parse(p.read_text(), str(p)) for p in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """(dotted name, line) of every import, also those inside functions and below TYPE_CHECKING."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            out += [(alias.name, node.lineno) for alias in node.names]
+            yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
-            out.append((node.module or "", node.lineno))
-            if node.module == "megastar":
-                out += [(f"megastar.{alias.name}", node.lineno) for alias in node.names]
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def edges(files: dict[str, ast.Module]) -> dict[str, dict[str, int]]:
+    """module -> the project's modules that it imports, each with a line."""
+    out: dict[str, dict[str, int]] = {}
+    for module, tree in files.items():
+        out[module] = {}
+        for name, line in imports(tree):
+            target = name if name in files else name.rpartition(".")[0]
+            if target in files:
+                out[module].setdefault(target, line)
     return out
 
 
-def violations(path: Path) -> list[str]:
-    mine, found = owner(path), []
-    for module, line in imports(path):
-        top, _, rest = module.partition(".")
-        if top != "megastar" or not rest:
-            continue
-        theirs = rest.split(".")[0]
-        theirs = "cli" if theirs == "commands" else theirs
-        if theirs not in LEVEL:  # megastar.__version__
-            continue
-        if theirs != mine and theirs not in EVERYWHERE and LEVEL[theirs] >= LEVEL[mine]:
-            found.append(
-                f"{path.relative_to(ROOT)}:{line}: {mine} (L{LEVEL[mine]}) imports {theirs} (L{LEVEL[theirs]})"
-            )
+def upward(graph: dict[str, dict[str, int]]) -> list[str]:
+    found = []
+    for module, targets in graph.items():
+        mine = package_of(module)
+        for target, line in targets.items():
+            theirs = package_of(target)
+            if "__init__" not in (mine, theirs) and mine != theirs and LEVEL[theirs] >= LEVEL[mine]:
+                found.append(f"{module}:{line}: {mine} (level {LEVEL[mine]}) imports {theirs} (level {LEVEL[theirs]})")
     return found
 
 
+def circles(graph: dict[str, dict[str, int]]) -> list[list[str]]:
+    """Modules that import each other: what is left after modules without imports are removed again and again."""
+    left = {m: set(t) for m, t in graph.items()}
+    for direction in (left, {m: {n for n in left if m in left[n]} for m in left}):
+        while done := [m for m, t in direction.items() if not t & direction.keys()]:
+            for m in done:
+                del direction[m]
+        left = {m: t & direction.keys() for m, t in left.items() if m in direction}
+    return [sorted(left)] if left else []
+
+
 def test_every_package_has_a_level():
-    assert {owner(p) for p in FILES} - {"__init__"} <= LEVEL.keys()
+    assert {package_of(m) for m in sources()} - {"__init__"} == LEVEL.keys()
 
 
-def test_imports_point_down():
-    assert [v for p in FILES if owner(p) != "__init__" for v in violations(p)] == []
+def test_imports_point_down_in_no_circle():
+    graph = edges(sources())
+    assert upward(graph) == []
+    assert circles(graph) == []
 
 
-def test_the_check_finds_what_it_looks_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
-    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-    for name, text, expected in [
-        (
-            "model/a.py",
-            "def f():\n    from megastar.engine.loop import train",
-            "model/a.py:2: model (L2) imports engine (L6)",
-        ),
-        ("data/a.py", "import megastar.teacher.ema", "data/a.py:1: data (L3) imports teacher (L3)"),
-        ("data/b.py", "from megastar import sampling", "data/b.py:1: data (L3) imports sampling (L4)"),
-    ]:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-        assert violations(path) == [expected]
-    (tmp_path / "engine").mkdir()
-    fine = tmp_path / "engine" / "a.py"
-    fine.write_text("from megastar.config.load import load_config\nimport torch\nfrom megastar import __version__")
-    assert violations(fine) == []
+def test_the_check_finds_what_it_looks_for():
+    files = {
+        "megastar": "",
+        "megastar.engine.trainer": "import torch\nfrom megastar.engine.zero import setup",
+        "megastar.engine.zero.setup": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
+        "    from megastar.engine.trainer import Trainer",
+        "megastar.teacher.ema": "from megastar import __version__\nfrom megastar.utils import files",
+        "megastar.utils.files": "",
+        "megastar.data.order": "def f():\n    import megastar.teacher.ema",
+    }
+    graph = edges({name: ast.parse(text) for name, text in files.items()})
+    assert upward(graph) == ["megastar.data.order:2: data (level 5) imports teacher (level 5)"]
+    assert circles(graph) == [["megastar.engine.trainer", "megastar.engine.zero.setup"]]
 
 
-@pytest.mark.parametrize(("package", "owners"), [("deepspeed", {"engine"}), ("argparse", {"cli"})])
+def test_folders_and_files_stay_small():
+    folders = [PACKAGE, ROOT / "tests", ROOT / "tools", ROOT / "benchmarks"]
+    files = [p for f in folders for p in f.rglob("*.py")]
+    crowd = {str(p.parent.relative_to(ROOT)) for p in files if len(modules_in(p.parent)) > MOST_MODULES}
+    assert not crowd
+    assert not {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > MOST_LINES}
+
+
+def modules_in(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("*.py") if p.name != "__init__.py"]
+
+
+def test_tests_mirror_the_package():
+    unit = ROOT / "tests" / "unit"
+    for test in unit.rglob("test_*.py"):
+        folder = test.parent.relative_to(unit)
+        assert folder.parts[:1] in ((), ("slurm",)) or (PACKAGE / folder).is_dir(), f"{test}: no such package"
+
+
+@pytest.mark.parametrize(
+    ("package", "owners"), [("deepspeed", ["megastar.engine.zero"]), ("argparse", ["megastar.commands"])]
+)
 def test_only_its_owner_imports(package, owners):
-    users = {owner(p) for p in FILES for module, _ in imports(p) if module.split(".")[0] == package}
-    assert users == owners
+    users = {m for m, tree in sources().items() for name, _ in imports(tree) if name.split(".")[0] == package}
+    assert users and not [m for m in users if not m.startswith(tuple(owners))]
 
 
-def test_model_knows_no_ranks():
-    modules = {m for p in (PACKAGE / "model").rglob("*.py") for m, _ in imports(p)}
-    assert not [m for m in modules if m.startswith("torch.distributed")]
+def test_only_engine_zero_touches_partitions():
+    found = [
+        f"{module}:{node.lineno}"
+        for module, tree in sources().items()
+        if not module.startswith("megastar.engine.zero")
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Attribute) and node.attr in ZERO_ATTRIBUTES)
+        or (isinstance(node, ast.Constant) and node.value in ZERO_ATTRIBUTES)  # getattr(p, "ds_shape")
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("model", "torch.distributed"),  # the network knows no ranks
+        ("checkpoint", "torch.distributed"),
+        ("checkpoint", "deepspeed"),
+        ("config", "torch"),
+        ("run_dir", "torch"),
+        ("run_dir", "numpy"),
+    ],
+)
+def test_packages_without_imports_of(package, forbidden):
+    names = {
+        (module, name)
+        for module, tree in sources().items()
+        if module.startswith(f"megastar.{package}.")
+        for name, _ in imports(tree)
+    }
+    assert not [n for n in names if f"{n[1]}.".startswith(f"{forbidden}.")]
+
+
+def test_a_public_class_name_exists_once():
+    found: dict[str, list[str]] = {}
+    for module, tree in sources().items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(module)
+    assert not {name: where for name, where in found.items() if len(where) > 1}
+
+
+def test_every_command_defines_main():
+    for path in modules_in(PACKAGE / "commands"):
+        functions = {n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)}
+        assert path.name.startswith("_") or "main" in functions, path.name
 
 
 def test_config_and_help_need_no_torch():
@@ -127,16 +217,6 @@ def test_config_and_help_need_no_torch():
     script = f"try:\n    {code.replace(chr(10), chr(10) + '    ')}\nexcept SystemExit: pass\n"
     script += "assert not {'torch', 'deepspeed', 'numpy'} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-
-
-def test_no_file_is_over_400_lines():
-    folders = [PACKAGE, ROOT / "tests", ROOT / "tools", ROOT / "benchmarks"]
-    long = {str(p.relative_to(ROOT)): n for f in folders for p in f.rglob("*.py") if (n := lines(p)) > 400}
-    assert not long
-
-
-def lines(path: Path) -> int:
-    return len(path.read_text().splitlines())
 
 
 def test_no_folder_of_tests_is_passed_over(pytestconfig):

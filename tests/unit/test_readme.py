@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megastar.cli import COMMANDS
-from megastar.commands.common import config_and_overrides
+from megastar.commands._common import config_and_overrides
 from megastar.config.load import load_config, load_tokenizer_config
 
 ROOT = Path(__file__).parents[2]

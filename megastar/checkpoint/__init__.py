@@ -1,0 +1,1 @@
+"""Checkpoint files: their format, conversion, inspection. No deepspeed, no torch.distributed."""

@@ -1,0 +1,165 @@
+"""The same checkpoint in another number of files: what data x tensor ranks at ZeRO-3 would have written.
+
+A run reads any checkpoint as it is. Re-sliced, each rank finds the split weights' part that it needs in a file of its
+own, and of the others in the files of its tensor group, which spares a large run many small reads. Other ZeRO stages
+cut elsewhere; they read it too, from more files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megastar.checkpoint.atomic_output import byte_bar, settle, staged
+from megastar.checkpoint.rng_state import random_file, seed_dropout
+from megastar.checkpoint.shard_format import KINDS, OPEN_FILES, Piece, StateReader, piece_writer, state_file
+from megastar.checkpoint.source import Source, bytes_of, same_bits
+from megastar.config.schema import RunConfig
+from megastar.config.validate import divisors, tensor_parallel_degrees, words
+from megastar.errors import UserError
+from megastar.parallel.mesh import Mesh
+from megastar.parallel.plan import split_of
+from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.checkpoint_dir import name_of, publish, read_manifest, verify
+from megastar.utils.files import sha256
+
+HOLDS = ("checkpoints",)
+
+
+def pieces_of(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[Piece]:
+    """What a rank writes at ZeRO-3: of each parameter, as its tensor rank has it, one of ``data`` equal parts.
+
+    The last part is shorter; of what a tensor group holds alike, each of its ranks writes a part.
+    """
+    out = []
+    for name, shape in shapes.items():
+        split = split_of(name) if mesh.tensor > 1 else None
+        size = torch.Size(split.local_shape(shape, mesh.tensor) if split else shape).numel()
+        part = -(-size // mesh.data)
+        low, high = (min(part * d, size) for d in (mesh.data_rank, mesh.data_rank + 1))
+        if mesh.tensor > 1 and not split:
+            low, high = (low + (high - low) * t // mesh.tensor for t in (mesh.tensor_rank, mesh.tensor_rank + 1))
+        if low < high:
+            out.append(Piece(name, mesh.tensor_rank if split else 0, low, high))
+    return out
+
+
+def check_mesh(cfg: RunConfig, data: int, tensor: int) -> None:
+    """Raises ``UserError`` for a mesh that no run of this configuration can have."""
+    m, batch = cfg.model, cfg.train.global_batch
+    legal = tensor_parallel_degrees(m)
+    if tensor not in legal:
+        raise UserError(
+            f"--tensor {tensor} does not divide the {m.n_head} heads, the ffn width {m.ffn_dim} and the vocabulary "
+            f"{m.vocab_size}: use {words(legal)}"
+        )
+    if batch % data:
+        raise UserError(
+            f"--data {data} does not divide train.global_batch {batch}, which a resumed run keeps: "
+            f"use {words(divisors(batch))}"
+        )
+
+
+def to_checkpoint(source: Source, out: Path, data: int, tensor: int, force: bool) -> str:
+    """Write the run folder ``out`` with one checkpoint; returns what was written and how it was checked."""
+    check_mesh(source.cfg, data, tensor)
+    if source.folder.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{source.folder} lies in {out}: name another folder for the output")
+    reader, name = source.reader, name_of(source.about["step"])
+    size = bytes_of(reader.shapes) * len(KINDS)
+    headers = data * tensor * (600 * len(reader.shapes) + (1 << 14))
+    with staged(out, size + headers, force, HOLDS) as root:
+        source.verify()
+        folder = root / "checkpoints"
+        written = folder / checkpoint_dir.WRITING / name
+        written.mkdir(parents=True)
+        with byte_bar(source.console, "writing", size) as advance:
+            files = write_states(source, written, data, tensor, advance)
+        files |= write_random(source, written, data, tensor)
+        for file in files:
+            settle(written / file)
+        manifest = source.about | {
+            "mesh": {"data": data, "tensor": tensor, "zero_stage": 3},
+            "converted": {"from": str(source.folder), "mesh": source.about["mesh"]},
+            "files": dict(sorted(files.items())),
+        }
+        manifest["config"] = json.loads(json.dumps(source.about["config"]))
+        manifest["config"]["parallel"]["tensor_parallel"] = tensor
+        again = publish(folder, name, manifest)
+        with byte_bar(source.console, "reading back", size) as advance:
+            compare(source, again, advance)
+    return f"{data * tensor} files, read back and equal to the checkpoint's"
+
+
+def write_states(source: Source, folder: Path, data: int, tensor: int, advance: Any) -> dict[str, Any]:
+    """Every rank's state file; each parameter is read once for as many ranks as files may be open."""
+    files: dict[str, Any] = {}
+    world = data * tensor
+    for first in range(0, world, OPEN_FILES):
+        meshes = [Mesh(world, tensor, rank) for rank in range(first, min(world, first + OPEN_FILES))]
+        pieces = [{p.name: p for p in pieces_of(source.reader.shapes, m)} for m in meshes]
+        writers = []
+        try:
+            for mesh, mine in zip(meshes, pieces, strict=True):
+                writers.append(piece_writer(folder / state_file(mesh.rank), list(mine.values())))
+            for name in source.reader.shapes:
+                for kind in KINDS:
+                    advance(write_parameter(source, name, kind, tensor, list(zip(writers, pieces, strict=True))))
+        except BaseException as error:
+            for writer in writers:
+                writer.__exit__(type(error), error)
+            raise
+        for mesh, writer in zip(meshes, writers, strict=True):
+            writer.__exit__(None)
+            whose = f"rank {mesh.rank}: data rank {mesh.data_rank}, tensor rank {mesh.tensor_rank}"
+            files[state_file(mesh.rank)] = {"bytes": writer.bytes, "sha256": writer.sha256, "whose": whose}
+    return files
+
+
+def write_parameter(
+    source: Source, name: str, kind: str, tensor: int, ranks: list[tuple[Any, dict[str, Piece]]]
+) -> int:
+    """One tensor's pieces to the ranks' files; returns their bytes."""
+    split = split_of(name) if tensor > 1 else None
+    whole, done = source.reader.whole(name, kind), 0
+    for t in range(tensor if split else 1):
+        flat = (split.cut(whole, tensor, t) if split else whole).reshape(-1)
+        for writer, mine in ranks:
+            if (piece := mine.get(name)) and piece.tensor_rank == t:
+                writer.write(f"{kind}/{name}", flat[piece.start : piece.stop])
+                done += 4 * (piece.stop - piece.start)
+    return done
+
+
+def write_random(source: Source, folder: Path, data: int, tensor: int) -> dict[str, Any]:
+    """The data ranks' generators: copied where their number stays, else seeded as a run that resumes seeds them."""
+    files = {}
+    for d in range(data):
+        path = folder / random_file(d)
+        if data == source.about["mesh"]["data"]:
+            shutil.copyfile(source.folder / path.name, path)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                seed_dropout(source.cfg.train.seed, d, source.about["step"])
+                seed, state = torch.initial_seed(), torch.get_rng_state()
+            # A CUDA generator's state is its seed and its offset, and can be written where there is no GPU.
+            torch.save({"torch": state, "cuda": torch.tensor([seed, 0]).view(torch.uint8)}, path)
+        whose = f"rank {d * tensor}: data rank {d}, tensor rank 0"
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "whose": whose}
+    return files
+
+
+def compare(source: Source, folder: Path, advance: Any) -> None:
+    """Every tensor of the checkpoint in ``folder`` against the source's. Raises ``UserError``."""
+    about = read_manifest(folder)
+    verify(folder, [n for n in about["files"] if not n.startswith("state-")])
+    reader = StateReader(folder, about)
+    for name, shape in reader.shapes.items():
+        for kind in KINDS:
+            if not same_bits(reader.whole(name, kind), source.reader.whole(name, kind)):
+                raise UserError(f"{kind} of {name} was written but reads back otherwise: check the disk")
+            advance(4 * torch.Size(shape).numel())

@@ -1,0 +1,14 @@
+"""The random generators of a checkpoint: their files, and the seed of dropout where they do not fit."""
+
+from __future__ import annotations
+
+import torch
+
+
+def random_file(data_rank: int) -> str:
+    return f"random-{data_rank:05d}.pt"
+
+
+def seed_dropout(seed: int, data_rank: int, step: int) -> None:
+    """Seed torch's generator for the steps after ``step``: it differs between data ranks, and is equal in a tensor group."""
+    torch.manual_seed((seed * 1_000_003 + step) * 100_003 + data_rank)

@@ -1,0 +1,1 @@
+"""Images as input of the tokenizer: folders, tars, lists; crops."""

@@ -1,0 +1,167 @@
+"""Pictures in tars, found by their headers: nothing is unpacked, a tar within a tar is read where it lies."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from megastar.data.images.listing import Columns, Stamp, is_picture, parse_label, stem_of, text
+from megastar.data.storage.s3_client import S3Folder
+from megastar.errors import UserError
+
+_AHEAD = 8 << 20  # bytes of a read of an index over S3
+_WALKERS = 8  # tars that are indexed at once
+
+Report = Callable[[int], None]  # takes the pictures found so far
+Read = Callable[[int, int], bytes]
+Member = tuple[bytes, int, int, int]  # name, offset, size, label
+
+
+class Remote:
+    """Tars below s3://bucket/prefix, or one. Every read is pinned to the ETag of the listing."""
+
+    def __init__(self, url: str):
+        self.url, parent, last = url.rstrip("/"), *url.rstrip("/").rpartition("/")[::2]
+        self.only = last if last.endswith(".tar") else ""
+        self.s3 = S3Folder(parent if self.only else url)
+        self.etags: dict[str, str] = {}
+
+    def stamps(self) -> list[Stamp]:
+        return [[n, s, e] for n, s, e in self.s3.list() if n.endswith(".tar") and (not self.only or n == self.only)]
+
+    def pin(self, stamps: Sequence[Stamp]) -> None:
+        self.etags = {name: etag for name, _, etag in stamps}
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        """Bytes of a tar; waits an outage out as training does. Raises ``UserError``, also for one that has changed."""
+        return self.s3.read(name, start, end, etag=self.etags[name])
+
+
+class LocalTar:
+    def __init__(self, path: Path, root: Path):
+        self.path, self.where = path, str(path)
+        self.name, self.size = path.relative_to(root).as_posix(), path.stat().st_size
+
+    @contextmanager
+    def reader(self) -> Iterator[Read]:
+        with self.path.open("rb") as f:
+            yield lambda start, end: os.pread(f.fileno(), end - start, start)
+
+
+class RemoteTar:
+    def __init__(self, remote: Remote, name: str, size: int):
+        self.remote, self.name, self.size = remote, name, size
+        self.where = remote.s3.url_of(name)
+
+    @contextmanager
+    def reader(self) -> Iterator[Read]:
+        """Headers lie between the pictures, closer than an answer is away: all is read, in large parts."""
+        at, data = 0, b""
+
+        def read(start: int, end: int) -> bytes:
+            nonlocal at, data
+            end = min(end, self.size)
+            if not at <= start <= end <= at + len(data):
+                last = min(self.size, max(end, start + _AHEAD))
+                at, data = start, self.remote.read(self.name, start, last) if last > start else b""
+            return data[start - at : end - at]
+
+        yield read
+
+
+class _Part:
+    """Bytes ``start`` to ``start + size`` of a tar, as the file that tarfile wants."""
+
+    def __init__(self, read: Read, start: int, size: int):
+        self._read, self._start, self._size, self._at = read, start, size, 0
+
+    def read(self, n: int = -1) -> bytes:
+        end = self._size if n < 0 else min(self._size, self._at + n)
+        data = self._read(self._start + self._at, self._start + end) if end > self._at else b""
+        self._at += len(data)
+        return data
+
+    def seek(self, at: int, whence: int = os.SEEK_SET) -> int:
+        self._at = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence] + at
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+
+def add_tars(found: Columns, tars: Sequence[LocalTar | RemoteTar], report: Report) -> None:
+    found.files = [tar.name for tar in tars]
+    pool = ThreadPoolExecutor(_WALKERS)
+
+    def add(members: Iterable[Member], number: int) -> None:
+        for name, offset, size, label in members:
+            found.add(name, number, offset, size, label)
+        report(len(found.keys))
+
+    try:
+        for number, (tar, (members, inner)) in enumerate(zip(tars, pool.map(_whole, tars), strict=True)):
+            add(members, number)
+            for members, _ in pool.map(partial(_within, tar), inner):  # a tar of tars
+                add(members, number)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+Found = tuple[Iterable[Member], list[tuple[bytes, int, int]]]  # the pictures of a tar, the tars in it
+
+
+def _whole(tar: LocalTar | RemoteTar) -> Found:
+    return _scan(tar, tar.where, 0, tar.size, os.fsencode(str(PurePosixPath(tar.name).with_suffix(""))))
+
+
+def _within(tar: LocalTar | RemoteTar, inner: tuple[bytes, int, int]) -> Found:
+    name, offset, size = inner
+    return _scan(tar, f"{tar.where}:{text(name)}", offset, size, name[: -len(b".tar")])
+
+
+def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: bytes) -> Found:
+    """The tar that begins at byte ``start``. ``stem`` is the class of pictures that no folder and no .cls names."""
+    found: list[tuple[bytes, int, int]] = []
+    labels: dict[bytes, int] = {}
+    inner = []
+    try:
+        # typeshed asks for more of the file than tarfile does
+        with tar.reader() as read, tarfile.open(fileobj=_Part(read, start, size), mode="r:") as archive:  # type: ignore[call-overload]
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # a million of them are a gigabyte
+                if not member.isreg() or member.issparse():
+                    continue
+                name = os.fsencode(member.name)
+                at = start + member.offset_data
+                if is_picture(name):
+                    found.append((name.removeprefix(b"./"), at, member.size))
+                elif name.endswith(b".cls"):
+                    data = read(at, at + min(64, member.size))
+                    labels[stem_of(name.removeprefix(b"./"))] = parse_label(data, f"{where}:{member.name}")
+                elif name.endswith(b".tar"):
+                    inner.append((name.removeprefix(b"./"), at, member.size))
+            end = archive.offset
+            # tarfile stops in silence where a header is broken or the file was cut
+            if end + 512 > size or read(start + end, start + end + 512) != bytes(512):
+                raise UserError(f"{where} is broken or cut at byte {end}, after {len(found)} pictures: copy it again")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"{where} is not a readable tar ({error}): make or copy it again") from error
+    if labels or any(b"/" in name for name, _, _ in found):
+        stem = b""
+    return _members(found, labels, stem), inner
+
+
+def _members(found: list[tuple[bytes, int, int]], labels: dict[bytes, int], folder: bytes) -> Iterator[Member]:
+    """Empties ``found``: a million pictures need not be in memory twice."""
+    found.reverse()
+    while found:
+        name, offset, size = found.pop()
+        if folder:
+            yield folder + b"/" + name, offset, size, -1
+        else:
+            yield name, offset, size, labels.get(stem_of(name), -1)

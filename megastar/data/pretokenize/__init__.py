@@ -1,0 +1,1 @@
+"""Images to token shards, by any number of processes."""

@@ -1,0 +1,1 @@
+"""The token-shard format: manifest, index, reader, writer, verification."""

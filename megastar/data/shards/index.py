@@ -1,0 +1,85 @@
+"""The binary index beside a shard: where each sample lies, so that opening one needs no walk over its headers.
+
+``shard-00000.idx`` of ``shard-00000.tar``, little-endian:
+
+    magic 8s, version u32, layout u32, samples u64, bytes of the tar u64, SHA-256 of the tar 32s,
+    dtype of the codes 8s, views u32, tokens u32, offsets (n,) i64, classes (n,) i64, SHA-256 of all before 32s
+
+It is never trusted: one that is missing, broken or of another tar is made again from the tar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megastar.data.shards.sample_parser import LAYOUTS, Expected
+from megastar.data.shards.tar_reader import BLOCK, Buffer
+
+if TYPE_CHECKING:
+    from megastar.data.storage.shard_info import ShardInfo
+
+_MAGIC, _VERSION = b"MSTARIDX", 1
+_HEAD = struct.Struct("<8sIIQQ32s8sII")
+_DIGEST = 32
+_PROBES = 8  # arrays whose headers are looked at when a shard is opened
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where each of a shard's n samples lies."""
+
+    offsets: np.ndarray  # (n,) int64, of the first code, in bytes from the tar's beginning
+    labels: np.ndarray  # (n,) int64
+
+
+def pack_index(index: ShardIndex, info: ShardInfo, layout: str, dtype: str, views: int, tokens: int) -> bytes:
+    """The file of an index of the tar that ``info`` describes."""
+    body = _head(info, layout, dtype, views, tokens)
+    body += index.offsets.astype("<i8").tobytes() + index.labels.astype("<i8").tobytes()
+    return body + hashlib.sha256(body).digest()
+
+
+def unpack_index(
+    data: bytes | None, info: ShardInfo, layout: str, expected: Expected, tar: Buffer
+) -> ShardIndex | None:
+    """The index in ``data``, or None unless it is whole and of this very tar: then it must be made again."""
+    n = info.samples
+    if data is None or len(data) != _HEAD.size + 16 * n + _DIGEST:
+        return None
+    body = data[:-_DIGEST]
+    if not body.startswith(_head(info, layout, expected.dtype, expected.views, expected.tokens)):
+        return None
+    if hashlib.sha256(body).digest() != data[-_DIGEST:]:
+        return None
+    numbers = np.frombuffer(body, "<i8", 2 * n, _HEAD.size).astype(np.int64)
+    index = ShardIndex(numbers[:n], numbers[n:])
+    if n and (index.offsets.min() < 0 or index.offsets.max() > len(tar) - expected.bytes):
+        return None
+    return index if _fits(index, layout, expected.bytes, tar) else None
+
+
+def _head(info: ShardInfo, layout: str, dtype: str, views: int, tokens: int) -> bytes:
+    if not info.samples:
+        views = tokens = 0  # an empty shard knows none
+    digest = bytes.fromhex(info.sha256)
+    return _HEAD.pack(
+        _MAGIC, _VERSION, LAYOUTS.index(layout), info.samples, info.bytes, digest, dtype.encode(), views, tokens
+    )
+
+
+def _fits(index: ShardIndex, layout: str, sample: int, tar: Buffer) -> bool:
+    """Look at some arrays: a tar that was replaced by another of the same size may have them elsewhere."""
+    firsts = index.offsets
+    if layout == "packed":  # of a block only the first sample follows a header
+        firsts = firsts[np.diff(firsts, prepend=-1 - sample) != sample]
+    places = np.linspace(0, len(firsts) - 1, min(_PROBES, len(firsts))).astype(np.int64)
+    for offset in firsts[places]:
+        start = (int(offset) - 1) // BLOCK * BLOCK  # an npy header has 64 to 512 bytes
+        if start < BLOCK or tar[start : start + 6] != b"\x93NUMPY":
+            return False
+    return True

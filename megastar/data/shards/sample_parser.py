@@ -1,0 +1,281 @@
+"""What the members of a shard mean. Both layouts and the sets of other writers are read here, from a walk over the tar.
+
+plain   a sample is ``KEY.codes.npy`` (or ``KEY.npy``): the codes; ``KEY.cls``: its class in ASCII, else "label" in
+        ``KEY.json``; ``KEY.json``: {"source": name of the picture}, if there
+packed  a block of n samples is ``KEY.codes.npy`` (n, views, T), ``KEY.cls.npy`` (n,), ``KEY.json`` {"sources": [...]}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megastar.data.shards.tar_reader import AGAIN, Buffer, Member, shown, walk
+from megastar.errors import UserError
+
+LAYOUTS = ("plain", "packed")  # in the index by their place here
+DTYPES = {
+    "uint16": "<u2",
+    "uint8": "|u1",
+    "int16": "<i2",
+    "int32": "<i4",
+    "int64": "<i8",
+    "uint32": "<u4",
+    "uint64": "<u8",
+}
+_NPY = re.compile(
+    rb"\{\s*'descr':\s*'([<|][ui]\d)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d, ]*)\),?\s*\}[ ]*\n?"
+)
+_KEY = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")  # webdataset's: up to the first dot of the last part
+_MOST_CLASSES = 1 << 20
+_AT_ONCE = 64 << 20  # bytes of a tar that are held as memory
+_LONGEST_NOTE = 64 << 20  # bytes of a json member
+_Headers = dict[bytes, tuple[str, tuple[int, ...]]]  # dtype and shape of an npy header that was parsed before
+
+
+@dataclass(frozen=True)
+class Array:
+    """An npy member, not read."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # of the first number, in bytes from the tar's beginning
+    name: str  # of the member
+
+
+@dataclass
+class Expected:
+    """What the codes of a set are: views x tokens of a dtype. ``why`` ends the message about those that are not."""
+
+    dtype: str
+    views: int
+    tokens: int
+    why: str = "as the manifest says: pretokenize again"
+
+    @property
+    def bytes(self) -> int:
+        """Of one sample."""
+        return self.views * self.tokens * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+@dataclass
+class Samples:
+    """The n samples of a shard, in the tar's order."""
+
+    offsets: np.ndarray  # (n,) int64, of the first code
+    labels: np.ndarray  # (n,) int64
+    keys: list[str] = field(repr=False)
+    arrays: list[Array] = field(repr=False)  # that hold the codes: one a sample, or one a block
+    expected: Expected | None  # what all arrays are; None without samples
+    sources: list[str] = field(default_factory=list, repr=False)
+
+
+def find_samples(
+    data: Buffer, where: str, layout: str, expected: Expected | None, limit: int | None = None, sources: bool = False
+) -> Samples:
+    """Walk the tar ``data`` and find its samples; their codes must be as ``expected``, or else as the first of them.
+
+    ``limit``: how many samples there may be. ``sources`` reads the names of the pictures too: the key, where the set
+    has none. Raises ``UserError``, naming file and member, for whatever is not as the layout wants it.
+    """
+    tables: dict[str, dict[str, Member]] = {"codes": {}, "classes": {}, "notes": {}}
+    arrays: dict[str, Array] = {}
+    headers = _Headers({})
+    kinds = {
+        "codes.npy": "codes",
+        "npy": "codes",
+        "cls.npy" if layout == "packed" else "cls": "classes",
+        "json": "notes",
+    }
+    for member in walk(data, where):
+        match = _KEY.fullmatch(member.name)
+        kind = kinds.get(match[2].lower()) if match else None
+        if match is None or kind is None:
+            continue
+        key, table = match[1], tables[kind]
+        if key in table:
+            raise UserError(
+                f"token shard {where} holds {shown(member.name)} twice, or beside {shown(table[key].name)}: a key must be of one sample"
+            )
+        table[key] = member
+        if kind == "codes":
+            arrays[key] = array = _array(data, member, where, headers)
+            expected = _compare(array, where, layout, expected)
+            if limit is not None and len(arrays) > limit:
+                raise UserError(
+                    f"token shard {where} holds more than the {limit} samples that the manifest says: it was cut or changed, {AGAIN}"
+                )
+    for key, member in tables["classes"].items():
+        if key not in arrays:
+            raise UserError(f"token shard {where}: {shown(member.name)} has no codes, {shown(key)}.codes.npy: {AGAIN}")
+    for key, array in arrays.items():
+        if key not in tables["classes"] and (layout == "packed" or key not in tables["notes"]):
+            raise UserError(f"token shard {where}: {shown(array.name)} has no class, {shown(key)}.cls: write one")
+    if isinstance(data, mmap.mmap):
+        data.madvise(mmap.MADV_DONTNEED)  # the walk touched every part of it
+    read = _packed if layout == "packed" else _plain
+    return read(data, where, arrays, tables["classes"], tables["notes"], expected, sources)
+
+
+def check_codes(tar: mmap.mmap, found: Samples, where: str, codebook_size: int) -> None:
+    """Raise ``UserError`` for a code outside the code book. Reads all of the tar."""
+    held = 0
+    for array in found.arrays:
+        codes = np.frombuffer(tar, DTYPES[array.dtype], math.prod(array.shape), array.start)
+        if codes.max() >= codebook_size or codes.min() < 0:
+            wrong = codes.min() if codes.min() < 0 else codes.max()
+            raise UserError(
+                f"token shard {where}: {shown(array.name)} holds code {wrong}, outside the code book of {codebook_size}: the tokenizer that made it has another code book"
+            )
+        held += codes.nbytes
+        if held > _AT_ONCE:
+            tar.madvise(mmap.MADV_DONTNEED)
+            held = 0
+
+
+def check_classes(found: Samples, where: str, known: int | None) -> None:
+    """Raise ``UserError`` for a class outside the ``known`` ones; None: outside reason."""
+    outside = (found.labels < 0) | (found.labels >= (known if known is not None else _MOST_CLASSES))
+    if outside.any():
+        row = int(np.argmax(outside))
+        limit = f"0 to {known - 1}" if known is not None else f"0 to {_MOST_CLASSES - 1}"
+        raise UserError(
+            f"token shard {where}: {shown(found.keys[row])} has class {found.labels[row]}, outside {limit}: correct it, or give all classes"
+        )
+
+
+def views_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(T,), (views, T) or (1, views, T) -> views, T. Raises ``ValueError`` for another shape."""
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    if not 1 <= len(shape) <= 2 or 0 in shape:
+        raise ValueError(shape)
+    return (1, *shape) if len(shape) == 1 else shape  # type: ignore[return-value]
+
+
+def _compare(array: Array, where: str, layout: str, expected: Expected | None) -> Expected:
+    """What was expected, or else is from now on."""
+    shape = array.shape
+    try:
+        if layout == "packed":
+            if len(shape) != 3 or not shape[0]:
+                raise ValueError(shape)
+            shape = shape[1:]
+        views, tokens = views_of(shape)
+        if expected is None:
+            return Expected(array.dtype, views, tokens, f"as in {shown(array.name)} of {where}: a set has one shape")
+        if (array.dtype, views, tokens) == (expected.dtype, expected.views, expected.tokens):
+            return expected
+        wanted = f"{expected.views} views of {expected.tokens} codes in {expected.dtype} {expected.why}"
+    except ValueError:
+        wanted = f"({'samples, views, T' if layout == 'packed' else 'views, T'}): write it so"
+    raise UserError(f"token shard {where}: {shown(array.name)} is {array.dtype} of shape {array.shape}, not {wanted}")
+
+
+def _plain(
+    data: Buffer,
+    where: str,
+    arrays: dict[str, Array],
+    classes: dict[str, Member],
+    notes: dict[str, Member],
+    expected: Expected | None,
+    sources: bool,
+) -> Samples:
+    labels = np.empty(len(arrays), np.int64)
+    names = []
+    for row, key in enumerate(arrays):
+        note = _json(data, notes[key], where) if key in notes and (sources or key not in classes) else None
+        labels[row] = _integer(data, classes[key], where) if key in classes else _label(note, notes[key], where)
+        names.append(str(note["source"]) if isinstance(note, dict) and "source" in note else key)
+    offsets = np.fromiter((a.start for a in arrays.values()), np.int64, len(arrays))
+    return Samples(offsets, labels, list(arrays), list(arrays.values()), expected, names)
+
+
+def _packed(
+    data: Buffer,
+    where: str,
+    arrays: dict[str, Array],
+    classes: dict[str, Member],
+    notes: dict[str, Member],
+    expected: Expected | None,
+    sources: bool,
+) -> Samples:
+    offsets, labels, keys, names = [np.empty(0, np.int64)], [np.empty(0, np.int64)], list[str](), list[str]()
+    for key, array in arrays.items():
+        assert expected is not None
+        n = array.shape[0]
+        offsets.append(array.start + expected.bytes * np.arange(n, dtype=np.int64))
+        keys += [key] * n
+        found = _array(data, classes[key], where, _Headers({}))
+        if found.shape != (n,):
+            raise UserError(
+                f"token shard {where}: {shown(found.name)} has shape {found.shape}, not a class for each of {n} samples: {AGAIN}"
+            )
+        labels.append(np.frombuffer(data, DTYPES[found.dtype], n, found.start).astype(np.int64))
+        if sources:
+            note = _json(data, notes[key], where) if key in notes else None
+            listed = note.get("sources") if isinstance(note, dict) else None
+            if not isinstance(listed, list) or len(listed) != n:
+                raise UserError(f"token shard {where}: {shown(key)}.json does not name {n} sources: {AGAIN}")
+            names += map(str, listed)
+    return Samples(np.concatenate(offsets), np.concatenate(labels), keys, list(arrays.values()), expected, names)
+
+
+def _array(data: Buffer, member: Member, where: str, headers: _Headers) -> Array:
+    """Read the header of an npy member. Headers are the same from sample to sample: each is parsed once."""
+    start, end = member.start, member.start + member.size
+    head = data[start : min(start + 12, end)]
+    wide = head[6:7] in (b"\2", b"\3")
+    body = start + (12 if wide else 10)
+    length = int.from_bytes(head[8 : body - start], "little")
+    if head[:6] != b"\x93NUMPY" or body > end or length > 4096:
+        raise UserError(f"token shard {where}: {shown(member.name)} is not an array of numpy: write it with numpy.save")
+    text = data[body : min(body + length, end)]
+    if (known := headers.get(text)) is None:
+        match = _NPY.fullmatch(text)
+        sizes = [int(word) for word in match[3].replace(b",", b" ").split() if len(word) < 16] if match else []
+        dtype = {v: k for k, v in DTYPES.items()}.get(match[1].decode() if match else "")
+        if match is None or dtype is None or (match[2] == b"True" and sum(n > 1 for n in sizes) > 1):
+            raise UserError(
+                f"token shard {where}: {shown(member.name)} must hold integers in C order ({', '.join(DTYPES)}), its header says {shown(text[:200].decode(errors='backslashreplace').strip())}"
+            )
+        known = headers[bytes(text)] = dtype, tuple(sizes)
+    dtype, shape = known
+    wanted = np.dtype(DTYPES[dtype]).itemsize
+    for n in shape:
+        wanted *= n
+    if body + length + wanted != end:
+        raise UserError(
+            f"token shard {where}: {shown(member.name)} has {member.size} bytes, an array of {dtype} of shape {shape} has {body + length - start + wanted}: {AGAIN}"
+        )
+    return Array(dtype, shape, body + length, member.name)
+
+
+def _integer(data: Buffer, member: Member, where: str) -> int:
+    text = data[member.start : member.start + min(member.size, 64)].strip()
+    if member.size > 64 or not text.removeprefix(b"-").isdigit() or len(text) > 18:
+        raise UserError(f"token shard {where}: {shown(member.name)} is not the number of a class: write it in digits")
+    return int(text)
+
+
+def _json(data: Buffer, member: Member, where: str) -> object:
+    try:
+        if member.size > _LONGEST_NOTE:
+            raise ValueError(f"{member.size} bytes")
+        return json.loads(data[member.start : member.start + member.size])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"token shard {where}: {shown(member.name)} is not JSON ({error}): {AGAIN}") from None
+
+
+def _label(note: object, member: Member, where: str) -> int:
+    label = note.get("label") if isinstance(note, dict) else None
+    if type(label) is not int or abs(label) >= 2**62:
+        raise UserError(
+            f'token shard {where}: {shown(member.name)} has no class: write a member .cls, or an integer "label" there'
+        )
+    return label

@@ -1,0 +1,163 @@
+"""Writing token shards: WebDataset tars with their index, whole or not there.
+
+plain: three members a sample, ``KEY.cls`` (the class, ASCII), ``KEY.codes.npy`` (uint16, (views, T)) and ``KEY.json``
+({"source": key of the picture}). packed: the same three a block of samples, ``KEY.codes.npy`` (uint16, (n, views, T)),
+``KEY.cls.npy`` (int64, (n,)) and ``KEY.json`` ({"sources": [...]}), KEY being the block's first.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import secrets
+import tarfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from megastar.data.shards.index import ShardIndex, pack_index
+from megastar.data.shards.manifest import MAX_CODEBOOK
+from megastar.data.shards.sample_parser import LAYOUTS
+from megastar.data.storage.shard_info import ShardInfo, index_name
+from megastar.errors import UserError
+from megastar.utils.files import sha256, sync_folder
+
+_BLOCK_SAMPLES = 256
+_BLOCK_BYTES = 1 << 20  # of codes: a reader of the tar as a stream holds one block
+
+
+def open_writer(path: str | Path, layout: str = "plain") -> ShardWriter:
+    """The writer of one shard of that layout. Raises ``UserError`` for an unknown one."""
+    if layout not in LAYOUTS:
+        raise UserError(f"layout {layout!r} is unknown: use {' or '.join(LAYOUTS)}")
+    return PackedWriter(path) if layout == "packed" else ShardWriter(path)
+
+
+class ShardWriter:
+    """Writes one shard, plain; it appears under its name only when the ``with`` block ends without an error.
+
+    The bytes depend on the samples alone: no times, no owners. Several processes may write the same shard at once.
+    """
+
+    layout = "plain"
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.samples = 0
+        self.shape: tuple[int, ...] = ()  # views, T
+        unique = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        self._temporary = self.path.with_name(self.path.name + unique)
+        self._index = self.path.with_name(index_name(self.path.name))
+        self._temporary_index = self._index.with_name(self._index.name + unique)
+        self._offsets: list[int] = []
+        self._labels: list[int] = []
+
+    def __enter__(self) -> ShardWriter:
+        self._file = self._temporary.open("wb", buffering=1 << 20)
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        return self
+
+    def add(self, key: str, codes: np.ndarray, label: int, source: str) -> None:
+        """Append a sample: ``codes`` (views, T) integers below 65536, its class, the key of its picture."""
+        assert "." not in key and codes.ndim == 2, (key, codes.shape)
+        assert self.shape in ((), codes.shape), (self.shape, codes.shape)
+        if codes.min() < 0 or codes.max() >= MAX_CODEBOOK:
+            raise UserError(
+                f"code {int(codes.max())} of {source!r} does not fit in 16 bits: the code book may have {MAX_CODEBOOK} codes"
+            )
+        self.shape = codes.shape
+        self._write(key, np.ascontiguousarray(codes, dtype="<u2"), int(label), source)
+        self.samples += 1
+        self._labels.append(int(label))
+
+    def _write(self, key: str, codes: np.ndarray, label: int, source: str) -> None:
+        self._member(f"{key}.cls", str(label).encode())
+        self._offsets.append(self._array(f"{key}.codes.npy", codes))
+        self._note(key, {"source": source})
+
+    def _member(self, name: str, data: bytes) -> int:
+        """Append a member; where its data end."""
+        member = tarfile.TarInfo(name)
+        member.size, member.mode = len(data), 0o644
+        self._tar.addfile(member, io.BytesIO(data))
+        return self._tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + len(data)
+
+    def _array(self, name: str, array: np.ndarray) -> int:
+        """Append an array; where its first number lies. numpy's headers have a multiple of 64 bytes: it is aligned."""
+        npy = io.BytesIO()
+        np.lib.format.write_array(npy, array, version=(1, 0), allow_pickle=False)
+        return self._member(name, npy.getvalue()) - array.nbytes
+
+    def _note(self, key: str, note: dict[str, Any]) -> None:
+        self._member(f"{key}.json", json.dumps(note, ensure_ascii=False).encode())
+
+    def _finish(self) -> None:
+        """Before the tar's end."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+                self._tar.close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                self._describe()
+        except BaseException:
+            self._discard()
+            raise
+        if kind is not None:
+            self._discard()
+            return
+        self._temporary.replace(self.path)
+        self._temporary_index.replace(self._index)
+        sync_folder(self.path.parent)
+
+    def _describe(self) -> None:
+        """Hash the tar and write its index, later than the tar itself."""
+        self._info = ShardInfo(self.path.name, self.samples, self._temporary.stat().st_size, sha256(self._temporary))
+        views, tokens = self.shape or (0, 0)
+        index = ShardIndex(np.array(self._offsets, np.int64), np.array(self._labels, np.int64))
+        with self._temporary_index.open("wb") as f:
+            f.write(pack_index(index, self._info, self.layout, "uint16", views, tokens))
+            f.flush()
+            os.fsync(f.fileno())
+
+    def _discard(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+        self._temporary_index.unlink(missing_ok=True)
+
+    def info(self) -> ShardInfo:
+        """What the manifest says about the finished shard."""
+        return self._info
+
+
+class PackedWriter(ShardWriter):
+    """As ``ShardWriter``, a member holding a block of samples in the order they were added."""
+
+    layout = "packed"
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self._block: list[tuple[str, np.ndarray, int, str]] = []
+
+    def _write(self, key: str, codes: np.ndarray, label: int, source: str) -> None:
+        self._block.append((key, codes.copy(), label, source))
+        if len(self._block) >= min(_BLOCK_SAMPLES, max(1, _BLOCK_BYTES // codes.nbytes)):
+            self._finish()
+
+    def _finish(self) -> None:
+        if not self._block:
+            return
+        keys, codes, labels, sources = zip(*self._block, strict=True)
+        self._array(f"{keys[0]}.cls.npy", np.array(labels, "<i8"))
+        start = self._array(f"{keys[0]}.codes.npy", np.stack(codes))
+        self._offsets += [start + i * codes[0].nbytes for i in range(len(codes))]
+        self._note(keys[0], {"sources": sources})
+        self._block = []

@@ -1,0 +1,1 @@
+"""Where shards are stored: a folder, S3 with a cache on the node."""

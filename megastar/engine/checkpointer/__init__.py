@@ -1,0 +1,1 @@
+"""Loading and saving of a run's checkpoints on all ranks."""

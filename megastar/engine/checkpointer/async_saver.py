@@ -1,0 +1,353 @@
+"""Save: copy this rank's shards to host memory and write them while training goes on.
+
+Every rank writes its own files into ``.writing`` and tells rank 0 their sizes and hashes; rank 0 waits for all of them,
+writes the manifest, renames the folder and points ``latest`` to it. Threads never use collectives.
+
+A save that fails stops nothing: the state is in memory. It is told, its files are removed, and it is tried again.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import secrets
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megastar.checkpoint.rng_state import random_file
+from megastar.checkpoint.shard_format import KINDS, Piece, state_file, write_pieces
+from megastar.config.schema import RunConfig
+from megastar.engine.checkpointer.s3_upload import Uploader
+from megastar.engine.phase import PHASE, SAVING
+from megastar.engine.rank_sync import agreed, on_main, wait_for
+from megastar.engine.zero.engines import elements_of, full_shapes, owned
+from megastar.parallel.plan import split_of
+from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.checkpoint_dir import WRITING, folder_of, name_of
+from megastar.run_dir.layout import FORMAT
+from megastar.utils.files import sha256
+
+if TYPE_CHECKING:  # it imports deepspeed
+    from megastar.engine.context import Context
+    from megastar.engine.zero.engines import Engines
+
+UPLOAD_PATIENCE = 86400.0
+RETRY_EVERY = 60.0  # seconds from a save that failed to the next try, unless a save is due before
+SAY_EVERY = 600.0  # seconds between the sentences about saves that go on failing
+SLACK = 1 << 20  # bytes, for headers and the manifest
+SIGNAL_GRACE = {signal.SIGUSR1: 120.0}  # seconds; the batch scripts ask for USR1 three minutes before the end
+SHORT_GRACE = 20.0  # seconds; SLURM kills 30 s after TERM
+
+
+class Saver:
+    """One save at a time. ``save`` returns when the copy is made; ``finish`` when the last save is on the disk, or failed.
+
+    Ranks tell each other what became of their files through the process group's key-value store: a thread may use it
+    while collectives run, nothing there times out, and no rank has to see another's files before rank 0 does.
+
+    ``problem`` is the sentence about the last save if it failed, the same on all ranks; it goes when one is complete.
+    """
+
+    def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines):
+        self.cfg, self.ctx, self.engines = cfg, ctx, engines
+        self.folder = folder_of(cfg)
+        self.shapes = full_shapes(engines, ctx)
+        self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+        self.token = ""  # of the last save: a name that no other save has, in this job or in one that is dying
+        self.step = -1  # of the last try
+        self.host: Tensor | None = None  # the copies, pinned for a GPU, kept from save to save
+        self.thread: threading.Thread | None = None
+        self.error: OSError | None = None
+        self.problem = ""
+        self.uploader = Uploader(cfg.train.upload, cfg.data.patience) if cfg.train.upload and ctx.main else None
+        self.done: Path | None = None
+        self._due: float | None = None  # when a save that failed is tried again
+        self._failures, self._told_at = 0, 0.0
+        self._news: list[tuple[str, dict[str, Any]]] = []
+        need = torch.tensor([4 * len(KINDS) * elements_of(owned(engines, ctx))], dtype=torch.int64, device=ctx.device)
+        if ctx.world > 1:
+            dist.all_reduce(need)
+        self.need = int(need.item()) + SLACK  # bytes of a checkpoint
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save failed on this rank, or (main rank) one that failed is due again: then ``attend``, all ranks."""
+        return self.error is not None or (self.ctx.main and self._due is not None and time.monotonic() >= self._due)
+
+    def attend(self) -> bool:
+        """After a step in which some rank had ``failed``: whether to save now. Called by all ranks alike."""
+        self.finish()
+        return agreed(self.ctx, self.failed)
+
+    def news(self) -> list[tuple[str, dict[str, Any]]]:
+        """Sentences for the events since this was last asked, with further fields each. Main rank only."""
+        news, self._news = self._news, []
+        return news + (self.uploader.news() if self.uploader else [])
+
+    def save(self, step: int, about: dict[str, Any]) -> float:
+        """Save after ``step`` steps; ``about`` goes into the manifest. Returns the seconds that training stood still.
+
+        A save that fails, here or while it is written, sets ``problem``; the former checkpoint stays valid.
+        """
+        self.finish()
+        start = time.perf_counter()
+        self.step, self._due = step, None
+        align_replicas(self.engines, self.ctx)
+        mine = owned(self.engines, self.ctx)
+        token = [secrets.token_hex(4)]
+        if self.ctx.world > 1:
+            dist.broadcast_object_list(token, src=0, device=self.ctx.device)
+        self.token = token[0]
+        self.written = self.folder / WRITING / self.token / name_of(step)
+        if problem := on_main(self.ctx, self._prepare):
+            self._settle(problem)
+            return time.perf_counter() - start
+        pieces = self._copy(mine, elements_of(mine))
+        random = {"torch": torch.get_rng_state()}  # all other draws are functions of the seed and the step
+        if self.ctx.device.type == "cuda":
+            torch.cuda.synchronize()
+            random["cuda"] = torch.cuda.get_rng_state(self.ctx.device)
+        manifest = {"format": FORMAT, "step": step, **about}
+        manifest |= {
+            "mesh": {
+                "data": self.ctx.mesh.data,
+                "tensor": self.ctx.tensor,
+                "zero_stage": self.engines.student.zero_optimization_stage(),
+            },
+            "dtype": str(self.ctx.dtype),
+            "optimizer_step": self.engines.updates(),
+            "parameters": self.shapes,
+            "config": asdict(self.cfg),
+        }
+        self.thread = threading.Thread(target=self._write, args=(pieces, random, manifest), daemon=True)
+        self.thread.start()
+        return time.perf_counter() - start
+
+    def insist(
+        self, step: int, about: dict[str, Any], patience: float, stop: Callable[[], bool] = lambda: False
+    ) -> str:
+        """Save ``step`` unless that is done, and try for ``patience`` seconds, at least once. Called by all ranks alike.
+
+        Returns what is wrong in the end, or nothing. ``stop``, asked on the main rank, ends the trying.
+        """
+        until, pause = time.monotonic() + patience, 1.0
+        if self.step != step:
+            self.save(step, about)
+        while True:
+            PHASE.at(SAVING)  # each try has the watchdog's patience anew
+            self.finish()
+            left = until - time.monotonic()
+            if not self.problem or not agreed(self.ctx, left > 0 and not stop()):
+                return self.problem
+            if self.ctx.main and pause == 1.0:
+                print(f"{self.problem}; trying for {left:.0f} s more", flush=True)
+            time.sleep(max(0.0, min(pause, left)))
+            pause = min(2 * pause, 10.0)
+            self.save(step, about)
+
+    def lacks(self, steps: int) -> str:
+        """At the start of a run of ``steps`` steps: what its disk lacks for the checkpoints that will be kept."""
+        t = self.cfg.train
+        count = t.keep_last + 1 + t.keep_best + (steps // t.keep_every if t.keep_every else 0)
+        try:
+            there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.is_dir())
+            held = sum(f.stat().st_size for c in checkpoint_dir.complete(self.folder) for f in c.iterdir())
+            free = shutil.disk_usage(there).free
+        except OSError:
+            return ""
+        if free + held >= count * self.need:
+            return ""
+        return (
+            f"{self.folder} has {gib(free)} free; {count} checkpoints of {gib(self.need)}, as many as will be there at "
+            f"once, take {gib(count * self.need - held)} more: free space, or lower train.keep_last or train.keep_every"
+        )
+
+    def _copy(self, mine: list[Any], elements: int) -> list[tuple[Piece, dict[str, Tensor]]]:
+        """This rank's states in one host buffer."""
+        if self.host is None or self.host.numel() < elements * len(KINDS):
+            cuda = self.ctx.device.type == "cuda"
+            self.host = torch.empty(elements * len(KINDS), dtype=torch.float32, pin_memory=cuda)
+        offset, pieces = 0, []
+        for shard in mine:
+            rank = self.ctx.mesh.tensor_rank if split_of(shard.name) else 0
+            copies = {}
+            for kind in KINDS:
+                copies[kind] = self.host.narrow(0, offset, shard.stop - shard.start)
+                copies[kind].copy_(shard.view(kind), non_blocking=True)
+                offset += shard.stop - shard.start
+            pieces.append((Piece(shard.name, rank, shard.start, shard.stop), copies))
+        return pieces
+
+    def _prepare(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.folder / WRITING, ignore_errors=True)  # what a killed save left
+        free = shutil.disk_usage(self.folder).free
+        if free < self.need:
+            raise OSError(errno.ENOSPC, f"it needs {gib(self.need)}, {gib(free)} are free")
+        self.written.mkdir(parents=True)
+
+    def _write(self, pieces: Any, random: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+        """The thread: this rank's files, then word of them to rank 0; rank 0 goes on to complete the checkpoint."""
+        note: dict[str, Any] = {}
+        try:
+            note = {"files": self._write_files(pieces, random)}
+        except Exception as error:  # whatever it is, it must reach the loop
+            self.error = as_os_error(error)
+            note = {"problem": f"rank {self.ctx.rank}: {self.error}"}
+            for name in (state_file(self.ctx.rank), state_file(self.ctx.rank) + ".tmp"):
+                with suppress(OSError):
+                    (self.written / name).unlink()  # it may be what fills the disk
+        self.store.set(self._key(self.ctx.rank), json.dumps(note))
+        if self.ctx.main:
+            problem = ""
+            try:
+                self.done = self._complete(manifest)
+            except Exception as error:
+                self.error = self.error or as_os_error(error)
+                problem = str(error)
+                shutil.rmtree(self.folder / WRITING, ignore_errors=True)
+            self.store.set(self._key("all"), problem)
+
+    def _write_files(self, pieces: Any, random: dict[str, Tensor]) -> dict[str, Any]:
+        mesh = self.ctx.mesh
+        self.written.mkdir(parents=True, exist_ok=True)  # another node may not see it yet
+        size, digest = write_pieces(self.written / state_file(mesh.rank), pieces)
+        whose = f"rank {mesh.rank}: data rank {mesh.data_rank}, tensor rank {mesh.tensor_rank}"
+        files = {state_file(mesh.rank): {"bytes": size, "sha256": digest, "whose": whose}}
+        if mesh.tensor_rank == 0:
+            file = self.written / random_file(mesh.data_rank)
+            data = io.BytesIO()  # to a disk torch.save would turn what is wrong with it into an error of its own
+            torch.save(random, data)
+            with file.open("wb") as f:
+                f.write(data.getvalue())
+                f.flush()
+                os.fsync(f.fileno())
+            entry = {"bytes": file.stat().st_size, "sha256": sha256(file), "whose": whose}
+            files[file.name] = entry
+        return files
+
+    def _key(self, whose: int | str) -> str:
+        return f"megastar/save/{self.token}/{whose}"
+
+    def _complete(self, manifest: dict[str, Any]) -> Path:
+        """Rank 0: wait for every rank's word, then publish."""
+        files: dict[str, Any] = {}
+        problems = []
+        for rank in range(self.ctx.world):  # of all: none writes any more when their files are removed
+            word = json.loads(wait_for(self.store, self._key(rank), f"rank {rank} wrote no files"))
+            problems += [word["problem"]] if "problem" in word else []
+            files |= word.get("files", {})
+        if problems:
+            raise OSError(problems[0])
+        manifest |= {"files": dict(sorted(files.items()))}
+        done = checkpoint_dir.publish(self.folder, name_of(self.step), manifest, self.written)
+        try:
+            checkpoint_dir.retire(self.cfg, self.folder)
+        except (OSError, ValueError) as error:  # the checkpoint is complete: no reason to stop
+            self._news.append((f"older checkpoints in {self.folder} could not be removed ({error})", {}))
+        if self.uploader:
+            self.uploader.put(done)
+        return done
+
+    def finish(self) -> Path | None:
+        """Wait until the save under way is complete or failed, on all ranks alike; the newest complete one of this process."""
+        if self.thread is None:
+            return self.done
+        self.thread.join()
+        try:
+            problem = wait_for(self.store, self._key("all"), "rank 0 completed no checkpoint")
+        except OSError as error:
+            problem = str(error)
+        self.thread, self.error = None, None
+        self._settle(problem)
+        return self.done
+
+    def _settle(self, problem: str) -> None:
+        """What became of the last try, on all ranks alike."""
+        if not problem:
+            self.done = self.folder / name_of(self.step)
+            if self.problem:
+                text = f"{self.done} is written, after {self._failures} tries that failed"
+                self._news.append((text, {"situation": "save", "over": True}))
+            self.problem, self._failures, self._due = "", 0, None
+            return
+        self._failures += 1
+        self._due = time.monotonic() + RETRY_EVERY
+        self.problem = self._told(problem)
+        if self._failures == 1 or time.monotonic() - self._told_at >= SAY_EVERY:
+            self._told_at = time.monotonic()
+            more = (
+                f"the training goes on, the save is tried again within {RETRY_EVERY:.0f} s and at the next save point"
+            )
+            self._news.append((f"{self.problem}; {more}", {"situation": "save"}))
+
+    def close(self) -> str:
+        """Wait for the save and the upload under way, on all ranks; returns what was left undone, or nothing.
+
+        No rank may leave while rank 0 still uploads: a launcher takes the first to leave for the end of the job.
+        """
+        self.finish()
+        if not self.cfg.train.upload:
+            return ""
+        if self.uploader:
+            self.store.set(self._key("uploaded"), self.uploader.finish())
+        return wait_for(self.store, self._key("uploaded"), "rank 0 did not finish its upload", UPLOAD_PATIENCE)
+
+    def _told(self, problem: str) -> str:
+        former = self.done
+        with suppress(OSError):
+            former = checkpoint_dir.latest(self.folder)
+        kept = f"{former} stays valid" if former else "there is no earlier checkpoint"
+        room = any(w in problem for w in ("No space left", "it needs ", "quota", "File too large"))
+        remedy = "free some space" if room else f"see that {self.folder} can be written on every node"
+        return f"checkpoint of step {self.step} in {self.folder} could not be written ({problem}); {kept}: {remedy}"
+
+
+def grace(signal_number: int) -> float:
+    """Seconds that a save may be tried for after a stop signal: what is surely left of the job."""
+    return SIGNAL_GRACE.get(signal_number, SHORT_GRACE)  # type: ignore[call-overload,no-any-return]
+
+
+def gib(n: float) -> str:
+    return f"{n / 2**30:.1f} GiB" if n >= 2**29 else f"{n / 2**20:.1f} MiB"
+
+
+def as_os_error(error: Exception) -> OSError:
+    return error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
+
+
+@torch.no_grad()
+def align_replicas(engines: Engines, ctx: Context) -> None:
+    """Give all ranks of a tensor group tensor rank 0's values of the weights that each holds whole.
+
+    Their gradients are the same sum, but reduced in different groups, which may round differently: without this they
+    would drift apart, and a checkpoint would stitch parts of different replicas together.
+    """
+    if ctx.tensor_group is None:
+        return
+    from megastar.engine.zero.partitions import publish_masters
+
+    source = ctx.mesh.rank - ctx.mesh.tensor_rank
+    for shard in engines.shards():
+        if not split_of(shard.name):
+            for kind in KINDS:
+                view = shard.view(kind)
+                value = view.to(ctx.device)
+                dist.broadcast(value, src=source, group=ctx.tensor_group)
+                if value is not view:
+                    view.copy_(value)
+    publish_masters(engines.student)
+    engines.refresh_teacher()

@@ -1,0 +1,100 @@
+"""Resume: a checkpoint, or a weights file, back into the engines. How one is written: async_saver.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from megastar.checkpoint.rng_state import random_file, seed_dropout
+from megastar.checkpoint.shard_format import KINDS, StateReader
+from megastar.config.schema import RunConfig
+from megastar.engine.zero.engines import full_shapes
+from megastar.errors import UserError
+from megastar.model.io import read_model_metadata
+from megastar.parallel.plan import split_of
+from megastar.run_dir import checkpoint_dir
+
+if TYPE_CHECKING:  # it imports deepspeed
+    from megastar.engine.context import Context
+    from megastar.engine.zero.engines import Engines
+
+
+def newest(ctx: Context, folder: Path) -> Path | None:
+    """``latest`` as rank 0 sees it, on every rank: views of a shared file system may differ for a while."""
+    found = [checkpoint_dir.latest(folder) if ctx.main else None]
+    if ctx.world > 1:
+        dist.broadcast_object_list(found, src=0, device=ctx.device)
+    return found[0]
+
+
+@torch.no_grad()
+def load(cfg: RunConfig, ctx: Context, engines: Engines, checkpoint: Path) -> dict[str, Any]:
+    """Restore everything from ``checkpoint``, whatever ranks and ZeRO stage wrote it; returns its manifest.
+
+    With another number of data ranks dropout draws other numbers from here on; all else goes on as it was. Raises
+    ``UserError`` for another network and for files that are not what was written.
+    """
+    from megastar.engine.zero.partitions import publish_masters
+
+    about = checkpoint_dir.read_manifest(checkpoint)
+    names = list(about["files"])
+    checkpoint_dir.verify(checkpoint, names[ctx.rank :: ctx.world])  # the ranks share the hashing
+    if ctx.world > 1:
+        dist.barrier()
+    _same_network(about["parameters"], full_shapes(engines, ctx), checkpoint)
+    reader = StateReader(checkpoint, about)
+    for shard in engines.shards():
+        where = (ctx.tensor, ctx.mesh.tensor_rank, shard.start, shard.stop)
+        for kind in KINDS:
+            shard.view(kind).copy_(reader.range(shard.name, kind, *where))
+        engines.optimizer.state[shard.flat]["step"].fill_(reader.optimizer_step)
+    publish_masters(engines.student)
+    engines.refresh_teacher()
+    engines.student.global_steps = about["step"]
+    random = checkpoint / random_file(ctx.mesh.data_rank)
+    if about["mesh"]["data"] == ctx.mesh.data:
+        state = torch.load(random, weights_only=True)
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and ctx.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], ctx.device)
+    else:
+        seed_dropout(cfg.train.seed, ctx.mesh.data_rank, about["step"])
+    return about
+
+
+@torch.no_grad()
+def load_initial(cfg: RunConfig, ctx: Context, engines: Engines) -> dict[str, Any]:
+    """Put the weights file ``train.init`` into the masters of student and average; returns the file's provenance.
+
+    Every rank reads one whole tensor at a time. Raises ``UserError`` for a file of another network.
+    """
+    from megastar.engine.zero.partitions import publish_masters
+
+    model, provenance = read_model_metadata(cfg.train.init)
+    with safe_open(cfg.train.init, "pt") as f:
+        theirs = {"transformer." + n: list(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118
+        ours = {n: s for n, s in full_shapes(engines, ctx).items() if n.startswith("transformer.")}
+        _same_network(theirs, ours, Path(cfg.train.init))
+        for shard in engines.shards():
+            if shard.name in theirs:
+                value = f.get_tensor(shard.name.removeprefix("transformer.")).float()
+                split = split_of(shard.name) if ctx.tensor > 1 else None
+                local = split.cut(value, ctx.tensor, ctx.mesh.tensor_rank) if split else value
+                for kind in ("fp32", "ema"):
+                    shard.view(kind).copy_(local.reshape(-1)[shard.start : shard.stop])
+    publish_masters(engines.student)
+    engines.refresh_teacher()
+    return {"file": cfg.train.init, "model": model.name, **provenance}
+
+
+def _same_network(theirs: dict[str, list[int]], ours: dict[str, list[int]], checkpoint: Path) -> None:
+    for name in [*ours, *theirs]:
+        if theirs.get(name) != ours.get(name):
+            raise UserError(
+                f"{checkpoint} is of another network: {name} is {theirs.get(name, 'absent')} there, "
+                f"{ours.get(name, 'absent')} in this configuration: use the checkpoint's model section"
+            )

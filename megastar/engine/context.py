@@ -1,0 +1,31 @@
+"""The place of this process among the ranks: device, precision, process groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megastar.parallel.mesh import Mesh
+
+
+@dataclass
+class Context:
+    """Where this process stands: device, precision, mesh and its process groups (None: no other rank)."""
+
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+    tensor: int = 1
+    data_group: dist.ProcessGroup | None = None
+    tensor_group: dist.ProcessGroup | None = None
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(self.world, self.tensor, self.rank)

@@ -1,0 +1,1 @@
+"""Detection of faults during training, and recovery."""

@@ -1,0 +1,1 @@
+"""Batches for the training loop, and checks of the data that a run reads."""

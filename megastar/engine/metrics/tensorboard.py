@@ -1,0 +1,60 @@
+"""TensorBoard's files: welcome, but never a reason to stop a run."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+
+class TensorBoardWriter:
+    """``add`` until the first failure, for which ``problem`` is set once; from there on nothing is done.
+
+    metrics.jsonl has all that TensorBoard would show.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        self.problem = ""
+        self.writer: Any = None
+        _hush()
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        except OSError as error:
+            self._drop(error)
+
+    def add(self, row: dict[str, Any], step: int) -> None:
+        try:
+            for name, value in row.items():
+                if self.writer and isinstance(value, (int, float)):
+                    self.writer.add_scalar(name, value, step)
+        except Exception as error:  # the writer's thread hands its own on
+            self._drop(error)
+
+    def close(self) -> None:
+        try:
+            if self.writer:
+                self.writer.close()
+        except Exception as error:
+            self._drop(error)
+        self.writer = None
+
+    def _drop(self, error: Exception) -> None:
+        reason = getattr(error, "strerror", None) or error
+        self.problem = f"TensorBoard's files get no more numbers until the next start ({reason}); metrics.jsonl has all"
+        self.writer = None
+
+
+def _hush() -> None:
+    """The error of TensorBoard's thread comes out of ``add`` too: no traceback of it."""
+    before = threading.excepthook
+    if getattr(before, "hushed", False):
+        return
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+            before(args)
+
+    hook.hushed = True  # type: ignore[attr-defined]
+    threading.excepthook = hook

@@ -1,0 +1,86 @@
+"""How fast one process steps on random codes: images/s, MFU and where it goes, peak memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from megastar.config.schema import RunConfig
+from megastar.engine.context import Context
+from megastar.engine.train_step import losses
+from megastar.engine.zero.engines import Engines
+from megastar.engine.zero.setup import build
+from megastar.parallel.cost import step_flops
+
+
+def step_speed(
+    cfg: RunConfig, ctx: Context, images: int, steps: int = 8, peak_tflops: float | None = None
+) -> dict[str, Any]:
+    """Build ``cfg`` for one process and step it: median of ``steps`` steps of ``images`` images after three to warm up.
+
+    ``mfu`` (share of ``peak_tflops``, None without) is split into student, teacher and heads (output head and
+    projector), by FLOPs counted from shapes; the loss is the last step's, a sign of life. Memory in GiB, GPU only.
+    """
+    cfg = dataclasses.replace(
+        cfg,
+        train=dataclasses.replace(cfg.train, global_batch=images, micro_batch=0),
+        parallel=dataclasses.replace(cfg.parallel, tensor_parallel=1),
+    )
+    cuda = ctx.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(ctx.device)
+    engines = build(cfg, ctx)
+    try:
+        engines.student.train()
+        batch = random_batch(cfg, images)
+        times = []
+        loss = torch.zeros(())
+        for step in range(steps + 3):
+            batch["epochs"].fill_(step)  # new hidden keys
+            if cuda:
+                torch.cuda.synchronize(ctx.device)
+            start = time.perf_counter()
+            loss = one_step(cfg, ctx, engines, batch, step)
+            if cuda:
+                torch.cuda.synchronize(ctx.device)
+            times.append(time.perf_counter() - start)
+        seconds = statistics.median(times[3:])
+        flops = step_flops(cfg)
+        heads = flops["student"] - 3 * flops["recompute"]
+        parts = {"student": flops["student"] - heads, "teacher": flops["teacher"], "heads": heads}
+        peak = peak_tflops * 1e12 * seconds if peak_tflops else None
+        return {
+            "images": images, "step_s": seconds, "images_per_s": images / seconds, "loss": float(loss),
+            "tflops": sum(parts.values()) / seconds / 1e12,
+            "mfu": sum(parts.values()) / peak if peak else None,
+            "mfu_parts": {name: value / peak for name, value in parts.items()} if peak else None,
+            "peak_gib": torch.cuda.max_memory_allocated(ctx.device) / 2**30 if cuda else None,
+        }  # fmt: skip
+    finally:
+        engines.student.destroy()
+        del engines
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+
+
+def one_step(cfg: RunConfig, ctx: Context, engines: Engines, batch: dict[str, Any], step: int) -> torch.Tensor:
+    loss, _ = losses(cfg, engines, ctx, batch, step)
+    engines.student.backward(loss)
+    engines.student.step()
+    engines.refresh_teacher()
+    return loss.detach()
+
+
+def random_batch(cfg: RunConfig, images: int) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, cfg.model.num_classes, (images,), generator=g)
+    return {
+        "codes": torch.randint(0, cfg.model.vocab_size, (images, cfg.views, cfg.model.image_tokens), generator=g),
+        "labels": labels, "true_labels": labels, "ids": torch.arange(images), "epochs": torch.zeros(images, dtype=torch.int64),
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""The two DeepSpeed engines and their partitions. The only package that imports deepspeed."""

@@ -1,0 +1,74 @@
+"""The DeepSpeed engines of a run: the student with its optimizer, the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megastar.engine.context import Context
+from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
+from megastar.engine.zero.partitions import AdamWEMA, Shard, shards
+from megastar.parallel.plan import split_of
+
+
+@dataclass
+class Engines:
+    student: Any  # deepspeed.DeepSpeedEngine around Student
+    teacher: ShardedTeacher | ReplicatedTeacher | None
+    optimizer: AdamWEMA
+    micro_batch: int
+    accumulation: int
+
+    def refresh_teacher(self) -> None:
+        if self.teacher is not None:
+            self.teacher.refresh()
+
+    def step(self, veto: bool = False) -> bool:
+        """DeepSpeed's step, at the end of each micro-batch. False: the gradient was not finite, or ``veto`` said so (on
+        all ranks alike), and nothing moved."""
+        self.optimizer.veto = veto
+        before = self.student.skipped_steps
+        self.student.step()
+        self.optimizer.veto = False
+        return self.student.skipped_steps == before
+
+    def updates(self) -> int:
+        """Steps that moved the weights: what Adam's bias correction counts."""
+        held = self.shards()  # none, where there are more ranks than elements
+        return int(self.optimizer.prepare(held[0].flat)["step"].item()) if held else 0
+
+    def grad_norm(self) -> float:
+        """Of the last step, before clipping; infinite if it was dropped."""
+        return float(self.student.get_global_grad_norm())
+
+    def shards(self) -> list[Shard]:
+        return list(shards(self.student, self.optimizer))
+
+
+def owned(engines: Engines, ctx: Context) -> list[Any]:
+    """The shards that this rank writes: what replicas hold alike is divided among them."""
+    out = []
+    replicas = engines.student.zero_optimization_stage() == 0
+    for shard in engines.shards():
+        if replicas:
+            shard = shard.part(ctx.mesh.data_rank, ctx.mesh.data)
+        if ctx.tensor > 1 and not split_of(shard.name):
+            shard = shard.part(ctx.mesh.tensor_rank, ctx.tensor)
+        if shard.start < shard.stop:
+            out.append(shard)
+    return out
+
+
+def elements_of(mine: list[Any]) -> int:
+    return sum(s.stop - s.start for s in mine)
+
+
+def full_shapes(engines: Engines, ctx: Context) -> dict[str, list[int]]:
+    """Name -> shape of the whole parameter, whatever this rank holds of it."""
+    out = {}
+    for name, p in engines.student.module.named_parameters():
+        shape = list(getattr(p, "ds_shape", p.shape))
+        if (split := split_of(name)) and ctx.tensor > 1:
+            shape[1 if split.partition == "row" else 0] *= ctx.tensor
+        out[name] = shape
+    return out

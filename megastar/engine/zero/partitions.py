@@ -1,0 +1,168 @@
+"""The only place that touches ZeRO partitions: the EMA optimizer, and where each rank's fp32 masters lie.
+
+The EMA of the fp32 masters is one more state of the optimizer, so it is sharded, saved and offloaded as Adam's
+moments are, at every stage, and its update never communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megastar.teacher.ema import lerp_
+
+
+class AdamWEMA(torch.optim.AdamW):
+    """AdamW that keeps, as state ``ema``, the average of what it optimises: this rank's fp32 master shards.
+
+    ``ema_decay`` is set in each group before a step; 0 makes the average equal to the weights.
+    """
+
+    def __init__(self, params: Any, **defaults: Any):
+        super().__init__(params, fused=True, **defaults)  # one pass over memory, on a CPU too
+        self.veto = False  # drop the next step (veto.py)
+        self.overflow = False  # at ZeRO stage 0, where DeepSpeed asks this optimizer, whether this step is dropped
+        for group in self.param_groups:
+            group["ema_decay"] = 0.0
+
+    @torch.no_grad()
+    def prepare(self, p: Tensor) -> dict[str, Tensor]:
+        """The state of ``p``, made if there is none: moments of zero, the average equal to the weights."""
+        state = self.state[p]
+        if "ema" not in state:  # AdamW creates its own states only when it finds none
+            state["step"] = torch.zeros((), device=p.device)  # where the fused step wants it
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state["ema"] = p.detach().clone()
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if self.overflow:
+            return None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.prepare(p)  # taken before the first update
+        result = super().step(closure)
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if "ema" in self.state.get(p, {})]
+            lerp_([self.state[p]["ema"] for p in moved], moved, group["ema_decay"])
+        return result
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay on tensors of two or more dimensions, none on the others (st-ar.md, training set-up).
+
+    The projector has groups of its own: the teacher has none, so a replicated teacher gathers whole groups.
+    """
+
+    def dims(p: nn.Parameter) -> int:
+        return len(getattr(p, "ds_shape", p.shape))  # under zero.Init p itself is empty
+
+    def is_projector(name: str) -> bool:
+        return name.startswith("projector.")
+
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    groups = []
+    for projector in (False, True):
+        mine = [p for n, p in named if is_projector(n) == projector]
+        groups.append({"params": [p for p in mine if dims(p) >= 2], "weight_decay": weight_decay})
+        groups.append({"params": [p for p in mine if dims(p) < 2], "weight_decay": 0.0})
+    return [g for g in groups if g["params"]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What this rank holds of one parameter: elements start..stop of its tensor-parallel weight laid flat.
+
+    ``flat`` is the tensor that the optimizer updates, in which they lie from ``offset`` on.
+    """
+
+    name: str
+    shape: tuple[int, ...]  # of the tensor-parallel weight
+    start: int
+    stop: int
+    flat: Tensor
+    offset: int
+    optimizer: AdamWEMA
+
+    def view(self, kind: str) -> Tensor:
+        """The elements themselves, (stop - start,), one of ``state_files.KINDS``; a state that is not there yet is made."""
+        whole = self.flat.detach() if kind == "fp32" else self.optimizer.prepare(self.flat)[kind]
+        return whole.view(-1).narrow(0, self.offset, self.stop - self.start)
+
+    def part(self, piece: int, pieces: int) -> Shard:
+        """One of ``pieces`` nearly equal parts: what replicas hold alike, each writes a part of."""
+        length = self.stop - self.start
+        first, last = length * piece // pieces, length * (piece + 1) // pieces
+        return replace(self, start=self.start + first, stop=self.start + last, offset=self.offset + first)
+
+
+def shards(engine: Any, optimizer: AdamWEMA) -> Iterator[Shard]:
+    """Each parameter's shard on this rank, empty ones left out; ``engine`` is the student's, at any ZeRO stage."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    names = {p: n for n, p in engine.module.named_parameters()}
+    if stage == 0:
+        for p, name in names.items():
+            yield Shard(name, tuple(p.shape), 0, p.numel(), p, 0, optimizer)
+    elif stage < 3:  # flat groups, cut into equal partitions wherever a parameter happens to lie
+        for i, flat in enumerate(zero.single_partition_of_fp32_groups):
+            size = flat.numel()
+            first = dist.get_rank(zero.real_dp_process_group[i]) * size
+            order, offsets = zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i]
+            for p, at in zip(order, offsets, strict=True):
+                low, high = max(at, first), min(at + p.numel(), first + size)
+                if low < high:
+                    yield Shard(names[p], tuple(p.shape), low - at, high - at, flat, low - first, optimizer)
+    else:  # each parameter cut into equal partitions, the last one padded
+        rank = dist.get_rank(engine.optimizer.dp_process_group)
+        for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            offset = 0
+            for p in group:
+                size = p.partition_numel()
+                low, high = rank * size, min((rank + 1) * size, p.ds_numel)
+                if low < high:
+                    yield Shard(names[p], tuple(p.ds_shape), low, high, flat, offset, optimizer)
+                offset += size
+
+
+@torch.no_grad()
+def is_persistent(p: Tensor) -> bool:
+    """Whether ZeRO-3 keeps the parameter whole on every data rank (stage3_param_persistence_threshold)."""
+    return bool(getattr(p, "ds_persist", False))
+
+
+def publish_masters(engine: Any) -> None:
+    """Round the fp32 masters to the compute copies on all ranks, after a checkpoint was read into the masters."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage in (1, 2):
+        for i, flat in enumerate(zero.single_partition_of_fp32_groups):
+            gather_partitions(zero.bit16_groups_flat[i], flat, zero.real_dp_process_group[i])
+    elif stage == 3:
+        for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            offset = 0
+            for p in group:
+                size = p.partition_numel()
+                p.ds_tensor.data.view(-1)[:size].copy_(flat.detach().narrow(0, offset, size))
+                offset += size
+        if zero.persistent_parameters:  # small ones that stay gathered
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        if torch.cuda.is_available():
+            # DeepSpeed gathers on a stream of its own, which does not wait for these copies.
+            torch.cuda.current_stream().synchronize()
+
+
+@torch.no_grad()
+def gather_partitions(whole: Tensor, mine: Tensor, group: dist.ProcessGroup) -> None:
+    """Fill the flat ``whole`` (ranks x size) with each rank's ``mine`` (size), rounded to its type, in rank order."""
+    size = mine.numel()
+    part = whole.narrow(0, dist.get_rank(group) * size, size)
+    part.copy_(mine.detach())
+    if dist.get_world_size(group) > 1:
+        dist.all_gather_into_tensor(whole, part.clone(), group=group)

@@ -1,0 +1,231 @@
+"""Process group, precision, and the two DeepSpeed engines: the student with its optimizer, the teacher without."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
+from deepspeed.utils import groups
+from torch import nn
+
+from megastar.config.deepspeed import deepspeed_config
+from megastar.config.load import resolve_batch
+from megastar.config.schema import RunConfig
+from megastar.data.storage.protocol import is_remote
+from megastar.engine.context import Context
+from megastar.engine.phase import DATA_EXTRA
+from megastar.engine.student import Student
+from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
+from megastar.engine.zero.engines import Engines
+from megastar.engine.zero.partitions import AdamWEMA, parameter_groups
+from megastar.engine.zero.step_skip import install_step_skip
+from megastar.errors import UserError
+from megastar.model.fused import set_fused
+from megastar.model.kernels import set_backend
+from megastar.model.masks import MaskSpec
+from megastar.model.transformer import Transformer
+from megastar.parallel.cross_entropy import linear_cross_entropy
+from megastar.parallel.plan import autotp_section
+from megastar.utils.device import pick_dtype
+
+# Its warnings are about choices made here on purpose (a client optimizer under ZeRO, say).
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def start(cfg: RunConfig) -> Context:
+    """Join the process group that torchrun, deepspeed or srun described; alone without one."""
+    slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    for name, other in slurm.items():
+        if name not in os.environ and "SLURM_STEP_ID" in os.environ:
+            os.environ[name] = os.environ[other]
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError("MASTER_ADDR is not set: start with torchrun or deepspeed, or set it in the batch script")
+    alone = "RANK" not in os.environ
+    if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # --gpus-per-task=1: each task sees its own GPU alone, as number 0
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local} has no GPU of its own, this process sees {torch.cuda.device_count()}: start at most one process a GPU"
+            )
+        torch.cuda.set_device(device)
+        if cfg.train.threads:
+            torch.set_num_threads(cfg.train.threads)
+    else:
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(cfg.train.threads or max(1, cores // local_world))
+        # Compiling DeepSpeed's shared-memory collective takes minutes and gloo does not need it.
+        # (By its full name: the attribute deepspeed.comm.torch is torch itself.)
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    backend = "nccl" if cuda else "gloo"
+    if cuda:
+        set_nccl_timeouts(cfg)
+    if alone and not dist.is_initialized():  # no launcher: a store of our own needs no free port
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=collective_timeout(cfg))
+    context = Context(rank, world, device, pick_dtype(cfg.train.dtype, device), cfg.parallel.tensor_parallel)
+    resolve_batch(cfg, world)  # the world must fit before groups are made of it
+    context.data_group = dist.group.WORLD if world > 1 else None
+    if context.tensor > 1:
+        groups._init_tp_mesh_device(tensor_model_parallel_size=context.tensor)
+        context.tensor_group = groups.get_tensor_model_parallel_group()
+        context.data_group = groups.get_data_parallel_group()
+        assert dist.get_rank(context.tensor_group) == context.mesh.tensor_rank
+        assert dist.get_rank(context.data_group) == context.mesh.data_rank
+    return context
+
+
+def set_nccl_timeouts(cfg: RunConfig) -> None:
+    """NCCL's own thread ends the process some time after an error, or when it hangs itself: after megastar's watchdogs,
+    which name the rank (torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp; it waits four times the first of these)."""
+    if cfg.faults.lost_timeout:
+        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(int(250 * (cfg.faults.lost_timeout + 60))))
+    if cfg.faults.hang_timeout:
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(cfg.faults.hang_timeout + 120)))
+
+
+def collective_timeout(cfg: RunConfig) -> timedelta:
+    """How long a collective may wait: after the watchdogs, which say more, have had their turn.
+
+    NCCL's own watchdog then ends the process (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, torch's default), gloo raises. A rank
+    may wait for S3 while the others wait for it.
+    """
+    if not cfg.faults.hang_timeout:
+        seconds = default_pg_timeout.total_seconds()
+    else:
+        seconds = cfg.faults.hang_timeout + 60
+    if is_remote(cfg.data.shards) or is_remote(cfg.data.val_shards):
+        seconds = max(seconds, cfg.faults.hang_timeout + cfg.data.patience + DATA_EXTRA + 60)
+    return timedelta(seconds=seconds)
+
+
+def set_timeouts(timeout: timedelta) -> None:
+    """Give the groups that DeepSpeed and the tensor mesh made the time-out too: theirs is NCCL's 10 minutes."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def build(cfg: RunConfig, ctx: Context) -> Engines:
+    """Student and teacher with equal weights, each born in its shards. Raises ``UserError`` for an impossible split."""
+    micro, accumulation = resolve_batch(cfg, ctx.world)
+    config = deepspeed_config(
+        cfg, micro, accumulation, world_size=ctx.world, dtype="bf16" if ctx.dtype == torch.bfloat16 else "fp32"
+    )
+    choose_attention(cfg, ctx)
+    set_fused(cfg.train.fused_ops == "auto")
+    stage = config["zero_optimization"]["stage"]
+    if stage == 0 and not cfg.optim.grad_clip:
+        config["gradient_clipping"] = 1e30  # clips nothing, but the norm is computed and looked at
+    torch.manual_seed(cfg.train.seed)  # the same weights on every rank, of which each keeps its shard
+    with zero_init_context(config, ctx):
+        student = Student(cfg)
+    if cfg.train.compile:
+        compile_blocks(student.transformer)  # before the engine's hooks, which stay outside of the blocks
+    config |= {"tensor_parallel": autotp_section(ctx.tensor)} if ctx.tensor > 1 else {}
+    o = cfg.optim
+    optimizer = AdamWEMA(parameter_groups(student, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+    engine = initialize(student, config, optimizer)
+    if ctx.tensor_group is not None:
+        split_loss(engine.module.transformer.output, ctx.tensor_group)
+    engines = Engines(engine, None, optimizer, micro, accumulation)
+    if not cfg.self_guided.enabled:
+        return engines
+
+    teacher_config = {k: v for k, v in config.items() if k != "gradient_clipping"}
+    if stage == 3:
+        zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+        # A persistent (never partitioned) parameter would not see the refresh, silently.
+        teacher_config["zero_optimization"] = {**zero, "stage3_param_persistence_threshold": 0}
+        with zero_init_context(teacher_config, ctx):
+            transformer = Transformer(cfg.model)
+        transformer.requires_grad_(False).eval()
+        teacher = initialize(transformer, teacher_config)
+        teacher.eval()
+        engines.teacher = ShardedTeacher(teacher, engine, optimizer)
+    else:
+        transformer = Transformer(cfg.model).to(ctx.device, ctx.dtype)
+        transformer.requires_grad_(False).eval()
+        if cfg.train.compile:
+            compile_blocks(transformer)
+        if ctx.tensor > 1:  # an engine of stage 0 only splits the layers
+            transformer = initialize(transformer, teacher_config | {"zero_optimization": {"stage": 0}}).module
+        engines.teacher = ReplicatedTeacher(transformer, engine, optimizer)
+    assert not any(q.requires_grad for q in transformer.parameters())
+    engines.refresh_teacher()
+    return engines
+
+
+def choose_attention(cfg: RunConfig, ctx: Context) -> None:
+    """The attention kernel of this run. Raises ``UserError`` for one by name that cannot do what the run needs."""
+    masked = cfg.self_guided.enabled and round(cfg.self_guided.mask_ratio * (cfg.model.image_tokens - 1)) > 0
+    hidden = torch.zeros(1, cfg.model.image_tokens, dtype=torch.bool)
+    masks = (MaskSpec.hidden(hidden),) if masked else ()
+    set_backend(cfg.attention.backend, device=ctx.device, dtype=ctx.dtype, head_dim=cfg.model.head_dim, masks=masks)
+
+
+def compile_blocks(transformer: Transformer) -> None:
+    """Each block by itself: equal blocks share one compilation, and a change of the loss compiles nothing again."""
+    for block in transformer.layers:
+        block.compile()
+
+
+def split_loss(output: nn.Module, group: dist.ProcessGroup) -> None:
+    """Teach the layer that AutoTP put in the place of ``model.layers.Head`` the loss over its share of the vocabulary."""
+    logits = output.forward
+
+    def forward(x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        if targets is None:
+            return logits(x)
+        return linear_cross_entropy(x.flatten(0, -2), output.weight, targets.flatten(), group)
+
+    output.forward = forward  # type: ignore[method-assign]
+
+
+def zero_init_context(config: dict[str, Any], ctx: Context) -> AbstractContextManager[Any]:
+    """``zero.Init`` at stage 3, so that no rank ever holds a whole network; nothing at the other stages.
+
+    It must know the data group: over all ranks it would mix the shards of tensor ranks.
+    """
+    if config["zero_optimization"]["stage"] < 3:
+        return nullcontext()
+    group = ctx.data_group if ctx.tensor > 1 else None
+    return deepspeed.zero.Init(config_dict_or_path=config, data_parallel_group=group)
+
+
+def import_muon() -> None:
+    """DeepSpeed imports its Muon with any optimizer under ZeRO, and a ``torch.compile`` in it fetches the compiler: a
+    quarter of the CPU time of a rank's start, for what no run here uses. So it is imported with the compiler off."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+def initialize(module: nn.Module, config: dict[str, Any], optimizer: AdamWEMA | None = None) -> Any:
+    import_muon()
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    # DeepSpeed compares the first batch of a tensor group by pickling it; `parallel.check_batches` does every one.
+    if hook := getattr(engine, "first_dataloader_check", None):
+        hook.remove()
+    if optimizer is not None:
+        install_step_skip(engine, optimizer)
+    return engine

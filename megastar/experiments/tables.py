@@ -1,0 +1,164 @@
+"""The results as tables: Markdown, and the console's, cut to its width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from megastar.experiments.plan import difference
+from megastar.experiments.results import HIGHER, Results
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Rows = list[list[str]]  # the header first
+UNBROKEN = "\N{NO-BREAK SPACE}"
+
+
+def quantities_table(results: Results, summary: Mapping[str, Any], weights: str) -> Rows:
+    """A row a variant: mean and standard deviation over seeds of each quantity."""
+    table = summary["weights"][weights]
+    rows = [["variant", "seeds", *map(heading, table)]]
+    for variant, label in results.labels.items():
+        mine = [r.name for r in results.runs if r.variant == variant]
+        done = [n for n in mine if weights in results.rows.get(n, {}).get("weights", {})]
+        cells = [shown(q[variant], digits(q)) if variant in q else "" for q in table.values()]
+        rows.append([label, f"{len(done)}/{len(mine)}", *cells])
+    return rows
+
+
+def differences_table(results: Results, summary: Mapping[str, Any], weights: str) -> Rows:
+    """A row a pair: a variant less a baseline of the same seed, mean and standard deviation over seeds."""
+    table, pairs = summary["weights"][weights], summary["differences"][weights]
+    rows = [["difference", "seeds", *map(heading, table)]]
+    for b, a in results.pairs():
+        if cells := pairs.get(f"{b} - {a}"):
+            seeds = max(cell["n"] for cell in cells.values())
+            values = [shown(cells[n], digits(q), "+") if n in cells else "" for n, q in table.items()]
+            rows.append([f"{results.labels[b]} − {results.labels[a]}", str(seeds), *values])
+    return rows
+
+
+def cost_table(results: Results, summary: Mapping[str, Any]) -> Rows:
+    """A row a variant: how much it sees, and what an image costs."""
+    cost = summary["cost"]
+    whole = any(c["with_startup"] for c in cost.values())
+    cpu = "CPU ms an image, start-up too" if whole else "CPU ms an image"
+    header = ["variant", "images", "sequences", "s a run", "clock ms an image", cpu]
+    rows = [header + [f"× {results.labels[b]}" for b in results.baselines]]
+    for variant, label in results.labels.items():
+        run = next((r for r in results.runs if r.variant == variant), None)
+        c = cost[variant]
+        counts = [f"{run.images:,}", f"{run.sequences:,}"] if run else ["", ""]
+        numbers = [(c["seconds"], ".0f"), (c["ms_per_image"], ".2f"), (c["cpu_ms_per_image"], ".2f")]
+        numbers += [(c["relative"][b], ".2f") for b in results.baselines]
+        rows.append([label, *counts, *("" if value is None else f"{value:{form}}" for value, form in numbers)])
+    return rows
+
+
+def changes_table(results: Results) -> Rows:
+    """A row a variant: the fields in which it differs from the base run."""
+    changes = {results.labels[r.variant]: difference(results.cfg, r) for r in results.runs}
+    return [["variant", "fields"], *([label, "; ".join(fields) or "nothing"] for label, fields in changes.items())]
+
+
+def markdown(results: Results, summary: Mapping[str, Any], command: str) -> str:
+    """table.md."""
+    c = results.cfg
+    out = [f"`{command}`", about(results)]
+    for weights in c.weights:
+        out += [f"## {weights} weights", as_markdown(quantities_table(results, summary, weights))]
+        if len(pairs := differences_table(results, summary, weights)) > 1:
+            out += ["Differences within a seed, mean ± standard deviation over seeds:", as_markdown(pairs)]
+    out += ["## Cost", cost_note(results), as_markdown(cost_table(results, summary))]
+    out += ["## What differs from the base run", as_markdown(changes_table(results))]
+    return "\n\n".join(out) + "\n"
+
+
+def show(results: Results, summary: Mapping[str, Any], console: Console) -> None:
+    """The tables on the console."""
+    for weights in results.cfg.weights:
+        console.print(f"\n[bold]{weights} weights[/], mean ± standard deviation over seeds", highlight=False)
+        print_rows(quantities_table(results, summary, weights), console)
+        if len(pairs := differences_table(results, summary, weights)) > 1:
+            print_rows(pairs, console)
+    console.print("\n[bold]cost[/]", highlight=False)
+    print_rows(cost_table(results, summary), console)
+    console.print(about(results), cost_note(results), sep="\n", highlight=False, markup=False)
+
+
+def about(results: Results) -> str:
+    """How the quantities were measured."""
+    c = results.cfg
+    return (
+        f"Mean ± standard deviation (n - 1) over seeds; n=1 is one seed, whose spread nobody knows. Probe: block "
+        f"{c.probe.block}, null class, fitted on {c.probe.fit_on}, scored on {c.probe.score_on}; the best position is "
+        f"each run's own. Scores: {c.sample.count} pictures, cfg_scale {c.sample.cfg_scale:g}, temperature "
+        f"{c.sample.temperature:g}, against {' and '.join(c.score.against)}. Validation loss: next token, one crop, no "
+        f"mask, the student's weights. ↑ more is better, ↓ less is better."
+    )
+
+
+def cost_note(results: Results) -> str:
+    """What the columns of the cost table mean."""
+    kind = "clock" if results.gpus else "CPU"
+    return (
+        f"Medians over runs. s a run: by the clock, start-up, validation and saving too. An image: the training steps "
+        f"alone unless the column says otherwise. × NAME: {kind} time an image over NAME's."
+    )
+
+
+# Forms -------------------------------------------------------------------------------------------------------------
+def heading(quantity: str) -> str:
+    return f"{quantity} {'↑' if quantity.startswith(HIGHER) else '↓'}"
+
+
+def digits(quantity: Mapping[str, Mapping[str, Any]]) -> int:
+    """Behind the point, the same for all variants."""
+    largest = max((abs(s["mean"]) for s in quantity.values()), default=0.0)
+    return 2 if largest >= 10 else 3 if largest >= 1 else 4
+
+
+def shown(s: Mapping[str, Any], digits: int, sign: str = "") -> str:
+    """4.31 ± 0.02; one seed says so."""
+    mean = f"{s['mean']:{sign}.{digits}f}"
+    return f"{mean} (n=1)" if s["std"] is None else f"{mean} ± {s['std']:.{digits}f}"
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    header, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([header, "|" + "---|" * len(rows[0]), *body])
+
+
+def print_rows(rows: Rows, console: Console) -> None:
+    """One table, or several with the same first column where the console is too narrow for one."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    for columns in cut(rows, console.width):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for i in columns:  # a heading may be broken, a value not
+            justify: Literal["left", "right"] = "right" if i else "left"
+            table.add_column(Text(rows[0][i]), justify=justify, vertical="bottom", width=wide(rows, i))
+        for row in rows[1:]:
+            table.add_row(*(Text(row[i].replace(" ", UNBROKEN)) for i in columns))
+        console.print(table)
+
+
+def cut(rows: Rows, width: int) -> list[list[int]]:
+    """Columns of each table, none wider than ``width`` as far as its columns allow; the first column leads each."""
+    tables, used = [[0]], wide(rows, 0)
+    for i in range(1, len(rows[0])):
+        space = wide(rows, i) + 3  # between columns
+        if used + space > width - 2 and len(tables[-1]) > 1:
+            tables.append([0])
+            used = wide(rows, 0)
+        tables[-1].append(i)
+        used += space
+    return tables
+
+
+def wide(rows: Rows, i: int) -> int:
+    """Characters that column ``i`` needs: its widest value, and the longest word of its heading."""
+    return max(*(len(word) for word in rows[0][i].split()), *(len(row[i]) for row in rows[1:]), 1)

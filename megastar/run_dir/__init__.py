@@ -1,0 +1,1 @@
+"""What a run folder holds and how to read it. No torch."""

@@ -1,0 +1,143 @@
+"""A run's folder of checkpoints: which are complete, which to keep, whether one is what was written.
+
+checkpoints/step-00000400/   state-*.safetensors (one a rank), random-*.pt (one a data rank), megastar.json
+checkpoints/latest           the name of the newest complete one
+checkpoints/.writing/        one that is being written; it gets its name when it is complete
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megastar.config.schema import RunConfig
+from megastar.errors import UserError
+from megastar.run_dir.layout import FORMAT, MANIFEST
+from megastar.utils.files import sha256, sync_folder, write_atomic
+
+WRITING = ".writing"
+OLD = ".old"  # after the name of one that a new one of the same step replaces
+NAME = re.compile(r"step-\d{8}(\.old)?")
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def folder_of(cfg: RunConfig) -> Path:
+    return Path(cfg.run) / "checkpoints"
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints of ``folder``, oldest first. A half-written one never counts, nor a user's copy."""
+    found = [p.parent for p in folder.glob(f"step-*/{MANIFEST}") if NAME.fullmatch(p.parent.name)]
+    return sorted(found, key=lambda p: (step_in(p), not p.name.endswith(OLD)))
+
+
+def step_in(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-").removesuffix(OLD))
+
+
+def remove(checkpoint: Path) -> None:
+    """Its manifest goes first, so that a removal that is cut off leaves nothing that looks complete."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of ``folder``, or None."""
+    pointer = folder / "latest"
+    if pointer.is_file() and (folder / pointer.read_text().strip() / MANIFEST).is_file():
+        return folder / pointer.read_text().strip()
+    return (complete(folder) or [None])[-1]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A run folder, its checkpoints folder, or one checkpoint -> the checkpoint."""
+    if (path / MANIFEST).is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir() and (found := latest(folder)):
+            return found
+    raise UserError(f"no complete checkpoint in {path}: name a run folder or a folder step-*")
+
+
+def publish(folder: Path, name: str, manifest: dict[str, Any], written: Path | None = None) -> Path:
+    """``written`` (``.writing/name``) -> ``name``, with its manifest, and only then named by ``latest``."""
+    written = written or folder / WRITING / name
+    write_atomic(written / MANIFEST, json.dumps(manifest, indent=1).encode())
+    before = folder / (name + OLD)
+    if (folder / name).exists():  # the same step again, after a resume from an earlier one
+        if before.exists():  # what a killed save left
+            remove(before)
+        (folder / name).rename(before)  # it still counts until the new one does
+    written.rename(folder / name)
+    sync_folder(folder)
+    write_atomic(folder / "latest", f"{name}\n".encode())
+    if before.exists():
+        remove(before)
+    shutil.rmtree(folder / WRITING, ignore_errors=True)
+    return folder / name
+
+
+def retire(cfg: RunConfig, folder: Path) -> None:
+    """Remove all but the last ``keep_last`` checkpoints, each ``keep_every``-th step and the best by validation loss.
+
+    What ``latest`` names stays in any case.
+    """
+    known = complete(folder)
+    keep = set(known[-max(1, cfg.train.keep_last) :]) | {latest(folder)}
+    if cfg.train.keep_every:
+        keep |= {p for p in known if step_in(p) % cfg.train.keep_every == 0}
+    if cfg.train.keep_best:
+        scores = {p: json.loads((p / MANIFEST).read_text()).get("val_loss_ar") for p in known}
+        scored = [p for p in known if scores[p] is not None]
+        keep |= set(sorted(scored, key=lambda p: scores[p])[:1])
+    for old in set(known) - keep:
+        remove(old)
+
+
+def parse_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint as it is; ``UserError`` for none, a damaged one, and one of another format."""
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{checkpoint} is no complete checkpoint: {MANIFEST} is missing; name a folder step-* of a run")
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): restore it") from error
+    if about.get("format") != FORMAT:
+        raise UserError(
+            f"{checkpoint} has format {about.get('format')}, this megastar reads {FORMAT}: use the version that wrote it"
+        )
+    return about
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """``parse_manifest``, after the checkpoint's files were compared with it in name and size."""
+    about = parse_manifest(checkpoint)
+    for name, entry in about["files"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise UserError(
+                f"{checkpoint} lacks {name} ({entry['whose']}): restore it, or remove the folder to resume from an earlier one"
+            )
+        if file.stat().st_size != entry["bytes"]:
+            raise UserError(
+                f"{file} has {file.stat().st_size} bytes, its manifest says {entry['bytes']}: it is damaged"
+            )
+    return about
+
+
+def verify(checkpoint: Path, names: Iterable[str] | None = None) -> None:
+    """Compare the files' hashes (all, or those named) with the manifest; ``UserError`` names the damaged one."""
+    files = read_manifest(checkpoint)["files"]
+    for name in files if names is None else names:
+        if sha256(checkpoint / name) != files[name]["sha256"]:
+            raise UserError(
+                f"{checkpoint / name} is damaged: its SHA-256 differs from the manifest's; restore it, or remove its folder"
+            )

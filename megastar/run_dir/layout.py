@@ -1,0 +1,10 @@
+"""Names of the files in a run folder and in a checkpoint."""
+
+from __future__ import annotations
+
+HEARTBEATS = "heartbeats"
+STACKS, LOST = "stacks", "lost.jsonl"
+SKIPPED = "skipped.jsonl"
+ROLLBACKS = "rollbacks.jsonl"
+MANIFEST = "megastar.json"  # of a checkpoint
+FORMAT = 2  # of a checkpoint

@@ -1,0 +1,237 @@
+"""What a run's numbers say about the method, while it trains: warnings, each with a remedy. No torch.
+
+A check is a pure function of the configuration and the rows of metrics.jsonl; `megastar status` asks the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megastar.config.load import resolve_batch
+from megastar.config.schema import RunConfig, SelfGuidedConfig
+from megastar.run_dir.events import read_ends
+
+if TYPE_CHECKING:
+    pass
+
+Rows = Sequence[dict[str, Any]]
+
+RECENT = 10  # rows of which a mean is taken: one step's accuracy or loss is noise
+FIRST, KEPT = 10, 50  # rows of the run's beginning, and the newest: all that a check looks at
+SETTLED = 200  # steps after optim.warmup_steps: before, nothing was learned yet. The demo is off chance after 10
+CHANCE = 2.0  # times the accuracy of guessing; the demo has 10 times that after 10 steps
+FEW_IMAGES = 8  # with fewer to choose from, guessing is right too often to be told from learning
+COLLAPSED = 0.1  # spread: the mean cosine between two images is then about 1 - 0.1^2 = 0.99
+TRIVIAL = 1e-4  # L_MIM: bf16 rounds a feature by 4e-3 of it, which makes 1 - cos about 1e-5
+INITIAL_LEFT = math.exp(-1)  # weight of the first weights in the last teacher: 1 / (1 - decay) steps are the whole run
+TRIAL = 100  # steps of a run that is no more than a trial: its teacher does not matter
+FOLLOWED = 0.05  # weight of the first weights at which the teacher's distance is its lag, not its beginning
+TOO_FAR = 0.5  # teacher_distance: half of the student's norm is news to the teacher
+GROWING = 1.2  # growth of teacher_distance over KEPT rows, each fifth of them above the one before
+NEAR = 0.01  # teacher_distance below which its growth does not matter; a teacher with decay 0 has 0
+CONSTANTS = 5  # times 1 / (1 - decay) steps, after which the distance should have come to rest
+GUESSING = 0.05  # nats below ln V, or below the run's first rows
+
+
+# Numbers -----------------------------------------------------------------------------------------------------------
+def values(rows: Rows, name: str, count: int = RECENT) -> list[float]:
+    """The newest ``count`` values; none where there are fewer yet, or one is not finite."""
+    found = [r[name] for r in rows[-KEPT:] if name in r][-count:]
+    fine = all(isinstance(v, (int, float)) and math.isfinite(v) for v in found)
+    return found if fine and len(found) == count else []
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run folder that a look at it needs: these checks', and `megastar status`'s."""
+    return read_ends(run / "metrics.jsonl", FIRST, KEPT)
+
+
+def trained(rows: Rows) -> list[dict[str, Any]]:
+    """Without the rows of validations and saves."""
+    return [r for r in rows if "loss_ar" in r and isinstance(r.get("step"), int)]
+
+
+def mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def settled(cfg: RunConfig, rows: Rows, count: int = RECENT) -> bool:
+    """Whether the newest ``count`` rows are all of a time when something should have been learned."""
+    return len(rows) >= count and rows[-count]["step"] >= cfg.optim.warmup_steps + SETTLED
+
+
+def initial_left(cfg: SelfGuidedConfig, steps: int) -> float:
+    """Weight of the first weights in the teacher after ``steps`` steps: the product of decay_at (teacher/schedule.py)."""
+    d, warm = cfg.teacher_decay, 0
+    if cfg.teacher_warmup:  # (1 + t) / (10 + t) until it reaches the decay
+        warm = steps if d == 1 else min(steps, max(0, math.ceil((10 * d - 1) / (1 - d))))
+    rest = d ** (steps - warm)
+    return rest * math.exp(math.lgamma(warm + 1) + math.lgamma(10) - math.lgamma(warm + 10))
+
+
+def contrasted(cfg: RunConfig, ranks: int) -> int:
+    """Images among which a contrastive anchor finds its own: those of one forward pass of all data ranks."""
+    micro, _ = resolve_batch(cfg, ranks)
+    return micro * (ranks // cfg.parallel.tensor_parallel)
+
+
+def contrasts(cfg: SelfGuidedConfig) -> bool:
+    return cfg.enabled and bool(cfg.beta and (cfg.step_loss or cfg.view_loss))
+
+
+def uses_teacher(cfg: SelfGuidedConfig) -> bool:
+    return contrasts(cfg) or (cfg.enabled and bool(cfg.alpha))
+
+
+# Checks: "" or one sentence ------------------------------------------------------------------------------------------
+def slow_teacher(cfg: RunConfig, steps: int) -> str:
+    """Known before the first step. Not asked of a run that begins from trained weights: its teacher is good at once."""
+    g = cfg.self_guided
+    if not uses_teacher(g) or steps < TRIAL or cfg.train.init or (left := initial_left(g, steps)) <= INITIAL_LEFT:
+        return ""
+    time = f"follows in about {1 / (1 - g.teacher_decay):,.0f} steps" if g.teacher_decay < 1 else "never moves"
+    return (
+        f"the teacher hardly moves: with self_guided.teacher_decay {g.teacher_decay:g} it {time}, the run has {steps:,}, and "
+        f"{left:.0%} of the last teacher are still the random first weights: set self_guided.teacher_warmup=true, or "
+        f"teacher_decay to {1 - 10 / steps:.3g} or less"
+    )
+
+
+def few_negatives(cfg: RunConfig, images: int, steps: int) -> str:
+    """Known before the first step too."""
+    g = cfg.self_guided
+    if not contrasts(g) or steps < TRIAL or images >= FEW_IMAGES:
+        return ""
+    among = (
+        f"{images - 1} others"
+        if images > 2
+        else ("one other" if images == 2 else "no other, so nothing is learned from it")
+    )
+    return (
+        f"the contrastive terms have few negatives: each anchor tells its image from {among} (a forward pass of all data "
+        f"ranks; train.global_batch {cfg.train.global_batch}, train.micro_batch {cfg.train.micro_batch}): raise them or use "
+        "more ranks, since accumulated micro-batches do not add negatives, or set self_guided.beta=0"
+    )
+
+
+def at_start(cfg: RunConfig, images: int, steps: int) -> dict[str, str]:
+    """Kind of trouble -> a sentence, of what is known before the first of ``steps`` steps."""
+    known = {"slow_teacher": slow_teacher(cfg, steps), "few_negatives": few_negatives(cfg, images, steps)}
+    return {kind: text for kind, text in known.items() if text}
+
+
+def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
+    if images < FEW_IMAGES or not settled(cfg, rows):
+        return ""
+    low = {n: mean(v) for n in ("acc_step", "acc_view") if (v := values(rows, n)) and mean(v) < CHANCE / images}
+    if not low:
+        return ""
+    what = " and ".join(f"{n} {v:.2g}" for n, v in low.items())
+    remedy = "raise optim.lr or lower self_guided.temperature"
+    if not_learning(cfg, images, rows):
+        remedy = "change optim.lr: the next-token loss does not fall either"
+    return (
+        f"contrastive accuracy sits at chance: {what} over {RECENT} rows, guessing gives {1 / images:.2g} (1 of {images} "
+        f"images): see that the stored views of a sample show one picture (megastar data stats), then {remedy}"
+    )
+
+
+def collapse(cfg: RunConfig, images: int, rows: Rows) -> str:
+    if not settled(cfg, rows):  # a projector that has learned nothing gives its biases, for all images the same
+        return ""
+    both = {n: mean(v) for n in ("student", "teacher") if (v := values(rows, f"spread_{n}"))}
+    low = [f"spread_{n} {v:.2g}" for n, v in both.items() if v < COLLAPSED]
+    if not low:
+        return ""
+    remedy = (
+        "begin again from a checkpoint before it (train.init, another run=...) with a lower optim.lr or a larger "
+        "train.global_batch"
+    )
+    if not_learning(cfg, images, rows):  # an untrained projector is no better: the rate may also be near 0
+        remedy = f"change optim.lr (now {cfg.optim.lr:g}) first, the next-token loss does not fall either"
+    return f"features collapse: {' and '.join(low)} over {RECENT} rows, spread-out features have about 1: {remedy}"
+
+
+def far_teacher(cfg: RunConfig, images: int, rows: Rows) -> str:
+    g, away = cfg.self_guided, values(rows, "teacher_distance")
+    if not away or mean(away) < TOO_FAR or initial_left(g, rows[-RECENT]["step"]) > FOLLOWED:
+        return ""
+    return (
+        f"the teacher does not keep up: teacher_distance is {mean(away):.2g} over {RECENT} rows, so the student's targets "
+        f"are of another network: lower self_guided.teacher_decay (now {g.teacher_decay:g}) if the losses fall, else optim.lr"
+    )
+
+
+def growing_teacher(cfg: RunConfig, images: int, rows: Rows) -> str:
+    g, away = cfg.self_guided, values(rows, "teacher_distance", KEPT)
+    rest = cfg.optim.warmup_steps + CONSTANTS / max(1 - g.teacher_decay, 1e-9)
+    if not away or rows[-KEPT]["step"] < rest:
+        return ""
+    fifth = KEPT // 5
+    means = [mean(away[i : i + fifth]) for i in range(0, KEPT, fifth)]
+    if means != sorted(means) or means[-1] < max(NEAR, GROWING * means[0]):
+        return ""
+    return (
+        f"the teacher falls behind: teacher_distance grew from {means[0]:.2g} to {means[-1]:.2g} within {KEPT} rows, long "
+        "after it should have come to rest: the student drifts, lower optim.lr"
+    )
+
+
+def trivial_mim(cfg: RunConfig, images: int, rows: Rows) -> str:
+    loss, g = values(rows, "loss_mim"), cfg.self_guided
+    if not loss or mean(loss) >= TRIVIAL:
+        return ""
+    return (
+        f"the MIM loss is trivially small: {mean(loss):.2g} over {RECENT} rows, student and teacher compute the same: "
+        f"raise self_guided.mask_ratio (now {g.mask_ratio:g}) or teacher_decay (now {g.teacher_decay:g}), or set alpha=0 "
+        "to save the work"
+    )
+
+
+def always_clipped(cfg: RunConfig, images: int, rows: Rows) -> str:
+    norms, clip = values(rows, "grad_norm", KEPT), cfg.optim.grad_clip
+    if not clip or not norms or min(norms) <= clip or not settled(cfg, rows, KEPT):
+        return ""
+    return (
+        f"every gradient is clipped: grad_norm was {min(norms):.2g} to {max(norms):.2g} in {KEPT} rows, optim.grad_clip is "
+        f"{clip:g}: no harm while the loss falls, else lower optim.lr or lengthen optim.warmup_steps"
+    )
+
+
+def not_learning(cfg: RunConfig, images: int, rows: Rows) -> str:
+    now, first = values(rows, "loss_ar"), values(rows[:FIRST], "loss_ar", FIRST)
+    if not now or not settled(cfg, rows):
+        return ""
+    guess = math.log(cfg.model.vocab_size)
+    reference, name = guess, f"guessing gives ln {cfg.model.vocab_size} = {guess:.2f}"
+    if first and mean(first) < guess and not cfg.train.init:  # trained weights may have little left to learn
+        reference, name = mean(first), f"the first {FIRST} rows had {mean(first):.2f}"
+    if mean(now) < reference - GUESSING:
+        return ""
+    return (
+        f"the next-token loss does not fall: loss_ar is {mean(now):.2f} over {RECENT} rows, {name}: see that optim.lr is "
+        "neither near 0 nor too high, and that the shards are whole (megastar data verify)"
+    )
+
+
+CHECKS: dict[str, Callable[[RunConfig, int, Rows], str]] = {
+    "accuracy_at_chance": accuracy_at_chance,
+    "collapse": collapse,
+    "far_teacher": far_teacher,
+    "growing_teacher": growing_teacher,
+    "trivial_mim": trivial_mim,
+    "always_clipped": always_clipped,
+    "not_learning": not_learning,
+}
+
+
+def judge(cfg: RunConfig, images: int, rows: Rows) -> dict[str, str]:
+    """Kind of trouble -> a sentence with the remedy. rows: of metrics.jsonl, oldest first; ``images`` as ``contrasted``."""
+    rows = trained(rows)
+    found = {kind: text for kind, check in CHECKS.items() if (text := check(cfg, images, rows))}
+    if "collapse" in found:
+        found.pop("accuracy_at_chance", None)  # a consequence, for which a higher learning rate is no remedy
+    return found

@@ -1,0 +1,63 @@
+"""What is asked of a sampler, and whether it can be done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megastar.config.schema import ModelConfig
+from megastar.errors import UserError
+from megastar.sampling.guidance import SCHEDULES
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are drawn; the defaults are the model's own distribution.
+
+    ``cfg_scale`` 1 means no guidance; ``cfg_schedule`` and ``cfg_interval`` as in ``guidance.scales``; ``top_k`` 0
+    keeps all codes, and so does one above the vocabulary.
+    """
+
+    cfg_scale: float = 1.0
+    cfg_schedule: str = "constant"
+    cfg_interval: int = -1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def problems(self, c: ModelConfig) -> list[str]:
+        """One sentence for each value that makes no sense."""
+        out = []
+        if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 1):
+            out.append(f"cfg_scale {self.cfg_scale}: guidance starts at 1, which means none")
+        if self.cfg_schedule not in SCHEDULES:
+            out.append(f"cfg_schedule {self.cfg_schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        if self.cfg_interval < -1:
+            out.append(f"cfg_interval {self.cfg_interval}: give -1 (guide every token) or a token number")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            out.append(f"temperature {self.temperature} must be above 0; for the most probable token take top_k 1")
+        if self.top_k < 0:
+            out.append(f"top_k {self.top_k} must be 0 (all codes) or more; {c.vocab_size} codes exist")
+        if not 0 < self.top_p <= 1:
+            out.append(f"top_p {self.top_p} must lie above 0 and not above 1 (all codes)")
+        return out
+
+
+def check_request(c: ModelConfig, labels: Tensor, seeds: Sequence[int], options: SamplingOptions, batch: int) -> None:
+    """Raises ``UserError`` with every problem of a request, one a line."""
+    problems = []
+    outside = labels[(labels < 0) | (labels >= c.num_classes)]
+    if len(outside):
+        problems.append(f"class {int(outside[0])} is outside 0..{c.num_classes - 1}, the classes this model knows")
+    if len(seeds) != len(labels):
+        problems.append(f"{len(seeds)} seeds for {len(labels)} classes: give one seed a sample")
+    if any(not 0 <= s < 2**128 for s in seeds):
+        problems.append("seeds must be integers from 0 to 2^128 - 1")
+    problems += options.problems(c)
+    if batch < 1:
+        problems.append(f"batch {batch} must be at least 1")
+    if problems:
+        raise UserError("\n".join(problems))

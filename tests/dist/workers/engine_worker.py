@@ -1,0 +1,111 @@
+"""Run by torchrun from test_engine.py: trains the tiny run on every case in one process group.
+
+A case: name, changes (of the configuration), tensor, accumulation, and maybe save_at (step), resume (a run's name),
+dropout (seed the generators), init (start from a weights file), validate
+(between the steps).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+
+from megastar.run_dir import checkpoint_dir
+from megastar.engine.checkpointer import load
+from megastar.engine.zero.setup import build, start
+from megastar.engine.checkpointer.async_saver import Saver
+from megastar.checkpoint.convert import full_weights
+from megastar.engine.zero.state_memory import state_bytes
+from megastar.engine.metrics.step_metrics import observed
+from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
+from megastar.model.io import save_model
+from tests.dist.reference import BATCH, STEPS, batch_of, config, initial_weights
+from megastar.checkpoint.rng_state import seed_dropout
+
+
+def forget_mesh() -> None:
+    """DeepSpeed makes its groups once a process; here each case has its own."""
+    groups._TENSOR_MODEL_PARALLEL_GROUP = groups._DATA_PARALLEL_GROUP = groups._MODEL_PARALLEL_GROUP = None
+    groups.mpu = None
+
+
+def run_case(
+    out: Path,
+    name: str,
+    changes: dict,
+    tensor: int = 1,
+    accumulation: int = 1,
+    save_at: int = 0,
+    resume: str = "",
+    dropout: bool = False,
+    init: bool = False,
+    validate: bool = False,
+) -> None:
+    forget_mesh()
+    cfg = config(**changes)
+    cfg.run, cfg.parallel.tensor_parallel = str(out / name), tensor
+    cfg.parallel.check_batches = tensor > 1
+    ctx = start(cfg)
+    cfg.train.micro_batch = BATCH // ctx.mesh.data // accumulation
+    engines = build(cfg, ctx)
+    assert engines.accumulation == accumulation
+    if init:
+        cfg.train.init = str(out / "initial.safetensors")
+        if ctx.main:
+            save_model(cfg.train.init, initial_weights(), cfg.model, {"step": 5})
+        dist.barrier()
+        assert load.load_initial(cfg, ctx, engines)["step"] == 5
+    if dropout:
+        seed_dropout(cfg.train.seed, ctx.mesh.data_rank, 0)
+    engines.student.train()
+    done, saver = 0, Saver(cfg, ctx, engines)
+    if resume:
+        source = checkpoint_dir.latest(out / resume / "checkpoints")
+        done = load.load(cfg, ctx, engines, source)["step"]
+    per, micro = BATCH // accumulation, cfg.train.micro_batch
+    history, memory = [], []
+    for step in range(done, STEPS):
+        sums: dict = {}
+        for a in range(accumulation):
+            first = a * per + ctx.mesh.data_rank * micro
+            loss, parts = losses(cfg, engines, ctx, batch_of(cfg, step, slice(first, first + micro)), step, spreads=True)
+            engines.student.backward(loss)
+            set_schedules(cfg, engines, step, STEPS)
+            engines.student.step()
+            for k, v in parts.items():
+                sums[k] = sums.get(k, 0.0) + v.float() / accumulation
+        engines.refresh_teacher()
+        row = average_over_ranks(ctx, sums)
+        row["grad_norm"] = engines.grad_norm()
+        row |= observed(ctx, engines)
+        memory.append(row.pop("memory_gib"))  # no two runs have the same
+        history.append(row)
+        if validate:
+            first = ctx.mesh.data_rank * micro
+            validation_loss(cfg, engines, ctx, [batch_of(cfg, 100, slice(first, first + micro))])
+        if step + 1 == save_at:
+            saver.save(step + 1, {})  # goes on while the next steps run
+    path = saver.finish()
+    if not save_at:
+        saver.save(STEPS, {})
+        path = saver.finish()
+    assert path is not None
+    if engines.teacher is not None:  # its compute copy is this rank's average, rounded to the compute type
+        for shard, target in engines.teacher.pairs:
+            mean = shard.view("ema")
+            assert torch.equal(target.data.view(-1)[: len(mean)], mean.to(target.dtype)), shard.name
+    if ctx.main:
+        result = {"history": history, "memory_gib": memory, "done": done, "bytes": state_bytes(engines)}
+        (out / f"{name}.json").write_text(json.dumps(result))
+        torch.save({w: full_weights(path, w) for w in ("student", "ema")}, out / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for case in json.loads(sys.argv[2]):
+        run_case(folder, **case)

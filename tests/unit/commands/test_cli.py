@@ -1,0 +1,323 @@
+"""The command line: one sentence for a mistake, help for every command, launchers recognised."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megastar import cli
+from megastar.commands import _common, sample
+from megastar.commands import _launch as launching
+from megastar.commands.demo import ends_of
+from megastar.commands.train_tokenizer import Batches
+from megastar.config.schema import RunConfig, TokenizerConfig, TokenizerTrainConfig
+from megastar.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """A stand-in for the engine, which would import DeepSpeed: remembers what it was asked to train."""
+    calls: list[tuple[RunConfig, bool]] = []
+    module = types.ModuleType("megastar.engine.trainer")
+    module.train = lambda cfg, dry_run=False, stop=None: calls.append((cfg, dry_run))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megastar.engine.trainer", module)
+    monkeypatch.setattr("megastar.commands.train.StopFlag", object)  # the handlers of these tests stay as they are
+    return calls
+
+
+def error(capsys, *words: str) -> str:
+    assert cli.main(words) == 2
+    out = capsys.readouterr()
+    assert out.out == "" and out.err.startswith("megastar: error: ")
+    return out.err.removeprefix("megastar: error: ").rstrip("\n")
+
+
+# Help and mistakes -------------------------------------------------------------------------------------------------
+def test_overview(capsys):
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        assert cli.main(words) == 0
+        text = capsys.readouterr().out
+        assert all(name in text for name in cli.COMMANDS) and "examples:" in text
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == "megastar 0.1.0\n"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help_with_examples(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert text.startswith(f"usage: megastar {command}") and f"examples:\n  megastar {command}" in text
+
+
+def test_train_help_shows_the_fields(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    for words in (
+        "self_guided.teacher_decay",
+        "0.9999",
+        "EMA decay of the teacher [P]",
+        "parallel: the split over GPUs",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trian"], "unknown command 'trian': did you mean train?"),
+        (["xyzzy"], "unknown command 'xyzzy': choose one of demo, train-tokenizer, pretokenize"),
+        (
+            ["train", "a.yaml", "b.yaml"],
+            "two configurations, a.yaml and b.yaml: give one, and fields as section.field=value",
+        ),
+        (["train", "a.yaml"], "configuration a.yaml does not exist: check the path"),
+        (["train"], "command line: data.shards is empty"),
+        (["train", "--nproc", "0"], "argument --nproc: '0' is not a positive integer; see megastar train --help"),
+        (["train", "--dry"], "unrecognized arguments: --dry; see megastar train --help"),
+        (
+            ["train", "configs/run/demo.yaml", "--nproc", "3"],
+            "world size 3 does not divide train.global_batch 64: start 1, 2,",
+        ),
+        (["convert", "run"], "--to is missing: give --to FORMAT and --out, or --inspect; see megastar convert --help"),
+        (["convert", "run", "--to", "llamagen"], "--out is missing: give --to FORMAT and --out, or --inspect"),
+        (["convert", "run", "--inspect", "--out", "x"], "--inspect only looks: give either --inspect, or --to and"),
+        (["convert", "run", "--to", "universal", "--out", "x", "--verify"], "--verify belongs to --inspect"),
+        (
+            ["convert", "run", "--to", "universal", "--out", "x", "--dtype", "bf16"],
+            "--dtype is for --to safetensors and llamagen: leave it out with --to universal",
+        ),
+        (["convert", "run", "--to", "checkpoint", "--out", "x"], "--to checkpoint needs --data, the number of data"),
+        (["convert", "run", "--to", "checkpoint", "--out", "x", "--data", "0"], "'0' is not a positive integer"),
+        (["convert", "nowhere", "--inspect"], "no complete checkpoint in nowhere: name a run folder or a folder"),
+        (["sample", "--like", "codes"], "--like tells how --count pictures spread over the classes: give --count too"),
+        (["sample", "--plan", "random"], "--plan random draws the classes of --count pictures: give --count, and no"),
+        (["sample", "--nproc", "2"], "several processes share a folder: give --npz or --folder"),
+        (["sample", "no.safetensors"], "weights no.safetensors do not exist"),
+        (["evaluate", "--real", "x"], "give either pictures to score or --tokenizer; see megastar evaluate --help"),
+        (["evaluate", "a", "--tokenizer", "t", "--real", "x"], "give either pictures to score or --tokenizer"),
+        (
+            ["demo", "other.yaml"],
+            "megastar demo trains configs/run/demo.yaml: for other.yaml take megastar train other.yaml",
+        ),
+        (
+            ["pretokenize", "nowhere", "--tokenizer", "no.safetensors", "--out", "x"],
+            "tokenizer no.safetensors does not exist",
+        ),
+    ],
+)
+def test_mistakes_are_one_sentence(words, sentence, capsys):
+    assert sentence in error(capsys, *words)
+
+
+def test_demo_outside_a_clone(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megastar.commands.demo.REPOSITORY", tmp_path)
+    assert "the demo needs a clone of the repository: assets/emoji64/emoji64.tar is neither in" in error(capsys, "demo")
+
+
+# Launchers ---------------------------------------------------------------------------------------------------------
+def test_train_gets_the_checked_configuration(trained):
+    words = ["train", "--dry-run", "configs/run/demo.yaml", "train.steps=7", "--nproc", "1", "optim.lr=0.5"]
+    assert cli.main(words) == 0
+    ((cfg, dry_run),) = trained
+    assert dry_run and (cfg.train.steps, cfg.optim.lr, cfg.model.name) == (7, 0.5, "nano")
+
+
+def test_local_rank_of_the_deepspeed_launcher_is_accepted(trained):
+    assert cli.main(["--local_rank=1", "train", "configs/run/demo.yaml"]) == 0
+    assert cli.main(["train", "--local_rank=1", "configs/run/demo.yaml"]) == 0
+    assert len(trained) == 2
+
+
+def test_nproc_starts_processes_unless_a_launcher_did(trained, monkeypatch):
+    started = []
+    monkeypatch.setattr(launching, "launch", lambda n, words: started.append((n, words)) or 7)
+    words = ["train", "configs/run/demo.yaml", "train.steps=3", "--nproc", "2", "--dry-run"]
+    assert cli.main(words) == 7
+    assert started == [(2, ["train", "configs/run/demo.yaml", "train.steps=3", "--dry-run"])] and not trained
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(words) == 0
+    assert len(started) == 1 and len(trained) == 1
+
+
+def test_sample_starts_processes_without_the_launchers_own_word(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(launching, "launch", lambda n, words: started.append((n, words)) or 7)
+    npz = str(tmp_path / "a.npz")
+    assert cli.main(["sample", "--nproc", "3", "--npz", npz, "--seed", "3"]) == 7
+    assert cli.main(["sample", "--npz", npz, "--nproc=2"]) == 7
+    assert started == [(3, ["sample", "--npz", npz, "--seed", "3"]), (2, ["sample", "--npz", npz])]
+
+
+def test_places_of_launched_processes():
+    assert _common.place_of({}) == (0, 1, 0)
+    assert _common.place_of({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (3, 8, 1)
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "2"}
+    assert _common.place_of(slurm | {"SLURM_STEP_NUM_TASKS": "8"}) == (5, 8, 2)
+    assert _common.place_of({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == (0, 1, 0)  # a batch script
+
+
+@pytest.mark.parametrize(
+    ("environ", "launched", "main"),
+    [
+        ({}, False, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, True, False),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, False, True),  # a batch script, before srun
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, True, False),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, True, True),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, False, True),
+    ],
+)
+def test_launchers_are_recognised(environ, launched, main):
+    assert _common.is_launched(environ) is launched
+    assert _common.is_main_process(environ) is main
+
+
+def test_a_mistake_is_told_once(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    for rank, ours, printed in [("0", False, True), ("1", False, False), ("0", True, False), ("1", True, False)]:
+        file.unlink(missing_ok=True)
+        monkeypatch.setenv("RANK", rank)
+        if ours:
+            monkeypatch.setenv(_common.BY_US, "1")
+        assert cli.main(["trian"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err == (
+            "megastar: error: unknown command 'trian': did you mean train?\n" if printed else ""
+        )
+        assert file.exists() is not printed
+    assert json.loads(file.read_text())["message"] == "unknown command 'trian': did you mean train?"
+
+
+def test_a_failure_of_another_rank_reaches_the_user(monkeypatch, tmp_path):
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    _common.tell("the disk of node 2 is full: free some space", {"RANK": "1", "TORCHELASTIC_ERROR_FILE": str(file)})
+
+    def failing(code, rank, file=""):
+        def fake(args):
+            raise ChildFailedError("megastar", {rank: ProcessFailure(rank, 1, code, str(file))})
+
+        monkeypatch.setattr(run, "run", fake)
+
+    failing(2, 1, file)
+    with pytest.raises(UserError, match="the disk of node 2 is full: free some space"):
+        launching.launch(2, ["train"])
+    failing(85, 0)
+    assert launching.launch(2, ["train"]) == 85
+    failing(-9, 1)
+    assert launching.launch(2, ["train"]) == 137
+
+
+@pytest.mark.dist
+def test_two_processes_say_a_mistake_once():
+    code = (
+        "import sys, megastar.cli\n"
+        "from megastar.commands import launch, train\n"
+        "train.main = lambda words: launch.launch(2, ['probe', 'weights'])\n"
+        "sys.exit(megastar.cli.main(['train']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2
+    wanted = "megastar: error: the following arguments are required: --val-shards; see megastar probe --help\n"
+    assert done.stderr == wanted and done.stdout == ""
+
+
+# Small parts of commands -------------------------------------------------------------------------------------------
+def test_classes_by_name_and_number():
+    names = ["activities", "food", "travel"]
+    assert sample.choose_labels(names, "travel, 0", 2, None, None, 0) == [2, 2, 0, 0]
+    assert sample.choose_labels(names, None, 1, None, None, 0) == [0, 1, 2]
+    assert sample.choose_labels(names, None, 1, 7, None, 0) == [0, 1, 2, 0, 1, 2, 0]
+    assert sample.choose_labels([str(i) for i in range(1000)], None, 1, None, None, 0) == list(range(16))
+    with pytest.raises(UserError, match="class 'fod' is unknown: did you mean food?"):
+        sample.choose_labels(names, "fod", 1, None, None, 0)
+    with pytest.raises(UserError, match=r"class 3 is outside 0..2, the classes of these weights"):
+        sample.choose_labels(names, "3", 1, None, None, 0)
+
+
+def test_count_follows_the_frequencies_of_like():
+    like = [0] * 90 + [1] * 10
+    drawn = sample.choose_labels(["a", "b"], None, 1, 100, like, 0)
+    assert sorted(drawn) == like  # a whole pass takes each real label once
+    assert drawn == sample.choose_labels(["a", "b"], None, 1, 100, like, 0) != like
+    assert set(sample.choose_labels(["a", "b"], "b", 1, 30, like, 0)) == {1}
+    with pytest.raises(UserError, match="--like holds no picture of the classes c"):
+        sample.choose_labels(["a", "b", "c"], "c", 1, 5, like, 0)
+
+
+def test_ends_of_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert ends_of(path) == ({}, {})
+    path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "val_loss_ar": 2}\n{"step": 5, "loss": 2}\n')
+    assert [r["step"] for r in ends_of(path)] == [1, 5]
+
+
+# The tokenizer's batches -------------------------------------------------------------------------------------------
+def folder_of_pictures(tmp_path, count=6):
+    for i in range(count):
+        path = tmp_path / "pictures" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), 40 * i, np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+def test_tokenizer_batches_are_a_function_of_the_step(tmp_path):
+    from megastar.data.images.dataset import PictureSet
+
+    pictures = PictureSet(folder_of_pictures(tmp_path))
+    cfg = TokenizerTrainConfig(tokenizer=TokenizerConfig(image_size=8), batch=2)
+    with Batches(pictures, cfg) as one:
+        first = [one(step) for step in range(6)]
+    with Batches(pictures, cfg) as other:  # a resumed run starts in the middle
+        assert all((other(step) == first[step]).all() for step in (4, 5, 2))
+    assert first[0].shape == (2, 8, 8, 3)
+    for epoch in (first[:3], first[3:]):  # no picture is left out of a pass
+        assert sorted({int(x[0, 0, 0]) for batch in epoch for x in batch}) == [0, 40, 80, 120, 160, 200]
+
+
+def test_tokenizer_batches_step_over_a_broken_picture(tmp_path):
+    from megastar.data.images.dataset import PictureSet
+
+    folder = folder_of_pictures(tmp_path)
+    (folder / "class0" / "2.png").write_bytes(b"no picture")
+    cfg = TokenizerTrainConfig(tokenizer=TokenizerConfig(image_size=8), batch=6)
+    with Batches(PictureSet(folder), cfg) as batches:
+        colours = sorted(int(x[0, 0, 0]) for x in batches(0))
+        assert batches.broken == {"class0/2"}
+    assert colours == [0, 40, 120, 160, 160, 200]
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"")
+    with Batches(PictureSet(folder), cfg) as batches, pytest.raises(UserError, match=r"no picture of .* can be read"):
+        batches(0)
+
+
+def test_train_tokenizer_with_too_few_pictures(tmp_path, capsys):
+    words = [f"pictures={folder_of_pictures(tmp_path)}", f"out={tmp_path / 'run'}", "batch=64"]
+    assert "holds 6 pictures, fewer than batch 64: lower batch" in error(capsys, "train-tokenizer", *words)

@@ -1,0 +1,63 @@
+"""A batch that does not come is in the events while it does not."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+from megastar.data import loader as loader_module
+from megastar.engine.input_pipeline import wait_reporter as waits_module
+from megastar.engine.input_pipeline.wait_reporter import WaitReporter
+from megastar.run_dir.events import open_situations, read_events
+from tests.unit.data.shards.test_shards import write_set
+from tests.unit.data.test_loader import loader
+
+
+def test_a_long_wait_is_told_once_while_it_lasts_and_when_it_is_over(tmp_path, monkeypatch, capsys):
+    gate, original = threading.Event(), loader_module.read_checked
+
+    def held(*arguments):
+        assert gate.wait(20)
+        return original(*arguments)
+
+    monkeypatch.setattr(loader_module, "read_checked", held)
+    monkeypatch.setattr(waits_module, "SAY_AFTER", 0.2)
+    source = loader(write_set(tmp_path / "codes", (12, 12)))
+    waits = WaitReporter(source, SimpleNamespace(rank=3), tmp_path)
+    batches = source.batches(give_up=lambda: bool(waits.poll()))
+    during: list[dict] = []
+
+    def let_go() -> None:
+        while not during:
+            during.extend(open_situations(read_events(tmp_path)))
+            time.sleep(0.01)
+        time.sleep(0.3)
+        gate.set()
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    for _ in range(3):
+        waits.begin()
+        next(batches)
+        waits.end()
+    thread.join()
+    source.close()
+    first, over = read_events(tmp_path)
+    assert first == during[0] and first["event"] == "warning" and first["step"] == 0
+    assert "rank 3 on " in first["text"] and "for its batch of step 1" in first["text"]
+    assert f"they are read from {tmp_path / 'codes'}" in first["text"] and first["text"] in capsys.readouterr().out
+    assert over["over"] and over["text"].startswith("the batch of step 1 came after")
+
+
+def test_what_ails_the_store_is_told_by_one_rank_of_a_host(tmp_path):
+    source = SimpleNamespace(step=4, said=lambda: ("", trouble))
+    trouble = ""
+    ranks = [WaitReporter(source, SimpleNamespace(rank=r), tmp_path) for r in range(2)]
+    ranks[1].store = ranks[0].store
+    for trouble in ("", "the cache is full", "the cache is full", ""):  # noqa: B007
+        for rank in ranks:
+            rank.begin()
+            rank.end()
+    full, over = read_events(tmp_path)
+    assert full["text"].endswith(": the cache is full") and not full["over"] and over["over"]

@@ -1,0 +1,319 @@
+"""When the judge of the watchdog speaks, and whom it blames; what evidence it leaves. Real processes: tests/dist."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+
+from megastar.config.schema import RunConfig
+from megastar.engine import phase
+from megastar.engine.exit_codes import RANK_FAILURE
+from megastar.engine.fault_tolerance.failure_detector import Judge
+from megastar.engine.fault_tolerance.heartbeat import ALIVE, ENDED, LEFT, OVERDUE, Heartbeat
+from megastar.engine.fault_tolerance.postmortem import record_loss, write_stacks
+from megastar.engine.fault_tolerance.watchdog import Watchdog, watch
+from megastar.engine.phase import DATA, ENDING, PHASE, SAVING, STARTING, limit_of
+from megastar.run_dir.events import read_events
+from megastar.run_dir.status import heartbeats_of
+
+TICK = 1.0
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    PHASE.reset()
+    yield
+    PHASE.reset()
+
+
+def config(**faults: float) -> RunConfig:
+    cfg = RunConfig()
+    cfg.faults.hang_timeout, cfg.faults.lost_timeout = 100.0, 20.0
+    for name, value in faults.items():
+        setattr(cfg.faults, name, value)
+    return cfg
+
+
+class Ranks:
+    """A judge of rank ``rank`` and what it hears, second by second of a clock that the test moves."""
+
+    def __init__(self, cfg: RunConfig, rank: int = 0, world: int = 4):
+        PHASE.begin(1)
+        PHASE.begin(2)  # behind the first step, which may take longer
+        PHASE.at("asking all ranks")
+        self.judge, self.now, self.beat = Judge(cfg, rank, TICK, "node0"), 0.0, 0
+        self.others = {
+            r: Heartbeat(r, f"node{r}", 100 + r, step=2, phase="asking all ranks", collectives=9) for r in range(world)
+        }
+        self.me = self.others.pop(rank)
+        self.judge.advance(0.0)
+
+    def seconds(self, count: int, silent: tuple[int, ...] = (), contact: bool = True):
+        """The first verdict within so many seconds, and when it came."""
+        for _ in range(count):
+            self.now += TICK
+            self.beat += 1
+            self.judge.advance(self.now)
+            for rank, beat in self.others.items():
+                if rank not in silent and beat.flag != LEFT:
+                    beat.beat = self.beat
+            if contact:
+                self.judge.hear({r: b.encode() for r, b in self.others.items()})
+            if verdict := self.judge.verdict(self.me):
+                return verdict
+        return None
+
+    def say(self, rank: int, **what) -> None:
+        for name, value in what.items():
+            setattr(self.others[rank], name, value)
+
+
+def test_a_silent_rank_is_lost():
+    ranks = Ranks(config())
+    assert ranks.seconds(5) is None
+    verdict = ranks.seconds(40, silent=(3,))
+    assert verdict and (verdict.kind, verdict.status, [b.rank for b in verdict.culprits]) == ("lost", RANK_FAILURE, [3])
+    assert verdict.text == (
+        "rank 3 on node3 (pid 103) has been silent for 21 s (faults.lost_timeout = 20), last seen at "
+        '"asking all ranks" of step 2, 9 collectives entered: the process or its host is gone'
+    )
+    assert ranks.now == 5 + 21
+    ranks = Ranks(config(lost_timeout=0))
+    ranks.seconds(2)
+    assert ranks.seconds(90, silent=(3,)) is None
+
+
+def test_the_rank_that_was_silent_first_is_blamed_first():
+    ranks = Ranks(config(lost_timeout=20, hang_timeout=0))
+    ranks.seconds(10)
+    assert ranks.seconds(5, silent=(3,)) is None
+    ranks.judge.lost_timeout = 0
+    assert ranks.seconds(40, silent=(1, 3)) is None
+    assert [b.rank for b in ranks.judge.silent(20)] == [3, 1]
+
+
+def test_a_rank_that_starts_may_be_silent_for_longer():
+    ranks = Ranks(config(hang_timeout=1000))
+    ranks.say(3, phase=STARTING, step=0)
+    ranks.seconds(2)
+    assert ranks.seconds(99, silent=(3,)) is None
+    verdict = ranks.seconds(5, silent=(3,))
+    assert verdict and [b.rank for b in verdict.culprits] == [3] and 'last seen at "starting"' in verdict.text
+
+
+def test_a_store_that_is_silent_is_rank_0_not_everyone(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    ranks = Ranks(config(), rank=2)
+    ranks.seconds(3)
+    verdict = ranks.seconds(40, contact=False)
+    assert (
+        verdict
+        and [b.rank for b in verdict.culprits] == [0]
+        and "rank 0 on node0 (pid 100) has not answered" in verdict.text
+    )
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    ranks = Ranks(config())
+    ranks.seconds(3)
+    verdict = ranks.seconds(40, contact=False)
+    assert verdict and verdict.culprits == [] and "the launcher on node0" in verdict.text
+
+
+def test_ranks_that_have_left_are_not_lost():
+    ranks = Ranks(config())
+    ranks.say(1, flag=LEFT, status=0)
+    ranks.say(2, flag=LEFT, status=85)
+    assert ranks.seconds(60, silent=(1, 2)) is None
+    ranks.say(3, flag=LEFT, status=1, text="ValueError: nine")
+    assert ranks.seconds(19, silent=(1, 2, 3)) is None  # this one may be about to say the same
+    verdict = ranks.seconds(5, silent=(1, 2, 3))
+    assert verdict and (verdict.kind, verdict.status) == ("error", RANK_FAILURE)
+    assert verdict.text == "rank 3 on node3 (pid 103) ended with an error of its own: ValueError: nine"
+    ranks = Ranks(config())
+    ranks.say(3, flag=LEFT, status=2, text="mend it")
+    verdict = ranks.seconds(30, silent=(3,))
+    assert verdict and verdict.status == 2  # a batch script must not start it again
+    ranks = Ranks(config(), rank=1)
+    ranks.say(0, flag=ENDED, status=RANK_FAILURE, text="rank 3 has been silent")
+    verdict = ranks.seconds(1)
+    assert verdict and (verdict.kind, verdict.text, verdict.status) == ("", "rank 3 has been silent", RANK_FAILURE)
+
+
+@pytest.mark.parametrize(
+    ("what", "culprits"),
+    [
+        ({"collectives": 8, "phase": "forward"}, [2]),
+        ({"step": 1, "collectives": 99}, [2]),
+        ({"flag": LEFT, "status": 0, "collectives": 99}, [2]),
+        ({}, []),
+    ],
+)
+def test_a_hang_blames_the_rank_that_is_behind(what, culprits):
+    ranks = Ranks(config())
+    for rank in (1, 2, 3):
+        ranks.say(rank, flag=OVERDUE)
+    ranks.say(2, **what)
+    ranks.me.collectives = 9
+    assert ranks.seconds(100) is None
+    verdict = ranks.seconds(2)
+    assert verdict and (verdict.kind, verdict.status) == ("hang", RANK_FAILURE)
+    assert [b.rank for b in verdict.culprits] == culprits
+    assert ("rank 2 on node2 (pid 102) is behind" in verdict.text) == bool(culprits)
+
+
+def test_a_hang_waits_for_a_rank_that_may_still_be_where_it_is():
+    """It waits for S3, say: it is not overdue, the others are."""
+    ranks = Ranks(config())
+    for rank in (1, 3):
+        ranks.say(rank, flag=OVERDUE)
+    ranks.say(2, flag=ALIVE, phase=DATA, collectives=8)
+    assert ranks.seconds(1000) is None and ranks.judge.overdue
+    ranks.say(2, flag=OVERDUE)
+    verdict = ranks.seconds(1)
+    assert verdict and [b.rank for b in verdict.culprits] == [2]
+    ranks = Ranks(config(), rank=1)  # rank 0 decides
+    for rank in (0, 2, 3):
+        ranks.say(rank, flag=OVERDUE)
+    assert ranks.seconds(1000) is None
+
+
+def test_progress_of_this_rank_counts():
+    ranks = Ranks(config())
+    for rank in (1, 2, 3):
+        ranks.say(rank, flag=OVERDUE)
+    for _ in range(20):
+        assert ranks.seconds(60) is None
+        PHASE.at("backward")
+    assert ranks.seconds(120)
+
+
+def test_time_that_did_not_pass_for_this_process_does_not_count():
+    """SIGSTOP, a laptop's sleep: the next tick is late."""
+    ranks = Ranks(config())
+    for rank in (1, 2, 3):
+        ranks.say(rank, flag=OVERDUE)
+    ranks.seconds(10)
+    for _ in range(5):
+        ranks.now += 5000
+        assert ranks.seconds(10) is None
+    assert ranks.judge.clock == 60 + 5 * TICK
+    assert ranks.seconds(18, silent=(1, 2, 3)) is None
+
+
+def test_limits():
+    cfg = config()
+    assert limit_of(cfg) == 100 + phase.START_EXTRA  # engines are built
+    PHASE.begin(7)
+    PHASE.at("forward")
+    assert limit_of(cfg) == 100 + phase.START_EXTRA  # the first step of this start
+    PHASE.begin(8)
+    assert limit_of(cfg) == 100
+    PHASE.at(DATA)
+    cfg.data.shards = "runs/codes"
+    assert limit_of(cfg) == 100
+    cfg.data.shards, cfg.data.patience = "s3://bucket/codes", 500
+    assert limit_of(cfg) > 100 + 500
+    cfg.data.shards, cfg.data.val_shards = "runs/codes", "s3://bucket/val"
+    PHASE.at(STARTING)  # the validation pictures are read
+    assert limit_of(cfg) > 100 + 500 + phase.START_EXTRA
+    PHASE.at(SAVING)
+    assert limit_of(cfg) >= 3700
+    PHASE.at(ENDING)
+    assert limit_of(cfg) >= 3700
+    cfg.train.upload = "s3://bucket/run"
+    assert limit_of(cfg) == float("inf")
+    PHASE.at("backward")
+    cfg.faults.hang_timeout = 0
+    assert limit_of(cfg) == float("inf")
+
+
+# Evidence ------------------------------------------------------------------------------------------------------
+def test_the_record_for_the_batch_script(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "417")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    record_loss(tmp_path, 3, "node7", "lost")
+    record_loss(tmp_path, 1, "node2", "hung")
+    first, second = (json.loads(line) for line in (tmp_path / "lost.jsonl").read_text().splitlines())
+    assert first.pop("time").endswith("+00:00")
+    assert first == {"job": "417", "attempt": 2, "rank": 3, "host": "node7", "why": "lost"}
+    assert (second["rank"], second["why"]) == (1, "hung")
+    record_loss(tmp_path / "nothing", 3, "node7", "lost")  # a disk that takes none is no reason to stop
+
+
+def test_an_error_of_its_own_is_one_event(tmp_path):
+    cfg = RunConfig(run=str(tmp_path))
+    for watched in (True, False):  # each start says it for itself
+        cfg.faults.hang_timeout, cfg.faults.lost_timeout = (60.0, 60.0) if watched else (0, 0)
+        with pytest.raises(ValueError), watch(cfg, 0, 1):
+            PHASE.begin(4)
+            raise ValueError("two\nlines")
+        *_, event = read_events(tmp_path)
+        assert (event["event"], event["step"], event["text"]) == ("error", 3, "ValueError: two lines")
+    assert len(read_events(tmp_path)) == 2
+
+
+def held_up(gate: threading.Event) -> None:
+    gate.wait()
+
+
+def test_stacks_of_all_threads(tmp_path):
+    gate = threading.Event()
+    thread = threading.Thread(target=held_up, args=(gate,), name="patient")
+    thread.start()
+    try:
+        error = ValueError("what broke")
+        path = write_stacks(tmp_path, 3, "the reason", error)
+    finally:
+        gate.set()
+        thread.join()
+    assert path and path.parent == tmp_path / "stacks" and path.name.startswith("rank-00003-")
+    text = path.read_text()
+    for word in ("the reason", "in held_up", "in test_stacks_of_all_threads", "patient", "ValueError: what broke"):
+        assert word in text
+    (tmp_path / "file").write_text("")
+    assert write_stacks(tmp_path / "file", 3, "the reason") is None
+
+
+def test_the_heartbeat_file_and_what_status_makes_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "n5")
+    cfg = config()
+    cfg.run = str(tmp_path)
+    (tmp_path / "heartbeats").mkdir()
+    (tmp_path / "heartbeats/rank-00007.json").write_text("{}")  # of a start with more ranks
+    PHASE.begin(5)
+    with watch(cfg, 0, 1) as dog:
+        PHASE.begin(12)
+        PHASE.at("backward")
+        dog._write_file()
+        (path,) = (tmp_path / "heartbeats").glob("rank-*.json")
+        said = json.loads(path.read_text())
+        assert (said["rank"], said["step"], said["phase"], said["flag"]) == (0, 12, "backward", ALIVE)
+        assert said["host"] == "n5"  # what sbatch --exclude takes
+    assert json.loads(path.read_text())["flag"] == LEFT and len(list(path.parent.iterdir())) == 1
+    other = {**said, "rank": 1, "host": "node7", "time": "2026-01-31T12:00:00+00:00"}
+    (path.parent / "rank-00001.json").write_text(json.dumps(other))
+    text = heartbeats_of(tmp_path, time.time())
+    assert text.startswith("2 rank(s), last sign ") and text.endswith('rank 1 on node7, at "backward" of step 12')
+    (path.parent / "rank-00001.json").write_text('{"time": "20')
+    assert heartbeats_of(tmp_path, time.time()).startswith("1 rank(s), ")
+    assert heartbeats_of(tmp_path / "nothing", 0.0) == ""
+
+
+def test_no_thread_where_nothing_is_watched(tmp_path):
+    cfg = config(hang_timeout=0, lost_timeout=0)
+    cfg.run = str(tmp_path)
+    before = threading.active_count()
+    with watch(cfg, 0, 1) as dog:
+        assert isinstance(dog, Watchdog) and threading.active_count() == before and not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_takes_nothing_ends_no_run(tmp_path):
+    cfg = config()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/heartbeats").write_text("")  # where a folder should be
+    cfg.run = str(tmp_path / "run")
+    with watch(cfg, 0, 1) as dog:
+        dog._write_file()
+        assert all(t.is_alive() for t in dog.threads)

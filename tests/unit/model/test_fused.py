@@ -1,0 +1,148 @@
+"""Optional libraries' SwiGLU and RMSNorm without a GPU: what is taken for them, the first use, the way back to torch's."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megastar.model import fused
+from megastar.model.layers import RMSNorm
+from megastar.model.transformer import FeedForward
+from tests.unit.model.test_model import TINY
+
+LIGER = "from torch.autograd import Function\nclass LigerSiLUMulFunction(Function):\n    {}"
+RIGHT = """
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a.sigmoid() * a * b
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        s = a.sigmoid()
+        return g * b * s * (1 + a * (1 - s)), g * a * s
+"""
+APEX = "def fused_rms_norm_affine(x, weight, shape, eps=1e-6, memory_efficient=False):\n    import torch\n    "
+APEX_RIGHT = APEX + "assert shape == (x.shape[-1],)\n    return torch.nn.functional.rms_norm(x, shape, weight, eps)"
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Writes packages that come first on sys.path, and lets a CPU take them; nothing of it stays imported."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(fused, "_left_to_torch", lambda x: not fused._on)
+
+    def forget() -> None:
+        for name in [m for m in sys.modules if m.split(".")[0] in ("liger_kernel", "apex")]:
+            del sys.modules[name]
+        fused.found.cache_clear()
+        fused.set_fused(True)
+
+    def write(**files: str) -> None:
+        for name, text in files.items():
+            path = tmp_path / name.replace("__", "/") / "__init__.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        forget()
+
+    forget()
+    yield write
+    forget()
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_()
+
+
+def liger(body: str) -> dict[str, str]:
+    return {"liger_kernel": "", "liger_kernel__ops": "", "liger_kernel__ops__swiglu": LIGER.format(body)}
+
+
+def apex(text: str) -> dict[str, str]:
+    return {"apex": "", "apex__normalization": "", "apex__normalization__fused_layer_norm": text}
+
+
+def test_without_the_libraries_and_on_a_cpu_it_is_torchs(packages) -> None:
+    a, b, w = drawn(2, 8), drawn(3, 2, 8)[0], drawn(8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(fused.swiglu(a, b), F.silu(a) * b)
+        assert torch.equal(fused.rms_norm(a, w, 1e-5), F.rms_norm(a, (8,), w, 1e-5))
+
+
+@pytest.mark.parametrize("trap", ["", "raise RuntimeError('another package')", "fused_rms_norm_affine = 3"])
+def test_a_package_that_is_not_what_its_name_says(packages, trap: str) -> None:
+    packages(**apex(trap), liger_kernel="raise OSError('undefined symbol')")
+    assert fused.found("rms_norm") is None and fused.found("swiglu") is None
+    x, w = drawn(2, 8), drawn(8)
+    assert torch.equal(fused.rms_norm(x, w, 1e-5), F.rms_norm(x, (8,), w, 1e-5))
+    packages(apex="")  # the registry's: no normalization at all
+    assert fused.found("rms_norm") is None
+
+
+def test_a_right_library_is_compared_once_and_taken(packages, monkeypatch) -> None:
+    packages(**liger(RIGHT), **apex(APEX_RIGHT))
+    calls: list[str] = []
+    compare = fused.disagreement
+    monkeypatch.setattr(fused, "disagreement", lambda *a: (calls.append("compared"), compare(*a))[1])
+    layer, norm = FeedForward(TINY).eval(), RMSNorm(TINY.dim, 1e-5)
+    x = drawn(100, TINY.dim)
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            got = torch.autograd.grad(layer(x).sum() + fused.rms_norm(x, norm.weight, 1e-5).sum(), [x, norm.weight])
+    assert calls == ["compared"] * 2
+    assert torch.equal(torch.get_rng_state(), state)  # the run's draws stay
+    assert all(one.func is not fused._plain_rms_norm for one in fused._chosen.values() if hasattr(one, "func"))
+    fused.set_fused(False)
+    want = torch.autograd.grad(layer(x).sum() + fused.rms_norm(x, norm.weight, 1e-5).sum(), [x, norm.weight])
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        fused.set_fused(True)
+        layer(x)
+    assert calls == ["compared"] * 3  # without gradients: another case
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (RIGHT.replace("* a * b", "* a * b * 1.01"), "differs from torch's (result off by"),
+        (RIGHT.replace("g * a * s\n", "g * a * s * 1.01\n"), "differs from torch's (gradient 2 off by"),
+        (RIGHT.replace("* a * b", "* a * b * float('nan')"), "differs from torch's (result off by nan"),
+        ("pass", "failed ("),
+    ],
+)
+def test_a_wrong_library_is_caught_at_its_first_use(packages, text: str, says: str) -> None:
+    packages(**liger(text))
+    a, b = drawn(4, 8), drawn(5, 4, 8)[0]
+    with pytest.warns(UserWarning, match=re.escape(f"liger-kernel's swiglu {says}")) as caught:
+        assert torch.equal(fused.swiglu(a, b), F.silu(a) * b)
+    assert str(caught[0].message).endswith("for 8 columns, float32, cpu: torch's is used instead")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(fused.swiglu(a, b), F.silu(a) * b)  # said and tried once
+
+
+def test_an_apex_that_cannot_run_here(packages) -> None:
+    packages(**apex(APEX + "raise ModuleNotFoundError('fused_layer_norm_cuda')"))
+    x, w = drawn(4, 8), drawn(8)
+    with pytest.warns(UserWarning, match=re.escape("apex's rms_norm failed (ModuleNotFoundError: fused_layer_norm_cu")):
+        assert torch.equal(fused.rms_norm(x, w, 1e-5), F.rms_norm(x, (8,), w, 1e-5))
+
+
+def test_a_compiled_block_keeps_torchs(monkeypatch) -> None:
+    monkeypatch.setattr(fused, "_take", None)  # a call would fail
+    real = fused._left_to_torch
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    a, b = drawn(4, 8), drawn(5, 4, 8)[0]
+    assert not real(a)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(fused.swiglu(a, b), F.silu(a) * b)

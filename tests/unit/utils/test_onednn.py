@@ -1,0 +1,64 @@
+"""oneDNN's fp32 products against fp64, with gradients; where they are not chosen, torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megastar.model.layers import Linear
+from megastar.utils import device, onednn
+
+
+@pytest.fixture(params=[True, False])
+def mkl_slow(request, monkeypatch) -> bool:
+    """The operator is in every x86 build of torch, so both ways are tested on any of them."""
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.fail("this torch has no oneDNN: its x86 builds do")
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: request.param)
+    monkeypatch.setattr(onednn, "LEAST", 0)
+    return request.param
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 1, 1), (5, 7, 3), (64, 48, 130)])
+def test_products_of_any_strides(mkl_slow: bool, rows: int, inner: int, columns: int) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(rows, inner), torch.randn(columns, inner)
+    for x in (a, a.t().contiguous().t(), torch.randn(rows, 2 * inner)[:, ::2]):
+        for y in (b, b.t().contiguous().t()):
+            torch.testing.assert_close(onednn.product(x, y).double(), x.double() @ y.double().t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_linear_and_its_gradients(mkl_slow: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 6, 24, dtype=dtype), torch.randn(40, 24, dtype=dtype)
+    sides = []
+    for one, function in ((dtype, onednn.linear), (torch.float64, F.linear)):
+        a, w = (v.detach().to(one, copy=True).requires_grad_() for v in (x, weight))
+        out = function(a, w)
+        out.transpose(0, 1).square().sum().backward()  # a gradient that is not contiguous
+        sides.append((out, a.grad, w.grad))
+    for got, want in zip(*sides, strict=True):
+        error = (got.double() - want).norm() / want.norm()
+        assert got.dtype == dtype and got.shape == want.shape and error < (2e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_only_the_gradients_asked_for(mkl_slow: bool) -> None:
+    layer = Linear(24, 40, 0.02).requires_grad_(False)
+    x = torch.randn(3, 24, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 24))
+    assert layer.weight.grad is None
+    with torch.inference_mode():
+        assert not layer(x).requires_grad
+
+
+def test_a_torch_without_the_operator_is_no_error(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    monkeypatch.setattr(device.Path, "read_text", lambda _: "vendor_id : AuthenticAMD")
+    assert device.mkl_is_slow.__wrapped__() is False
+    monkeypatch.undo()
+    monkeypatch.setattr(device.Path, "read_text", lambda _: "vendor_id : GenuineIntel")
+    assert device.mkl_is_slow.__wrapped__() is False
