@@ -14,10 +14,11 @@ import os
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megastar.utils.clock import utc_now
 from megastar.utils.hostname import host_name
 
 NAME = "events.jsonl"
@@ -35,7 +36,7 @@ def append_event(folder: Path, event: str, step: int, text: str, **more: Any) ->
     ``over`` among the other fields say that something lasts, and that it is over: ``open_situations``.
     """
     assert event in KINDS, event
-    about = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "host": host_name()}
+    about = {"time": utc_now(), "host": host_name()}
     if job := os.environ.get("SLURM_JOB_ID"):
         about["job"] = job
     line = json.dumps({**about, "event": event, "step": step, "text": text, **more}) + "\n"

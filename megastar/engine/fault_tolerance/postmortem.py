@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megastar.run_dir.layout import LOST, STACKS
+from megastar.utils.clock import utc_now
 from megastar.utils.hostname import host_name
 
 WHY = ("lost", "hung", "corrupt")
@@ -30,7 +31,7 @@ def record_loss(run: Path, rank: int, host: str, why: str) -> None:
     """
     assert why in WHY, why
     line = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": utc_now(),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "attempt": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "rank": rank,

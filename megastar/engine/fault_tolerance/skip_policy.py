@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from megastar.engine.fault_tolerance.loss_spikes import SpikeTest
 from megastar.engine.fault_tolerance.step_consensus import ConsensusResult
 from megastar.engine.metrics.logger import MetricsLogger
 from megastar.run_dir.layout import SKIPPED
+from megastar.utils.clock import utc_now
 from megastar.utils.files import append_line
 from megastar.utils.hostname import host_name
 
@@ -173,7 +173,7 @@ def shards_of(shards: ShardSet, ids: list[int]) -> list[str]:
 def stamp() -> dict[str, Any]:
     """When, and in which job."""
     job = os.environ.get("SLURM_JOB_ID")
-    return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")} | ({"job": job} if job else {})
+    return {"time": utc_now()} | ({"job": job} if job else {})
 
 
 def read_skips(folder: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +28,7 @@ from megastar.engine.phase import PHASE, STARTING
 from megastar.errors import UserError
 from megastar.run_dir.events import append_event
 from megastar.run_dir.layout import HEARTBEATS, STACKS
+from megastar.utils.clock import utc_now
 from megastar.utils.hostname import host_name
 
 LAST_WORDS = 10.0  # seconds that a disk may take for the stacks before the rank ends without them
@@ -199,7 +199,7 @@ class Watchdog:
     def _write_file(self) -> None:
         path = self.run / HEARTBEATS / f"rank-{self.rank:05d}.json"
         temporary = path.with_suffix(f".{threading.get_ident()}")
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = utc_now()
         with suppress(OSError):  # a full or read-only disk
             path.parent.mkdir(exist_ok=True)
             temporary.write_text(json.dumps({"time": now, **asdict(self._beat())}) + "\n")

@@ -1,0 +1,54 @@
+"""Logging of the command line: levels, time and rank in front of each line, on the console that the bars use."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+
+from rich.console import Console
+
+from megastar.errors import UserError
+
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+VARIABLE = "MEGASTAR_LOG_LEVEL"
+ROOT = logging.getLogger("megastar")
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints through a rich console, so that a line appears above a progress bar and not within it."""
+
+    def __init__(self, console: Console, rank: int | None):
+        super().__init__()
+        self.console = console
+        place = "" if rank is None else f"rank {rank} "
+        self.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {place}%(message)s", "%Y-%m-%d %H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+
+def configure_logging(
+    level: str = "", *, console: Console | None = None, rank: int | None = None, environ: Mapping[str, str] = os.environ
+) -> None:
+    """Print the package's log records of at least ``level`` (default: $MEGASTAR_LOG_LEVEL, else INFO).
+
+    ``rank`` is printed in front of each line; None for a process that is no rank. A second call replaces the first
+    one's handler. Raises ``UserError`` for an unknown level.
+    """
+    name = (level or environ.get(VARIABLE, "") or "INFO").upper()
+    if name not in LEVELS:
+        raise UserError(f"{VARIABLE}={name}: unknown log level; choose one of {', '.join(LEVELS)}")
+    for handler in [h for h in ROOT.handlers if isinstance(h, ConsoleHandler)]:
+        ROOT.removeHandler(handler)
+    ROOT.addHandler(ConsoleHandler(console or Console(), rank))
+    ROOT.setLevel(name)
+    ROOT.propagate = False  # the root logger of an application would print each line again
+
+
+def shared_console() -> Console:
+    """The console of the installed handler, which bars must share; a new one where logging is not configured."""
+    return next((h.console for h in ROOT.handlers if isinstance(h, ConsoleHandler)), None) or Console()
