@@ -111,21 +111,28 @@ def teacher_pass(
     """Unmasked teacher on codes (B, M, T): last-layer features of the student's views (B * Ms, T, D), and block
     ``block``'s of all views at the positions, (B, M, K, D), or None without positions."""
     M, Ms = codes.shape[1], student_views
+    teacher = engines.teacher
+    assert teacher is not None
 
-    def see(views: Tensor, last_block: int | None = None) -> Output:  # views (B, m, T)
+    def see(views: Tensor, last_block: int | None = None) -> tuple[Tensor, Tensor | None]:  # views (B, m, T)
         inputs = views.flatten(0, 1)[:, :-1]
         repeated = labels.repeat_interleave(views.shape[1])
-        return engines.teacher(repeated, inputs, features_at=block, last_block=last_block, need_logits=False)
+        out: Output = teacher(repeated, inputs, features_at=block, last_block=last_block, need_logits=False)
+        assert out.last is not None
+        return out.last, out.features
+
+    def at(features: Tensor | None, m: int) -> Tensor:
+        assert features is not None and positions is not None
+        return at_positions(features, positions, m)
 
     if positions is None:
-        return see(codes[:, :Ms]).last, None
+        return see(codes[:, :Ms])[0], None
+    last, features = see(codes[:, :Ms])
     if Ms == M:
-        seen = see(codes)
-        return seen.last, at_positions(seen.features, positions, M)
+        return last, at(features, M)
     # The views that the student does not see are needed no deeper than the contrastive block.
-    first, rest = see(codes[:, :Ms]), see(codes[:, Ms:], last_block=block)
-    parts = [at_positions(first.features, positions, Ms), at_positions(rest.features, positions, M - Ms)]
-    return first.last, torch.cat(parts, dim=1)
+    _, rest = see(codes[:, Ms:], last_block=block)
+    return last, torch.cat([at(features, Ms), at(rest, M - Ms)], dim=1)
 
 
 @torch.no_grad()
@@ -145,9 +152,7 @@ def validation_loss(cfg: RunConfig, engines: Engines, ctx: Context, batches: lis
 
 
 def set_schedules(cfg: RunConfig, engines: Engines, step: int, steps: int) -> None:
-    for group in engines.optimizer.param_groups:
-        group["lr"] = learning_rate(cfg, step, steps)
-        group["ema_decay"] = decay_at(step, cfg.self_guided)
+    engines.set_schedules(learning_rate(cfg, step, steps), decay_at(step, cfg.self_guided))
 
 
 def average_over_ranks(ctx: Context, sums: dict[str, torch.Tensor]) -> dict[str, float]:

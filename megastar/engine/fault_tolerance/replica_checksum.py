@@ -19,7 +19,7 @@ from megastar.config.schema import RunConfig
 from megastar.engine.context import Context
 from megastar.engine.fault_tolerance.errors import CorruptReplica
 from megastar.engine.fault_tolerance.postmortem import record_loss
-from megastar.engine.fault_tolerance.skip_policy import said
+from megastar.engine.fault_tolerance.skip_policy import name_ranks
 from megastar.engine.lr_schedule import peak_rate
 from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.partitions import is_persistent
@@ -161,7 +161,9 @@ def _told(cfg: RunConfig, ctx: Context, step: int, faults: list[tuple[str, list[
             record_loss(Path(cfg.run), one["rank"], one["host"], "corrupt")
     more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
     if certain:
-        blame = f"on {said(whose)} alone: that memory is not to be trusted, keep the run away from the host"
+        blame = f"on {name_ranks(whose)} alone: that memory is not to be trusted, keep the run away from the host"
     else:
-        blame = f"between {said(whose)}, and no majority tells which is wrong: test these hosts with megastar doctor"
+        blame = (
+            f"between {name_ranks(whose)}, and no majority tells which is wrong: test these hosts with megastar doctor"
+        )
     return f"step {step}: {name}{more} must be equal on all replicas, and differs {blame}; the last checkpoint is from before"

@@ -130,7 +130,7 @@ class Stragglers:
             places = [mine] * ctx.world
             dist.all_gather_object(places, mine)
         self.watch = Watch(places, slow_ratio)
-        supply.own.sample(alone(engines, ctx))
+        supply.timer.sample(alone(engines, ctx))
         self._news: list[tuple[str, dict[str, Any]]] = []
         self._since = time.perf_counter()
 
@@ -139,7 +139,7 @@ class Stragglers:
         steps = max(1, steps)
         now = time.perf_counter()
         step_s, self._since = (now - self._since) / steps, now
-        host, part = self.supply.own.take()
+        host, part = self.supply.timer.take()
         mine = torch.tensor([host / steps, part, self.supply.waited() / steps], device=self.ctx.device)
         table = mine
         if self.ctx.world > 1:

@@ -107,13 +107,13 @@ def a_save_is_tried_again(disk: Path) -> None:
     saver = saver_for(disk)
     saver.save(5, {})
     saver.finish()
-    assert saver.news() == [] and not saver.problem
+    assert saver.take_events() == [] and not saver.problem
     # Not enough from the start.
     filler = fill(disk)
     saver.save(6, {})
     assert saver.thread is None and "it needs 1.0 MiB, 0.0 MiB are free" in saver.problem, saver.problem
     assert "step-00000005 stays valid: free some space" in saver.problem
-    ((text, more),) = saver.news()
+    ((text, more),) = saver.take_events()
     assert text.startswith(saver.problem) and "tried again within 60 s" in text and more == {"situation": "save"}
     # Enough as it seems, and full in the middle of the files.
     saver.need = 0
@@ -121,8 +121,8 @@ def a_save_is_tried_again(disk: Path) -> None:
     if saver.thread is not None:
         saver.thread.join()
         assert saver.failed
-        assert not saver.attend()  # it waits for its time
-    assert "No space left on device" in saver.problem and saver.news() == [] and not saver.failed
+        assert not saver.retry_due()  # it waits for its time
+    assert "No space left on device" in saver.problem and saver.take_events() == [] and not saver.failed
     assert sorted(p.name for p in saver.folder.iterdir()) == ["latest", "step-00000005"]
     checkpoint_dir.verify(saver.folder / "step-00000005")
     saver_module.RETRY_EVERY = 0.05
@@ -130,35 +130,35 @@ def a_save_is_tried_again(disk: Path) -> None:
     saver.finish()
     assert not saver.done or saver.done.name == "step-00000005"
     time.sleep(0.1)
-    assert saver.failed and saver.attend()
+    assert saver.failed and saver.retry_due()
     filler.unlink()
     saver.save(9, {})
     assert saver.finish().name == "step-00000009" and not saver.problem and not saver.failed
-    ((text, more),) = saver.news()
+    ((text, more),) = saver.take_events()
     assert "is written, after" in text and more == {"situation": "save", "over": True}
     # The end of a run: in time, and not in time.
     filler = fill(disk)
     began, moves = time.monotonic(), PHASE.moves
-    problem = saver.insist(10, {}, 1.5)
+    problem = saver.save_with_retry(10, {}, 1.5)
     assert 1.4 < time.monotonic() - began < 10 and "checkpoint of step 10" in problem and "step-00000009" in problem
     assert PHASE.moves > moves + 1  # or the watchdog would take a long patience for a hang
-    assert saver.insist(11, {}, 600, stop=lambda: True)
+    assert saver.save_with_retry(11, {}, 600, stop=lambda: True)
     filler.unlink()
-    assert saver.insist(12, {}, 0) == "" and checkpoint_dir.latest(saver.folder).name == "step-00000012"
+    assert saver.save_with_retry(12, {}, 0) == "" and checkpoint_dir.latest(saver.folder).name == "step-00000012"
     checkpoint_dir.verify(saver.folder / "step-00000012")
     remount(disk, "ro")
-    assert "Read-only file system" in saver.insist(13, {}, 0) and "see that" in saver.problem
+    assert "Read-only file system" in saver.save_with_retry(13, {}, 0) and "see that" in saver.problem
     remount(disk, "rw")
     # Little room is told at the start, and by megastar status.
     assert health_of_disk(Status("x", "running", ""), disk, {"files": {"a": {"bytes": 1 << 20}}}) == []
     (line,) = health_of_disk(Status("x", "running", ""), disk, {"files": {"a": {"bytes": 100 << 20}}})
     assert "the next checkpoint takes 100 MiB: free some space" in line
     saver.need = 100 << 20
-    assert "take 300.0 MiB more" in saver.lacks(100) and "3 checkpoints of 100.0 MiB" in saver.lacks(100)
+    assert "need 300.0 MiB more" in saver.disk_shortfall(100) and "3 checkpoints of 100.0 MiB" in saver.disk_shortfall(100)
     saver.need = 1 << 20
-    assert saver.lacks(100) == ""
+    assert saver.disk_shortfall(100) == ""
     saver.cfg.train.keep_every = 1
-    assert "103 checkpoints" in saver.lacks(100)
+    assert "103 checkpoints" in saver.disk_shortfall(100)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def run_case(
     done, saver = 0, Saver(cfg, ctx, engines)
     if resume:
         source = checkpoint_dir.latest(out / resume / "checkpoints")
-        done = load.load(cfg, ctx, engines, source)["step"]
+        done = load.load_checkpoint(cfg, ctx, engines, source)["step"]
     per, micro = BATCH // accumulation, cfg.train.micro_batch
     history, memory = [], []
     for step in range(done, STEPS):
