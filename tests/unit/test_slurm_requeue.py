@@ -186,7 +186,7 @@ def test_a_list_that_leaves_too_few_nodes_is_cut(play):
         "".join(f"2026-01-31 12:00:00 n{n} job 1 start {i}: Killed (task 0)\n" for n in (1, 3) for i in (1, 2))
     )
     told = play.start(1, 85, nodes="n2,n6", job="2")
-    assert "n1 crashed too often but is not excluded: otherwise partition main has too few usable nodes (this job needs 2)" in told
+    assert "partition main has too few usable nodes (this job needs 2)" in told and "n1 crashed too often" in told
     assert play.calls() == ["requeue 2", "update job=2 ExcNodeList=n3"]
     play.features = "fast"  # two nodes are up and fast: none can be spared
     play.start(1, 85, nodes="n2,n6", job="3")
@@ -285,4 +285,4 @@ def test_limits_count_what_happened_since_the_last_checkpoint(play):
 def test_a_time_limit_that_leaves_no_time_is_told(play):
     for limit, short in (("00:03:00", True), ("00:05:00", False), ("1-00:00:00", False), ("UNLIMITED", False)):
         play.limit = limit
-        assert ("warning: the last 180 s of the time limit of 180 s are reserved for the save" in play.start(1, 0)) == short
+        assert ("warning: the last 180 s of the time limit of 180 s are reserved" in play.start(1, 0)) == short

@@ -109,7 +109,7 @@ def test_the_settings_of_a_site(tmp_path):
     ("words", "message"),
     [
         (("slurm/train_b.sh",), "not in a SLURM job: submit with sbatch slurm/train_b.sh"),
-        (("slurm/train_b.sh", "nothing.yaml"), f"nothing.yaml cannot be read in {ROOT}: run sbatch in the repository folder"),
+        (("slurm/train_b.sh", "nothing.yaml"), f"nothing.yaml cannot be read in {ROOT}: run sbatch in the repository"),
         (("slurm/probe.sh",), "usage: sbatch slurm/probe.sh RUN"),
         (("slurm/pretokenize.sh",), "usage: sbatch slurm/pretokenize.sh SOURCE"),
         (("slurm/sample_fid.sh",), "usage: sbatch slurm/sample_fid.sh RUN"),
