@@ -104,7 +104,7 @@ def test_a_checkpoint_in_another_order_of_the_samples(folder, tmp_path):
     manifest = open_data(cfg).train.manifest
     check_same_order(cfg, manifest, {"order": VERSION}, found)
     with pytest.raises(
-        UserError, match=f"step-4 was trained in sample order 1 of the samples, this .* order {VERSION}: finish"
+        UserError, match=f"step-4 was trained in sample order 1, this .* order {VERSION}: finish"
     ):
         check_same_order(cfg, manifest, {}, found)  # from before it was written down
     check_same_order(run_config(folder, "data.window=4"), manifest, {}, found)  # four shards, all mixed: the same

@@ -46,8 +46,8 @@ def test_a_long_wait_is_told_once_while_it_lasts_and_when_it_is_over(tmp_path, m
     first, over = read_events(tmp_path)
     assert first == during[0] and first["event"] == "warning" and first["step"] == 0
     assert "rank 3 on " in first["text"] and "for its batch of step 1" in first["text"]
-    assert f"they are read from {tmp_path / 'codes'}" in first["text"] and first["text"] in caplog.readouterr().out
-    assert over["over"] and over["text"].startswith("the batch of step 1 came after")
+    assert f"they are read from {tmp_path / 'codes'}" in first["text"] and first["text"] in caplog.text
+    assert over["over"] and over["text"].startswith("the batch of step 1 arrived after")
 
 
 def test_what_ails_the_store_is_told_by_one_rank_of_a_host(tmp_path):
