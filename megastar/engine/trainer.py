@@ -40,7 +40,7 @@ from megastar.engine.lr_schedule import learning_rate, row_due, total_steps
 from megastar.engine.metrics.environment import process_environment
 from megastar.engine.metrics.health_monitor import HealthMonitor
 from megastar.engine.metrics.logger import MetricsLogger
-from megastar.engine.metrics.step_metrics import ideal_seconds, observed
+from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
@@ -198,11 +198,11 @@ def run(
             PHASE.at("averaging the metrics")
             if not why:
                 row = average_over_ranks(ctx, seen.sums()) | {"grad_norm": engines.grad_norm()}
-            row |= observed(ctx, engines) | {"lr": learning_rate(cfg, step - 1, steps)}
+            row |= step_metrics(ctx, engines) | {"lr": learning_rate(cfg, step - 1, steps)}
             row |= stragglers.row(step - metrics.last_step) | ({"skipped": skipped} if skipped else {})
             skipped = 0
         metrics.step(step, cfg.train.global_batch, row)
-        health.look(step, row)
+        health.update(step, row)
         metrics.warn(stragglers.news(), "slow")
         metrics.saved(saver.done)
         if validation and (last or step % cfg.train.val_every == 0):

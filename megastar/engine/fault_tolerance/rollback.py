@@ -24,14 +24,14 @@ from megastar.engine.rank_sync import on_main_with_retry, run_on_main
 from megastar.engine.zero.engines import Engines
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
-from megastar.run_dir.events import read_ends, read_lines
+from megastar.run_dir.jsonl import read_ends, read_jsonl
 from megastar.run_dir.layout import ROLLBACKS, SKIPPED
 from megastar.utils.files import append_line, write_atomic
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
     """The run's roll-backs, oldest first: ``step`` it left, checkpoint ``to``, ``position`` in the data it goes on at."""
-    return [r for r in read_lines(run / ROLLBACKS) if {"step", "to", "position"} <= r.keys()]
+    return [r for r in read_jsonl(run / ROLLBACKS) if {"step", "to", "position"} <= r.keys()]
 
 
 def settle(cfg: RunConfig, ctx: Context) -> list[dict[str, Any]]:

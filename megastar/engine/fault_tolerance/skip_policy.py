@@ -102,7 +102,7 @@ class SkipPolicy:
 
     def judge(self, seen: StepRecord) -> str:
         """What is wrong with a step whose backward passes are done, or nothing."""
-        return self.spikes.judge(seen.loss) if all(w.finite for w in seen.words) else NONFINITE_LOSS
+        return self.spikes.check(seen.loss) if all(w.finite for w in seen.words) else NONFINITE_LOSS
 
     def accept(self, seen: StepRecord) -> None:
         self.spikes.add(seen.loss)
@@ -177,6 +177,6 @@ def stamp() -> dict[str, Any]:
 
 
 def read_skips(folder: Path) -> list[dict[str, Any]]:
-    from megastar.run_dir.events import read_lines
+    from megastar.run_dir.jsonl import read_jsonl
 
-    return [r for r in read_lines(folder / SKIPPED) if "step" in r]
+    return [r for r in read_jsonl(folder / SKIPPED) if "step" in r]
