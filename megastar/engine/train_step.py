@@ -19,6 +19,7 @@ from megastar.model.masks import MaskSpec, draw_hidden
 from megastar.model.transformer import Output
 from megastar.objectives.self_guided import at_positions, draw_positions, total
 from megastar.parallel.collectives import gather_rows
+from megastar.parallel.tensor_hash import hash_tensor
 from megastar.teacher.schedule import decay_at
 
 
@@ -87,14 +88,11 @@ def losses(
 
 
 def check_batch(ctx: Context, batch: dict[str, Any], step: int) -> None:
-    """Raise ``UserError`` on all ranks of a tensor group when their batches differ; one of zeros stands for none."""
+    """Raise ``UserError`` on all ranks of a tensor group when their batches differ; a batch of zeros is a substitute."""
     if ctx.tensor_group is None:
         return
-    total = torch.zeros((), dtype=torch.int64)
-    for name in ("codes", "labels", "ids", "epochs"):
-        values = batch[name].flatten().to("cpu", torch.int64)
-        places = torch.arange(1, len(values) + 1) * 0x1E3779B97F4A7C15  # int64 wraps: a hash that sees order
-        total = total * 31 + (values * places).sum()
+    parts = [batch[name].flatten().to("cpu", torch.int64) for name in ("codes", "labels", "ids", "epochs")]
+    total = hash_tensor(torch.cat(parts))  # 0 for a batch of zeros
     seen = gather_rows(total.view(1).to(ctx.device), ctx.tensor_group)
     seen = seen[seen != 0]
     if (seen != seen[:1]).any():

@@ -34,7 +34,7 @@ from megastar.engine.lr_schedule import learning_rate, row_due, total_steps
 from megastar.engine.metrics.environment import process_environment
 from megastar.engine.metrics.health_monitor import HealthMonitor
 from megastar.engine.metrics.logger import MetricsLogger
-from megastar.engine.metrics.step_metrics import ideal_seconds, observed
+from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
@@ -311,12 +311,12 @@ class Trainer:
             PHASE.at("averaging the metrics")
             if not record.skip_reason:
                 row = average_over_ranks(self.ctx, record.means()) | {"grad_norm": self.engines.grad_norm()}
-            row |= observed(self.ctx, self.engines) | {"lr": learning_rate(self.cfg, self.step - 1, self.steps)}
+            row |= step_metrics(self.ctx, self.engines) | {"lr": learning_rate(self.cfg, self.step - 1, self.steps)}
             row |= self.stragglers.row(self.step - self.metrics.last_step)
             row |= {"skipped": self.skipped} if self.skipped else {}
             self.skipped = 0
         self.metrics.step(self.step, self.cfg.train.global_batch, row)
-        self.health.look(self.step, row)
+        self.health.update(self.step, row)
         self.metrics.warn(self.stragglers.news(), "slow")
 
     def _validate(self, record: StepRecord) -> None:

@@ -12,12 +12,11 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterable
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megastar.run_dir.jsonl import read_jsonl
 from megastar.utils.clock import utc_now
 from megastar.utils.hostname import host_name
 
@@ -77,40 +76,7 @@ def open_situations(happened: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """The events of a run, oldest first; none without a file. Lines that a crash cut are passed over."""
-    return [e for e in read_lines(folder / NAME) if "event" in e and "time" in e]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, without lines that are none."""
-    with suppress(OSError), path.open("rb") as f:
-        return _objects(f)
-    return []
-
-
-def read_ends(path: Path, first: int, last: int) -> list[dict[str, Any]]:
-    """Of metrics.jsonl, in their order: the ``first`` and the ``last`` rows of training steps, the newest validation, and the
-    ``last`` other rows. However long the run was, this is all that is held."""
-    head: list[tuple[int, bytes]] = []
-    steps, others, validated = (deque[tuple[int, bytes]](maxlen=n) for n in (last, last, 1))
-    with suppress(OSError), path.open("rb") as f:
-        for place in enumerate(f):
-            if b'"loss_ar"' not in place[1]:
-                (validated if b'"val_loss_ar"' in place[1] else others).append(place)
-            elif len(head) < first:
-                head.append(place)
-            else:
-                steps.append(place)
-    return _objects(line for _, line in sorted([*head, *steps, *others, *validated]))
-
-
-def _objects(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    found = []
-    for line in lines:
-        with suppress(ValueError):
-            value = json.loads(line.decode(errors="replace"))
-            if isinstance(value, dict):
-                found.append(value)
-    return found
+    return [e for e in read_jsonl(folder / NAME) if "event" in e and "time" in e]
 
 
 def seconds_of(event: dict[str, Any]) -> float:

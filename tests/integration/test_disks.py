@@ -10,7 +10,8 @@ import pytest
 
 from megastar.engine.fault_tolerance.stragglers import ROWS
 from megastar.run_dir import checkpoint_dir
-from megastar.run_dir.events import open_situations, read_events, read_lines
+from megastar.run_dir.events import open_situations, read_events
+from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.status import status_of
 from tests.disks import with_disks
 from tests.integration.test_train import rows
@@ -97,7 +98,7 @@ def test_one_rank_whose_disk_is_full_keeps_a_checkpoint_from_counting(runs):
 def test_a_roll_back_waits_for_room(runs):
     run = runs / "back"
     assert raised(run) == "" and "No space left on device; trying for 600 s more" in (runs / "said").read_text()
-    (back,) = read_lines(run / "rollbacks.jsonl")
+    (back,) = read_jsonl(run / "rollbacks.jsonl")
     assert (back["step"], back["to"], back["position"]) == (BAD[-1], "step-00000044", BAD[-1] + 1)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 13))

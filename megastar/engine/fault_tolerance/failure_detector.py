@@ -32,7 +32,7 @@ class Diagnosis:
     status: int = RANK_FAILURE
 
 
-class Judge:
+class FailureDetector:
     """Of one rank. ``advance`` at every tick, ``hear`` what the others said; then ask.
 
     ``host``: where the ranks' store lives, empty where this rank hears no other. ``clock`` counts seconds.

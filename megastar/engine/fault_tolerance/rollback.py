@@ -19,7 +19,7 @@ from megastar.engine.fault_tolerance.skip_policy import SkipPolicy, name_ranks, 
 from megastar.engine.rank_sync import on_main, retry, run_on_main
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
-from megastar.run_dir.events import read_ends, read_lines
+from megastar.run_dir.jsonl import read_ends, read_jsonl
 from megastar.run_dir.layout import ROLLBACKS, SKIPPED
 from megastar.utils.files import append_line, write_atomic
 
@@ -36,7 +36,7 @@ class RollbackPlan:
 
 def read_rollbacks(run: Path) -> list[dict[str, Any]]:
     """The run's rollbacks, oldest first: the ``step`` left, the checkpoint ``to``, the ``position`` in the data."""
-    return [r for r in read_lines(run / ROLLBACKS) if {"step", "to", "position"} <= r.keys()]
+    return [r for r in read_jsonl(run / ROLLBACKS) if {"step", "to", "position"} <= r.keys()]
 
 
 def finish_rollback(cfg: RunConfig, ctx: Context) -> list[dict[str, Any]]:

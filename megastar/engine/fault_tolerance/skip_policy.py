@@ -25,7 +25,7 @@ from megastar.data.shards.reader import ShardSet
 from megastar.engine.context import Context
 from megastar.engine.fault_tolerance.loss_spikes import SpikeTest
 from megastar.engine.fault_tolerance.step_consensus import ConsensusResult
-from megastar.run_dir.events import read_lines
+from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import SKIPPED
 from megastar.utils.clock import utc_now
 from megastar.utils.files import append_line
@@ -107,7 +107,7 @@ class SkipPolicy:
 
     def reason_to_skip(self, record: StepRecord) -> str:
         """What is wrong with a step whose backward passes are done; empty: nothing."""
-        return self.spikes.judge(record.loss) if all(r.finite for r in record.results) else NONFINITE_LOSS
+        return self.spikes.check(record.loss) if all(r.finite for r in record.results) else NONFINITE_LOSS
 
     def accept(self, record: StepRecord) -> None:
         self.spikes.add(record.loss)
@@ -178,4 +178,4 @@ def time_and_job() -> dict[str, Any]:
 
 
 def read_skips(folder: Path) -> list[dict[str, Any]]:
-    return [r for r in read_lines(folder / SKIPPED) if "step" in r]
+    return [r for r in read_jsonl(folder / SKIPPED) if "step" in r]

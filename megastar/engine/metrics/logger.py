@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megastar.engine.metrics.tensorboard import TensorBoardWriter
 from megastar.run_dir.events import append_event, flush_events
-from megastar.run_dir.jsonl_writer import Lines
+from megastar.run_dir.jsonl import Lines
 
 
 class MetricsLogger:

@@ -9,14 +9,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from megastar.run_dir import events
-from megastar.run_dir import checkpoint_dir
-from megastar.run_dir import jsonl_writer
 from megastar.engine.checkpointer import async_saver as saver_module
-from megastar.engine.metrics.tensorboard import TensorBoardWriter
-from megastar.run_dir.jsonl_writer import Lines
 from megastar.engine.metrics.logger import MetricsLogger
+from megastar.engine.metrics.tensorboard import TensorBoardWriter
 from megastar.engine.phase import PHASE
+from megastar.run_dir import checkpoint_dir, events, jsonl
+from megastar.run_dir.jsonl import Lines
 from megastar.run_dir.status import Status, health_of_disk
 from tests.disks import fill, remount
 from tests.dist.test_checkpoint import saver_for
@@ -32,7 +30,7 @@ def row(n: int) -> str:
 
 def lines_come_in_order_and_once(disk: Path) -> None:
     for sync_every in (0.0, 1e9):  # each line synced, and none before the disk fills
-        jsonl_writer.SYNC_EVERY = sync_every
+        jsonl.SYNC_EVERY = sync_every
         path = disk / "rows.jsonl"
         out = Lines(path)
         assert all(out.append(row(n)) for n in range(5))
@@ -47,7 +45,7 @@ def lines_come_in_order_and_once(disk: Path) -> None:
         out.close()
         assert rows_of(path) == list(range(61))
         path.unlink()
-    jsonl_writer.SYNC_EVERY = 10.0
+    jsonl.SYNC_EVERY = 10.0
 
 
 def rows_of_whole(path: Path) -> list[int]:

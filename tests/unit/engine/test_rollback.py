@@ -13,7 +13,7 @@ from megastar.engine.fault_tolerance import rollback
 from megastar.engine.fault_tolerance.skip_policy import suspects
 from megastar.engine.metrics.logger import MetricsLogger
 from megastar.run_dir import checkpoint_dir
-from megastar.run_dir.events import read_lines
+from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import ROLLBACKS
 from megastar.utils.files import append_line
 from tests.unit.engine.test_engine import make_checkpoint
@@ -70,7 +70,7 @@ def test_metrics_go_back_too(tmp_path):
     metrics.step(3, 4, {"loss": 30.0})
     metrics.saved(tmp_path / "step-00000002")  # it was on record before
     metrics.close()
-    assert [(r["step"], r["loss"]) for r in read_lines(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 30)]
+    assert [(r["step"], r["loss"]) for r in read_jsonl(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 30)]
     assert not (tmp_path / "events.jsonl").exists()
 
 

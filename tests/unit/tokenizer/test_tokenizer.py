@@ -213,7 +213,9 @@ def test_training_goes_on_from_a_file(tmp_path):
     assert not torch.equal(more.model.encoder.conv_in.weight, trainer.average.encoder.conv_in.weight)
     other = TokenizerConfig(**{**vars(SMALL), "codebook_size": 64})
     with pytest.raises(UserError, match="another architecture .codebook_size: 32 there, 64 here"):
-        TokenizerTrainer(_config(init=str(tmp_path / "tok.safetensors"), tokenizer=other), torch.device("cpu"), torch.float32)
+        TokenizerTrainer(
+            _config(init=str(tmp_path / "tok.safetensors"), tokenizer=other), torch.device("cpu"), torch.float32
+        )
 
 
 def test_learning_rate_warms_up_and_decays():

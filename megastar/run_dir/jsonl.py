@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from megastar.utils.files import write_atomic
 
@@ -102,3 +104,36 @@ class Lines:
         if fd is not None:
             with suppress(OSError):
                 os.close(fd)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, without lines that are none."""
+    with suppress(OSError), path.open("rb") as f:
+        return _objects(f)
+    return []
+
+
+def read_ends(path: Path, first: int, last: int) -> list[dict[str, Any]]:
+    """Of metrics.jsonl, in their order: the ``first`` and the ``last`` rows of training steps, the newest validation, and the
+    ``last`` other rows. However long the run was, this is all that is held."""
+    head: list[tuple[int, bytes]] = []
+    steps, others, validated = (deque[tuple[int, bytes]](maxlen=n) for n in (last, last, 1))
+    with suppress(OSError), path.open("rb") as f:
+        for place in enumerate(f):
+            if b'"loss_ar"' not in place[1]:
+                (validated if b'"val_loss_ar"' in place[1] else others).append(place)
+            elif len(head) < first:
+                head.append(place)
+            else:
+                steps.append(place)
+    return _objects(line for _, line in sorted([*head, *steps, *others, *validated]))
+
+
+def _objects(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            value = json.loads(line.decode(errors="replace"))
+            if isinstance(value, dict):
+                found.append(value)
+    return found
