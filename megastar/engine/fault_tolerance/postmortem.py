@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megastar.run_dir.layout import LOST, STACKS
 from megastar.utils.clock import utc_now
+from megastar.utils.files import append_line
 from megastar.utils.hostname import host_name
 
 WHY = ("lost", "hung", "corrupt")
@@ -38,10 +39,8 @@ def record_lost_rank(run: Path, rank: int, host: str, why: str) -> None:
         "host": host,
         "why": why,
     }
-    with suppress(OSError), (run / LOST).open("a") as f:
-        f.write(json.dumps(line) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
+    with suppress(OSError):
+        append_line(run / LOST, json.dumps(line))
 
 
 def write_stacks(run: Path, rank: int, text: str, error: BaseException | None = None) -> Path | None:

@@ -3,68 +3,82 @@ turns read-only. Each case leaves DISK empty."""
 
 from __future__ import annotations
 
-import json
+import shutil
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from megastar.engine.checkpointer import async_saver as saver_module
 from megastar.engine.metrics.logger import MetricsLogger
 from megastar.engine.metrics.tensorboard import TensorBoardWriter
 from megastar.engine.phase import PHASE
 from megastar.run_dir import checkpoint_dir, events, jsonl
-from megastar.run_dir.jsonl import Lines
+from megastar.run_dir.jsonl import JsonlWriter, read_jsonl
 from megastar.run_dir.status import Status, health_of_disk
 from tests.disks import fill, remount
 from tests.dist.test_checkpoint import saver_for
 
 
-def rows_of(path: Path) -> list[int]:
-    return [json.loads(line)["n"] for line in path.read_text().splitlines()]
+def numbers(path: Path) -> list[int]:
+    return [r["n"] for r in read_jsonl(path)]
 
 
-def row(n: int) -> str:
-    return json.dumps({"n": n, "text": "x" * 300})
+def row(n: int) -> dict[str, Any]:
+    return {"n": n, "step": n, "text": "x" * 300}
 
 
-def lines_come_in_order_and_once(disk: Path) -> None:
-    for sync_every in (0.0, 1e9):  # each line synced, and none before the disk fills
-        jsonl.SYNC_EVERY = sync_every
-        path = disk / "rows.jsonl"
-        out = Lines(path)
-        assert all(out.append(row(n)) for n in range(5))
-        filler = fill(disk)
-        taken = [out.append(row(n)) for n in range(5, 60)]  # some find room in the last page
-        assert not taken[-1] and out.problem is not None and out.problem.strerror == "No space left on device"
-        held = rows_of_whole(path)
-        assert held == list(range(len(held))) and 60 - out.waiting <= len(held) < 40
-        filler.unlink()
-        assert out.append(row(60)) and not out.waiting and out.problem is None
-        assert rows_of(path) == list(range(61))
-        out.close()
-        assert rows_of(path) == list(range(61))
-        path.unlink()
-    jsonl.SYNC_EVERY = 10.0
+def rows_wait_for_a_full_disk(disk: Path) -> None:
+    """Each row is there once and in order, whatever part of it the full disk took."""
+    out = JsonlWriter(disk / "rows.jsonl")
+    assert all(out.append(row(n)) for n in range(5))
+    filler = fill(disk)
+    written = [out.append(row(n)) for n in range(5, 60)]  # some find room in the last page
+    assert not written[-1] and out.error is not None and out.error.strerror == "No space left on device"
+    found = numbers(out.path)
+    assert found == list(range(60 - len(out.pending))) and len(found) < 40
+    filler.unlink()
+    assert out.append(row(60)) and not out.pending and out.error is None
+    assert numbers(out.path) == list(range(61))
+    out.path.unlink()
 
 
-def rows_of_whole(path: Path) -> list[int]:
-    """Without a line that is cut."""
-    return [json.loads(line)["n"] for line in path.read_text().splitlines() if line.endswith("}")]
+def a_full_disk_needs_no_room_for_a_cut(disk: Path) -> None:
+    out = JsonlWriter(disk / "rows.jsonl")
+    for n in range(40):
+        out.append(row(n))
+    filler = fill(disk)
+    while out.append(row(len(numbers(out.path)))):
+        pass
+    out.cut_after(20)
+    assert numbers(out.path) == list(range(21)) and not out.pending
+    filler.unlink()
+    out.path.unlink()
+
+
+def pending_rows_are_bounded(disk: Path) -> None:
+    jsonl.MAX_PENDING, most = 10, jsonl.MAX_PENDING
+    out = JsonlWriter(disk / "none" / "rows.jsonl")
+    for n in range(25):
+        assert not out.append(row(n))
+    assert (len(out.pending), out.dropped) == (10, 15)
+    (disk / "none").mkdir()
+    assert out.flush() and numbers(out.path) == list(range(15, 25))
+    shutil.rmtree(disk / "none")
+    jsonl.MAX_PENDING = most
 
 
 def a_read_only_disk(disk: Path) -> None:
-    path, out = disk / "rows.jsonl", Lines(disk / "rows.jsonl")
+    path, out = disk / "rows.jsonl", JsonlWriter(disk / "rows.jsonl")
     out.append(row(0))
-    out.close()
     remount(disk, "ro")
-    again = Lines(path)
-    assert not again.append(row(1)) and not again.append(row(2)) and "Read-only" in again.problem.strerror
+    assert not out.append(row(1)) and not out.append(row(2))
+    assert out.error is not None and out.error.strerror == "Read-only file system"
     events.append_event(disk, "warning", 1, "one")
     assert TensorBoardWriter(disk / "board", 0).problem.count("Read-only") == 1
     remount(disk, "rw")
-    assert again.append(row(3)) and rows_of(path) == [0, 1, 2, 3]
-    again.close()
+    assert out.append(row(3)) and numbers(path) == [0, 1, 2, 3]
     events.append_event(disk, "warning", 2, "two")
     assert [e["text"] for e in events.read_events(disk)] == ["one", "two"]
     for file in (path, disk / events.NAME):
@@ -90,8 +104,7 @@ def a_run_without_a_disk_loses_no_row(disk: Path) -> None:
     for more in range(step + 1, step + 4):
         metrics.step(more, 4, {"loss": float(more)})
     metrics.close()
-    found = [json.loads(line) for line in (disk / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in found] == list(range(1, step + 4))
+    assert [r["step"] for r in read_jsonl(disk / "metrics.jsonl")] == list(range(1, step + 4))
     told = [e for e in events.read_events(disk) if e["event"] == "warning"]
     disks = [e for e in told if e.get("situation") == "disk"]
     assert [bool(e.get("over")) for e in disks] == [False, True] and "No space left on device" in disks[0]["text"]
@@ -161,7 +174,9 @@ def a_save_is_tried_again(disk: Path) -> None:
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
-    lines_come_in_order_and_once(where)
+    rows_wait_for_a_full_disk(where)
+    a_full_disk_needs_no_room_for_a_cut(where)
+    pending_rows_are_bounded(where)
     a_read_only_disk(where)
     a_run_without_a_disk_loses_no_row(where)
     a_save_is_tried_again(where)
