@@ -49,12 +49,12 @@ def main() -> None:
         x.item()
 
     def agreement() -> None:
-        StepConsensus(ctx, loss, 0).answer()
+        StepConsensus(ctx, loss, 0).result()
 
     def whole() -> None:
         seen = StepRecord()
-        seen.add(StepConsensus(ctx, loss, 0).answer(), {"loss": loss, "loss_ar": loss}, loss)
-        assert not guard.judge(seen)
+        seen.add(StepConsensus(ctx, loss, 0).result(), {"loss": loss, "loss_ar": loss}, loss)
+        assert not guard.reason_to_skip(seen)
         guard.accept(seen)
         guard.state(1000)
 

@@ -23,7 +23,7 @@ def main() -> None:
 
     import torch
 
-    from megastar.engine.metrics.step_metrics import observed
+    from megastar.engine.metrics.step_metrics import step_metrics
     from megastar.engine.train_step import losses
     from megastar.engine.zero.setup import build, start
 
@@ -41,7 +41,7 @@ def main() -> None:
         engines.student.step()
         engines.refresh_teacher()
         if row:
-            observed(ctx, engines)
+            step_metrics(ctx, engines)
         if ctx.device.type == "cuda":
             torch.cuda.synchronize()
         return clock() - begin
@@ -54,7 +54,7 @@ def main() -> None:
     alone = []
     for _ in range(a.repeats):
         begin = clock()
-        observed(ctx, engines)
+        step_metrics(ctx, engines)
         alone.append(clock() - begin)
     plain, row = (statistics.median(took[kind]) for kind in (False, True))
     print(f"step {plain:.4f} s, with a row {row:.4f} s: {row / plain:.3f} of it; distance and memory alone "

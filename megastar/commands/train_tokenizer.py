@@ -60,7 +60,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     from megastar.data.images.dataset import PictureSet
     from megastar.evaluation.image_sources import load_images
     from megastar.tokenizer.io import read_tokenizer_metadata, save_tokenizer
-    from megastar.tokenizer.train import Trainer
+    from megastar.tokenizer.train import TokenizerTrainer
     from megastar.utils.device import pick_device, pick_dtype
 
     if cfg.threads:
@@ -73,7 +73,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     size = cfg.tokenizer.image_size
     held_out = {s: torch.from_numpy(load_images(cfg.pictures, subset=s, size=size, console=console)) for s in subsets}
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(cfg, device, pick_dtype(cfg.dtype, device))
+    trainer = TokenizerTrainer(cfg, device, pick_dtype(cfg.dtype, device))
     with Batches(pictures, cfg) as batches:
         trainer.fit(batches, held_out.get(cfg.val_subset), out, console)
     if batches.broken:

@@ -6,7 +6,6 @@ a machine that starves its processes has lost no time.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from contextlib import suppress
@@ -17,6 +16,7 @@ from megastar.config.schema import RunConfig
 from megastar.engine.exit_codes import CLEAN, RANK_FAILURE
 from megastar.engine.fault_tolerance.heartbeat import ENDED, LEFT, OVERDUE, Heartbeat, decode, flag_of
 from megastar.engine.phase import PHASE, STARTING, describe, limit_of
+from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import HEARTBEATS
 
 STARTS = 5  # times longer a rank may be silent while it starts
@@ -32,7 +32,7 @@ class Diagnosis:
     status: int = RANK_FAILURE
 
 
-class Judge:
+class FailureDetector:
     """Of one rank. ``advance`` at every tick, ``hear`` what the others said; then ask.
 
     ``host``: where the ranks' store lives, empty where this rank hears no other. ``clock`` counts seconds.
@@ -132,10 +132,10 @@ class Judge:
         found: list[Heartbeat] = []
 
         def read() -> None:
-            with suppress(OSError, ValueError, TypeError):
-                said = json.loads((Path(self.cfg.run) / HEARTBEATS / f"rank-{last.rank:05d}.json").read_text())
-                said.pop("time")
-                found.append(Heartbeat(**said))
+            for row in read_jsonl(Path(self.cfg.run) / HEARTBEATS / f"rank-{last.rank:05d}.json"):
+                row.pop("time", None)
+                with suppress(TypeError):
+                    found.append(Heartbeat(**row))
 
         reader = threading.Thread(target=read, name="watchdog-read", daemon=True)
         reader.start()

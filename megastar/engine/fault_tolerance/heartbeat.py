@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-ALIVE, OVERDUE, PUZZLED, LEFT, ENDED = ".", "O", "C", "L", "E"
+ALIVE, OVERDUE, INVESTIGATING, LEFT, ENDED = ".", "O", "C", "L", "E"
 # PUZZLED: its connection to a peer broke, it looks for the reason. LEFT: by itself, done or with an error of its own.
 # ENDED: because of another rank.
 
@@ -53,8 +53,12 @@ def flag_of(raw: bytes) -> str:
     return chr(raw[0])
 
 
-JOINING = 30.0  # seconds that the first connection may take: all ranks come at once, and the store's process is busy
-TRIPWIRE = 128  # ranks; a second connection of more of them would cost the store's process its file descriptors
+CONNECT_TIMEOUT = (
+    30.0  # seconds that the first connection may take: all ranks come at once, and the store's process is busy
+)
+MAX_LIVENESS_SOCKETS = (
+    128  # ranks; a second connection of more of them would cost the store's process its file descriptors
+)
 
 
 class HeartbeatStore:
@@ -69,10 +73,10 @@ class HeartbeatStore:
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.prefix = f"megastar/beats/{restarts}/{attempt}/"
         self.known: set[int] = set()  # ranks whose key exists
-        self.tripwire = world <= TRIPWIRE
+        self.tripwire = world <= MAX_LIVENESS_SOCKETS
         self.store: Any = None
         self.wire: socket.socket | None = None
-        self.connect(JOINING)
+        self.connect(CONNECT_TIMEOUT)
 
     def connect(self, patience: float = 0.0) -> None:
         """Raises ``OSError`` or torch's ``DistError`` when nobody answers."""

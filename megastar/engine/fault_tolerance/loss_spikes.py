@@ -27,7 +27,7 @@ class SpikeTest:
         variance = math.fsum([(x - mean) ** 2 for x in self.losses]) / (n - 1)
         return mean, max(math.sqrt(variance), LEAST_SIGMA * abs(mean), 1e-12)
 
-    def judge(self, loss: float) -> str:
+    def check(self, loss: float) -> str:
         """What is wrong with ``loss``, which is finite, or nothing. Only a rise is a spike."""
         if not self.sigma or len(self.losses) < max(2, self.window // 2):
             return ""

@@ -18,13 +18,14 @@ import torch.distributed as dist
 
 from megastar.run_dir.layout import LOST, STACKS
 from megastar.utils.clock import utc_now
+from megastar.utils.files import append_line
 from megastar.utils.hostname import host_name
 
 WHY = ("lost", "hung", "corrupt")
 COLLECTIVES = 8  # of the last ones, in a stacks file
 
 
-def record_loss(run: Path, rank: int, host: str, why: str) -> None:
+def record_lost_rank(run: Path, rank: int, host: str, why: str) -> None:
     """Append to lost.jsonl, which the batch script reads to keep a requeued job away from a bad host. Never raises.
 
     {"time": "2026-01-31T12:00:00+00:00", "job": "417", "attempt": 0, "rank": 3, "host": "node7", "why": "lost"}
@@ -38,10 +39,8 @@ def record_loss(run: Path, rank: int, host: str, why: str) -> None:
         "host": host,
         "why": why,
     }
-    with suppress(OSError), (run / LOST).open("a") as f:
-        f.write(json.dumps(line) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
+    with suppress(OSError):
+        append_line(run / LOST, json.dumps(line))
 
 
 def write_stacks(run: Path, rank: int, text: str, error: BaseException | None = None) -> Path | None:
@@ -100,7 +99,7 @@ def collectives_entered() -> int:
         return 0
 
 
-def say(text: str) -> None:
+def print_error(text: str) -> None:
     """On stderr, whatever the main thread holds; the cursor that a progress bar hides comes back."""
     with suppress(OSError):
         hidden = "\x1b[?25h\n" if sys.stderr.isatty() else ""

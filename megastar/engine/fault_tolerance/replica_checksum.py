@@ -18,30 +18,14 @@ from megastar.checkpoint.shard_format import KINDS
 from megastar.config.schema import RunConfig
 from megastar.engine.context import Context
 from megastar.engine.fault_tolerance.errors import CorruptReplica
-from megastar.engine.fault_tolerance.postmortem import record_loss
-from megastar.engine.fault_tolerance.skip_policy import said
+from megastar.engine.fault_tolerance.postmortem import record_lost_rank
+from megastar.engine.fault_tolerance.skip_policy import name_ranks
 from megastar.engine.lr_schedule import peak_rate
 from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.partitions import is_persistent
 from megastar.parallel.plan import split_of
+from megastar.parallel.tensor_hash import hash_tensor
 from megastar.utils.hostname import host_name
-
-CHUNK = 1 << 22  # elements hashed at a time: their int64 copies are small against a layer
-ODD = 0x1E3779B97F4A7C15
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@torch.no_grad()
-def digest(x: Tensor) -> Tensor:
-    """A 64-bit hash of the bits of ``x``, a scalar int64 on its device. One element that differs always changes it:
-    each is multiplied by an odd number that depends on its place, and int64 wraps."""
-    bits = x.detach().reshape(-1).view(_INTEGERS[x.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=x.device)
-    for first in range(0, len(bits), CHUNK):
-        part = bits[first : first + CHUNK]
-        places = torch.arange(first, first + len(part), device=x.device)
-        total += (part.long() * (places * (2 * ODD) | 1)).sum()
-    return total
 
 
 def due(cfg: RunConfig, step: int, saves: bool = False) -> bool:
@@ -92,13 +76,13 @@ def compare(cfg: RunConfig, engines: Engines, ctx: Context, step: int, since: in
         return
     held = list(replicas(engines, ctx))
     count = torch.tensor([step, engines.student.global_steps, engines.student.micro_steps, engines.updates()])
-    digests = torch.stack([digest(x).to(ctx.device) for *_, x in held] + [digest(count).to(ctx.device)])
+    hashes = torch.stack([hash_tensor(x).to(ctx.device) for *_, x in held] + [hash_tensor(count).to(ctx.device)])
     groups = {"data": ctx.data_group, "tensor": ctx.tensor_group, "all": dist.group.WORLD}
     scopes = [scope for scope, *_ in held] + ["all"]
-    differ = torch.zeros_like(digests, dtype=torch.bool)
+    differ = torch.zeros_like(hashes, dtype=torch.bool)
     for scope in dict.fromkeys(scopes):
         mine = torch.tensor([s == scope for s in scopes], device=ctx.device)
-        extremes = torch.stack([digests[mine], ~digests[mine]])  # ~x falls where x rises: one reduction has both ends
+        extremes = torch.stack([hashes[mine], ~hashes[mine]])  # ~x falls where x rises: one reduction has both ends
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=groups[scope])
         differ[mine] = extremes[0] != ~extremes[1]
     anywhere = differ.to(torch.int32)
@@ -108,16 +92,16 @@ def compare(cfg: RunConfig, engines: Engines, ctx: Context, step: int, since: in
     names = [name for _, name, _ in held] + ["the step counters"]
     faults = []
     for i in anywhere.nonzero().flatten().tolist():
-        value: Any = digests[i].item()
+        value: Any = hashes[i].item()
         if scopes[i] == "tensor" and held[i][2].is_floating_point():
             value = _far_from_first(ctx, held[i][2], 2 * since * peak_rate(cfg))
         every: list[Any] = [None] * ctx.world
         dist.all_gather_object(every, (host_name(), value))
         hosts = [host for host, _ in every]
-        if found := odd_ones([value for _, value in every], _groups(ctx, scopes[i])):
+        if found := find_outliers([value for _, value in every], _groups(ctx, scopes[i])):
             faults.append((names[i], *found, hosts))
     if faults:
-        raise CorruptReplica(_told(cfg, ctx, step, faults))
+        raise CorruptReplica(_message(cfg, ctx, step, faults))
 
 
 def _far_from_first(ctx: Context, x: Tensor, bound: float) -> bool:
@@ -136,7 +120,7 @@ def _groups(ctx: Context, scope: str) -> list[list[int]]:
     return [list(range(first, ctx.world, ctx.tensor)) for first in range(ctx.tensor)]
 
 
-def odd_ones(values: list[Any], groups: list[list[int]]) -> tuple[list[int], bool] | None:
+def find_outliers(values: list[Any], groups: list[list[int]]) -> tuple[list[int], bool] | None:
     """The ranks whose value is not their group's, and whether more than half of the group agree against them; without
     such a majority all of the group. None where nothing differs. ``values``: one a rank."""
     odd: list[int] = []
@@ -151,17 +135,19 @@ def odd_ones(values: list[Any], groups: list[list[int]]) -> tuple[list[int], boo
     return (odd, certain) if odd else None
 
 
-def _told(cfg: RunConfig, ctx: Context, step: int, faults: list[tuple[str, list[int], bool, list[str]]]) -> str:
+def _message(cfg: RunConfig, ctx: Context, step: int, faults: list[tuple[str, list[int], bool, list[str]]]) -> str:
     """The sentence; rank 0 writes the ranks at fault down for the batch script."""
     name, ranks, certain, hosts = faults[0]
     whose = [{"rank": r, "host": hosts[r]} for r in ranks]
     certain = certain and all(f[2] for f in faults)
     if ctx.main and certain:
         for one in whose:
-            record_loss(Path(cfg.run), one["rank"], one["host"], "corrupt")
+            record_lost_rank(Path(cfg.run), one["rank"], one["host"], "corrupt")
     more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
     if certain:
-        blame = f"on {said(whose)} alone: that memory is not to be trusted, keep the run away from the host"
+        blame = f"on {name_ranks(whose)} alone: that memory is not to be trusted, keep the run away from the host"
     else:
-        blame = f"between {said(whose)}, and no majority tells which is wrong: test these hosts with megastar doctor"
+        blame = (
+            f"between {name_ranks(whose)}, and no majority tells which is wrong: test these hosts with megastar doctor"
+        )
     return f"step {step}: {name}{more} must be equal on all replicas, and differs {blame}; the last checkpoint is from before"

@@ -46,7 +46,7 @@ class StragglerReport(NamedTuple):
     data: list[bool]  # whether it is the data, not the work, that makes the difference
 
 
-def judge(table: list[list[float]], step_s: float) -> StragglerReport:
+def compare_ranks(table: list[list[float]], step_s: float) -> StragglerReport:
     """``table``: (world, 3) seconds a step of host, part of the network on the GPU (0: none), waiting for data.
 
     A step of ``step_s`` seconds is the slowest GPU's busy time; the others' is shorter as their part was.
@@ -71,7 +71,7 @@ def judge(table: list[list[float]], step_s: float) -> StragglerReport:
 
 
 @dataclass
-class Watch:
+class StragglerTracker:
     """Names a host when a rank of it was slow ``ROWS`` rows in a row, and once more when that is over."""
 
     places: list[Place]
@@ -129,8 +129,8 @@ class Stragglers:
         if ctx.world > 1:
             places = [mine] * ctx.world
             dist.all_gather_object(places, mine)
-        self.watch = Watch(places, slow_ratio)
-        supply.own.sample(alone(engines, ctx))
+        self.watch = StragglerTracker(places, slow_ratio)
+        supply.timer.sample(comm_free_module(engines, ctx))
         self._news: list[tuple[str, dict[str, Any]]] = []
         self._since = time.perf_counter()
 
@@ -139,7 +139,7 @@ class Stragglers:
         steps = max(1, steps)
         now = time.perf_counter()
         step_s, self._since = (now - self._since) / steps, now
-        host, part = self.supply.own.take()
+        host, part = self.supply.timer.take()
         mine = torch.tensor([host / steps, part, self.supply.waited() / steps], device=self.ctx.device)
         table = mine
         if self.ctx.world > 1:
@@ -148,7 +148,7 @@ class Stragglers:
         rows = table.view(self.ctx.world, len(mine)).tolist()
         row = {"data_wait_s": max(r[2] for r in rows)}
         if self.ctx.world > 1:
-            verdict = judge(rows, step_s)
+            verdict = compare_ranks(rows, step_s)
             self._news = self.watch.see(verdict)
             slowest = max(range(self.ctx.world), key=verdict.ratios.__getitem__)
             row |= {"slowest_rank": slowest, "slowest_ratio": verdict.ratios[slowest]}
@@ -160,7 +160,7 @@ class Stragglers:
         return news
 
 
-def alone(engines: Engines, ctx: Context) -> torch.nn.Module:
+def comm_free_module(engines: Engines, ctx: Context) -> torch.nn.Module:
     """A part of the student whose forward pass sends nothing, once its weights are there."""
     transformer = engines.student.module.transformer
     block = transformer.layers[len(transformer.layers) // 2]

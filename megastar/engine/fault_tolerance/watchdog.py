@@ -21,9 +21,17 @@ import torch.distributed as dist
 
 from megastar.config.schema import RunConfig
 from megastar.engine.exit_codes import CLEAN
-from megastar.engine.fault_tolerance.failure_detector import Diagnosis, Judge, place, zero_keeps_store
-from megastar.engine.fault_tolerance.heartbeat import ALIVE, ENDED, LEFT, OVERDUE, PUZZLED, Heartbeat, HeartbeatStore
-from megastar.engine.fault_tolerance.postmortem import collectives_entered, record_loss, say, write_stacks
+from megastar.engine.fault_tolerance.failure_detector import Diagnosis, FailureDetector, place, zero_keeps_store
+from megastar.engine.fault_tolerance.heartbeat import (
+    ALIVE,
+    ENDED,
+    INVESTIGATING,
+    LEFT,
+    OVERDUE,
+    Heartbeat,
+    HeartbeatStore,
+)
+from megastar.engine.fault_tolerance.postmortem import collectives_entered, print_error, record_lost_rank, write_stacks
 from megastar.engine.phase import PHASE, STARTING
 from megastar.errors import UserError
 from megastar.run_dir.events import append_event
@@ -98,7 +106,7 @@ class Watchdog:
         if rank == 0:
             self._tidy()
         self.line = self._join() if world > 1 and self.wanted else None
-        self.judge = Judge(cfg, rank, self.tick, self.line.host if self.line else "")
+        self.judge = FailureDetector(cfg, rank, self.tick, self.line.host if self.line else "")
 
     def _tidy(self) -> None:
         """Remove what the ranks of the start before said."""
@@ -113,7 +121,7 @@ class Watchdog:
             line.publish(self.me.encode())
             return line
         except (OSError, RuntimeError, AttributeError) as error:
-            say(f"rank {self.rank} cannot watch the others ({type(error).__name__}: {error}), only itself")
+            print_error(f"rank {self.rank} cannot watch the others ({type(error).__name__}: {error}), only itself")
             return None
 
     def start(self) -> None:
@@ -220,7 +228,7 @@ class Watchdog:
             return None
         judge, began = self.judge, self.judge.clock
         self.everyone = True
-        self.stage = PUZZLED
+        self.stage = INVESTIGATING
         deadline = time.monotonic() + max(PUZZLE, 2 * judge.silence)
         while time.monotonic() < deadline:
             self.nudge.set()
@@ -249,13 +257,13 @@ class Watchdog:
                 append_event(self.run, verdict.kind, PHASE.done, verdict.text)
                 if verdict.kind != "error":
                     for beat in verdict.culprits:
-                        record_loss(self.run, beat.rank, beat.host, "hung" if verdict.kind == "hang" else "lost")
+                        record_lost_rank(self.run, beat.rank, beat.host, "hung" if verdict.kind == "hang" else "lost")
             write_stacks(self.run, self.rank, f"{verdict.text}\nthis rank is at {place(self._beat())}", error)
             self._write_file()
 
         writer = threading.Thread(target=last_words, name="watchdog-last-words", daemon=True)
         writer.start()
-        say(f"{verdict.text} (stacks of rank {self.rank} in {self.run / STACKS})")
+        print_error(f"{verdict.text} (stacks of rank {self.rank} in {self.run / STACKS})")
         self._wait_for_others(2.0)
         writer.join(LAST_WORDS)
         os._exit(verdict.status)

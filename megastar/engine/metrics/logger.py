@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megastar.engine.metrics.tensorboard import TensorBoardWriter
 from megastar.run_dir.events import append_event, flush_events
-from megastar.run_dir.jsonl_writer import Lines
+from megastar.run_dir.jsonl import JsonlWriter
 
 
 class MetricsLogger:
@@ -33,8 +32,8 @@ class MetricsLogger:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.lines = Lines(folder / "metrics.jsonl")
-        self.lines.cut(lambda line: _step_of(line) <= start)
+        self.lines = JsonlWriter(folder / "metrics.jsonl")
+        self.lines.cut_after(start)
         self.lines.flush()  # the file is there, and its time says when this began
         self.disk_fails = False
         self.board = TensorBoardWriter(folder / "tensorboard", start)
@@ -59,7 +58,7 @@ class MetricsLogger:
         if not self.active:
             return
         try:
-            self.lines.cut(lambda line: _step_of(line) <= step)
+            self.lines.cut_after(step)
         except OSError as error:  # the next start cuts them
             self.note(f"{self.lines.path} keeps rows of the steps that were left: {error}")
         self.board.close()
@@ -102,7 +101,7 @@ class MetricsLogger:
         if not self.active:
             return
         rounded = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
-        self.lines.append(json.dumps({"step": step, **rounded}))
+        self.lines.append({"step": step, **rounded})
         self.board.add(row, step)
         self._look_after_disk()
 
@@ -133,14 +132,14 @@ class MetricsLogger:
         if self.active:
             self.bar.stop()
             self.board.close()
-            self.lines.close()
+            self.lines.flush(sync=True)
             self._look_after_disk()
-            if self.lines.problem:
-                self.note(f"{self.lines.waiting} rows of {self.lines.path} are lost ({self.lines.problem.strerror})")
+            if self.lines.error:
+                self.note(f"{len(self.lines.pending)} rows of {self.lines.path} are lost ({self.lines.error.strerror})")
 
     def _look_after_disk(self) -> None:
         flush_events(self.folder)
-        problem, lost = self.lines.problem, self.lines.given_up
+        problem, lost = self.lines.error, self.lines.dropped
         if problem and not self.disk_fails:
             self.event(
                 "warning",
@@ -152,15 +151,8 @@ class MetricsLogger:
             less = f", {lost} older ones were given up" if lost else ""
             text = f"{self.lines.path} can be written again: the rows that waited are there{less}"
             self.event("warning", text, situation="disk", over=True)
-            self.lines.given_up = 0
+            self.lines.dropped = 0
         self.disk_fails = problem is not None
         if self.board.problem:
             self.event("warning", self.board.problem)
             self.board.problem = ""
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf  # a line cut by a crash

@@ -16,7 +16,7 @@ class TensorBoardWriter:
     def __init__(self, folder: Path, start: int):
         self.problem = ""
         self.writer: Any = None
-        _hush()
+        _silence_thread_errors()
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -46,7 +46,7 @@ class TensorBoardWriter:
         self.writer = None
 
 
-def _hush() -> None:
+def _silence_thread_errors() -> None:
     """The error of TensorBoard's thread comes out of ``add`` too: no traceback of it."""
     before = threading.excepthook
     if getattr(before, "hushed", False):

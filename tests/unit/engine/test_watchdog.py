@@ -11,9 +11,9 @@ import pytest
 from megastar.config.schema import RunConfig
 from megastar.engine import phase
 from megastar.engine.exit_codes import RANK_FAILURE
-from megastar.engine.fault_tolerance.failure_detector import Judge
+from megastar.engine.fault_tolerance.failure_detector import FailureDetector
 from megastar.engine.fault_tolerance.heartbeat import ALIVE, ENDED, LEFT, OVERDUE, Heartbeat
-from megastar.engine.fault_tolerance.postmortem import record_loss, write_stacks
+from megastar.engine.fault_tolerance.postmortem import record_lost_rank, write_stacks
 from megastar.engine.fault_tolerance.watchdog import Watchdog, watch
 from megastar.engine.phase import DATA, ENDING, PHASE, SAVING, STARTING, limit_of
 from megastar.run_dir.events import read_events
@@ -44,7 +44,7 @@ class Ranks:
         PHASE.begin(1)
         PHASE.begin(2)  # behind the first step, which may take longer
         PHASE.at("asking all ranks")
-        self.judge, self.now, self.beat = Judge(cfg, rank, TICK, "node0"), 0.0, 0
+        self.judge, self.now, self.beat = FailureDetector(cfg, rank, TICK, "node0"), 0.0, 0
         self.others = {
             r: Heartbeat(r, f"node{r}", 100 + r, step=2, phase="asking all ranks", collectives=9) for r in range(world)
         }
@@ -233,13 +233,13 @@ def test_limits():
 def test_the_record_for_the_batch_script(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "417")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    record_loss(tmp_path, 3, "node7", "lost")
-    record_loss(tmp_path, 1, "node2", "hung")
+    record_lost_rank(tmp_path, 3, "node7", "lost")
+    record_lost_rank(tmp_path, 1, "node2", "hung")
     first, second = (json.loads(line) for line in (tmp_path / "lost.jsonl").read_text().splitlines())
     assert first.pop("time").endswith("+00:00")
     assert first == {"job": "417", "attempt": 2, "rank": 3, "host": "node7", "why": "lost"}
     assert (second["rank"], second["why"]) == (1, "hung")
-    record_loss(tmp_path / "nothing", 3, "node7", "lost")  # a disk that takes none is no reason to stop
+    record_lost_rank(tmp_path / "nothing", 3, "node7", "lost")  # a disk that takes none is no reason to stop
 
 
 def test_an_error_of_its_own_is_one_event(tmp_path):
