@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megastar import __version__
-from megastar.commands._common import nearest, tell
-from megastar.errors import UserError
+from megastar.commands._common import tell
+from megastar.errors import UserError, nearest
 from megastar.utils.hostname import shorten_dns_timeout
 from megastar.utils.process_exit import run_and_leave
+from megastar.version import __version__
 
 COMMANDS = {  # name -> (module of megastar.commands, what it does)
     "demo": ("demo", "pictures to scores on the embedded emoji, in one command"),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -35,13 +34,6 @@ class Parser(argparse.ArgumentParser):
 
 def terminal_width() -> int:
     return max(80, min(140, shutil.get_terminal_size((110, 24)).columns))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error sentence: the nearest of the known names, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"
 
 
 def config_and_overrides(items: list[str]) -> tuple[str | None, list[str]]:

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, nearest, positive
+from megastar.commands._common import Parser, positive
 from megastar.config.schema import DataConfig
-from megastar.errors import UserError
+from megastar.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import numpy as np

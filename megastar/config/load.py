@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin, get_type_hints
@@ -51,6 +52,17 @@ def override_config(cfg: RunConfig, overrides: Sequence[str], where: str) -> Run
 def config_from_dict(data: dict[str, Any]) -> RunConfig:
     """The inverse of ``dataclasses.asdict``, checked as ``load_config`` does but for files on this machine."""
     return cast(RunConfig, _load(data, (), RunConfig, "saved configuration", None, files=False))
+
+
+def as_run_config(config: RunConfig | str | Path | Mapping[str, Any]) -> RunConfig:
+    """A checked run from a ``RunConfig``, the path of a YAML file, or a dict of its sections. Raises ``UserError``."""
+    if isinstance(config, (str, Path)):
+        return load_config(config)
+    if isinstance(config, Mapping):
+        return cast(RunConfig, _load(deepcopy(dict(config)), (), RunConfig, "configuration", None))
+    if isinstance(config, RunConfig):
+        return override_config(config, (), "configuration")
+    raise UserError(f"configuration {config!r}: give a RunConfig, the path of a YAML file, or a dict of its sections")
 
 
 def _load(

@@ -19,6 +19,7 @@ from megastar.commands.demo import ends_of
 from megastar.commands.train_tokenizer import Batches
 from megastar.config.schema import RunConfig, TokenizerConfig, TokenizerTrainConfig
 from megastar.errors import UserError
+from megastar.version import __version__
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
@@ -56,7 +57,7 @@ def test_overview(capsys):
         text = capsys.readouterr().out
         assert all(name in text for name in cli.COMMANDS) and "examples:" in text
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == "megastar 0.1.0\n"
+    assert capsys.readouterr().out == f"megastar {__version__}\n"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
