@@ -6,6 +6,8 @@ import os
 import stat
 import threading
 
+import pytest
+
 from megastar.utils.files import append_line, write_atomic
 
 
@@ -22,10 +24,8 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
 def test_a_failed_write_leaves_the_former_file(tmp_path):
     path = tmp_path / "file"
     write_atomic(path, b"first")
-    try:
-        write_atomic(path, "text")  # type: ignore[arg-type]
-    except TypeError:
-        pass
+    with pytest.raises(TypeError):
+        write_atomic(path, "text")
     assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["file"]
 
 
