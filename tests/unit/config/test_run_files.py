@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -24,6 +25,14 @@ SECTIONS = {"data": DataConfig, "self_guided": SelfGuidedConfig, "optim": OptimC
 SECTIONS |= {"parallel": ParallelConfig, "train": TrainConfig}
 
 
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Dotted names -> values."""
+    out = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
 def run(name: str) -> RunConfig:
     return load_config(f"configs/run/{name}.yaml")
 
@@ -35,6 +44,19 @@ def differing(a: str, b: str) -> set[str]:
 def test_the_papers_runs_are_there():
     wanted = {f"{m}_{s}_{e}ep" for m in ("ar", "star") for s in ("b", "l", "xl") for e in (50, 300)}
     assert {p.stem for p in RUNS} >= wanted | {"star_xxl", "star_3b", "demo"}
+
+
+def test_every_file_resolves_to_the_configuration_of_version_0_1_0():
+    """The fixture was written by the code of 0.1.0 from its run files, which held every field."""
+    recorded = json.loads((ROOT / "tests/data/resolved_runs.json").read_text())
+    for kind, paths, load in (("runs", RUNS, load_config), ("comparisons", COMPARISONS, load_compare_config)):
+        common = recorded[kind].pop("common")
+        assert set(recorded[kind]) == {p.stem for p in paths}
+        for path in paths:
+            resolved = flat(dataclasses.asdict(load(path)))
+            expected = common | recorded[kind][path.stem]
+            for name in resolved.keys() | expected.keys():  # as JSON: 1 is not 1.0, nor true
+                assert json.dumps(resolved[name]) == json.dumps(expected[name]), (path.stem, name)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
