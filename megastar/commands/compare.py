@@ -78,7 +78,7 @@ def main(words: list[str]) -> int:
         named = {run.name: run for run in runs}
         if a.evaluate not in named:
             raise UserError(f"--evaluate {a.evaluate}: the runs are {', '.join(named)}")
-        Evaluation(cfg).work(named[a.evaluate], console)
+        Evaluation(cfg).run(named[a.evaluate], console)
         return 0
     return Comparison(cfg, runs, gpus, shlex.join(["megastar", "compare", *a.items]), console).run()
 
@@ -92,16 +92,17 @@ def count_gpus() -> int:
 def show_plan(cfg: CompareConfig, runs: list[PlannedRun], console: Console) -> None:
     """Print the runs, their size and progress, and how the variants differ."""
     from megastar.experiments.job_queue import last_step
-    from megastar.experiments.plan import check_folder, difference
+    from megastar.experiments.plan import changed_fields, check_folder
     from megastar.experiments.tables import print_rows
+    from megastar.run_dir.layout import METRICS
 
     check_folder(cfg, runs)
     rows = [["run", "steps", "done", "images", "sequences"]]
     for run in runs:
-        done = last_step(run.folder / "metrics.jsonl")
+        done = last_step(run.folder / METRICS)
         rows.append([run.name, *(f"{n:,}" for n in (run.steps, done, run.images, run.sequences))])
     print_rows(rows, console)
-    for variant, fields in {run.variant: difference(cfg, run) for run in runs}.items():
+    for variant, fields in {run.variant: changed_fields(cfg, run) for run in runs}.items():
         console.print(f"{variant}: {'; '.join(fields) or 'the base run'}", highlight=False, markup=False)
     images, sequences = (sum(getattr(run, what) for run in runs) for what in ("images", "sequences"))
     console.print(

@@ -1,1 +1,1 @@
-"""Comparisons of variants with several seeds: megastar compare."""
+"""`megastar compare`: plan and run the trainings of a comparison, evaluate them, and tabulate the results."""

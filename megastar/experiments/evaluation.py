@@ -1,4 +1,4 @@
-"""Probe, samples and scores of one run, each kept under the hash of what it depends on."""
+"""Probe and scores of one run; each result is stored under the hash of its inputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from megastar.config.comparison import CompareConfig
 from megastar.errors import UserError
-from megastar.experiments.plan import PlannedRun, codes_of
+from megastar.experiments.plan import PlannedRun, codes_folder
+from megastar.run_dir.checkpoint_dir import name_of
+from megastar.run_dir.layout import CHECKPOINTS, MANIFEST
+from megastar.utils.files import sha256, write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-VERSION = 1  # of what a result means: another one is never read
+VERSION = 1  # of the meaning of results; those of another version are not read
 
 
 @dataclass(frozen=True)
@@ -27,22 +30,22 @@ class Part:
     what: str
     weights: str
     step: int
-    count: int = 0  # pictures drawn for a score
+    count: int = 0  # images drawn for a score
     curve: bool = False
 
     @property
     def checkpoint(self) -> Path:
-        return self.run.folder / "checkpoints" / f"step-{self.step:08d}"
+        return self.run.folder / CHECKPOINTS / name_of(self.step)
 
 
 class Evaluation:
-    """What is measured of each run, and where the results are kept: OUT/evaluation."""
+    """Measures the runs; results are stored in OUT/evaluation."""
 
     def __init__(self, cfg: CompareConfig):
         self.cfg, self.folder = cfg, Path(cfg.out) / "evaluation"
 
     def parts(self, run: PlannedRun) -> list[Part]:
-        """All that is measured of ``run``; the curve is of the leading weights, split and metric alone."""
+        """All measurements of ``run``; the curve uses only the first of the weights, splits and metrics."""
         c, last = self.cfg, run.steps
         out = []
         for weights in c.weights:
@@ -55,7 +58,7 @@ class Evaluation:
         return out
 
     def check(self) -> None:
-        """Raise ``UserError`` now for what would stop a measurement after hours of training."""
+        """Raise ``UserError`` for problems that would otherwise stop a measurement after hours of training."""
         from megastar.data.shards.manifest import load_manifest
         from megastar.evaluation.features import open_network
         from megastar.evaluation.figure import require_matplotlib
@@ -64,68 +67,63 @@ class Evaluation:
         c = self.cfg
         require_matplotlib()
         choose_metrics(c.score.metrics or None, open_network("efflite0", inception=c.score.inception or None))
-        stored = load_manifest(codes_of(c, c.probe.fit_on)).views
+        stored = load_manifest(codes_folder(c, c.probe.fit_on)).views
         if c.probe.fit_crops > stored:
-            raise UserError(f"probe.fit_crops = {c.probe.fit_crops}: the codes hold {stored} crops of each picture")
-        assert self.sources  # the pictures and the tokenizer are there
+            raise UserError(
+                f"probe.fit_crops = {c.probe.fit_crops}: the codes contain {stored} crops per image; reduce it"
+            )
+        assert self.sources  # raises if images or tokenizer are missing
 
     @cached_property
     def sources(self) -> dict[str, Any]:
-        """The hashes of everything but the weights that a result depends on."""
-        from megastar.data.storage.shard_info import MANIFEST
+        """The hashes of all inputs of a result except the weights."""
+        from megastar.data.storage.shard_info import MANIFEST as SHARDS
         from megastar.evaluation.image_sources import source_hash
-        from megastar.utils.files import sha256
 
         c = self.cfg
         splits = {c.probe.fit_on, c.probe.score_on, c.sample.like}
-        codes = {s: sha256(Path(codes_of(c, s)) / MANIFEST) for s in splits}
+        codes = {s: sha256(Path(codes_folder(c, s)) / SHARDS) for s in splits}
         real = {s: source_hash(c.pictures, subset=s) for s in c.score.against}
         inception = sha256(Path(c.score.inception)) if c.score.inception else ""
-        return {"codes": codes, "real": real, "inception": inception, "tokenizer": sha256(Path(tokenizer_of(c)))}
+        return {"codes": codes, "real": real, "inception": inception, "tokenizer": sha256(Path(find_tokenizer(c)))}
 
     def file(self, part: Part) -> Path | None:
-        """Where the result of ``part`` belongs; None while its checkpoint is not there."""
-        from megastar.run_dir.checkpoint_dir import MANIFEST
-        from megastar.utils.files import sha256
-
-        about = part.checkpoint / MANIFEST
-        if not about.is_file():
+        """The file of the result of ``part``; None without its checkpoint."""
+        manifest = part.checkpoint / MANIFEST
+        if not manifest.is_file():
             return None
-        c, d = self.cfg, self.sources
-        depends: dict[str, Any] = {"version": VERSION, "checkpoint": sha256(about), "weights": part.weights}
+        c, hashes = self.cfg, self.sources
+        inputs: dict[str, Any] = {"version": VERSION, "checkpoint": sha256(manifest), "weights": part.weights}
         if part.what == "probe":
-            depends |= {"probe": asdict(c.probe), "codes": [d["codes"][s] for s in (c.probe.fit_on, c.probe.score_on)]}
+            codes = [hashes["codes"][s] for s in (c.probe.fit_on, c.probe.score_on)]
+            inputs |= {"probe": asdict(c.probe), "codes": codes}
         else:
-            depends |= {
-                "sample": asdict(c.sample) | {"count": part.count},
-                "score": asdict(c.score),
-                "curve": part.curve,
-            }
-            depends |= {"like": d["codes"][c.sample.like]} | {k: d[k] for k in ("real", "inception", "tokenizer")}
-        key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+            sample = asdict(c.sample) | {"count": part.count}
+            inputs |= {"sample": sample, "score": asdict(c.score), "curve": part.curve}
+            inputs |= {"like": hashes["codes"][c.sample.like]}
+            inputs |= {name: hashes[name] for name in ("real", "inception", "tokenizer")}
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
         return self.folder / f"{part.run.name}-{part.step:08d}-{part.weights}-{part.what}-{key}.json"
 
     def read(self, part: Part) -> dict[str, Any] | None:
-        """An earlier result, or None."""
+        """A stored result, or None."""
         file = self.file(part)
         try:
             return json.loads(file.read_text()) if file else None
-        except (FileNotFoundError, ValueError):  # a damaged one is made again
+        except (FileNotFoundError, ValueError):  # a damaged file is measured again
             return None
 
     def missing(self, run: PlannedRun) -> list[Part]:
         return [p for p in self.parts(run) if self.read(p) is None]
 
-    def work(self, run: PlannedRun, console: Console) -> None:
-        """Measure what is missing of ``run``. Raises ``UserError``."""
-        from megastar.utils.files import write_atomic
-
+    def run(self, run: PlannedRun, console: Console) -> None:
+        """Measure the missing parts of ``run``. Raises ``UserError``."""
         for part in self.missing(run):
             file = self.file(part)
             if file is None:
                 raise UserError(
-                    f"{part.checkpoint} is not there: train {run.name} to its end first, or, where it was removed since, "
-                    f"remove {run.folder} so that it is trained again"
+                    f"{part.checkpoint} does not exist: train {run.name} to its end first; if the checkpoint was removed, "
+                    f"remove {run.folder} to train the run again"
                 )
             console.print(f"{run.name} step {part.step}: {part.what} of the {part.weights} weights", highlight=False)
             result = (self.probe if part.what == "probe" else self.score)(part, console)
@@ -137,22 +135,21 @@ class Evaluation:
         from megastar.evaluation.linear_probe import linear_probe
         from megastar.model.io import load_model
         from megastar.utils.device import pick_device
-        from megastar.utils.files import sha256
 
         p = self.cfg.probe
         weights = find_weights(part.checkpoint, part.weights).file
         model, _ = load_model(weights, pick_device("auto"))
         result = linear_probe(
             model,
-            *crops(codes_of(self.cfg, p.fit_on), p.fit_crops),
-            *crops(codes_of(self.cfg, p.score_on), 1),
+            *load_crops(codes_folder(self.cfg, p.fit_on), p.fit_crops),
+            *load_crops(codes_folder(self.cfg, p.score_on), 1),
             block=p.block, positions=p.positions, epochs=p.epochs, batch=p.batch, lr=p.lr, optimizer=p.optimizer,
             seed=p.seed, console=console,
         )  # fmt: skip
         return result | {"weights_sha256": sha256(weights), "fit_on": p.fit_on, "score_on": p.score_on}
 
     def score(self, part: Part, console: Console) -> dict[str, Any]:
-        """Split -> scores of one set of pictures; its features are computed once."""
+        """Split -> scores of one set of images, whose features are computed once."""
         from megastar.checkpoint.find_weights import find_weights, labels_of
         from megastar.evaluation.feature_statistics import Collector
         from megastar.evaluation.features import open_network
@@ -161,53 +158,52 @@ class Evaluation:
         from megastar.sampling.distributed import iterate_images
         from megastar.sampling.pipeline import open_pipeline
         from megastar.utils.device import pick_device
-        from megastar.utils.files import sha256
 
         c, s = self.cfg, self.cfg.sample
         weights, device = find_weights(part.checkpoint, part.weights).file, pick_device("auto")
-        labels = like(labels_of(codes_of(c, s.like)), part.count, s.seed)
-        painter = open_pipeline(
-            weights, tokenizer_of(c), labels, seed=s.seed, batch=s.batch, cfg_scale=s.cfg_scale,
+        labels = sample_labels(labels_of(codes_folder(c, s.like)), part.count, s.seed)
+        pipeline = open_pipeline(
+            weights, find_tokenizer(c), labels, seed=s.seed, batch=s.batch, cfg_scale=s.cfg_scale,
             temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
         )  # fmt: skip
         network = open_network("efflite0", device, inception=c.score.inception or None)
         metrics = choose_metrics(c.score.metrics or None, network)[: 1 if part.curve else None]
-        made = Collector(network, **needs(metrics, real=False))
-        for ids, pixels in iterate_images(painter, console=console):
-            made.update(pixels, ids)
-        made.finish()
-        told = painter.identity() | {"weights": str(weights), "weights_sha256": sha256(weights)}
-        told["label_plan"] = f"like {s.like}"
+        generated = Collector(network, **needs(metrics, real=False))
+        for ids, pixels in iterate_images(pipeline, console=console):
+            generated.update(pixels, ids)
+        generated.finish()
+        provenance = pipeline.identity() | {"weights": str(weights), "weights_sha256": sha256(weights)}
+        provenance["label_plan"] = f"like {s.like}"
         results = {}
         for split in c.score.against[: 1 if part.curve else None]:
             results[split] = evaluate_collected(
-                made, c.pictures, real_subset=split, metrics=metrics, settings=Settings(allow_few=True),
-                batch=c.score.batch, cache=self.folder / "real", console=console, provenance=told,
+                generated, c.pictures, real_subset=split, metrics=metrics, settings=Settings(allow_few=True),
+                batch=c.score.batch, cache=self.folder / "real", console=console, provenance=provenance,
             )  # fmt: skip
         return results
 
 
-def tokenizer_of(cfg: CompareConfig) -> str:
-    """Raises ``UserError``."""
+def find_tokenizer(cfg: CompareConfig) -> str:
+    """The file ``base.data.tokenizer``. Raises ``UserError``."""
     from megastar.config.files import find_file
 
     name = cfg.base.data.tokenizer
     found = find_file(name) if name else None
     if found is None:
-        raise UserError(f"base.data.tokenizer = {name!r} is not there: name the tokenizer that makes the codes")
+        raise UserError(f"base.data.tokenizer = {name!r} does not exist: name the tokenizer of the codes")
     return str(found)
 
 
-def like(pool: list[int], count: int, seed: int) -> list[int]:
-    """Classes of ``count`` pictures, as frequent as in ``pool``; the same for all runs."""
+def sample_labels(pool: list[int], count: int, seed: int) -> list[int]:
+    """The classes of ``count`` images, as frequent as in ``pool``; the same for all runs."""
     import numpy as np
 
     order = np.random.default_rng([seed, 1]).permutation(len(pool))
-    return np.asarray(pool)[order[np.arange(count) % len(pool)]].tolist()
+    return [pool[i] for i in order[np.arange(count) % len(pool)]]
 
 
-def crops(shards: str, count: int) -> tuple[Any, Any]:
-    """Codes (N * count, T) of ``count`` stored crops of each picture, the centre one first, and classes."""
+def load_crops(shards: str, count: int) -> tuple[Any, Any]:
+    """Codes (N * count, T) of ``count`` stored crops per image, the centre crop first, and the classes (N * count,)."""
     import numpy as np
 
     from megastar.data.shards.reader import ShardSet

@@ -12,13 +12,13 @@ from megastar.experiments.results import HIGHER, Results
 
 
 def draw(results: Results, folder: Path, majority: Mapping[str, Any] | None) -> None:
-    """Both figures of the leading weights, as far as there is something to draw."""
+    """Both figures of the first weights in ``cfg.weights``; a figure without data is not drawn."""
     draw_probe(results, folder / "probe.png", majority)
     draw_score(results, folder / "score.png")
 
 
 def draw_probe(results: Results, path: Path, majority: Mapping[str, Any] | None) -> None:
-    """Accuracy over position, and what naming the most frequent class would give."""
+    """Accuracy by position, and the accuracy of always predicting the most frequent class."""
     c, weights = results.cfg, results.cfg.weights[0]
     lines = []
     for variant, v in c.variants.items():
@@ -29,13 +29,12 @@ def draw_probe(results: Results, path: Path, majority: Mapping[str, Any] | None)
     if lines:
         level = ("most frequent class", 100 * majority["accuracy"]) if majority else None
         title = f"linear probe of block {c.probe.block}, null class, {c.probe.score_on} split, {weights} weights"
-        draw_lines(
-            lines, path, "position in the sequence", "top-1 accuracy (%)", title, ticks=lines[0].xs, level=level
-        )  # fmt: skip
+        labels = "position in the sequence", "top-1 accuracy (%)"
+        draw_lines(lines, path, *labels, title, ticks=lines[0].xs, level=level)
 
 
 def draw_score(results: Results, path: Path) -> None:
-    """The leading score of checkpoints over the pictures that they were trained on."""
+    """The first score of checkpoints by the number of images they were trained on."""
     c, weights, split = results.cfg, results.cfg.weights[0], results.cfg.score.against[0]
     lines, metric = [], ""
     for variant, v in c.variants.items():
@@ -49,13 +48,13 @@ def draw_score(results: Results, path: Path) -> None:
             metric = next(r["score"][split]["metric"] for curve in curves for r in curve.values() if "score" in r)
     if lines:
         better = "higher" if metric.startswith(HIGHER) else "lower"
-        title = f"{c.curve.count} pictures against the {split} split, {weights} weights"
+        title = f"{c.curve.count} images against the {split} split, {weights} weights"
         ticks = lines[0].xs if len(lines[0].xs) < 9 else None
         draw_lines(lines, path, "images seen", f"{metric} ({better} is better)", title, ticks=ticks)
 
 
 def value_at(curve: Mapping[str, Any], step: int, split: str) -> float:
-    """NaN where it is not measured yet."""
+    """NaN if not measured yet."""
     try:
         return float(curve[str(step)]["score"][split]["value"])
     except KeyError:

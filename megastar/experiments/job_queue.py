@@ -1,4 +1,4 @@
-"""Jobs side by side: each a process with a log of its own, under one live display."""
+"""Jobs that run concurrently: each a process with its own log, all in one progress display."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,11 +28,11 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 @dataclass
 class Job:
-    """``words`` after ``megastar``; ``done`` tells how far it is."""
+    """``args`` of ``megastar``; ``done`` returns its progress, up to ``total``."""
 
     run: str
     stage: str
-    words: list[str]
+    args: list[str]
     log: Path
     total: int
     done: Callable[[], int] = field(default=lambda: 0)
@@ -41,144 +42,131 @@ class Job:
         return f"{self.run}: {self.stage}"
 
 
-@dataclass(frozen=True)
-class Moment:
-    """How far a job is, when, and what its processes have taken of the processors since they started."""
+class Steady(NamedTuple):
+    """Progress, wall-clock time and CPU time: at a moment, or between two. As a difference it excludes start-up and exit."""
 
-    done: int
-    clock: float
-    cpu_s: float
+    done: int = 0
+    seconds: float = 0.0
+    cpu_s: float = 0.0
 
 
 @dataclass
 class Attempt:
-    """A job that came to its end: seconds by the clock, and of the processors."""
+    """A job that has ended: its wall-clock and CPU time."""
 
     job: Job
     status: int
     seconds: float
     cpu_s: float
-    cut: bool  # by the signal that asked us to stop
-    steady: tuple[int, float, float]  # how much was done, in which of both seconds, without start-up and the way out
+    interrupted: bool  # by the signal that stopped the queue
+    steady: Steady
 
 
 @dataclass
 class Running:
-    """A job's process; ``first`` and ``last``: when ``done`` was first and last seen to grow."""
+    """A job's process; ``first`` and ``last``: when ``done`` was first and last seen to increase."""
 
     job: Job
     process: subprocess.Popen[bytes]
     start: float
     task: TaskID
     before: int
-    first: Moment | None = None
-    last: Moment | None = None
+    first: Steady | None = None
+    last: Steady = Steady()
 
-    def look(self) -> int:
+    def update(self) -> int:
         done = self.job.done()
-        if done > (self.last.done if self.last else self.before):
-            self.last = Moment(done, time.perf_counter(), cpu_seconds(self.process.pid))
+        if done > max(self.before, self.last.done):
+            self.last = Steady(done, time.perf_counter(), cpu_seconds(self.process.pid))
             self.first = self.first or self.last
         return done
 
-    def steady(self) -> tuple[int, float, float]:
-        if self.first is None or self.last is None:
-            return 0, 0.0, 0.0
-        a, b = self.first, self.last
-        return b.done - a.done, b.clock - a.clock, b.cpu_s - a.cpu_s
+    def steady(self) -> Steady:
+        (done, seconds, cpu_s), last = self.first or self.last, self.last
+        return Steady(last.done - done, last.seconds - seconds, last.cpu_s - cpu_s)
 
 
 class QueueStopped(Exception):
-    """A signal asked to stop; the jobs have ended."""
+    """A signal stopped the queue; the jobs have ended."""
 
     def __init__(self, number: int):
         super().__init__(number)
         self.signal = number
 
 
-class Queue:
-    """Works off jobs, ``width`` at a time; ``after`` an attempt more may follow, which go first."""
+class JobQueue:
+    """Runs as many jobs at a time as there are ``environments``, each with its own."""
 
-    def __init__(self, width: int, environments: list[dict[str, str]], console: Console):
-        assert len(environments) == width
-        self.width, self.environments, self.console = width, environments, console
+    def __init__(self, environments: list[dict[str, str]], console: Console):
+        self.environments, self.console = environments, console
         self.running: dict[int, Running] = {}
-        self.asked = 0
+        self.stop_signal = 0
 
-    def work(self, jobs: Iterable[Job], after: Callable[[Attempt], list[Job]]) -> None:
-        """Until no job is left. Raises ``QueueStopped`` after SIGINT or SIGTERM, when the jobs have saved and ended."""
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+    def run(self, jobs: Iterable[Job], after: Callable[[Attempt], list[Job]]) -> None:
+        """Run all jobs, and those that ``after`` returns for an ended one, which go first.
+
+        Raises ``QueueStopped`` after SIGINT or SIGTERM, when the jobs have saved and ended.
+        """
+        from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
         waiting = deque(jobs)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        former = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+        handlers = {s: signal.signal(s, self._handle_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            unwatched = not self.console.is_terminal  # each start is a line there instead
-            with Progress(
-                *columns, console=self.console, refresh_per_second=2, transient=True, disable=unwatched
-            ) as bar:
+            hidden = not self.console.is_terminal  # then a line is printed per start
+            with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:
                 while waiting or self.running:
-                    while waiting and len(self.running) < self.width and not self.asked:
+                    while waiting and len(self.running) < len(self.environments) and not self.stop_signal:
                         self._start(waiting.popleft(), bar)
                     time.sleep(POLL)
                     for slot, one in list(self.running.items()):
-                        bar.update(one.task, completed=min(one.job.total, one.look()))
-                        attempt = self._ended(slot)
+                        bar.update(one.task, completed=min(one.job.total, one.update()))
+                        attempt = self._poll(slot)
                         if attempt is not None:
                             bar.remove_task(one.task)
                             waiting.extendleft(reversed(after(attempt)))
-                    if self.asked and not self.running:
-                        raise QueueStopped(self.asked)
+                    if self.stop_signal and not self.running:
+                        raise QueueStopped(self.stop_signal)
         finally:
             self._end_all()
-            for number, handler in former.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: object) -> None:
-        """The first signal lets the jobs save, the second ends them as they are."""
-        if self.asked:
-            told, what = "ending at once: what was saved last counts", signal.SIGKILL
+    def _handle_signal(self, number: int, frame: object) -> None:
+        """The first signal lets the jobs save, the second one kills them."""
+        if self.stop_signal:
+            text, forwarded = "killing the runs: they resume from their last checkpoint", signal.SIGKILL
         else:
-            told, what = "stopping: runs save their state first; once more ends at once", signal.SIGTERM
-        self.asked = number
+            text, forwarded = (
+                "stopping: the runs save a checkpoint first; repeat the signal to kill them",
+                signal.SIGTERM,
+            )
+        self.stop_signal = number
         for one in self.running.values():
-            send(one.process, what)
-        self.console.print(told, highlight=False)
+            send_signal(one.process, forwarded)
+        self.console.print(text, highlight=False)
 
     def _start(self, job: Job, bar: Progress) -> None:
-        slot = next(i for i in range(self.width) if i not in self.running)
+        slot = next(i for i in range(len(self.environments)) if i not in self.running)
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open("ab") as log:
-            log.write(f"$ megastar {shlex.join(job.words)}\n".encode())
+            log.write(f"$ megastar {shlex.join(job.args)}\n".encode())
             log.flush()
             process = subprocess.Popen(
-                [sys.executable, "-m", "megastar", *job.words],
+                [sys.executable, "-m", "megastar", *job.args],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=os.environ | self.environments[slot],
-                start_new_session=True,  # Ctrl-C comes to us alone, and is passed on once
+                start_new_session=True,  # Ctrl-C reaches only this process, which forwards it once
                 preexec_fn=die_with_parent,
             )  # fmt: skip
         if not self.console.is_terminal:
             self.console.print(f"{job.title} ...", highlight=False)
         task = bar.add_task(job.title, total=job.total)
         self.running[slot] = Running(job, process, time.perf_counter(), task, job.done())
-        if self.asked:  # just now
-            send(process, signal.SIGTERM)
+        if self.stop_signal:  # it arrived during this start
+            send_signal(process, signal.SIGTERM)
 
-    def _ended(self, slot: int) -> Attempt | None:
+    def _poll(self, slot: int) -> Attempt | None:
         one = self.running[slot]
         pid, status, usage = os.wait4(one.process.pid, os.WNOHANG)
         if not pid:
@@ -186,19 +174,19 @@ class Queue:
         one.process.returncode = code = os.waitstatus_to_exitcode(status)
         del self.running[slot]
         seconds, cpu_s = time.perf_counter() - one.start, usage.ru_utime + usage.ru_stime
-        return Attempt(one.job, code, seconds, cpu_s, cut=bool(self.asked and code), steady=one.steady())
+        return Attempt(one.job, code, seconds, cpu_s, bool(self.stop_signal and code), one.steady())
 
     def _end_all(self) -> None:
-        """Nothing that was started outlives this command."""
+        """No job outlives this command."""
         for one in self.running.values():
-            send(one.process, signal.SIGTERM)
+            send_signal(one.process, signal.SIGTERM)
         for one in self.running.values():
             one.process.wait()
         self.running.clear()
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process and those below it, the ended ones that were waited for included."""
+    """User and system time of a process and its descendants, including the ended ones that were waited for."""
     import psutil
 
     total = 0.0
@@ -211,47 +199,39 @@ def cpu_seconds(pid: int) -> float:
     return total
 
 
-def send(process: subprocess.Popen[bytes], number: int) -> None:
-    """A signal to a job; one that it cannot heed goes to all its processes, since it could not pass it on."""
+def send_signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """Signal a job; SIGKILL, which it cannot forward, goes to all of its processes."""
     import psutil
 
     if process.returncode is not None:
         return
     try:
-        below = psutil.Process(process.pid).children(recursive=True) if number == signal.SIGKILL else []
+        children = psutil.Process(process.pid).children(recursive=True) if number == signal.SIGKILL else []
         process.send_signal(number)
-        for one in below:
+        for one in children:
             one.send_signal(number)
-    except psutil.Error:  # it has just ended
+    except psutil.Error:  # it has ended
         pass
 
 
 def die_with_parent() -> None:
-    """In the child: a comparison that is killed leaves no run behind, which the next one would start once more."""
+    """In the child: end with the parent, since the next comparison would start the same run again."""
     if LIBC is not None:
         LIBC.prctl(DEATH_SIGNAL, signal.SIGTERM)
 
 
 def last_step(metrics: Path) -> int:
-    """The step of the newest whole line of a metrics.jsonl, 0 without one."""
-    try:
-        with metrics.open("rb") as f:
-            f.seek(max(0, metrics.stat().st_size - 4096))
-            lines = f.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
+    """The step of the newest complete line of a metrics.jsonl, 0 without one."""
+    with suppress(OSError), metrics.open("rb") as f:
+        f.seek(max(0, metrics.stat().st_size - 4096))
+        for line in reversed(f.read().splitlines()):
+            with suppress(ValueError, KeyError, TypeError):
+                return int(json.loads(line)["step"])
     return 0
 
 
 def tail(log: Path, lines: int = 3) -> str:
-    """The last lines of a log, for the sentence about a failure."""
-    try:
-        text = log.read_text(errors="replace")
-    except OSError:
-        return ""
-    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+    """The last lines of a log that are not blank."""
+    with suppress(OSError):
+        return "\n".join([line for line in log.read_text(errors="replace").splitlines() if line.strip()][-lines:])
+    return ""

@@ -1,23 +1,26 @@
-"""From what was measured of each run to means, spreads and differences within a seed."""
+"""From the measurements of each run to means, standard deviations and differences within a seed."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from megastar.config.comparison import CompareConfig
 from megastar.experiments.evaluation import Evaluation
 from megastar.experiments.plan import PlannedRun, baselines
 from megastar.run_dir.jsonl import read_jsonl
+from megastar.run_dir.layout import METRICS
 
 LAST, BEST = "probe, last position (%)", "probe, best position (%)"
 LOSS = "validation loss"
-HIGHER = ("probe", "IS", "precision", "recall")  # the beginnings of quantities of which more is better
+HIGHER = ("probe", "IS", "precision", "recall")  # prefixes of quantities of which higher is better
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation (n - 1) over seeds; of one value there is no deviation."""
+    """Mean and standard deviation (n - 1) over seeds; the deviation of one value is None."""
     return {
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,
@@ -29,8 +32,8 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 def gather(
     run: PlannedRun, evaluation: Evaluation, times: Mapping[str, Mapping[str, Any]], digest: str
 ) -> dict[str, Any]:
-    """All that is known of a run so far."""
-    rows = read_jsonl(run.folder / "metrics.jsonl")
+    """All measurements of a run so far."""
+    rows = read_jsonl(run.folder / METRICS)
     speeds = [r["images_per_s"] for r in rows if "images_per_s" in r]
     losses = [r["val_loss_ar"] for r in rows if "val_loss_ar" in r]
     trained = times.get(f"{run.name} train", {})
@@ -62,20 +65,17 @@ def gather(
         if part.what == "score":
             kept = ("metric", "value", "scores", "floor", "warnings")
             result = {s: {k: r[k] for k in kept if k in r} for s, r in result.items()}
-        place = (
-            out["curve"].setdefault(str(part.step), {}) if part.curve else out["weights"].setdefault(part.weights, {})
-        )
-        place[part.what] = result
+        kind, key = ("curve", str(part.step)) if part.curve else ("weights", part.weights)
+        out[kind].setdefault(key, {})[part.what] = result
     return out
 
 
-def score_of(weights: str, split: str, metric: str) -> Callable[[Mapping[str, Any]], Any]:
-    """What reads a score from a run's row."""
-    return lambda r: r["weights"][weights]["score"][split]["scores"][metric]
+def score_of(weights: str, split: str, metric: str, row: Mapping[str, Any]) -> Any:
+    return row["weights"][weights]["score"][split]["scores"][metric]
 
 
 class Results:
-    """The rows of all runs, and what is read from them."""
+    """The rows of all runs (of ``gather``), and the statistics over them."""
 
     def __init__(
         self, cfg: CompareConfig, runs: Sequence[PlannedRun], rows: Mapping[str, Mapping[str, Any]], gpus: int
@@ -85,25 +85,23 @@ class Results:
         self.baselines = baselines(cfg, runs)
 
     def of(self, variant: str, value: Callable[[Mapping[str, Any]], Any]) -> dict[int, Any]:
-        """Seed -> value, of the runs that have it."""
+        """Seed -> value, for the runs that have it."""
         found = {}
         for run in self.runs:
             if run.variant == variant and run.name in self.rows:
-                try:
+                with suppress(KeyError, TypeError):
                     found[run.seed] = value(self.rows[run.name])
-                except (KeyError, TypeError):
-                    continue
         return {seed: v for seed, v in found.items() if v is not None}
 
     def quantities(self, weights: str) -> dict[str, Callable[[Mapping[str, Any]], Any]]:
-        """Name of a quantity -> its value in a run's row. The loss is of the student, whatever ``weights`` are."""
+        """Name of a quantity -> how to read it from a row. The loss is always of the student, whatever ``weights`` are."""
         out: dict[str, Callable[[Mapping[str, Any]], Any]] = {
             LAST: lambda r: 100 * r["weights"][weights]["probe"]["accuracy"][-1],
             BEST: lambda r: 100 * max(r["weights"][weights]["probe"]["accuracy"]),
         }
         for split in self.cfg.score.against:
             for metric in self.metrics(weights, split):
-                out[f"{metric} ({split})"] = score_of(weights, split, metric)
+                out[f"{metric} ({split})"] = partial(score_of, weights, split, metric)
         return out | {LOSS: lambda r: r["val_loss_ar"] if r["done"] == r["steps"] else None}
 
     def metrics(self, weights: str, split: str) -> list[str]:
@@ -113,28 +111,31 @@ class Results:
         return []
 
     def cost(self, variant: str) -> dict[str, Any]:
-        """Seconds a run, milliseconds an image by the clock and of the processors, medians over the finished runs.
+        """Seconds per run, wall-clock and CPU milliseconds per image: medians over the finished runs.
 
-        Milliseconds are without start-up; ``with_startup`` where the processors' were not measured so.
-        ``relative``: milliseconds over each baseline's, of the processors, of the clock where a GPU does the work.
+        Milliseconds exclude start-up, except the CPU's of old results, marked ``with_startup``. ``relative``: the
+        milliseconds divided by those of each baseline; CPU time, or wall-clock time with GPUs.
         """
         out = self._cost(variant)
         kind = "ms_per_image" if self.gpus else "cpu_ms_per_image"
-        theirs = {b: self._cost(b)[kind] for b in self.baselines}
-        out["relative"] = {b: out[kind] / there if out[kind] and there else None for b, there in theirs.items()}
+        others = {b: self._cost(b)[kind] for b in self.baselines}
+        out["relative"] = {b: out[kind] / other if out[kind] and other else None for b, other in others.items()}
         return out
 
     def _cost(self, variant: str) -> dict[str, Any]:
-        def ended(r: Mapping[str, Any]) -> bool:
-            return bool(r["done"] == r["steps"])
+        def median(value: Callable[[Mapping[str, Any]], Any]) -> float | None:
+            values = self.of(variant, lambda r: value(r) if r["done"] == r["steps"] else None).values()
+            return statistics.median(values) if values else None
 
-        seconds = self.of(variant, lambda r: r["train_seconds"] if ended(r) else None)
-        clock = self.of(variant, lambda r: 1000 / r["images_per_s"] if ended(r) else None)
-        cpu = self.of(variant, lambda r: r["cpu_ms_per_image"] if ended(r) else None)
-        whole = {} if cpu else self.of(variant, lambda r: 1000 * r["train_cpu_s"] / r["images"] if ended(r) else None)
-        names = {"seconds": seconds, "ms_per_image": clock, "cpu_ms_per_image": cpu or whole}
-        medians = {name: statistics.median(found.values()) if found else None for name, found in names.items()}
-        return {**medians, "with_startup": bool(whole)}
+        cpu, whole = median(lambda r: r["cpu_ms_per_image"]), None
+        if cpu is None:
+            whole = median(lambda r: 1000 * r["train_cpu_s"] / r["images"])
+        return {
+            "seconds": median(lambda r: r["train_seconds"]),
+            "ms_per_image": median(lambda r: 1000 / r["images_per_s"]),
+            "cpu_ms_per_image": whole if cpu is None else cpu,
+            "with_startup": whole is not None,
+        }
 
     def pairs(self) -> list[tuple[str, str]]:
         """(variant, baseline), each pair once."""
@@ -144,7 +145,7 @@ class Results:
         return out
 
     def summary(self) -> dict[str, Any]:
-        """Per kind of weights and variant: each quantity's mean and spread; and differences within a seed."""
+        """By weights and variant: mean and deviation of each quantity, and its differences within a seed."""
         out: dict[str, Any] = {
             "baselines": self.baselines,
             "cost": {v: self.cost(v) for v in self.cfg.variants},

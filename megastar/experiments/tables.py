@@ -1,11 +1,11 @@
-"""The results as tables: Markdown, and the console's, cut to its width."""
+"""The results as tables: in Markdown, and on the console, split to fit its width."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from megastar.experiments.plan import difference
+from megastar.experiments.plan import changed_fields
 from megastar.experiments.results import HIGHER, Results
 
 if TYPE_CHECKING:
@@ -16,35 +16,35 @@ UNBROKEN = "\N{NO-BREAK SPACE}"
 
 
 def quantities_table(results: Results, summary: Mapping[str, Any], weights: str) -> Rows:
-    """A row a variant: mean and standard deviation over seeds of each quantity."""
+    """One row per variant: mean and standard deviation over seeds of each quantity."""
     table = summary["weights"][weights]
     rows = [["variant", "seeds", *map(heading, table)]]
     for variant, label in results.labels.items():
-        mine = [r.name for r in results.runs if r.variant == variant]
-        done = [n for n in mine if weights in results.rows.get(n, {}).get("weights", {})]
-        cells = [shown(q[variant], digits(q)) if variant in q else "" for q in table.values()]
-        rows.append([label, f"{len(done)}/{len(mine)}", *cells])
+        names = [r.name for r in results.runs if r.variant == variant]
+        done = [n for n in names if weights in results.rows.get(n, {}).get("weights", {})]
+        cells = [formatted(q[variant], digits(q)) if variant in q else "" for q in table.values()]
+        rows.append([label, f"{len(done)}/{len(names)}", *cells])
     return rows
 
 
 def differences_table(results: Results, summary: Mapping[str, Any], weights: str) -> Rows:
-    """A row a pair: a variant less a baseline of the same seed, mean and standard deviation over seeds."""
+    """One row per pair: variant minus baseline of the same seed, mean and standard deviation over seeds."""
     table, pairs = summary["weights"][weights], summary["differences"][weights]
     rows = [["difference", "seeds", *map(heading, table)]]
     for b, a in results.pairs():
         if cells := pairs.get(f"{b} - {a}"):
             seeds = max(cell["n"] for cell in cells.values())
-            values = [shown(cells[n], digits(q), "+") if n in cells else "" for n, q in table.items()]
+            values = [formatted(cells[n], digits(q), "+") if n in cells else "" for n, q in table.items()]
             rows.append([f"{results.labels[b]} − {results.labels[a]}", str(seeds), *values])
     return rows
 
 
 def cost_table(results: Results, summary: Mapping[str, Any]) -> Rows:
-    """A row a variant: how much it sees, and what an image costs."""
+    """One row per variant: images, sequences, and time."""
     cost = summary["cost"]
     whole = any(c["with_startup"] for c in cost.values())
-    cpu = "CPU ms an image, start-up too" if whole else "CPU ms an image"
-    header = ["variant", "images", "sequences", "s a run", "clock ms an image", cpu]
+    cpu = "CPU ms per image, with start-up" if whole else "CPU ms per image"
+    header = ["variant", "images", "sequences", "s per run", "wall ms per image", cpu]
     rows = [header + [f"× {results.labels[b]}" for b in results.baselines]]
     for variant, label in results.labels.items():
         run = next((r for r in results.runs if r.variant == variant), None)
@@ -57,9 +57,9 @@ def cost_table(results: Results, summary: Mapping[str, Any]) -> Rows:
 
 
 def changes_table(results: Results) -> Rows:
-    """A row a variant: the fields in which it differs from the base run."""
-    changes = {results.labels[r.variant]: difference(results.cfg, r) for r in results.runs}
-    return [["variant", "fields"], *([label, "; ".join(fields) or "nothing"] for label, fields in changes.items())]
+    """One row per variant: the fields in which it differs from the base run."""
+    changes = {results.labels[r.variant]: changed_fields(results.cfg, r) for r in results.runs}
+    return [["variant", "fields"], *([label, "; ".join(fields) or "none"] for label, fields in changes.items())]
 
 
 def markdown(results: Results, summary: Mapping[str, Any], command: str) -> str:
@@ -71,12 +71,12 @@ def markdown(results: Results, summary: Mapping[str, Any], command: str) -> str:
         if len(pairs := differences_table(results, summary, weights)) > 1:
             out += ["Differences within a seed, mean ± standard deviation over seeds:", as_markdown(pairs)]
     out += ["## Cost", cost_note(results), as_markdown(cost_table(results, summary))]
-    out += ["## What differs from the base run", as_markdown(changes_table(results))]
+    out += ["## Differences from the base run", as_markdown(changes_table(results))]
     return "\n\n".join(out) + "\n"
 
 
 def show(results: Results, summary: Mapping[str, Any], console: Console) -> None:
-    """The tables on the console."""
+    """Print the tables."""
     for weights in results.cfg.weights:
         console.print(f"\n[bold]{weights} weights[/], mean ± standard deviation over seeds", highlight=False)
         print_rows(quantities_table(results, summary, weights), console)
@@ -88,23 +88,23 @@ def show(results: Results, summary: Mapping[str, Any], console: Console) -> None
 
 
 def about(results: Results) -> str:
-    """How the quantities were measured."""
+    """How the quantities are measured."""
     c = results.cfg
     return (
-        f"Mean ± standard deviation (n - 1) over seeds; n=1 is one seed, whose spread nobody knows. Probe: block "
+        f"Mean ± standard deviation (n - 1) over seeds; n=1: one seed, no standard deviation. Probe: block "
         f"{c.probe.block}, null class, fitted on {c.probe.fit_on}, scored on {c.probe.score_on}; the best position is "
-        f"each run's own. Scores: {c.sample.count} pictures, cfg_scale {c.sample.cfg_scale:g}, temperature "
+        f"chosen per run. Scores: {c.sample.count} images, cfg_scale {c.sample.cfg_scale:g}, temperature "
         f"{c.sample.temperature:g}, against {' and '.join(c.score.against)}. Validation loss: next token, one crop, no "
-        f"mask, the student's weights. ↑ more is better, ↓ less is better."
+        f"mask, student weights. ↑ higher is better, ↓ lower is better."
     )
 
 
 def cost_note(results: Results) -> str:
-    """What the columns of the cost table mean."""
-    kind = "clock" if results.gpus else "CPU"
+    """The meaning of the columns of the cost table."""
+    kind = "wall-clock" if results.gpus else "CPU"
     return (
-        f"Medians over runs. s a run: by the clock, start-up, validation and saving too. An image: the training steps "
-        f"alone unless the column says otherwise. × NAME: {kind} time an image over NAME's."
+        f"Medians over runs. s per run: wall-clock time, including start-up, validation and saving. Per image: training "
+        f"steps only, unless the column says otherwise. × NAME: {kind} time per image relative to NAME."
     )
 
 
@@ -114,13 +114,13 @@ def heading(quantity: str) -> str:
 
 
 def digits(quantity: Mapping[str, Mapping[str, Any]]) -> int:
-    """Behind the point, the same for all variants."""
+    """Number of decimals, the same for all variants."""
     largest = max((abs(s["mean"]) for s in quantity.values()), default=0.0)
     return 2 if largest >= 10 else 3 if largest >= 1 else 4
 
 
-def shown(s: Mapping[str, Any], digits: int, sign: str = "") -> str:
-    """4.31 ± 0.02; one seed says so."""
+def formatted(s: Mapping[str, Any], digits: int, sign: str = "") -> str:
+    """4.31 ± 0.02, or 4.31 (n=1)."""
     mean = f"{s['mean']:{sign}.{digits}f}"
     return f"{mean} (n=1)" if s["std"] is None else f"{mean} ± {s['std']:.{digits}f}"
 
@@ -131,34 +131,34 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def print_rows(rows: Rows, console: Console) -> None:
-    """One table, or several with the same first column where the console is too narrow for one."""
+    """One table, or several with the same first column if the console is too narrow for one."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    for columns in cut(rows, console.width):
+    for columns in split_columns(rows, console.width):
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for i in columns:  # a heading may be broken, a value not
+        for i in columns:  # a heading may wrap, a value must not
             justify: Literal["left", "right"] = "right" if i else "left"
-            table.add_column(Text(rows[0][i]), justify=justify, vertical="bottom", width=wide(rows, i))
+            table.add_column(Text(rows[0][i]), justify=justify, vertical="bottom", width=column_width(rows, i))
         for row in rows[1:]:
             table.add_row(*(Text(row[i].replace(" ", UNBROKEN)) for i in columns))
         console.print(table)
 
 
-def cut(rows: Rows, width: int) -> list[list[int]]:
-    """Columns of each table, none wider than ``width`` as far as its columns allow; the first column leads each."""
-    tables, used = [[0]], wide(rows, 0)
+def split_columns(rows: Rows, width: int) -> list[list[int]]:
+    """The columns of each table, at most ``width`` wide if possible; each begins with the first column."""
+    tables, used = [[0]], column_width(rows, 0)
     for i in range(1, len(rows[0])):
-        space = wide(rows, i) + 3  # between columns
+        space = column_width(rows, i) + 3  # between columns
         if used + space > width - 2 and len(tables[-1]) > 1:
             tables.append([0])
-            used = wide(rows, 0)
+            used = column_width(rows, 0)
         tables[-1].append(i)
         used += space
     return tables
 
 
-def wide(rows: Rows, i: int) -> int:
-    """Characters that column ``i`` needs: its widest value, and the longest word of its heading."""
+def column_width(rows: Rows, i: int) -> int:
+    """Characters that column ``i`` needs: its widest value, or the longest word of its heading."""
     return max(*(len(word) for word in rows[0][i].split()), *(len(row[i]) for row in rows[1:]), 1)

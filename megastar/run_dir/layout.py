@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 HEARTBEATS = "heartbeats"
 STACKS, LOST = "stacks", "lost.jsonl"
 SKIPPED = "skipped.jsonl"

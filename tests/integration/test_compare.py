@@ -1,4 +1,4 @@
-"""`megastar compare` as a user runs it: cut in the middle, gone on with, nothing left to do, drawn again."""
+"""`megastar compare` end to end: interrupted, continued, repeated, redrawn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = 40
 
 
 def write_comparison(world, folder: Path) -> Path:
-    """Two variants, two seeds, fp32; the validation pictures are scored, there are no others."""
+    """Two variants, two seeds, fp32; scores use the validation images."""
     base = yaml.safe_load(world.write_config(folder / "run.yaml", folder / "run").read_text())
     base["train"] |= {"steps": STEPS, "save_every": 20, "val_every": STEPS}
     file = folder / "compare.yaml"
@@ -40,8 +40,8 @@ def write_comparison(world, folder: Path) -> Path:
     return file
 
 
-def cut(config: Path, out: Path) -> int:
-    """Start, and ask to stop while the first runs train; the status."""
+def interrupt(config: Path, out: Path) -> int:
+    """Start a comparison and stop it while the first runs train. Returns the exit status."""
     with (out.parent / "first.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "megastar", "compare", str(config)], cwd=ROOT, env=environment(), stdout=log, stderr=log
@@ -58,17 +58,17 @@ def cut(config: Path, out: Path) -> int:
             process.kill()
 
 
-def test_a_comparison_is_cut_gone_on_with_and_done(world, tmp_path, capsys):
+def test_a_comparison_is_interrupted_continued_and_finished(world, tmp_path, capsys):
     config, out = write_comparison(world, tmp_path), tmp_path / "out"
-    assert cut(config, out) == 128 + signal.SIGTERM
+    assert interrupt(config, out) == 128 + signal.SIGTERM
     done = {f.parent.name: last_step(f) for f in out.glob("runs/*/metrics.jsonl")}
     assert done and max(done.values()) < STEPS, "the runs ended before the signal: the test proves nothing"
     saved = [latest(out / "runs" / name / "checkpoints") for name in done]
-    assert any(saved), "a run that had begun saved on its way out"
+    assert any(saved), "a started run saves when it is stopped"
 
     assert main(["compare", str(config)]) == 0
-    told = capsys.readouterr().out
-    assert "mean ± standard deviation" in told and "table.md:" in told
+    printed = capsys.readouterr().out
+    assert "mean ± standard deviation" in printed and "table.md:" in printed
     results = json.loads((out / "results.json").read_text())
     assert sorted(results["runs"]) == ["ar-seed0", "ar-seed1", "star-seed0", "star-seed1"] and not results["failed"]
     for name, row in results["runs"].items():
@@ -86,7 +86,7 @@ def test_a_comparison_is_cut_gone_on_with_and_done(world, tmp_path, capsys):
     ends = {n: full_weights(out / "runs" / n / "checkpoints" / f"step-{STEPS:08d}", "student") for n in rows}
     assert not any(torch.equal(ends["ar-seed0"][k], ends["star-seed0"][k]) for k in ends["ar-seed0"] if "wqkv" in k)
 
-    # A third call starts nothing, and finds all that was measured.
+    # A third call starts nothing: all results are stored.
     before = {f: f.stat().st_mtime_ns for folder in ("runs", "evaluation", "logs") for f in (out / folder).rglob("*")}
     assert main(["compare", str(config)]) == 0
     assert before == {
@@ -94,11 +94,11 @@ def test_a_comparison_is_cut_gone_on_with_and_done(world, tmp_path, capsys):
     }
     assert "train" not in capsys.readouterr().out.split("mean ±")[0]
 
-    # Other settings into the same folder are refused before anything is written.
+    # Other settings for the same folder are rejected before anything is written.
     assert main(["compare", str(config), "base.optim.lr=0.1"]) == 2
-    assert "holds a run of another configuration (optim.lr: 0.003 -> 0.1)" in capsys.readouterr().err
+    assert "contains a run with another configuration (optim.lr: 0.003 -> 0.1)" in capsys.readouterr().err
 
-    # Tables and figures need results.json and compare.yaml alone.
+    # Tables and figures need only results.json and compare.yaml.
     moved = tmp_path / "moved"
     moved.mkdir()
     for name in ("results.json", "compare.yaml"):

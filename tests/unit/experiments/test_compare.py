@@ -1,4 +1,4 @@
-"""megastar compare without training: which runs, what is refused, what is kept, what the tables say."""
+"""megastar compare without training: planned runs, rejected configurations, stored results."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from megastar.engine.context import Context
 from megastar.engine.student import Student
 from megastar.engine.train_step import hidden_mask, losses
 from megastar.errors import UserError
-from megastar.experiments.comparison import Comparison, only_one
-from megastar.experiments.evaluation import Evaluation, like
-from megastar.experiments.job_queue import Attempt, Job
+from megastar.experiments.comparison import Comparison, exclusive_lock
+from megastar.experiments.evaluation import Evaluation, sample_labels
+from megastar.experiments.job_queue import Attempt, Job, Steady
 from megastar.experiments.plan import check_folder, check_order, is_trained, order_digest, plan_runs
 from megastar.run_dir.checkpoint_dir import MANIFEST, name_of
 from tests.unit.data.shards.test_shards import VIEWS, T, V, write_set
@@ -65,7 +65,7 @@ def test_the_shipped_comparison_is_fair(shipped):
     of = {v: [r.seed for r in runs.values() if r.variant == v] for v in cfg.variants}
     assert [len(of[v]) for v in ("ar", "ar2", "star")] == [3, 3, 3]
     assert [of[v] for v in ("mim", "mim_step", "mim_view")] == [[0]] * 3
-    assert [r.seed for r in runs.values()] == sorted(r.seed for r in runs.values())  # one of each is done first
+    assert [r.seed for r in runs.values()] == sorted(r.seed for r in runs.values())  # one run of each variant first
     assert len({(r.images, r.steps) for r in runs.values()}) == 1
     assert {v: runs[f"{v}-seed0"].sequences // runs[f"{v}-seed0"].images for v in of} == {
         "ar": 1, "ar2": 2, "star": 2, "mim": 2, "mim_step": 2, "mim_view": 2,
@@ -103,8 +103,8 @@ def test_runs_of_one_seed_start_from_the_same_weights(shipped):
     assert not torch.equal(weights["ar-seed0"]["tok_embeddings.weight"], weights["ar-seed1"]["tok_embeddings.weight"])
 
 
-def test_runs_of_one_seed_see_the_same_pictures(tmp_path):
-    """The digest is over what the loader really hands out, and says so when it would differ."""
+def test_runs_of_one_seed_see_the_same_images(tmp_path):
+    """The digest covers what the loader returns, and a difference is an error."""
     folder = write_set(tmp_path / "s", (7, 6, 8, 5))
     cfg = small(
         tmp_path,
@@ -124,7 +124,7 @@ def test_runs_of_one_seed_see_the_same_pictures(tmp_path):
     assert seen["ar-seed0"] == seen["star-seed0"]
     other = replace(runs[1], cfg=replace(runs[1].cfg, data=replace(runs[1].cfg.data, window=1)))
     assert order_digest(other) != digests["star-seed0"]
-    with pytest.raises(UserError, match="star-seed0 would see other pictures than ar-seed0, or in another order"):
+    with pytest.raises(UserError, match="star-seed0 would see other images than ar-seed0, or in another order"):
         check_order([runs[0], other])
     assert VIEWS >= 2
 
@@ -190,12 +190,12 @@ def test_mistakes_are_told(tmp_path, override, sentence):
 @pytest.mark.parametrize(
     ("overrides", "gpus", "sentence"),
     [
-        (["variants.star.overrides=[train.seed=3]"], 0, "variants.star.overrides holds train.seed=3, which the comparison"),
+        (["variants.star.overrides=[train.seed=3]"], 0, "variants.star.overrides: the comparison itself sets train.seed=3: remove it there"),
         (["variants.star.overrides=[self_guided.alfa=3]"], 0, "variant star: unknown key self_guided.alfa"),
-        (["variants.star.overrides=[train.steps=12]"], 0, "variant star trains on 48 images, ar on 32: a comparison is of"),
+        (["variants.star.overrides=[train.steps=12]"], 0, "variant star trains on 48 images, ar on 32: use equal train.steps"),
         (["variants.star.overrides=[train.steps=16,train.global_batch=2]"], 0, "trains on 16 steps, ar on 8"),
-        (["variants.star.overrides=[train.save_every=3]"], 0, "variant star saves every 3 steps: curve.every 4 must be"),
-        (["nproc=4"], 2, "nproc = 4: there are 2 GPUs, and each process of a run needs its own"),
+        (["variants.star.overrides=[train.save_every=3]"], 0, "variant star: train.save_every = 3 must divide curve.every 4"),
+        (["nproc=4"], 2, "nproc = 4: there are 2 GPUs and each process of a run needs one; reduce nproc"),
     ],
 )  # fmt: skip
 def test_unfair_variants_are_told(tmp_path, overrides, gpus, sentence):
@@ -211,22 +211,22 @@ def test_the_command_tells_mistakes_in_one_sentence(tmp_path, capsys, monkeypatc
         assert main(["compare", str(tmp_path / "compare.yaml")]) == 2
         assert "megastar compare starts its runs itself (nproc, jobs)" in capsys.readouterr().err
     for words, message in (
-        ([], "name a configuration, as configs/run/compare_emoji.yaml"),
+        ([], "name a configuration such as configs/run/compare_emoji.yaml"),
         ([str(tmp_path / "compare.yaml"), "--evaluate", "star"], "--evaluate star: the runs are ar-seed0, star-seed0"),
-        (["--redraw", str(tmp_path)], "results.json cannot be read"),
-        (["--redraw", str(tmp_path), "jobs=2"], "takes all from that folder: leave out jobs=2"),
+        (["--redraw", str(tmp_path)], "cannot read "),
+        (["--redraw", str(tmp_path), "jobs=2"], "reads everything from that folder: leave out jobs=2"),
         (["--redraw", str(tmp_path), "--dry-run"], "not allowed with argument"),
     ):
         assert main(["compare", *words]) == 2 and message in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "compare.yaml"), "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert "4 runs, 1 side by side, 128 images and 192 sequences in all" in told and "star-seed1" in told
+    assert "4 runs, 1 at a time, 128 images and 192 sequences in total" in told and "star-seed1" in told
     assert max(map(len, told.splitlines()[:8])) <= 80 and not (tmp_path / "out").exists()
 
 
 # What is kept --------------------------------------------------------------------------------------------------------
 def trained(run, step: int, text: str = "") -> None:
-    """What a run leaves of a checkpoint, as far as the comparison looks at it."""
+    """The parts of a checkpoint that a comparison reads."""
     folder = run.folder / "checkpoints" / name_of(step)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).write_text(text or f"{run.name} {step}")
@@ -242,9 +242,9 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
         again = small(tmp_path, same)
         check_folder(again, plan_runs(again, 0))
     for other, sentence in (
-        ("base.optim.lr=0.5", "ar-seed0 holds a run of another configuration (optim.lr: 0.0001 -> 0.5): choose another out"),
+        ("base.optim.lr=0.5", "ar-seed0 contains a run with another configuration (optim.lr: 0.0001 -> 0.5): choose another out"),
         ("base.train.steps=12", "train.steps: 8 -> 12"),
-        ("pictures=elsewhere", "holds a comparison on other data (pictures: pictures -> elsewhere): choose another out"),
+        ("pictures=elsewhere", "contains a comparison with other data (pictures: pictures -> elsewhere): choose another out"),
     ):  # fmt: skip
         again = small(tmp_path, other)
         with pytest.raises(UserError, match=re.escape(sentence)):
@@ -252,15 +252,17 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
 
 
 def test_two_comparisons_do_not_share_a_folder(tmp_path):
-    with only_one(tmp_path), pytest.raises(UserError, match="another megastar compare works in"), only_one(tmp_path):
-        pass
-    with only_one(tmp_path):  # it is free again
+    with exclusive_lock(tmp_path):
+        again = exclusive_lock(tmp_path)
+        with pytest.raises(UserError, match="another megastar compare uses"), again:
+            pass
+    with exclusive_lock(tmp_path):  # it is free again
         pass
 
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """A comparison whose evaluation has all files that its keys are made of."""
+    """A comparison whose evaluation has all input files."""
     monkeypatch.chdir(tmp_path)
     for split in ("train", "val", "test"):
         (tmp_path / "out/codes" / split).mkdir(parents=True)
@@ -330,11 +332,11 @@ def test_what_is_done_is_not_done_again(measured, tmp_path):
 
 
 def test_a_full_disk_stops_no_run(measured):
-    """What the comparison cannot note is told; what follows is started all the same."""
+    """A warning is printed, and the following job starts."""
     runs = plan_runs(measured.cfg, 0)
     console = Console(file=io.StringIO(), width=200)
     comparison = Comparison(measured.cfg, runs, 0, "megastar compare", console)
-    comparison.digests = dict.fromkeys(comparison.named, "")
+    comparison.digests = dict.fromkeys(comparison.by_name, "")
     trained(runs[0], 8)
     trained(runs[0], 4)
     (runs[0].folder / "checkpoints" / "latest").write_text(name_of(8))
@@ -342,36 +344,37 @@ def test_a_full_disk_stops_no_run(measured):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
-        follows = comparison.after(Attempt(job, 0, 1.0, 1.0, cut=False, steady=(4, 0.5, 0.5)))
+        follows = comparison.job_ended(Attempt(job, 0, 1.0, 1.0, interrupted=False, steady=Steady(4, 0.5, 0.5)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [f.stage for f in follows] == ["evaluate"] and not comparison.failed
-    assert "takes no writing: File too large" in console.file.getvalue()
+    assert f"cannot write to {comparison.out}: File too large" in console.file.getvalue()
     assert not list(comparison.out.glob("*.tmp")) and not (comparison.out / "times.json").exists()
 
 
-def test_a_missing_checkpoint_says_what_to_do(measured):
-    with pytest.raises(UserError, match=r"step-00000008 is not there: train ar-seed0 to its end first, or.*remove"):
-        measured.work(plan_runs(measured.cfg, 0)[0], Console(quiet=True))
+def test_a_missing_checkpoint_is_an_error_with_remedy(measured):
+    with pytest.raises(UserError, match=r"step-00000008 does not exist: train ar-seed0 to its end first; if.*remove"):
+        measured.run(plan_runs(measured.cfg, 0)[0], Console(quiet=True))
 
 
-def test_classes_of_the_pictures_are_as_frequent_as_in_the_split():
+def test_sampled_labels_are_as_frequent_as_in_the_split():
     pool = [0] * 6 + [1] * 3 + [2]
-    assert np.bincount(like(pool, 20, 0)).tolist() == [12, 6, 2]
-    assert like(pool, 7, 0) == like(pool, 7, 0) == like(pool, 20, 0)[:7] and like(pool, 20, 1) != like(pool, 20, 0)
+    labels = sample_labels(pool, 20, 0)
+    assert np.bincount(labels).tolist() == [12, 6, 2]
+    assert sample_labels(pool, 7, 0) == labels[:7] and sample_labels(pool, 20, 1) != labels
 
 
-def test_each_place_has_gpus_of_its_own_as_far_as_there_are(tmp_path, monkeypatch):
+def test_each_job_has_its_own_gpus_if_there_are_enough(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
-    def places(gpus, *overrides):
+    def gpus_of_jobs(gpus, *overrides):
         cfg = small(tmp_path, *overrides)
         found = Comparison(cfg, plan_runs(cfg, gpus), gpus, "", Console(quiet=True)).environments()
         return [e.get("CUDA_VISIBLE_DEVICES") for e in found]
 
-    assert places(4, "jobs=2", "nproc=2") == ["0,1", "2,3"]
-    assert places(3, "jobs=2", "nproc=2") == ["0,1", "2,0"]  # two runs share, no run has one twice
-    assert places(1, "jobs=3") == ["0", "0", "0"]
-    assert places(0, "jobs=9") == [None] * 4  # no more places than runs
+    assert gpus_of_jobs(4, "jobs=2", "nproc=2") == ["0,1", "2,3"]
+    assert gpus_of_jobs(3, "jobs=2", "nproc=2") == ["0,1", "2,0"]  # two runs share, no run has one twice
+    assert gpus_of_jobs(1, "jobs=3") == ["0", "0", "0"]
+    assert gpus_of_jobs(0, "jobs=9") == [None] * 4  # no more places than runs
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a")
-    assert places(2, "jobs=2") == ["5", "GPU-a"]
+    assert gpus_of_jobs(2, "jobs=2") == ["5", "GPU-a"]

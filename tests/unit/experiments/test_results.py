@@ -1,4 +1,4 @@
-"""megastar compare: what the tables and figures make of numbers, and jobs side by side."""
+"""megastar compare: tables and figures, and the job queue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megastar.config.load import load_compare_config
 from megastar.evaluation.figure import mean_and_deviation, spaced
 from megastar.experiments import tables
 from megastar.experiments.figures import draw
-from megastar.experiments.job_queue import Attempt, Job, Queue, QueueStopped, cpu_seconds, last_step, tail
+from megastar.experiments.job_queue import Attempt, Job, JobQueue, QueueStopped, cpu_seconds, last_step, tail
 from megastar.experiments.plan import baselines, plan_runs
 from megastar.experiments.results import BEST, LAST, LOSS, Results, spread
 
@@ -70,7 +70,7 @@ def test_means_and_spreads_are_numpys(results):
     assert table[LAST]["ar"]["mean"] == pytest.approx(np.mean(last)) and table[LAST]["ar"]["n"] == 3
     assert table[LAST]["ar"]["std"] == pytest.approx(np.std(last, ddof=1))
     assert table[BEST]["ar2"]["values"] == pytest.approx([accuracy[f"ar2-seed{s}"].max() for s in range(3)])
-    # A half-done run counts nowhere, nor does the loss that it has so far.
+    # An unfinished run does not count, nor does its loss so far.
     assert {q: table[q]["star"]["n"] for q in (LAST, BEST, FD, LOSS)} == dict.fromkeys((LAST, BEST, FD, LOSS), 2)
     pair = summary["differences"]["ema"]["star - ar2"][LAST]
     apart = [accuracy[f"star-seed{s}"][-1] - accuracy[f"ar2-seed{s}"][-1] for s in (0, 1)]
@@ -95,36 +95,36 @@ def test_cost_is_relative_to_the_baselines(results):
         del row["cpu_ms_per_image"]
     cost = results.summary()["cost"]
     assert cost["star"]["with_startup"] and cost["ar"]["cpu_ms_per_image"] == 1000 * 600 / results.runs[0].images
-    assert "start-up too" in tables.cost_table(results, results.summary())[0][5]
+    assert "with start-up" in tables.cost_table(results, results.summary())[0][5]
     results.gpus = 1
     assert results.summary()["cost"]["star"]["relative"] == {"ar": 2.0, "ar2": 1.0}  # by the clock
 
 
-def test_tables_mark_single_seeds_and_say_which_split(results):
+def test_tables_mark_single_seeds_and_name_the_split(results):
     summary = results.summary()
     text = tables.markdown(results, summary, "megastar compare x.yaml")
     mim = next(line for line in text.splitlines() if line.startswith("| MIM only |"))
     assert mim.count("(n=1)") == len(summary["weights"]["ema"]) and "| 1/1 |" in mim
     star = next(line for line in text.splitlines() if line.startswith("| ST-AR |"))
     assert "| 2/3 |" in star and "(n=1)" not in star and "±" in star
-    for said in (
+    for part in (
         "scored on test",
         FD + " ↓",
         LAST + " ↑",
         "`megastar compare x.yaml`",
-        "n=1 is one seed",
+        "n=1: one seed",
         "self_guided.baseline_views: 1 -> 2",
     ):
-        assert said in text, said
+        assert part in text, part
     assert "| ST-AR − AR | 2 |" in text and "| ST-AR − AR, two crops | 2 |" in text
 
 
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_console_shows_every_number_at_its_width(results, width):
     results.labels["star"] = "ST-AR [red]|x"
-    told = io.StringIO()
-    tables.show(results, results.summary(), Console(file=told, width=width))
-    lines = told.getvalue().replace(tables.UNBROKEN, " ").splitlines()
+    out = io.StringIO()
+    tables.show(results, results.summary(), Console(file=out, width=width))
+    lines = out.getvalue().replace(tables.UNBROKEN, " ").splitlines()
     assert max(map(len, lines)) <= width
     assert sum("ST-AR [red]|x" in line and "±" in line for line in lines) >= 1
     numbers = sum(line.count("±") for line in lines if "standard" not in line and "deviation" not in line)
@@ -138,12 +138,12 @@ def test_the_console_shows_every_number_at_its_width(results, width):
     assert "\\|x" in tables.markdown(results, results.summary(), "")
 
 
-def test_columns_are_cut_where_the_width_ends():
+def test_columns_are_split_to_fit_the_width():
     rows = [["v", *("abcd" for _ in range(9))], ["xx", *("1234567" for _ in range(9))]]
     for width in (5, 20, 40, 95):
-        cut = tables.cut(rows, width)
-        assert [i for table in cut for i in table[1:]] == list(range(1, 10)) and all(t[0] == 0 for t in cut)
-        assert all(2 + 10 * (len(t) - 1) <= width - 2 or len(t) == 2 for t in cut)
+        split = tables.split_columns(rows, width)
+        assert [i for table in split for i in table[1:]] == list(range(1, 10)) and all(t[0] == 0 for t in split)
+        assert all(2 + 10 * (len(t) - 1) <= width - 2 or len(t) == 2 for t in split)
 
 
 def test_both_figures_are_drawn_of_what_there_is(results, tmp_path):
@@ -186,13 +186,13 @@ while "ends" not in sys.argv: time.sleep(0.05)
 
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
-    """Of a command `megastar` that does what it is told; ``-m`` finds it in the working directory."""
+    """Makes queues with a fake command `megastar`, which ``-m`` finds in the working directory."""
     (tmp_path / "megastar").mkdir()
     (tmp_path / "megastar/__init__.py").touch()
     (tmp_path / "megastar/__main__.py").write_text(FAKE)
     monkeypatch.chdir(tmp_path)
     console = Console(file=io.StringIO(), width=200)
-    return lambda width: Queue(width, [{"SLOT": str(i)} for i in range(width)], console)
+    return lambda width: JobQueue([{"SLOT": str(i)} for i in range(width)], console)
 
 
 def job(tmp_path, name: str, how: str, done=None) -> Job:
@@ -200,7 +200,7 @@ def job(tmp_path, name: str, how: str, done=None) -> Job:
     return Job(name, "train", [str(file), how], tmp_path / "logs" / f"{name}.log", 2, done or (lambda: last_step(file)))
 
 
-def test_a_failing_job_stops_no_other_and_a_good_one_is_followed(queue, tmp_path):
+def test_a_failed_job_does_not_stop_others(queue, tmp_path):
     ended: list[Attempt] = []
 
     def after(attempt: Attempt) -> list[Job]:
@@ -208,23 +208,27 @@ def test_a_failing_job_stops_no_other_and_a_good_one_is_followed(queue, tmp_path
         return [job(tmp_path, "more", "ends")] if attempt.job.run == "good" else []
 
     jobs = [job(tmp_path, "bad", "fails"), job(tmp_path, "good", "ends")]
-    waiting = queue(1)
-    waiting.work(jobs, after)
-    assert [(a.job.run, a.status, a.cut) for a in ended] == [("bad", 1, False), ("good", 0, False), ("more", 0, False)]
+    job_queue = queue(1)
+    job_queue.run(jobs, after)
+    assert [(a.job.run, a.status, a.interrupted) for a in ended] == [
+        ("bad", 1, False),
+        ("good", 0, False),
+        ("more", 0, False),
+    ]
     assert all(a.seconds > 0 and a.cpu_s > 0 for a in ended)
     assert (
         tail(ended[0].job.log) == f"$ megastar {tmp_path}/bad.jsonl fails\nsaid {tmp_path}/bad.jsonl fails\nthis is why"
     )
-    said = waiting.console.file.getvalue()
-    assert said.splitlines() == ["bad: train ...", "good: train ...", "more: train ..."]  # no bars where nobody watches
+    out = job_queue.console.file.getvalue()
+    assert out.splitlines() == ["bad: train ...", "good: train ...", "more: train ..."]  # no bars without a terminal
 
 
 @pytest.mark.parametrize(("how", "signals", "status"), [("saves", 1, 85), ("stubborn", 2, -signal.SIGKILL)])
-def test_a_signal_lets_jobs_save_and_a_second_one_ends_them(queue, tmp_path, how, signals, status):
+def test_a_signal_lets_jobs_save_and_a_second_one_kills_them(queue, tmp_path, how, signals, status):
     ended: list[Attempt] = []
     sent = 0
 
-    def done() -> int:  # asked between two looks at the processes, as a signal arrives
+    def done() -> int:  # called between two polls, when a signal may arrive
         nonlocal sent
         step = last_step(tmp_path / "a.jsonl")
         if step and sent < signals:
@@ -234,13 +238,13 @@ def test_a_signal_lets_jobs_save_and_a_second_one_ends_them(queue, tmp_path, how
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(QueueStopped) as stopped:
-        queue(1).work([job(tmp_path, "a", how, done), job(tmp_path, "b", "ends")], lambda a: ended.append(a) or [])
+        queue(1).run([job(tmp_path, "a", how, done), job(tmp_path, "b", "ends")], lambda a: ended.append(a) or [])
     assert stopped.value.signal == signal.SIGINT and signal.getsignal(signal.SIGINT) == before
-    assert [(a.job.run, a.status, a.cut) for a in ended] == [("a", status, True)]  # b never began
+    assert [(a.job.run, a.status, a.interrupted) for a in ended] == [("a", status, True)]  # b never began
     assert not (tmp_path / "b.jsonl").exists()
 
 
-def test_steps_and_processor_time_are_read_while_it_goes(tmp_path):
+def test_steps_and_cpu_time_of_a_running_job(tmp_path):
     file = tmp_path / "metrics.jsonl"
     assert last_step(file) == 0
     file.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(2000)) + '{"step": 20')
