@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from megastar.checkpoint.rng_state import seed_dropout
-from megastar.config.load import resolve_batch
+from megastar.config.load import as_run_config, resolve_batch
 from megastar.config.schema import RunConfig
 from megastar.data.loader import TokenLoader
 from megastar.data.order import VERSION as ORDER
@@ -86,7 +86,7 @@ class Trainer:
     """One training run on this rank; constructed on every rank alike.
 
     Args:
-        cfg: the run's configuration.
+        cfg: the run's configuration: a ``RunConfig``, the path of a YAML file, or a dict of its sections.
         stop: catches stop signals; without one, ``fit`` installs handlers where it runs in the main thread, and
             restores the former ones.
         watchdog: end the process when a rank hangs or is lost (``faults.hang_timeout``, ``faults.lost_timeout``). Off by
@@ -95,8 +95,10 @@ class Trainer:
     ``hooks`` are called with the step's record after each step: metrics, validation, saving, and what a caller appends.
     """
 
-    def __init__(self, cfg: RunConfig, *, stop: StopFlag | None = None, watchdog: bool = False):
-        self.cfg, self.watchdog, self._stop = cfg, watchdog, stop
+    def __init__(
+        self, cfg: RunConfig | str | Path | Mapping[str, Any], *, stop: StopFlag | None = None, watchdog: bool = False
+    ):
+        self.cfg, self.watchdog, self._stop = as_run_config(cfg), watchdog, stop
         self.step = self.steps = 0  # done; in all
         self.hooks: list[Callable[[StepRecord], None]] = [self._log, self._validate, self._save]
 
