@@ -96,12 +96,11 @@ def open_weights(
 
 def read_architecture(path: Path) -> ModelConfig:
     """The network that a YAML describes, a model's own (configs/model/) or a whole run's."""
-    content = read_yaml(require_file(path, "configuration"))
-    section = content.get("model", content)
-    if isinstance(section, str):
-        section = read_yaml(require_file(section, "configuration", Path(path)))
+    file = require_file(path, "configuration")
+    content = read_yaml(file)
     plain = {"enabled": False, "contrastive_block": 1}  # training's own fields have no say here
-    return config_from_dict({"model": section, "data": {"shards": "none"}, "self_guided": plain}).model
+    run = {"model": content.get("model", content), "data": {"shards": "none"}, "self_guided": plain}
+    return config_from_dict(run, file).model
 
 
 def _open_own(path: Path) -> WeightsFile:

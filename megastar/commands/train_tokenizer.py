@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, config_and_overrides, terminal_width
 from megastar.config.help import fields_text
-from megastar.config.load import load_tokenizer_config, save_config
+from megastar.config.load import config_yaml, load_tokenizer_config, save_config
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
 
@@ -39,12 +39,17 @@ def parser() -> Parser:
         fields_text(TokenizerTrainConfig, terminal_width()),
     )
     p.add_argument("items", nargs="*", metavar="CONFIG | field=value", help="a YAML file, then other values")
+    p.add_argument("--print-config", action="store_true", help="print every field as YAML and exit")
     return p
 
 
 def main(words: list[str]) -> int:
-    path, overrides = config_and_overrides(parser().parse_intermixed_args(words).items)
+    args = parser().parse_intermixed_args(words)
+    path, overrides = config_and_overrides(args.items)
     cfg = load_tokenizer_config(path, overrides)
+    if args.print_config:
+        print(config_yaml(cfg), end="")
+        return 0
     from rich.console import Console
 
     command = " ".join(["megastar train-tokenizer", *([path] if path else []), *overrides])

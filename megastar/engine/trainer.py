@@ -86,7 +86,7 @@ class Trainer:
     """One training run on this rank; constructed on every rank alike.
 
     Args:
-        cfg: the run's configuration: a ``RunConfig``, the path of a YAML file, or a dict of its sections.
+        config: the run's configuration, the path of its YAML file, or a dict of its sections.
         stop: catches stop signals; without one, ``fit`` installs handlers where it runs in the main thread, and
             restores the former ones.
         watchdog: end the process when a rank hangs or is lost (``faults.hang_timeout``, ``faults.lost_timeout``). Off by
@@ -96,9 +96,13 @@ class Trainer:
     """
 
     def __init__(
-        self, cfg: RunConfig | str | Path | Mapping[str, Any], *, stop: StopFlag | None = None, watchdog: bool = False
+        self,
+        config: RunConfig | str | Path | Mapping[str, Any],
+        *,
+        stop: StopFlag | None = None,
+        watchdog: bool = False,
     ):
-        self.cfg, self.watchdog, self._stop = as_run_config(cfg), watchdog, stop
+        self.cfg, self.watchdog, self._stop = as_run_config(config), watchdog, stop
         self.step = self.steps = 0  # done; in all
         self.hooks: list[Callable[[StepRecord], None]] = [self._log, self._validate, self._save]
 

@@ -12,7 +12,7 @@ import torch
 from megastar.config.schema import FaultsConfig, RunConfig
 from megastar.engine.context import Context
 from megastar.engine.fault_tolerance import replica_checksum
-from megastar.engine.fault_tolerance.loss_spikes import LEAST_SIGMA, SpikeTest
+from megastar.engine.fault_tolerance.loss_spikes import MIN_SIGMA, SpikeTest
 from megastar.engine.fault_tolerance.replica_checksum import find_outliers
 from megastar.engine.fault_tolerance.skip_policy import SkipPolicy
 from megastar.run_dir.jsonl import read_jsonl
@@ -23,7 +23,7 @@ def brute_force(losses: list[float], loss: float, sigma: float, window: int) -> 
     last = losses[-window:]
     if not sigma or len(last) < max(2, window // 2):
         return False
-    deviation = max(statistics.stdev(last), LEAST_SIGMA * abs(statistics.fmean(last)))
+    deviation = max(statistics.stdev(last), MIN_SIGMA * abs(statistics.fmean(last)))
     return (loss - statistics.fmean(last)) / deviation > sigma
 
 
@@ -45,8 +45,8 @@ def test_spikes_are_those_of_the_definition(sigma, window):
 
 def test_a_ripple_on_a_plateau_and_a_fall_are_no_spikes():
     test = SpikeTest(6.0, 8, [7.0] * 8)
-    assert not test.check(7.0 * (1 + 5.9 * LEAST_SIGMA)) and not test.check(1.0)
-    assert test.check(7.0 * (1 + 6.1 * LEAST_SIGMA)) == "loss 7.2135 is 6.1 sigma above 7"
+    assert not test.check(7.0 * (1 + 5.9 * MIN_SIGMA)) and not test.check(1.0)
+    assert test.check(7.0 * (1 + 6.1 * MIN_SIGMA)) == "loss 7.2135 is 6.1 sigma above 7"
 
 
 def test_early_training_is_no_spike():
@@ -98,11 +98,11 @@ def test_a_rank_that_a_majority_is_against_is_on_record(tmp_path):
     ctx = Context(0, 3, torch.device("cpu"), torch.float32)
     cfg, hosts = RunConfig(run=str(tmp_path)), ["n0", "n0", "n1"]
     certain, not_certain = ("norm.weight", [2], True, hosts), ("w1.weight", [0, 2], False, hosts)
-    assert "differs between rank 2 (n1), and no majority" in replica_checksum._message(
+    assert "differs between rank 2 (n1), and no majority" in replica_checksum.report(
         cfg, ctx, 7, [certain, not_certain]
     )
     assert not (tmp_path / "lost.jsonl").exists()
-    text = replica_checksum._message(cfg, ctx, 7, [certain])
+    text = replica_checksum.report(cfg, ctx, 7, [certain])
     assert text.startswith("step 7: norm.weight must be equal") and "on rank 2 (n1) alone" in text
     (line,) = read_jsonl(tmp_path / "lost.jsonl")
     assert (line["rank"], line["host"], line["why"], line["attempt"]) == (2, "n1", "corrupt", 0)
