@@ -268,7 +268,7 @@ def train_step(
             set_schedules(cfg, engines, step, steps)
             why = guard.judge(seen)
         PHASE.at("optimizer")
-        if not engines.step(veto=bool(why)):
+        if not engines.step(skip=bool(why)):
             why = why or NONFINITE_GRADIENT
     if not why:
         guard.accept(seen)

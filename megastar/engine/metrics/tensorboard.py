@@ -1,4 +1,4 @@
-"""TensorBoard's files: welcome, but never a reason to stop a run."""
+"""TensorBoard's files. A failure to write them never stops a run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from typing import Any
 
 
 class TensorBoardWriter:
-    """``add`` until the first failure, for which ``problem`` is set once; from there on nothing is done.
-
-    metrics.jsonl has all that TensorBoard would show.
-    """
+    """Writes until the first failure, which sets ``problem``; later calls do nothing. metrics.jsonl has the same numbers."""
 
     def __init__(self, folder: Path, start: int):
         self.problem = ""
@@ -29,7 +26,7 @@ class TensorBoardWriter:
             for name, value in row.items():
                 if self.writer and isinstance(value, (int, float)):
                     self.writer.add_scalar(name, value, step)
-        except Exception as error:  # the writer's thread hands its own on
+        except Exception as error:  # errors of the writer's thread are raised here too
             self._drop(error)
 
     def close(self) -> None:
@@ -42,19 +39,19 @@ class TensorBoardWriter:
 
     def _drop(self, error: Exception) -> None:
         reason = getattr(error, "strerror", None) or error
-        self.problem = f"TensorBoard's files get no more numbers until the next start ({reason}); metrics.jsonl has all"
+        self.problem = f"TensorBoard's files cannot be written ({reason}) and get no more numbers until the next start; metrics.jsonl has all"
         self.writer = None
 
 
 def _silence_thread_errors() -> None:
-    """The error of TensorBoard's thread comes out of ``add`` too: no traceback of it."""
+    """No tracebacks of TensorBoard's writer thread: its errors are raised in ``add`` too."""
     before = threading.excepthook
-    if getattr(before, "hushed", False):
+    if getattr(before, "silenced", False):
         return
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if type(args.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
             before(args)
 
-    hook.hushed = True  # type: ignore[attr-defined]
+    hook.silenced = True  # type: ignore[attr-defined]
     threading.excepthook = hook

@@ -1,4 +1,4 @@
-"""The DeepSpeed engines of a run: the student with its optimizer, the teacher."""
+"""The DeepSpeed engines of a run: the student with its optimizer, and the teacher."""
 
 from __future__ import annotations
 
@@ -23,30 +23,29 @@ class Engines:
         if self.teacher is not None:
             self.teacher.refresh()
 
-    def step(self, veto: bool = False) -> bool:
-        """DeepSpeed's step, at the end of each micro-batch. False: the gradient was not finite, or ``veto`` said so (on
-        all ranks alike), and nothing moved."""
-        self.optimizer.veto = veto
-        before = self.student.skipped_steps
-        self.student.step()
-        self.optimizer.veto = False
-        return self.student.skipped_steps == before
+    def step(self, skip: bool = False) -> bool:
+        """DeepSpeed's step, at the end of each micro-batch. False: the step was skipped, because the gradient was not
+        finite or because of ``skip`` (the same on all ranks), and no weight has changed."""
+        before: int = self.student.skipped_steps
+        with self.optimizer.skipping(skip):
+            self.student.step()
+        return int(self.student.skipped_steps) == before
 
     def updates(self) -> int:
-        """Steps that moved the weights: what Adam's bias correction counts."""
-        held = self.shards()  # none, where there are more ranks than elements
-        return int(self.optimizer.prepare(held[0].flat)["step"].item()) if held else 0
+        """Steps that changed the weights, as counted by Adam's bias correction."""
+        mine = self.shards()  # empty where there are more ranks than elements
+        return int(self.optimizer.prepare(mine[0].flat)["step"].item()) if mine else 0
 
     def grad_norm(self) -> float:
-        """Of the last step, before clipping; infinite if it was dropped."""
+        """Of the last step, before clipping; infinite if it was skipped."""
         return float(self.student.get_global_grad_norm())
 
     def shards(self) -> list[Shard]:
         return list(shards(self.student, self.optimizer))
 
 
-def owned(engines: Engines, ctx: Context) -> list[Any]:
-    """The shards that this rank writes: what replicas hold alike is divided among them."""
+def owned(engines: Engines, ctx: Context) -> list[Shard]:
+    """The shards that this rank writes: replicated state is divided among the ranks that hold it."""
     out = []
     replicas = engines.student.zero_optimization_stage() == 0
     for shard in engines.shards():
@@ -59,12 +58,12 @@ def owned(engines: Engines, ctx: Context) -> list[Any]:
     return out
 
 
-def elements_of(mine: list[Any]) -> int:
+def elements_of(mine: list[Shard]) -> int:
     return sum(s.stop - s.start for s in mine)
 
 
 def full_shapes(engines: Engines, ctx: Context) -> dict[str, list[int]]:
-    """Name -> shape of the whole parameter, whatever this rank holds of it."""
+    """Name -> shape of the whole parameter."""
     out = {}
     for name, p in engines.student.module.named_parameters():
         shape = list(getattr(p, "ds_shape", p.shape))

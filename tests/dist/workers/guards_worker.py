@@ -37,8 +37,8 @@ def engines_of(out: Path, tensor: int, stage: str, accumulation: int = 1, **trai
     return cfg, ctx, engines
 
 
-def one_step(cfg, ctx, engines, step: int = 0, scale: float = 1.0, veto: bool = False) -> bool:
-    """``scale`` spoils the gradient of the last micro-batch, ``veto`` drops the step; whether the weights moved."""
+def one_step(cfg, ctx, engines, step: int = 0, scale: float = 1.0, skip: bool = False) -> bool:
+    """``scale`` spoils the gradient of the last micro-batch, ``skip`` skips the step; whether the weights moved."""
     micro, moved = cfg.train.micro_batch, True
     for a in range(engines.accumulation):
         first = (a * ctx.mesh.data + ctx.mesh.data_rank) * micro
@@ -46,7 +46,7 @@ def one_step(cfg, ctx, engines, step: int = 0, scale: float = 1.0, veto: bool = 
         last = a + 1 == engines.accumulation
         engines.student.backward(loss * scale if last else loss)
         set_schedules(cfg, engines, step, STEPS)
-        moved = engines.step(veto and last)
+        moved = engines.step(skip and last)
     if moved:
         engines.refresh_teacher()
     return moved
@@ -84,11 +84,11 @@ def a_dropped_step_leaves_no_trace(out: Path, stage: str, tensor: int, accumulat
     assert one_step(cfg, ctx, engines, 0)
     before = state_of(engines)
     bad = float("nan") if ctx.rank == 0 else 1.0
-    for how in ({"veto": True}, {"scale": bad}, {"scale": bad, "veto": True}, {"veto": True}):
+    for how in ({"skip": True}, {"scale": bad}, {"scale": bad, "skip": True}, {"skip": True}):
         assert not one_step(cfg, ctx, engines, 1, **how), (stage, how)
         after = state_of(engines)
         assert all(torch.equal(before[k], after[k]) for k in before), (stage, tensor, how)
-    assert not engines.optimizer.veto and (engines.student.micro_steps) % accumulation == 0
+    assert not engines.optimizer.skip and (engines.student.micro_steps) % accumulation == 0
     assert one_step(cfg, ctx, engines, 2)
     done = state_of(engines)
     different = [k for k in done if not torch.equal(done[k], straight[k])]
