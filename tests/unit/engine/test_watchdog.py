@@ -17,7 +17,7 @@ from megastar.engine.fault_tolerance.postmortem import record_lost_rank, write_s
 from megastar.engine.fault_tolerance.watchdog import Watchdog, watch
 from megastar.engine.phase import DATA, ENDING, PHASE, SAVING, STARTING, limit_of
 from megastar.run_dir.events import read_events
-from megastar.run_dir.status import heartbeats_of
+from megastar.run_dir.status import describe_heartbeats
 
 TICK = 1.0
 
@@ -302,11 +302,11 @@ def test_the_heartbeat_file_and_what_status_makes_of_it(tmp_path, monkeypatch):
     assert json.loads(path.read_text())["flag"] == EXITED and len(list(path.parent.iterdir())) == 1
     other = {**written, "rank": 1, "host": "node7", "time": "2026-01-31T12:00:00+00:00"}
     (path.parent / "rank-00001.json").write_text(json.dumps(other))
-    text = heartbeats_of(tmp_path, time.time())
-    assert text.startswith("2 rank(s), last sign ") and text.endswith('rank 1 on node7, at "backward" of step 12')
+    text = describe_heartbeats(tmp_path, time.time())
+    assert text.startswith("2 rank(s), last heartbeat ") and text.endswith('rank 1 on node7, at "backward" of step 12')
     (path.parent / "rank-00001.json").write_text('{"time": "20')
-    assert heartbeats_of(tmp_path, time.time()).startswith("1 rank(s), ")
-    assert heartbeats_of(tmp_path / "nothing", 0.0) == ""
+    assert describe_heartbeats(tmp_path, time.time()).startswith("1 rank(s), ")
+    assert describe_heartbeats(tmp_path / "nothing", 0.0) == ""
 
 
 def test_no_thread_where_nothing_is_watched(tmp_path):
