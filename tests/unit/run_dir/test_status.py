@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -304,3 +306,14 @@ def test_excluded_hosts_are_those_of_the_last_requeue_that_nobody_readmitted(run
     assert cli.main(["status", str(run)]) == 0 and "n2: see bad_hosts.log" in capsys.readouterr().out
     (run / "bad_hosts.log").unlink()
     assert status_of(run).excluded == []
+
+
+def test_the_command_imports_neither_torch_nor_numpy(run, cfg):
+    write_rows(run, 0, 6).close()
+    write_checkpoint(run, cfg, 1, 1, step=4)
+    code = (
+        "import sys\nfrom megastar import cli\n"
+        f"assert cli.main(['status', {str(run)!r}]) == 0\n"
+        "assert not {'torch', 'numpy', 'deepspeed'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
