@@ -24,12 +24,21 @@ class Engines:
             self.teacher.refresh()
 
     def step(self, skip: bool = False) -> bool:
-        """DeepSpeed's step, at the end of each micro-batch. False: the step was skipped, because the gradient was not
-        finite or because of ``skip`` (the same on all ranks), and no weight has changed."""
-        before: int = self.student.skipped_steps
+        """DeepSpeed's step, at the end of each micro-batch. False: the gradient was not finite, or ``skip`` was set (on
+        all ranks alike), and no weight changed."""
+        before = self.student.skipped_steps
         with self.optimizer.skipping(skip):
             self.student.step()
-        return int(self.student.skipped_steps) == before
+        return bool(self.student.skipped_steps == before)
+
+    def set_schedules(self, lr: float, ema_decay: float) -> None:
+        """The values of the step that follows."""
+        for group in self.optimizer.param_groups:
+            group["lr"], group["ema_decay"] = lr, ema_decay
+
+    def set_step(self, step: int) -> None:
+        """Continue DeepSpeed's count of steps after a resume."""
+        self.student.global_steps = step
 
     def updates(self) -> int:
         """Steps that changed the weights, as counted by Adam's bias correction."""

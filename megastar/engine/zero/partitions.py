@@ -6,7 +6,6 @@ every stage, and its update never communicates.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,22 +26,19 @@ class AdamWEMA(torch.optim.AdamW):
 
     def __init__(self, params: Any, **defaults: Any):
         super().__init__(params, fused=True, **defaults)  # one pass over memory, on a CPU too
-        self.skip = False  # the next step (step_skip.py)
-        self.overflow = False  # at ZeRO stage 0, where DeepSpeed reads it from this optimizer: skip this step
+        self.skip_next = False  # by ``skipping``; read by step_skip.py
+        self.overflow = False  # at ZeRO stage 0, where DeepSpeed asks this optimizer, whether this step is dropped
         for group in self.param_groups:
             group["ema_decay"] = 0.0
 
     @contextmanager
     def skipping(self, skip: bool) -> Iterator[None]:
-        """With ``skip``, a step within is skipped."""
-        self.skip = skip
-        yield
-        self.skip = False
-
-    def record_norm(self, norm: float) -> None:
-        """The gradient norm at ZeRO stage 0, the same on all ranks."""
-        self.overflow = self.skip or not math.isfinite(norm)
-        self._global_grad_norm = norm  # read by DeepSpeed
+        """DeepSpeed's step within drops the gradients and changes no weight if ``skip``, on all ranks alike."""
+        self.skip_next = skip
+        try:
+            yield
+        finally:
+            self.skip_next = False
 
     @torch.no_grad()
     def prepare(self, p: Tensor) -> dict[str, Tensor]:

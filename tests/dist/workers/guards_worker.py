@@ -88,7 +88,7 @@ def a_skipped_step_leaves_no_trace(out: Path, stage: str, tensor: int, accumulat
         assert not one_step(cfg, ctx, engines, 1, **how), (stage, how)
         after = state_of(engines)
         assert all(torch.equal(before[k], after[k]) for k in before), (stage, tensor, how)
-    assert not engines.optimizer.skip and (engines.student.micro_steps) % accumulation == 0
+    assert not engines.optimizer.skip_next and (engines.student.micro_steps) % accumulation == 0
     assert one_step(cfg, ctx, engines, 2)
     done = state_of(engines)
     different = [k for k in done if not torch.equal(done[k], straight[k])]
