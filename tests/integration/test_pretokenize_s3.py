@@ -69,7 +69,7 @@ def test_a_tar_that_changes_is_found(tars, tokenizer, tmp_path, s3, use_s3):  # 
     pictures = PictureSet(url, cache=cache)
     key = f"{url.removeprefix('s3://public/')}/n00000001.tar"
     client_of(s3).put_object(Bucket="public", Key=key, Body=(folder / "n00000002.tar").read_bytes())
-    with pytest.raises(UserError, match=r"n00000001.tar was changed while it was read"):
+    with pytest.raises(UserError, match=r"n00000001.tar changed while it was read"):
         pictures.read(0)
     assert PictureSet(url, cache=cache).pictures[0].key == "n00000001/n00000002_0"  # listed anew
 

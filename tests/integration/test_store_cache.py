@@ -94,7 +94,7 @@ def test_a_cache_that_cannot_hold_a_shard(s3, use_s3, url, data):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a full disk that needs no disk
     try:
         with pytest.raises(
-            UserError, match=r"shard-00000.tar \(\d+ bytes\) cannot be written to the cache .*: make room"
+            UserError, match=r"shard-00000.tar \(\d+ bytes\) cannot be written to the cache .*: free some space"
         ):
             ShardSet(url, data=data).read(0, 0)
     finally:

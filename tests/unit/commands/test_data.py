@@ -102,7 +102,7 @@ def test_a_failing_disk_and_an_empty_shard_are_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("megastar.data.storage.store.sha256_of", failing)
     assert list(map(str, verify(folder))) == [
-        "shard-00001.tar: cannot be read (Input/output error): mend the disk or copy it again",
+        "shard-00001.tar: cannot be read (Input/output error): check the disk or copy it again",
         "none.tar: is empty, not even tar's end mark is there: it was cut or changed",
     ]
 

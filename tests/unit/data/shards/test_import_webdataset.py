@@ -107,7 +107,7 @@ def test_indexed_again_and_never_over_pretokenize(tmp_path):
     assert index_foreign(folder, codebook_size=V, classes=6).classes == ["0", "1", "2", "3", "4", "5"]
     own = write_set(tmp_path / "own")
     before = (own / "manifest.json").read_bytes()
-    with pytest.raises(UserError, match="has a manifest.json that pretokenize wrote: there is nothing to index"):
+    with pytest.raises(UserError, match="has a manifest.json written by pretokenize and needs no index"):
         index_foreign(own, codebook_size=V)
     assert (own / "manifest.json").read_bytes() == before
 
@@ -143,7 +143,7 @@ def test_a_tokenizer_gives_hash_and_code_book(tmp_path):
     manifest = index_foreign(folder, tokenizer=path)
     assert (manifest.tokenizer_sha256, manifest.codebook_size) == (tokenizer_hash(path), size)
     assert (manifest.grid, manifest.image_size) == (side, model.config.image_size)
-    with pytest.raises(UserError, match="codebook_size 7 is not the"):
+    with pytest.raises(UserError, match="codebook_size 7 differs from the"):
         index_foreign(folder, tokenizer=path, codebook_size=7)
     with wds.TarWriter(str(folder / "a.tar")) as writer:
         writer.write({"__key__": "a", "npy": np.zeros((side + 1) ** 2, np.int64), "cls": 0})
@@ -166,17 +166,17 @@ GOOD = [("a.npy", npy(np.zeros((2, 16), np.uint16))), ("a.cls", b"0")]
     [
         ([], r"holds no samples in 1 tars: members must be named KEY.codes.npy, or KEY.npy"),
         ([("a.jpg", b"x"), ("b.txt", b"y")], "holds no samples in 1 tars"),
-        ([*GOOD, ("b.npy", GOOD[0][1]), ("a.npy", GOOD[0][1])], "x.tar holds a.npy twice, or beside a.npy: a key must"),
+        ([*GOOD, ("b.npy", GOOD[0][1]), ("a.npy", GOOD[0][1])], "x.tar holds a.npy twice, or beside a.npy: keys must"),
         ([*GOOD, ("a.codes.npy", GOOD[0][1])], "x.tar holds a.codes.npy twice, or beside a.npy"),
         ([*GOOD, ("a.cls", b"1")], "x.tar holds a.cls twice"),
-        ([*GOOD, ("b.npy", GOOD[0][1])], "x.tar: b.npy has no class, b.cls: write one"),
-        ([*GOOD, ("b.npy", GOOD[0][1]), ("b.json", b"{}")], r"x.tar: b.json has no class: write a member .cls"),
+        ([*GOOD, ("b.npy", GOOD[0][1])], "x.tar: b.npy has no class: write b.cls"),
+        ([*GOOD, ("b.npy", GOOD[0][1]), ("b.json", b"{}")], r"x.tar: b.json has no class: write a .cls member"),
         ([*GOOD, ("b.npy", GOOD[0][1]), ("b.json", b'{"label": true}')], "x.tar: b.json has no class"),
         ([*GOOD, ("b.npy", GOOD[0][1]), ("b.json", b"{")], "x.tar: b.json is not JSON"),
         ([*GOOD, ("b.npy", GOOD[0][1]), ("b.json", b"[" * 100_000)], "x.tar: b.json is not JSON"),
         ([*GOOD, ("b.cls", b"1")], "x.tar: b.cls has no codes, b.codes.npy"),
-        ([GOOD[0], ("a.cls", b"cat")], "x.tar: a.cls is not the number of a class: write it in digits"),
-        ([GOOD[0], ("a.cls", b"9" * 60)], "x.tar: a.cls is not the number of a class"),
+        ([GOOD[0], ("a.cls", b"cat")], "x.tar: a.cls is not a class number: write it in decimal digits"),
+        ([GOOD[0], ("a.cls", b"9" * 60)], "x.tar: a.cls is not a class number"),
         ([GOOD[0], ("a.cls", b"9" * 16)], "x.tar: a has class 9999999999999999, outside 0 to 1048575"),
         ([GOOD[0], ("a.cls", b"-1")], "x.tar: a has class -1, outside 0 to"),
         ([("a.npy", npy(np.full((2, 16), 50))), ("a.cls", b"0")], "a.npy holds code 50, outside the code book of 50"),
@@ -190,7 +190,10 @@ GOOD = [("a.npy", npy(np.zeros((2, 16), np.uint16))), ("a.cls", b"0")]
             "not 2 views of 16 codes in uint16 as in",
         ),
         ([*GOOD, ("b.npy", npy(np.zeros((2, 16), np.int64))), ("b.cls", b"0")], "b.npy is int64 of shape"),
-        ([("a.npy", npy(np.zeros((2, 15), np.uint16))), ("a.cls", b"0")], "a.npy has 15 codes a view, not the square"),
+        (
+            [("a.npy", npy(np.zeros((2, 15), np.uint16))), ("a.cls", b"0")],
+            "a.npy has 15 codes a view, not a square number",
+        ),
         (
             [("a.npy", npy(np.zeros((2, 2, 16), np.uint16))), ("a.cls", b"0")],
             r"of shape \(2, 2, 16\), not \(views, T\)",
@@ -204,8 +207,8 @@ GOOD = [("a.npy", npy(np.zeros((2, 16), np.uint16))), ("a.cls", b"0")]
             [("a.npy", GOOD[0][1][:-1]), ("a.cls", b"0")],
             r"a.npy has 191 bytes, an array of uint16 of shape \(2, 16\) has 192",
         ),
-        ([("a.npy", b"not an array"), ("a.cls", b"0")], "a.npy is not an array of numpy"),
-        ([("a.npy", b""), ("a.cls", b"0")], "a.npy is not an array of numpy"),
+        ([("a.npy", b"not an array"), ("a.cls", b"0")], "a.npy is not a numpy array"),
+        ([("a.npy", b""), ("a.cls", b"0")], "a.npy is not a numpy array"),
     ],
 )
 def test_one_sentence_names_file_and_member(tmp_path, members, message):
@@ -234,7 +237,7 @@ def test_settings_and_folders_that_cannot_be(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(UserError, match="a.tar is empty: copy it again, or remove it"):
         index_foreign(tmp_path, codebook_size=V)
-    with pytest.raises(UserError, match="the code book of .* is unknown: name its tokenizer, or codebook_size"):
+    with pytest.raises(UserError, match="the code book of .* is unknown: give its tokenizer, or codebook_size"):
         index_foreign(tmp_path)
     with pytest.raises(UserError, match="codebook_size 70000 must be 1 to 65536"):
         index_foreign(tmp_path, codebook_size=70000)
@@ -260,9 +263,9 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(path, data):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("megastar.data.shards.import_webdataset.write_atomic", refuse)
+    monkeypatch.setattr("megastar.data.storage.store.write_atomic", refuse)
     with pytest.raises(
-        UserError, match=r"cannot write .*manifest.json \(Permission denied\): make the folder writable"
+        UserError, match=r"cannot write .*train-000.idx \(Permission denied\): make the folder writable"
     ):
         index_foreign(foreign(tmp_path / "f"), codebook_size=V)
 
