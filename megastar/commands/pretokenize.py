@@ -106,7 +106,7 @@ def verify(out: str, console: Console) -> int:
     from megastar.data.shards.manifest import load_manifest
 
     m = load_manifest(out)
-    if not (problems := check.verify(out, console=console)):
+    if not (problems := check.verify(out, progress=console)):
         console.print(
             f"{out}: {m.samples} pictures in {len(m.shards)} shards are as the manifest says",
             markup=False,

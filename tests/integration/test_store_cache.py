@@ -165,4 +165,4 @@ def test_four_processes_killed_at_random_leave_a_good_cache(s3, use_s3, url, fol
         np.testing.assert_array_equal(shards.read(shard, size - 1)[0], sample(sum(SIZES[: shard + 1]) - 1)[0])
     (cache.folder / f"{infos[1].sha256}.tar").unlink(missing_ok=True)  # it is fetched again, and room made
     shards.read(1, 0)
-    assert sum(p.stat().st_size for p in cache.folder.glob("*.*")) <= cache.bound
+    assert sum(p.stat().st_size for p in cache.folder.glob("*.*")) <= cache.max_bytes

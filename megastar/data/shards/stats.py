@@ -44,8 +44,8 @@ class Stats:
         return float((self.codes > 0).mean())
 
 
-def count(folder: str | Path, data: DataConfig | None = None, console: Console | None = None) -> Stats:
-    """Read every sample of a folder or ``s3://bucket/prefix``; ``console`` shows a progress bar.
+def count(folder: str | Path, data: DataConfig | None = None, progress: Console | None = None) -> Stats:
+    """Read every sample of a folder or ``s3://bucket/prefix``; ``progress`` shows a bar.
 
     Raises ``UserError`` for a set that cannot be read and for a code or class out of range.
     """
@@ -55,7 +55,7 @@ def count(folder: str | Path, data: DataConfig | None = None, console: Console |
         codes = np.zeros(m.codebook_size, np.int64)
         shards.store.read_ahead(m.shards)
         total = sum(s.bytes for s in m.shards)
-        with progress_bar(console, "count", total, bytes=True, transient=True) as bar:
+        with progress_bar(progress, "count", total, bytes=True, transient=True) as bar:
             for number, info in enumerate(m.shards):
                 first, end = int(shards.starts[number]), int(shards.starts[number + 1])
                 for start in range(first, end, size := max(1, _CODES_AT_ONCE // (m.views * m.tokens))):

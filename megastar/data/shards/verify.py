@@ -37,24 +37,24 @@ class ShardProblem(NamedTuple):
         return f"{self.shard}: {self.reason}"
 
 
-def verify(folder: str | Path, data: DataConfig | None = None, console: Console | None = None) -> list[ShardProblem]:
+def verify(folder: str | Path, data: DataConfig | None = None, progress: Console | None = None) -> list[ShardProblem]:
     """Read every shard of a folder or ``s3://bucket/prefix``, bypassing the cache, and compare it with the manifest.
 
     Checked are size, SHA-256, number and shape of the samples, the range of codes and classes, and the index beside the
-    shard if a reader would use it. Returns the problems in the shards' order, none for a good set. ``console`` shows a
-    progress bar. Raises ``UserError`` for an invalid manifest and an unreachable store.
+    shard if a reader would use it. Returns the problems in the shards' order, none for a good set. ``progress`` shows a
+    bar. Raises ``UserError`` for an invalid manifest and an unreachable store.
     """
     with closing(open_store(folder, data)) as store:
         manifest = parse_manifest(store)
         total = sum(s.bytes for s in manifest.shards)
-        bar = progress_bar(console, "verify", total, bytes=True, transient=True)
-        with ThreadPoolExecutor(_THREADS) as pool, bar as progress:
+        bar = progress_bar(progress, "verify", total, bytes=True, transient=True)
+        with ThreadPoolExecutor(_THREADS) as pool, bar as done:
             found: list[ShardProblem] = []
             checks = [pool.submit(_check, store, manifest, info) for info in manifest.shards]
             try:
                 for info, check in zip(manifest.shards, checks, strict=True):
                     found += check.result()
-                    progress.advance(info.bytes)
+                    done.advance(info.bytes)
             finally:
                 for check in checks:
                     check.cancel()

@@ -18,17 +18,19 @@ from megastar.data.shards.reader import ShardSet
 from megastar.errors import UserError
 from megastar.utils.lockfile import Claims
 from tests.unit.data.images.test_sources import write_source
-from tests.unit.data.pretokenize.test_runner import contents, pictures, run, tokenizer  # noqa: F401
+from tests.unit.data.pretokenize.test_runner import contents, notes, pictures, run, tokenizer  # noqa: F401
 
 # One process of several; "slow" leaves its first shard unfinished for long.
 CHILD = """
 import sys, time
 from pathlib import Path
-from megastar.data import claims, encoding, pretokenize as p
+from megastar.data.pretokenize import encoding, runner as p
+from megastar.utils.logs import configure_logging
 _, source, tokenizer, out, speed = sys.argv
 if speed == "slow":
-    encoding.Encoder.__call__ = lambda self, crops: time.sleep(600)
+    encoding.ViewEncoder.__call__ = lambda self, crops: time.sleep(600)
 p.POLL = 0.05
+configure_logging()
 p.pretokenize(source, "train", tokenizer, out, shard_size=5, workers=1, device="cpu", batch=20)
 """
 
@@ -53,11 +55,11 @@ def test_three_processes_and_one_killed(pictures, tokenizer, tmp_path):  # noqa:
     assert all(other.poll() is None for other in others)  # they wait for the shard that is being made
     assert not (out / "manifest.json").exists()
     slow.kill()
-    said = [other.communicate(timeout=120)[0] for other in others]
+    printed = [other.communicate(timeout=120)[0].replace("\n", " ") for other in others]
     slow.communicate()
-    assert [other.returncode for other in others] == [0, 0], said
+    assert [other.returncode for other in others] == [0, 0], printed
     assert contents(out) == contents(tmp_path / "alone")
-    assert sum("out: 23 pictures x 10 views in 5 shards" in s for s in said) >= 1
+    assert sum("out: 23 images x 10 views in 5 shards" in text for text in printed) >= 1
 
 
 def test_nproc(pictures, tokenizer, tmp_path):  # noqa: F811
@@ -125,17 +127,14 @@ def finished(pictures, tokenizer, tmp_path) -> Path:  # noqa: F811
     return tmp_path / "out"
 
 
-def test_what_is_lost_is_made_again(pictures, tokenizer, finished, capsys):  # noqa: F811
-    from rich.console import Console
-
+def test_what_is_lost_is_made_again(pictures, tokenizer, finished, notes):  # noqa: F811
     before = contents(finished)
     kept = (finished / "shard-00003.tar").stat().st_mtime_ns
     (finished / "shard-00001.tar").unlink()
     os.truncate(finished / "shard-00002.tar", 1000)
-    run(pictures, tokenizer, finished, console=Console(width=500))
-    said = capsys.readouterr().out
-    assert "lacks 2 of its shards (shard-00001.tar, shard-00002.tar): making them again" in said
-    assert "the encoder waited" in said and "pictures/s" in said
+    run(pictures, tokenizer, finished)
+    assert "lacks 2 of its shards (shard-00001.tar, shard-00002.tar): writing them" in notes.text
+    assert "whose encoder waited" in notes.text and "images/s in this process" in notes.text
     assert contents(finished) == before
     assert (finished / "shard-00003.tar").stat().st_mtime_ns == kept
 
@@ -189,15 +188,15 @@ def test_layouts(pictures, tokenizer, tmp_path):  # noqa: F811
 
 
 def test_two_settings_at_once_share_no_folder(tmp_path):
-    """Whoever comes first says what all must do; the other one is told."""
+    """The first process writes the plan; the other one gets an error."""
 
     def join(seed: int) -> str:
         made_by = {"shard_size": 5, "seed": seed, "subset": ""}
-        about = Manifest(0, ["a"], 4, 16, 1, 8, "center", 16, "", [], made_by=made_by)
+        template = Manifest(0, ["a"], 4, 16, 1, 8, "center", 16, "", [], made_by=made_by)
         with Claims(out / PROGRESS) as claims:
             barrier.wait()
             try:
-                PretokenizeRun(out, about, 10, claims).join()
+                PretokenizeRun(out, template, 10, claims).join()
             except UserError as error:
                 return str(error)
         return ""
@@ -206,5 +205,5 @@ def test_two_settings_at_once_share_no_folder(tmp_path):
         out, barrier = tmp_path / str(n), threading.Barrier(2)
         (out / PROGRESS).mkdir(parents=True)
         with ThreadPoolExecutor(2) as pool:
-            said = list(pool.map(join, (0, 1)))
-        assert "" in said and any("holds token shards of other settings: seed" in text for text in said)
+            errors = list(pool.map(join, (0, 1)))
+        assert "" in errors and any("holds token shards of other settings: seed" in text for text in errors)

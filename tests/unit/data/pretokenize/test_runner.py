@@ -1,6 +1,7 @@
 """pretokenize: right codes, any number of workers, any kill, every bad input."""
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from rich.console import Console
 from megastar.config.schema import TokenizerConfig
 from megastar.data.images import crops as crops_module
 from megastar.data.images.crops import parse_crops
-from megastar.data.images.dataset import PictureSet, ten_crop
+from megastar.data.images.dataset import ImageSet, ten_crop
 from megastar.data.pretokenize import runner as module
 from megastar.data.pretokenize.encoding import ViewEncoder
 from megastar.data.pretokenize.runner import pretokenize
@@ -33,6 +34,14 @@ TINY = TokenizerConfig(
     image_size=16, channels=4, channel_multipliers=[1, 2], res_blocks=1, norm_groups=2, z_channels=8, codebook_size=32
 )
 QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def notes(caplog, monkeypatch):
+    """What the package logs, whatever handlers it has."""
+    monkeypatch.setattr(logging.getLogger("megastar"), "propagate", True)
+    caplog.set_level(logging.INFO, "megastar")
+    return caplog
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +75,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_codes_are_the_tokenizers(pictures, tokenizer, tmp_path):
     manifest = run(pictures, tokenizer, tmp_path / "out")
-    source, model = PictureSet(pictures, "train"), load_tokenizer(tokenizer)
+    source, model = ImageSet(pictures, "train"), load_tokenizer(tokenizer)
     assert manifest.shard_sizes == (5, 5, 5, 5, 3) and manifest.samples == 23 and manifest.skipped == []
     assert manifest.classes == ["a", "b", "c"] and manifest.tokenizer_sha256 == tokenizer_hash(tokenizer)
     assert (manifest.grid, manifest.tokens, manifest.views, manifest.codebook_size) == (8, 64, 10, 32)
     assert load_manifest(tmp_path / "out") == manifest and verify(tmp_path / "out") == []
     shards = ShardSet(tmp_path / "out")
-    by_key = {p.key: i for i, p in enumerate(source.pictures)}
+    by_key = {p.key: i for i, p in enumerate(source.images)}
     seen = []
     for i in range(23):
         shard, k = divmod(i, 5)
@@ -83,7 +92,7 @@ def test_codes_are_the_tokenizers(pictures, tokenizer, tmp_path):
         with torch.no_grad():
             expected = model.encode(crops).numpy()
         assert (codes == expected).mean() > 0.999  # another memory layout may turn a near tie
-        assert label == source.pictures[by_key[key]].label
+        assert label == source.images[by_key[key]].label
     assert sorted(seen) == sorted(by_key) and seen != sorted(seen)  # every picture once, permuted
 
 
@@ -113,9 +122,9 @@ def test_killed_and_run_again(pictures, tokenizer, tmp_path):
     out = tmp_path / "killed"
     script = f"""
 import time, torch
-from megastar.data import encoding as e, pretokenize as p
-call = e.Encoder.__call__
-e.Encoder.__call__ = lambda self, crops: (time.sleep(0.3), call(self, crops))[1]
+from megastar.data.pretokenize import encoding as e, runner as p
+call = e.ViewEncoder.__call__
+e.ViewEncoder.__call__ = lambda self, crops: (time.sleep(0.3), call(self, crops))[1]
 p.pretokenize({str(pictures)!r}, "train", {str(tokenizer)!r}, {str(out)!r}, shard_size=5, workers=1, device="cpu", batch=20)
 """
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
@@ -155,12 +164,12 @@ def test_stopped_by_an_error_and_run_again(pictures, tokenizer, tmp_path, monkey
     assert contents(out) == contents(tmp_path / "straight")
 
 
-def test_done_is_done(pictures, tokenizer, tmp_path, capsys, monkeypatch):
+def test_done_is_done(pictures, tokenizer, tmp_path, notes, monkeypatch):
     first = run(pictures, tokenizer, tmp_path / "out")
     (tmp_path / "out" / ".progress").mkdir()  # as a kill right after the manifest leaves it
     monkeypatch.setattr(module, "PretokenizeRun", None)
-    assert run(pictures, tokenizer, tmp_path / "out", console=Console(width=500)) == first
-    assert "out is done: 23 pictures in 5 shards" in capsys.readouterr().out
+    assert run(pictures, tokenizer, tmp_path / "out") == first
+    assert "out is complete: 23 images in 5 shards" in notes.text
     assert not (tmp_path / "out" / ".progress").exists()
 
 
@@ -204,7 +213,7 @@ def test_another_tokenizer_and_other_pictures(pictures, tokenizer, tmp_path):
 
 
 # Bad pictures --------------------------------------------------------------------------------------------------
-def test_skipped_pictures_are_counted_and_named(pictures, tokenizer, tmp_path, capsys, monkeypatch):
+def test_skipped_pictures_are_counted_and_named(pictures, tokenizer, tmp_path, notes, monkeypatch):
     bad = {"train/a/huge.png": gigantic(9000, 9000), "train/b/torn.png": png()[:45], "train/c/empty.png": b""}
     make_folder(pictures, bad)
     sizes = []
@@ -212,15 +221,14 @@ def test_skipped_pictures_are_counted_and_named(pictures, tokenizer, tmp_path, c
     monkeypatch.setattr(
         crops_module, "ten_crop", lambda image, *a, **k: sizes.append(image.size) or cut(image, *a, **k)
     )
-    manifest = run(pictures, tokenizer, tmp_path / "out", console=Console(width=500))
+    manifest = run(pictures, tokenizer, tmp_path / "out")
     assert manifest.samples == 23 and len(sizes) == 23 and max(map(max, sizes)) < 100  # huge was never decoded
     reasons = {s["picture"]: s["reason"] for s in manifest.skipped}
     assert reasons.keys() == {"train/a/huge", "train/b/torn", "train/c/empty"}
-    assert "9000 x 9000 is over 40 megapixels" in reasons["train/a/huge"] and "unreadable" in reasons["train/b/torn"]
+    assert "9000 x 9000 exceeds 40 megapixels" in reasons["train/a/huge"] and "unreadable" in reasons["train/b/torn"]
     rows = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert rows == manifest.skipped
-    printed = capsys.readouterr().out
-    assert "3 pictures skipped (train/" in printed and "skipped.jsonl says why" in printed
+    assert "3 images skipped (train/" in notes.text and "skipped.jsonl for the reasons" in notes.text
     assert sum(manifest.shard_sizes) == 23 and ShardSet(tmp_path / "out").read(0, 0)[0].shape == (10, 64)
     run(pictures, tokenizer, tmp_path / "again", workers=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
@@ -228,15 +236,15 @@ def test_skipped_pictures_are_counted_and_named(pictures, tokenizer, tmp_path, c
 
 def test_no_usable_picture(tokenizer, tmp_path):
     make_folder(tmp_path / "p", {"a/0.png": b"", "a/1.png": b"x"})
-    with pytest.raises(UserError, match="none of 2 pictures could be used; the first: a/"):
+    with pytest.raises(UserError, match="none of 2 images could be read: correct the source; the first error: a/"):
         run(tmp_path / "p", tokenizer, tmp_path / "out", subset=None)
 
 
 def test_missing_and_empty_source(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="does not exist: give a folder of pictures"):
+    with pytest.raises(UserError, match="does not exist: give a folder of images"):
         run(tmp_path / "none", tokenizer, tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no pictures in"):
+    with pytest.raises(UserError, match="no images in"):
         run(tmp_path / "empty", tokenizer, tmp_path / "out", subset=None)
     assert not (tmp_path / "out").exists()
 
@@ -255,13 +263,13 @@ def test_bad_settings(pictures, tokenizer, tmp_path):
         run(pictures, tmp_path / "none.safetensors", tmp_path / "out")
     large = TokenizerConfig(**{**vars(TINY), "codebook_size": 70000})
     save_tokenizer(VQModel(large), tmp_path / "large.safetensors", {})
-    with pytest.raises(UserError, match="has 70000 codes; shards hold at most 65536"):
+    with pytest.raises(UserError, match="has 70000 codes, shards hold at most 65536"):
         run(pictures, tmp_path / "large.safetensors", tmp_path / "out")
 
 
 def test_foreign_folder(pictures, tokenizer, tmp_path):
     make_folder(tmp_path / "out", {"thesis.txt": b"precious"})
-    with pytest.raises(UserError, match="holds other files, 'thesis.txt' for one: give a new or an empty folder"):
+    with pytest.raises(UserError, match="holds other files, for example 'thesis.txt': give a new or an empty folder"):
         run(pictures, tokenizer, tmp_path / "out")
     assert contents(tmp_path / "out") == {"thesis.txt": b"precious"}
 
@@ -270,7 +278,7 @@ def test_foreign_folder(pictures, tokenizer, tmp_path):
 @pytest.mark.parametrize(("crops", "views"), [("ten:1.1", 10), ("ten", 10), ("center-flip", 2), ("center", 1)])
 def test_crops(pictures, tokenizer, tmp_path, crops, views):
     make, stored = parse_crops(crops)
-    image = PictureSet(pictures, "train").read(3)
+    image = ImageSet(pictures, "train").read(3)
     made = make(image, 16)
     assert stored == views and made.shape == (views, 16, 16, 3) and made.dtype == np.uint8
     if views == 2:
