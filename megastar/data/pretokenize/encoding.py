@@ -24,9 +24,8 @@ class ViewEncoder:
     """A tokenizer with its batch size: uint8 crops (N, size, size, 3) -> codes (N, T) int64 on the CPU."""
 
     def __init__(self, model: VQModel, device: torch.device, dtype: torch.dtype, batch: int):
-        torch.nn.utils.convert_conv2d_weight_memory_format(
-            model.encoder, torch.channels_last
-        )  # 1.6 times as fast on CPU
+        # 1.6 times the speed of NCHW on a CPU.
+        torch.nn.utils.convert_conv2d_weight_memory_format(model.encoder, torch.channels_last)
         self.model = model
         self.device, self.dtype, self.size = device, dtype, model.config.image_size
         activation = self.size**2 * model.config.channels * 4
