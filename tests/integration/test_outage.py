@@ -129,7 +129,7 @@ def test_an_outage_ends_the_run_behind_its_last_step_and_costs_no_number(weed, u
     # The same shards from another place, to the end; other ones are refused.
     other = write_set(tmp_path / "other", (11, *SHARDS[1:]))
     refused = megastar("train", config, f"data.shards={other}", check=False)
-    assert refused.returncode == 2 and f"data.shards = {other} holds other shards than" in refused.stderr
+    assert refused.returncode == 2 and f"data.shards = {other} holds different shards than" in refused.stderr
     megastar("train", config, f"data.shards={folder}", ranks=2)
     straight = write_config(tmp_path / "straight.yaml", tmp_path / "straight", str(folder), tmp_path / "cache", gib)
     megastar("train", straight, ranks=2)

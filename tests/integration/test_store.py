@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,8 @@ def test_everything_reads_as_from_the_folder(s3, use_s3, url, folder, data):
     assert load_manifest(url, data) == load_manifest(folder)
     here, there = take(loader(folder, window=3), 60), take(loader(url, window=3, data=data), 60)  # two epochs
     assert all(same(a, b) for a, b in zip(here, there, strict=True))
-    local, remote = (validation_batches(ShardSet(where, data=data), 150, 16, 1, 2) for where in (folder, url))
+    with closing(ShardSet(folder)) as local_set, closing(ShardSet(url, data=data)) as remote_set:
+        local, remote = (validation_batches(shards, 150, 16, 1, 2) for shards in (local_set, remote_set))
     assert all(same(a, b) for a, b in zip(local, remote, strict=True))
     assert cached(data) == sorted(f"{s.sha256}.tar" for s in load_manifest(folder).shards)
     assert not [t for t in threading.enumerate() if t.name in ("shard-read-ahead", "token-loader")]
@@ -341,7 +343,7 @@ def test_verify_reads_the_store_and_not_the_cache(spoilt, data, capsys):
     found = verify(url, data)
     assert [p.shard for p in found] == ["shard-00001.tar", "shard-00003.tar"]
     assert "has SHA-256" in found[0].reason and "does not exist at http" in found[1].reason
-    assert cli.main(["data", "verify", url]) == 1 and "2 of 4 shards are broken" in capsys.readouterr().out
+    assert cli.main(["data", "verify", url]) == 1 and "2 of 4 shards are damaged" in capsys.readouterr().out
     assert cli.main(["data", "inspect", url, "--cache", data.cache]) == 0
     assert "a/picture.0" in capsys.readouterr().out
 
