@@ -7,6 +7,7 @@ sorted by key, so image i is the same on every machine and for every kind of sou
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import warnings
@@ -19,7 +20,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from megastar.data.images import sources
-from megastar.data.images.listing import SUFFIXES, Listing, digest, key_of
+from megastar.data.images.listing import SUFFIXES, Listing, key_of
+from megastar.data.images.tars import RemoteTars, Report
+from megastar.data.storage.protocol import is_remote
 from megastar.errors import UserError
 
 MAX_PIXELS = 40_000_000  # checked in the header, before decoding
@@ -80,10 +83,10 @@ class ImageSet:
         subset: str | None = None,
         *,
         cache: Path | None = None,
-        report: sources.Report = lambda _: None,
+        report: Report = lambda _: None,
     ):
-        self.source, self.subset = source if sources.is_remote(source) else Path(source), (subset or "").strip("/")
-        self.remote = sources.remote_of(source)
+        self.source, self.subset = source if is_remote(source) else Path(source), (subset or "").strip("/")
+        self.remote = RemoteTars(str(source)) if is_remote(source) else None
         listing = Listing.load(cache) if cache else None
         current = listing is not None and sources.is_current(listing, source, self.remote)
         if listing is None or not current:
@@ -129,7 +132,10 @@ class ImageSet:
 
     def digest(self) -> str:
         """SHA-256 of the sorted keys and classes, which identifies the set of images."""
-        return digest(self.images.listing, self.images.labels, self.images.rows)
+        images, found = self.images, hashlib.sha256()
+        for row, label in zip(images.rows.tolist(), images.labels.tolist(), strict=True):
+            found.update(f"{key_of(images.listing.name(row))}\t{label}\n".encode())
+        return found.hexdigest()
 
     def __len__(self) -> int:
         return len(self.images)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import zipfile
@@ -128,11 +127,3 @@ def stem_of(name: bytes) -> bytes:
     """The WebDataset key: the name up to the first dot of the last path component."""
     folder, slash, last = name.rpartition(b"/")
     return folder + slash + last.partition(b".")[0]
-
-
-def digest(listing: Listing, labels: np.ndarray, rows: np.ndarray) -> str:
-    """SHA-256 of the keys and classes of some rows, which identifies the set of images."""
-    out = hashlib.sha256()
-    for i, label in zip(rows.tolist(), labels.tolist(), strict=True):
-        out.update(f"{key_of(listing.name(i))}\t{label}\n".encode())
-    return out.hexdigest()

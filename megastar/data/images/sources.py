@@ -17,7 +17,6 @@ from pathlib import Path
 
 from megastar.data.images.listing import Listing, ListingBuilder, Stamp, is_image, parse_label, stem_of, text
 from megastar.data.images.tars import LocalTar, RemoteTar, RemoteTars, Report, add_tars
-from megastar.data.storage.protocol import is_remote
 from megastar.errors import UserError
 
 LISTS = (".txt", ".tsv", ".lst", ".list")
@@ -27,7 +26,7 @@ def list_source(source: str | Path, remote: RemoteTars | None, report: Report = 
     """Find the images of ``source``. Raises ``UserError`` for a source that is missing, unknown or broken."""
     found = ListingBuilder()
     if remote is not None:
-        found.stamps = remote.stamps()
+        found.stamps.extend(remote.stamps())
         remote.pin(found.stamps)
         add_tars(found, [RemoteTar(remote, name, size) for name, size, _ in found.stamps], report)
         return found.listing()
@@ -125,7 +124,7 @@ def _add_list(found: ListingBuilder, path: Path) -> None:
     if all(cls.isdigit() for cls in given):
         numbers = {cls: parse_label(cls, path) for cls in given}
     else:
-        found.classes = sorted(map(text, given))
+        found.classes.extend(sorted(map(text, given)))
         numbers = {cls: found.classes.index(text(cls)) for cls in given}
     for name, cls in rows:
         found.add(name, -1, -1, -1, -1 if cls is None else numbers[cls])
@@ -135,9 +134,5 @@ def _add_local_tars(found: ListingBuilder, root: Path, tars: Sequence[Path], rep
     for tar in tars:
         if tar.name.endswith("gz"):
             raise UserError(f"{tar} is compressed and cannot be read by position: gunzip it first")
-    found.stamps += [_stamp(root, tar) for tar in tars]
+    found.stamps.extend(_stamp(root, tar) for tar in tars)
     add_tars(found, [LocalTar(tar, root) for tar in tars], report)
-
-
-def remote_of(source: str | Path) -> RemoteTars | None:
-    return RemoteTars(str(source)) if is_remote(source) else None

@@ -95,7 +95,7 @@ class _Part:
 
 
 def add_tars(found: ListingBuilder, tars: Sequence[LocalTar | RemoteTar], report: Report) -> None:
-    found.files = [tar.name for tar in tars]
+    found.files.extend(tar.name for tar in tars)
     pool = ThreadPoolExecutor(_THREADS)
 
     def add(members: Iterable[Member], number: int) -> None:

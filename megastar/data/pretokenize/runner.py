@@ -29,7 +29,8 @@ from megastar.data.order import permutation
 from megastar.data.pretokenize.encoding import Pipeline, ViewEncoder
 from megastar.data.pretokenize.progress import ShardProgress, shard_progress
 from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, load_manifest
-from megastar.data.shards.writer import LAYOUTS, open_writer
+from megastar.data.shards.sample_parser import check_layout
+from megastar.data.shards.writer import open_writer
 from megastar.data.storage.shard_info import MANIFEST, ShardInfo
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
@@ -79,8 +80,7 @@ def pretokenize(
     make, views = parse_crops(crops)
     if shard_size < 1:
         raise UserError(f"shard_size {shard_size} must be at least 1")
-    if layout not in LAYOUTS:
-        raise UserError(f"layout {layout!r} is unknown: use {' or '.join(LAYOUTS)}")
+    check_layout(layout)
     if dtype not in ("fp32", "bf16"):
         raise UserError(f"dtype {dtype!r} is unknown: use fp32 or bf16")
     where = pick_device(device) if isinstance(device, str) else device

@@ -17,7 +17,7 @@ from rich.console import Console
 from megastar.config.schema import DataConfig
 from megastar.data.shards.index import ShardIndex, pack_index
 from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, is_plain_name, parse_manifest
-from megastar.data.shards.sample_parser import LAYOUTS, Expected, Samples, check_classes, check_codes, find_samples
+from megastar.data.shards.sample_parser import Expected, Samples, check_classes, check_codes, check_layout, find_samples
 from megastar.data.shards.tar_reader import shown
 from megastar.data.storage.protocol import Store
 from megastar.data.storage.shard_info import MANIFEST, ShardInfo, index_name
@@ -29,7 +29,7 @@ from megastar.utils.progress_bar import progress_bar
 WRITER = "megastar data index"
 
 
-def index_foreign(
+def index_webdataset(
     where: str | Path,
     *,
     tokenizer: str | Path | None = None,
@@ -54,8 +54,7 @@ def index_foreign(
     be trained on (no shards or samples, arrays of different shapes, codes outside the code book, a missing or unknown
     class, a duplicate key, a cut tar), and for a set written by pretokenize.
     """
-    if layout not in LAYOUTS:
-        raise UserError(f"layout {layout!r} is unknown: use {' or '.join(LAYOUTS)}")
+    check_layout(layout)
     store = open_store(where, data)
     image_size = 0
     if tokenizer is not None:

@@ -75,6 +75,12 @@ class Samples:
     sources: list[str] = field(default_factory=list, repr=False)
 
 
+def check_layout(layout: str) -> None:
+    """Raise ``UserError`` for an unknown layout."""
+    if layout not in LAYOUTS:
+        raise UserError(f"layout {layout!r} is unknown: use {' or '.join(LAYOUTS)}")
+
+
 def find_samples(
     data: Buffer, where: str, layout: str, expected: Expected | None, limit: int | None = None, sources: bool = False
 ) -> Samples:

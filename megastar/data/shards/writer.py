@@ -20,7 +20,7 @@ import numpy as np
 
 from megastar.data.shards.index import ShardIndex, pack_index
 from megastar.data.shards.manifest import MAX_CODEBOOK
-from megastar.data.shards.sample_parser import LAYOUTS, Expected
+from megastar.data.shards.sample_parser import Expected, check_layout
 from megastar.data.storage.shard_info import ShardInfo, index_name
 from megastar.errors import UserError
 from megastar.utils.files import sha256, sync_folder
@@ -31,8 +31,7 @@ _BLOCK_BYTES = 1 << 20  # of codes: a streaming reader holds one block in memory
 
 def open_writer(path: str | Path, layout: str = "plain") -> ShardWriter:
     """The writer of one shard in ``layout``. Raises ``UserError`` for an unknown layout."""
-    if layout not in LAYOUTS:
-        raise UserError(f"layout {layout!r} is unknown: use {' or '.join(LAYOUTS)}")
+    check_layout(layout)
     return PackedWriter(path) if layout == "packed" else ShardWriter(path)
 
 
@@ -106,17 +105,14 @@ class ShardWriter:
                 self._tar.close()
                 self._file.flush()
                 os.fsync(self._file.fileno())
-                self._file.close()
                 self._describe()
-        except BaseException:
-            self._discard()
-            raise
-        if kind is not None:
-            self._discard()
-            return
-        self._temporary.replace(self.path)
-        self._temporary_index.replace(self._index)
-        sync_folder(self.path.parent)
+                self._temporary.replace(self.path)
+                self._temporary_index.replace(self._index)
+                sync_folder(self.path.parent)
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+            self._temporary_index.unlink(missing_ok=True)
 
     def _describe(self) -> None:
         """Hash the tar and write its index, which must be newer than the tar."""
@@ -127,11 +123,6 @@ class ShardWriter:
             f.write(pack_index(index, self._info, self.layout, expected))
             f.flush()
             os.fsync(f.fileno())
-
-    def _discard(self) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-        self._temporary_index.unlink(missing_ok=True)
 
     def info(self) -> ShardInfo:
         """The manifest's entry of the finished shard."""

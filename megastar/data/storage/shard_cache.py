@@ -78,10 +78,8 @@ class ShardCache:
         """The temporary file of a shard, for the one process that fetches it; None if another process has it."""
         part = self._part(info)
         while True:
-            try:
+            with self._disk_errors(info):
                 f = open(part, "r+b", opener=_create)  # noqa: SIM115
-            except OSError as error:
-                raise self._full(info, error) from error
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -102,13 +100,7 @@ class ShardCache:
         If the shards in use leave too little, returns False, or exceeds ``max_bytes`` with ``required``. If the disk is
         full for other reasons, everything not in use may go. Raises ``CacheFull`` if that is not enough.
         """
-        try:
-            return self._reserve(part, info, required)
-        except OSError as error:
-            raise self._full(info, error) from error
-
-    def _reserve(self, part: BinaryIO, info: ShardInfo, required: bool) -> bool:
-        with self._locked():
+        with self._disk_errors(info), self._locked():
             held = []
             for path in [*self.folder.glob("*.tar"), *self.folder.glob("*.part")]:
                 with suppress(FileNotFoundError):
@@ -140,12 +132,10 @@ class ShardCache:
 
     def commit(self, part: BinaryIO, info: ShardInfo) -> BinaryIO:
         """Rename a complete and checked shard into place. Returns it as ``open`` does."""
-        try:
+        with self._disk_errors(info):
             os.fsync(part.fileno())
             self._part(info).rename(self._path(info))
             sync_folder(self.folder)
-        except OSError as error:
-            raise self._full(info, error) from error
         fcntl.flock(part, fcntl.LOCK_SH)
         return part
 
@@ -172,10 +162,15 @@ class ShardCache:
             with suppress(OSError):
                 write_atomic(self._path(info).with_suffix(_SUFFIX), data)
 
-    def _full(self, info: ShardInfo, error: OSError) -> CacheFull:
-        return CacheFull(
-            f"{info.name} ({info.bytes} bytes) cannot be written to the cache {self.folder} ({error.strerror}): free some space there, or set another data.cache"
-        )
+    @contextmanager
+    def _disk_errors(self, info: ShardInfo) -> Iterator[None]:
+        """Raise ``CacheFull`` for an ``OSError`` in the block."""
+        try:
+            yield
+        except OSError as error:
+            raise CacheFull(
+                f"{info.name} ({info.bytes} bytes) cannot be written to the cache {self.folder} ({error.strerror}): free some space there, or set another data.cache"
+            ) from error
 
     def _path(self, info: ShardInfo) -> Path:
         if not re.fullmatch("[0-9a-f]{64}", info.sha256):  # it names a file and comes from a remote manifest

@@ -25,7 +25,7 @@ def png(value: int = 0, size=(20, 16), mode: str = "RGB") -> bytes:
 
 
 def gigantic(width: int, height: int) -> bytes:
-    """A PNG whose header promises a picture that is not there."""
+    """A PNG whose header declares an image without data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -81,14 +81,14 @@ def test_class_folders(tmp_path, kind):
 def test_webdataset_tars(tmp_path):
     make_tar(tmp_path / "b.tar", {"x.1.png": png(1), "x.cls": b"7\n", "y.jpg": png(2), "y.cls": b"0"})
     make_tar(tmp_path / "a.tar", {"z.cls": b"2", "z.webp": png(3)})
-    pictures = ImageSet(tmp_path)
-    assert [(p.key, p.label, p.file.name) for p in pictures.images] == [
+    images = ImageSet(tmp_path)
+    assert [(p.key, p.label, p.file.name) for p in images.images] == [
         ("x.1", 7, "b.tar"),
         ("y", 0, "b.tar"),
         ("z", 2, "a.tar"),
     ]
-    assert pictures.class_names == [str(i) for i in range(8)]
-    assert [np.asarray(pictures.read(i))[0, 0, 0] for i in range(3)] == [1, 2, 3]
+    assert images.class_names == [str(i) for i in range(8)]
+    assert [np.asarray(images.read(i))[0, 0, 0] for i in range(3)] == [1, 2, 3]
 
 
 def test_the_embedded_pictures():
@@ -142,7 +142,7 @@ def test_broken_tars(tmp_path):
     for broken in (
         whole[: offsets[3]],  # cut at a member boundary: tarfile sees nothing
         whole[: offsets[3] + 100],  # inside a header
-        whole[: offsets[3] + 600],  # inside a picture
+        whole[: offsets[3] + 600],  # inside an image
         whole[: offsets[2]] + b"\xff" * 512 + whole[offsets[2] + 512 :],  # a header overwritten
     ):
         (tmp_path / "a.tar").write_bytes(broken)
@@ -158,7 +158,7 @@ def test_broken_tars(tmp_path):
         ImageSet(tmp_path / "b.tar.gz")
 
 
-# Wrong pictures ------------------------------------------------------------------------------------------------
+# Bad images ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -170,7 +170,7 @@ def test_broken_tars(tmp_path):
         (gigantic(6000, 10), "x: 6000 x 10 has an aspect ratio over 100"),
     ],
 )
-def test_unusable_pictures(data, message, monkeypatch):
+def test_unusable_images(data, message, monkeypatch):
     decoded = []
     load = Image.Image.load
     monkeypatch.setattr(Image.Image, "load", lambda self: decoded.append(self.size) or load(self))
@@ -180,13 +180,13 @@ def test_unusable_pictures(data, message, monkeypatch):
 
 
 def test_a_picture_that_vanished(tmp_path):
-    pictures = ImageSet(make_folder(tmp_path, {"cat/0.png": png()}))
+    images = ImageSet(make_folder(tmp_path, {"cat/0.png": png()}))
     (tmp_path / "cat/0.png").unlink()
     with pytest.raises(ImageError, match="cat/0: .*No such file"):
-        pictures.read(0)
-    (tmp_path / "cat").rmdir()  # as when a disk goes away: every other picture would be skipped in silence
+        images.read(0)
+    (tmp_path / "cat").rmdir()  # as when a disk goes away: all images would be skipped
     with pytest.raises(UserError, match="cat no longer exists: run the same command again once it does"):
-        pictures.read(0)
+        images.read(0)
 
 
 def test_a_gigantic_file(tmp_path):
@@ -205,10 +205,10 @@ def test_a_gigantic_file(tmp_path):
 
 def test_a_tar_that_vanished(tmp_path):
     make_tar(tmp_path / "a.tar", {"cat/0.png": png()})
-    pictures = ImageSet(tmp_path)
+    images = ImageSet(tmp_path)
     (tmp_path / "a.tar").unlink()
     with pytest.raises(UserError, match="a.tar no longer exists"):
-        pictures.read(0)
+        images.read(0)
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

@@ -1,4 +1,4 @@
-"""Sources: the same pictures give the same keys, classes and pixels, however they are packed."""
+"""Sources: the same images give the same keys, classes and pixels, however they are packed."""
 
 import io
 import os
@@ -44,12 +44,12 @@ def write_source(kind: str, at: Path) -> Path:
         return make_tar(at / "train.tar", {p.name: p.read_bytes() for p in tars.iterdir()})
     assert kind == "list"
     make_folder(at, PICTURES)
-    (at / "list.txt").write_text("# pictures\n\n" + "".join(f"{k}\n" for k in PICTURES))
+    (at / "list.txt").write_text("# images\n\n" + "".join(f"{k}\n" for k in PICTURES))
     return at / "list.txt"
 
 
 def look(source: Path, **options) -> list[tuple[str, str, int]]:
-    """(key, class, a pixel) of every picture."""
+    """(key, class, a pixel) of every image."""
     s = ImageSet(source, **options)
     assert len(s) == len(s.images)
     return [(p.key, s.class_names[p.label], int(np.asarray(s.read(i))[0, 0, 0])) for i, p in enumerate(s.images)]
@@ -59,7 +59,7 @@ EXPECTED = sorted((k.removesuffix(".JPEG"), k.split("/")[0], 10 * int(k[8]) + in
 
 
 @pytest.mark.parametrize("kind", ["tree", "links", "tar", "class tars", "nested", "list"])
-def test_the_same_pictures_from_every_source(tmp_path, kind):
+def test_the_same_images_from_every_source(tmp_path, kind):
     source = write_source(kind, tmp_path)
     assert look(source) == EXPECTED
     assert ImageSet(source).class_names == CLASSES  # sorted, as ImageFolder does

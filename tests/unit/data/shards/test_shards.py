@@ -33,7 +33,7 @@ def write_set(folder, sizes=(5, 0, 4), layout="plain", **changes):
                 writer.add(f"{i:09d}", *sample(i), f"a/picture.{i}")
                 i += 1
         shards.append(writer.info())
-    about = {
+    fields = {
         "classes": list("abcd"),
         "grid": 4,
         "tokens": T,
@@ -42,7 +42,7 @@ def write_set(folder, sizes=(5, 0, 4), layout="plain", **changes):
         "crops": "center-flip",
         "image_size": 32,
     }
-    manifest = Manifest(samples=i, tokenizer_sha256="ab" * 32, shards=shards, layout=layout, **about)
+    manifest = Manifest(samples=i, tokenizer_sha256="ab" * 32, shards=shards, layout=layout, **fields)
     write_atomic(folder / "manifest.json", (manifest.to_json()).encode())
     if changes:
         data = json.loads((folder / "manifest.json").read_text()) | changes
@@ -99,9 +99,9 @@ def test_large_samples(tmp_path, resident):
     with open_writer(tmp_path / "shard-00000.tar", "packed") as writer:
         for i, codes in enumerate(every):
             writer.add(f"{i}", codes, i, "a")
-    about = {"classes": list("abc"), "grid": 64, "tokens": tokens, "views": views, "codebook_size": 2**16}
-    about |= {"crops": "ten:1.1", "image_size": 64, "tokenizer_sha256": "", "layout": "packed"}
-    (tmp_path / "manifest.json").write_text(Manifest(samples=3, shards=[writer.info()], **about).to_json())
+    fields = {"classes": list("abc"), "grid": 64, "tokens": tokens, "views": views, "codebook_size": 2**16}
+    fields |= {"crops": "ten:1.1", "image_size": 64, "tokenizer_sha256": "", "layout": "packed"}
+    (tmp_path / "manifest.json").write_text(Manifest(samples=3, shards=[writer.info()], **fields).to_json())
     shards, chosen = ShardSet(tmp_path, resident=resident), np.array([[4, 0], [2, 2], [1, 3], [0, 1]])
     codes, _ = shards.gather([2, 0, 1, 2], chosen)
     for row, i in enumerate([2, 0, 1, 2]):
@@ -128,9 +128,9 @@ def test_memory_does_not_grow_with_the_shards(tmp_path):
             for i in range(n):
                 writer.add(f"{i}", codes, 0, "a")
         infos.append(writer.info())
-    about = {"classes": ["a"], "grid": 32, "tokens": tokens, "views": views, "codebook_size": 2, "crops": "ten:1.1"}
-    about |= {"image_size": 64, "tokenizer_sha256": "", "layout": "packed"}
-    (tmp_path / "manifest.json").write_text(Manifest(samples=2 * n, shards=infos, **about).to_json())
+    fields = {"classes": ["a"], "grid": 32, "tokens": tokens, "views": views, "codebook_size": 2, "crops": "ten:1.1"}
+    fields |= {"image_size": 64, "tokenizer_sha256": "", "layout": "packed"}
+    (tmp_path / "manifest.json").write_text(Manifest(samples=2 * n, shards=infos, **fields).to_json())
     shards = ShardSet(tmp_path, resident=20 << 20)
     shards.gather([0], np.zeros((1, 1), np.int64))
     before = resident_bytes()
