@@ -273,7 +273,7 @@ def test_a_server_that_falls_silent(relay, use_s3, url, data, monkeypatch):
     assert time.monotonic() - started < 8
 
 
-# Objects that are not what the manifest says ------------------------------------------------------------------------
+# Objects that are not what the manifest records ------------------------------------------------------------------------
 @pytest.fixture
 def spoilt(s3, use_s3, folder, data, tmp_path):
     """A copy of the folder in a prefix of its own: (client, URL, prefix, bytes of shard 1)."""
@@ -290,10 +290,10 @@ def test_cut_changed_and_missing_objects_are_named(spoilt, data):
     other = bytearray(good)
     other[512 * 5 + 200] ^= 1  # a bit of a code: the tar stays readable
     for body, message in [
-        (good[:-512], rf"shard-00001.tar has {len(good) - 512} bytes, the manifest says {len(good)}: it was cut"),
-        (good + b"\0" * 512, rf"shard-00001.tar has {len(good) + 512} bytes, the manifest says {len(good)}"),
-        (b"", rf"shard-00001.tar has 0 bytes, the manifest says {len(good)}"),
-        (bytes(other), r"shard-00001.tar has SHA-256 [0-9a-f]{64}, the manifest says .* it was changed"),
+        (good[:-512], rf"shard-00001.tar has {len(good) - 512} bytes, the manifest records {len(good)}: it was cut"),
+        (good + b"\0" * 512, rf"shard-00001.tar has {len(good) + 512} bytes, the manifest records {len(good)}"),
+        (b"", rf"shard-00001.tar has 0 bytes, the manifest records {len(good)}"),
+        (bytes(other), r"shard-00001.tar has SHA-256 [0-9a-f]{64}, the manifest records .* it was changed"),
     ]:
         client.put_object(Bucket="codes", Key=f"{prefix}/shard-00001.tar", Body=body)
         started = time.monotonic()

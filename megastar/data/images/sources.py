@@ -42,7 +42,7 @@ def list_source(source: str | Path, remote: RemoteTars | None, report: Report = 
             _add_local_tars(found, path.parent, [path], report)
         else:
             raise UserError(
-                f"image source {path} is neither a folder nor a .tar file nor a list: give one of these ({', '.join(LISTS)})"
+                f"image source {path} is neither a folder nor a .tar file nor a list ({', '.join(LISTS)}): give one of these"
             )
     elif local := sorted(path.glob("*.tar")):
         found.stamps.append(_stamp(path, path))

@@ -154,16 +154,5 @@ def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: by
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{where} is not a readable tar ({error}): make or copy it again") from error
     if labels or any(b"/" in name for name, _, _ in found):
-        stem = b""
-    return _members(found, labels, stem), inner
-
-
-def _members(found: list[tuple[bytes, int, int]], labels: dict[bytes, int], folder: bytes) -> Iterator[Member]:
-    """Empties ``found``, so that a million entries are not in memory twice."""
-    found.reverse()
-    while found:
-        name, offset, size = found.pop()
-        if folder:
-            yield folder + b"/" + name, offset, size, -1
-        else:
-            yield name, offset, size, labels.get(stem_of(name), -1)
+        return ((name, offset, size, labels.get(stem_of(name), -1)) for name, offset, size in found), inner
+    return ((stem + b"/" + name, offset, size, -1) for name, offset, size in found), inner

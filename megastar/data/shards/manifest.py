@@ -74,7 +74,7 @@ def parse_manifest(store: Store) -> Manifest:
         data = json.loads(text)
         if (version := data["format"]) != FORMAT:
             raise UserError(
-                f"{path} has format {version!r}, this version of megastar reads {FORMAT}: pretokenize again"
+                f"{path} has format {version!r:.80}, this version of megastar reads {FORMAT}: pretokenize again"
             )
         names = {f.name for f in fields(Manifest)}
         data = {k: v for k, v in data.items() if k in names}
@@ -86,7 +86,7 @@ def parse_manifest(store: Store) -> Manifest:
             f"{path} is not a manifest of token shards ({type(error).__name__}: {reason}): pretokenize again"
         ) from error
     if problem := _problem(manifest):
-        raise UserError(f"{path} {problem}: pretokenize again")
+        raise UserError(f"{path} {problem[:500]}: pretokenize again")
     return manifest
 
 

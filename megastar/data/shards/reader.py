@@ -223,7 +223,7 @@ class ShardSet:
 
     def _cut(self, info: ShardInfo, size: int) -> UserError:
         return UserError(
-            f"token shard {self.store.where(info.name)} has {size} bytes, the manifest says {info.bytes}: it was cut or changed, {AGAIN}"
+            f"token shard {self.store.where(info.name)} has {size} bytes, the manifest records {info.bytes}: it was cut or changed, {AGAIN}"
         )
 
     def _index(self, data: mmap.mmap, info: ShardInfo) -> ShardIndex:
@@ -254,6 +254,6 @@ def walk_shard(data: mmap.mmap, where: str, manifest: Manifest, info: ShardInfo)
     found = find_samples(data, where, manifest.layout, manifest.expected, info.samples)
     if (n := len(found.offsets)) != info.samples:
         raise UserError(
-            f"token shard {where} holds {n} samples, the manifest says {info.samples}: it was cut or changed, {AGAIN}"
+            f"token shard {where} holds {n} samples, the manifest records {info.samples}: it was cut or changed, {AGAIN}"
         )
     return ShardIndex(found.offsets, found.labels)

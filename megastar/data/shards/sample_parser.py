@@ -56,7 +56,7 @@ class Expected:
     dtype: str
     views: int
     tokens: int
-    why: str = "as the manifest says: pretokenize again"
+    why: str = "as the manifest records: pretokenize again"
 
     @property
     def bytes(self) -> int:

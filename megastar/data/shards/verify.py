@@ -77,13 +77,13 @@ def _check(store: Store, manifest: Manifest, info: ShardInfo) -> list[ShardProbl
 def _reasons(fd: int, found: str, store: Store, manifest: Manifest, info: ShardInfo) -> Iterator[str]:
     size = os.fstat(fd).st_size
     if size != info.bytes:
-        yield f"has {size} bytes, the manifest says {info.bytes}: it was cut or changed"
+        yield f"has {size} bytes, the manifest records {info.bytes}: it was cut or changed"
         return
     if not size:
         yield "is empty, not even tar's end mark is there: it was cut or changed"
         return
     if found != info.sha256:  # go on: the other problems tell where to look
-        yield f"has SHA-256 {found}, the manifest says {info.sha256}: it was changed"
+        yield f"has SHA-256 {found}, the manifest records {info.sha256}: it was changed"
     with closing(mmap.mmap(fd, 0, access=mmap.ACCESS_READ)) as data:
         try:
             index = walk_shard(data, store.where(info.name), manifest, info)

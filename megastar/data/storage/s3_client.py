@@ -138,7 +138,7 @@ class S3Folder:
         etag, found = self._call(name, timer, lambda: self.head(name))
         if size is not None and found != size:
             raise UserError(
-                f"{self.url_of(name)} has {found} bytes, the manifest says {size}: it was cut or changed, upload it again"
+                f"{self.url_of(name)} has {found} bytes, the manifest records {size}: it was cut or changed, upload it again"
             )
         sink = _FileSink(out)
         try:

@@ -125,7 +125,7 @@ class S3Store:
     def _fetch_checked(self, info: ShardInfo, out: BinaryIO, timer: StallTimer) -> None:
         if (found := self.s3.fetch(info.name, out, info.bytes, timer)) != info.sha256:
             raise UserError(
-                f"{self.where(info.name)} has SHA-256 {found}, the manifest says {info.sha256}: it was changed, upload it again"
+                f"{self.where(info.name)} has SHA-256 {found}, the manifest records {info.sha256}: it was changed, upload it again"
             )
 
     def _fetch_to_memory(self, info: ShardInfo, timer: StallTimer, full: CacheFull) -> BinaryIO:

@@ -174,7 +174,7 @@ class ShardCache:
 
     def _path(self, info: ShardInfo) -> Path:
         if not re.fullmatch("[0-9a-f]{64}", info.sha256):  # it names a file and comes from a remote manifest
-            raise UserError(f"the manifest says {info.sha256!r} is the SHA-256 of {info.name}: pretokenize again")
+            raise UserError(f"the manifest records {info.sha256!r} is the SHA-256 of {info.name}: pretokenize again")
         return self.folder / f"{info.sha256}.tar"
 
     def _part(self, info: ShardInfo) -> Path:

@@ -114,7 +114,7 @@ def test_a_shard_cut_under_a_reader_is_an_error(tmp_path):
         shards = ShardSet(folder, resident=resident)
         shards.open(0)
         os.truncate(folder / "shard-00000.tar", 512)
-        with pytest.raises(UserError, match=r"shard-00000.tar has 512 bytes, the manifest says \d+: it was cut"):
+        with pytest.raises(UserError, match=r"shard-00000.tar has 512 bytes, the manifest records \d+: it was cut"):
             shards.gather([1], np.zeros((1, 1), np.int64))
 
 
@@ -239,7 +239,7 @@ def test_cut_at_a_member_boundary(tmp_path):
         assert len(tar.getmembers()) == 9
     shards = ShardSet(folder)
     assert shards.read(0, 0)[2] == 0  # the other shards can be read
-    with pytest.raises(UserError, match=r"shard-00002.tar has \d+ bytes, the manifest says \d+: it was cut"):
+    with pytest.raises(UserError, match=r"shard-00002.tar has \d+ bytes, the manifest records \d+: it was cut"):
         shards.read(2, 0)
     cut(folder, boundary, honest=True)
     with pytest.raises(UserError, match=f"shard-00002.tar ends at byte {boundary} without tar's end mark: it was cut"):
@@ -247,7 +247,7 @@ def test_cut_at_a_member_boundary(tmp_path):
     with (folder / "shard-00002.tar").open("r+b") as f:
         f.truncate(boundary + 1024)
     cut(folder, boundary + 1024, honest=True)
-    with pytest.raises(UserError, match="shard-00002.tar holds 3 samples, the manifest says 4"):
+    with pytest.raises(UserError, match="shard-00002.tar holds 3 samples, the manifest records 4"):
         ShardSet(folder).read(2, 0)
 
 
@@ -275,7 +275,7 @@ def test_flipped_bit_is_found_by_verify(tmp_path):
         f.seek(member_ends(folder / "shard-00000.tar")[1] - 512 + 200)
         f.write(b"\x07")
     (problem,) = verify(folder)
-    assert str(problem).startswith("shard-00000.tar: has SHA-256 ") and "the manifest says" in problem.reason
+    assert str(problem).startswith("shard-00000.tar: has SHA-256 ") and "the manifest records" in problem.reason
 
 
 def test_missing_shard(tmp_path):
@@ -288,6 +288,6 @@ def test_missing_shard(tmp_path):
 def test_other_shape_than_the_manifest(tmp_path):
     folder = write_set(tmp_path / "s", grid=8, tokens=64)
     with pytest.raises(
-        UserError, match=r"uint16 of shape \(3, 16\), not 3 views of 64 codes in uint16 as the manifest says"
+        UserError, match=r"uint16 of shape \(3, 16\), not 3 views of 64 codes in uint16 as the manifest records"
     ):
         ShardSet(folder).read(0, 0)

@@ -150,7 +150,7 @@ def test_a_full_disk_and_an_invalid_hash(tmp_path, monkeypatch):
     ):
         cache.reserve(part, info(1), required=True)
     cache.discard(part, info(1))
-    with pytest.raises(UserError, match="the manifest says '../x' is the SHA-256 of a.tar: pretokenize again"):
+    with pytest.raises(UserError, match="the manifest records '../x' is the SHA-256 of a.tar: pretokenize again"):
         cache.open(ShardInfo("a.tar", 1, 1, "../x"))
 
 
