@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megastar.config.schema import TokenizerConfig
 from megastar.data.images.crops import parse_crops
-from megastar.data.images.dataset import PictureSet
+from megastar.data.images.dataset import ImageSet
 from megastar.data.pretokenize.encoding import Pipeline, ViewEncoder
 from megastar.data.pretokenize.runner import pretokenize
 from megastar.data.shards.reader import ShardSet
@@ -111,7 +111,7 @@ def main(count: int = 4, rounds: int = 2) -> None:
         peer = peer_model(model)
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(cores)
-        pictures, (make, views) = PictureSet(folder / "pictures"), parse_crops("ten:1.1")
+        pictures, (make, views) = ImageSet(folder / "pictures"), parse_crops("ten:1.1")
         seconds: dict[str, list[float]] = {"megastar": [], "LlamaGen": []}
         waited = []
         for _ in range(rounds):

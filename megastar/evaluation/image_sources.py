@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from megastar.data.images.dataset import PictureError, PictureSet, center_crop
+from megastar.data.images.dataset import ImageError, ImageSet, center_crop
 from megastar.data.shards.reader import ShardSet
 from megastar.data.storage.protocol import is_remote
 from megastar.data.storage.shard_info import MANIFEST
@@ -85,7 +85,7 @@ class FolderPictures:
 
     def __init__(self, path: Path, subset: str | None, size: int | None, limit: int | None, console: Console | None):
         self.path, self.subset, self.console = path, subset, console
-        self.set = PictureSet(path, subset)
+        self.set = ImageSet(path, subset)
         self.count = min(len(self.set), limit or len(self.set))
         self.height = self.width = size or self._first_side()
 
@@ -93,14 +93,14 @@ class FolderPictures:
         for i in range(len(self.set)):
             try:
                 return min(self.set.read(i).size)
-            except PictureError:
+            except ImageError:
                 continue
         raise UserError(f"{self.path}: none of its {len(self.set)} pictures can be read")
 
     def _read(self, i: int) -> np.ndarray | str:
         try:
             return np.asarray(center_crop(self.set.read(i), self.height))
-        except PictureError as error:
+        except ImageError as error:
             return str(error)
 
     def batches(self, batch: int) -> Iterator[np.ndarray]:
@@ -121,10 +121,10 @@ class FolderPictures:
             self.console.print(told, markup=False)
 
     def labels(self) -> np.ndarray:
-        return np.array([p.label for p in self.set.pictures[: self.count]])
+        return np.array([p.label for p in self.set.images[: self.count]])
 
     def sha256(self) -> str:
-        digest, pictures = hashlib.sha256(), self.set.pictures
+        digest, pictures = hashlib.sha256(), self.set.images
         if pictures[0].offset < 0:
             for p in pictures:
                 digest.update(p.key.encode() + b"\0")
