@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. Without torch: a rank listens from its first tenth of a second, before the imports."""
+"""Signals that request a run to stop. No torch: a rank installs the handlers before its slow imports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import FrameType
 
 
 class StopFlag:
-    """Set by TERM, USR1 or the first INT; the loop saves and leaves at the next step. A second INT ends at once."""
+    """Set by SIGTERM, SIGUSR1 or the first SIGINT; the loop saves and exits at the next step. A second SIGINT interrupts."""
 
     def __init__(self) -> None:
         self.signal = 0
