@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megastar import __version__
-from megastar.commands._common import nearest, report_error
-from megastar.errors import UserError
+from megastar.commands._common import report_error
+from megastar.errors import UserError, nearest
 from megastar.utils.hostname import shorten_dns_timeout
 from megastar.utils.process_exit import run_and_leave
+from megastar.version import __version__
 
 COMMANDS = {  # name -> (module of megastar.commands, description)
     "demo": ("demo", "run the whole pipeline on the included emoji, from images to scores"),

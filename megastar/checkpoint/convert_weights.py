@@ -103,12 +103,11 @@ def open_weights(
 
 def read_architecture(path: Path) -> ModelConfig:
     """The network that a YAML file describes: a model's (configs/model/) or a run's."""
-    content = read_yaml(require_file(path, "configuration"))
-    section = content.get("model", content)
-    if isinstance(section, str):
-        section = read_yaml(require_file(section, "configuration", Path(path)))
+    file = require_file(path, "configuration")
+    content = read_yaml(file)
     plain = {"enabled": False, "contrastive_block": 1}  # training fields do not matter here
-    return config_from_dict({"model": section, "data": {"shards": "none"}, "self_guided": plain}).model
+    run = {"model": content.get("model", content), "data": {"shards": "none"}, "self_guided": plain}
+    return config_from_dict(run, file).model
 
 
 def _open_safetensors(path: Path) -> WeightsFile:

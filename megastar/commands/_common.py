@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import json
 import logging
@@ -12,7 +11,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -76,13 +75,6 @@ def terminal_width() -> int:
 def logging_options() -> list[str]:
     """The options that give another process this process's log level."""
     return {logging.DEBUG: ["--verbose"], logging.WARNING: ["--quiet"]}.get(logging.getLogger("megastar").level, [])
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of an error sentence: the closest of ``names``, or all of them."""
-    names = list(names)
-    close = difflib.get_close_matches(name, names, 1, 0.5)
-    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
 
 
 def config_and_overrides(items: list[str]) -> tuple[str | None, list[str]]:

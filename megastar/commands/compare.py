@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megastar.commands._common import Parser, config_and_overrides, is_launched, terminal_width
 from megastar.config.comparison import CompareConfig
 from megastar.config.help import fields_text
-from megastar.config.load import load_compare_config
+from megastar.config.load import config_yaml, load_compare_config
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def parser() -> Parser:
     p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="a YAML file, fields to override")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="list the runs and start nothing")
+    what.add_argument("--print-config", action="store_true", help="print every field as YAML and exit")
     what.add_argument("--redraw", metavar="OUT", help="only rewrite the tables and figures of this folder")
     what.add_argument("--evaluate", metavar="RUN", help="only measure this trained run: VARIANT-seedN")
     return p
@@ -56,6 +57,9 @@ def main(words: list[str]) -> int:
             "megastar compare starts its runs itself (nproc, jobs): run it without torchrun, deepspeed or srun"
         )
     cfg = None if a.redraw is not None else load_compare_config(path, overrides)
+    if cfg is not None and a.print_config:
+        print(config_yaml(cfg), end="")
+        return 0
     from megastar.experiments.comparison import Comparison, redraw
     from megastar.experiments.evaluation import Evaluation
     from megastar.experiments.plan import plan_runs

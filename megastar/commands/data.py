@@ -8,9 +8,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, nearest, positive, print_table, seconds
+from megastar.commands._common import Parser, positive, print_table, seconds
 from megastar.config.schema import DataConfig
-from megastar.errors import UserError
+from megastar.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console

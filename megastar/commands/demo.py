@@ -191,8 +191,9 @@ SHOWN = ("loss", "loss_ar", "loss_mim", "acc_step", "acc_view")
 
 def ends_of(metrics: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first and last row of training metrics."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    rows = [r for r in rows if "loss" in r] or [{}]
+    from megastar.run_dir.jsonl import read_jsonl
+
+    rows = [r for r in read_jsonl(metrics) if "loss" in r] or [{}]
     return rows[0], rows[-1]
 
 

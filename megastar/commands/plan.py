@@ -9,8 +9,8 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, config_and_overrides, nearest, positive, terminal_width
-from megastar.errors import UserError
+from megastar.commands._common import Parser, config_and_overrides, positive, terminal_width
+from megastar.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from rich.table import Table

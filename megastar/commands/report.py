@@ -50,13 +50,13 @@ def parser() -> Parser:
 
 def main(words: list[str]) -> int:
     a = parser().parse(words)
-    from megastar import __version__
     from megastar.report.differences import differences
     from megastar.report.page import page
     from megastar.report.read_run import expand, names_of, read_run
     from megastar.report.render_samples import Wanted, add_attention, add_grids
     from megastar.utils.files import write_atomic
     from megastar.utils.logs import shared_console
+    from megastar.version import __version__
 
     console = shared_console()
     folders = [f for source in a.runs for f in expand(Path(source))]

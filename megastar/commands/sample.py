@@ -6,11 +6,10 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from megastar.checkpoint.find_weights import SHIPPED_TOKENIZER, class_names, find_weights, labels_of
-from megastar.commands._common import Parser, main_console, natural, nearest, place_of, positive
+from megastar.checkpoint.find_weights import class_names, class_number, find_weights, labels_of
+from megastar.commands._common import Parser, main_console, natural, place_of, positive
 from megastar.commands._sample_output import SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
 from megastar.commands._score_options import add_options
-from megastar.config.files import find_file
 from megastar.errors import UserError
 from megastar.sampling.pipeline import open_pipeline
 
@@ -87,7 +86,7 @@ def choose_labels(
     """
     import numpy as np
 
-    chosen = [parse_class(c.strip(), names) for c in classes.split(",")] if classes else list(range(len(names)))
+    chosen = [class_number(c.strip(), names) for c in classes.split(",")] if classes else list(range(len(names)))
     if count is None:
         shown = chosen if classes else chosen[:SHOWN_CLASSES]
         return [c for c in shown for _ in range(per_class)]
@@ -100,16 +99,6 @@ def choose_labels(
         raise UserError(f"--like holds no image of the classes {classes}")
     order = np.random.default_rng([seed, 1]).permutation(len(pool))
     return [int(c) for c in pool[order[np.arange(count) % len(pool)]]]
-
-
-def parse_class(text: str, names: list[str]) -> int:
-    if text in names:
-        return names.index(text)
-    if text.isdigit():
-        if int(text) < len(names):
-            return int(text)
-        raise UserError(f"class {text} is outside 0..{len(names) - 1}, the classes of these weights")
-    raise UserError(f"class {text!r} is unknown: {nearest(text, names)}")
 
 
 def main(words: list[str]) -> int:
@@ -134,8 +123,7 @@ def main(words: list[str]) -> int:
 
     found = find_weights(a.source, a.weights)
     cfg, provenance = read_model_metadata(found.file)
-    tokenizer = a.tokenizer or found.tokenizer or SHIPPED_TOKENIZER
-    tokenizer = str(find_file(tokenizer) or tokenizer)
+    tokenizer = found.tokenizer_file(a.tokenizer)
     names = class_names(cfg.num_classes, provenance)
     like = labels_of(a.like) if a.like else None
     labels = choose_labels(names, a.classes, a.per_class, a.count, like, a.seed, a.plan)

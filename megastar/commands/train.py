@@ -19,6 +19,7 @@ EXAMPLES = """
 megastar train configs/run/demo.yaml --nproc 2                    two local processes
 megastar train configs/run/demo.yaml train.steps=50 optim.lr=5e-4 override fields
 megastar train configs/run/star_b_50ep.yaml model=configs/model/l.yaml run=runs/try --dry-run
+megastar train configs/run/star_b_50ep.yaml method=configs/method/ar.yaml --print-config
 torchrun --nproc-per-node 8 -m megastar train configs/run/star_b_50ep.yaml
 deepspeed --num_gpus 8 --module megastar train configs/run/star_b_50ep.yaml
 sbatch slurm/train_b.sh configs/run/star_b_50ep.yaml
@@ -39,17 +40,21 @@ def parser() -> Parser:
     p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="a YAML file, fields to override")
     p.add_argument("--nproc", type=positive, default=1, help="local processes (default 1); ignored under a launcher")
     p.add_argument("--dry-run", action="store_true", help="build everything, run one fake step, print memory and batch")
+    p.add_argument("--print-config", action="store_true", help="print every field as YAML and exit")
     return p
 
 
 def main(words: list[str]) -> int:
     # Ranks handle signals before the imports below, which take seconds: a signal must not kill one rank only.
     stop = StopFlag() if is_launched(os.environ) or "SLURM_STEP_ID" in os.environ else None
-    from megastar.config.load import load_config, resolve_batch
+    from megastar.config.load import config_yaml, load_config, resolve_batch
 
     args = parser().parse(words)
     path, overrides = config_and_overrides(args.items)
     cfg = load_config(path, overrides)
+    if args.print_config:
+        print(config_yaml(cfg), end="")
+        return 0
     if args.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch
 

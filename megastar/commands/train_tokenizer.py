@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, config_and_overrides, terminal_width
 from megastar.config.help import fields_text
-from megastar.config.load import load_tokenizer_config, save_config
+from megastar.config.load import config_yaml, load_tokenizer_config, save_config
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
 
@@ -41,12 +41,17 @@ def parser() -> Parser:
         fields_text(TokenizerTrainConfig, terminal_width()),
     )
     p.add_argument("items", nargs="*", metavar="CONFIG | field=value", help="a YAML file, fields to override")
+    p.add_argument("--print-config", action="store_true", help="print every field as YAML and exit")
     return p
 
 
 def main(words: list[str]) -> int:
-    path, overrides = config_and_overrides(parser().parse(words).items)
+    args = parser().parse(words)
+    path, overrides = config_and_overrides(args.items)
     cfg = load_tokenizer_config(path, overrides)
+    if args.print_config:
+        print(config_yaml(cfg), end="")
+        return 0
     from megastar.utils.logs import shared_console
 
     command = " ".join(["megastar train-tokenizer", *([path] if path else []), *overrides])
@@ -62,7 +67,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     from megastar.data.images.dataset import PictureSet
     from megastar.evaluation.image_sources import load_images
     from megastar.tokenizer.io import read_tokenizer_metadata, save_tokenizer
-    from megastar.tokenizer.train import Trainer
+    from megastar.tokenizer.train import TokenizerTrainer
     from megastar.utils.device import pick_device, pick_dtype
 
     if cfg.threads:
@@ -75,7 +80,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     size = cfg.tokenizer.image_size
     held_out = {s: torch.from_numpy(load_images(cfg.pictures, subset=s, size=size, console=console)) for s in subsets}
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(cfg, device, pick_dtype(cfg.dtype, device))
+    trainer = TokenizerTrainer(cfg, device, pick_dtype(cfg.dtype, device))
     with Batches(pictures, cfg) as batches:
         trainer.fit(batches, held_out.get(cfg.val_subset), out, console)
     if batches.broken:

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-import megastar
 from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector, collect
 from megastar.evaluation.features import Network, open_network
@@ -32,6 +31,7 @@ from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, token
 from megastar.tokenizer.losses import psnr
 from megastar.tokenizer.train import to_images
 from megastar.utils.files import write_atomic
+from megastar.version import __version__
 
 # What the sampler must tell of generated pictures, under its own names. A result lists what is missing.
 DRAWN = "drawn while scoring"
@@ -288,7 +288,7 @@ def _class_counts(labels: np.ndarray | None) -> dict[str, int] | None:
 
 
 def _versions() -> dict[str, str]:
-    out = {"megastar": getattr(megastar, "__version__", "unknown"), "python": platform.python_version()}
+    out = {"megastar": __version__, "python": platform.python_version()}
     for package in ("torch", "numpy", "pillow"):
         try:
             out[package] = version(package)

@@ -11,7 +11,33 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
+    from megastar.model.transformer import Transformer
     from megastar.sampling.distributed import SamplingPipeline
+    from megastar.tokenizer.vq import VQModel
+
+
+def load_networks(
+    weights: str | Path, tokenizer: str | Path, device: str = "auto", dtype: str = "fp32"
+) -> tuple[Transformer, VQModel, dict[str, Any]]:
+    """The transformer in ``dtype``, the tokenizer whose codes it was trained on, and the provenance of the weights.
+
+    Raises ``UserError`` for files that do not exist or do not belong together.
+    """
+    from megastar.model.io import load_model
+    from megastar.sampling.sampler import check_tokenizer
+    from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
+    from megastar.utils.device import pick_device, pick_dtype
+
+    where = pick_device(device)
+    model, provenance = load_model(weights, where, pick_dtype(dtype, where))
+    expected = str(provenance.get("tokenizer") or "")  # a hash, where whoever made the weights knew it
+    if len(expected) == 64 and expected != (given := tokenizer_hash(tokenizer)):
+        raise UserError(
+            f"{weights} was trained on codes of the tokenizer {expected[:12]}, {tokenizer} is {given[:12]}: name the right one"
+        )
+    vq = load_tokenizer(tokenizer, where)
+    check_tokenizer(model.cfg, vq)
+    return model, vq, provenance
 
 
 def open_pipeline(
@@ -29,22 +55,22 @@ def open_pipeline(
     **options: Any,
 ) -> SamplingPipeline:
     """What draws pictures of the classes ``labels``; ``options`` are the fields of ``sampling.options.Options``."""
-    from megastar.model.io import load_model
     from megastar.sampling.distributed import SamplingPipeline
     from megastar.sampling.options import SamplingOptions
-    from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
-    from megastar.utils.device import pick_device, pick_dtype
 
-    where = pick_device(device)
-    model, about = load_model(weights, where, pick_dtype(dtype, where))
-    told = str(about.get("tokenizer") or "")  # a hash, where whoever made the weights knew it
-    if len(told) == 64 and told != (given := tokenizer_hash(tokenizer)):
-        raise UserError(
-            f"{weights} was trained on codes of the tokenizer {told[:12]}, {tokenizer} is {given[:12]}: name the right one"
-        )
-    vq = load_tokenizer(tokenizer, where)
-    known = {"seed": seed, "batch": min(batch, max(1, len(labels))), "passes": passes, "rank": rank, "size": size}
-    return SamplingPipeline(model, vq, labels, options=SamplingOptions(**options), **known)
+    model, vq, _ = load_networks(weights, tokenizer, device, dtype)
+    batch = min(batch, max(1, len(labels)))
+    return SamplingPipeline(
+        model,
+        vq,
+        labels,
+        seed=seed,
+        options=SamplingOptions(**options),
+        batch=batch,
+        passes=passes,
+        rank=rank,
+        size=size,
+    )
 
 
 def sample_images(

@@ -12,8 +12,11 @@ from typing import BinaryIO
 def write_atomic(path: Path, data: bytes) -> None:
     """Write beside, fsync, rename: after a crash the file has all of ``data`` or its former content.
 
-    Several processes may write the same file: the last one wins.
+    Several processes may write the same file: the last one wins. A device or pipe is written to directly.
     """
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as f:

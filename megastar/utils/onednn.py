@@ -75,6 +75,7 @@ class _Linear(torch.autograd.Function):
         to_weight = product(g.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
         return to_x, to_weight
 
+
 @lru_cache(maxsize=1)
 def mkl_is_slow() -> bool:
     """Whether oneDNN is faster than MKL in fp32 products on this CPU: AMD with AVX-512 (207 against 93 GFLOP/s per core on Zen 5).

@@ -18,8 +18,10 @@ from megastar.commands import _common, sample
 from megastar.commands import _launch as launching
 from megastar.commands.demo import ends_of
 from megastar.commands.train_tokenizer import Batches
+from megastar.config.load import load_compare_config, load_config, load_tokenizer_config
 from megastar.config.schema import RunConfig, TokenizerConfig, TokenizerTrainConfig
 from megastar.errors import UserError
+from megastar.version import __version__
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
@@ -57,7 +59,7 @@ def test_overview(capsys):
         text = capsys.readouterr().out
         assert all(name in text for name in cli.COMMANDS) and "examples:" in text
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"megastar {cli.__version__}\n"
+    assert capsys.readouterr().out == f"megastar {__version__}\n"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -134,6 +136,26 @@ def test_demo_outside_a_clone(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("megastar.commands.demo.REPOSITORY", tmp_path)
     assert "the demo needs a clone of the repository: assets/emoji64/emoji64.tar is neither in" in error(capsys, "demo")
+
+
+@pytest.mark.parametrize(
+    ("words", "load"),
+    [
+        (
+            ["train", "configs/run/demo.yaml", "--nproc", "2", "optim.lr=0.5", "method=configs/method/ar.yaml"],
+            load_config,
+        ),
+        (["compare", "configs/run/compare_emoji.yaml", "base.optim.lr=0.5", "seeds=[3]"], load_compare_config),
+        (["train-tokenizer", "configs/tokenizer/emoji64.yaml", "lr=0.5"], load_tokenizer_config),
+    ],
+)
+def test_print_config_prints_what_loads_again_as_the_same_configuration(words, load, tmp_path):
+    script = "import sys\nsys.modules['torch'] = None\nfrom megastar import cli\nsys.exit(cli.main(sys.argv[1:]))\n"
+    run = subprocess.run(
+        [sys.executable, "-c", script, *words, "--print-config"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    (tmp_path / "whole.yaml").write_text(run.stdout)
+    assert load(tmp_path / "whole.yaml") == load(words[1], [w for w in words if "=" in w])
 
 
 # Log level ---------------------------------------------------------------------------------------------------------

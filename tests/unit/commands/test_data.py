@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from megastar import cli
-from megastar.data.loader import TokenLoader
 from megastar.data.shards.manifest import Manifest, load_manifest
 from megastar.data.shards.sample_parser import LAYOUTS
 from megastar.data.shards.stats import count
@@ -21,6 +20,7 @@ from megastar.data.shards.writer import open_writer
 from megastar.sampling.sampler import decode_pictures
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.utils.files import sha256
+from tests.loaders import make_loader
 from tests.unit.commands.test_cli import error
 from tests.unit.data.shards.test_shards import VIEWS, T, V, sample, write_set
 
@@ -205,7 +205,7 @@ def test_shards_of_another_writer_from_index_to_batch(tmp_path, capsys, layout):
         9, ["cat", "dog", "bird", "fox"], layout, "center-flip",
     )  # fmt: skip
     assert run(capsys, "verify", folder) == "3 shards, 9 samples: all match the manifest\n"
-    loader = TokenLoader(
+    loader = make_loader(
         folder, seed=0, global_batch=9, views=VIEWS, class_dropout_prob=0.0, num_classes=4, vocab_size=V, tokens=T
     )
     batch = loader.batch(0)

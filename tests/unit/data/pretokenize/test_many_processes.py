@@ -143,7 +143,7 @@ def test_what_is_lost_is_made_again(pictures, tokenizer, finished, capsys):  # n
 def test_verify(finished, capsys):
     assert main(["pretokenize", "--verify", "--out", str(finished)]) == 0
     said = capsys.readouterr().out
-    assert "23 pictures in 5 shards are as the" in said
+    assert "23 images in 5 shards match the" in said
     data = bytearray((finished / "shard-00001.tar").read_bytes())
     data[1500] ^= 1
     (finished / "shard-00001.tar").write_bytes(data)
@@ -153,7 +153,7 @@ def test_verify(finished, capsys):
     said = capsys.readouterr()
     assert all(f"shard-0000{i}.tar: " in said.out for i in (1, 3, 4)) and "shard-00002" not in said.out
     assert (
-        "rm -f shard-00001.tar shard-00003.tar shard-00004.tar" in said.err and "3 of 5 shards are broken" in said.err
+        "rm -f shard-00001.tar shard-00003.tar shard-00004.tar" in said.err and "3 of 5 shards are damaged" in said.err
     )
 
 
