@@ -211,7 +211,7 @@ def test_the_command_tells_mistakes_in_one_sentence(tmp_path, capsys, monkeypatc
         assert main(["compare", str(tmp_path / "compare.yaml")]) == 2
         assert "megastar compare starts its runs itself (nproc, jobs)" in capsys.readouterr().err
     for words, message in (
-        ([], "name a configuration, as configs/run/compare_emoji.yaml"),
+        ([], "name a configuration such as configs/run/compare_emoji.yaml"),
         ([str(tmp_path / "compare.yaml"), "--evaluate", "star"], "--evaluate star: the runs are ar-seed0, star-seed0"),
         (["--redraw", str(tmp_path)], "results.json cannot be read"),
         (["--redraw", str(tmp_path), "jobs=2"], "takes all from that folder: leave out jobs=2"),
