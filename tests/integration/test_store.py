@@ -342,7 +342,7 @@ def test_verify_reads_the_store_and_not_the_cache(spoilt, data, capsys):
     found = verify(url, data)
     assert [p.shard for p in found] == ["shard-00001.tar", "shard-00003.tar"]
     assert "has SHA-256" in found[0].reason and "does not exist at http" in found[1].reason
-    assert cli.main(["data", "verify", url]) == 1 and "2 of 4 shards are broken" in capsys.readouterr().out
+    assert cli.main(["data", "verify", url]) == 1 and "2 of 4 shards are damaged" in capsys.readouterr().out
     assert cli.main(["data", "inspect", url, "--cache", data.cache]) == 0
     assert "a/picture.0" in capsys.readouterr().out
 
