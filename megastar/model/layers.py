@@ -6,12 +6,11 @@ DeepSpeed's ``zero.Init`` shards a layer's weights when its constructor returns,
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megastar.model.fused import rms_norm
 from megastar.parallel.cross_entropy import linear_cross_entropy
-from megastar.utils.onednn import linear
+from megastar.utils.onednn import dropout, linear
 
 
 class Linear(nn.Linear):
@@ -79,17 +78,9 @@ class RMSNorm(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout`` with a fast path on CPU, where torch draws one number an element on one thread.
-
-    There each element takes 16 random bits: the probability is p to within 1/131072, the scale is exact for it.
-    """
+    """``nn.Dropout`` with the CPU fast path of utils/onednn.py."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or x.numel() == 0:
             return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p, True)
-        n, dropped = x.numel(), round(self.p * 65536)
-        bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        keep = (bits[:n] >= dropped - 32768).view(x.shape)
-        return x * (keep.to(x.dtype) * (65536 / (65536 - dropped)))
+        return dropout(x, self.p)

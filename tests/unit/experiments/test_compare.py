@@ -211,16 +211,16 @@ def test_the_command_tells_mistakes_in_one_sentence(tmp_path, capsys, monkeypatc
         assert main(["compare", str(tmp_path / "compare.yaml")]) == 2
         assert "megastar compare starts its runs itself (nproc, jobs)" in capsys.readouterr().err
     for words, message in (
-        ([], "name a configuration, as configs/run/compare_emoji.yaml"),
+        ([], "name a configuration such as configs/run/compare_emoji.yaml"),
         ([str(tmp_path / "compare.yaml"), "--evaluate", "star"], "--evaluate star: the runs are ar-seed0, star-seed0"),
         (["--redraw", str(tmp_path)], "results.json cannot be read"),
-        (["--redraw", str(tmp_path), "jobs=2"], "takes all from that folder: leave out jobs=2"),
+        (["--redraw", str(tmp_path), "jobs=2"], "reads everything from that folder: leave out jobs=2"),
         (["--redraw", str(tmp_path), "--dry-run"], "not allowed with argument"),
     ):
         assert main(["compare", *words]) == 2 and message in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "compare.yaml"), "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert "4 runs, 1 side by side, 128 images and 192 sequences in all" in told and "star-seed1" in told
+    assert "4 runs, 1 at a time, 128 images and 192 sequences in total" in told and "star-seed1" in told
     assert max(map(len, told.splitlines()[:8])) <= 80 and not (tmp_path / "out").exists()
 
 
