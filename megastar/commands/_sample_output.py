@@ -125,7 +125,7 @@ def score_drawn(
     import torch.distributed as dist
 
     from megastar.commands._score_options import options_of
-    from megastar.evaluation.runner import evaluate_drawn
+    from megastar.evaluation.runner import sample_and_evaluate
     from megastar.sampling import distributed
 
     rank, world = place
@@ -139,7 +139,7 @@ def score_drawn(
         distributed.sample_folder(painter, a.folder, rank=rank, world=world, console=console_of_one)
         if group is not None:
             dist.barrier(group)
-    evaluate_drawn(
+    sample_and_evaluate(
         painter,
         a.real,
         rank=rank,

@@ -71,7 +71,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
         raise UserError(f"{cfg.pictures} holds {len(pictures)} pictures, fewer than batch {cfg.batch}: lower batch")
     subsets = [s for s in (cfg.val_subset, cfg.test_subset) if s]
     size = cfg.tokenizer.image_size
-    held_out = {s: torch.from_numpy(load_images(cfg.pictures, subset=s, size=size, console=console)) for s in subsets}
+    held_out = {s: torch.from_numpy(load_images(cfg.pictures, subset=s, size=size)) for s in subsets}
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(cfg, device, pick_dtype(cfg.dtype, device))
     with Batches(pictures, cfg) as batches:

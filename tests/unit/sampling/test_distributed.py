@@ -239,7 +239,7 @@ def test_scores_while_sampling_are_those_of_the_file_and_of_two_processes(files,
         ),
         (
             [*how[:4], "--metrics", "kid", "--score", tmp_path / "x.json"],
-            "the request: 26 pictures cannot be scored, kid needs 1000",
+            "the request: 26 images, but kid requires 1000",
         ),
         (["--real", tmp_path / "no.npz", "--score", tmp_path / "x.json"], "no.npz does not exist"),
     ]:
