@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 ABOUT: dict[str, str] = {}
-exec((ROOT / "megastar" / "__init__.py").read_text(), ABOUT)
+exec((ROOT / "megastar" / "version.py").read_text(), ABOUT)  # not the package: its imports may not be installed yet
 
 setup(
     name="megastar",
@@ -16,11 +16,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megastar", "megastar.*"]),
-    package_data={"megastar.report": ["web/*"]},
-    # megastar/config/files.py looks for configs/... here when the working directory has none
+    package_data={"megastar": ["py.typed"], "megastar.report": ["web/*"]},
+    # megastar/config/files.py looks for configs/... and the 19 MB of shipped weights here when the working directory has none
     data_files=[
         (f"share/megastar/{folder.relative_to(ROOT)}", [str(f.relative_to(ROOT)) for f in sorted(folder.iterdir())])
-        for folder in sorted((ROOT / "configs").iterdir())
+        for folder in (
+            *sorted((ROOT / "configs").iterdir()),
+            ROOT / "assets" / "tokenizer",
+            ROOT / "assets" / "weights",
+        )
         if folder.is_dir()
     ],
     python_requires=">=3.10",

@@ -46,7 +46,7 @@ from pathlib import Path
 from common import ROOT
 
 from megastar.run_dir import checkpoint_dir
-from megastar.run_dir.events import read_lines
+from megastar.run_dir.jsonl import read_jsonl
 from tests.integration.conftest import World, environment
 from tests.slurm.cluster import SIZE, Cluster, wait_for
 from tests.slurm.settings import write_site
@@ -142,9 +142,9 @@ class Bench:
         else:
             node = int(self.cluster.hosts(self.job, "NodeList")[1][1:])
             self.cluster.kill_node(node)
-        before = max(r["step"] for r in read_lines(self.run / "metrics.jsonl"))
+        before = max(r["step"] for r in read_jsonl(self.run / "metrics.jsonl"))
         gone = begin + wait_for("the end", PATIENCE, lambda: not self.cluster.tasks(self.job), self.told)
-        before = max(before, *(r["step"] for r in read_lines(self.run / "metrics.jsonl")))
+        before = max(before, *(r["step"] for r in read_jsonl(self.run / "metrics.jsonl")))
         wait_for("a new start", PATIENCE, lambda: self.starts() > starts, self.told)
         again = time.time()
         saved = checkpoint_dir.step_in(checkpoint_dir.latest(self.run / "checkpoints"))
@@ -187,8 +187,8 @@ def not_a_number(cluster: Cluster, world: World, folder: Path) -> None:
 
     def done() -> bool:
         files = ("skipped.jsonl", "rollbacks.jsonl")
-        step = max((r["step"] for r in read_lines(run / "metrics.jsonl")), default=0)
-        now = (step, *(len(read_lines(run / f)) for f in files))
+        step = max((r["step"] for r in read_jsonl(run / "metrics.jsonl")), default=0)
+        now = (step, *(len(read_jsonl(run / f)) for f in files))
         if not seen or now != seen[-1][1:]:
             seen.append((time.monotonic(), *now))
         return step >= first + 8 or (log.is_file() and "srun: error:" in log.read_text(errors="replace"))
@@ -201,7 +201,7 @@ def not_a_number(cluster: Cluster, world: World, folder: Path) -> None:
 
     plain = [b[0] - a[0] for a, b in pairwise(seen) if b[1] == a[1] + 1 and a[2:] == b[2:]]
     skip = when(lambda step, _, __: step >= alone + 2) - when(lambda _, skips, __: skips >= 1)
-    back = next(r for r in read_lines(run / "rollbacks.jsonl"))
+    back = next(r for r in read_jsonl(run / "rollbacks.jsonl"))
     to = int(back["to"].rpartition("-")[2])
     seconds = when(lambda step, _, backs: backs == 1 and to < step < first) - when(lambda _, skips, __: skips == 4)
     print(f"a NaN, skipped: {skip:.2f} s to the next step, 0 steps lost; a step takes {statistics.median(plain):.2f} s")

@@ -37,12 +37,12 @@ def memory() -> dict[str, int]:
     return {"RssAnon": found["Anonymous"], "Rss": found["Rss"], "Pss": found["Pss"]}
 
 
-def make_loader(url: str, cache: str, batch: int, window: int):
+def loader_of(url: str, cache: str, batch: int, window: int):
     from megastar.config.schema import DataConfig
-    from megastar.data.loader import TokenLoader
+    from tests.loaders import make_loader
 
     options = {"views": 2, "class_dropout_prob": 0.1, "num_classes": 1000, "vocab_size": V, "tokens": T}
-    return TokenLoader(
+    return make_loader(
         url, seed=0, global_batch=batch, window=window, data=DataConfig(cache=cache, cache_gib=1000), **options
     )
 
@@ -64,7 +64,7 @@ def rank(url: str, cache: str, batch: int, window: int, steps: int) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    source = make_loader(url, cache, batch, window)
+    source = loader_of(url, cache, batch, window)
     for _, _ in zip(range(steps), source, strict=False):
         pass
     source.close()
@@ -115,7 +115,7 @@ def measure(a: argparse.Namespace, root: Path, endpoint: str) -> None:
         """Seconds to the first batch; its clean-up is not in it."""
         shutil.rmtree(cache, ignore_errors=True)
         start = time.perf_counter()
-        source = make_loader("s3://codes/set", cache, a.batch, a.window)
+        source = loader_of("s3://codes/set", cache, a.batch, a.window)
         next(batches := iter(source))
         took = time.perf_counter() - start
         batches.close()

@@ -1,19 +1,23 @@
-"""What the guard costs a step of 200 ms, as the nano model takes: the agreement of all ranks, the spike test, the watchdog.
+"""Cost of what watches a step of 200 ms, as the nano model takes: agreement of all ranks, spike test, watchdog, metrics.
 
     python benchmarks/guard_cost.py [--ranks 2] [--checksum]
+    python benchmarks/guard_cost.py --ranks 1 --row [--size nano --batch 16]
 
 The peer is the least that any training does: one reduction of the loss, read on the host each step. The three are timed
-in turn in one process group. The watchdog's cost is the processor time of all its threads, while the rank itself sleeps,
-less that of a rank without one; its stamps are timed alone. ``--checksum``: one comparison of all replicas of the nano model at ZeRO stage 1 too.
+in turn in one process group. The watchdog's cost is the processor time of all its threads while the rank itself sleeps,
+less that of a rank without one; its stamps are timed alone. ``--checksum``: also one comparison of all replicas of the
+nano model at ZeRO stage 1. ``--row``: only the cost of a row of metrics (spread, teacher distance, memory), in steps that
+alternate with steps without one; of ``train.log_every`` steps one has a row.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 
-from common import relaunch, report, run_config, seconds
+from common import random_batch, relaunch, report, run_config, seconds
 
 
 def main() -> None:
@@ -22,8 +26,14 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=300)
     p.add_argument("--checksum", action="store_true")
     p.add_argument("--watch", type=float, default=10.0, help="seconds for which the watchdog's threads are observed")
+    p.add_argument("--row", action="store_true")
+    p.add_argument("--size", default="nano", choices=("nano", "b", "l"), help="of --row")
+    p.add_argument("--batch", type=int, default=16, help="of --row")
+    p.add_argument("--repeats", type=int, default=7, help="of --row")
     args = p.parse_args()
     relaunch(args.ranks)
+    if args.row:
+        return row_cost(args)
 
     import torch
     import torch.distributed as dist
@@ -49,12 +59,12 @@ def main() -> None:
         x.item()
 
     def agreement() -> None:
-        StepConsensus(ctx, loss, 0).answer()
+        StepConsensus(ctx, loss, 0).result()
 
     def whole() -> None:
         seen = StepRecord()
-        seen.add(StepConsensus(ctx, loss, 0).answer(), {"loss": loss, "loss_ar": loss}, loss)
-        assert not guard.judge(seen)
+        seen.add(StepConsensus(ctx, loss, 0).result(), {"loss": loss, "loss_ar": loss}, loss)
+        assert not guard.reason_to_skip(seen)
         guard.accept(seen)
         guard.state(1000)
 
@@ -98,6 +108,48 @@ def busy(seconds: float) -> float:
     began = time.process_time()
     time.sleep(seconds)
     return (time.process_time() - began) / seconds
+
+
+def row_cost(a: argparse.Namespace) -> None:
+    import torch
+
+    from megastar.engine.metrics.step_metrics import step_metrics
+    from megastar.engine.train_step import losses
+    from megastar.engine.zero.setup import build, start
+
+    cfg = run_config(a.size, f"train.global_batch={a.batch}", "parallel.deepspeed=zero1")
+    ctx = start(cfg)
+    engines = build(cfg, ctx)
+    engines.student.train()
+    clock = time.process_time if ctx.device.type == "cpu" else time.perf_counter
+    batch = random_batch(cfg, ctx)
+
+    def step(number: int, row: bool) -> float:
+        begin = clock()
+        loss, _ = losses(cfg, engines, ctx, batch, number, spreads=row)
+        engines.student.backward(loss)
+        engines.student.step()
+        engines.refresh_teacher()
+        if row:
+            step_metrics(ctx, engines)
+        if ctx.device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock() - begin
+
+    took: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(2 * a.repeats + 2):
+        seconds = step(number, bool(number % 2))
+        if number > 1:
+            took[bool(number % 2)].append(seconds)
+    alone = []
+    for _ in range(a.repeats):
+        begin = clock()
+        step_metrics(ctx, engines)
+        alone.append(clock() - begin)
+    plain, row = (statistics.median(took[kind]) for kind in (False, True))
+    print(f"step {plain:.4f} s, with a row {row:.4f} s: {row / plain:.3f} of it; distance and memory alone "
+          f"{statistics.median(alone):.4f} s")  # fmt: skip
+    print(f"a row every {cfg.train.log_every} steps: {1 + (row / plain - 1) / cfg.train.log_every:.4f} of a step")
 
 
 if __name__ == "__main__":

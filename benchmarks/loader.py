@@ -72,9 +72,9 @@ def rate(batches: Iterator, count: Callable[[object], int], seconds: float) -> f
 
 
 def ours(folder: Path, a: argparse.Namespace) -> float:
-    from megastar.data.loader import TokenLoader
+    from tests.loaders import make_loader
 
-    loader = TokenLoader(
+    loader = make_loader(
         folder, seed=0, global_batch=a.batch, views=a.used, class_dropout_prob=0.1, num_classes=1000,
         vocab_size=VOCAB, tokens=a.tokens, window=a.window,
     )  # fmt: skip

@@ -97,10 +97,10 @@ def compare(a: argparse.Namespace, root: Path, endpoint: str) -> None:
     import webdataset as wds
 
     from megastar.config.schema import DataConfig
-    from megastar.data.loader import TokenLoader
     from megastar.data.shards.manifest import load_manifest
     from megastar.data.storage.s3_store import S3Store
     from tests.integration.helpers.s3 import client_of
+    from tests.loaders import make_loader
 
     client, manifest = client_of(endpoint), load_manifest(root / "set")
     upload(client, root / "set", "public", "set")
@@ -151,7 +151,7 @@ def compare(a: argparse.Namespace, root: Path, endpoint: str) -> None:
 
     def loader() -> None:
         options = {"views": 2, "class_dropout_prob": 0.1, "num_classes": 1000, "vocab_size": V, "tokens": T}
-        source = TokenLoader(url, seed=0, global_batch=a.batch, window=a.window, data=data, **options)
+        source = make_loader(url, seed=0, global_batch=a.batch, window=a.window, data=data, **options)
         with closing(source):
             for _, _ in zip(range(steps), source, strict=False):
                 pass

@@ -1,38 +1,38 @@
-# Which hosts a training keeps away from. common.sh sources it; JOB, ATTEMPT, LOG and LEDGER are its. docs/slurm.md.
+# Excludes hosts that crash a training repeatedly. Sourced by common.sh, which sets JOB, ATTEMPT, LOG and REQUEUE_LOG. See docs/slurm.md.
 #
-# RUN/bad_hosts.log has a line for each crash that is known to be one host's. Who removes lines forgives.
+# RUN/bad_hosts.log has one line for each crash attributed to a host. Remove lines to allow the host again.
 #     2026-01-31 12:00:00 node7 job 417 start 2: Killed (task 12)
 MEGASTAR_BAD_HOST_CRASHES=${MEGASTAR_BAD_HOST_CRASHES:-2} MEGASTAR_MAX_EXCLUDED=${MEGASTAR_MAX_EXCLUDED:-4}
 
-# asked COMMAND ...: again, for a minute, where SLURM's controller does not answer.
-asked() {
-    local said i
+# with_retry COMMAND ...: run a client of SLURM; retry for a minute while the controller does not respond.
+with_retry() {
+    local errors i
     for i in 1 2 3 4 5 6; do
-        if { said=$("$@" 2>&1 1>&3); } 3>&1; then # what it says on stderr
-            [ -z "$said" ] || printf '%s\n' "$said" >&2
+        if { errors=$("$@" 2>&1 1>&3); } 3>&1; then # captures stderr only
+            [ -z "$errors" ] || printf '%s\n' "$errors" >&2
             return 0
         fi
-        [[ $said =~ [Cc]ontact|[Cc]onnect|"timed out"|"Zero Bytes"|"temporarily" ]] || break
+        [[ $errors =~ [Cc]ontact|[Cc]onnect|"timed out"|"Zero Bytes"|"temporarily" ]] || break
         [ "$i" = 6 ] || sleep "$MEGASTAR_RETRY"
     done
-    printf '%s\n' "$said" >&2
+    printf '%s\n' "$errors" >&2
     return 1
 }
-field() { asked scontrol -o show job "$JOB" | tr ' ' '\n' | sed -n "s/^$1=//p" | sed 's/^(null)$//'; }
-hosts() { [ -z "$1" ] || scontrol show hostnames "$1"; }
-# without LIST: the lines of the input that LIST does not hold.
-without() { grep -vxF -f <(printf '%s\n' "$1" | sed '/^$/d') || true; }
+job_field() { with_retry scontrol -o show job "$JOB" | tr ' ' '\n' | sed -n "s/^$1=//p" | sed 's/^(null)$//'; }
+expand_hosts() { [ -z "$1" ] || scontrol show hostnames "$1"; }
+# drop_lines LIST: print the input lines that are not in LIST.
+drop_lines() { grep -vxF -f <(printf '%s\n' "$1" | sed '/^$/d') || true; }
 
-# log_of START: what the log says of the job's START-th start.
-log_of() { sed -n "/^megastar: job $JOB (.*), start $1, on /,/^megastar: job $JOB (.*), start $(($1 + 1)), on /p" "$LOG" 2>/dev/null; }
+# start_log START: the part of the log written by the job's START-th start.
+start_log() { sed -n "/^megastar: job $JOB (.*), start $1, on /,/^megastar: job $JOB (.*), start $(($1 + 1)), on /p" "$LOG" 2>/dev/null; }
 
-# culprit START NODES: "HOST WHY" of the job's START-th start, or nothing where nobody can tell.
-# First what srun said first: a task that a signal ended, a node that failed; then the ranks' own word (RUN/lost.jsonl).
-# An exit code is no evidence: a mistake in the program ends a task on any host. Nor is SIGABRT, with which NCCL ends
-# those that wait for the one at fault, nor what follows when SLURM itself ends the step.
-culprit() {
+# find_failed_host START NODES: print "HOST WHY" for the job's START-th start, or nothing if the cause is unknown.
+# Sources, in order: the first error of srun (a task ended by a signal, a failed node); the ranks' record in RUN/lost.jsonl.
+# An exit code is not evidence: a program error ends a task on any host. Nor is SIGABRT, with which NCCL ends ranks that wait
+# for the failed one, nor any error after SLURM itself has cancelled the step.
+find_failed_host() {
     local found host why
-    found=$(log_of "$1" | awk '
+    found=$(start_log "$1" | awk '
         /CANCELLED AT / && !/NODE FAILURE/ {exit}
         /^srun: error: Node failure on / {print $NF, "node failure"; exit}
         /^srun: error: [^ ]+: tasks? [0-9,-]+: / {
@@ -49,29 +49,29 @@ culprit() {
         }
         value("job") == job && value("attempt") == attempt && value("why") ~ /^(lost|hung|corrupt)$/ {
             print value("host"), value("why") " (rank " value("rank") ")"; exit
-        }' "${LEDGER%/*}/lost.jsonl" 2>/dev/null)
+        }' "${REQUEUE_LOG%/*}/lost.jsonl" 2>/dev/null)
     read -r host why <<<"$found"
-    # Ranks may know their host by its long name.
+    # Ranks may report the fully qualified host name.
     for host in "$host" "${host%%.*}"; do
-        if [ -n "$host" ] && hosts "$2" | grep -cxF "$host" >/dev/null; then # not -q: it would end its source too, which pipefail sees
+        if [ -n "$host" ] && expand_hosts "$2" | grep -cxF "$host" >/dev/null; then # not -q: it would break the pipe, a failure under pipefail
             echo "$host $why"
             return
         fi
     done
 }
 
-# blame START NODES [SILENT]: write the culprit of that start, if there is one, to bad_hosts.log; sets HOST. SILENT is the
-# host to name where nobody said anything.
-blame() {
+# record_failed_host START NODES [DEFAULT]: append the failed host of that start, if known, to bad_hosts.log; sets HOST.
+# DEFAULT is the host to record if neither srun nor the ranks reported one.
+record_failed_host() {
     local why
-    read -r HOST why <<<"$(culprit "$1" "$2")"
-    [ -n "$HOST" ] || HOST=${3:-} why="vanished (first node, no last word)"
-    [ -z "$HOST" ] || echo "$(date '+%F %T') $HOST job $JOB start $1: $why" >>"${LEDGER%/*}/bad_hosts.log"
+    read -r HOST why <<<"$(find_failed_host "$1" "$2")"
+    [ -n "$HOST" ] || HOST=${3:-} why="lost (first node, log ends abruptly)"
+    [ -z "$HOST" ] || echo "$(date '+%F %T') $HOST job $JOB start $1: $why" >>"${REQUEUE_LOG%/*}/bad_hosts.log"
 }
 
-# usable: hosts of the partition that are up and fit the job's --constraint, as far as its words tell.
-usable() {
-    sinfo -h -N -p "$SLURM_JOB_PARTITION" -o '%N %t %f' | awk -v wanted="$(field Features)" '
+# usable_hosts: hosts of the partition that are up and match the job's --constraint (counts and nesting are not evaluated).
+usable_hosts() {
+    sinfo -h -N -p "$SLURM_JOB_PARTITION" -o '%N %t %f' | awk -v wanted="$(job_field Features)" '
         $2 !~ /^(idle|mix|alloc|comp|plnd|resv)/ || $2 ~ /\*$/ {next}
         {
             n = split(wanted, words, /[][()&|,*]+/); have = 0; asked = 0
@@ -80,40 +80,40 @@ usable() {
         }' | sort -u
 }
 
-# bad_hosts: those with too many crashes, the last offender last, no more than the job can do without.
+# bad_hosts: hosts with too many crashes, in order of their last crash, limited so that enough nodes remain for the job.
 bad_hosts() {
-    local bad up log=${LEDGER%/*}/bad_hosts.log
+    local bad up log=${REQUEUE_LOG%/*}/bad_hosts.log
     [ -r "$log" ] && [ "$MEGASTAR_BAD_HOST_CRASHES" -gt 0 ] || return 0
     bad=$(awk -v limit="$MEGASTAR_BAD_HOST_CRASHES" '
-        seen[$3, $5, $7]++ {next} # a start of a job counts once
+        seen[$3, $5, $7]++ {next} # each start of a job counts once
         {count[$3]++; last[$3] = NR}
-        END {for (h in count) if (h != "" && count[h] >= limit) print last[h], h}' "$log" | sort -n | cut -d ' ' -f 2 | without "$OWN" | tail -n "$MEGASTAR_MAX_EXCLUDED")
-    up=$(usable | without "$OWN")
-    while [ -n "$bad" ] && [ "$(without "$bad" <<<"$up" | grep -c .)" -lt "${SLURM_JOB_NUM_NODES:-1}" ]; do
-        tell "${bad%%$'\n'*} crashed too often but is not excluded: without it $SLURM_JOB_PARTITION has too few usable nodes for the ${SLURM_JOB_NUM_NODES:-1} of this job" >&2
+        END {for (h in count) if (h != "" && count[h] >= limit) print last[h], h}' "$log" | sort -n | cut -d ' ' -f 2 | drop_lines "$USER_EXCLUDED" | tail -n "$MEGASTAR_MAX_EXCLUDED")
+    up=$(usable_hosts | drop_lines "$USER_EXCLUDED")
+    while [ -n "$bad" ] && [ "$(drop_lines "$bad" <<<"$up" | grep -c .)" -lt "${SLURM_JOB_NUM_NODES:-1}" ]; do
+        info "${bad%%$'\n'*} crashed too often but is not excluded: otherwise partition $SLURM_JOB_PARTITION has too few usable nodes (this job needs ${SLURM_JOB_NUM_NODES:-1})" >&2
         bad=$(tail -n +2 <<<"$bad")
     done
     echo "$bad"
 }
 
-# decide: OWN, the hosts that the user excluded (--exclude), and BAD, those that this run excludes; one a line. What
-# the job excludes now is both, as of its last requeue.
-decide() {
+# choose_excluded: set USER_EXCLUDED, the hosts excluded by the user (--exclude), and BAD, those excluded because of crashes;
+# one per line. The job's current ExcNodeList is the union of both as of its last requeue.
+choose_excluded() {
     local ours excluded
-    ours=$(sed -n "s/.* job $JOB start .*, excluding \([^,]*\),.*/\1/p" "$LEDGER" 2>/dev/null | tr ' ' '\n')
-    KNOWN="" OWN=""
-    excluded=$(field ExcNodeList) && KNOWN=1
-    OWN=$(hosts "$excluded" | without "$ours")
+    ours=$(sed -n "s/.* job $JOB start .*, excluding \([^,]*\),.*/\1/p" "$REQUEUE_LOG" 2>/dev/null | tr ' ' '\n')
+    EXCLUDED_KNOWN="" USER_EXCLUDED=""
+    excluded=$(job_field ExcNodeList) && EXCLUDED_KNOWN=1
+    USER_EXCLUDED=$(expand_hosts "$excluded" | drop_lines "$ours")
     BAD=$(bad_hosts)
 }
 
-# keep_away: tell SLURM. It refuses that of a running job; after the requeue, as long as this script lives, the job is
-# completing: changes count and the next start cannot come before them.
-keep_away() {
+# update_excluded: set the job's ExcNodeList. SLURM rejects this for a running job. After the requeue, while this script still
+# runs, the job is completing: the change is accepted, and the next start cannot begin before it.
+update_excluded() {
     local all now excluded
-    # What the user excluded must be known: the list is replaced.
-    excluded=$(field ExcNodeList) && [ -n "$KNOWN" ] || { tell "SLURM does not say which nodes the job excludes: left as they are"; return 0; }
-    all=$(printf '%s\n' "$OWN" "$BAD" | sed '/^$/d' | sort -u | paste -sd ,) now=$(hosts "$excluded" | sort -u | paste -sd ,)
+    # The update replaces the whole list, so the user's hosts must be known.
+    excluded=$(job_field ExcNodeList) && [ -n "$EXCLUDED_KNOWN" ] || { info "cannot read the job's excluded nodes from SLURM: leaving them unchanged"; return 0; }
+    all=$(printf '%s\n' "$USER_EXCLUDED" "$BAD" | sed '/^$/d' | sort -u | paste -sd ,) now=$(expand_hosts "$excluded" | sort -u | paste -sd ,)
     [ "$all" != "$now" ] || return 0
-    scontrol update job="$JOB" ExcNodeList="$all" || tell "the nodes ${all:-none} could not be excluded: scontrol update job=$JOB ExcNodeList=$all"
+    scontrol update job="$JOB" ExcNodeList="$all" || info "cannot exclude the nodes ${all:-none}: run scontrol update job=$JOB ExcNodeList=$all"
 }

@@ -1,62 +1,62 @@
-# What the batch scripts share; each sources it in the folder of the repository, where sbatch was called, and ends in
-# one of `train`, `tasks_apart`, `tasks_together`. Settings: env.sh. What happens when: docs/slurm.md.
-tell() { echo "megastar: $*"; }
+# Common code of the batch scripts. Each sources it in the repository folder, where sbatch was called, and ends with
+# `train`, `run_independent` or `run_group`. Settings: env.sh. Behaviour on failures: docs/slurm.md.
+info() { echo "megastar: $*"; }
 fail() { echo "megastar: error: $*" >&2; exit 2; }
 
-[ -n "${SLURM_JOB_ID:-}${MEGASTAR_DRY_RUN:-}" ] || fail "submit it: sbatch $0 ... (MEGASTAR_DRY_RUN=1 bash $0 ... shows what would run)"
+[ -n "${SLURM_JOB_ID:-}${MEGASTAR_DRY_RUN:-}" ] || fail "not in a SLURM job: submit with sbatch $0 ... (MEGASTAR_DRY_RUN=1 bash $0 ... prints the command)"
 source "${MEGASTAR_ENV:-slurm/env.sh}" || fail "${MEGASTAR_ENV:-slurm/env.sh} cannot be read"
 if [ -n "${MEGASTAR_MODULES:-}" ]; then
     module load $MEGASTAR_MODULES || fail "MEGASTAR_MODULES=$MEGASTAR_MODULES cannot be loaded"
 fi
 if [ -n "${MEGASTAR_VENV:-}" ] && [ -z "${MEGASTAR_DRY_RUN:-}" ]; then
-    source "$MEGASTAR_VENV/bin/activate" || fail "MEGASTAR_VENV=$MEGASTAR_VENV is no virtual environment: make install, or set it in env.sh"
+    source "$MEGASTAR_VENV/bin/activate" || fail "MEGASTAR_VENV=$MEGASTAR_VENV is not a virtual environment: run make install, or set MEGASTAR_VENV in env.sh"
 fi
-set -uo pipefail # not before: what sites load reads variables that are not set
+set -uo pipefail # only now: site modules may read unset variables
 MEGASTAR_MAX_REQUEUES=${MEGASTAR_MAX_REQUEUES:-50} MEGASTAR_MAX_CRASHES=${MEGASTAR_MAX_CRASHES:-3}
 MEGASTAR_MAX_SIGNALS=${MEGASTAR_MAX_SIGNALS:-10} MEGASTAR_RETRY=${MEGASTAR_RETRY:-10}
 source slurm/bad_hosts.sh || exit 2
 
-JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # of an array: its first task has the array's id
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # for an array: SLURM_JOB_ID of its first task is the array's id
 JOB=${JOB:-${SLURM_JOB_ID:-}}
 ATTEMPT=${SLURM_RESTART_COUNT:-0}
-PREEMPTED=85 # the status of megastar train when a signal asked it to stop, and it saved
-LEDGER= # file that remembers the requeues of a run
-OWN="" BAD="" HOST="" KNOWN=""
-APART= # set where sbatch writes errors to a file of their own
+PREEMPTED=85 # exit status of megastar train after a stop signal and a completed save
+REQUEUE_LOG= # requeues.log of a training's run folder
+USER_EXCLUDED="" BAD="" HOST="" EXCLUDED_KNOWN=""
+SEPARATE_STDERR= # set if sbatch writes stderr to a separate file
 
 if [ -z "$JOB" ]; then
     echo "sbatch $(sed -n 's/^#SBATCH //p' "$0" | tr '\n' ' ')$(env | sed -n 's/^SBATCH_/SBATCH_/p' | sort | tr '\n' ' ')" | sed 's/ *$//'
     MASTER_ADDR=FIRST_NODE MASTER_PORT=20000
 else
-    NODES=$(asked scontrol show hostnames "$SLURM_JOB_NODELIST") || fail "scontrol names no host of $SLURM_JOB_NODELIST"
+    NODES=$(with_retry scontrol show hostnames "$SLURM_JOB_NODELIST") || fail "scontrol cannot expand SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST"
     MASTER_ADDR=${NODES%%$'\n'*}
-    # Below the ports that the kernel hands out, and another one each time: an attempt that is still dying keeps its own.
+    # Below the kernel's ephemeral ports, and different for each start: processes of the previous start may still hold its port.
     MASTER_PORT=$((20000 + (SLURM_JOB_ID + 997 * ATTEMPT) % 12000))
-    LOG=$(asked scontrol show job "$JOB" | sed -n 's/^ *\(StdOut\|StdErr\)=//p' | sort -u)
-    [[ $LOG != *$'\n'* ]] || LOG=$(asked scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p') APART=1
-    tell "job $JOB ($SLURM_JOB_NAME), start $((ATTEMPT + 1)), on $(tr '\n' ' ' <<<"$NODES")at $(date '+%F %T')"
-    tell "log ${LOG:-?}"
+    LOG=$(with_retry scontrol show job "$JOB" | sed -n 's/^ *\(StdOut\|StdErr\)=//p' | sort -u)
+    [[ $LOG != *$'\n'* ]] || LOG=$(with_retry scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p') SEPARATE_STDERR=1
+    info "job $JOB ($SLURM_JOB_NAME), start $((ATTEMPT + 1)), on $(tr '\n' ' ' <<<"$NODES")at $(date '+%F %T')"
+    info "log ${LOG:-?}"
 fi
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-COLUMNS=${COLUMNS:-200} # a log file has no width, lines would be folded at 80
+COLUMNS=${COLUMNS:-200} # a log file has no width: lines would wrap at 80
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS COLUMNS
-[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun has not read the former since 22.05
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since 22.05 srun does not read SLURM_CPUS_PER_TASK
 
-# step WORD ...: srun with the options of the site; or, dry, the command.
-step() {
+# run_step WORD ...: run srun with the options of the site; in a dry run, print the command.
+run_step() {
     local words=(srun --kill-on-bad-exit=0 ${MEGASTAR_SRUN[@]+"${MEGASTAR_SRUN[@]}"} "$@")
     if [ -n "${MEGASTAR_DRY_RUN:-}" ]; then
         printf '%q ' "${words[@]}" | sed 's/ $/\n/'
     else
-        tell "${words[*]}"
+        info "${words[*]}"
         "${words[@]}"
     fi
 }
 
-# train DEFAULT [CONFIG] [section.field=value ...]: one task a GPU, one process group; does not return.
-# All ranks leave a run together, hence --wait: when one left and the others did not notice they are ended, after twice the
-# time in which their watchdogs would (faults.lost_timeout).
-# --kill-on-bad-exit=1 would end them at once, in the middle of the save that a signal asked for, and hide the 85.
+# train DEFAULT [CONFIG] [section.field=value ...]: one task per GPU, one process group; does not return.
+# --wait ends the remaining ranks if one has exited and the others have not detected it, after twice the timeout of their
+# watchdogs (faults.lost_timeout).
+# --kill-on-bad-exit=1 would end them immediately, during the save requested by a signal, and hide status 85.
 train() {
     local config="" run="" word cache=${MEGASTAR_SCRATCH:+data.cache=$MEGASTAR_SCRATCH/megastar} default=$1
     shift
@@ -69,58 +69,58 @@ train() {
         esac
     done
     [ -n "$config" ] || set -- "${config:=$default}" "$@"
-    [ -r "$config" ] || fail "$config cannot be read in $PWD: call sbatch in the repository"
+    [ -r "$config" ] || fail "$config cannot be read in $PWD: run sbatch in the repository folder"
     [ -n "$run" ] || run=$(sed -n "s/^run: *[\"']\{0,1\}\([^\"' #]*\).*/\1/p" "$config" | head -n 1)
-    LEDGER=${run:=runs/run}/requeues.log
-    tell "run folder $(realpath -m "$run"), last checkpoint $(last_checkpoint)"
-    [ -z "$JOB" ] || [ -n "${MEGASTAR_DRY_RUN:-}" ] || look_around
-    step --label --wait=120 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar train "$@" ${cache:+"$cache"}
-    leave $?
+    REQUEUE_LOG=${run:=runs/run}/requeues.log
+    info "run folder $(realpath -m "$run"), last checkpoint $(last_checkpoint)"
+    [ -z "$JOB" ] || [ -n "${MEGASTAR_DRY_RUN:-}" ] || prepare_start
+    run_step --label --wait=120 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar train "$@" ${cache:+"$cache"}
+    finish $?
 }
 
-# tasks_apart COMMAND ...: processes that share a folder and no process group; one that dies ends no other.
-tasks_apart() {
-    step ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} "$@"
-    leave $?
+# run_independent COMMAND ...: processes that share a folder but no process group; if one dies, the others continue.
+run_independent() {
+    run_step ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} "$@"
+    finish $?
 }
 
-# tasks_together COMMAND ...: one process group that keeps no state of its own; when one dies, all are ended and start again.
-tasks_together() {
-    step --kill-on-bad-exit=1 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} "$@"
-    leave $?
+# run_group COMMAND ...: one process group without state of its own; if one process dies, all are ended and restarted.
+run_group() {
+    run_step --kill-on-bad-exit=1 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} "$@"
+    finish $?
 }
 
-last_checkpoint() { cat "${LEDGER%/*}/checkpoints/latest" 2>/dev/null || echo none; }
+last_checkpoint() { cat "${REQUEUE_LOG%/*}/checkpoints/latest" 2>/dev/null || echo none; }
 
-# look_around: before a training starts. Warns of a time limit that ends it at once, takes down the host of a start that
-# ended without a word of the batch script (its own node failed), and gives nodes back that the run keeps away from: a
-# new job cannot know of them when it is submitted.
-look_around() {
-    local lead limit before bad silent=""
-    lead=$(sed -n 's/^#SBATCH --signal=.*@//p' "$0") limit=$(seconds_of "$(field TimeLimit)")
+# prepare_start: called before a training starts. Warns if the time limit is too short to train, records the host of a start
+# whose batch script ended without a message (its own node failed), and requeues the job if its allocation contains excluded
+# hosts, which are unknown when a new job is submitted.
+prepare_start() {
+    local lead limit before bad lost=""
+    lead=$(sed -n 's/^#SBATCH --signal=.*@//p' "$0") limit=$(seconds_of "$(job_field TimeLimit)")
     if [ -n "$lead" ] && [ -n "$limit" ] && [ "$limit" -lt $((lead + 60)) ]; then
-        tell "warning: of the time limit of $limit s the last $lead s are for the save, SLURM counts in steps of 30 s: hardly a step will be done; ask for a longer --time"
+        info "warning: the last $lead s of the time limit of $limit s are reserved for the save, and SLURM checks every 30 s: almost no step will run; request a longer --time"
     fi
-    [ -d "${LEDGER%/*}" ] || return 0
+    [ -d "${REQUEUE_LOG%/*}" ] || return 0
     before=$(last_line)
     if [ "$ATTEMPT" -gt 0 ] && [[ $before != *" job $JOB start $ATTEMPT on "* ]]; then
         before=$(grep -F "megastar: job $JOB (" "$LOG" 2>/dev/null | sed -n "s/.*, start $ATTEMPT, on \(.*\) at [-0-9]* [:0-9]*$/\1/p" | tail -n 1)
-        # Its log ends in the middle of nothing when the node of the batch script vanished: SLURM told nobody.
-        [ -n "$APART" ] || log_of "$ATTEMPT" | grep -c -e ' CANCELLED AT ' -e '^megastar: ended by' >/dev/null || silent=${before%% *}
-        [ -z "$before" ] || blame "$ATTEMPT" "$(tr ' ' ',' <<<"$before")" "$silent"
-        [ -z "$HOST" ] || tell "start $ATTEMPT ended by $HOST, see ${LEDGER%/*}/bad_hosts.log"
+        # If the node of the batch script failed, the log ends abruptly: SLURM reports nothing there.
+        [ -n "$SEPARATE_STDERR" ] || start_log "$ATTEMPT" | grep -c -e ' CANCELLED AT ' -e '^megastar: ended by' >/dev/null || lost=${before%% *}
+        [ -z "$before" ] || record_failed_host "$ATTEMPT" "$(tr ' ' ',' <<<"$before")" "$lost"
+        [ -z "$HOST" ] || info "start $ATTEMPT failed on $HOST, see ${REQUEUE_LOG%/*}/bad_hosts.log"
     fi
     HOST=""
-    decide
-    bad=$(hosts "$SLURM_JOB_NODELIST" | grep -xF -f <(printf '%s\n' "$BAD" | sed '/^$/d') | paste -sd ' ')
-    # Once: where SLURM grants such a node in spite of the list, it is used.
+    choose_excluded
+    bad=$(expand_hosts "$SLURM_JOB_NODELIST" | grep -xF -f <(printf '%s\n' "$BAD" | sed '/^$/d') | paste -sd ' ')
+    # Only once: if SLURM allocates such a host despite the list, it is used.
     if [ -n "$bad" ] && [[ $(last_line) != *" job $JOB start "*" ended by a bad host "* ]]; then
-        requeue "a bad host among its nodes ($bad)"
+        requeue "a bad host in its allocation ($bad)"
         exit "$PREEMPTED"
     fi
 }
 
-# seconds_of [D-]HH:MM:SS: nothing for UNLIMITED.
+# seconds_of [D-]HH:MM:SS: prints nothing for UNLIMITED.
 seconds_of() {
     local h m s days=0 time=$1
     [[ $time == *:* ]] || return 0
@@ -128,16 +128,16 @@ seconds_of() {
     IFS=: read -r h m s <<<"$time"
     echo $(((days * 24 + 10#$h) * 3600 + 10#$m * 60 + 10#$s))
 }
-last_line() { tail -n 1 "$LEDGER" 2>/dev/null; }
+last_line() { tail -n 1 "$REQUEUE_LOG" 2>/dev/null; }
 
-# leave STATUS: ends the script, and asks for a requeue where that helps. 85: stopped by a signal, and saved; 138 and 143:
-# ended by USR1 or TERM before that could be. 2: a mistake that a person has to mend. Everything else is a crash.
-leave() {
+# finish STATUS: end the script, and request a requeue if that helps. 85: stopped by a signal, and saved; 138 and 143: ended by
+# USR1 or TERM before it could save; 2: a user error; every other status is a crash.
+finish() {
     local status=$1 why
     case $status in
     0) exit 0 ;;
     2)
-        tell "ended by a mistake (status 2); not started again"
+        info "ended by a user error (status 2); not requeued"
         exit 2
         ;;
     "$PREEMPTED" | 138 | 143) why="a signal (status $status)" ;;
@@ -148,43 +148,43 @@ leave() {
     exit "$status"
 }
 
-# requeue WHY: unless someone cancelled the job, or it was started too often.
+# requeue WHY: requeue the job unless it was cancelled or has reached a limit.
 requeue() {
-    local why=$1 last=none alike=$ATTEMPT limit=$MEGASTAR_MAX_REQUEUES kept="" kept_there="" state
-    if [ -n "$LEDGER" ] && [ -d "${LEDGER%/*}" ]; then
-        [[ $why != *crash* ]] || blame $((ATTEMPT + 1)) "$SLURM_JOB_NODELIST"
-        decide
-        kept=${HOST:+, host $HOST}${BAD:+, excluding $(paste -sd ' ' <<<"$BAD")} last=$(last_checkpoint)
-        echo "$(date '+%F %T') job $JOB start $((ATTEMPT + 1)) on $SLURM_JOB_NODELIST ended by $why$kept, checkpoint $last" >>"$LEDGER"
-        # Ends of this kind since the last new checkpoint, before this one.
-        alike=$(tac "$LEDGER" | awk -v same=", checkpoint $last" -v kind="ended by ${why% (*}" '
+    local why=$1 last=none earlier=$ATTEMPT limit=$MEGASTAR_MAX_REQUEUES details="" stuck="" state
+    if [ -n "$REQUEUE_LOG" ] && [ -d "${REQUEUE_LOG%/*}" ]; then
+        [[ $why != *crash* ]] || record_failed_host $((ATTEMPT + 1)) "$SLURM_JOB_NODELIST"
+        choose_excluded
+        details=${HOST:+, host $HOST}${BAD:+, excluding $(paste -sd ' ' <<<"$BAD")} last=$(last_checkpoint)
+        echo "$(date '+%F %T') job $JOB start $((ATTEMPT + 1)) on $SLURM_JOB_NODELIST ended by $why$details, checkpoint $last" >>"$REQUEUE_LOG"
+        # Number of earlier ends of this kind since the last new checkpoint.
+        earlier=$(tac "$REQUEUE_LOG" | awk -v same=", checkpoint $last" -v kind="ended by ${why% (*}" '
             substr($0, length($0) - length(same) + 1) != same {exit} index($0, kind) {n++} END {print n - 1}')
-        kept_there=", checkpoint $last all the time"
+        stuck=" since checkpoint $last"
     elif [ -r "$LOG" ]; then
-        alike=$(grep -c "^megastar: ended by ${why% (*}" "$LOG")
+        earlier=$(grep -c "^megastar: ended by ${why% (*}" "$LOG")
     fi
     case $why in
     *crash*) limit=$MEGASTAR_MAX_CRASHES ;;
-    *signal*) [ -z "$LEDGER" ] || limit=$MEGASTAR_MAX_SIGNALS ;; # who can tell whether another job made progress
+    *signal*) [ -z "$REQUEUE_LOG" ] || limit=$MEGASTAR_MAX_SIGNALS ;; # without a run folder, progress between signals is unknown
     esac
-    # A job that someone cancelled stays so: scontrol would bring it back. Where nobody answers, it may run.
-    if state=$(asked scontrol -o show job "$JOB") && [[ $state != *JobState=RUNNING* ]]; then
-        tell "ended by $why while SLURM ends the job"
+    # Do not requeue a cancelled job: scontrol would restart it. If the controller does not respond, assume that the job runs.
+    if state=$(with_retry scontrol -o show job "$JOB") && [[ $state != *JobState=RUNNING* ]]; then
+        info "ended by $why; not requeued: SLURM is ending the job"
         return
     fi
     if [ "$ATTEMPT" -ge "$MEGASTAR_MAX_REQUEUES" ]; then
-        tell "ended by $why; not started again: MEGASTAR_MAX_REQUEUES=$MEGASTAR_MAX_REQUEUES is reached"
-    elif [[ $why == *crash* ]] && [ "$alike" -ge "$limit" ]; then
-        tell "ended by $why; not started again: $limit crashes before this one$kept_there"
-    elif [[ $why == *signal* ]] && [ "$alike" -ge "$limit" ]; then
-        tell "ended by $why; not started again: $limit signals before this one$kept_there; is --time longer than what --signal keeps for the save?"
+        info "ended by $why; not requeued: MEGASTAR_MAX_REQUEUES=$MEGASTAR_MAX_REQUEUES is reached"
+    elif [[ $why == *crash* ]] && [ "$earlier" -ge "$limit" ]; then
+        info "ended by $why; not requeued: $limit earlier crashes$stuck"
+    elif [[ $why == *signal* ]] && [ "$earlier" -ge "$limit" ]; then
+        info "ended by $why; not requeued: $limit earlier signals$stuck; check that --time is longer than the time that --signal reserves for the save"
     else
-        tell "ended by $why${kept}; requeued"
-        trap '' TERM # which the requeue sends; KillWait is left
-        if ! asked scontrol requeue "$JOB"; then
-            tell "the requeue was refused: sbatch the same command, it goes on"
-        elif [ -n "$LEDGER" ] && [ -d "${LEDGER%/*}" ]; then
-            keep_away
+        info "ended by $why${details}; requeued"
+        trap '' TERM # sent by the requeue; the script has KillWait seconds left
+        if ! with_retry scontrol requeue "$JOB"; then
+            info "the requeue failed: submit the same sbatch command again to resume"
+        elif [ -n "$REQUEUE_LOG" ] && [ -d "${REQUEUE_LOG%/*}" ]; then
+            update_excluded
         fi
     fi
 }

@@ -11,8 +11,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
 # sbatch slurm/pretokenize.sh SOURCE --tokenizer FILE --out FOLDER [...]   (megastar pretokenize --help)
-# Each task of each job takes the next unfinished shard: any --array, any number of tasks, jobs that start late, end early
-# or are requeued. A time limit costs the shards at work; the requeued job makes them again.
+# Each task of each job takes the next unfinished shard, so any --array and any number of tasks work, and jobs may start late,
+# end early or be requeued. A time limit loses only the shards in progress; the requeued job creates them again.
 source slurm/common.sh || exit 2
 [ $# -gt 0 ] || fail "usage: sbatch slurm/pretokenize.sh SOURCE --tokenizer FILE --out FOLDER [options]"
-tasks_apart megastar pretokenize "$@"
+run_independent megastar pretokenize "$@"

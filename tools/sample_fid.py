@@ -1,4 +1,4 @@
-"""50,000 pictures for FID: python tools/sample_fid.py WEIGHTS --tokenizer T --npz OUT.npz [options of megastar sample]."""
+"""50,000 images for FID: python tools/sample_fid.py WEIGHTS --tokenizer T --npz OUT.npz [options of megastar sample]."""
 
 import sys
 

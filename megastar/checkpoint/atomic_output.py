@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all: room is looked for first, and nothing has its name before it was checked."""
+"""Outputs that appear complete or not at all: free space is checked first, and files are renamed only when verified."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from megastar.errors import UserError
 from megastar.utils.files import sync_folder
+from megastar.utils.lockfile import is_running
 
 SLACK = 1 << 20  # bytes, for headers and folder entries
+READS_BACK = "does not read back as it was written: check the disk"  # after a path
 
 
 @contextmanager
 def staged(out: Path, need: int, force: bool, holds: Sequence[str] = ()) -> Iterator[Path]:
-    """Where to write ``out`` (``need`` bytes), a path beside it that becomes ``out`` when the block ends well.
+    """A path to write ``out`` (``need`` bytes) to; it is renamed to ``out`` when the block succeeds.
 
-    ``holds`` is empty for a file; for a folder it names (as patterns) what such a folder holds: ``force`` removes
-    nothing else. Raises ``UserError`` for an output that exists, and for a disk with too little room.
+    ``holds`` is empty for a file; for a folder it lists patterns of what such a folder holds: ``force`` removes nothing
+    else. Raises ``UserError`` for an existing output, and for a disk with too little free space.
     """
     check_free(out, need, force, holds)
     out.parent.mkdir(parents=True, exist_ok=True)
     mark = f".{out.name}.writing-{socket.gethostname()}-"
-    for left in out.parent.glob(f"{mark}*"):  # what a killed conversion of this machine left
-        if not _is_running(left.name.removeprefix(mark)):
+    for left in out.parent.glob(f"{mark}*"):  # left by a killed conversion on this machine
+        if not is_running(
+            int(re.split(r"\D", left.name.removeprefix(mark), maxsplit=1)[0] or 0)
+        ):  # 7, 7-former or 7.tmp
             remove(left)
     temporary, former = out.with_name(f"{mark}{os.getpid()}"), out.with_name(f"{mark}{os.getpid()}-former")
     remove(temporary)
@@ -39,7 +40,7 @@ def staged(out: Path, need: int, force: bool, holds: Sequence[str] = ()) -> Iter
         temporary.mkdir()
     try:
         yield temporary
-        if holds and out.exists():  # only files are replaced in one go
+        if holds and out.exists():  # rename replaces files only
             out.rename(former)
         temporary.replace(out)
         sync_folder(out.parent)
@@ -50,19 +51,8 @@ def staged(out: Path, need: int, force: bool, holds: Sequence[str] = ()) -> Iter
         remove(former)
 
 
-def _is_running(process: str) -> bool:
-    """Whether the process whose number begins the name runs: 7, 7-former, 7.tmp (a weights file at work)."""
-    try:
-        os.kill(int(re.split(r"\D", process, maxsplit=1)[0]), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -70,7 +60,7 @@ def remove(path: Path) -> None:
 
 
 def check_free(out: Path, need: int, force: bool, holds: Sequence[str] = ()) -> None:
-    """Whether ``out`` may be written and has room; see ``staged``."""
+    """Raise ``UserError`` unless ``out`` may be written and fits; see ``staged``."""
     if not holds and out.is_dir():
         raise UserError(f"{out} is a folder: name the file to write")
     if holds and out.exists() and not out.is_dir():
@@ -80,12 +70,10 @@ def check_free(out: Path, need: int, force: bool, holds: Sequence[str] = ()) -> 
             raise UserError(f"{out} exists: name another place, or replace it with --force")
         others = [p.name for p in sorted(out.iterdir()) if not any(fnmatch(p.name, h) for h in holds)] if holds else []
         if others:
-            raise UserError(
-                f"{out} holds other things too ({', '.join(others[:3])}), which --force would remove: name another place"
-            )
+            raise UserError(f"{out} also holds {', '.join(others[:3])}, which --force would remove: name another place")
     there = next(p for p in (out.parent, *out.absolute().parents) if p.exists())
     if not there.is_dir():
-        raise UserError(f"{there} is a file, so {out} cannot be below it: name another place")
+        raise UserError(f"{out}: {there} is a file, not a folder: name another place")
     free = shutil.disk_usage(there).free
     if free < need + SLACK:
         raise UserError(
@@ -95,7 +83,7 @@ def check_free(out: Path, need: int, force: bool, holds: Sequence[str] = ()) -> 
 
 
 def settle(path: Path) -> None:
-    """Bring a written file to the disk, and forget its cached pages: what is read next is what the disk holds."""
+    """Flush a written file to the disk and drop its cached pages, so that the next read comes from the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -103,13 +91,3 @@ def settle(path: Path) -> None:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def byte_bar(console: Console | None, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over ``total`` bytes; the function in hand advances it. Nothing without a terminal."""
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    hidden = console is None or not console.is_terminal
-    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda count: bar.advance(task, count)

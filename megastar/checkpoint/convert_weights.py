@@ -1,10 +1,10 @@
-"""`megastar convert FILE`: weights files from LlamaGen's layout to megastar's and back, networks and tokenizers."""
+"""`megastar convert FILE`: weights files between LlamaGen's layout and megastar's, networks and tokenizers."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
-from megastar.checkpoint.atomic_output import byte_bar, settle, staged
+from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
 from megastar.checkpoint.llamagen_reader import load_pickled, model_config, tokenizer_config, tokens_in, weights_in
 from megastar.checkpoint.llamagen_writer import check_written, how_to_load, save_streaming
 from megastar.checkpoint.safetensors_stream import TensorWriter
+from megastar.checkpoint.source import elements_of
 from megastar.config.files import read_yaml, require_file
 from megastar.config.load import config_from_dict
 from megastar.config.schema import ModelConfig, TokenizerConfig
@@ -27,43 +28,46 @@ from megastar.tokenizer.io import FORMAT as TOKENIZER_FORMAT
 from megastar.tokenizer.io import check_tokenizer_fits, read_tokenizer_metadata, tokenizer_hash, tokenizer_metadata
 from megastar.utils.device import DTYPES
 from megastar.utils.files import sha256, write_atomic
+from megastar.utils.progress_bar import progress_bar
 
-USED = 65536  # LlamaGen's tokenizer keeps the last codes it used in a buffer of this size
-VQ_MULTIPLIERS = {(1, 1, 2, 2, 4): "VQ-16", (1, 2, 2, 4): "VQ-8"}
+USED = 65536  # size of the buffer in which LlamaGen's tokenizer keeps the last used codes
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass
 class WeightsFile:
-    """A network's or a tokenizer's weights; ``tensors`` are read when they are asked for."""
+    """The weights of a network or a tokenizer; ``tensors`` are read on access."""
 
     path: Path
     cfg: ModelConfig | TokenizerConfig
     tensors: Mapping[str, Tensor]
-    about: dict[str, Any]
-    foreign: bool
+    provenance: dict[str, Any]
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        if isinstance(self.tensors, _Lazy):
-            return self.tensors.shapes
-        return {k: tuple(v.shape) for k, v in self.tensors.items()}
+    def shapes(self) -> Shapes:
+        return self.tensors.shapes if isinstance(self.tensors, _Lazy) else shapes_in(self.tensors)
 
 
 class _Lazy(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, one at a time."""
+    """The tensors of a safetensors file, read one at a time."""
 
     def __init__(self, path: Path):
         self.file = safe_open(path, "pt")
         self.shapes = {k: tuple(self.file.get_slice(k).get_shape()) for k in self.file.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.file.get_tensor(name)
+        tensor: Tensor = self.file.get_tensor(name)
+        return tensor
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def shapes_in(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {k: tuple(v.shape) for k, v in tensors.items()}
 
 
 def open_weights(
@@ -71,50 +75,52 @@ def open_weights(
 ) -> WeightsFile:
     """A weights file of LlamaGen (.pt) or of megastar (.safetensors), of a network or of a tokenizer.
 
-    ``config`` (a model's YAML), ``image_tokens`` and ``image_size`` say what LlamaGen's files do not. ``UserError``.
+    ``config`` (a model's YAML), ``image_tokens`` and ``image_size`` supply what LlamaGen's files do not store. Raises
+    ``UserError``.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights {path} do not exist: name a run, a .safetensors file or a .pt file of LlamaGen")
     if path.suffix == ".safetensors":
-        return _open_own(path)
+        return _open_safetensors(path)
     content = load_pickled(path)
     weights = weights_in(path, content)
-    about = {"weights": "llamagen", "source": path.name, "source_sha256": sha256(path), "step": content.get("steps")}
-    if isinstance(content.get("megastar"), dict):  # it was one of ours
-        about = content["megastar"] | {"source": path.name, "source_sha256": about["source_sha256"]}
+    shapes, digest = shapes_in(weights), sha256(path)
+    if isinstance(content.get("megastar"), dict):  # written by megastar convert
+        provenance = content["megastar"] | {"source": path.name, "source_sha256": digest}
+    else:
+        provenance = {"weights": "llamagen", "source": path.name, "source_sha256": digest, "step": content.get("steps")}
     cfg: ModelConfig | TokenizerConfig
     if "quantize.embedding.weight" in weights:
         cfg = tokenizer_config(path, weights, image_size)
-        check_tokenizer_fits(path, {k: tuple(v.shape) for k, v in weights.items()}, cfg)
+        check_tokenizer_fits(path, shapes, cfg)
     else:
-        asked = read_architecture(config) if config else None
-        cfg = model_config(path, weights, asked, tokens_in(path, content), image_tokens)
-        check_fits(path, {k: tuple(v.shape) for k, v in weights.items()}, cfg)
-    return WeightsFile(path, cfg, weights, about, True)
+        expected = read_architecture(config) if config else None
+        cfg = model_config(path, weights, expected, tokens_in(path, content), image_tokens)
+        check_fits(path, shapes, cfg)
+    return WeightsFile(path, cfg, weights, provenance)
 
 
 def read_architecture(path: Path) -> ModelConfig:
     """The network that a YAML describes, a model's own (configs/model/) or a whole run's."""
-    content = read_yaml(require_file(path, "configuration"))
-    section = content.get("model", content)
-    if isinstance(section, str):
-        section = read_yaml(require_file(section, "configuration", Path(path)))
+    file = require_file(path, "configuration")
+    content = read_yaml(file)
     plain = {"enabled": False, "contrastive_block": 1}  # training's own fields have no say here
-    return config_from_dict({"model": section, "data": {"shards": "none"}, "self_guided": plain}).model
+    run = {"model": content.get("model", content), "data": {"shards": "none"}, "self_guided": plain}
+    return config_from_dict(run, file).model
 
 
-def _open_own(path: Path) -> WeightsFile:
+def _open_safetensors(path: Path) -> WeightsFile:
     try:
         with safe_open(path, "pt") as f:
             kind = (f.metadata() or {}).get("format")
     except Exception as error:  # its own type, or an OSError
         raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from error
     if kind == TOKENIZER_FORMAT:
-        tokenizer, about = read_tokenizer_metadata(path)
-        return WeightsFile(path, tokenizer, _Lazy(path), about, False)
-    model, about = read_model_metadata(path)
-    opened = WeightsFile(path, model, _Lazy(path), about, False)
+        tokenizer, provenance = read_tokenizer_metadata(path)
+        return WeightsFile(path, tokenizer, _Lazy(path), provenance)
+    model, provenance = read_model_metadata(path)
+    opened = WeightsFile(path, model, _Lazy(path), provenance)
     check_fits(path, opened.shapes, model)
     return opened
 
@@ -129,86 +135,108 @@ def convert_file(
     force: bool = False,
     console: Console | None = None,
 ) -> str:
-    """Write ``source`` as ``to`` (safetensors or llamagen); returns one sentence on what is now in ``out``.
+    """Write ``source`` as ``to`` (safetensors or llamagen); returns one sentence about the output.
 
-    ``tokenizer``: the one whose codes the network draws; its hash is kept. Raises ``UserError``, ``out`` is as before.
+    ``tokenizer``: the tokenizer of the network's codes, whose hash is recorded. Raises ``UserError`` and leaves ``out``
+    unchanged.
     """
-    start, kind, shapes = time.perf_counter(), DTYPES[dtype], source.shapes
+    start = time.perf_counter()
     what = "network" if isinstance(source.cfg, ModelConfig) else "tokenizer"
-    about = dict(source.about)
-    if tokenizer is not None:
-        about["tokenizer"] = tokenizer_hash(tokenizer)
-    size = sum(torch.Size(s).numel() for s in shapes.values()) * kind.itemsize
+    provenance = source.provenance | ({"tokenizer": tokenizer_hash(tokenizer)} if tokenizer is not None else {})
+    checked = write_weights(
+        out, to, source.cfg, provenance, source.shapes, source.tensors.__getitem__,
+        dtype=dtype, force=force, console=console,
+    )  # fmt: skip
+    seconds, mb = time.perf_counter() - start, out.stat().st_size / 1e6
+    return f"{out}: {what} of {source.path.name}, {dtype} ({mb:.1f} MB in {seconds:.1f} s); {checked}"
 
-    def read(name: str) -> Tensor:
-        whole = source.tensors[name]
+
+def write_weights(
+    out: Path,
+    to: str,
+    cfg: ModelConfig | TokenizerConfig,
+    provenance: dict[str, Any],
+    shapes: Shapes,
+    read: Callable[[str], Tensor],
+    *,
+    dtype: str,
+    force: bool,
+    console: Console | None,
+    verify: Callable[[], None] = lambda: None,
+    tokenizer: str | None = None,
+) -> str:
+    """Write ``read(name)`` of all ``shapes`` as ``to`` (safetensors or llamagen); returns how the file was checked.
+
+    ``verify`` checks the source once there is room for ``out``. ``tokenizer`` is named in the .json beside the file.
+    """
+    kind = DTYPES[dtype]
+    size = elements_of(shapes) * kind.itemsize
+
+    def cast(name: str) -> Tensor:
+        whole = read(name)
         if dtype == "fp16" and bool((whole.abs().amax() > torch.finfo(kind).max) & whole.isfinite().all()):
             raise UserError(f"{name} reaches {whole.abs().amax():.3g}, beyond fp16's 65504: use --dtype bf16")
+        bar.advance(whole.numel() * kind.itemsize)
         return whole.to(kind)
 
     with staged(out, size + 512 * len(shapes), force) as path:
-        if to == "safetensors":
-            cfg = source.cfg
-            metadata = metadata_of(cfg, about) if isinstance(cfg, ModelConfig) else tokenizer_metadata(cfg, about)
-            with (
-                byte_bar(console, "writing", size) as advance,
-                TensorWriter(path, {n: (kind, s) for n, s in shapes.items()}, metadata) as writer,
-            ):
-                for name in shapes:
-                    writer.write(name, read(name))
-                    advance(torch.Size(shapes[name]).numel() * kind.itemsize)
-            settle(path)
-            if sha256(path) != writer.sha256:
-                raise UserError(f"{path} was written but reads back otherwise: check the disk")
-            how = f"SHA-256 {writer.sha256[:16]} read back as written"
-        else:
-            assert to == "llamagen", to
-            if what == "tokenizer":  # LlamaGen loads it with every name, this one too
-                shapes = shapes | {"quantize.codebook_used": (USED,)}
-
-            def all_of(name: str) -> Tensor:
-                return torch.zeros(USED, dtype=kind) if name == "quantize.codebook_used" else read(name)
-
-            digests = save_streaming(path, shapes, kind, all_of, {"megastar": about})
-            settle(path)
-            check_written(path, shapes, kind, digests, lambda count: None)
-            how = f"each tensor's SHA-256 read back as written; LlamaGen: {_how(source.cfg)}"
-    if to == "safetensors":
-        write_about(out, source.cfg, about, writer.sha256)
-    seconds, mb = time.perf_counter() - start, out.stat().st_size / 1e6
-    return f"{out}: {what} of {source.path.name}, {dtype} ({mb:.1f} MB in {seconds:.1f} s); {how}"
+        verify()
+        with progress_bar(console, "writing", size, bytes=True, transient=True) as bar:
+            if to == "llamagen":
+                # LlamaGen's tokenizer requires every name, this buffer included.
+                extra = {"quantize.codebook_used": (USED,)} if isinstance(cfg, TokenizerConfig) else {}
+                shapes = shapes | extra
+                zeros = torch.zeros(USED, dtype=kind)
+                digests = save_streaming(
+                    path, shapes, kind, lambda n: zeros if n in extra else cast(n), {"megastar": provenance}
+                )
+            else:
+                assert to == "safetensors", to
+                if isinstance(cfg, TokenizerConfig):
+                    metadata = tokenizer_metadata(cfg, provenance)
+                else:
+                    metadata = metadata_of(cfg, provenance)
+                with TensorWriter(path, {n: (kind, s) for n, s in shapes.items()}, metadata) as writer:
+                    for name in shapes:
+                        writer.write(name, cast(name))
+        settle(path)
+        if to == "llamagen":
+            with progress_bar(console, "reading back", size, bytes=True, transient=True) as bar:
+                check_written(path, shapes, kind, digests, bar)
+            return f"each tensor's SHA-256 read back as written; LlamaGen: {how_to_load(cfg)}"
+        if sha256(path) != writer.sha256:
+            raise UserError(f"{path} {READS_BACK}")
+    write_json(out, cfg, provenance | ({} if tokenizer is None else {"tokenizer": tokenizer}), writer.sha256)
+    return f"SHA-256 {writer.sha256[:16]} read back as written"
 
 
-def _how(cfg: ModelConfig | TokenizerConfig) -> str:
-    if isinstance(cfg, ModelConfig):
-        return how_to_load(cfg)
-    name = VQ_MULTIPLIERS.get(tuple(cfg.channel_multipliers)) if (cfg.channels, cfg.norm_groups) == (128, 32) else None
-    if name is None:
-        return "no tokenizer that LlamaGen names"
-    return f"--vq-model {name} --codebook-size {cfg.codebook_size} --codebook-embed-dim {cfg.codebook_embed_dim}"
-
-
-def write_about(out: Path, cfg: ModelConfig | TokenizerConfig, about: Mapping[str, Any], digest: str) -> None:
-    """``OUT.json`` beside ``OUT.safetensors``: what it is, for people and scripts, and the SHA-256 of the file."""
+def write_json(out: Path, cfg: ModelConfig | TokenizerConfig, provenance: dict[str, Any], digest: str) -> None:
+    """``OUT.json`` beside ``OUT.safetensors``: configuration, provenance, and the SHA-256 of the file."""
     section = "model" if isinstance(cfg, ModelConfig) else "config"
-    known = {"file": out.name, "sha256": digest, "step": about.get("step"), "tokenizer": about.get("tokenizer")}
-    text = json.dumps(known | {section: asdict(cfg), "provenance": dict(about)}, indent=1)
+    head = {
+        "file": out.name,
+        "sha256": digest,
+        "step": provenance.get("step"),
+        "tokenizer": provenance.get("tokenizer"),
+    }
+    text = json.dumps(head | {section: asdict(cfg), "provenance": provenance}, indent=1)
     write_atomic(out.with_suffix(".json"), (text + "\n").encode())
 
 
-def inspect_file(path: Path, verify: bool, console: Console, **given: Any) -> bool:
+def inspect_file(path: Path, verify: bool, console: Console, **options: Any) -> bool:
     """Print what a weights file holds; with ``verify`` compare the file's hash with its .json. False if damaged."""
-    source = open_weights(path, **given)
-    count = sum(torch.Size(s).numel() for s in source.shapes.values())
-    known = {"parameters": count, "architecture": asdict(source.cfg), "provenance": source.about}
-    console.print_json(json.dumps(known))
+    source = open_weights(path, **options)
+    count = elements_of(source.shapes)
+    content = {"parameters": count, "architecture": asdict(source.cfg), "provenance": source.provenance}
+    console.print_json(json.dumps(content))
     if not verify:
         return True
     beside = path.with_suffix(".json")
     if not beside.is_file():
-        raise UserError(f"{beside} is missing, which holds the hash of {path}: --verify compares with it")
-    if same := json.loads(beside.read_text()).get("sha256") == sha256(path):
-        console.print("whole: SHA-256 as written")
+        raise UserError(f"{beside} is missing, which records the hash of {path}: restore it, or leave out --verify")
+    same: bool = json.loads(beside.read_text()).get("sha256") == sha256(path)
+    if same:
+        console.print("complete: SHA-256 matches")
     else:
         console.print(f"{path} is damaged: its SHA-256 differs from {beside.name}'s; copy it again", markup=False)
     return same

@@ -1,9 +1,9 @@
-"""A weights file in LlamaGen's layout: what torch.save writes of {"model": {name: tensor}}, written tensor by tensor.
+"""A weights file in LlamaGen's layout, torch.save's {"model": {name: tensor}}, written one tensor at a time.
 
-torch.save wants all tensors at once. Its file is a plain zip: ``data.pkl`` says which part of which storage a tensor
-is, ``data/0``, ``data/1`` ... are the storages' bytes. Written one after another they need memory for one.
-LlamaGen (github.com/FoundationVision/LlamaGen, autoregressive/sample/sample_c2i.py) loads ``checkpoint["model"]``
-without complaint about missing names, so names and shapes are checked here.
+torch.save needs all tensors in memory. Its file is a plain zip: ``data.pkl`` maps each tensor to a part of a storage,
+``data/0``, ``data/1`` ... are the storages' bytes. LlamaGen (github.com/FoundationVision/LlamaGen,
+autoregressive/sample/sample_c2i.py) loads ``checkpoint["model"]`` and ignores missing names, so names and shapes are
+checked here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megastar.checkpoint.atomic_output import byte_bar, settle, staged
-from megastar.checkpoint.source import Source, bytes_of
-from megastar.config.schema import ModelConfig
+from megastar.checkpoint.atomic_output import READS_BACK
+from megastar.checkpoint.safetensors_stream import byte_view
+from megastar.config.schema import ModelConfig, TokenizerConfig
 from megastar.errors import UserError
-from megastar.model.io import check_fits
-from megastar.utils.device import DTYPES
+from megastar.utils.progress_bar import ProgressBar
 
 # (n_layer, n_head, dim) of autoregressive/models/gpt.py
 SIZES = {
@@ -41,7 +40,8 @@ SIZES = {
     (32, 32, 4096): "GPT-7B",
 }
 STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.float16: torch.HalfStorage}
-ALIGNMENT = 64  # bytes, as torch.save's: so that the file can be memory-mapped
+VQ_MULTIPLIERS = {(1, 1, 2, 2, 4): "VQ-16", (1, 2, 2, 4): "VQ-8"}
+ALIGNMENT = 64  # bytes, as torch.save aligns storages for memory mapping
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Weight:
 
 
 class _Pickler(pickle.Pickler):
-    """Writes ``_Weight`` as torch writes a tensor."""
+    """Pickles ``_Weight`` as torch pickles a tensor."""
 
     def persistent_id(self, obj: Any) -> Any:
         if isinstance(obj, _Storage):
@@ -101,7 +101,7 @@ def save_streaming(
         for name, weight in model.items():
             tensor = read(name)
             assert tensor.dtype == dtype and tuple(tensor.shape) == weight.shape, name
-            data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            data = byte_view(tensor.contiguous())
             digests[name] = hashlib.sha256(data).hexdigest()
             record(f"data/{weight.storage.key}", data)
         record("version", b"3\n")
@@ -109,11 +109,11 @@ def save_streaming(
 
 
 def check_written(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, digests: dict[str, str], advance: Any
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, digests: dict[str, str], bar: ProgressBar
 ) -> None:
     """Load the file as LlamaGen does, then compare every tensor's bytes. Raises ``UserError``."""
     try:
-        model = torch.load(path, weights_only=True, mmap=True)["model"]  # touches no weight
+        model = torch.load(path, weights_only=True, mmap=True)["model"]  # reads no weight
         found = {n: (tuple(t.shape), t.dtype) for n, t in model.items()}
         good = found == {n: (s, dtype) for n, s in shapes.items()}
         del model
@@ -123,16 +123,27 @@ def check_written(
                 with archive.open(f"{path.stem}/data/{i}") as entry:
                     while block := entry.read(1 << 20):
                         digest.update(block)
-                        advance(len(block))
+                        bar.advance(len(block))
                 good &= digest.hexdigest() == digests[name]
     except (OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} was written but does not read back ({error}): check the disk") from error
+        raise UserError(f"{path} {READS_BACK} ({error})") from error
     if not good:
-        raise UserError(f"{path} was written but reads back otherwise: check the disk")
+        raise UserError(f"{path} {READS_BACK}")
 
 
-def how_to_load(m: ModelConfig) -> str:
-    """The options of LlamaGen's sampler for this network, or how to build it there."""
+def how_to_load(cfg: ModelConfig | TokenizerConfig) -> str:
+    """The options of LlamaGen's sampler for this network or tokenizer, or how to build it there."""
+    return how_to_load_model(cfg) if isinstance(cfg, ModelConfig) else how_to_load_tokenizer(cfg)
+
+
+def how_to_load_tokenizer(cfg: TokenizerConfig) -> str:
+    name = VQ_MULTIPLIERS.get(tuple(cfg.channel_multipliers)) if (cfg.channels, cfg.norm_groups) == (128, 32) else None
+    if name is None:
+        return "LlamaGen has no name for this tokenizer"
+    return f"--vq-model {name} --codebook-size {cfg.codebook_size} --codebook-embed-dim {cfg.codebook_embed_dim}"
+
+
+def how_to_load_model(m: ModelConfig) -> str:
     name = SIZES.get((m.n_layer, m.n_head, m.dim))
     defaults = ModelConfig()
     usual = (m.rope_base, m.norm_eps) == (defaults.rope_base, defaults.norm_eps)
@@ -140,26 +151,5 @@ def how_to_load(m: ModelConfig) -> str:
         sizes = f"--codebook-size {m.vocab_size} --num-classes {m.num_classes} --image-size {16 * m.grid}"
         return f"--gpt-model {name} {sizes}"
     fields = ("n_layer", "n_head", "dim", "multiple_of", "rope_base", "norm_eps", "vocab_size", "num_classes")
-    said = ", ".join(f"{f}={getattr(m, f)}" for f in fields)
-    return f"no size that LlamaGen names: Transformer(ModelArgs({said}, block_size={m.image_tokens}))"
-
-
-def to_llamagen(source: Source, out: Path, weights: str, dtype: str, force: bool) -> str:
-    """Write ``out`` (a .pt file); returns what was written and how it was checked."""
-    shapes, kind = source.weights, DTYPES[dtype]
-    check_fits(source.folder, shapes, source.cfg.model)
-    size = bytes_of(shapes, dtype)
-    with staged(out, size + 512 * len(shapes), force) as path:
-        source.verify()
-        with byte_bar(source.console, "writing", size) as advance:
-
-            def read(name: str) -> Tensor:
-                tensor = source.weight(name, weights, kind)
-                advance(tensor.numel() * kind.itemsize)
-                return tensor
-
-            digests = save_streaming(path, shapes, kind, read, {"megastar": source.provenance(weights)})
-        settle(path)
-        with byte_bar(source.console, "reading back", size) as advance:
-            check_written(path, shapes, kind, digests, advance)
-    return f"each tensor's SHA-256 read back as written; LlamaGen: {how_to_load(source.cfg.model)}"
+    kwargs = ", ".join(f"{f}={getattr(m, f)}" for f in fields)
+    return f"no named size: Transformer(ModelArgs({kwargs}, block_size={m.image_tokens}))"

@@ -1,8 +1,8 @@
-"""The same checkpoint in another number of files: what data x tensor ranks at ZeRO-3 would have written.
+"""Reshard a checkpoint: write the files that data x tensor ranks at ZeRO-3 would have written.
 
-A run reads any checkpoint as it is. Re-sliced, each rank finds the split weights' part that it needs in a file of its
-own, and of the others in the files of its tensor group, which spares a large run many small reads. Other ZeRO stages
-cut elsewhere; they read it too, from more files.
+A run reads any checkpoint without resharding. After resharding, each rank finds its part of the split weights in its own
+file, and its part of the others in the files of its tensor group, which saves a large run many small reads. Other ZeRO
+stages partition differently; they read it too, from more files.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from megastar.checkpoint.atomic_output import byte_bar, settle, staged
+from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
 from megastar.checkpoint.rng_state import random_file, seed_dropout
 from megastar.checkpoint.shard_format import KINDS, OPEN_FILES, Piece, StateReader, piece_writer, state_file
-from megastar.checkpoint.source import Source, bytes_of, same_bits
+from megastar.checkpoint.source import Source, elements_of, same_bits
 from megastar.config.schema import RunConfig
 from megastar.config.validate import divisors, tensor_parallel_degrees, words
 from megastar.errors import UserError
@@ -26,14 +26,15 @@ from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import name_of, publish, read_manifest, verify
 from megastar.utils.files import sha256
+from megastar.utils.progress_bar import ProgressBar, progress_bar
 
 HOLDS = ("checkpoints",)
 
 
 def pieces_of(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[Piece]:
-    """What a rank writes at ZeRO-3: of each parameter, as its tensor rank has it, one of ``data`` equal parts.
+    """The pieces that a rank writes at ZeRO-3: one of ``data`` equal parts of each parameter of its tensor rank.
 
-    The last part is shorter; of what a tensor group holds alike, each of its ranks writes a part.
+    The last part may be shorter. Weights replicated in a tensor group are divided between its ranks.
     """
     out = []
     for name, shape in shapes.items():
@@ -49,7 +50,7 @@ def pieces_of(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[Piece]:
 
 
 def check_mesh(cfg: RunConfig, data: int, tensor: int) -> None:
-    """Raises ``UserError`` for a mesh that no run of this configuration can have."""
+    """Raise ``UserError`` for a mesh that this configuration cannot run on."""
     m, batch = cfg.model, cfg.train.global_batch
     legal = tensor_parallel_degrees(m)
     if tensor not in legal:
@@ -68,35 +69,35 @@ def to_checkpoint(source: Source, out: Path, data: int, tensor: int, force: bool
     """Write the run folder ``out`` with one checkpoint; returns what was written and how it was checked."""
     check_mesh(source.cfg, data, tensor)
     if source.folder.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"{source.folder} lies in {out}: name another folder for the output")
-    reader, name = source.reader, name_of(source.about["step"])
-    size = bytes_of(reader.shapes) * len(KINDS)
+        raise UserError(f"--out {out} contains the source {source.folder}: name another folder")
+    reader, name = source.reader, name_of(source.manifest["step"])
+    size = 4 * elements_of(reader.shapes) * len(KINDS)
     headers = data * tensor * (600 * len(reader.shapes) + (1 << 14))
     with staged(out, size + headers, force, HOLDS) as root:
         source.verify()
         folder = root / "checkpoints"
         written = folder / checkpoint_dir.WRITING / name
         written.mkdir(parents=True)
-        with byte_bar(source.console, "writing", size) as advance:
-            files = write_states(source, written, data, tensor, advance)
+        with progress_bar(source.console, "writing", size, bytes=True, transient=True) as bar:
+            files = write_states(source, written, data, tensor, bar)
         files |= write_random(source, written, data, tensor)
         for file in files:
             settle(written / file)
-        manifest = source.about | {
+        manifest = source.manifest | {
             "mesh": {"data": data, "tensor": tensor, "zero_stage": 3},
-            "converted": {"from": str(source.folder), "mesh": source.about["mesh"]},
+            "converted": {"from": str(source.folder), "mesh": source.manifest["mesh"]},
             "files": dict(sorted(files.items())),
         }
-        manifest["config"] = json.loads(json.dumps(source.about["config"]))
+        manifest["config"] = json.loads(json.dumps(source.manifest["config"]))
         manifest["config"]["parallel"]["tensor_parallel"] = tensor
         again = publish(folder, name, manifest)
-        with byte_bar(source.console, "reading back", size) as advance:
-            compare(source, again, advance)
-    return f"{data * tensor} files, read back and equal to the checkpoint's"
+        with progress_bar(source.console, "reading back", size, bytes=True, transient=True) as bar:
+            compare(source, again, bar)
+    return f"{data * tensor} files, read back and equal to the source"
 
 
-def write_states(source: Source, folder: Path, data: int, tensor: int, advance: Any) -> dict[str, Any]:
-    """Every rank's state file; each parameter is read once for as many ranks as files may be open."""
+def write_states(source: Source, folder: Path, data: int, tensor: int, bar: ProgressBar) -> dict[str, Any]:
+    """Write every rank's state file; each parameter is read once per ``OPEN_FILES`` ranks."""
     files: dict[str, Any] = {}
     world = data * tensor
     for first in range(0, world, OPEN_FILES):
@@ -108,7 +109,7 @@ def write_states(source: Source, folder: Path, data: int, tensor: int, advance: 
                 writers.append(piece_writer(folder / state_file(mesh.rank), list(mine.values())))
             for name in source.reader.shapes:
                 for kind in KINDS:
-                    advance(write_parameter(source, name, kind, tensor, list(zip(writers, pieces, strict=True))))
+                    bar.advance(write_parameter(source, name, kind, tensor, list(zip(writers, pieces, strict=True))))
         except BaseException as error:
             for writer in writers:
                 writer.__exit__(type(error), error)
@@ -123,7 +124,7 @@ def write_states(source: Source, folder: Path, data: int, tensor: int, advance: 
 def write_parameter(
     source: Source, name: str, kind: str, tensor: int, ranks: list[tuple[Any, dict[str, Piece]]]
 ) -> int:
-    """One tensor's pieces to the ranks' files; returns their bytes."""
+    """Write one tensor's pieces to the ranks' files; returns the bytes written."""
     split = split_of(name) if tensor > 1 else None
     whole, done = source.reader.whole(name, kind), 0
     for t in range(tensor if split else 1):
@@ -136,30 +137,30 @@ def write_parameter(
 
 
 def write_random(source: Source, folder: Path, data: int, tensor: int) -> dict[str, Any]:
-    """The data ranks' generators: copied where their number stays, else seeded as a run that resumes seeds them."""
+    """Write the data ranks' random states: copied if their number is unchanged, else seeded as a resumed run does."""
     files = {}
     for d in range(data):
         path = folder / random_file(d)
-        if data == source.about["mesh"]["data"]:
+        if data == source.manifest["mesh"]["data"]:
             shutil.copyfile(source.folder / path.name, path)
         else:
             with torch.random.fork_rng(devices=[]):
-                seed_dropout(source.cfg.train.seed, d, source.about["step"])
+                seed_dropout(source.cfg.train.seed, d, source.manifest["step"])
                 seed, state = torch.initial_seed(), torch.get_rng_state()
-            # A CUDA generator's state is its seed and its offset, and can be written where there is no GPU.
+            # A CUDA generator's state is its seed and offset, so it can be written without a GPU.
             torch.save({"torch": state, "cuda": torch.tensor([seed, 0]).view(torch.uint8)}, path)
         whose = f"rank {d * tensor}: data rank {d}, tensor rank 0"
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "whose": whose}
     return files
 
 
-def compare(source: Source, folder: Path, advance: Any) -> None:
-    """Every tensor of the checkpoint in ``folder`` against the source's. Raises ``UserError``."""
-    about = read_manifest(folder)
-    verify(folder, [n for n in about["files"] if not n.startswith("state-")])
-    reader = StateReader(folder, about)
+def compare(source: Source, folder: Path, bar: ProgressBar) -> None:
+    """Compare every tensor of the checkpoint in ``folder`` with the source. Raises ``UserError``."""
+    manifest = read_manifest(folder)
+    verify(folder, [n for n in manifest["files"] if not n.startswith("state-")])
+    reader = StateReader(folder, manifest)
     for name, shape in reader.shapes.items():
         for kind in KINDS:
             if not same_bits(reader.whole(name, kind), source.reader.whole(name, kind)):
-                raise UserError(f"{kind} of {name} was written but reads back otherwise: check the disk")
-            advance(4 * torch.Size(shape).numel())
+                raise UserError(f"{kind} of {name} {READS_BACK}")
+            bar.advance(4 * torch.Size(shape).numel())

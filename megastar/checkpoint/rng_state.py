@@ -1,4 +1,4 @@
-"""The random generators of a checkpoint: their files, and the seed of dropout where they do not fit."""
+"""Random states of a checkpoint: their files, and the dropout seed used when they do not match the mesh."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ def random_file(data_rank: int) -> str:
 
 
 def seed_dropout(seed: int, data_rank: int, step: int) -> None:
-    """Seed torch's generator for the steps after ``step``: it differs between data ranks, and is equal in a tensor group."""
+    """Seed torch's generator for the steps after ``step``: different per data rank, equal within a tensor group."""
     torch.manual_seed((seed * 1_000_003 + step) * 100_003 + data_rank)

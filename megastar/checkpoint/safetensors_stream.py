@@ -1,27 +1,25 @@
-"""A safetensors file written tensor by tensor: memory for one, not for all, and the hash is known at the end.
-
-It is read by plain reads, of ranges of a tensor where only they are wanted: pages of a memory map would count as the
-process's memory until the kernel takes them back.
-"""
+"""Write a safetensors file one tensor at a time, hashing while writing; read its header without torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+NAMES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.int64": "I64"}
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies: its type by safetensors' name, its shape, its first byte in the file and the one after."""
+    """A tensor's location: safetensors type name, shape, and its byte range in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -30,7 +28,7 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
-    """Metadata and tensors of a safetensors file. Raises ``ValueError`` for one that is cut, padded or no such file."""
+    """Metadata and tensors of a safetensors file. Raises ``ValueError`` if it is truncated, padded or malformed."""
     size = path.stat().st_size
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -39,17 +37,24 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
         header = json.loads(f.read(length))
     metadata = header.pop("__metadata__", {})
     entries, end = {}, 8 + length
-    for name, about in header.items():
-        start, stop = (8 + length + int(n) for n in about["data_offsets"])
-        entries[name] = Entry(about["dtype"], tuple(about["shape"]), start, stop)
+    for name, entry in header.items():
+        start, stop = (8 + length + int(n) for n in entry["data_offsets"])
+        entries[name] = Entry(entry["dtype"], tuple(entry["shape"]), start, stop)
         end = max(end, stop)
     if end != size:
         raise ValueError(f"{size} bytes instead of {end}")
     return metadata, entries
 
 
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    import torch
+
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
 class TensorWriter:
-    """Write ``shapes`` (name -> (dtype, shape)) in that order; the file appears under its name when all are there.
+    """Write ``shapes`` (name -> (dtype, shape)) in that order; the file is renamed to ``path`` when it is complete.
 
     >>> with TensorWriter(path, {"w": (torch.float32, (2, 3))}, {"format": "x"}) as out:
     ...     out.write("w", tensor)
@@ -65,11 +70,11 @@ class TensorWriter:
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         offset = 0
         for name, (dtype, shape) in self.shapes.items():
-            size = torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            size = math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": NAMES[str(dtype)], "shape": list(shape), "data_offsets": [offset, offset + size]}
             offset += size
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # the data starts aligned
+        text += b" " * (-len(text) % 8)  # aligns the data
         self.digest, self.bytes = hashlib.sha256(), 0
         self.file = self.temporary.open("wb")
         self._append(len(text).to_bytes(8, "little") + text)
@@ -80,14 +85,14 @@ class TensorWriter:
         self.bytes += len(data)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """The next tensor, cast to its declared type."""
+        """Append the next tensor, cast to its declared type."""
         dtype, shape = self.shapes[name]
         assert self.waiting and self.waiting[0] == name, f"{name} is not the next of {self.waiting[:2]}"
         assert tuple(tensor.shape) == tuple(shape), (name, tuple(tensor.shape), shape)
         self.waiting.pop(0)
         flat = tensor.detach().to("cpu", dtype).contiguous().view(-1)
         if flat.numel():
-            self._append(memoryview(flat.view(torch.uint8).numpy()))
+            self._append(byte_view(flat))
 
     @property
     def sha256(self) -> str:

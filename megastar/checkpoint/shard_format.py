@@ -1,36 +1,39 @@
-"""What a checkpoint holds of the network: pieces of named parameters, readable for any number of ranks.
+"""The state files of a checkpoint: pieces of named parameters, readable by any number of ranks.
 
-A rank's file ``state-00003.safetensors`` holds, of each parameter that the rank owns a part of, one contiguous range
-of the weight laid flat, in fp32, four times: the master weight, AdamW's two moments, and the EMA (the teacher). The
-coordinates are those of the *tensor-parallel* weight where parallel/plan.py splits it, else of the whole weight. The
-manifest says the full shapes and the tensor-parallel degree. Ranges do not depend on how DeepSpeed lays out its
-partitions, so any run reads any checkpoint, and converters need no DeepSpeed.
+A rank's file ``state-00003.safetensors`` stores, for each parameter that the rank owns a part of, one contiguous range
+of the flattened weight in fp32, four times: the master weight, AdamW's two moments, and the EMA (the teacher). Ranges
+index the *tensor-parallel* weight where parallel/plan.py splits it, otherwise the whole weight. The manifest records
+the full shapes and the tensor-parallel degree. Ranges do not depend on DeepSpeed's partitioning, so any run reads any
+checkpoint, and converters need no DeepSpeed. Headers are read without torch; tensors by plain reads, because pages of a
+memory map count as the process's memory.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from megastar.checkpoint.safetensors_stream import TensorWriter, read_header
+from megastar.checkpoint.safetensors_stream import TensorWriter, byte_view, read_header
 from megastar.errors import UserError
 from megastar.parallel.plan import split_of
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 STATES = ("exp_avg", "exp_avg_sq", "ema")
-KINDS = ("fp32", *STATES)  # what a checkpoint holds of each parameter
-OPEN_FILES = 64  # at once; many systems allow a process 1024
+KINDS = ("fp32", *STATES)  # tensors stored for each parameter
+PREFIX = "transformer."  # of the network's own weights; the projector is used in training only
+OPEN_FILES = 64  # open at once; many systems limit a process to 1024
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements start..stop of ``name`` as tensor rank ``tensor_rank`` has it (0 for a weight that is not split)."""
+    """Elements start..stop of ``name`` on tensor rank ``tensor_rank`` (0 for a weight that is not split)."""
 
     name: str
     tensor_rank: int
@@ -43,7 +46,9 @@ def state_file(rank: int) -> str:
 
 
 def piece_writer(path: Path, pieces: Sequence[Piece]) -> TensorWriter:
-    """A rank's file, for each piece's kinds in the order of ``KINDS``: ``write(f"{kind}/{name}", flat fp32)``."""
+    """A writer of a rank's file; write each piece's ``KINDS`` in order: ``write(f"{kind}/{name}", flat fp32)``."""
+    import torch
+
     shapes = {f"{k}/{p.name}": (torch.float32, (p.stop - p.start,)) for p in pieces for k in KINDS}
     table = {p.name: [p.tensor_rank, p.start, p.stop] for p in pieces}
     return TensorWriter(path, shapes, {"pieces": json.dumps(table)})
@@ -61,7 +66,7 @@ def write_pieces(path: Path, pieces: Sequence[tuple[Piece, dict[str, Tensor]]]) 
 class StateReader:
     """Parameters of a checkpoint folder, for any tensor-parallel degree and any range.
 
-    Raises ``UserError`` for a missing or unreadable file, and for a parameter of which a part is nowhere.
+    Raises ``UserError`` for a missing or unreadable file, and for a parameter that the files do not cover.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
@@ -70,11 +75,11 @@ class StateReader:
         self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in manifest["parameters"].items()}
         self.tensor: int = manifest["mesh"]["tensor"]
         self.optimizer_step: int = manifest["optimizer_step"]
-        self.where: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
+        self.locations: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
         self.first_byte: dict[tuple[str, str, str], int] = {}  # file, kind, name
         for file in sorted(n for n in manifest["files"] if n.startswith("state-")):
             for name, (rank, start, stop) in self._table(file).items():
-                self.where.setdefault((name, rank), []).append((start, stop, file))
+                self.locations.setdefault((name, rank), []).append((start, stop, file))
         for name in self.shapes:
             for rank in range(self.tensor if self._split(name, self.tensor) else 1):
                 self._check_covered(name, rank)
@@ -94,12 +99,14 @@ class StateReader:
                     self.first_byte[file, kind, name] = entry.start
             return table
         except FileNotFoundError as error:
-            raise UserError(f"{self.folder} lacks {file}: restore it, or resume from an earlier checkpoint") from error
+            raise UserError(
+                f"{self.folder}: {file} is missing: restore it, or resume from an earlier checkpoint"
+            ) from error
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(file, error) from error
 
-    def _damaged(self, file: str, why: object) -> UserError:
-        return UserError(f"{self.folder / file} is damaged ({why}): restore it")
+    def _damaged(self, file: str, reason: object) -> UserError:
+        return UserError(f"{self.folder / file} is damaged ({reason}): restore it")
 
     def _open(self, file: str) -> BufferedReader:
         if file not in self.handles:
@@ -109,7 +116,7 @@ class StateReader:
         return self.handles[file]
 
     def close(self) -> None:
-        """Close the files; they are opened again when read."""
+        """Close the files; reading opens them again."""
         while self.handles:
             self.handles.popitem()[1].close()
 
@@ -122,53 +129,60 @@ class StateReader:
 
     def _check_covered(self, name: str, rank: int) -> None:
         end = 0
-        for start, stop, _ in sorted(self.where.get((name, rank), [])):
+        for start, stop, _ in sorted(self.locations.get((name, rank), [])):
             if start > end:
                 break
             end = max(end, stop)
-        size = torch.Size(self.local_shape(name, self.tensor)).numel()
+        size = math.prod(self.local_shape(name, self.tensor))
         if end < size:
             raise UserError(
-                f"{self.folder}: elements {end} on of {size} of {name} (tensor rank {rank}) are in none of its files: "
-                "a rank's file is missing or of another checkpoint"
+                f"{self.folder}: no file holds elements {end} and above of the {size} of {name} (tensor rank {rank}): "
+                "a rank's file is missing or belongs to another checkpoint; restore it"
             )
 
     def _range(self, name: str, kind: str, rank: int, start: int, stop: int) -> Tensor:
+        import torch
+
         out = torch.empty(stop - start)
-        for first, last, file in self.where[(name, rank)]:
+        for first, last, file in self.locations[(name, rank)]:
             low, high = max(first, start), min(last, stop)
             if low < high:
                 source = self._open(file)
                 source.seek(self.first_byte[file, kind, name] + 4 * (low - first))
-                if source.readinto(out[low - start : high - start].numpy()) != 4 * (high - low):
-                    raise self._damaged(file, f"{kind}/{name} is cut")
+                if source.readinto(byte_view(out[low - start : high - start])) != 4 * (high - low):
+                    raise self._damaged(file, f"{kind}/{name} is truncated")
         return out
 
     def whole(self, name: str, kind: str) -> Tensor:
-        """The full weight (or moment, or average) in its full shape, fp32."""
+        """The whole weight (or moment, or average) in its full shape, fp32."""
         shape = self.shapes[name]
-        return self.range(name, kind, 1, 0, 0, torch.Size(shape).numel()).view(shape)
+        return self.range(name, kind, 1, 0, 0, math.prod(shape)).view(shape)
 
     def range(self, name: str, kind: str, tensor: int, rank: int, start: int, stop: int) -> Tensor:
-        """Elements start..stop of what tensor rank ``rank`` of ``tensor`` has of a parameter, flat, fp32.
+        """Elements start..stop of the part of a parameter on tensor rank ``rank`` of ``tensor``, flat, fp32.
 
-        Reads no more than the rows that they lie in, whatever tensor-parallel degree wrote the checkpoint.
+        Reads only the rows that contain them, for any tensor-parallel degree that wrote the checkpoint.
         """
+        import torch
+
         split = split_of(name) if max(tensor, self.tensor) > 1 else None
         if split is None:
             return self._range(name, kind, 0, start, stop)
         if tensor == self.tensor:
             return self._range(name, kind, rank, start, stop)
         width = self.local_shape(name, tensor)[1]
-        first, last = start // width, -(-stop // width)  # the rows, as the asking rank counts them
-        read = self._columns if split.partition == "row" else self._rows
-        rows = read(name, kind, split.fused, tensor, rank, first, last)
+        first, last = start // width, -(-stop // width)  # rows of the requested part
+        if split.partition == "row":
+            parts, dim = self._columns(name, kind, tensor, rank, first, last), 1
+        else:
+            parts, dim = self._rows(name, kind, split.fused, tensor, rank, first, last), 0
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
         return rows.reshape(-1)[start - first * width : stop - first * width]
 
-    def _rows(self, name: str, kind: str, fused: int, tensor: int, rank: int, first: int, last: int) -> Tensor:
-        """Rows of a column-parallel weight: each is whole in one of the ranks that wrote it."""
+    def _rows(self, name: str, kind: str, fused: int, tensor: int, rank: int, first: int, last: int) -> list[Tensor]:
+        """Rows of a column-parallel weight: each row was written by a single rank."""
         width = self.shapes[name][1]
-        ours = self.shapes[name][0] // fused // tensor  # rows of each fused part that a rank has
+        ours = self.shapes[name][0] // fused // tensor  # rows of each fused part on one rank
         theirs = self.shapes[name][0] // fused // self.tensor
         out, row = [], first
         while row < last:
@@ -178,14 +192,14 @@ class StateReader:
             low = (part * theirs + there) * width
             out.append(self._range(name, kind, source, low, low + count * width))
             row += count
-        return torch.cat(out) if len(out) != 1 else out[0]
+        return out
 
-    def _columns(self, name: str, kind: str, fused: int, tensor: int, rank: int, first: int, last: int) -> Tensor:
-        """Rows of a row-parallel weight: their columns lie with several of the ranks that wrote it."""
+    def _columns(self, name: str, kind: str, tensor: int, rank: int, first: int, last: int) -> list[Tensor]:
+        """Rows of a row-parallel weight: their columns were written by several ranks."""
         ours, theirs = self.shapes[name][1] // tensor, self.shapes[name][1] // self.tensor
         out = []
         for source in range(rank * ours // theirs, ((rank + 1) * ours - 1) // theirs + 1):
             low, high = max(rank * ours, source * theirs), min((rank + 1) * ours, (source + 1) * theirs)
             rows = self._range(name, kind, source, first * theirs, last * theirs).view(last - first, theirs)
             out.append(rows[:, low - source * theirs : high - source * theirs])
-        return torch.cat(out, 1) if len(out) != 1 else out[0]
+        return out

@@ -1,23 +1,35 @@
-"""What the commands share: parsers that raise one sentence, the launcher's environment, overrides."""
+"""Shared by the commands: argument parsers, the launcher's environment, overrides, error reports."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import json
+import logging
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from megastar.errors import UserError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Appends each option's default, unless it is empty or the help text has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        empty = action.default in (None, "", argparse.SUPPRESS) or action.default is False
+        return action.help if empty or "(default" in (action.help or "") else f"{action.help} (default %(default)s)"
+
 
 class Parser(argparse.ArgumentParser):
-    """``megastar <command>``'s parser: wrong usage is a ``UserError``, the examples keep their lines."""
+    """The parser of one command: wrong usage raises ``UserError``, examples keep their line breaks."""
 
     def __init__(self, command: str, description: str, examples: str, fields: str = ""):
         epilog = "examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines())
@@ -25,9 +37,30 @@ class Parser(argparse.ArgumentParser):
             prog=f"megastar {command}",
             description=description,
             epilog=epilog + (f"\n\nfields (name, default, meaning):\n{fields}" if fields else ""),
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=terminal_width()),
+            formatter_class=lambda prog: _HelpFormatter(prog, width=terminal_width()),
             allow_abbrev=False,
         )
+        level = self.add_argument_group("logging").add_mutually_exclusive_group()
+        level.add_argument("-v", "--verbose", action="store_true", help="log debug messages too (level DEBUG)")
+        level.add_argument(
+            "-q",
+            "--quiet",
+            action="store_true",
+            help="log warnings and errors only, show no progress bars (level WARNING); without -v and -q the level is "
+            "$MEGASTAR_LOG_LEVEL, one of DEBUG, INFO, WARNING, ERROR (default INFO)",
+        )
+
+    def parse(self, words: list[str], console: Console | None = None) -> argparse.Namespace:
+        """Parse ``words`` and configure logging to ``console`` (default: standard output, with --json standard error)."""
+        from rich.console import Console
+
+        from megastar.utils.logs import configure_logging
+
+        args = self.parse_intermixed_args(words)
+        rank = place_of(os.environ)[0] if is_launched(os.environ) else None
+        level = "DEBUG" if args.verbose else "WARNING" if args.quiet else ""
+        configure_logging(level, console=console or Console(stderr="json" in args and args.json), rank=rank)
+        return args
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -37,18 +70,16 @@ def terminal_width() -> int:
     return max(80, min(140, shutil.get_terminal_size((110, 24)).columns))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error sentence: the nearest of the known names, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"
+def logging_options() -> list[str]:
+    """The options that give another process this process's log level."""
+    return {logging.DEBUG: ["--verbose"], logging.WARNING: ["--quiet"]}.get(logging.getLogger("megastar").level, [])
 
 
 def config_and_overrides(items: list[str]) -> tuple[str | None, list[str]]:
     """Split ``[CONFIG] a.b=c ...``. Raises ``UserError`` for a second file."""
     files = [i for i in items if "=" not in i]
     if len(files) > 1:
-        raise UserError(f"two configurations, {files[0]} and {files[1]}: give one, and fields as section.field=value")
+        raise UserError(f"two configurations, {files[0]} and {files[1]}: give one; write fields as section.field=value")
     return (files[0] if files else None), [i for i in items if "=" in i]
 
 
@@ -62,7 +93,7 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """An argparse type: 0, 1, 2 ..."""
     if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
     return int(text)
 
 
@@ -82,9 +113,9 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
 
 
 class FaultTolerantStream(io.TextIOBase):
-    """A text stream that takes no part in a full disk below it: what cannot be written is lost, or comes later.
+    """A text stream that ignores write errors such as a full disk; the text is lost or written later.
 
-    A closed pipe stays an error.
+    A closed pipe is still an error.
     """
 
     def __init__(self, stream: TextIO):
@@ -116,26 +147,46 @@ class FaultTolerantStream(io.TextIOBase):
         return getattr(self.stream, name)
 
 
+def print_table(title: str, rows: dict[str, Any]) -> None:
+    """Print ``rows`` under ``title`` to standard output; lines are not wrapped for programs that read them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(_printable(name), _printable(str(value)))
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
+    console.print(title, table, sep="\n")
+
+
+def _printable(text: str) -> str:
+    """Escape control characters, which names in foreign files may contain."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def main_console() -> Console:
+    """The shared console, silent on all ranks but the first."""
+    from rich.console import Console
+
+    from megastar.utils.logs import shared_console
+
+    return shared_console() if place_of(os.environ)[0] == 0 else Console(quiet=True)
+
+
 # Launchers ---------------------------------------------------------------------------------------------------------
-BY_US = "MEGASTAR_LAUNCHER"  # set for the processes that launch.py starts
+LAUNCHED_BY_US = "MEGASTAR_LAUNCHER"  # set for processes that _launch.py starts
 
 
 def is_launched(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun, deepspeed or srun started this process as one of several."""
+    """Whether torchrun, deepspeed or srun started this process as a rank."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return True
-    # A batch script has SLURM_PROCID too; only a step of srun has SLURM_STEP_ID.
+    # A batch script has SLURM_PROCID too; only an srun step has SLURM_STEP_ID.
     return "SLURM_STEP_ID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))) > 1
 
 
-def is_main_process(environ: Mapping[str, str]) -> bool:
-    if "RANK" in environ:
-        return environ["RANK"] == "0"
-    return not is_launched(environ) or environ.get("SLURM_PROCID", "0") == "0"
-
-
 def place_of(environ: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, world size, rank on this machine) as torchrun, deepspeed or srun say; (0, 1, 0) without a launcher."""
+    """(rank, world size, local rank) set by torchrun, deepspeed or srun; (0, 1, 0) without a launcher."""
     if not is_launched(environ):
         return 0, 1, 0
     if "RANK" in environ:
@@ -144,13 +195,13 @@ def place_of(environ: Mapping[str, str]) -> tuple[int, int, int]:
     return int(environ["SLURM_PROCID"]), int(tasks), int(environ.get("SLURM_LOCALID", "0"))
 
 
-def tell(message: str, environ: Mapping[str, str]) -> None:
-    """Say a user's mistake once: the main rank prints it; below our launcher, which prints for all, no rank does.
+def report_error(message: str, environ: Mapping[str, str]) -> None:
+    """Report a user error once: rank 0 prints it; below our own launcher, which prints it, no rank does.
 
-    The others leave the sentence where torch's launchers look for it, and print it where there is no such place.
+    Other ranks write it to the error file of torch's launchers, or print it if there is no such file.
     """
     path = environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and (not is_main_process(environ) or BY_US in environ):
+    if path and (place_of(environ)[0] != 0 or LAUNCHED_BY_US in environ):
         try:
             Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
             return

@@ -1,4 +1,4 @@
-"""Several local processes of this command, through torch's launcher."""
+"""Start several local processes of a command through torch's launcher."""
 
 from __future__ import annotations
 
@@ -6,38 +6,49 @@ import logging
 import os
 import sys
 
-from megastar.commands._common import BY_US
+from megastar.commands._common import LAUNCHED_BY_US, logging_options
 from megastar.errors import UserError
 
 
 def launch(nproc: int, words: list[str]) -> int:
-    """Run ``megastar WORDS`` as ``nproc`` ranks; returns the first failing rank's status, else 0."""
+    """Run ``megastar WORDS`` without --nproc as ``nproc`` ranks; returns the first failing rank's status, else 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, parse_args, run
 
-    # The ranks tell what is wrong themselves; the launcher's own report would repeat it as a traceback.
+    # The ranks report their errors themselves; the launcher would repeat them as a traceback.
     for name in logging.root.manager.loggerDict:
         if name.startswith(("torch.distributed.elastic", "torch.distributed.run")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-    # A signal reaches the ranks, which save before they leave: a save may take longer than the launcher's 30 s.
+    # Ranks save a checkpoint on these signals, which may take longer than the launcher's default of 30 s.
     options = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     if "--shutdown-timeout" in get_args_parser().format_help():
         options.append("--shutdown-timeout=600")
-    os.environ[BY_US] = "1"
+    options += [f"--nproc-per-node={nproc}", "-m", "megastar"]
+    os.environ[LAUNCHED_BY_US] = "1"
     try:
-        run(parse_args(["--standalone", f"--nproc-per-node={nproc}", *options, "-m", "megastar", *words]))
+        run(parse_args(["--standalone", *options, *without_nproc(words), *logging_options()]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == 2 and failure.error_file_data.get("message"):
             raise UserError(str(failure.message)) from error
         if failure.exitcode < 0:
-            print(f"megastar: error: process {rank} was ended by {failure.signal_name()}", file=sys.stderr)
+            print(f"megastar: error: rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
             return 128 - failure.exitcode
         return failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
     finally:
-        del os.environ[BY_US]
+        del os.environ[LAUNCHED_BY_US]
     return 0
+
+
+def without_nproc(words: list[str]) -> list[str]:
+    """``words`` without --nproc and its value, which torch's launcher would parse as its own --nproc-per-node."""
+    out, value = [], False
+    for word in words:
+        if not value and word != "--nproc" and not word.startswith("--nproc="):
+            out.append(word)
+        value = word == "--nproc"
+    return out

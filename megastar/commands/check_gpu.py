@@ -1,4 +1,4 @@
-"""``megastar check-gpu``: are the attention kernels right on this GPU, which is the fastest, how fast is a step."""
+"""``megastar check-gpu``: check and time the attention kernels on this GPU, time training steps."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ megastar check-gpu --out h100.json --seconds 300
 megastar check-gpu --tests
 megastar check-gpu --device cpu
 """
-SIZES = (256, 576, 1024)  # 256x256 and 384x384 pictures, 512x512
+SIZES = (256, 576, 1024)  # tokens of 256x256, 384x384 and 512x512 images
 HEAD_DIMS = (64, 100, 128)  # B, L, XL, XXL: 64; 3B: 100
 BATCH, HEADS = 16, 16
-STEPS = (("b", 32), ("l", 32))  # size, images a step
+STEPS = (("b", 32), ("l", 32))  # size, images per step
 PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "liger-kernel", "apex", "deepspeed", "nvidia-cutlass-dsl")
 
 
@@ -35,36 +35,37 @@ def parser() -> Parser:
     p = Parser(
         "check-gpu",
         "Compare every attention backend with fp64, time it, time training steps, and write the table that "
-        "attention.backend=auto reads. Needs no network and less than 8 minutes. Status 1 when a kernel is wrong.",
+        "attention.backend=auto reads. Takes less than 8 minutes, offline. Exit status 1 if a kernel is wrong.",
         EXAMPLES,
     )
-    p.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu: the comparison alone, in seconds")
-    p.add_argument("--out", default="check-gpu.json", help="the report (default check-gpu.json)")
-    p.add_argument("--seconds", type=float, default=450.0, help="what is not begun by then is left out (default 450)")
-    p.add_argument("--no-steps", action="store_true", help="leave out the training steps")
-    p.add_argument("--tests", action="store_true", help="run the tests marked gpu instead; needs a clone and pytest")
+    p.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu (comparison only)")
+    p.add_argument("--out", default="check-gpu.json", help="JSON file for the report")
+    p.add_argument("--seconds", type=float, default=450.0, help="start no measurement after this time")
+    p.add_argument("--no-steps", action="store_true", help="skip the training steps")
+    p.add_argument("--tests", action="store_true", help="run the tests marked gpu instead (needs a clone and pytest)")
     return p
 
 
 def main(words: list[str]) -> int:
-    args = parser().parse_args(words)
     import torch
     from rich.console import Console
 
     from megastar.utils.device import pick_device
 
+    console, begun = Console(markup=False, highlight=False), time.perf_counter()
+    args = parser().parse(words, console)
+
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError(
-            "check-gpu needs a CUDA GPU and torch sees none here: run it where there is one, or with --device cpu for "
-            "the comparison with fp64 alone"
+            "check-gpu needs a CUDA GPU and torch finds none: run it on a machine with a GPU, or give --device cpu "
+            "to run only the comparison with fp64"
         )
     device = pick_device(args.device)
     if args.tests:
         return run_tests(device)
-    console, begun = Console(markup=False, highlight=False), time.perf_counter()
 
     def over(share: float = 1.0) -> bool:
-        return time.perf_counter() - begun > share * args.seconds
+        return bool(time.perf_counter() - begun > share * args.seconds)
 
     report: dict[str, Any] = {"device": describe(device), "packages": packages()}
     console.print(f"{report['device']['name']}, torch {torch.__version__}")
@@ -85,17 +86,15 @@ def main(words: list[str]) -> int:
 
 
 def run_tests(device: torch.device) -> int:
-    """pytest -m gpu, in a process of its own."""
+    """Run pytest -m gpu in a subprocess."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "tests" / "gpu").is_dir():
-        raise UserError(
-            f"check-gpu --tests needs a clone of the repository: there is no tests/gpu beside {root}/megastar"
-        )
+        raise UserError(f"check-gpu --tests needs a clone of the repository: {root}/tests/gpu does not exist")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
     return subprocess.run(command, cwd=root, env=os.environ | {"MEGASTAR_TEST_GPU": "1"}).returncode
 
 
-# What is here ------------------------------------------------------------------------------------------------------
+# Environment ------------------------------------------------------------------------------------------------------
 def describe(device: torch.device) -> dict[str, Any]:
     import torch
 
@@ -111,7 +110,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def packages() -> dict[str, Any]:
-    """Versions, and what can really be imported."""
+    """Installed versions, and which backends can be imported."""
     from megastar.diagnosis.packages import has_nvidia_apex, version_of
     from megastar.model import fused
     from megastar.model.kernels import flash
@@ -126,9 +125,9 @@ def packages() -> dict[str, Any]:
     }
 
 
-# Right? ------------------------------------------------------------------------------------------------------------
+# Correctness ------------------------------------------------------------------------------------------------------------
 def comparison(console: Console, device: torch.device, over: Any) -> list[dict[str, Any]]:
-    """Every backend x pattern x head dimension in bf16 against fp64; on CPU small, in fp32 too."""
+    """Every backend x pattern x head dimension in bf16 against fp64; on a CPU with small sizes, and in fp32 too."""
     import torch
 
     from megastar.model.kernels.check import compare
@@ -142,28 +141,30 @@ def comparison(console: Console, device: torch.device, over: Any) -> list[dict[s
         for which in PATTERNS:
             for d in HEAD_DIMS:
                 if over(0.45):
-                    console.print(f"no time left: {which}, head dimension {d} was not compared")
+                    console.print(f"no time left: {which}, head dimension {d} not compared")
                     continue
                 rows += compare(NAMES, device, dtype, [(batch, heads, size, d)], (which,))
     shown = []
     for row in rows:
         if row["ok"] is not None:
             worst = max((e / a for e, a in zip(row["errors"].values(), row["allowed"], strict=True)), default=0.0) if "errors" in row else None  # fmt: skip
-            about = {k: row[k] for k in ("backend", "pattern", "head_dim", "dtype")}
-            verdict = "right" if row["ok"] else "WRONG"
-            shown.append(about | {"": verdict, "error / allowed": "" if worst is None else f"{worst:.2f}"})
-    show(console, "against fp64 (allowed: twice sdpa's own error in that precision)", shown)
+            case = {k: row[k] for k in ("backend", "pattern", "head_dim", "dtype")}
+            shown.append(
+                case
+                | {"": "correct" if row["ok"] else "WRONG", "error / allowed": "" if worst is None else f"{worst:.2f}"}
+            )
+    show(console, "compared with fp64 (allowed: twice the error of sdpa in the same precision)", shown)
     for name, why in {(r["backend"], r["why"]) for r in rows if r["ok"] is None}:
-        console.print(f"{name} left out: {why}")
+        console.print(f"{name} skipped: {why}")
     for row in rows:
         if row["ok"] is False and "why" in row:
             console.print(f"{row['backend']}, {row['pattern']}, head dimension {row['head_dim']}: {row['why']}")
     return rows
 
 
-# How fast? ---------------------------------------------------------------------------------------------------------
+# Speed ---------------------------------------------------------------------------------------------------------
 def measure(console: Console, device: torch.device, report: dict[str, Any], no_steps: bool, over: Any) -> None:
-    """Timings, recompilations, the table, and the training steps, for which the last third of the time is kept."""
+    """Measure timings, recompilations and training steps (the last third of the time), and write the table."""
     import torch
 
     from megastar.model.kernels import table, timing
@@ -175,8 +176,8 @@ def measure(console: Console, device: torch.device, report: dict[str, Any], no_s
     show(console, f"ms forward and backward, B {BATCH}, H {HEADS}; ratio to {timing.PEER}", rows)
     report["recompiles"] = {}
     for name in ("flex", "triton"):
-        right = any(r["ok"] and r["backend"] == name and r["pattern"] == "hidden" for r in report["compared"])
-        if right and not over(0.7):
+        correct = any(r["ok"] and r["backend"] == name and r["pattern"] == "hidden" for r in report["compared"])
+        if correct and not over(0.7):
             report["recompiles"][name] = timing.recompiles(name, shapes[0], device)
     console.print(f"recompiles over 20 fresh masks: {report['recompiles']}")
     choices = timing.fastest(report["compared"], timed)
@@ -188,13 +189,13 @@ def measure(console: Console, device: torch.device, report: dict[str, Any], no_s
         )
         table.read_table.cache_clear()
         report["table"] = {"path": str(path), "fastest": choices}
-        console.print(f"attention.backend=auto takes, by {path}: {json.dumps(choices)}")
+        console.print(f"attention.backend=auto uses {json.dumps(choices)} (from {path})")
     if not no_steps:
         report["steps"] = steps(console, device, report["device"]["bf16_tflops"], over)
 
 
 def steps(console: Console, device: torch.device, peak: float | None, over: Any) -> list[dict[str, Any]]:
-    """AR and ST-AR of B and L in bf16, one process, random codes."""
+    """Training steps of AR and ST-AR, sizes B and L, in bf16 on random codes, one process."""
     import torch
 
     from megastar.config.load import load_config
@@ -204,24 +205,24 @@ def steps(console: Console, device: torch.device, peak: float | None, over: Any)
     rows: list[dict[str, Any]] = []
     for size, images in STEPS:
         for method in ("ar", "star"):
-            about: dict[str, Any] = {"model": size, "method": method}
+            case: dict[str, Any] = {"model": size, "method": method}
             if over():
-                rows.append(about | {"why": "left out: no time left"})
+                rows.append(case | {"why": "skipped: no time left"})
                 continue
             cfg = load_config(
                 f"configs/run/{method}_{size}_50ep.yaml", ["data.shards=none", "data.val_shards=", "data.tokenizer="]
             )
-            os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed asks it where the student goes
+            os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed places the student by it
             ctx = dataclasses.replace(start(cfg), device=device)
             while images:
                 try:
-                    rows.append(about | step_speed(cfg, ctx, images, peak_tflops=peak))
+                    rows.append(case | step_speed(cfg, ctx, images, peak_tflops=peak))
                     break
                 except torch.OutOfMemoryError:
                     torch.cuda.empty_cache()
                     images //= 2
             else:
-                rows.append(about | {"why": "out of memory with one image"})
+                rows.append(case | {"why": "out of memory with one image"})
     shown = []
     for row in rows:
         parts = row.get("mfu_parts") or {}

@@ -1,4 +1,4 @@
-"""``megastar compare``: train variants of one run with several seeds; probe, sample and score them alike."""
+"""``megastar compare``: train variants of one run with several seeds; probe, sample and score each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megastar.commands._common import Parser, config_and_overrides, is_launched, terminal_width
 from megastar.config.comparison import CompareConfig
 from megastar.config.help import fields_text
-from megastar.config.load import load_compare_config
+from megastar.config.load import config_yaml, load_compare_config
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,49 +20,52 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 megastar compare configs/run/compare_emoji.yaml            AR, AR with two crops, ST-AR, ablations
-megastar compare configs/run/compare_emoji.yaml --dry-run  which runs, how far each is; starts nothing
+megastar compare configs/run/compare_emoji.yaml --dry-run  list the runs and their progress, start nothing
 megastar compare configs/run/compare_emoji.yaml out=runs/try base.train.steps=300 'seeds=[0]'
 megastar compare configs/run/compare_emoji.yaml out=runs/tune probe.score_on=val 'score.against=[val]'
 megastar compare mine.yaml base=configs/run/star_b_50ep.yaml base.train.steps=20000 nproc=8
-megastar compare --redraw runs/compare_emoji               tables and figures anew from results.json
-The same command again goes on where it was cut: finished runs and results are not made again.
+megastar compare --redraw runs/compare_emoji               rewrite tables and figures from results.json
+Repeating an interrupted command resumes it; finished runs and results are kept.
 """
 
 
 def parser() -> Parser:
     p = Parser(
         "compare",
-        "Train variants of a run on the same pictures with the same seeds; then probe, sample and score each alike.",
+        "Train variants of a run on the same images with the same seeds; then probe, sample and score each in the same way.",
         EXAMPLES,
         fields_text(CompareConfig, terminal_width()),
     )
-    p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="a YAML file, then other values")
+    p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="a YAML file, fields to override")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="tell which runs there are and start nothing")
-    what.add_argument("--redraw", metavar="OUT", help="only write the tables and figures of this folder anew")
-    what.add_argument("--evaluate", metavar="RUN", help="only measure this run, which is trained: VARIANT-seedN")
+    what.add_argument("--dry-run", action="store_true", help="list the runs and start nothing")
+    what.add_argument("--print-config", action="store_true", help="print every field as YAML and exit")
+    what.add_argument("--redraw", metavar="OUT", help="only rewrite the tables and figures of this folder")
+    what.add_argument("--evaluate", metavar="RUN", help="only measure this trained run: VARIANT-seedN")
     return p
 
 
 def main(words: list[str]) -> int:
-    a = parser().parse_intermixed_args(words)
+    a = parser().parse(words)
     path, overrides = config_and_overrides(a.items)
     if a.redraw is not None and a.items:
-        raise UserError(f"--redraw {a.redraw} takes all from that folder: leave out {' '.join(a.items)}")
+        raise UserError(f"--redraw {a.redraw} reads everything from that folder: leave out {' '.join(a.items)}")
     if a.redraw is None and path is None:
-        raise UserError("name a configuration, as configs/run/compare_emoji.yaml; see megastar compare --help")
+        raise UserError("name a configuration such as configs/run/compare_emoji.yaml; see megastar compare --help")
     if is_launched(os.environ):
         raise UserError(
-            "megastar compare starts its runs itself (nproc, jobs): call it without torchrun, deepspeed, srun"
+            "megastar compare starts its runs itself (nproc, jobs): run it without torchrun, deepspeed or srun"
         )
     cfg = None if a.redraw is not None else load_compare_config(path, overrides)
-    from rich.console import Console
-
+    if cfg is not None and a.print_config:
+        print(config_yaml(cfg), end="")
+        return 0
     from megastar.experiments.comparison import Comparison, redraw
     from megastar.experiments.evaluation import Evaluation
     from megastar.experiments.plan import plan_runs
+    from megastar.utils.logs import shared_console
 
-    console = Console()
+    console = shared_console()
     if cfg is None:
         redraw(Path(a.redraw), console)
         return 0
@@ -87,7 +90,7 @@ def count_gpus() -> int:
 
 
 def show_plan(cfg: CompareConfig, runs: list[PlannedRun], console: Console) -> None:
-    """Runs, how much each sees, how far it is; in what the variants differ."""
+    """Print the runs, their size and progress, and how the variants differ."""
     from megastar.experiments.job_queue import last_step
     from megastar.experiments.plan import check_folder, difference
     from megastar.experiments.tables import print_rows
@@ -102,6 +105,6 @@ def show_plan(cfg: CompareConfig, runs: list[PlannedRun], console: Console) -> N
         console.print(f"{variant}: {'; '.join(fields) or 'the base run'}", highlight=False, markup=False)
     images, sequences = (sum(getattr(run, what) for run in runs) for what in ("images", "sequences"))
     console.print(
-        f"\n{len(runs)} runs, {cfg.jobs} side by side, {images:,} images and {sequences:,} sequences in all, in {cfg.out}",
+        f"\n{len(runs)} runs, {cfg.jobs} at a time, {images:,} images and {sequences:,} sequences in total, in {cfg.out}",
         highlight=False, markup=False,
     )  # fmt: skip

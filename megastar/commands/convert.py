@@ -1,4 +1,4 @@
-"""``megastar convert``: look into a checkpoint, or turn it into another format."""
+"""``megastar convert``: inspect a checkpoint, or convert it to another format."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from megastar.commands._common import Parser, positive
 from megastar.errors import UserError
 
 EXAMPLES = """
-megastar convert --inspect runs/demo/run                              what a checkpoint holds, and its health
-megastar convert --inspect runs/demo/run --verify                     ... with every file's hash
-megastar convert runs/demo/run --to safetensors --out demo.safetensors              the averaged weights (the teacher)
+megastar convert --inspect runs/demo/run                              contents and health of a checkpoint
+megastar convert --inspect runs/demo/run --verify                     also compare hashes
+megastar convert runs/demo/run --to safetensors --out demo.safetensors              EMA weights (the teacher)
 megastar convert runs/demo/run --to safetensors --out s.safetensors --weights student --dtype bf16
 megastar convert runs/b --to llamagen --out b.pt                      for LlamaGen's sample_c2i.py --gpt-ckpt
 megastar convert runs/b --to universal --out b-universal              for DeepSpeed's checkpoint: {load_universal: true}
 megastar convert runs/b --to checkpoint --out runs/b-wide --data 16 --tensor 2      files for 32 ranks
 megastar convert c2i_B_256.pt --to safetensors --out c2i_B_256.safetensors           LlamaGen's released weights
 megastar convert vq_ds16_c2i.pt --to safetensors --out vq16.safetensors             LlamaGen's tokenizer
-megastar convert mine.safetensors --to llamagen --out mine.pt                       a weights file, and back
-A run resumes any checkpoint on any number of ranks as it is: --to checkpoint only makes its reading quicker.
+megastar convert mine.safetensors --to llamagen --out mine.pt                       a weights file, the other way
+A run resumes from any checkpoint on any number of ranks without conversion; --to checkpoint makes loading faster.
 """
-ONLY = {  # option -> the formats it is for
+ONLY = {  # option -> formats that it applies to
     "weights": ("safetensors", "llamagen"),
     "dtype": ("safetensors", "llamagen"),
     "data": ("checkpoint",),
@@ -30,46 +30,48 @@ ONLY = {  # option -> the formats it is for
 
 
 def parser() -> Parser:
-    p = Parser("convert", "Show what a checkpoint holds, or write it in another format.", EXAMPLES)
+    p = Parser("convert", "Inspect a checkpoint or a weights file, or convert it to another format.", EXAMPLES)
     p.add_argument(
         "source",
         type=Path,
-        help="run folder (its newest checkpoint), its checkpoints folder, a checkpoint, a .safetensors of megastar, "
-        "or a .pt of LlamaGen (network or tokenizer)",
+        help="run folder (its newest checkpoint), checkpoints folder, checkpoint, .safetensors file of megastar, or .pt "
+        "file of LlamaGen (network or tokenizer)",
     )
-    p.add_argument("--inspect", action="store_true", help="print what it holds; exit status 1 if a file is damaged")
-    p.add_argument("--verify", action="store_true", help="with --inspect: compare hashes, not only sizes")
+    p.add_argument("--inspect", action="store_true", help="print the contents; exit status 1 if a file is damaged")
+    p.add_argument("--verify", action="store_true", help="with --inspect: compare hashes as well as sizes")
     p.add_argument(
         "--to",
         choices=("safetensors", "llamagen", "universal", "checkpoint"),
-        help="weights file of megastar, or of LlamaGen (.pt); DeepSpeed's universal folder; a checkpoint of other ranks",
+        help="weights file of megastar or of LlamaGen (.pt), DeepSpeed's universal folder, or a checkpoint for other ranks",
     )
-    p.add_argument("--out", type=Path, help="file or folder to write; it appears whole and checked, or not at all")
-    p.add_argument("--weights", choices=("ema", "student"), help="weights files: which (default ema)")
-    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="weights files: their precision (default fp32)")
-    p.add_argument("--data", type=positive, help="checkpoint: number of data ranks")
-    p.add_argument("--tensor", type=positive, help="checkpoint: number of tensor ranks (default 1)")
-    p.add_argument("--config", type=Path, help=".pt: YAML of its architecture, for sizes that LlamaGen has no name for")
-    p.add_argument("--image-tokens", type=positive, help=".pt of a network: tokens a picture, where it does not tell")
-    p.add_argument("--image-size", type=positive, help=".pt of a tokenizer: side of its pictures (default 256)")
-    p.add_argument("--tokenizer", type=Path, help="weights file: tokenizer of its codes, whose hash is kept")
+    p.add_argument("--out", type=Path, help="file or folder to write; created only after verification")
+    p.add_argument("--weights", choices=("ema", "student"), help="for weights files (default ema)")
+    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="for weights files (default fp32)")
+    p.add_argument("--data", type=positive, help="for --to checkpoint: number of data ranks")
+    p.add_argument("--tensor", type=positive, help="for --to checkpoint: number of tensor ranks (default 1)")
+    p.add_argument("--config", type=Path, help="of a .pt file: YAML with its architecture, if not in LlamaGen's table")
+    p.add_argument(
+        "--image-tokens", type=positive, help="of a .pt network: tokens per image, if not stored in the file"
+    )
+    p.add_argument("--image-size", type=positive, help="of a .pt tokenizer: image size (default 256)")
+    p.add_argument("--tokenizer", type=Path, help="of a weights file: tokenizer of its codes, whose hash is recorded")
     p.add_argument("--force", action="store_true", help="replace --out if it exists")
     return p
 
 
 def check(a: argparse.Namespace) -> None:
-    """Options that contradict each other, in one sentence."""
+    """Raise ``UserError`` for options that contradict each other."""
     if a.inspect and (a.to or a.out):
-        raise UserError("--inspect only looks: give either --inspect, or --to and --out")
+        raise UserError("--inspect writes nothing: give either --inspect, or --to and --out")
     if not a.inspect and (not a.to or not a.out):
         missing = "--out" if a.to else "--to"
         raise UserError(f"{missing} is missing: give --to FORMAT and --out, or --inspect; see megastar convert --help")
     if a.verify and not a.inspect:
-        raise UserError("--verify belongs to --inspect: a conversion always compares hashes")
+        raise UserError("--verify requires --inspect: a conversion always compares hashes")
     for option, formats in ONLY.items():
         if getattr(a, option) is not None and a.to not in formats:
             what = f"--to {a.to}" if a.to else "--inspect"
-            raise UserError(f"--{option} is for --to {' and '.join(formats)}: leave it out with {what}")
+            raise UserError(f"--{option} applies to --to {' and '.join(formats)}: leave it out with {what}")
     is_file, pickled = a.source.is_file(), a.source.is_file() and a.source.suffix != ".safetensors"
     for option, holds, what in (
         ("config", pickled, "a .pt file of LlamaGen"),
@@ -78,48 +80,40 @@ def check(a: argparse.Namespace) -> None:
         ("tokenizer", is_file, "a weights file"),
     ):
         if getattr(a, option.replace("-", "_")) is not None and not holds:
-            raise UserError(f"--{option} is for {what}, which {a.source} is not: leave it out")
+            raise UserError(f"--{option} applies to {what}, which {a.source} is not: leave it out")
     if is_file and a.to in ("universal", "checkpoint"):
         raise UserError(f"--to {a.to} needs a run's checkpoint: {a.source} has weights only")
     if is_file and a.weights:
-        raise UserError(f"--weights chooses between those of a run: {a.source} has one set, leave it out")
+        raise UserError(f"--weights applies to a run: {a.source} has only one set of weights, leave it out")
     if a.to == "checkpoint" and a.data is None:
         raise UserError("--to checkpoint needs --data, the number of data ranks (and --tensor, default 1)")
 
 
 def main(words: list[str]) -> int:
-    a = parser().parse_args(words)
+    a = parser().parse(words)
     check(a)
-    from rich.console import Console
+    from megastar.utils.logs import shared_console
 
-    console = Console()
+    console = shared_console()
+    dtype = a.dtype or "fp32"
     if a.source.is_file() or a.source.suffix in (".safetensors", ".pt", ".pth"):
         from megastar.checkpoint.convert_weights import convert_file, inspect_file, open_weights
 
-        given = {"config": a.config, "image_tokens": a.image_tokens, "image_size": a.image_size or 256}
+        options = {"config": a.config, "image_tokens": a.image_tokens, "image_size": a.image_size or 256}
         if a.inspect:
-            return 0 if inspect_file(a.source, a.verify, console, **given) else 1
-        source = open_weights(a.source, **given)
-        options = {"dtype": a.dtype or "fp32", "tokenizer": a.tokenizer, "force": a.force, "console": console}
-        told = convert_file(source, a.to, a.out, **options)
-        console.print(told, markup=False, highlight=False, soft_wrap=True)
-        return 0
-    if a.inspect:
+            return 0 if inspect_file(a.source, a.verify, console, **options) else 1
+        source = open_weights(a.source, **options)
+        result = convert_file(source, a.to, a.out, dtype=dtype, tokenizer=a.tokenizer, force=a.force, console=console)
+    elif a.inspect:
         from megastar.checkpoint.inspect import inspect
 
         return 0 if inspect(a.source, a.verify, console) else 1
-    from megastar.checkpoint.convert import convert
+    else:
+        from megastar.checkpoint.convert import convert
 
-    told = convert(
-        a.source,
-        a.to,
-        a.out,
-        weights=a.weights or "ema",
-        dtype=a.dtype or "fp32",
-        data=a.data or 1,
-        tensor=a.tensor or 1,
-        force=a.force,
-        console=console,
-    )
-    console.print(told, markup=False, highlight=False, soft_wrap=True)
+        result = convert(
+            a.source, a.to, a.out, weights=a.weights or "ema", dtype=dtype, data=a.data or 1, tensor=a.tensor or 1,
+            force=a.force, console=console,
+        )  # fmt: skip
+    console.print(result, markup=False, highlight=False, soft_wrap=True)
     return 0

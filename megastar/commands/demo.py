@@ -1,4 +1,4 @@
-"""``megastar demo``: every step from pictures to scores on the embedded emoji; a finished step is not done again."""
+"""``megastar demo``: every step from images to scores on the included emoji; finished steps are not repeated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megastar.commands._common import Parser, config_and_overrides, positive
 from megastar.config.files import REPOSITORY
@@ -15,38 +15,35 @@ from megastar.config.load import diff_configs, load_config
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 CONFIG = "configs/run/demo.yaml"
 PICTURES = "assets/emoji64/emoji64.tar"
 EXAMPLES = """
-megastar demo                                      about a quarter of an hour on two CPU cores
-megastar demo train.steps=1000 run=runs/long/run   a longer run in a folder of its own
-The same command again goes on where it was interrupted, or says that it is done.
+megastar demo                                      about 15 minutes on two CPU cores
+megastar demo train.steps=1000 run=runs/long/run   a longer run in another folder
+Repeating an interrupted command resumes it.
 """
 
 
 def parser() -> Parser:
-    p = Parser("demo", f"Pictures -> codes -> {CONFIG} -> samples -> scores, in one command.", EXAMPLES)
-    p.add_argument("items", nargs="*", metavar="section.field=value", help=f"other values than {CONFIG}'s")
-    p.add_argument("--samples", type=positive, default=2000, help="pictures that are scored (default 2000)")
-    p.add_argument("--nproc", type=positive, default=None, help="processes (default: the GPUs, at most 2; 2 on a CPU)")
+    p = Parser("demo", f"Encode the included emoji, train {CONFIG}, generate images and score them.", EXAMPLES)
+    p.add_argument("items", nargs="*", metavar="section.field=value", help=f"fields of {CONFIG} to override")
+    p.add_argument("--samples", type=positive, default=2000, help="images to score")
+    p.add_argument("--nproc", type=positive, help="processes (default: the number of GPUs, at most 2; 2 on a CPU)")
     return p
 
 
 def main(words: list[str]) -> int:
-    a = parser().parse_intermixed_args(words)
+    a = parser().parse(words)
     file, overrides = config_and_overrides(a.items)
     if file:
-        raise UserError(f"megastar demo trains {CONFIG}: for {file} take megastar train {file}")
+        raise UserError(f"megastar demo trains {CONFIG}: use megastar train {file}")
     os.chdir(clone())
     cfg = load_config(CONFIG, overrides)
     return Demo(cfg, overrides, a.samples, a.nproc).run()
 
 
 def clone() -> Path:
-    """The working directory or the repository of this package, whichever holds the pictures. Raises ``UserError``."""
+    """The working directory or this package's repository, whichever holds the images. Raises ``UserError``."""
     for root in (Path.cwd(), REPOSITORY):
         if (root / PICTURES).is_file() and (root / CONFIG).is_file():
             return root
@@ -56,21 +53,21 @@ def clone() -> Path:
 
 
 class Demo:
-    """The steps, and the folder that holds what they made."""
+    """The steps and their output folder."""
 
     def __init__(self, cfg: RunConfig, overrides: list[str], samples: int, nproc: int | None):
-        from rich.console import Console
+        from megastar.utils.logs import shared_console
 
         self.cfg, self.overrides, self.samples, self.nproc = cfg, overrides, samples, nproc
         self.folder = Path(cfg.run).parent
         self.scores_file, self.grid = self.folder / "scores.json", self.folder / "grid.png"
-        self.console: Console = Console()
+        self.console = shared_console()
         self.start = time.perf_counter()
 
     def run(self) -> int:
         scores = self.finished()
         if scores is None:
-            self.heading("1/4  pictures -> codes")
+            self.heading("1/4  tokenizing")
             self.pretokenize()
             self.heading("2/4  training")
             status = self.train()
@@ -81,7 +78,7 @@ class Demo:
             self.heading("4/4  scores")
             scores = self.evaluate(blocks)
         else:
-            self.console.print("the demo is done already; remove its folder to start afresh", highlight=False)
+            self.console.print(f"the demo is complete; remove {self.folder} to start again", highlight=False)
         self.report(scores)
         return 0
 
@@ -90,7 +87,7 @@ class Demo:
         self.console.rule(f"[bold]{text}[/]  [dim]{seconds // 60:.0f} min {seconds % 60:.0f} s[/]", align="left")
 
     def finished(self) -> dict[str, Any] | None:
-        """The scores of an earlier demo of the same configuration that came to its end."""
+        """The scores of a completed demo of the same configuration, if any."""
         if not (self.scores_file.is_file() and self.grid.is_file()):
             return None
         scores = json.loads(self.scores_file.read_text())
@@ -107,15 +104,15 @@ class Demo:
         from megastar.commands._launch import launch
         from megastar.run_dir.checkpoint_dir import folder_of, latest, name_of
 
-        there, newest = Path(self.cfg.run) / "config.yaml", latest(folder_of(self.cfg))
-        unchanged = there.is_file() and not diff_configs(load_config(there), self.cfg)
+        saved, newest = Path(self.cfg.run) / "config.yaml", latest(folder_of(self.cfg))
+        unchanged = saved.is_file() and not diff_configs(load_config(saved), self.cfg)
         if unchanged and newest is not None and newest.name == name_of(self.cfg.train.steps):
-            self.console.print(f"{self.cfg.run} is done: {self.cfg.train.steps} steps", highlight=False)
+            self.console.print(f"{self.cfg.run} is complete: {self.cfg.train.steps} steps", highlight=False)
             return 0
         return launch(self.nproc or default_processes(), ["train", CONFIG, *self.overrides])
 
     def sample(self) -> list[tuple[str, Path, dict[str, Any]]]:
-        """(name, .npz of pictures, provenance) of this run and of the shipped weights; writes the grid of both."""
+        """(name, .npz of images, provenance) of this run and of the shipped weights; writes the grid of both."""
         import numpy as np
 
         from megastar.checkpoint.find_weights import class_names, find_weights, labels_of
@@ -124,64 +121,51 @@ class Demo:
         from megastar.sampling.npz import record_of, save_npz, write_record
         from megastar.sampling.pipeline import sample_images
 
-        rng = np.random.default_rng([self.cfg.train.seed, 1])
+        seed, options = self.cfg.train.seed, {"cfg_scale": 3.0, "temperature": 0.9}
+        rng = np.random.default_rng([seed, 1])
         labels = rng.choice(labels_of(self.cfg.data.shards), self.samples).tolist()
         sources = {"this run": find_weights(self.cfg.run).file}
         if shipped := shipped_weights():
             sources["shipped weights"] = shipped
         blocks, made = [], []
         for name, weights in sources.items():
-            model, about = read_model_metadata(weights)
+            model, provenance = read_model_metadata(weights)
             file = self.folder / "samples" / f"{weights.stem}-{fingerprint(weights)}-{self.samples}.npz"
             if not file.is_file():
                 self.console.print(f"{name}: {weights}", highlight=False)
-                pictures = sample_images(
-                    weights,
-                    self.cfg.data.tokenizer,
-                    labels,
-                    seed=self.cfg.train.seed,
-                    cfg_scale=3.0,
-                    temperature=0.9,
-                    console=self.console,
+                images = sample_images(
+                    weights, self.cfg.data.tokenizer, labels, seed=seed, console=self.console, **options
                 )
-                options = {"cfg_scale": 3.0, "temperature": 0.9, "dtype": "fp32", "seed": self.cfg.train.seed}
-                told = {"weights": str(weights), "tokenizer": self.cfg.data.tokenizer, "trained": about}
-                write_record(record_of(file), options, told | {"label_plan": f"like {self.cfg.data.shards}"})
-                save_npz(file, pictures.shape, [pictures], np.asarray(labels))
+                origin = {"weights": str(weights), "tokenizer": self.cfg.data.tokenizer, "trained": provenance}
+                origin["label_plan"] = f"like {self.cfg.data.shards}"
+                write_record(record_of(file), options | {"dtype": "fp32", "seed": seed}, origin)
+                save_npz(file, images.shape, [images], np.asarray(labels))
             with np.load(file) as archive:
-                caption = f"{name}: {about['step']:,} steps"
-                if former := about.get("init"):  # it went on from other weights
+                caption = f"{name}: {provenance['step']:,} steps"
+                if former := provenance.get("init"):  # trained from other weights
                     caption += f", after {former['step']:,}"
                 blocks.append(Block(caption, archive["arr_0"], archive["arr_1"].tolist()))
-            names = class_names(model.num_classes, about)
-            made.append((name, file, about))
-        save_grid(image_grid(blocks, names), self.grid, {n: about for n, _, about in made})
+            names = class_names(model.num_classes, provenance)
+            made.append((name, file, provenance))
+        save_grid(image_grid(blocks, names), self.grid, {n: provenance for n, _, provenance in made})
         return made
 
     def evaluate(self, made: list[tuple[str, Path, dict[str, Any]]]) -> dict[str, Any]:
         from megastar.evaluation.runner import evaluate
         from megastar.utils.device import pick_device
+        from megastar.utils.files import write_atomic
 
         rows = {}
-        for name, file, about in made:
+        for name, file, provenance in made:
             out = file.with_suffix(".json")
             if not out.is_file():
-                evaluate(
-                    file,
-                    PICTURES,
-                    real_subset="train",
-                    out=out,
-                    device=pick_device(),
-                    console=self.console,
-                    cache=self.folder / "cache",
-                )
+                cache, device = self.folder / "cache", pick_device()
+                evaluate(file, PICTURES, real_subset="train", out=out, device=device, console=self.console, cache=cache)
             result = json.loads(out.read_text())
-            rows[name] = {k: result[k] for k in ("metric", "value", "floor")} | {"step": about["step"]}
+            rows[name] = {k: result[k] for k in ("metric", "value", "floor")} | {"step": provenance["step"]}
         scores = {"rows": rows, "samples": self.samples, "config": asdict(self.cfg)}
         scores["shipped"] = fingerprint(shipped_weights())
-        temporary = self.scores_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(scores, indent=1) + "\n")
-        temporary.replace(self.scores_file)
+        write_atomic(self.scores_file, (json.dumps(scores, indent=1) + "\n").encode())
         return scores
 
     def report(self, scores: dict[str, Any]) -> None:
@@ -192,14 +176,13 @@ class Demo:
         for name, row in (("first", first), ("last", last)):
             training.add_row(name, str(row.get("step", "")), *(f"{row[k]:.4g}" if k in row else "" for k in SHOWN))
         metric = next(iter(scores["rows"].values()))["metric"]
-        table = Table(
-            "weights", "steps", metric, "floor", title=f"{scores['samples']} pictures against the training set"
-        )
+        title = f"{scores['samples']} images compared with the training set"
+        table = Table("weights", "steps", metric, "floor", title=title)
         for name, row in scores["rows"].items():
             table.add_row(name, f"{row['step']:,}", f"{row['value']:.2f}", f"{row['floor']:.2f}")
-        self.console.rule("[bold]done[/]", align="left")
+        self.console.rule("[bold]results[/]", align="left")
         self.console.print(training, table)
-        for what, path in (("picture grid", self.grid), ("run folder", self.cfg.run), ("scores", self.scores_file)):
+        for what, path in (("image grid", self.grid), ("run folder", self.cfg.run), ("scores", self.scores_file)):
             self.console.print(f"{what + ':':<14}{Path(path).resolve()}", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -207,9 +190,10 @@ SHOWN = ("loss", "loss_ar", "loss_mim", "acc_step", "acc_view")
 
 
 def ends_of(metrics: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """First and last row of training metrics."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    rows = [r for r in rows if "loss" in r] or [{}]
+    """The first and last row of training metrics."""
+    from megastar.run_dir.jsonl import read_jsonl
+
+    rows = [r for r in read_jsonl(metrics) if "loss" in r] or [{}]
     return rows[0], rows[-1]
 
 
@@ -228,7 +212,7 @@ def shipped_weights() -> Path | None:
 
 
 def fingerprint(path: Path | None) -> str:
-    """A few digits of the file's SHA-256: other weights never meet old samples."""
+    """The first digits of a file's SHA-256, so that samples of other weights are not reused."""
     from megastar.utils.files import sha256
 
     return sha256(path)[:12] if path else ""

@@ -1,4 +1,4 @@
-"""``megastar doctor``: what is wrong with this node, or with all nodes of a job, and the remedy."""
+"""``megastar doctor``: diagnose this node, or all nodes of a job, and suggest fixes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 megastar doctor                                             this machine
-srun megastar doctor runs/star_xl                           all nodes of the job, and the way between them
-megastar doctor --nproc 8                                   eight processes here: NCCL inside the node
-torchrun --nproc-per-node 8 -m megastar doctor              likewise
-megastar doctor /shared/runs/x --cache /scratch/me          rights, room and speed of the two disks
+srun megastar doctor runs/star_xl                           all nodes of the job and the network between them
+megastar doctor --nproc 8                                   eight local processes: NCCL within the node
+torchrun --nproc-per-node 8 -m megastar doctor              the same
+megastar doctor /shared/runs/x --cache /scratch/me          permissions, free space and speed of both disks
 megastar doctor --s3 s3://bucket/codes --upload s3://bucket/runs
 megastar doctor --json                                      for scripts
 """
@@ -28,51 +28,44 @@ megastar doctor --json                                      for scripts
 def parser() -> Parser:
     p = Parser(
         "doctor",
-        "Check versions, driver, GPUs, memory, limits, disks and S3 of this node; under srun or torchrun of all nodes, "
-        "with clocks, equal versions and all-reduce bandwidth. Status 1 when something fails. Nothing is changed; "
-        "what is written to measure a disk is removed.",
+        "Check versions, driver, GPUs, memory, limits, disks and S3 of this node; under srun or torchrun those of all "
+        "nodes, their clocks, equal versions and all-reduce bandwidth. Exit status 1 if a check fails. Changes "
+        "nothing; files written to measure a disk are removed.",
         EXAMPLES,
     )
-    # No option --run: torchrun would take it for an abbreviation of its own --run-path.
-    p.add_argument(
-        "run", nargs="?", default="", metavar="RUN", help="run folder: rights, room, speed; shared by all nodes?"
-    )
-    p.add_argument("--cache", default="", metavar="FOLDER", help="the node's data.cache: rights, room, speed")
-    p.add_argument("--s3", default="", metavar="URL", help="s3://bucket/prefix of token shards: list it, read a range")
-    p.add_argument("--upload", default="", metavar="URL", help="train.upload: put a small object there and remove it")
-    p.add_argument("--nproc", type=positive, default=1, help="processes to start here (default 1); not in a launcher")
+    # A positional, because torchrun parses --run as an abbreviation of its own --run-path.
+    p.add_argument("run", nargs="?", default="", metavar="RUN", help="run folder to check; all nodes must share it")
+    p.add_argument("--cache", default="", metavar="FOLDER", help="data.cache folder of the node to check")
+    p.add_argument("--s3", default="", metavar="URL", help="s3:// prefix of token shards: list it and read a range")
+    p.add_argument("--upload", default="", metavar="URL", help="train.upload: write a small object and remove it")
+    p.add_argument("--nproc", type=positive, default=1, help="local processes (default 1); ignored under a launcher")
     p.add_argument(
         "--patience", type=seconds(1, 3600), default=60.0, metavar="SECONDS",
-        help="how long a check, or a node, may be silent before it counts as failed (default 60)",
+        help="time limit of each check",
     )  # fmt: skip
-    p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return p
 
 
 def main(words: list[str]) -> int:
-    args = parser().parse_args(words)
+    from rich.console import Console
+
+    console = Console(stderr=True, markup=False, highlight=False)
+    args = parser().parse(words, console)
     from megastar.data.storage.s3_client import split_url
 
     for url in filter(None, (args.s3, args.upload)):
-        split_url(url)  # a wrong one is told before anything is measured
+        split_url(url)  # raises before anything is measured
     if args.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch
 
-        names = ("cache", "s3", "upload")
-        given = [f"--{name}={value}" for name in names if (value := getattr(args, name))]
-        given += [args.run] if args.run else []
-        return launch(
-            args.nproc, ["doctor", *given, f"--patience={args.patience:g}", *(["--json"] if args.json else [])]
-        )
-    from rich.console import Console
-
+        return launch(args.nproc, ["doctor", *words])
     from megastar.diagnosis.examination import Wishes, examine
     from megastar.diagnosis.finding import hung
 
     rank, world, _ = place_of(os.environ)
     wishes = Wishes(args.run, args.cache, args.s3, args.upload, args.patience)
-    progress = Console(stderr=True, markup=False, highlight=False)
-    report = examine(wishes, rank, world, progress.print)
+    report = examine(wishes, rank, world, console.print)
     status = 0
     if report is not None:
         status = int(report.failed)
@@ -80,7 +73,7 @@ def main(words: list[str]) -> int:
             print(json.dumps(as_json(report), indent=1))
         else:
             show(report)
-    if hung:  # a thread that waits for a disk or a GPU would keep the process
+    if hung:  # a thread that waits for a disk or a GPU would keep the process alive
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -102,12 +95,12 @@ def show(report: Report) -> None:
     if not any(count.values()):
         console.print(f"{len(report.nodes)} node(s), nothing wrong")
         return
-    said = ", ".join(f"{n} {level}{'s' * (n > 1)}" for level, n in count.items() if n)
-    console.print(f"{len(report.nodes)} node(s): {said}")
+    summary = ", ".join(f"{n} {level}{'s' * (n > 1)}" for level, n in count.items() if n)
+    console.print(f"{len(report.nodes)} node(s): {summary}")
 
 
 def table_of(report: Report) -> Table:
-    """A line a finding; nodes are named only where they differ."""
+    """One row per finding; nodes are named only where they differ."""
     from rich.table import Table
     from rich.text import Text
 
@@ -116,8 +109,8 @@ def table_of(report: Report) -> Table:
     colours = {"OK": "green", "warning": "yellow", "failure": "bold red"}
     answers = shortened(report.answers)
     differing = len(report.nodes) > 1 and any(not a.everywhere for a in answers)
-    ailing = any(a.finding.remedy for a in answers)
-    table = Table("check", "", *(["nodes"] if differing else []), "finding", *(["remedy"] if ailing else []))
+    has_remedies = any(a.finding.remedy for a in answers)
+    table = Table("check", "", *(["nodes"] if differing else []), "finding", *(["remedy"] if has_remedies else []))
     for column in table.columns:
         column.overflow = "fold"
     before = ""
@@ -126,7 +119,11 @@ def table_of(report: Report) -> Table:
         where = [Text("" if answer.everywhere else compact(answer.nodes))] if differing else []
         name = f.name if f.name != before else ""
         table.add_row(
-            Text(name), Text(f.level, colours[f.level]), *where, Text(f.finding), *([Text(f.remedy)] if ailing else [])
+            Text(name),
+            Text(f.level, colours[f.level]),
+            *where,
+            Text(f.finding),
+            *([Text(f.remedy)] if has_remedies else []),
         )
         before = f.name
     return table

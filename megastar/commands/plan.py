@@ -1,4 +1,4 @@
-"""``megastar plan``: memory, communication and time of a run on a machine, before anything is built."""
+"""``megastar plan``: estimate memory, communication and time of a run on a machine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, config_and_overrides, nearest, positive, terminal_width
-from megastar.errors import UserError
+from megastar.commands._common import Parser, config_and_overrides, positive, terminal_width
+from megastar.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,7 @@ megastar plan 3b --gpus 32 --all train.global_batch=1024
 megastar plan xxl --tensor-parallel 2 --json
 megastar plan b --gpus 1 --gpu rtx4090 --memory 16 train.global_batch=64
 """
-SIZES = {  # a size stands for its ST-AR run
+SIZES = {  # size -> its ST-AR run
     "nano": "configs/run/demo.yaml",
     "b": "configs/run/star_b_300ep.yaml",
     "l": "configs/run/star_l_300ep.yaml",
@@ -35,8 +35,14 @@ SIZES = {  # a size stands for its ST-AR run
     "3b": "configs/run/star_3b.yaml",
 }
 STAGES = ("configs/ds/zero1.json", "configs/ds/zero2.json", "configs/ds/zero3.json", "configs/ds/zero3_offload.json")
-SHOWN, NEAREST = 5, 3  # rows without --all: the best that fit, the nearest that do not
-MEASURES = ("memory", "tflops", "hbm", "nvlink", "network")  # of a GPU, each an option
+SHOWN, NEAREST = 5, 3  # rows without --all: the best that fit, the closest that do not
+MEASURES = {  # of a GPU -> help of the option that overrides it
+    "memory": "memory of a GPU, GiB",
+    "tflops": "dense bf16 peak, TFLOP/s",
+    "hbm": "memory bandwidth, GB/s",
+    "nvlink": "bandwidth within a node, GB/s per GPU, both directions together",
+    "network": "bandwidth between nodes, GB/s per GPU and direction",
+}
 
 
 def amount(text: str) -> float:
@@ -53,31 +59,28 @@ def amount(text: str) -> float:
 def parser() -> Parser:
     p = Parser(
         "plan",
-        "Show what a run needs on a machine for every legal split, and recommend one. Status 1 when nothing fits.",
+        "Show what a run needs on a machine for every valid split, and recommend one. Exit status 1 if nothing fits.",
         EXAMPLES,
     )
     p.add_argument(
         "items",
         nargs="*",
         metavar="RUN section.field=value",
-        help=f"a run configuration, or a size ({', '.join(SIZES)}: its ST-AR run), and fields",
+        help=f"configuration or size ({', '.join(SIZES)}), fields to override",
     )
-    p.add_argument("--gpus", type=positive, default=8, help="GPUs altogether (default 8)")
-    p.add_argument("--gpus-per-node", type=positive, help="GPUs of a node (default 8, or all when fewer)")
-    p.add_argument("--gpu", default="h100", help="kind of GPU (default h100); an unknown one lists them")
-    p.add_argument("--memory", type=amount, help="GiB of a GPU, instead of the kind's")
-    p.add_argument("--tflops", type=amount, help="its dense bf16 peak, TFLOP/s")
-    p.add_argument("--hbm", type=amount, help="its memory's bandwidth, GB/s")
-    p.add_argument("--nvlink", type=amount, help="bandwidth inside a node, GB/s a GPU, both directions together")
-    p.add_argument("--network", type=amount, help="bandwidth between nodes, GB/s a GPU and direction")
-    p.add_argument("--tensor-parallel", type=positive, default=0, help="only this degree")
-    p.add_argument("--all", action="store_true", help="every plan, not the best few")
-    p.add_argument("--json", action="store_true", help="every plan as JSON, bytes and seconds")
+    p.add_argument("--gpus", type=positive, default=8, help="total number of GPUs")
+    p.add_argument("--gpus-per-node", type=positive, help="GPUs per node (default 8, or all if fewer)")
+    p.add_argument("--gpu", default="h100", help="type of GPU (default h100); an unknown name lists the types")
+    for name, text in MEASURES.items():
+        p.add_argument(f"--{name}", type=amount, help=f"{text} (default: by --gpu)")
+    p.add_argument("--tensor-parallel", type=positive, default=0, help="consider only this degree (default: all)")
+    p.add_argument("--all", action="store_true", help="show every plan, not only the best")
+    p.add_argument("--json", action="store_true", help="print every plan as JSON, in bytes and seconds")
     return p
 
 
 def main(words: list[str]) -> int:
-    args = parser().parse_intermixed_args(words)
+    args = parser().parse(words)
     from megastar.config.load import load_config
     from megastar.parallel.cost import make_plans, recommend
 
@@ -105,20 +108,20 @@ def describe_machine(args: argparse.Namespace) -> Machine:
     if args.gpu not in GPUS:
         raise UserError(
             f"gpu {args.gpu!r} is unknown: {nearest(args.gpu, GPUS)} "
-            "Another kind: give the nearest, and --memory, --tflops, --hbm, --nvlink, --network"
+            "For another GPU give the closest type and override --memory, --tflops, --hbm, --nvlink, --network"
         )
-    given = {name: getattr(args, name) for name in MEASURES if getattr(args, name) is not None}
+    overrides = {name: getattr(args, name) for name in MEASURES if getattr(args, name) is not None}
     per_node = args.gpus_per_node or min(8, args.gpus)
     if args.gpus % per_node:
         raise UserError(
-            f"{args.gpus} GPUs are not whole nodes of {per_node}: set --gpus to a multiple, or --gpus-per-node"
+            f"--gpus {args.gpus} is not a multiple of {per_node} GPUs per node: change --gpus or --gpus-per-node"
         )
-    name = args.gpu + "".join(f", {k} {v:g}" for k, v in given.items())
-    return Machine(name, dataclasses.replace(GPUS[args.gpu], **given), args.gpus, per_node)
+    name = args.gpu + "".join(f", {k} {v:g}" for k, v in overrides.items())
+    return Machine(name, dataclasses.replace(GPUS[args.gpu], **overrides), args.gpus, per_node)
 
 
 def zeros_of(cfg: RunConfig, dtype: str) -> list[Zero]:
-    """The stages that are compared: those of configs/ds, and the run's own JSON in its stage's place."""
+    """The ZeRO stages to compare: those of configs/ds, with the run's own JSON in place of its stage."""
     from megastar.config.deepspeed import read_deepspeed
     from megastar.parallel.budget import Zero
 
@@ -129,36 +132,30 @@ def zeros_of(cfg: RunConfig, dtype: str) -> list[Zero]:
 
 # Output ------------------------------------------------------------------------------------------------------------
 def why(plan: Plan, plans: list[Plan]) -> str:
-    """The reason for a recommendation, one sentence."""
+    """The reason for a recommendation."""
     from megastar.parallel.cost import NEAR, SPARE
 
     fitting = [p for p in plans if p.fits]
     fastest = min(fitting, key=lambda p: p.seconds)
     without = [n for n, used in (("tensor ranks", plan.tensor > 1), ("recomputing", plan.checkpointing)) if not used]
     without += [] if plan.zero.offload else ["offload"]
-    simple = (
-        f" without {' and '.join([', '.join(without[:-1]), without[-1]] if without[1:] else without)}"
-        if without
-        else ""
-    )
+    simple = f" (no {', no '.join(without)})" if without else ""
     if len(fitting) == 1:
         return "it is the only plan that fits"
     if plan is fastest:
-        return f"of the {len(fitting)} plans that fit it is estimated the fastest{simple}"
+        return f"its estimated time is the shortest of the {len(fitting)} plans that fit{simple}"
     slower = plan.seconds / fastest.seconds - 1
     if slower > NEAR:
-        return f"the faster ones leave less than {SPARE:.0%} of the memory free; of the others it is the simplest of the fastest{simple}"
-    return (
-        f"it is simple{simple}, and estimated {slower:.1%} slower than the fastest that fits, which is as good as equal"
-    )
+        return f"faster plans leave less than {SPARE:.0%} of the memory free; of the others it is the simplest{simple}"
+    return f"it is simple{simple}, and its estimated time is only {slower:.1%} above the shortest"
 
 
 def hint(plans: list[Plan], machine: Machine) -> str:
-    """What to do when nothing fits."""
+    """Advice if nothing fits."""
     near = min(plans, key=lambda p: p.need)
     more = "give more GPUs" + (f", or set train.micro_batch below {near.micro}" if near.micro > 1 else "")
-    note = " (the contrastive losses then have fewer negatives)" if near.micro > 1 else ""
-    return f"nothing fits {machine.gpu.memory:g} GiB: the nearest plan needs {gib(near.need)} GiB; {more}{note}"
+    note = " (which leaves the contrastive losses fewer negatives)" if near.micro > 1 else ""
+    return f"no plan fits {machine.gpu.memory:g} GiB: the closest one needs {gib(near.need)} GiB; {more}{note}"
 
 
 def gib(value: float) -> str:
@@ -170,7 +167,6 @@ def gib(value: float) -> str:
 
 def row(plan: Plan, best: Plan | None) -> list[str]:
     m = plan.memory
-    rest = ("features", "contrastive", "working")
     return [
         ("-> " if plan is best else "") + str(plan.tensor),
         plan.zero.label,
@@ -178,7 +174,7 @@ def row(plan: Plan, best: Plan | None) -> list[str]:
         *(gib(m[k]) for k in ("weights", "gradients")),
         gib(m["optimizer"] + m["ema"]),
         *(gib(m[k]) for k in ("teacher", "activations", "head")),
-        gib(sum(m[k] for k in rest)),
+        gib(m["features"] + m["contrastive"] + m["working"]),
         gib(m["gather"] + m["buckets"]),
         gib(plan.need),
         f"{plan.sent('tensor') / 1e9:.1f}",
@@ -189,18 +185,8 @@ def row(plan: Plan, best: Plan | None) -> list[str]:
 
 
 HEADS = (
-    *(
-        "tp",
-        "ZeRO",
-        "recom-\npute",
-        "wei-\nghts",
-        "gra-\ndients",
-        "AdamW\n+ EMA",
-        "tea-\ncher",
-        "acti-\nvations",
-        "log-\nits",
-    ),
-    *("other", "buf-\nfers", "needs\nGiB", "tensor\nGB", "data\nGB", "step\ns", "MFU"),
+    "tp ZeRO recom-/pute wei-/ghts gra-/dients AdamW/+_EMA tea-/cher acti-/vations log-/its other buf-/fers needs/GiB "
+    "tensor/GB data/GB step/s MFU"
 )
 
 
@@ -209,13 +195,11 @@ def table_of(plans: list[Plan], best: Plan | None) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for head in HEADS:
-        table.add_column(head, justify="right", no_wrap=True)
-    after = False
-    for plan in plans:
-        if not plan.fits and table.rows and not after:
+    for head in HEADS.split():
+        table.add_column(head.translate({ord("/"): "\n", ord("_"): " "}), justify="right", no_wrap=True)
+    for plan in sorted(plans, key=lambda p: not p.fits):
+        if not plan.fits and plan is next(p for p in plans if not p.fits):
             table.add_section()
-        after = after or not plan.fits
         table.add_row(*row(plan, best), style=None if plan.fits else "dim")
     return table
 
@@ -226,10 +210,9 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     from megastar.parallel.budget import trunk
     from megastar.parallel.cost import ASSUMPTIONS, elements
 
-    # A pipe has no width of its own: give the table the one it needs.
-    console = Console(
-        width=max(118, terminal_width()) if not sys.stdout.isatty() else None, highlight=False, markup=False
-    )
+    # Not a terminal: use the width that the table needs.
+    width = None if sys.stdout.isatty() else max(118, terminal_width())
+    console = Console(width=width, highlight=False, markup=False)
     counts, g, gpu = elements(cfg), cfg.self_guided, machine.gpu
     P, extra = trunk(counts), sum(counts.values()) - trunk(counts)
     views = f" x {cfg.student_views} views (teacher {g.views})" if g.enabled else ""
@@ -237,7 +220,7 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     console.print(
         f"{cfg.model.name}: {P / 1e6:.1f} M parameters"
         + (f" + projector {extra / 1e6:.1f} M" if extra else "")
-        + f", {dtype}, {cfg.train.global_batch} images{views} a step\n"
+        + f", {dtype}, {cfg.train.global_batch} images{views} per step\n"
         f"{machine.gpus} x {machine.name}, {machine.nodes} node{'s' * (machine.nodes > 1)}: {gpu.memory:g} GiB, "
         f"{gpu.tflops:g} TFLOP/s, memory {gpu.hbm:g} GB/s, NVLink {gpu.nvlink:g} GB/s, network {gpu.network:g} GB/s"
     )
@@ -247,25 +230,25 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
         shown.insert(0, best)
     console.print(table_of(shown, best))
     if len(shown) < len(plans):
-        console.print(f"{len(shown)} of {len(plans)} plans, {len(fitting)} fit; --all shows every one\n")
+        console.print(f"{len(shown)} of {len(plans)} plans shown, {len(fitting)} fit; --all shows all\n")
     console.print(
-        "GiB a rank at the peak; other: L_MIM's features, contrastive losses, working memory; buffers: ZeRO-3's gathered "
-        "weights, reduction buckets; needs: their sum with reserve, below the line more than there "
-        f"is. GB that a rank sends a step in tensor groups (NVLink) and over data ranks ({data}). MFU counts student and teacher."
+        "Peak GiB per rank. other: L_MIM's features, contrastive losses, working memory; buffers: ZeRO-3's gathered "
+        "weights, reduction buckets; needs: the sum with a reserve; plans below the line do not fit. tensor, data: GB that "
+        f"a rank sends per step in tensor groups (NVLink) and between data ranks ({data}). MFU counts student and teacher."
     )
     if best is None:
         console.print(f"\n{hint(plans, machine)}")
     else:
         console.print(f"\nrecommended: {' '.join(best.overrides)}", soft_wrap=True)
         console.print(f"  because {why(best, plans)}", soft_wrap=True)
-        host = f", {gib(best.host)} GiB of host memory a rank" if best.host else ""
+        host = f", {gib(best.host)} GiB of host memory per rank" if best.host else ""
         console.print(
             f"  {best.data} data ranks x {best.micro} images x {best.accumulation} accumulated, "
             f"{cfg.train.global_batch / best.seconds:.0f} images/s{host}"
         )
         for t in best.transfers:
             console.print(f"  {t.what}: {t.bytes / 1e9:.2f} GB in {t.count} calls ({t.link} ranks)")
-    console.print("\nTimes are estimates, not measurements. Assumed:")
+    console.print("\nTimes are estimates, not measurements. Assumptions:")
     for name, text in ASSUMPTIONS.items():
         console.print(f"  {name}: {text}")
 
@@ -274,15 +257,14 @@ def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], bes
     from megastar.parallel.cost import ASSUMPTIONS, step_flops
 
     def one(p: Plan) -> dict[str, Any]:
-        known = {k: v for k, v in dataclasses.asdict(p).items() if k != "zero"}
-        derived = {
-            "zero": p.zero.label,
-            "deepspeed": p.zero.file,
-            "total": p.total,
-            "fits": p.fits,
-            "seconds": p.seconds,
-        }
-        return derived | known | {"images_per_s": cfg.train.global_batch / p.seconds, "overrides": p.overrides}
+        fields = {k: v for k, v in dataclasses.asdict(p).items() if k != "zero"}
+        derived = {"total": p.total, "fits": p.fits, "seconds": p.seconds}
+        return (
+            {"zero": p.zero.label, "deepspeed": p.zero.file}
+            | derived
+            | fields
+            | {"images_per_s": cfg.train.global_batch / p.seconds, "overrides": p.overrides}
+        )
 
     return {
         "model": cfg.model.name,

@@ -1,4 +1,4 @@
-"""``megastar probe``."""
+"""``megastar probe``: linear probe of a model's features."""
 
 from __future__ import annotations
 
@@ -11,40 +11,39 @@ from megastar.commands._common import Parser, natural, positive
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import Console
 
 EXAMPLES = """
 megastar probe runs/demo/run --shards runs/demo/codes/train --val-shards runs/demo/codes/val --block 3 --optimizer sgd
 megastar probe w.safetensors --shards data/imagenet256/train --val-shards data/imagenet256/val --out probe.json
 megastar probe runs/ar runs/star --names AR,ST-AR --val-shards data/imagenet256/val --figure probe.png --cache /scratch
-megastar probe ar.json star.json --names AR,ST-AR --figure probe.png       (draws what --out wrote before)
+megastar probe ar.json star.json --names AR,ST-AR --figure probe.png       (draws results written by --out)
 """
 
 
 def parser() -> Parser:
     p = Parser(
-        "probe", "Linear probe: how well one frozen block's features, with the null class, tell the class.", EXAMPLES
+        "probe", "Train a linear classifier on one frozen block's features, computed with the null class.", EXAMPLES
     )
-    p.add_argument("source", nargs="+", help="run folders, checkpoints, .safetensors, or .json of earlier probes")
-    p.add_argument("--names", default=None, help="what the table and the figure call them, with commas")
-    p.add_argument("--shards", default=None, help="token shards to fit on (default: the run's)")
-    p.add_argument("--val-shards", default=None, help="token shards to score on")
-    p.add_argument("--block", type=positive, default=6, help="block, counted from 1 (default 6)")
+    p.add_argument("source", nargs="+", help="run folders, checkpoints, .safetensors or .json files (earlier probes)")
+    p.add_argument("--names", help="comma-separated names for the table and the figure")
+    p.add_argument("--shards", help="training token shards (default: the run's)")
+    p.add_argument("--val-shards", help="validation token shards")
+    p.add_argument("--block", type=positive, default=6, help="block, counted from 1")
+    p.add_argument("--positions", type=places, default=8, help="how many evenly spaced positions, or a list: 32,128")
+    p.add_argument("--epochs", type=positive, default=90, help="epochs")
+    p.add_argument("--batch", type=natural, default=0, help="batch size; 0: 16384, or 1/78 of a small set")
+    p.add_argument("--lr", type=float, default=0.0, help="peak learning rate; 0: 0.1 * batch / 256")
     p.add_argument(
-        "--positions", type=places, default=8, help="how many, evenly spaced, or which: 32,128,256 (default 8)"
+        "--optimizer", choices=("lars", "sgd"), default="lars", help="lars (as in MAE), or sgd for small sets"
     )
-    p.add_argument("--epochs", type=positive, default=90, help="passes over the features (default 90)")
-    p.add_argument("--batch", type=natural, default=0, help="pictures a step; 0: 16384, on small sets 1/78 of them")
-    p.add_argument("--lr", type=float, default=0.0, help="peak learning rate; 0: 0.1 * batch / 256 (default 0)")
-    p.add_argument(
-        "--optimizer", choices=("lars", "sgd"), default="lars", help="lars as MAE; sgd for small sets (default lars)"
-    )
-    p.add_argument("--limit", type=positive, default=None, help="use at most this many pictures of each set")
-    p.add_argument("--seed", type=natural, default=0, help="default 0")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
-    p.add_argument("--cache", type=Path, default=None, help="keep the features in this folder (default: in memory)")
-    p.add_argument("--out", type=Path, default=None, help="JSON file for the accuracies")
-    p.add_argument("--figure", type=Path, default=None, help="PNG of accuracy over position")
+    p.add_argument("--limit", type=positive, help="use at most this many images of each set")
+    p.add_argument("--seed", type=natural, default=0, help="random seed")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    p.add_argument("--cache", type=Path, help="folder to cache the features in (default: in memory)")
+    p.add_argument("--out", type=Path, help="JSON file for the accuracies")
+    p.add_argument("--figure", type=Path, help="PNG file for a plot of accuracy over position")
     return p
 
 
@@ -57,7 +56,7 @@ def places(text: str) -> int | list[int]:
 
 
 def main(words: list[str]) -> int:
-    a = parser().parse_args(words)
+    a = parser().parse(words)
     if not a.val_shards and not all(s.endswith(".json") for s in a.source):
         parser().error("the following arguments are required: --val-shards")
     names = [n.strip() for n in a.names.split(",")] if a.names else [Path(s).stem or s for s in a.source]
@@ -65,19 +64,18 @@ def main(words: list[str]) -> int:
         raise UserError(f"--names {','.join(names)}: {len(a.source)} sources need as many different names")
     if a.figure and a.figure.suffix.lower() != ".png":
         raise UserError(f"--figure {a.figure} must end in .png")
-    from rich.console import Console
-
     from megastar.evaluation.figure import draw_probes
     from megastar.utils.files import write_atomic
+    from megastar.utils.logs import shared_console
 
-    console = Console()
+    console = shared_console()
     results: dict[str, dict[str, Any]] = {}
     for name, source in zip(names, a.source, strict=True):
         results[name] = read_probe(source) if source.endswith(".json") else probe(source, a, console)
-        if a.out:  # after each: an hour of probing is not lost with the next one
+        if a.out:  # after each source, so that a later failure loses nothing
             a.out.parent.mkdir(parents=True, exist_ok=True)
-            told = results[name] if len(names) == 1 else {"runs": results}
-            write_atomic(a.out, (json.dumps(told, indent=1) + "\n").encode())
+            content = results[name] if len(names) == 1 else {"runs": results}
+            write_atomic(a.out, (json.dumps(content, indent=1) + "\n").encode())
     show(results, console)
     if a.figure:
         draw_probes(results, a.figure)
@@ -86,7 +84,7 @@ def main(words: list[str]) -> int:
 
 
 def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The probe of one run or weights file, with where everything came from."""
+    """Probe one run or weights file; returns the result with its provenance."""
     from megastar.checkpoint.find_weights import find_weights
     from megastar.evaluation.linear_probe import linear_probe
     from megastar.model.io import load_model
@@ -96,7 +94,7 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
     found = find_weights(source)
     shards = a.shards or found.shards
     if not shards:
-        raise UserError("--shards is missing: a weights file does not know what to fit the probe on")
+        raise UserError(f"--shards is missing: {source} is a weights file, which records no training shards")
     model, _ = load_model(found.file, pick_device(a.device))
     result = linear_probe(
         model,
@@ -123,17 +121,17 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
 def read_probe(path: str) -> dict[str, Any]:
     """An earlier result. Raises ``UserError``."""
     try:
-        result = json.loads(Path(path).read_text())
+        result: dict[str, Any] = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): name the --out of an earlier probe") from error
-    known = isinstance(result, dict) and {"positions", "accuracy", "block"} <= result.keys()
-    if not known or len(result["positions"]) != len(result["accuracy"]):
-        raise UserError(f"{path} is not the probe of one run: name the --out of an earlier probe of one source")
+    valid = isinstance(result, dict) and {"positions", "accuracy", "block"} <= result.keys()
+    if not valid or len(result["positions"]) != len(result["accuracy"]):
+        raise UserError(f"{path} is not a probe of one source: name the --out of an earlier probe of one source")
     return result
 
 
 def show(results: dict[str, dict[str, Any]], console: Console) -> None:
-    """A table: a row a position, a column a run."""
+    """Print a table with a row per position and a column per run."""
     from rich.table import Table
 
     blocks = sorted({r["block"] for r in results.values()})
@@ -144,8 +142,8 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def centre_codes(shards: str, limit: int | None) -> tuple:
-    """Codes (N, T) of each picture's centre crop, and classes (N,)."""
+def centre_codes(shards: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (N, T) of each image's centre crop, and classes (N,)."""
     import numpy as np
 
     from megastar.data.shards.reader import ShardSet

@@ -1,4 +1,4 @@
-"""``megastar report``: run folders -> one HTML page."""
+"""``megastar report``: write one HTML page about run folders."""
 
 from __future__ import annotations
 
@@ -15,53 +15,50 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 megastar report runs/demo/run                                  curves, samples, attention -> runs/demo/run/report.html
-megastar report runs/ar runs/star --names AR,ST-AR --out both.html     laid over each other, ST-AR against AR's configuration
-megastar report runs/star --baseline configs/run/demo.yaml     what differs from a file
-megastar report runs/star --no-samples --no-attention          nothing is drawn or computed: a second or two
-megastar report runs/compare                                   all runs below runs/compare/runs
-Sample grids are drawn once a checkpoint and kept in RUN/samples; the same command again takes them from there.
+megastar report runs/ar runs/star --names AR,ST-AR --out both.html     both runs in the same charts
+megastar report runs/star --baseline configs/run/demo.yaml     configuration compared with a file
+megastar report runs/star --no-samples --no-attention          takes a second or two, loads no model
+megastar report runs/compare                                   all runs of a comparison
+Sample grids are generated once per checkpoint and stored in RUN/samples.
 """
 
 
 def parser() -> Parser:
     p = Parser(
         "report",
-        "One self-contained HTML page of one run or several: losses, health, speed, samples by step, attention, "
-        "configuration, events. A run that is still going is shown as far as it is.",
+        "Write one self-contained HTML page about one or more runs: losses, health, speed, samples by step, attention, "
+        "configuration, events. Runs may still be in progress.",
         EXAMPLES,
     )
-    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a folder of a comparison (RUN/runs/*)")
-    p.add_argument("--out", type=Path, default=None, help="the page (default: report.html in the first folder)")
-    p.add_argument("--names", default=None, help="what the page calls the runs, with commas (default: their folders)")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or output folder of megastar compare")
+    p.add_argument("--out", type=Path, help="HTML file to write (default: report.html in the first folder)")
+    p.add_argument("--names", help="comma-separated names of the runs (default: their folders)")
     p.add_argument(
         "--baseline",
-        default=None,
-        help="run folder or configuration to compare configurations with (default: the first run; for one run "
-        "megastar's defaults)",
+        help="run folder or configuration to compare with (default: the first run; for one run megastar's defaults)",
     )
-    p.add_argument("--no-samples", action="store_true", help="draw no sample grids; show those of RUN/samples")
-    p.add_argument("--per-class", type=positive, default=4, help="pictures a class in a grid (default 4)")
-    p.add_argument("--no-attention", action="store_true", help="leave attention out")
-    p.add_argument("--picture", type=natural, default=0, help="whose attention: its number in the shards (default 0)")
-    p.add_argument("--weights", choices=("ema", "student"), default="ema", help="which draw and attend (default ema)")
-    p.add_argument("--tokenizer", default=None, help="tokenizer .safetensors (default: the run's)")
-    p.add_argument("--shards", default=None, help="token shards for attention (default: the run's, validation first)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
+    p.add_argument("--no-samples", action="store_true", help="generate no sample grids; show only those in RUN/samples")
+    p.add_argument("--per-class", type=positive, default=4, help="images per class in a grid")
+    p.add_argument("--no-attention", action="store_true", help="omit the attention maps")
+    p.add_argument("--picture", type=natural, default=0, help="index of the image for attention maps")
+    p.add_argument("--weights", choices=("ema", "student"), default="ema", help="weights to use")
+    p.add_argument("--tokenizer", help="tokenizer .safetensors (default: the run's)")
+    p.add_argument("--shards", help="token shards for attention maps (default: the run's)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     return p
 
 
 def main(words: list[str]) -> int:
-    a = parser().parse_intermixed_args(words)
-    from rich.console import Console
-
-    from megastar import __version__
+    a = parser().parse(words)
     from megastar.report.differences import differences
     from megastar.report.page import page
     from megastar.report.read_run import expand, names_of, read_run
     from megastar.report.render_samples import Wanted, add_attention, add_grids
     from megastar.utils.files import write_atomic
+    from megastar.utils.logs import shared_console
+    from megastar.version import __version__
 
-    console = Console()
+    console = shared_console()
     folders = [f for source in a.runs for f in expand(Path(source))]
     names = names_of(folders, a.names)
     out = a.out or Path(a.runs[0]) / "report.html"
@@ -87,13 +84,13 @@ def main(words: list[str]) -> int:
     for run in runs:
         for note in run.notes:
             console.print(f"{run.name}: {note}", markup=False, highlight=False, soft_wrap=True)
-    told = f"{out}  {len(html) / 1e6:.2f} MB, {len(runs)} run{'s' * (len(runs) > 1)}"
-    console.print(told, markup=False, highlight=False, soft_wrap=True)
+    summary = f"{out}  {len(html) / 1e6:.2f} MB, {len(runs)} run{'s' * (len(runs) > 1)}"
+    console.print(summary, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
 def baseline_of(given: str | None, runs: list[ReportRun]) -> tuple[str, dict[str, Any]]:
-    """What configurations are compared with: its name on the page, and its fields. Raises ``UserError``."""
+    """The configuration to compare with: its name on the page, and its fields. Raises ``UserError``."""
     from megastar.config.load import load_config
     from megastar.config.schema import RunConfig
     from megastar.report.read_run import config_of

@@ -1,4 +1,4 @@
-"""``megastar sample``: weights -> codes -> pictures, as a grid and, if wanted, as an .npz to score."""
+"""``megastar sample``: generate images as a grid and, optionally, as an .npz file to score."""
 
 from __future__ import annotations
 
@@ -6,85 +6,67 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from megastar.checkpoint.find_weights import SHIPPED_TOKENIZER, class_names, find_weights, labels_of
-from megastar.commands._common import Parser, natural, nearest, place_of, positive
-from megastar.commands._sample_output import SHOWN_CLASSES, draw_to_files, score_drawn, shown_pictures
-from megastar.commands._score_options import add_options, without_words
-from megastar.config.files import find_file
+from megastar.checkpoint.find_weights import class_names, class_number, find_weights, labels_of
+from megastar.commands._common import Parser, main_console, natural, place_of, positive
+from megastar.commands._sample_output import SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
+from megastar.commands._score_options import add_options
 from megastar.errors import UserError
 from megastar.sampling.pipeline import open_pipeline
 
 EXAMPLES = """
 megastar sample                                                 the shipped weights, all classes -> samples.png
-megastar sample runs/demo/run --out run.png                     the newest checkpoint's averaged weights
+megastar sample runs/demo/run --out run.png                     EMA weights of the newest checkpoint
 megastar sample --classes food-drink,travel-places --per-class 24 --cfg-scale 2 --seed 1
 megastar sample --count 5000 --like runs/demo/codes/train --npz samples.npz
 megastar sample w.safetensors --tokenizer t.safetensors --count 50000 --cfg-scale 1.5 --npz samples.npz --nproc 8
 torchrun --nproc-per-node 8 -m megastar sample w.safetensors --count 50000 --npz samples.npz --folder parts
 sbatch slurm/sample_fid.sh w.safetensors --cfg-scale 1.5 --npz samples.npz
 megastar sample w.safetensors --tokenizer t.safetensors --count 50000 --real VIRTUAL_imagenet256_labeled.npz --inception FILE
-    --score scores.json --nproc 8                              scored while they are drawn, no picture on disk
-The same command again goes on: finished pictures are not drawn twice. docs/sampling.md tells what is guaranteed.
+    --score scores.json --nproc 8                              scored while sampling, no images on disk
+Repeating an interrupted command resumes it. docs/sampling.md lists the guarantees.
 """
 
 
 def parser() -> Parser:
-    p = Parser("sample", "Draw pictures from a run or a weights file.", EXAMPLES)
-    p.add_argument(
-        "source", nargs="?", default=None, help="run folder, checkpoint or .safetensors (default: the shipped weights)"
-    )
-    p.add_argument("--tokenizer", default=None, help="tokenizer .safetensors (default: the run's, or the shipped one)")
-    p.add_argument("--out", type=Path, default=None, help="the grid to write (default samples.png)")
-    p.add_argument("--npz", type=Path, default=None, help="also write all pictures, uint8 (N, H, W, 3), as arr_0")
-    p.add_argument(
-        "--folder",
-        type=Path,
-        default=None,
-        help="keep finished parts here (default: NPZ.parts until the .npz is whole)",
-    )
-    p.add_argument("--weights", choices=("ema", "student"), default="ema", help="of a run: which (default ema)")
-    p.add_argument("--classes", default=None, help="names or numbers, with commas (default: all, of many the first 16)")
-    p.add_argument("--per-class", type=positive, default=12, help="pictures of each class (default 12)")
-    p.add_argument("--count", type=positive, default=None, help="pictures in all, spread over the classes, for scores")
+    p = Parser("sample", "Generate images from a run or a weights file.", EXAMPLES)
+    p.add_argument("source", nargs="?", help="run folder, checkpoint or .safetensors (default: shipped weights)")
+    p.add_argument("--tokenizer", help="tokenizer .safetensors (default: the run's, or the shipped one)")
+    p.add_argument("--out", type=Path, help="PNG file for the grid (default samples.png)")
+    p.add_argument("--npz", type=Path, help="also write all images to this .npz file, uint8 (N, H, W, 3) in arr_0")
+    p.add_argument("--folder", type=Path, help="folder for finished parts (default: NPZ.parts, removed at the end)")
+    p.add_argument("--weights", choices=("ema", "student"), default="ema", help="weights of a run to use")
+    p.add_argument("--classes", help="comma-separated names or numbers (default: all, at most the first 16)")
+    p.add_argument("--per-class", type=positive, default=12, help="images per class")
+    p.add_argument("--count", type=positive, help="total number of images over all classes, for scoring")
     p.add_argument(
         "--plan",
         choices=("balanced", "random"),
         default="balanced",
-        help="--count: the classes in turn, or each drawn for itself as LlamaGen does (default balanced)",
+        help="with --count: cycle through the classes, or draw each at random as LlamaGen does",
     )
-    p.add_argument("--like", default=None, help="token shards whose class frequencies --count follows")
-    p.add_argument(
-        "--cfg-scale", type=float, default=None, help="classifier-free guidance; 1: none (default 3; with --count 1)"
-    )
+    p.add_argument("--like", help="with --count: token shards whose class frequencies to follow")
+    p.add_argument("--cfg-scale", type=float, help="guidance scale; 1: none (default 3, with --count 1)")
     p.add_argument(
         "--cfg-schedule",
         choices=("constant", "linear", "cosine"),
         default="constant",
-        help="guidance over the tokens: constant, or a ramp from 1 to --cfg-scale (default constant)",
+        help="guidance scale over the tokens: constant, or a ramp from 1 to --cfg-scale",
     )
+    p.add_argument("--cfg-passes", type=int, choices=(1, 2), default=1, help="2: separate pass for the null class")
+    p.add_argument("--cfg-interval", type=int, default=-1, help="last token with guidance; -1: all tokens")
+    p.add_argument("--temperature", type=float, help="softmax temperature (default 0.9, with --count 1)")
+    p.add_argument("--top-k", type=natural, default=0, help="sample from the k most likely codes; 0: all")
     p.add_argument(
-        "--cfg-passes", type=int, choices=(1, 2), default=1, help="2: null rows in a pass of their own (default 1)"
+        "--top-p", type=float, default=1.0, help="sample from the most likely codes of this total probability"
     )
-    p.add_argument("--cfg-interval", type=int, default=-1, help="guide up to this token; -1: all (default -1)")
-    p.add_argument(
-        "--temperature", type=float, default=None, help="1: as trained; less is tidier (default 0.9; with --count 1)"
-    )
-    p.add_argument("--top-k", type=natural, default=0, help="keep the k likeliest codes; 0: all (default 0)")
-    p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes up to this mass (default 1)")
-    p.add_argument(
-        "--seed", type=natural, default=0, help="picture i depends on the seed, i and its class only (default 0)"
-    )
-    p.add_argument("--batch", type=positive, default=64, help="pictures at once (default 64)")
-    p.add_argument(
-        "--size", type=positive, default=None, help="resize to this side, bicubic as LlamaGen (default: as drawn)"
-    )
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
-    p.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="fp32", help="precision (default fp32)")
-    p.add_argument(
-        "--nproc", type=positive, default=1, help="processes to start here (default 1); ignored in a launcher"
-    )
-    scores = p.add_argument_group("scores, without a picture on disk")
-    scores.add_argument("--score", type=Path, default=None, help="score while drawing; JSON file for the result")
+    p.add_argument("--seed", type=natural, default=0, help="image i depends on the seed, i and its class only")
+    p.add_argument("--batch", type=positive, default=64, help="images per batch")
+    p.add_argument("--size", type=positive, help="resize to this size, bicubic as in LlamaGen (default: no resizing)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    p.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="fp32", help="precision")
+    p.add_argument("--nproc", type=positive, default=1, help="local processes (default 1); ignored under a launcher")
+    scores = p.add_argument_group("scoring without writing images")
+    scores.add_argument("--score", type=Path, help="score while sampling; JSON file for the result")
     add_options(scores, required=False)
     return p
 
@@ -98,13 +80,13 @@ def choose_labels(
     seed: int,
     plan: str = "balanced",
 ) -> list[int]:
-    """The class of each picture. ``like`` holds labels of real pictures, whose frequencies ``count`` then follows.
+    """The class of each image. ``like``: labels of real images, whose frequencies ``count`` images follow.
 
     Raises ``UserError`` for an unknown class.
     """
     import numpy as np
 
-    chosen = [parse_class(c.strip(), names) for c in classes.split(",")] if classes else list(range(len(names)))
+    chosen = [class_number(c.strip(), names) for c in classes.split(",")] if classes else list(range(len(names)))
     if count is None:
         shown = chosen if classes else chosen[:SHOWN_CLASSES]
         return [c for c in shown for _ in range(per_class)]
@@ -114,53 +96,38 @@ def choose_labels(
         return plan_labels(plan, count, chosen, seed)
     pool = np.array([c for c in like if c in set(chosen)])
     if not len(pool):
-        raise UserError(f"--like holds no picture of the classes {classes}")
+        raise UserError(f"--like holds no image of the classes {classes}")
     order = np.random.default_rng([seed, 1]).permutation(len(pool))
-    return pool[order[np.arange(count) % len(pool)]].tolist()
-
-
-def parse_class(text: str, names: list[str]) -> int:
-    if text in names:
-        return names.index(text)
-    if text.isdigit():
-        if int(text) < len(names):
-            return int(text)
-        raise UserError(f"class {text} is outside 0..{len(names) - 1}, the classes of these weights")
-    raise UserError(f"class {text!r} is unknown: {nearest(text, names)}")
+    return [int(c) for c in pool[order[np.arange(count) % len(pool)]]]
 
 
 def main(words: list[str]) -> int:
-    a = parser().parse_args(words)
+    a = parser().parse(words)
     if a.like and a.count is None:
-        raise UserError("--like tells how --count pictures spread over the classes: give --count too")
+        raise UserError("--like sets the class frequencies of --count images: give --count too")
     if a.plan == "random" and (a.count is None or a.like):
-        raise UserError("--plan random draws the classes of --count pictures: give --count, and no --like")
+        raise UserError("--plan random draws the classes of --count images: give --count, and no --like")
     rank, world, local = place_of(os.environ)
     if max(world, a.nproc) > 1 and not (a.npz or a.folder or a.score):
         raise UserError("several processes share a folder: give --npz or --folder, or --score")
     if bool(a.score) != bool(a.real):
-        raise UserError(
-            "--score and --real belong together: where the result goes, and what the pictures are compared with"
-        )
+        raise UserError("--score (the output file) and --real (the reference images) must be given together")
     if a.score and (a.npz or a.out):
-        raise UserError("--score keeps no pictures: leave out --npz and --out, or score an .npz with megastar evaluate")
+        raise UserError("--score keeps no images: leave out --npz and --out, or score an .npz with megastar evaluate")
     if a.nproc > 1 and world == 1:
         from megastar.commands._launch import launch
 
-        find_weights(a.source, a.weights)  # a run is converted once, not by each process
-        return launch(a.nproc, ["sample", *without_words(words, "--nproc")])
-    from rich.console import Console
-
+        find_weights(a.source, a.weights)  # converts a run once, not in each process
+        return launch(a.nproc, ["sample", *words])
     from megastar.model.io import read_model_metadata
 
     found = find_weights(a.source, a.weights)
-    cfg, about = read_model_metadata(found.file)
-    tokenizer = a.tokenizer or found.tokenizer or SHIPPED_TOKENIZER
-    tokenizer = str(find_file(tokenizer) or tokenizer)
-    names = class_names(cfg.num_classes, about)
+    cfg, provenance = read_model_metadata(found.file)
+    tokenizer = found.tokenizer_file(a.tokenizer)
+    names = class_names(cfg.num_classes, provenance)
     like = labels_of(a.like) if a.like else None
     labels = choose_labels(names, a.classes, a.per_class, a.count, like, a.seed, a.plan)
-    # To look at, tidy pictures; to score, the model's own distribution unless asked otherwise.
+    # Defaults: sharper images to look at, the model's own distribution to score.
     scale, temperature = (1.0, 1.0) if a.count or a.score else (3.0, 0.9)
     options = {
         "cfg_scale": scale if a.cfg_scale is None else a.cfg_scale,
@@ -170,8 +137,8 @@ def main(words: list[str]) -> int:
         "top_p": a.top_p,
         "cfg_interval": a.cfg_interval,
     }
-    known = {"seed": a.seed, "dtype": a.dtype, "batch": a.batch, "size": a.size}
-    origin = {"weights": str(found.file), "tokenizer": tokenizer, "trained": about, "passes": a.cfg_passes}
+    settings = {"seed": a.seed, "dtype": a.dtype, "batch": a.batch, "size": a.size}
+    origin = {"weights": str(found.file), "tokenizer": tokenizer, "trained": provenance, "passes": a.cfg_passes}
     origin["label_plan"] = f"like {a.like}" if a.like else a.plan if a.count else "per class"
     device = a.device
     if device == "auto" and world > 1:
@@ -179,31 +146,30 @@ def main(words: list[str]) -> int:
 
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         device = f"cuda:{local % gpus}" if gpus else "cpu"
-    console = Console(quiet=rank > 0)
-
-    painter = open_pipeline(
-        found.file, tokenizer, labels, device=device, passes=a.cfg_passes, rank=rank, **known, **options
+    console = main_console()
+    pipeline = open_pipeline(
+        found.file, tokenizer, labels, device=device, passes=a.cfg_passes, rank=rank, **settings, **options
     )
     if a.score:
-        score_drawn(painter, a, origin, (rank, world), console, words)
+        sample_and_score(pipeline, a, origin, (rank, world), console, words)
         return 0
     columns = min(a.per_class, max(Counter(labels).values()))
     if a.npz or a.folder:
-        some = draw_to_files(painter, a, origin, (rank, world), columns, console)
+        shown = sample_to_files(pipeline, a, origin, (rank, world), columns, console)
     else:
         from megastar.sampling.distributed import iterate_images
 
-        pictures = [p for _, some in iterate_images(painter, console=console) for p in some]
-        some = {i: pictures[i] for i in shown_pictures(labels, columns)}
-    if rank or not some:
+        images = [image for _, batch in iterate_images(pipeline, console=console) for image in batch]
+        shown = {i: images[i] for i in shown_images(labels, columns)}
+    if rank or not shown:
         return 0
     import numpy as np
 
     from megastar.sampling.grid import Block, image_grid, save_grid
 
-    block = Block("", np.stack(list(some.values())), [labels[i] for i in some])
+    block = Block("", np.stack(list(shown.values())), [labels[i] for i in shown])
     out = a.out or Path("samples.png")
-    save_grid(image_grid([block], names, columns=columns), out, known | options | origin)
+    save_grid(image_grid([block], names, columns=columns), out, settings | options | origin)
     written = " and ".join(str(p) for p in (out, a.npz, a.folder) if p)
-    console.print(f"{len(labels)} pictures of {len(set(labels))} classes: {written}", markup=False, highlight=False)
+    console.print(f"{len(labels)} images of {len(set(labels))} classes: {written}", markup=False, highlight=False)
     return 0

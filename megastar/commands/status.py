@@ -1,4 +1,4 @@
-"""``megastar status RUN``: where a run is."""
+"""``megastar status``: show the state of runs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 megastar status runs/star_xl_50ep
-megastar status runs/*                       a column for each
-megastar status runs/star_xl_50ep --watch 10 again every ten seconds, until Ctrl-C
+megastar status runs/*                       one column per run
+megastar status runs/star_xl_50ep --watch 10 refresh every 10 seconds until Ctrl-C
 megastar status runs/star_xl_50ep --json     for scripts; ages and times in seconds
 """
 
@@ -28,27 +28,27 @@ megastar status runs/star_xl_50ep --json     for scripts; ages and times in seco
 def parser() -> Parser:
     p = Parser(
         "status",
-        "Where runs are: state, step, loss, speed, last checkpoint, restarts and why, health, time left. Only the run "
-        "folder is read, so it works from any machine that sees it. Status 2 when a folder holds no run.",
+        "Show the state of runs: step, loss, speed, last checkpoint, restarts with their reasons, health, time left. "
+        "Reads the run folder only, so it works on any machine that can read it. Exit status 2 if a folder is not a run.",
         EXAMPLES,
     )
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    p.add_argument("--watch", type=seconds(0.1, 86400), metavar="SECONDS", help="show it again every so many seconds")
-    p.add_argument("--json", action="store_true", help="one JSON object a run and line")
+    p.add_argument("--watch", type=seconds(0.1, 86400), metavar="SECONDS", help="refresh after this many seconds")
+    p.add_argument("--json", action="store_true", help="print one JSON object per run and line")
     return p
 
 
 def main(words: list[str]) -> int:
-    args = parser().parse_args(words)
+    args = parser().parse(words)
     from rich.console import Console
+
+    from megastar.run_dir.status import status_of
 
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = terminal_width()
 
-    def look() -> tuple[list[Status], list[str]]:
-        from megastar.run_dir.status import status_of
-
+    def read() -> tuple[list[Status], list[str]]:
         found, problems = [], []
         for run in args.runs:
             try:
@@ -60,8 +60,8 @@ def main(words: list[str]) -> int:
         return found, problems
 
     def show() -> tuple[bool, list[str]]:
-        """Whether some run is not finished, and what is no run."""
-        found, problems = look()
+        """Whether a run is unfinished, and problems with folders that are not runs."""
+        found, problems = read()
         if args.json:
             for status in found:
                 print(json.dumps(as_json(status)), flush=True)
@@ -69,21 +69,19 @@ def main(words: list[str]) -> int:
             console.print(table_of(found))
         return any(s.state != "finished" for s in found), problems
 
-    if args.watch is None:
-        _, problems = show()
-    elif args.json:
-        going, problems = show()
-        while going:
+    if args.json or args.watch is None:
+        unfinished, problems = show()
+        while unfinished and args.watch is not None:
             time.sleep(args.watch)
-            going, problems = show()
+            unfinished, problems = show()
     else:
         from rich.live import Live
 
-        found, problems = look()
+        found, problems = read()
         with Live(table_of(found), console=console, auto_refresh=False) as live:
             while any(s.state != "finished" for s in found):
                 time.sleep(args.watch)
-                found, problems = look()
+                found, problems = read()
                 live.update(table_of(found), refresh=True)
     for problem in problems:
         print(f"megastar: error: {problem}", file=sys.stderr)
@@ -91,7 +89,7 @@ def main(words: list[str]) -> int:
 
 
 def as_json(status: Status) -> dict[str, Any]:
-    """Numbers that are not finite become words: JSON has none."""
+    """Non-finite numbers become strings: JSON has none."""
     from math import isfinite
 
     pairs = dataclasses.asdict(status).items()
@@ -99,7 +97,7 @@ def as_json(status: Status) -> dict[str, Any]:
 
 
 def table_of(found: list[Status]) -> Table:
-    """A line a question, a column a run; lines that say nothing of any run are left out."""
+    """A row per property, a column per run; rows that are empty for all runs are omitted."""
     from rich.table import Table
     from rich.text import Text
 
@@ -120,19 +118,19 @@ def table_of(found: list[Status]) -> Table:
 
 
 def lines_of(s: Status) -> dict[str, str]:
-    """Name of a line -> what it says of the run, the same names for every run."""
+    """Property -> text; every run has the same properties."""
     from megastar.run_dir.status import duration
 
     share = f", {s.step / s.steps:.1%}" if s.steps else ""
-    waits = ""
+    data_wait = ""
     if s.data_wait_s is not None and s.step_s:
-        waits = f"{s.data_wait_s:.3g} s a step, {s.data_wait_s / s.step_s:.0%} of it"
+        data_wait = f"{s.data_wait_s:.3g} s per step, {s.data_wait_s / s.step_s:.0%} of it"
     checkpoint = "none"
     if s.checkpoint_step is not None:
         age = f", {duration(s.checkpoint_age_s)} ago" if s.checkpoint_age_s is not None else ""
         checkpoint = f"step {s.checkpoint_step}{age}, {'damaged' if s.checkpoint_problem else 'complete'}"
     if s.saving:
-        checkpoint += "; one is being written" if s.state == "running" else "; a half-written one beside it"
+        checkpoint += "; another is being written" if s.state == "running" else "; an incomplete one exists"
     restarts = ""
     if s.restarts:
         restarts = "\n".join([f"{len(s.restarts)}", *s.restarts[-5:]])
@@ -141,13 +139,13 @@ def lines_of(s: Status) -> dict[str, str]:
         "step": f"{s.step} of {s.steps or 'an unknown number'}{share}",
         "loss": f"{s.loss:.4f}" if s.loss is not None else "",
         "validation": f"next-token loss {s.val_loss:.4f} at step {s.val_step}" if s.val_loss is not None else "",
-        "speed": f"{s.images_per_s:.3g} images/s, {s.step_s:.3g} s a step" if s.images_per_s and s.step_s else "",
-        "data wait": waits,
+        "speed": f"{s.images_per_s:.3g} images/s, {s.step_s:.3g} s per step" if s.images_per_s and s.step_s else "",
+        "data wait": data_wait,
         "ranks": s.ranks,
         "checkpoint": checkpoint,
         "upload": s.upload,
         "time left": duration(s.left_s) if s.left_s is not None else "",
         "restarts": restarts,
         "excluded": f"{', '.join(s.excluded)}: see bad_hosts.log" if s.excluded else "",
-        "health": "\n".join(s.health) or "nothing wrong in the folder",
+        "health": "\n".join(s.health) or "no problems found",
     }

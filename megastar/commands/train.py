@@ -1,4 +1,4 @@
-"""``megastar train``."""
+"""``megastar train``: train a model on token shards."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from megastar.commands._common import (
 from megastar.utils.signals import StopFlag
 
 EXAMPLES = """
-megastar train configs/run/demo.yaml --nproc 2                    two processes on this machine
-megastar train configs/run/demo.yaml train.steps=50 optim.lr=5e-4 other values
+megastar train configs/run/demo.yaml --nproc 2                    two local processes
+megastar train configs/run/demo.yaml train.steps=50 optim.lr=5e-4 override fields
 megastar train configs/run/star_b_50ep.yaml model=configs/model/l.yaml run=runs/try --dry-run
+megastar train configs/run/star_b_50ep.yaml method=configs/method/ar.yaml --print-config
 torchrun --nproc-per-node 8 -m megastar train configs/run/star_b_50ep.yaml
 deepspeed --num_gpus 8 --module megastar train configs/run/star_b_50ep.yaml
 sbatch slurm/train_b.sh configs/run/star_b_50ep.yaml
-The same command again resumes from the run folder's newest checkpoint.
+Repeating a command resumes from the newest checkpoint in the run folder.
 """
 
 
@@ -32,34 +33,36 @@ def parser() -> Parser:
 
     p = Parser(
         "train",
-        "Train a model on token shards, or go on with a run that was interrupted.",
+        "Train a model on token shards, or resume an interrupted run.",
         EXAMPLES,
         fields_text(RunConfig, terminal_width()),
     )
-    p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="a YAML file, then other values")
-    p.add_argument(
-        "--nproc", type=positive, default=1, help="processes to start here (default 1); ignored in a launcher"
-    )
+    p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="a YAML file, fields to override")
+    p.add_argument("--nproc", type=positive, default=1, help="local processes (default 1); ignored under a launcher")
     p.add_argument("--dry-run", action="store_true", help="build everything, run one fake step, print memory and batch")
+    p.add_argument("--print-config", action="store_true", help="print every field as YAML and exit")
     return p
 
 
 def main(words: list[str]) -> int:
-    # A rank of a launcher listens at once: the imports below take seconds, and a signal would end it without the others.
+    # Ranks handle signals before the imports below, which take seconds: a signal must not kill one rank only.
     stop = StopFlag() if is_launched(os.environ) or "SLURM_STEP_ID" in os.environ else None
-    from megastar.config.load import load_config, resolve_batch
+    from megastar.config.load import config_yaml, load_config, resolve_batch
 
-    args = parser().parse_intermixed_args(words)
+    args = parser().parse(words)
     path, overrides = config_and_overrides(args.items)
     cfg = load_config(path, overrides)
+    if args.print_config:
+        print(config_yaml(cfg), end="")
+        return 0
     if args.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch
 
-        resolve_batch(cfg, args.nproc)  # a wrong number of processes is told before they start
-        return launch(args.nproc, ["train", *args.items, *(["--dry-run"] if args.dry_run else [])])
+        resolve_batch(cfg, args.nproc)  # raises before processes are started
+        return launch(args.nproc, ["train", *words])
     from megastar.engine.trainer import train
 
-    if not isinstance(sys.stdout, FaultTolerantStream):  # the log may lie on a disk that fills
+    if not isinstance(sys.stdout, FaultTolerantStream):  # the log may be on a full disk
         sys.stdout, sys.stderr = FaultTolerantStream(sys.stdout), FaultTolerantStream(sys.stderr)
     train(cfg, dry_run=args.dry_run, stop=stop)
     return 0

@@ -1,8 +1,9 @@
-"""``megastar train-tokenizer``: pictures -> random crops -> the trainer -> one safetensors file with its scores."""
+"""``megastar train-tokenizer``: train a VQ tokenizer on random crops of images."""
 
 from __future__ import annotations
 
 import json
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, config_and_overrides, terminal_width
 from megastar.config.help import fields_text
-from megastar.config.load import load_tokenizer_config, save_config
+from megastar.config.load import config_yaml, load_tokenizer_config, save_config
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
 
@@ -21,46 +22,52 @@ if TYPE_CHECKING:
 
     from megastar.data.images.dataset import PictureSet
 
+logger = logging.getLogger(__name__)
 EXAMPLES = """
 megastar train-tokenizer configs/tokenizer/emoji64.yaml
 megastar train-tokenizer configs/tokenizer/emoji64.yaml steps=2000 out=runs/try tokenizer.codebook_size=1024
 megastar train-tokenizer pictures=photos/ out=runs/vq16 tokenizer.image_size=256
 megastar train-tokenizer configs/tokenizer/emoji64.yaml init=assets/tokenizer/emoji64-vq.safetensors \
     continuous_steps=0 lr=5e-4 out=runs/tokenizer-more
-The same command again resumes; the result is OUT/tokenizer.safetensors.
+Repeating a command resumes it; the result is OUT/tokenizer.safetensors.
 """
 
 
 def parser() -> Parser:
     p = Parser(
         "train-tokenizer",
-        "Train the VQ tokenizer that turns pictures into codes and back.",
+        "Train a VQ tokenizer, which encodes images into codes and decodes codes into images.",
         EXAMPLES,
         fields_text(TokenizerTrainConfig, terminal_width()),
     )
-    p.add_argument("items", nargs="*", metavar="CONFIG | field=value", help="a YAML file, then other values")
+    p.add_argument("items", nargs="*", metavar="CONFIG | field=value", help="a YAML file, fields to override")
+    p.add_argument("--print-config", action="store_true", help="print every field as YAML and exit")
     return p
 
 
 def main(words: list[str]) -> int:
-    path, overrides = config_and_overrides(parser().parse_intermixed_args(words).items)
+    args = parser().parse(words)
+    path, overrides = config_and_overrides(args.items)
     cfg = load_tokenizer_config(path, overrides)
-    from rich.console import Console
+    if args.print_config:
+        print(config_yaml(cfg), end="")
+        return 0
+    from megastar.utils.logs import shared_console
 
     command = " ".join(["megastar train-tokenizer", *([path] if path else []), *overrides])
-    result, scores = train_tokenizer(cfg, Console(), command)
+    result, scores = train_tokenizer(cfg, shared_console(), command)
     print(f"{result}: " + "; ".join(f"{k}: {v['psnr']:.2f} dB, {v['codes_used']:.1%} codes" for k, v in scores.items()))
     return 0
 
 
 def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = "") -> tuple[Path, dict[str, Any]]:
-    """Train to ``cfg.steps`` (resuming) and write ``out/tokenizer.safetensors``; returns it and scores by subset."""
+    """Train to ``cfg.steps``, resuming, and write ``out/tokenizer.safetensors``; returns its path and scores by subset."""
     import torch
 
     from megastar.data.images.dataset import PictureSet
     from megastar.evaluation.image_sources import load_images
     from megastar.tokenizer.io import read_tokenizer_metadata, save_tokenizer
-    from megastar.tokenizer.train import Trainer
+    from megastar.tokenizer.train import TokenizerTrainer
     from megastar.utils.device import pick_device, pick_dtype
 
     if cfg.threads:
@@ -68,32 +75,33 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     device, out = pick_device(), Path(cfg.out)
     pictures = PictureSet(cfg.pictures, cfg.subset or None)
     if len(pictures) < cfg.batch:
-        raise UserError(f"{cfg.pictures} holds {len(pictures)} pictures, fewer than batch {cfg.batch}: lower batch")
+        raise UserError(f"{cfg.pictures} holds {len(pictures)} images, fewer than batch {cfg.batch}: lower batch")
     subsets = [s for s in (cfg.val_subset, cfg.test_subset) if s]
     size = cfg.tokenizer.image_size
     held_out = {s: torch.from_numpy(load_images(cfg.pictures, subset=s, size=size)) for s in subsets}
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(cfg, device, pick_dtype(cfg.dtype, device))
+    trainer = TokenizerTrainer(cfg, device, pick_dtype(cfg.dtype, device))
     with Batches(pictures, cfg) as batches:
         trainer.fit(batches, held_out.get(cfg.val_subset), out, console)
     if batches.broken:
         names = ", ".join(sorted(batches.broken)[:3])
-        console.print(f"{len(batches.broken)} pictures could not be read and were replaced by the next one: {names}")
+        logger.warning("%d unreadable images were replaced by the next one: %s", len(batches.broken), names)
     scores = {s: trainer.score(crops) for s, crops in held_out.items()}
-    about = {"command": command, "seed": cfg.seed, "steps": cfg.steps, "pictures": len(pictures), "scores": scores}
+    provenance: dict[str, Any] = {"command": command, "seed": cfg.seed, "steps": cfg.steps}
+    provenance |= {"pictures": len(pictures), "scores": scores}
     if cfg.init:
-        about["init"] = read_tokenizer_metadata(cfg.init)[1]  # how that file was made
+        provenance["init"] = read_tokenizer_metadata(cfg.init)[1]  # provenance of the initial weights
     save_config(cfg, out / "config.yaml")
     result = out / "tokenizer.safetensors"
-    save_tokenizer(trainer.average, result, about | {"config": asdict(cfg)})
-    (out / "scores.json").write_text(json.dumps(about, indent=1) + "\n")
+    save_tokenizer(trainer.average, result, provenance | {"config": asdict(cfg)})
+    (out / "scores.json").write_text(json.dumps(provenance, indent=1) + "\n")
     return result, scores
 
 
 class Batches:
     """step -> uint8 (B, H, W, 3): a pure function of the step and the seed, computed one step ahead.
 
-    An unreadable picture is replaced by the next one and remembered in ``broken``.
+    An unreadable image is replaced by the next one and recorded in ``broken``.
     """
 
     def __init__(self, pictures: PictureSet, cfg: TokenizerTrainConfig):
@@ -137,4 +145,4 @@ class Batches:
                 return self.pictures.read(j)
             except PictureError:
                 self.broken.add(self.pictures.pictures[j].key)
-        raise UserError(f"no picture of {self.pictures.source} can be read")
+        raise UserError(f"no image of {self.pictures.source} can be read: check the files")

@@ -40,8 +40,9 @@ def require_file(name: str | Path, what: str, near: Path | None = None) -> Path:
     path = Path(name)
     if path.is_dir():
         raise UserError(f"{what} {path} is a folder: name a file in it")
-    folder = next((r / path.parent for r in (Path(), REPOSITORY, INSTALLED) if (r / path.parent).is_dir()), None)
-    beside = sorted(p.name for p in folder.iterdir() if p.suffix == path.suffix) if folder else []
+    roots = [Path(), *([near.parent] if near else []), REPOSITORY, INSTALLED]
+    folders = [root / path.parent for root in roots if (root / path.parent).is_dir()]
+    beside = [p.name for folder in folders for p in sorted(folder.iterdir()) if p.suffix == path.suffix]
     close = difflib.get_close_matches(path.name, beside, 1, 0.5)
     hint = f"did you mean {path.parent / close[0]}?" if close else "check the path"
     raise UserError(f"{what} {path} does not exist: {hint}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
@@ -19,28 +20,29 @@ from megastar.config.schema import RunConfig, TokenizerTrainConfig
 from megastar.config.validate import Problem, divisors, find_problems, words
 from megastar.errors import UserError
 
+NOT_IN_METHOD = ("base", "method", "run", "model", "data")  # they belong to one run
+
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The run in ``path`` (defaults without one) with ``a.b=c`` overrides, later ones winning.
 
-    A section that is a string (``model: configs/model/b.yaml``) is read from that file, found from the working
-    directory or a parent of the YAML file. Raises one ``UserError`` that lists every problem.
+    A file holds what differs. Of the values of a field, the last of these applies: the schema's default, the files
+    that are named by ``method``, by a section (``model: configs/model/b.yaml``) and by ``base`` in a section
+    (``model: {base: configs/model/b.yaml, dim: 512}``), the file's own fields, the overrides. The override
+    ``method=FILE`` removes the file's method and, like any override, wins over the file's own fields. Named files are
+    found from the working directory or a parent of the YAML file. Raises one ``UserError`` that lists every problem.
     """
-    near = None if path is None else require_file(path, "configuration")
-    return cast(RunConfig, _load({} if near is None else read_yaml(near), overrides, RunConfig, path, near))
+    return cast(RunConfig, _load_file(path, overrides, RunConfig))
 
 
 def load_tokenizer_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TokenizerTrainConfig:
     """``load_config`` for ``megastar train-tokenizer``."""
-    near = None if path is None else require_file(path, "configuration")
-    data = {} if near is None else read_yaml(near)
-    return cast(TokenizerTrainConfig, _load(data, overrides, TokenizerTrainConfig, path, near))
+    return cast(TokenizerTrainConfig, _load_file(path, overrides, TokenizerTrainConfig))
 
 
 def load_compare_config(path: str | Path | None, overrides: Sequence[str] = ()) -> CompareConfig:
     """``load_config`` for ``megastar compare``."""
-    near = None if path is None else require_file(path, "configuration")
-    return cast(CompareConfig, _load({} if near is None else read_yaml(near), overrides, CompareConfig, path, near))
+    return cast(CompareConfig, _load_file(path, overrides, CompareConfig))
 
 
 def override_config(cfg: RunConfig, overrides: Sequence[str], where: str) -> RunConfig:
@@ -48,9 +50,28 @@ def override_config(cfg: RunConfig, overrides: Sequence[str], where: str) -> Run
     return cast(RunConfig, _load(asdict(cfg), overrides, RunConfig, where, None))
 
 
-def config_from_dict(data: dict[str, Any]) -> RunConfig:
-    """The inverse of ``dataclasses.asdict``, checked as ``load_config`` does but for files on this machine."""
-    return cast(RunConfig, _load(data, (), RunConfig, "saved configuration", None, files=False))
+def config_from_dict(data: dict[str, Any], near: Path | None = None) -> RunConfig:
+    """The inverse of ``dataclasses.asdict``, checked as ``load_config`` does except for the DeepSpeed JSON.
+
+    ``near`` is the file that ``data`` is from, if any.
+    """
+    return cast(RunConfig, _load(data, (), RunConfig, near or "saved configuration", near, files=False))
+
+
+def _load_file(path: str | Path | None, overrides: Sequence[str], schema: type) -> Any:
+    near = None if path is None else require_file(path, "configuration")
+    return _load({} if near is None else read_yaml(near), overrides, schema, path, near)
+
+
+def as_run_config(config: RunConfig | str | Path | Mapping[str, Any]) -> RunConfig:
+    """A checked run from a ``RunConfig``, the path of a YAML file, or a dict of its sections. Raises ``UserError``."""
+    if isinstance(config, (str, Path)):
+        return load_config(config)
+    if isinstance(config, Mapping):
+        return cast(RunConfig, _load(deepcopy(dict(config)), (), RunConfig, "configuration", None))
+    if isinstance(config, RunConfig):
+        return override_config(config, (), "configuration")
+    raise UserError(f"configuration {config!r}: give a RunConfig, the path of a YAML file, or a dict of its sections")
 
 
 def _load(
@@ -62,11 +83,12 @@ def _load(
     files: bool = True,
 ) -> Any:
     problems: list[Problem] = []
-    sections = _sections(schema)
-    _read_sections(data, sections, near, problems)
+    includes = _Includes(schema, near, problems, [text.partition("=")[0] for text in overrides])
+    data = includes.expand(data, schema)
     for text in overrides:
+        includes.pending.pop(0)
         _override(data, text, problems)
-        _read_sections(data, sections, near, problems)
+        data = includes.expand(data, schema, method_wins=True)
 
     config = OmegaConf.structured(schema)
     _fill(config, data, schema, "", _leaves(schema), problems)
@@ -84,6 +106,78 @@ def _load(
     return cfg
 
 
+@dataclass
+class _Includes:
+    """Puts the contents of files in the place of their paths: of a section, of ``base`` in it, of a run's ``method``."""
+
+    root: type
+    near: Path | None
+    problems: list[Problem]
+    pending: list[str]  # names of the overrides that are still to come
+
+    def expand(self, node: Any, schema: type, name: str = "", method_wins: bool = False) -> Any:
+        """The section ``name``, of type ``schema``, with the contents of files in the place of their paths.
+
+        Its own fields win over those of ``base`` and, unless ``method_wins``, of ``method``.
+        """
+        if isinstance(node, str) and name:
+            return self.read(node, schema, name)
+        if not isinstance(node, dict):
+            return node
+        hints, prefix = get_type_hints(schema), name + "." if name else ""
+        node = {
+            key: self.expand(value, hints[key], prefix + key, method_wins) if is_dataclass(hints.get(key)) else value
+            for key, value in node.items()
+        }
+        if schema is RunConfig and "method" in node:
+            path = node.pop("method")
+            if path not in (None, "") and prefix + "method" not in self.pending:
+                method = self.read(path, schema, name, "method")
+                node = _merge(node, method) if method_wins else _merge(method, node)
+        elif name and schema is not RunConfig and "base" in node:
+            node = _merge(self.read(node.pop("base"), schema, name, "base"), node)
+        return node
+
+    def read(self, path: Any, schema: type, section: str, key: str = "") -> dict[str, Any]:
+        """The fields of a file that ``section``, or ``key`` in it, names; {} and problems when one of them is wrong."""
+        prefix, label = section + "." if section else "", ".".join(filter(None, (section, key)))
+        is_method = key == "method"
+        found: list[str] = []
+        data: dict[str, Any] = {}
+        if isinstance(path, str):
+            try:
+                data = read_yaml(require_file(path, f"{label}:", self.near))
+            except UserError as error:
+                found = [str(error)]
+        else:
+            example = "method/star" if is_method else "model/b"
+            found = [f"{label} = {path!r}: must be the path of a file, as configs/{example}.yaml"]
+        for name in NOT_IN_METHOD if is_method else NOT_IN_METHOD[:1]:
+            if name in data:
+                kind = "a method file" if is_method else "an included file"
+                found.append(f"{path}: {name} is not allowed in {kind}: set it in the run file")
+        if not found:
+            inner: list[Problem] = []
+            data = self.expand(data, schema, section)
+            _fill(OmegaConf.structured(self.root), data, schema, prefix, _leaves(self.root), inner)
+            found = [f"{path}: {problem.text}" for problem in inner]
+        about = prefix + "self_guided" if is_method else section  # rules about these are not checked
+        self.problems += [Problem(text, (about,)) for text in found]
+        return {} if found else data
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` where both hold a field; a section without fields changes nothing."""
+    merged = dict(under)
+    for key, value in over.items():
+        section = under.get(key)
+        if isinstance(section, dict) and (value is None or isinstance(value, dict)):
+            merged[key] = _merge(section, value or {})
+        else:
+            merged[key] = value
+    return merged
+
+
 def _touches(problem: Problem, broken: str) -> bool:
     return any(name == broken or name.startswith(broken + ".") for name in problem.about)
 
@@ -92,27 +186,6 @@ def _report(where: str, texts: list[str]) -> str:
     if len(texts) == 1:
         return f"{where}: {texts[0]}"
     return f"{where}: {len(texts)} problems\n" + "\n".join(f"  - {text}" for text in texts)
-
-
-def _sections(schema: type, prefix: str = "") -> list[str]:
-    """Dotted names of all sections, outer ones first."""
-    inner = {prefix + name: hint for name, hint in get_type_hints(schema).items() if is_dataclass(hint)}
-    return [*inner, *(more for name, hint in inner.items() for more in _sections(cast(type, hint), name + "."))]
-
-
-def _read_sections(data: dict[str, Any], sections: Sequence[str], near: Path | None, problems: list[Problem]) -> None:
-    """Put the contents of a file in the place of its path, wherever a section is a text."""
-    for name in sections:
-        *parents, last = name.split(".")
-        node: Any = data
-        for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None
-        if isinstance(node, dict) and isinstance(node.get(last), str):
-            try:
-                node[last] = read_yaml(require_file(node[last], f"{name}:", near))
-            except UserError as error:
-                problems.append(Problem(str(error), (name,)))
-                node[last] = {}
 
 
 def _override(data: dict[str, Any], text: str, problems: list[Problem]) -> None:
@@ -127,6 +200,10 @@ def _override(data: dict[str, Any], text: str, problems: list[Problem]) -> None:
         problems.append(Problem(f"override {text!r} cannot be read ({str(error).splitlines()[0]})", (name,)))
         return
     *parents, last = name.split(".")
+    if parents and last == "base":
+        section = ".".join(parents)
+        problems.append(Problem(f"override {text!r}: give {section}=FILE, then {section}.field=value", (section,)))
+        return
     node = data
     for parent in parents:
         inner = node.get(parent)
@@ -137,7 +214,7 @@ def _override(data: dict[str, Any], text: str, problems: list[Problem]) -> None:
 def _leaves(schema: type, prefix: str = "") -> list[str]:
     """All dotted names, in the schema's order."""
     hints = get_type_hints(schema)
-    out: list[str] = []
+    out = [prefix + "method"] if schema is RunConfig else []
     for f in fields(schema):
         name = prefix + f.name
         out += _leaves(hints[f.name], name + ".") if is_dataclass(hints[f.name]) else [name]
@@ -152,7 +229,8 @@ def _fill(
         name = f"{prefix}{key}"
         hint = hints.get(str(key))
         if hint is None:
-            problems.append(Problem(_unknown(str(key), prefix, list(hints), leaves), (name,)))
+            siblings = [*hints, "method"] if schema is RunConfig else list(hints)
+            problems.append(Problem(_unknown(str(key), prefix, siblings, leaves), (name,)))
         elif is_dataclass(hint):
             if isinstance(value, dict):
                 _fill(config, value, cast(type, hint), name + ".", leaves, problems)
@@ -161,8 +239,6 @@ def _fill(
         elif get_origin(hint) is dict:
             _fill_named(config, value, get_args(hint)[1], name, leaves, problems)
         else:
-            if hint is str and value is None:
-                value = ""  # an empty value, `data.val_shards=`, turns a file off
             if hint is int and isinstance(value, float) and value.is_integer():
                 value = int(value)  # 1e4 is a float in YAML
             if hint is str and value is None:
@@ -242,13 +318,18 @@ def resolve_batch(cfg: RunConfig, world_size: int) -> tuple[int, int]:
     return micro, per_rank // micro
 
 
+def config_yaml(cfg: RunConfig | TokenizerTrainConfig | CompareConfig) -> str:
+    """Every field, so that the text means the same under later defaults."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
 def save_config(cfg: RunConfig | TokenizerTrainConfig | CompareConfig, path: str | Path) -> None:
-    """Write every field, so that the file means the same under later defaults; atomic."""
+    """Write ``config_yaml`` atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as f:
-        f.write(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+        f.write(config_yaml(cfg))
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(path)

@@ -7,16 +7,14 @@ number of ranks, and after a resume, step k trains on the same images, views and
 from __future__ import annotations
 
 import atexit
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from megastar.config.schema import DataConfig, ModelConfig
+from megastar.config.schema import DataConfig, ModelConfig, RunConfig
 from megastar.data.order import OrderSpec, sample_ids, shards_from, slot_of
 from megastar.data.prefetch import Batch, ReadAhead, ToDevice
 from megastar.data.shards.manifest import Manifest
@@ -60,61 +58,57 @@ def check_enough(shards: str | Path, manifest: Manifest, global_batch: int) -> N
         )
 
 
+def open_shards(url: str | Path, data: DataConfig) -> ShardSet:
+    """The training set for a ``TokenLoader``, its store and manifest opened once. Errors as ``parse_manifest``."""
+    # A batch may run over the end of a slot, which touches one shard more than are mixed. From S3 no more maps than
+    # that: each keeps its shard in the cache.
+    touched = data.window + 1
+    return ShardSet(url, data=data, max_open=touched if is_remote(url) else max(64, touched))
+
+
 class TokenLoader:
     """Endless iterator over the micro-batches of this rank, read ahead by one thread.
 
     A batch is a dict: ``step``; ``codes`` (b, M, T) int64; ``labels`` (b,) int64, dropped ones are ``num_classes``;
     ``true_labels`` (b,) as stored; ``ids`` and ``epochs`` (b,) int64. b = global_batch / accumulation / world. With
     ``device`` codes and labels are there already, copied ahead of use; ids and epochs stay on the CPU.
-    ``data`` says how shards of s3:// are kept and waited for (None: the defaults); those of this window and as many
-    behind it are fetched in the background. Raises ``UserError`` for shards or sizes that do not fit, here or when the
-    row is read.
+    ``shards`` come from ``open_shards``; the loader closes their files when it is closed. Of ``cfg`` it uses the
+    model's sizes and class dropout, the number of views, ``data.window``, ``train.seed`` and ``train.global_batch``.
+    The shards of this window and as many behind it are fetched in the background from s3://. Raises ``UserError`` for
+    shards or sizes that do not fit, here or when the row is read.
     """
 
     def __init__(
         self,
-        shards_dir: str | Path,
+        shards: ShardSet,
+        cfg: RunConfig,
         *,
-        seed: int,
-        global_batch: int,
         rank: int = 0,
         world: int = 1,
         accumulation: int = 1,
-        views: int,
-        class_dropout_prob: float,
-        num_classes: int,
-        vocab_size: int,
-        tokens: int,
-        window: int = 16,
         start_step: int = 0,
         prefetch: int = 8,
-        data: DataConfig | None = None,
         device: torch.device | str | None = None,
     ):
-        # A batch may run over the end of a slot, which touches one shard more than are mixed. From S3 no more maps
-        # than that: each keeps its shard in the cache.
-        touched = window + 1
-        self.shards = ShardSet(shards_dir, data=data, max_open=touched if is_remote(shards_dir) else max(64, touched))
-        manifest = self.shards.manifest
-        check_manifest(
-            manifest, ModelConfig(vocab_size=vocab_size, image_tokens=tokens, num_classes=num_classes), None, views
-        )
-        if global_batch < 1 or global_batch % (world * accumulation):
+        self.shards, self.views, self.seed = shards, cfg.views, cfg.train.seed
+        self.global_batch, self.accumulation, self.rank, self.world = cfg.train.global_batch, accumulation, rank, world
+        self.num_classes, self.vocab_size = cfg.model.num_classes, cfg.model.vocab_size
+        self.class_dropout_prob, window = cfg.model.class_dropout_prob, cfg.data.window
+        manifest = shards.manifest
+        check_manifest(manifest, cfg.model, None, cfg.views)
+        if self.global_batch < 1 or self.global_batch % (world * accumulation):
             raise UserError(
-                f"global batch {global_batch} cannot be divided among {world} ranks x {accumulation} accumulation steps: make it a multiple of {world * accumulation}"
+                f"global batch {self.global_batch} cannot be divided among {world} ranks x {accumulation} accumulation steps: make it a multiple of {world * accumulation}"
             )
-        check_enough(shards_dir, manifest, global_batch)
+        check_enough(shards.folder, manifest, self.global_batch)
         if window < 1:
             raise UserError(f"window {window} must be at least 1 shard")
-        self.shards.store.check_room(sorted(manifest.shards, key=lambda s: -s.bytes)[:touched])
-        self.order = OrderSpec(seed, manifest.shard_sizes, window)
-        self.seed, self.global_batch, self.accumulation = seed, global_batch, accumulation
-        self.rank, self.world, self.views = rank, world, views
-        self.class_dropout_prob, self.num_classes, self.vocab_size = class_dropout_prob, num_classes, vocab_size
+        shards.store.check_room(sorted(manifest.shards, key=lambda s: -s.bytes)[: window + 1])
+        self.order = OrderSpec(self.seed, manifest.shard_sizes, window)
         self.step, self._micro, self._prefetch = start_step, 0, prefetch
-        b = global_batch // (accumulation * world)
+        b = self.global_batch // (accumulation * world)
         # From S3 one by one: a batch that is there must not wait for a shard that is not.
-        self._together = 1 if is_remote(shards_dir) else max(1, min(prefetch, _ROWS // b))
+        self._together = 1 if shards.store.remote else max(1, min(prefetch, _ROWS // b))
         self._to_device = ToDevice(device)
         self._reader: ReadAhead | None = None
         self._announced: tuple[int, int] | None = None
@@ -187,7 +181,7 @@ class TokenLoader:
         """
         self.close()
         self._micro = 0
-        self.shards.stop = stop = threading.Event()
+        stop = self.shards.renew_stop()
         depth = max(1, self._prefetch // self._together)
         self._reader = reader = ReadAhead(self._from(self.step), depth, stop)
         atexit.register(self.close)
@@ -246,13 +240,7 @@ class TokenLoader:
 
 
 def validation_batches(
-    shards_dir: str | Path,
-    n_images: int,
-    batch: int,
-    rank: int = 0,
-    world: int = 1,
-    view: int | None = None,
-    data: DataConfig | None = None,
+    shards: ShardSet, n_images: int, batch: int, rank: int = 0, world: int = 1, view: int | None = None
 ) -> list[Batch]:
     """The first ``n_images`` samples (all, if fewer) with one fixed view each, cut into this rank's batches.
 
@@ -260,13 +248,6 @@ def validation_batches(
     gets the same number of batches, of at most ``batch`` rows, as ZeRO's gathers need; up to ``world`` - 1 samples
     are left out where there are too few to go round. A batch has ``codes`` (b, 1, T), ``labels`` and ``ids`` (b,).
     """
-    with closing(ShardSet(shards_dir, data=data, max_open=1)) as shards:  # they are read one after the other
-        return _validation_batches(shards, n_images, batch, rank, world, view)
-
-
-def _validation_batches(
-    shards: ShardSet, n_images: int, batch: int, rank: int, world: int, view: int | None
-) -> list[Batch]:
     m = shards.manifest
     n = min(n_images, m.samples)
     if n < world:

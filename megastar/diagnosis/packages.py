@@ -12,6 +12,7 @@ from pathlib import Path
 
 import megastar
 from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding
+from megastar.version import __version__
 
 NEEDED = {  # package -> the least version, as setup.py asks for it
     "torch": "2.7",
@@ -132,7 +133,7 @@ def compiler(name: str = "g++") -> list[Finding]:
 
 def about_this_node() -> list[Finding]:
     return [
-        Finding("megastar", OK, megastar.__version__),
+        Finding("megastar", OK, __version__),
         Finding("python", OK, platform.python_version()),
         Finding("machine", OK, f"{platform.system()} {platform.release()} {platform.machine()}"),
     ]
@@ -144,7 +145,7 @@ def fingerprint() -> dict[str, str]:
     folder = Path(megastar.__file__).parent
     for file in sorted(folder.rglob("*.py")):
         digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
-    found = {"megastar": f"{megastar.__version__} ({digest.hexdigest()[:12]})", "python": platform.python_version()}
+    found = {"megastar": f"{__version__} ({digest.hexdigest()[:12]})", "python": platform.python_version()}
     found |= {package: version_of(package) or "missing" for package in ALIKE}
     torch = sys.modules.get("torch")
     if torch is not None and torch.version.cuda:

@@ -36,6 +36,10 @@ class Phase:
         self.steps += 1  # of this start
         self.moves += 1
 
+    def finish(self, steps: int) -> None:
+        """``steps`` are done."""
+        self.done = steps
+
     def at(self, phase: str) -> None:
         self.phase = phase
         self.moves += 1

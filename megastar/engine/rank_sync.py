@@ -1,19 +1,20 @@
-"""How ranks come to know of each other what they must not decide alone. Collectives, but for ``wait_for``."""
+"""Decisions that all ranks take alike. Every function but ``wait_for`` is a collective."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
+from megastar.engine.context import Context
 from megastar.engine.phase import PHASE, SAVING
 from megastar.errors import UserError
 
-if TYPE_CHECKING:  # it imports deepspeed
-    from megastar.engine.context import Context
-
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 PATIENCE = 3600.0  # seconds that ranks wait for each other's files
 
 
@@ -38,16 +39,19 @@ def on_main(ctx: Context, work: Callable[[], None]) -> str:
     return problem[0]
 
 
-def on_main_with_retry(ctx: Context, work: Callable[[], None], patience: float) -> str:
-    """``on_main``, tried again for ``patience`` seconds while the disk does not take it: ``work`` must bear that."""
+def retry(ctx: Context, attempt: Callable[[], str], patience: float, stop: Callable[[], bool] = lambda: False) -> str:
+    """Call ``attempt`` on all ranks until it returns no problem, for ``patience`` seconds, at least once.
+
+    Returns the last problem, or the empty string. ``stop``, asked on the main rank, ends the retries.
+    """
     until, pause = time.monotonic() + patience, 1.0
     while True:
-        PHASE.at(SAVING)  # each try has the watchdog's patience anew
-        problem, left = on_main(ctx, work), until - time.monotonic()
-        if not problem or not agreed(ctx, left > 0):
+        PHASE.at(SAVING)  # the watchdog's limit starts anew with each attempt
+        problem, left = attempt(), until - time.monotonic()
+        if not problem or not agreed(ctx, left > 0 and not stop()):
             return problem
         if ctx.main and pause == 1.0:
-            print(f"{problem}; trying for {left:.0f} s more", flush=True)
+            logger.warning("%s; retrying for %.0f s", problem, left)
         time.sleep(max(0.0, min(pause, left)))
         pause = min(2 * pause, 10.0)
 
@@ -63,44 +67,38 @@ def wait_for(store: Any, key: str, otherwise: str, patience: float = PATIENCE) -
     return value.decode()
 
 
-T = TypeVar("T")
-
-
 def on_all_ranks(ctx: Context, make: Callable[[], T]) -> T:
-    """What ``make`` returns. Where it fails on some rank it fails on all: none is left behind in a collective."""
+    """The result of ``make``. Where it fails on some rank it fails on all: none is left behind in a collective."""
     try:
-        made, problem = make(), None
-    except Exception as error:
-        made, problem = None, error
-    if (problem := _problem_of_any(ctx, problem)) is not None:
-        raise problem
+        made, error = make(), None
+    except Exception as failure:
+        made, error = None, failure
+    if (error := error_of_any_rank(ctx, error)) is not None:
+        raise error
     return cast(T, made)
 
 
-def _problem_of_any(ctx: Context, problem: Exception | None) -> Exception | None:
-    """This rank's own, or else the first rank's that has one, as its sentence. Called by all ranks alike.
+def error_of_any_rank(ctx: Context, error: Exception | None) -> Exception | None:
+    """This rank's own error, or else the first rank's that has one, with its message. Called by all ranks alike.
 
-    A ``UserError`` on others too only where it was one: what nobody has to mend is requeued.
+    It is a ``UserError`` on the other ranks too only where it was one: what no user can fix is requeued.
     """
-    mine = isinstance(problem, UserError)
-    run_on_main = (f"{problem}" if mine else repr(problem) if problem else "", mine)
-    every = [run_on_main]
+    is_user_error = isinstance(error, UserError)
+    mine = (f"{error}" if is_user_error else repr(error) if error else "", is_user_error)
+    every = [mine]
     if ctx.world > 1:
         every = [("", False)] * ctx.world
-        dist.all_gather_object(every, run_on_main)
-    if problem is not None:
-        return problem
+        dist.all_gather_object(every, mine)
+    if error is not None:
+        return error
     return next(
         (UserError(t) if user else RuntimeError(f"rank {r}: {t}") for r, (t, user) in enumerate(every) if t), None
     )
 
 
-T = TypeVar("T")
-
-
 def run_on_main(ctx: Context, work: Callable[[], T]) -> T:
-    """What ``work`` returns on rank 0, on all ranks; where it fails it fails on all."""
-    said = [on_all_ranks(ctx, lambda: work() if ctx.main else None)]
+    """The result of ``work`` on rank 0, on all ranks; where it fails it fails on all."""
+    result = [on_all_ranks(ctx, lambda: work() if ctx.main else None)]
     if ctx.world > 1:
-        dist.broadcast_object_list(said, src=0, device=ctx.device)
-    return cast(T, said[0])
+        dist.broadcast_object_list(result, src=0, device=ctx.device)
+    return cast(T, result[0])

@@ -19,6 +19,7 @@ from megastar.model.masks import MaskSpec, draw_hidden
 from megastar.model.transformer import Output
 from megastar.objectives.self_guided import at_positions, draw_positions, total
 from megastar.parallel.collectives import gather_rows
+from megastar.parallel.tensor_hash import hash_tensor
 from megastar.teacher.schedule import decay_at
 
 
@@ -87,14 +88,11 @@ def losses(
 
 
 def check_batch(ctx: Context, batch: dict[str, Any], step: int) -> None:
-    """Raise ``UserError`` on all ranks of a tensor group when their batches differ; one of zeros stands for none."""
+    """Raise ``UserError`` on all ranks of a tensor group when their batches differ; a batch of zeros is a substitute."""
     if ctx.tensor_group is None:
         return
-    total = torch.zeros((), dtype=torch.int64)
-    for name in ("codes", "labels", "ids", "epochs"):
-        values = batch[name].flatten().to("cpu", torch.int64)
-        places = torch.arange(1, len(values) + 1) * 0x1E3779B97F4A7C15  # int64 wraps: a hash that sees order
-        total = total * 31 + (values * places).sum()
+    parts = [batch[name].flatten().to("cpu", torch.int64) for name in ("codes", "labels", "ids", "epochs")]
+    total = hash_tensor(torch.cat(parts))  # 0 for a batch of zeros
     seen = gather_rows(total.view(1).to(ctx.device), ctx.tensor_group)
     seen = seen[seen != 0]
     if (seen != seen[:1]).any():
@@ -111,21 +109,28 @@ def teacher_pass(
     """Unmasked teacher on codes (B, M, T): last-layer features of the student's views (B * Ms, T, D), and block
     ``block``'s of all views at the positions, (B, M, K, D), or None without positions."""
     M, Ms = codes.shape[1], student_views
+    teacher = engines.teacher
+    assert teacher is not None
 
-    def see(views: Tensor, last_block: int | None = None) -> Output:  # views (B, m, T)
+    def see(views: Tensor, last_block: int | None = None) -> tuple[Tensor, Tensor | None]:  # views (B, m, T)
         inputs = views.flatten(0, 1)[:, :-1]
         repeated = labels.repeat_interleave(views.shape[1])
-        return engines.teacher(repeated, inputs, features_at=block, last_block=last_block, need_logits=False)
+        out: Output = teacher(repeated, inputs, features_at=block, last_block=last_block, need_logits=False)
+        assert out.last is not None
+        return out.last, out.features
+
+    def at(features: Tensor | None, m: int) -> Tensor:
+        assert features is not None and positions is not None
+        return at_positions(features, positions, m)
 
     if positions is None:
-        return see(codes[:, :Ms]).last, None
+        return see(codes[:, :Ms])[0], None
+    last, features = see(codes[:, :Ms])
     if Ms == M:
-        seen = see(codes)
-        return seen.last, at_positions(seen.features, positions, M)
+        return last, at(features, M)
     # The views that the student does not see are needed no deeper than the contrastive block.
-    first, rest = see(codes[:, :Ms]), see(codes[:, Ms:], last_block=block)
-    parts = [at_positions(first.features, positions, Ms), at_positions(rest.features, positions, M - Ms)]
-    return first.last, torch.cat(parts, dim=1)
+    _, rest = see(codes[:, Ms:], last_block=block)
+    return last, torch.cat([at(features, Ms), at(rest, M - Ms)], dim=1)
 
 
 @torch.no_grad()
@@ -145,9 +150,7 @@ def validation_loss(cfg: RunConfig, engines: Engines, ctx: Context, batches: lis
 
 
 def set_schedules(cfg: RunConfig, engines: Engines, step: int, steps: int) -> None:
-    for group in engines.optimizer.param_groups:
-        group["lr"] = learning_rate(cfg, step, steps)
-        group["ema_decay"] = decay_at(step, cfg.self_guided)
+    engines.set_schedules(learning_rate(cfg, step, steps), decay_at(step, cfg.self_guided))
 
 
 def average_over_ranks(ctx: Context, sums: dict[str, torch.Tensor]) -> dict[str, float]:

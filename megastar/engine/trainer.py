@@ -1,349 +1,400 @@
-"""The training loop. ``train`` is what `megastar train` calls on every rank."""
+"""The training loop: ``Trainer`` holds one run on this rank, ``train`` is what `megastar train` calls on every rank."""
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from rich.console import Console
+from torch import Tensor
 
 from megastar.checkpoint.rng_state import seed_dropout
-from megastar.config.load import diff_configs, load_config, resolve_batch, save_config
+from megastar.config.load import as_run_config, resolve_batch
 from megastar.config.schema import RunConfig
 from megastar.data.loader import TokenLoader
 from megastar.data.order import VERSION as ORDER
-from megastar.data.shards.manifest import Manifest
 from megastar.data.storage.protocol import is_remote
-from megastar.engine.checkpointer import load
-from megastar.engine.checkpointer.async_saver import Saver, grace
-from megastar.engine.context import Context
+from megastar.engine.checkpointer.async_saver import Saver, grace_period
+from megastar.engine.checkpointer.load import load_checkpoint, load_initial, newest_checkpoint
 from megastar.engine.exit_codes import PREEMPTED
 from megastar.engine.fault_tolerance import replica_checksum
 from megastar.engine.fault_tolerance.errors import CorruptReplica
-from megastar.engine.fault_tolerance.rollback import roll_back, settle
+from megastar.engine.fault_tolerance.rollback import commit_rollback, finish_rollback, plan_rollback
 from megastar.engine.fault_tolerance.skip_policy import NONFINITE_GRADIENT, SkipPolicy, StepRecord, record_skip
-from megastar.engine.fault_tolerance.step_consensus import StepConsensus, stop_asked
+from megastar.engine.fault_tolerance.step_consensus import StepConsensus, any_stop_signal
 from megastar.engine.fault_tolerance.stragglers import Stragglers
 from megastar.engine.fault_tolerance.watchdog import watch
 from megastar.engine.input_pipeline.batch_fetcher import BatchFetcher, OutOfData
-from megastar.engine.input_pipeline.data_checks import (
-    check_same_data,
-    check_same_order,
-    digest_of,
-    make_loader,
-    make_validation,
-    open_data,
-)
+from megastar.engine.input_pipeline.data_checks import check_same_data, check_same_order, open_data
 from megastar.engine.lr_schedule import learning_rate, row_due, total_steps
 from megastar.engine.metrics.environment import process_environment
 from megastar.engine.metrics.health_monitor import HealthMonitor
 from megastar.engine.metrics.logger import MetricsLogger
-from megastar.engine.metrics.step_metrics import ideal_seconds, observed
-from megastar.engine.phase import ENDING, PHASE, SAVING, VALIDATION
+from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
+from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
-from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.setup import build, collective_timeout, set_timeouts, start
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.config_file import claim_run_folder
 from megastar.run_dir.events import append_event
 from megastar.utils.signals import StopFlag
 
+logger = logging.getLogger(__name__)
+
 
 def train(cfg: RunConfig, *, dry_run: bool = False, stop: StopFlag | None = None) -> None:
-    """Train to the end, resuming from the run folder's newest checkpoint. Exits with 85 when a signal asked to stop.
+    """Train to the end, resuming from the run folder's newest checkpoint. Exits with 85 after a stop signal.
 
-    ``stop``: one that has been listening since the process began.
+    ``stop``: a flag that has caught signals since the process began.
     """
-    there = is_remote(cfg.data.shards) or Path(cfg.data.shards).exists()
-    manifest, validation = open_data(cfg) if not dry_run or there else (None, None)
-    if cfg.train.init and not checkpoint_dir.latest(checkpoint_dir.folder_of(cfg)):
-        read_model_metadata(cfg.train.init)  # it exists, before anything is built
-    stop = stop or StopFlag()
-    ctx = start(cfg)
-    if signal_number := stop_asked(ctx, stop.signal):
-        leave_unstarted(cfg, ctx, signal_number)
-    resolve_batch(cfg, ctx.world)  # before the run folder exists
-    if not dry_run:
-        claim_run_folder(cfg, ctx)
-    with nullcontext() if dry_run else watch(cfg, ctx.rank, ctx.world):
-        build_and_run(cfg, ctx, manifest, validation, stop, dry_run)
-
-
-def build_and_run(
-    cfg: RunConfig,
-    ctx: Context,
-    manifest: Manifest | None,
-    validation: Manifest | None,
-    stop: StopFlag,
-    dry_run: bool,
-) -> None:
-    """Engines, the newest checkpoint, data and metrics, then the loop."""
-    engines = build(cfg, ctx)
-    set_timeouts(collective_timeout(cfg))
+    trainer = Trainer(cfg, stop=stop or StopFlag(), watchdog=True)
     if dry_run:
+        trainer.dry_run()
+    elif trainer.fit().signal:
+        raise SystemExit(PREEMPTED)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How ``Trainer.fit`` ended. ``signal``: the stop signal that ended it early, 0 where all steps are done."""
+
+    step: int
+    checkpoint: Path | None
+    signal: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return not self.signal
+
+
+class _Preempted(SystemExit):
+    """All ranks stop because of a signal. A SystemExit, so that the watchdog counts it as a clean end."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(PREEMPTED)
+        self.signal = signal_number
+
+
+class Trainer:
+    """One training run on this rank; constructed on every rank alike.
+
+    Args:
+        config: the run's configuration, the path of its YAML file, or a dict of its sections.
+        stop: catches stop signals; without one, ``fit`` installs handlers where it runs in the main thread, and
+            restores the former ones.
+        watchdog: end the process when a rank hangs or is lost (``faults.hang_timeout``, ``faults.lost_timeout``). Off by
+            default: a program that embeds the trainer is not ended by it.
+
+    ``hooks`` are called with the step's record after each step: metrics, validation, saving, and what a caller appends.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig | str | Path | Mapping[str, Any],
+        *,
+        stop: StopFlag | None = None,
+        watchdog: bool = False,
+    ):
+        self.cfg, self.watchdog, self._stop = as_run_config(config), watchdog, stop
+        self.step = self.steps = 0  # done; in all
+        self.hooks: list[Callable[[StepRecord], None]] = [self._log, self._validate, self._save]
+
+    # Set-up ------------------------------------------------------------------------------------------------------
+    def fit(self) -> TrainResult:
+        """Train to the end or to a stop signal, from the newest checkpoint of the run folder where there is one.
+
+        Raises ``UserError`` for a configuration, data or a checkpoint that does not fit, ``NonFiniteLoss`` when skipping
+        and rolling back do not help, ``CorruptReplica`` for ranks that disagree. Never ends the interpreter.
+        """
+        cfg, own = self.cfg, self._stop is None
+        self.data = open_data(cfg)
+        if cfg.train.init and not checkpoint_dir.latest(checkpoint_dir.folder_of(cfg)):
+            read_model_metadata(cfg.train.init)  # it exists, before anything is built
+        self.stop = self._stop or StopFlag()
+        PHASE.reset()
+        try:
+            self.ctx = start(cfg)
+            self._leave_if_stopped()
+            resolve_batch(cfg, self.ctx.world)  # before the run folder exists
+            claim_run_folder(cfg, write=self.ctx.main)
+            with watch(cfg, self.ctx.rank, self.ctx.world) if self.watchdog else nullcontext():
+                self._build()
+                self._train()
+        except _Preempted as leaving:
+            saver: Saver | None = getattr(self, "saver", None)  # none before the first step
+            return TrainResult(self.step, saver.done if saver else None, leaving.signal)
+        finally:
+            self.data.close()
+            if own:
+                self.stop.restore()
+        return TrainResult(self.step, checkpoint_dir.latest(checkpoint_dir.folder_of(cfg)))
+
+    def dry_run(self) -> None:
+        """Build everything, run steps on random tokens, and print memory, batch and schedule. Writes nothing."""
         from megastar.engine.dry_run import describe
 
-        describe(cfg, ctx, engines, manifest)
-        return
-    assert manifest is not None
-    records = settle(cfg, ctx)
-    guard = SkipPolicy(cfg.faults, len(records))
-    found = load.newest(ctx, checkpoint_dir.folder_of(cfg))
-    done, data = 0, {"data": digest_of(manifest), "val_data": digest_of(validation)}
-    if found:
-        restored = load.load(cfg, ctx, engines, found)
-        done, origin = restored["step"], restored.get("init")
-        guard.restore(restored, len(records), records[-1]["position"] if records else 0)
-        check_same_data(cfg, restored, data, found)
-        check_same_order(cfg, manifest, restored, found)
-    else:
-        origin = load.load_initial(cfg, ctx, engines) if cfg.train.init else None
-        seed_dropout(cfg.train.seed, ctx.mesh.data_rank, 0)
-    steps = total_steps(cfg, manifest.samples)
-    if done >= steps:
-        if ctx.main:
-            Console().print(f"{cfg.run} is done: {done} of {steps} steps; raise train.steps to go on")
-        return
-    if signal_number := stop_asked(ctx, stop.signal):
-        leave_unstarted(cfg, ctx, signal_number)
-    loader = on_all_ranks(ctx, lambda: make_loader(cfg, ctx, engines, done + guard.offset))
-    metrics = on_all_ranks(
-        ctx,
-        lambda: MetricsLogger(Path(cfg.run), done, steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx)),
-    )
-    text = f"resumed {found} at step {done}" if found else f"{cfg.run}: {steps} steps on {ctx.world} rank(s)"
-    metrics.event(
-        "resumed" if found else "started", text, steps=steps, ranks=ctx.world, **process_environment(ctx.device)
-    )
-    if not manifest.tokenizer_sha256:
-        metrics.note(f"{cfg.data.shards} does not say which tokenizer made it: that it fits is taken on trust")
-    about = {
-        "steps": steps,
-        **data,
-        "order": ORDER,
-        "classes": manifest.classes,
-        "init": origin,
-        "command": " ".join(["megastar", *sys.argv[1:]]),
-        "guard": guard.state(done),
-    }
-    try:
-        run(cfg, ctx, engines, loader, metrics, guard, done, about, stop)
-    finally:
-        loader.close()
-        metrics.close()
+        cfg, shards = self.cfg, self.cfg.data.shards
+        data = open_data(cfg) if is_remote(shards) or Path(shards).exists() else None
+        if cfg.train.init:
+            read_model_metadata(cfg.train.init)
+        ctx = start(cfg)
+        describe(cfg, ctx, build(cfg, ctx), data.train.manifest if data else None)
 
+    def _build(self) -> None:
+        """Engines, and their state from the newest checkpoint, ``train.init`` or nothing."""
+        cfg, ctx, manifest = self.cfg, self.ctx, self.data.train.manifest
+        self.engines = build(cfg, ctx)
+        set_timeouts(collective_timeout(cfg))
+        rollbacks = finish_rollback(cfg, ctx)
+        self.policy = SkipPolicy(cfg.faults, len(rollbacks))
+        found = newest_checkpoint(ctx, checkpoint_dir.folder_of(cfg))
+        if found:
+            restored = load_checkpoint(cfg, ctx, self.engines, found)
+            self.step, origin = restored["step"], restored.get("init")
+            self.policy.restore(restored, len(rollbacks), rollbacks[-1]["position"] if rollbacks else 0)
+            check_same_data(cfg, restored, self.data.digests, found)
+            check_same_order(cfg, manifest, restored, found)
+        else:
+            origin = load_initial(cfg, ctx, self.engines) if cfg.train.init else None
+            seed_dropout(cfg.train.seed, ctx.mesh.data_rank, 0)
+        self.steps = total_steps(cfg, manifest.samples)
+        self.found, self.first = found, self.step  # first: steps done at the start, or at the last rollback
+        self.metadata: dict[str, Any] = {  # of each checkpoint
+            "steps": self.steps,
+            **self.data.digests,
+            "order": ORDER,
+            "classes": manifest.classes,
+            "init": origin,
+            "command": " ".join(["megastar", *sys.argv[1:]]),
+        }
 
-def leave_unstarted(cfg: RunConfig, ctx: Context, signal_number: int) -> NoReturn:
-    """Before the first step there is nothing to save. Called by all ranks alike."""
-    if ctx.main:
-        found = checkpoint_dir.latest(checkpoint_dir.folder_of(cfg))
-        text = f"signal {signal_number} before the first step: nothing to save; the same command starts again"
-        append_event(Path(cfg.run), "signal", checkpoint_dir.step_in(found) if found else 0, text)
-        Console().print(text)
-    raise SystemExit(PREEMPTED)
-
-
-def run(
-    cfg: RunConfig,
-    ctx: Context,
-    engines: Engines,
-    loader: TokenLoader,
-    metrics: MetricsLogger,
-    guard: SkipPolicy,
-    done: int,
-    about: dict[str, Any],
-    stop: StopFlag,
-) -> None:
-    """The loop itself: batch -> losses -> backward -> agree -> step -> teacher. ``about`` goes into each checkpoint.
-
-    ``done`` steps lie before it, from where it started or last went back to."""
-    supply, steps = BatchFetcher(loader, ctx, lambda: bool(stop.signal), Path(cfg.run)), about["steps"]
-    saver = Saver(cfg, ctx, engines)
-    stragglers = Stragglers(ctx, engines, supply, cfg.faults.slow_ratio)
-    if ctx.main and (little := saver.lacks(steps)):
-        metrics.event("warning", little)
-    validation = on_all_ranks(ctx, lambda: make_validation(cfg, ctx, engines))
-    health = HealthMonitor(cfg, ctx.world, steps, metrics)
-    engines.student.train()
-    saver.step = step = done
-    skipped = 0  # steps since the last row
-    while step < steps:
-        PHASE.begin(step + 1)
+    def _train(self) -> None:
+        """Open what a run that has steps left needs, run the loop, close it."""
+        cfg, ctx = self.cfg, self.ctx
+        if self.step >= self.steps:
+            if ctx.main:
+                logger.info("%s is done: %d of %d steps; raise train.steps to continue", cfg.run, self.step, self.steps)
+            return
+        self._leave_if_stopped()
+        self.loader = on_all_ranks(ctx, self._open_loader)
+        self.metrics = on_all_ranks(ctx, self._open_metrics)
         try:
-            seen, why = train_step(cfg, ctx, engines, saver, supply, guard, stop, step, steps)
-        except CorruptReplica:
-            PHASE.at(SAVING)
-            metrics.saved(saver.finish())  # the save under way is good
-            raise
-        except OutOfData as starved:
-            leave(saver, supply, metrics, about, done, step, starved.signal)
-        if why:
-            skipped += 1
-            PHASE.at("recording a skipped step")
-            record_skip(ctx, metrics, guard, loader.shards, seen, step, why)
-            if guard.skip(step):
-                step = done = roll_back(cfg, ctx, engines, loader, metrics, saver, guard, step)
-                supply.restart()
-                skipped = 0
-                continue
-        PHASE.done = step = step + 1
-        about["guard"] = guard.state(step)
-        about.pop("val_loss_ar", None)
-        last, row = step == steps, {}
-        if row_due(cfg, step - 1, steps):
-            PHASE.at("averaging the metrics")
-            if not why:
-                row = average_over_ranks(ctx, seen.sums()) | {"grad_norm": engines.grad_norm()}
-            row |= observed(ctx, engines) | {"lr": learning_rate(cfg, step - 1, steps)}
-            row |= stragglers.row(step - metrics.last_step) | ({"skipped": skipped} if skipped else {})
-            skipped = 0
-        metrics.step(step, cfg.train.global_batch, row)
-        health.look(step, row)
-        metrics.warn(stragglers.news(), "slow")
-        metrics.saved(saver.done)
-        if validation and (last or step % cfg.train.val_every == 0):
-            PHASE.at(VALIDATION)
-            about["val_loss_ar"] = value = validation_loss(cfg, engines, ctx, validation)
-            metrics.write(step, {"val_loss_ar": value})
-            metrics.note(f"step {step}: validation next-token loss {value:.4f}")
-        PHASE.at(SAVING)
-        again = seen.lost and saver.attend()
-        if last or seen.signal or again or step % cfg.train.save_every == 0:
-            metrics.write(step, {"save_blocked_s": saver.save(step, about)})
-        metrics.warn(saver.news())
-        if seen.signal and not last:
-            unsaved = saver.insist(step, about, grace(seen.signal))
-            metrics.saved(saver.done)
-            metrics.event(
-                "signal", f"signal {seen.signal}: {unsaved or f'saved {saver.done}'}; the same command resumes"
-            )
-            raise SystemExit(PREEMPTED)  # the next run's uploads catch up
-    if problem := saver.insist(steps, about, cfg.faults.save_patience, lambda: bool(stop.signal)):
-        if signal_number := stop_asked(ctx, stop.signal):
-            metrics.event("signal", f"signal {signal_number}: {problem}; the same command resumes")
-            raise SystemExit(PREEMPTED)
-        raise UserError(f"{problem}, and run the same command again")
-    PHASE.at(ENDING)
-    if problem := saver.close():
-        metrics.event("warning", problem, situation="upload")
-    metrics.saved(saver.done)
-    metrics.warn(saver.news())
-    metrics.event("finished", f"{steps} steps are done", note=False)
+            self.fetcher = BatchFetcher(self.loader, ctx, lambda: bool(self.stop.signal), Path(cfg.run))
+            self.saver = Saver(cfg, ctx, self.engines, self.step)
+            self.stragglers = Stragglers(ctx, self.engines, self.fetcher, cfg.faults.slow_ratio)
+            if ctx.main and (shortfall := self.saver.disk_shortfall(self.steps)):
+                self.metrics.event("warning", shortfall)
+            micro_batch = self.engines.micro_batch
+            self.validation = on_all_ranks(ctx, lambda: self.data.validation_batches(cfg, ctx, micro_batch))
+            self.health = HealthMonitor(cfg, ctx.world, self.steps, self.metrics)
+            self.engines.student.train()
+            self.skipped = 0  # steps since the last row
+            try:
+                self._loop()
+                self._finish()
+            except OutOfData as error:
+                self._stop_without_data(error.signal)
+            except CorruptReplica:
+                PHASE.at(SAVING)
+                self.metrics.saved(self.saver.finish())  # the save under way is good
+                raise
+        finally:
+            self.loader.close()
+            self.metrics.close()
 
+    def _open_loader(self) -> TokenLoader:
+        cfg, mesh = self.cfg, self.ctx.mesh
+        place = {"rank": mesh.data_rank, "world": mesh.data, "accumulation": self.engines.accumulation}
+        position = self.step + self.policy.offset
+        return TokenLoader(self.data.train, cfg, start_step=position, device=self.ctx.device, **place)
 
-def train_step(
-    cfg: RunConfig,
-    ctx: Context,
-    engines: Engines,
-    saver: Saver,
-    supply: BatchFetcher,
-    guard: SkipPolicy,
-    stop: StopFlag,
-    step: int,
-    steps: int,
-) -> tuple[StepRecord, str]:
-    """One optimizer step over its micro-batches: what was seen of them, and why the step was skipped, if it was."""
-    seen, why = StepRecord(), ""
-    supply.begin_step()
-    for _ in range(engines.accumulation):
-        batch = supply.next()
-        loss, parts = losses(cfg, engines, ctx, batch, step, spreads=row_due(cfg, step, steps))
-        supply.computed()
+    def _open_metrics(self) -> MetricsLogger:
+        cfg, ctx = self.cfg, self.ctx
+        metrics = MetricsLogger(
+            Path(cfg.run), self.step, self.steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx)
+        )
+        text = f"{cfg.run}: {self.steps} steps on {ctx.world} rank(s)"
+        if self.found:
+            text = f"resumed {self.found} at step {self.step}"
+        facts = process_environment(ctx.device)
+        metrics.event("resumed" if self.found else "started", text, steps=self.steps, ranks=ctx.world, **facts)
+        if not self.data.train.manifest.tokenizer_sha256:
+            metrics.note(f"{cfg.data.shards} records no tokenizer hash; assuming it matches data.tokenizer")
+        return metrics
+
+    # The loop ----------------------------------------------------------------------------------------------------
+    def _loop(self) -> None:
+        """One turn is one optimizer step over its micro-batches."""
+        engines = self.engines
+        while self.step < self.steps:
+            PHASE.begin(self.step + 1)
+            record = StepRecord()
+            for batch in self.fetcher.micro_batches(engines.accumulation):
+                loss, metrics = self._forward(batch)
+                consensus = self._ask_all_ranks(loss)  # its reduction overlaps with the backward pass
+                PHASE.at("backward")
+                engines.student.backward(loss)
+                result = consensus.result()
+                if result.out_of_data:
+                    raise OutOfData(result.signal)
+                record.add(result, metrics, batch["ids"])
+                if engines.student.is_gradient_accumulation_boundary():
+                    self._before_update(record)
+                PHASE.at("optimizer")
+                if not engines.step(skip=bool(record.skip_reason)):
+                    record.skip(NONFINITE_GRADIENT)
+            if record.skip_reason:
+                if self._skip(record):
+                    self._roll_back()
+                    continue
+            else:
+                self.policy.accept(record)
+                PHASE.at("teacher")
+                engines.refresh_teacher()
+            self.step += 1
+            PHASE.finish(self.step)
+            self.metadata.pop("val_loss_ar", None)
+            for hook in self.hooks:
+                hook(record)
+
+    def _forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        spreads = row_due(self.cfg, self.step, self.steps)
+        found = losses(self.cfg, self.engines, self.ctx, batch, self.step, spreads=spreads)
+        self.fetcher.computed()
+        return found
+
+    def _ask_all_ranks(self, loss: Tensor) -> StepConsensus:
         PHASE.at("asking all ranks")
-        question = StepConsensus(ctx, loss, stop.signal, saver.failed, supply.dry)
-        PHASE.at("backward")
-        engines.student.backward(loss)
-        word = question.answer()
-        if word.dry:
-            raise OutOfData(word.signal)
-        seen.add(word, parts, batch["ids"])
-        if engines.student.is_gradient_accumulation_boundary():
-            if replica_checksum.due(cfg, step, saves=bool(seen.signal) or seen.lost or step + 1 == steps):
-                PHASE.at("comparing checksums")
-                replica_checksum.compare(cfg, engines, ctx, step, step - saver.step)
-            set_schedules(cfg, engines, step, steps)
-            why = guard.judge(seen)
-        PHASE.at("optimizer")
-        if not engines.step(veto=bool(why)):
-            why = why or NONFINITE_GRADIENT
-    if not why:
-        guard.accept(seen)
-        PHASE.at("teacher")
-        engines.refresh_teacher()
-    return seen, why
+        return StepConsensus(self.ctx, loss, self.stop.signal, self.saver.failed, self.fetcher.out_of_data)
 
+    def _before_update(self, record: StepRecord) -> None:
+        """All gradients of the step are there: compare replicas, set the schedules, decide whether to skip."""
+        cfg, saves = self.cfg, bool(record.signal) or record.save_failed or self.step + 1 == self.steps
+        if replica_checksum.due(cfg, self.step, saves=saves):
+            PHASE.at("comparing checksums")
+            replica_checksum.compare(cfg, self.engines, self.ctx, self.step, self.step - self.saver.step)
+        set_schedules(cfg, self.engines, self.step, self.steps)
+        record.skip(self.policy.reason_to_skip(record))
 
-# The run folder ----------------------------------------------------------------------------------------------------
-RESUMABLE = (
-    "model.name",
-    "attention.",
-    "data.shards",  # the same shards in another place: the checkpoint's digests tell
-    "data.val_shards",
-    "data.cache",
-    "data.patience",
-    "faults.",
-    "optim.lr",  # what a loss that is not finite asks for
-    "train.steps",
-    "train.epochs",
-    "train.log_every",
-    "train.val_every",
-    "train.save_every",
-    "train.keep",
-    "train.threads",
-    "train.compile",
-    "train.fused_ops",
-    "train.upload",
-    "train.micro_batch",
-    "parallel.",
-)
+    def _skip(self, record: StepRecord) -> bool:
+        """Record a skipped step; whether it is one too many."""
+        self.skipped += 1
+        PHASE.at("recording a skipped step")
+        row, text = record_skip(self.ctx, Path(self.cfg.run), self.policy, self.loader.shards, record, self.step)
+        self.metrics.event("skipped", text, skipped=self.step, why=row["why"], suspects=row["suspects"])
+        return self.policy.skip(self.step)
 
+    def _roll_back(self) -> None:
+        """Restore the last good checkpoint; the data continues after the skipped step's batch."""
+        PHASE.at(SAVING)
+        self.metrics.saved(self.saver.finish())
+        PHASE.at(STARTING)  # a checkpoint is read
+        plan = plan_rollback(self.cfg, self.ctx, self.policy, self.step)
+        restored = load_checkpoint(
+            self.cfg, self.ctx, self.engines, plan.target
+        )  # complete: only now leave the old way
+        commit_rollback(self.cfg, self.ctx, plan)
+        left, self.step = self.step, int(restored["step"])
+        self.first, self.skipped = self.step, 0
+        self.policy.restore(restored, plan.number, plan.record["position"])
+        self.loader.load_state_dict({"samples": (self.step + self.policy.offset) * self.loader.global_batch})
+        self.fetcher.restart()
+        self.saver.rewind(plan.target, self.step)
+        self.metrics.rewind(self.step, plan.target)
+        self.metrics.event("rolled_back", plan.text, left=left, to=self.step, position=plan.record["position"])
 
-def claim_run_folder(cfg: RunConfig, ctx: Context) -> None:
-    """Write config.yaml, or compare with the one there. Raises ``UserError`` naming the differing fields.
+    # Hooks -------------------------------------------------------------------------------------------------------
+    def _log(self, record: StepRecord) -> None:
+        row: dict[str, float] = {}
+        if row_due(self.cfg, self.step - 1, self.steps):
+            PHASE.at("averaging the metrics")
+            if not record.skip_reason:
+                row = average_over_ranks(self.ctx, record.means()) | {"grad_norm": self.engines.grad_norm()}
+            row |= step_metrics(self.ctx, self.engines) | {"lr": learning_rate(self.cfg, self.step - 1, self.steps)}
+            row |= self.stragglers.row(self.step - self.metrics.last_step)
+            row |= {"skipped": self.skipped} if self.skipped else {}
+            self.skipped = 0
+        self.metrics.step(self.step, self.cfg.train.global_batch, row)
+        self.health.update(self.step, row)
+        self.metrics.warn(self.stragglers.news(), "slow")
 
-    Only length, the split over ranks and housekeeping may differ when a run is resumed.
-    """
-    path = Path(cfg.run) / "config.yaml"
-    problem = ""
-    if path.is_file():
-        differing = [d for d in diff_configs(load_config(path), cfg) if not d.startswith(RESUMABLE)]
-        if differing:
-            problem = f"{cfg.run} holds a run of another configuration: {'; '.join(differing)}: choose another run=... or restore the fields"
-    if problem:
-        raise UserError(problem)
-    if ctx.main and not (path.is_file() and not diff_configs(load_config(path), cfg)):  # a full disk needs no new one
-        save_config(cfg, path)
+    def _validate(self, record: StepRecord) -> None:
+        if self.validation and (self.step == self.steps or self.step % self.cfg.train.val_every == 0):
+            PHASE.at(VALIDATION)
+            value = validation_loss(self.cfg, self.engines, self.ctx, self.validation)
+            self.metadata["val_loss_ar"] = value
+            self.metrics.write(self.step, {"val_loss_ar": value})
+            self.metrics.note(f"step {self.step}: validation next-token loss {value:.4f}")
 
+    def _save(self, record: StepRecord) -> None:
+        """Save where it is due, and stop after a signal. Raises ``_Preempted``."""
+        self.metrics.saved(self.saver.done)
+        PHASE.at(SAVING)
+        last = self.step == self.steps
+        again = record.save_failed and self.saver.retry_due()
+        if last or record.signal or again or self.step % self.cfg.train.save_every == 0:
+            blocked = self.saver.save(self.step, self._checkpoint_metadata())
+            self.metrics.write(self.step, {"save_blocked_s": blocked})
+        self.metrics.warn(self.saver.take_events())
+        if record.signal and not last:
+            unsaved = self._save_with_retry(grace_period(record.signal))
+            self.metrics.saved(self.saver.done)
+            self._stop_for(record.signal, unsaved or f"saved {self.saver.done}")  # the next start completes uploads
 
-def leave(
-    saver: Saver,
-    supply: BatchFetcher,
-    metrics: MetricsLogger,
-    about: dict[str, Any],
-    start: int,
-    step: int,
-    signal_number: int,
-) -> NoReturn:
-    """End the run behind its last whole step, ``step`` steps done: a batch of the next one cannot be had.
+    # The end -----------------------------------------------------------------------------------------------------
+    def _finish(self) -> None:
+        """The last checkpoint is on the disk and uploaded, or the run fails."""
+        if problem := self._save_with_retry(self.cfg.faults.save_patience, lambda: bool(self.stop.signal)):
+            if signal_number := any_stop_signal(self.ctx, self.stop.signal):
+                self._stop_for(signal_number, problem)
+            raise UserError(f"{problem}, and run the same command again")
+        PHASE.at(ENDING)
+        if problem := self.saver.close():
+            self.metrics.event("warning", problem, situation="upload")
+        self.metrics.saved(self.saver.done)
+        self.metrics.warn(self.saver.take_events())
+        self.metrics.event("finished", f"{self.steps} steps are done", note=False)
 
-    It is saved unless it was, or unless nothing was done since the ``start``. Called by all ranks alike.
-    """
-    PHASE.at(SAVING)
-    problem = supply.why()
-    supply.rewind()
-    unsaved = saver.insist(step, about, grace(signal_number)) if step > start else ""
-    place = saver.finish()
-    metrics.warn(saver.news())
-    kept = unsaved or (f"saved {place}" if place else "nothing was done since the start")
-    if signal_number:
-        metrics.saved(place)
-        metrics.event("signal", f"signal {signal_number} while waiting for data: {kept}; the same command resumes")
-        raise SystemExit(PREEMPTED)
-    assert problem is not None
-    metrics.saved(place)
-    metrics.note(f"no batch for step {step + 1}: {kept}")
-    raise problem
+    def _stop_without_data(self, signal_number: int) -> None:
+        """Some rank has no batch for the next step: save the last whole step and stop. Called by all ranks alike."""
+        PHASE.at(SAVING)
+        error = self.fetcher.error_of_any_rank()
+        self.fetcher.restore_rng()
+        unsaved = self._save_with_retry(grace_period(signal_number)) if self.step > self.first else ""
+        place = self.saver.finish()
+        self.metrics.warn(self.saver.take_events())
+        self.metrics.saved(place)
+        kept = unsaved or (f"saved {place}" if place else "no step was done since the start")
+        if signal_number:
+            self._stop_for(signal_number, kept, " while waiting for data")
+        assert error is not None
+        self.metrics.note(f"no batch for step {self.step + 1}: {kept}")
+        raise error
+
+    def _stop_for(self, signal_number: int, kept: str, when: str = "") -> None:
+        self.metrics.event("signal", f"signal {signal_number}{when}: {kept}; the same command resumes")
+        raise _Preempted(signal_number)
+
+    def _leave_if_stopped(self) -> None:
+        """Before the first step there is nothing to save. Called by all ranks alike."""
+        if not (signal_number := any_stop_signal(self.ctx, self.stop.signal)):
+            return
+        if self.ctx.main:
+            found = checkpoint_dir.latest(checkpoint_dir.folder_of(self.cfg))
+            text = f"signal {signal_number} before the first step: nothing to save; the same command starts again"
+            append_event(Path(self.cfg.run), "signal", checkpoint_dir.step_in(found) if found else 0, text)
+            logger.info(text)
+        raise _Preempted(signal_number)
+
+    def _checkpoint_metadata(self) -> dict[str, Any]:
+        return {**self.metadata, "guard": self.policy.state(self.step)}
+
+    def _save_with_retry(self, patience: float, stop: Callable[[], bool] = lambda: False) -> str:
+        return self.saver.save_with_retry(self.step, self._checkpoint_metadata(), patience, stop)

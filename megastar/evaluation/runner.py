@@ -20,7 +20,6 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-import megastar
 from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector, collect
 from megastar.evaluation.features import Network, open_network
@@ -33,6 +32,7 @@ from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, token
 from megastar.tokenizer.losses import psnr
 from megastar.tokenizer.train import to_images
 from megastar.utils.files import write_atomic
+from megastar.version import __version__
 
 logger = logging.getLogger(__name__)
 SAMPLED = "drawn while scoring"  # a result's source without a file
@@ -290,5 +290,5 @@ def _class_counts(labels: np.ndarray | None) -> dict[str, int] | None:
 
 
 def _versions() -> dict[str, str]:
-    ours = {"megastar": megastar.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    ours = {"megastar": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return ours | {package: version(package) for package in ("numpy", "pillow")}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from megastar.config.comparison import CompareConfig
 from megastar.experiments.evaluation import Evaluation
 from megastar.experiments.plan import PlannedRun, baselines
+from megastar.run_dir.jsonl import read_jsonl
 
 LAST, BEST = "probe, last position (%)", "probe, best position (%)"
 LOSS = "validation loss"
@@ -31,7 +30,7 @@ def gather(
     run: PlannedRun, evaluation: Evaluation, times: Mapping[str, Mapping[str, Any]], digest: str
 ) -> dict[str, Any]:
     """All that is known of a run so far."""
-    rows = read_rows(run.folder / "metrics.jsonl")
+    rows = read_jsonl(run.folder / "metrics.jsonl")
     speeds = [r["images_per_s"] for r in rows if "images_per_s" in r]
     losses = [r["val_loss_ar"] for r in rows if "val_loss_ar" in r]
     trained = times.get(f"{run.name} train", {})
@@ -68,17 +67,6 @@ def gather(
         )
         place[part.what] = result
     return out
-
-
-def read_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, which a run may be writing."""
-    rows = []
-    for line in metrics.read_text().splitlines() if metrics.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def score_of(weights: str, split: str, metric: str) -> Callable[[Mapping[str, Any]], Any]:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from megastar.errors import UserError
@@ -252,20 +253,19 @@ def pattern(name: str, *args: Any, **options: Any) -> MaskSpec:
     return PATTERNS[name](*args, **options)
 
 
-def draw_hidden(
-    seed: int, epochs: Tensor | np.ndarray, ids: Tensor | np.ndarray, tokens: int, ratio: float, view: int = 0
-) -> Tensor:
+def draw_hidden(seed: int, epochs: ArrayLike, ids: ArrayLike, tokens: int, ratio: float, view: int = 0) -> Tensor:
     """Random hidden keys of one view of each sample: (B, T) bool, on CPU, exactly round(ratio * (T - 1)) true per row.
 
     Drawn from the T - 1 image-token inputs: column 0, the class, is never hidden. A row is a pure function of (seed,
     epoch, id, view), independent of ranks, batch order and restarts. epochs, ids (B,) integers >= 0.
     """
     count = round(ratio * (tokens - 1))
+    ids = np.asarray(ids)
     hidden = np.zeros((len(ids), tokens), dtype=bool)
     # One counter-based generator, moved to the counter of each sample and view: cheaper than a new one per sample.
     bits = np.random.Philox(key=[seed, _STREAM])
     rng, state = np.random.Generator(bits), bits.state
-    for row, epoch, sample in zip(hidden, np.asarray(epochs), np.asarray(ids), strict=True):
+    for row, epoch, sample in zip(hidden, np.asarray(epochs), ids, strict=True):
         state["state"]["counter"][:] = (0, view, int(epoch), int(sample))
         bits.state = state
         row[1 + rng.permutation(tokens - 1)[:count]] = True

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from megastar.run_dir.jsonl import iter_jsonl
 
 POINTS = 1000  # of one value on the page; a screen has no more columns
 MOST_BAD = 100  # steps whose value is not finite that are marked
@@ -49,7 +48,7 @@ def read_columns(path: Path) -> dict[str, Column]:
     """
     columns: dict[str, Column] = {}
     newest = -1
-    for row in _rows(path):
+    for row in iter_jsonl(path) if path.exists() else ():
         step = row.pop("step", None)
         if type(step) is not int or not 0 <= step < 2**53:
             continue
@@ -61,15 +60,6 @@ def read_columns(path: Path) -> dict[str, Column]:
             if (number := _number(value)) is not None:
                 columns.setdefault(name, Column()).put(step, number)
     return {name: column for name, column in columns.items() if len(column)}
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with suppress(FileNotFoundError), path.open(errors="replace") as f:
-        for line in f:
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    yield row
 
 
 def _number(value: Any) -> float | None:

@@ -1,6 +1,6 @@
 """``events.jsonl`` of a run folder: what happened to the run, one JSON object a line, written by the main rank.
 
-Unlike metrics.jsonl it is only ever appended to: what a crash took back stays on record.
+Unlike metrics.jsonl it is append-only: events of steps that a resume repeats stay on record.
 
     {"time": "2026-01-31T12:00:00+00:00", "host": "node3", "job": "417", "event": "saved", "step": 400, "text": "..."}
 
@@ -9,15 +9,12 @@ Unlike metrics.jsonl it is only ever appended to: what a crash took back stays o
 
 from __future__ import annotations
 
-import json
 import os
-from collections import deque
-from collections.abc import Iterable
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from megastar.run_dir.jsonl import JsonlWriter, read_jsonl
 from megastar.utils.clock import utc_now
 from megastar.utils.hostname import host_name
 
@@ -25,45 +22,30 @@ NAME = "events.jsonl"
 STARTED = ("started", "resumed")
 ENDED = ("finished", "signal", "error", "hang", "lost")
 KINDS = (*STARTED, *ENDED, "saved", "warning", "slow", "skipped", "rolled_back")
-MOST = 10_000  # lines that wait for a disk
-_waiting: dict[Path, deque[str]] = {}
+_writers: dict[Path, JsonlWriter] = {}
 
 
-def append_event(folder: Path, event: str, step: int, text: str, **more: Any) -> None:
-    """Append one line, on the disk when this returns.
+def append_event(folder: Path, event: str, step: int, text: str, **fields: Any) -> None:
+    """Append one line, synced to the disk when this returns.
 
-    A disk that takes none is no reason to stop a run: the line waits in memory, see ``flush_events``. ``situation`` and
-    ``over`` among the other fields say that something lasts, and that it is over: ``open_situations``.
+    On a disk error the line stays in memory and the next call, or ``flush_events``, retries. The fields ``situation`` and
+    ``over`` mark the begin and the end of something that lasts: see ``open_situations``.
     """
     assert event in KINDS, event
-    about = {"time": utc_now(), "host": host_name()}
+    row: dict[str, Any] = {"time": utc_now(), "host": host_name()}
     if job := os.environ.get("SLURM_JOB_ID"):
-        about["job"] = job
-    line = json.dumps({**about, "event": event, "step": step, "text": text, **more}) + "\n"
-    _waiting.setdefault(folder, deque(maxlen=MOST)).append(line)
-    flush_events(folder)
+        row["job"] = job
+    writer = _writers.setdefault(folder, JsonlWriter(folder / NAME, sync_every=0.0))
+    writer.append({**row, "event": event, "step": step, "text": text, **fields})
 
 
 def flush_events(folder: Path) -> bool:
-    """Write what the disk did not take before; whether nothing waits any more."""
-    lines = _waiting.get(folder)
-    if not lines:
-        return True
-    try:
-        with (folder / NAME).open("a+b", buffering=0) as f:
-            while lines:
-                data = (b"\n" if _is_cut(f) else b"") + lines[0].encode()
-                if f.write(data) != len(data):
-                    return False  # the rest of the disk; what is cut counts for nothing
-                lines.popleft()
-            os.fsync(f.fileno())
-    except OSError:
-        return False
-    return True
+    """Retry the lines that the disk did not take; whether all are written."""
+    return folder not in _writers or not _writers[folder].pending or _writers[folder].flush()
 
 
 def open_situations(happened: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events that say of something that it lasts, and after which nothing said that it is over."""
+    """The newest event of each situation that has begun and is not over."""
     lasting: dict[str, dict[str, Any]] = {}
     for event in happened:
         if event["event"] in (*STARTED, *ENDED):
@@ -76,54 +58,13 @@ def open_situations(happened: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; none without a file. Lines that a crash cut are passed over."""
-    return [e for e in read_lines(folder / NAME) if "event" in e and "time" in e]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, without lines that are none."""
-    with suppress(OSError), path.open("rb") as f:
-        return _objects(f)
-    return []
-
-
-def read_ends(path: Path, first: int, last: int) -> list[dict[str, Any]]:
-    """Of metrics.jsonl, in their order: the ``first`` and the ``last`` rows of training steps, the newest validation, and the
-    ``last`` other rows. However long the run was, this is all that is held."""
-    head: list[tuple[int, bytes]] = []
-    steps, others, validated = (deque[tuple[int, bytes]](maxlen=n) for n in (last, last, 1))
-    with suppress(OSError), path.open("rb") as f:
-        for place in enumerate(f):
-            if b'"loss_ar"' not in place[1]:
-                (validated if b'"val_loss_ar"' in place[1] else others).append(place)
-            elif len(head) < first:
-                head.append(place)
-            else:
-                steps.append(place)
-    return _objects(line for _, line in sorted([*head, *steps, *others, *validated]))
-
-
-def _objects(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    found = []
-    for line in lines:
-        with suppress(ValueError):
-            value = json.loads(line.decode(errors="replace"))
-            if isinstance(value, dict):
-                found.append(value)
-    return found
+    """The events of a run, oldest first; none without a file. Damaged lines are skipped."""
+    return [e for e in read_jsonl(folder / NAME) if "event" in e and "time" in e]
 
 
 def seconds_of(event: dict[str, Any]) -> float:
-    """When it happened, seconds since 1970; 0 for a time that cannot be read."""
+    """Seconds since 1970; 0 for an invalid time."""
     try:
         return datetime.fromisoformat(event["time"]).timestamp()
     except (TypeError, ValueError):
         return 0.0
-
-
-def _is_cut(f: BinaryIO) -> bool:
-    """Whether the file ends within a line, as a crash may leave it."""
-    if not f.seek(0, os.SEEK_END):
-        return False
-    f.seek(-1, os.SEEK_END)
-    return f.read(1) != b"\n"

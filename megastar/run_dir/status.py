@@ -15,6 +15,7 @@ from megastar.config.load import config_from_dict
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir, events, training_checks
+from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import HEARTBEATS
 
 RECENT = 20  # rows of metrics whose median is the run's speed
@@ -50,7 +51,7 @@ class Status:
     upload: str = ""
     restarts: list[str] = field(default_factory=list)  # why each was needed
     excluded: list[str] = field(default_factory=list)  # hosts that the batch script keeps the run away from
-    training_checks: list[str] = field(default_factory=list)
+    health: list[str] = field(default_factory=list)
 
 
 def status_of(run: Path, now: float | None = None) -> Status:
@@ -74,7 +75,7 @@ def status_of(run: Path, now: float | None = None) -> Status:
     read_rows(status, rows)
     about = read_checkpoint(status, run, now)
     status.steps = total_of(cfg, happened, about)
-    judge(status, cfg, run, happened, now)
+    find_state(status, cfg, run, happened, now)
     status.ranks = heartbeats_of(run, now)
     if status.steps and status.step_s and status.state in ("running", "starting"):
         status.left_s = max(0, status.steps - status.step) * status.step_s
@@ -141,7 +142,7 @@ def total_of(cfg: RunConfig, happened: list[dict[str, Any]], about: dict[str, An
     return cfg.train.steps or (told[-1] if told else about.get("steps"))
 
 
-def judge(status: Status, cfg: RunConfig, run: Path, happened: list[dict[str, Any]], now: float) -> None:
+def find_state(status: Status, cfg: RunConfig, run: Path, happened: list[dict[str, Any]], now: float) -> None:
     """Running or not. Nothing but files is asked, so a run is taken for stopped when it has been silent too long."""
     signs = [p.stat().st_mtime for p in (run / "metrics.jsonl", run / events.NAME) if p.is_file()]
     status.last_sign_s = max(0.0, now - max(signs)) if signs else None
@@ -174,7 +175,7 @@ def heartbeats_of(run: Path, now: float) -> str:
     """The ranks' last signs of life (engine/watchdog.py), in a sentence; nothing where there are none."""
     beats = []
     for path in sorted((run / HEARTBEATS).glob("rank-*.json")):
-        said = events.read_lines(path)
+        said = read_jsonl(path)
         if said and events.seconds_of(said[0]):
             beats.append((max(0.0, now - events.seconds_of(said[0])), said[0]))
     if not beats:
@@ -254,12 +255,12 @@ def health_of_method(
     """What the run itself warns of, asked of the same rows again: of warnings only those that still hold."""
     ranks = [e["ranks"] for e in happened if e["event"] in events.STARTED and isinstance(e.get("ranks"), int)]
     try:
-        images = training_checks.contrasted(cfg, ranks[-1] if ranks else cfg.parallel.tensor_parallel)
+        images = training_checks.contrastive_images(cfg, ranks[-1] if ranks else cfg.parallel.tensor_parallel)
     except UserError:  # started on another split than the configuration's
         images = cfg.train.global_batch
     return [
-        *training_checks.at_start(cfg, images, steps or 0).values(),
-        *training_checks.judge(cfg, images, rows).values(),
+        *training_checks.problems_at_start(cfg, images, steps or 0).values(),
+        *training_checks.find_problems(cfg, images, rows).values(),
     ]
 
 

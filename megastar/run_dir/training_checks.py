@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megastar.config.load import resolve_batch
 from megastar.config.schema import RunConfig, SelfGuidedConfig
-from megastar.run_dir.events import read_ends
+from megastar.run_dir.jsonl import read_ends
 
 if TYPE_CHECKING:
     pass
@@ -49,7 +49,7 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
     return read_ends(run / "metrics.jsonl", FIRST, KEPT)
 
 
-def trained(rows: Rows) -> list[dict[str, Any]]:
+def training_rows(rows: Rows) -> list[dict[str, Any]]:
     """Without the rows of validations and saves."""
     return [r for r in rows if "loss_ar" in r and isinstance(r.get("step"), int)]
 
@@ -58,12 +58,12 @@ def mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def settled(cfg: RunConfig, rows: Rows, count: int = RECENT) -> bool:
+def past_warmup(cfg: RunConfig, rows: Rows, count: int = RECENT) -> bool:
     """Whether the newest ``count`` rows are all of a time when something should have been learned."""
     return len(rows) >= count and rows[-count]["step"] >= cfg.optim.warmup_steps + SETTLED
 
 
-def initial_left(cfg: SelfGuidedConfig, steps: int) -> float:
+def initial_weight_share(cfg: SelfGuidedConfig, steps: int) -> float:
     """Weight of the first weights in the teacher after ``steps`` steps: the product of decay_at (teacher/schedule.py)."""
     d, warm = cfg.teacher_decay, 0
     if cfg.teacher_warmup:  # (1 + t) / (10 + t) until it reaches the decay
@@ -72,25 +72,30 @@ def initial_left(cfg: SelfGuidedConfig, steps: int) -> float:
     return rest * math.exp(math.lgamma(warm + 1) + math.lgamma(10) - math.lgamma(warm + 10))
 
 
-def contrasted(cfg: RunConfig, ranks: int) -> int:
+def contrastive_images(cfg: RunConfig, ranks: int) -> int:
     """Images among which a contrastive anchor finds its own: those of one forward pass of all data ranks."""
     micro, _ = resolve_batch(cfg, ranks)
     return micro * (ranks // cfg.parallel.tensor_parallel)
 
 
-def contrasts(cfg: SelfGuidedConfig) -> bool:
+def uses_contrastive(cfg: SelfGuidedConfig) -> bool:
     return cfg.enabled and bool(cfg.beta and (cfg.step_loss or cfg.view_loss))
 
 
 def uses_teacher(cfg: SelfGuidedConfig) -> bool:
-    return contrasts(cfg) or (cfg.enabled and bool(cfg.alpha))
+    return uses_contrastive(cfg) or (cfg.enabled and bool(cfg.alpha))
 
 
 # Checks: "" or one sentence ------------------------------------------------------------------------------------------
 def slow_teacher(cfg: RunConfig, steps: int) -> str:
     """Known before the first step. Not asked of a run that begins from trained weights: its teacher is good at once."""
     g = cfg.self_guided
-    if not uses_teacher(g) or steps < TRIAL or cfg.train.init or (left := initial_left(g, steps)) <= INITIAL_LEFT:
+    if (
+        not uses_teacher(g)
+        or steps < TRIAL
+        or cfg.train.init
+        or (left := initial_weight_share(g, steps)) <= INITIAL_LEFT
+    ):
         return ""
     time = f"follows in about {1 / (1 - g.teacher_decay):,.0f} steps" if g.teacher_decay < 1 else "never moves"
     return (
@@ -103,7 +108,7 @@ def slow_teacher(cfg: RunConfig, steps: int) -> str:
 def few_negatives(cfg: RunConfig, images: int, steps: int) -> str:
     """Known before the first step too."""
     g = cfg.self_guided
-    if not contrasts(g) or steps < TRIAL or images >= FEW_IMAGES:
+    if not uses_contrastive(g) or steps < TRIAL or images >= FEW_IMAGES:
         return ""
     among = (
         f"{images - 1} others"
@@ -117,14 +122,14 @@ def few_negatives(cfg: RunConfig, images: int, steps: int) -> str:
     )
 
 
-def at_start(cfg: RunConfig, images: int, steps: int) -> dict[str, str]:
+def problems_at_start(cfg: RunConfig, images: int, steps: int) -> dict[str, str]:
     """Kind of trouble -> a sentence, of what is known before the first of ``steps`` steps."""
     known = {"slow_teacher": slow_teacher(cfg, steps), "few_negatives": few_negatives(cfg, images, steps)}
     return {kind: text for kind, text in known.items() if text}
 
 
 def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
-    if images < FEW_IMAGES or not settled(cfg, rows):
+    if images < FEW_IMAGES or not past_warmup(cfg, rows):
         return ""
     low = {n: mean(v) for n in ("acc_step", "acc_view") if (v := values(rows, n)) and mean(v) < CHANCE / images}
     if not low:
@@ -140,7 +145,7 @@ def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
 
 
 def collapse(cfg: RunConfig, images: int, rows: Rows) -> str:
-    if not settled(cfg, rows):  # a projector that has learned nothing gives its biases, for all images the same
+    if not past_warmup(cfg, rows):  # a projector that has learned nothing gives its biases, for all images the same
         return ""
     both = {n: mean(v) for n in ("student", "teacher") if (v := values(rows, f"spread_{n}"))}
     low = [f"spread_{n} {v:.2g}" for n, v in both.items() if v < COLLAPSED]
@@ -157,7 +162,7 @@ def collapse(cfg: RunConfig, images: int, rows: Rows) -> str:
 
 def far_teacher(cfg: RunConfig, images: int, rows: Rows) -> str:
     g, away = cfg.self_guided, values(rows, "teacher_distance")
-    if not away or mean(away) < TOO_FAR or initial_left(g, rows[-RECENT]["step"]) > FOLLOWED:
+    if not away or mean(away) < TOO_FAR or initial_weight_share(g, rows[-RECENT]["step"]) > FOLLOWED:
         return ""
     return (
         f"the teacher does not keep up: teacher_distance is {mean(away):.2g} over {RECENT} rows, so the student's targets "
@@ -193,7 +198,7 @@ def trivial_mim(cfg: RunConfig, images: int, rows: Rows) -> str:
 
 def always_clipped(cfg: RunConfig, images: int, rows: Rows) -> str:
     norms, clip = values(rows, "grad_norm", KEPT), cfg.optim.grad_clip
-    if not clip or not norms or min(norms) <= clip or not settled(cfg, rows, KEPT):
+    if not clip or not norms or min(norms) <= clip or not past_warmup(cfg, rows, KEPT):
         return ""
     return (
         f"every gradient is clipped: grad_norm was {min(norms):.2g} to {max(norms):.2g} in {KEPT} rows, optim.grad_clip is "
@@ -203,7 +208,7 @@ def always_clipped(cfg: RunConfig, images: int, rows: Rows) -> str:
 
 def not_learning(cfg: RunConfig, images: int, rows: Rows) -> str:
     now, first = values(rows, "loss_ar"), values(rows[:FIRST], "loss_ar", FIRST)
-    if not now or not settled(cfg, rows):
+    if not now or not past_warmup(cfg, rows):
         return ""
     guess = math.log(cfg.model.vocab_size)
     reference, name = guess, f"guessing gives ln {cfg.model.vocab_size} = {guess:.2f}"
@@ -228,9 +233,9 @@ CHECKS: dict[str, Callable[[RunConfig, int, Rows], str]] = {
 }
 
 
-def judge(cfg: RunConfig, images: int, rows: Rows) -> dict[str, str]:
-    """Kind of trouble -> a sentence with the remedy. rows: of metrics.jsonl, oldest first; ``images`` as ``contrasted``."""
-    rows = trained(rows)
+def find_problems(cfg: RunConfig, images: int, rows: Rows) -> dict[str, str]:
+    """Kind of trouble -> a sentence with the remedy. rows: of metrics.jsonl, oldest first; ``images`` as ``contrastive_images``."""
+    rows = training_rows(rows)
     found = {kind: text for kind, check in CHECKS.items() if (text := check(cfg, images, rows))}
     if "collapse" in found:
         found.pop("accuracy_at_chance", None)  # a consequence, for which a higher learning rate is no remedy

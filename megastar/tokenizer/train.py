@@ -53,7 +53,7 @@ def kmeans(
     return centres
 
 
-class Trainer:
+class TokenizerTrainer:
     """Holds all that a checkpoint must. ``batch_of(step)`` gives uint8 images (B, H, W, 3), a pure function of the step."""
 
     def __init__(self, c: TokenizerTrainConfig, device: torch.device, dtype: torch.dtype):

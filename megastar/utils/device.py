@@ -38,9 +38,11 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bf16 where the hardware has it, else fp32."""
+    """ "auto" is bf16 where the hardware has it, else fp32. Raises ``UserError`` for an unknown name."""
     if name == "auto":
         name = "bf16" if has_bf16(device) else "fp32"
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is unknown: use auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

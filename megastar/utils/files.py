@@ -12,8 +12,11 @@ from typing import BinaryIO
 def write_atomic(path: Path, data: bytes) -> None:
     """All of ``data`` or, after a crash, the former file: write beside, fsync, rename.
 
-    Several processes may write the same file: the last one wins, and it is whole.
+    Several processes may write the same file: the last one wins, and it is whole. A device or pipe is written to directly.
     """
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as f:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
+from typing import Any
 
 
 class StopFlag:
-    """Set by TERM, USR1 or the first INT; the loop saves and leaves at the next step. A second INT ends at once."""
+    """Set by TERM, USR1 or the first INT; the run saves and stops after the step. A second INT interrupts at once.
+
+    Python installs signal handlers in the main thread only: elsewhere the flag is never set by a signal.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._set)
+        self._former: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                self._former[number] = signal.signal(number, self._set)
+
+    def restore(self) -> None:
+        """Install the handlers that were there before."""
+        while self._former:
+            signal.signal(*self._former.popitem())
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:

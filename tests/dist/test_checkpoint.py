@@ -98,10 +98,10 @@ def test_a_missing_or_damaged_part_is_named(tmp_path):
     (found / state_file(1)).rename(tmp_path / "away")
     with pytest.raises(UserError, match=r"lacks state-00001.safetensors \(rank 1\)"):
         checkpoint_dir.read_manifest(found)
-    with pytest.raises(UserError, match="lacks state-00001"):
+    with pytest.raises(UserError, match="state-00001.safetensors is missing: restore it"):
         StateReader(found, manifest)
     less = {k: v for k, v in manifest["files"].items() if k != state_file(1)}
-    with pytest.raises(UserError, match=r"elements 6 on of 24 of transformer.tok_embeddings.weight .* none of its files"):
+    with pytest.raises(UserError, match=r"no file holds elements 6 and above of the 24 of transformer.tok_embeddings.weight"):
         StateReader(found, manifest | {"files": less})
     (found / state_file(1)).write_bytes(b"junk")
     with pytest.raises(UserError, match="state-00001.safetensors is damaged"):

@@ -34,15 +34,15 @@ def test_a_program_ends_as_python_would(ending, rank):
     status, out, err = ENDINGS[ending]
     code = (
         "import atexit, sys, threading, time\n"
-        "from megastar import leaving\n"
-        f"leaving.is_rank = lambda: {rank}\n"
-        "leaving.PATIENCE = 1000\n"
+        "from megastar.utils import process_exit\n"
+        f"process_exit.is_rank = lambda: {rank}\n"
+        "process_exit.PATIENCE = 1000\n"
         "atexit.register(lambda: print('hook', end=''))\n"
         "threading.Thread(target=lambda: (time.sleep(0.2), print('thread', end=''))).start()\n"
         "import concurrent.futures\n"
         "concurrent.futures.ThreadPoolExecutor(1).submit(int)\n"  # its worker waits for more until it is told
         f"def main():\n    {ending}\n"
-        "leaving.run_and_leave(main)"
+        "process_exit.run_and_leave(main)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (status, out + "threadhook") and done.stderr.endswith(err)
@@ -52,9 +52,9 @@ def test_a_program_ends_as_python_would(ending, rank):
 def test_a_rank_waits_for_its_threads_no_longer_than_a_launcher_would():
     code = (
         "import threading, time\n"
-        "from megastar import leaving\n"
-        "leaving.is_rank, leaving.PATIENCE = lambda: True, 0.5\n"
+        "from megastar.utils import process_exit\n"
+        "process_exit.is_rank, process_exit.PATIENCE = lambda: True, 0.5\n"
         "threading.Thread(target=time.sleep, args=(1000,)).start()\n"
-        "leaving.run_and_leave(lambda: 85)"
+        "process_exit.run_and_leave(lambda: 85)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 85

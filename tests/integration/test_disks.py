@@ -10,7 +10,8 @@ import pytest
 
 from megastar.engine.fault_tolerance.stragglers import ROWS
 from megastar.run_dir import checkpoint_dir
-from megastar.run_dir.events import open_situations, read_events, read_lines
+from megastar.run_dir.events import open_situations, read_events
+from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.status import status_of
 from tests.disks import with_disks
 from tests.integration.test_train import rows
@@ -45,7 +46,7 @@ def test_a_disk_that_is_freed_in_time_costs_nothing(runs, whole):
     run = runs / "freed"
     assert raised(run) == ""
     done = rows(run)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_jsonl(run / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     for step, row in rows(whole).items():  # the same numbers as where nothing happened
         assert done[step]["loss"] == row["loss"]
@@ -61,7 +62,7 @@ def test_a_disk_that_is_freed_in_time_costs_nothing(runs, whole):
 
 def test_a_slow_rank_is_named_until_it_keeps_up(runs):
     run = runs / "freed"
-    lines = {r["step"]: r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in r}
+    lines = {r["step"]: r for r in read_jsonl(run / "metrics.jsonl") if "loss" in r}
     assert all(lines[n]["slowest_rank"] == 1 and lines[n]["slowest_ratio"] > 2 for n in range(2, SLOW))
     named, over = told(run, "slow")
     assert named["event"] == "slow" and (named["rank"], named["why"], named["gpu"]) == (1, "compute", None)
@@ -97,9 +98,9 @@ def test_one_rank_whose_disk_is_full_keeps_a_checkpoint_from_counting(runs):
 def test_a_roll_back_waits_for_room(runs):
     run = runs / "back"
     assert raised(run) == "" and "No space left on device; trying for 600 s more" in (runs / "said").read_text()
-    (back,) = read_lines(run / "rollbacks.jsonl")
+    (back,) = read_jsonl(run / "rollbacks.jsonl")
     assert (back["step"], back["to"], back["position"]) == (BAD[-1], "step-00000044", BAD[-1] + 1)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_jsonl(run / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 13))
     assert [e["left"] for e in read_events(run) if e["event"] == "rolled_back"] == [BAD[-1]]
     checkpoint_dir.verify(run / "checkpoints" / checkpoint_dir.name_of(STEPS + 12))
@@ -108,7 +109,7 @@ def test_a_roll_back_waits_for_room(runs):
 def test_with_room_again_the_same_command_ends_the_run(runs):
     run = runs / "resumed"
     assert raised(run) == ""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_jsonl(run / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 5))
     checkpoint_dir.verify(run / "checkpoints" / checkpoint_dir.name_of(STEPS + 4))
     status = status_of(run)

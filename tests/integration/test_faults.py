@@ -13,7 +13,8 @@ import torch
 from megastar.checkpoint.convert import full_weights
 from megastar.data.order import batch_ids
 from megastar.run_dir import checkpoint_dir
-from megastar.run_dir.events import read_events, read_lines
+from megastar.run_dir.events import read_events
+from megastar.run_dir.jsonl import read_jsonl
 from tests import forker
 from tests.integration.conftest import environment
 from tests.integration.test_train import rows
@@ -63,7 +64,7 @@ def test_bad_batches_are_skipped_and_named(runs, world):
     marked = {step for step, row in found.items() if row.get("skipped")}
     assert marked == {6, 12}  # those of the way that was left are cut
     assert all("loss" not in found[s] for s in marked) and all("loss" in found[s] for s in found if s not in marked)
-    skips = read_lines(run / "skipped.jsonl")
+    skips = read_jsonl(run / "skipped.jsonl")
     assert [s["step"] for s in skips] == [s["position"] for s in skips] == [5, 11, 20, 21, 22]
     assert [s["why"].split()[-1] for s in skips[:1] + skips[2:]] == ["finite"] * 4
     assert skips[0]["suspects"][0]["rank"] == 1 and skips[2]["suspects"] == []
@@ -85,7 +86,7 @@ def test_it_goes_back_to_a_good_checkpoint_and_passes_over_the_data(runs):
     assert kinds == ["started", *["skipped"] * 5, "rolled_back", "signal", "resumed", "finished"]
     (stop,) = (e for e in read_events(run) if e["event"] == "signal")
     assert stop["step"] in (20, 21) and "saved" in stop["text"]  # at once where its next batch is not there yet
-    (back,) = read_lines(run / "rollbacks.jsonl")
+    (back,) = read_jsonl(run / "rollbacks.jsonl")
     assert (back["step"], back["to"], back["position"], back["skipped"]) == (22, "step-00000020", 23, [20, 21, 22])
 
 
@@ -101,8 +102,8 @@ def test_a_flipped_bit_ends_the_run_and_is_named(runs):
 def test_when_nothing_helps_it_stops_and_says_why(runs):
     _, run, said = runs
     assert sorted(rows(run)) == list(range(1, 18))
-    skips = read_lines(run / "skipped.jsonl")
-    (back,) = read_lines(run / "rollbacks.jsonl")
+    skips = read_jsonl(run / "skipped.jsonl")
+    (back,) = read_jsonl(run / "rollbacks.jsonl")
     assert (back["step"], back["to"], back["position"]) == (12, "step-00000008", 13)
     assert [s["position"] for s in skips] == [10, 11, 12, 19, 20, 22]
     assert [s["step"] for s in skips] == [10, 11, 12, 14, 15, 17]
@@ -123,7 +124,7 @@ def test_killed_behind_a_roll_back_it_comes_to_the_same_end(runs, world, tmp_pat
     killed = inject((LOST | {"kill": 15}, [config, *FAULTS]), check=False)
     assert killed.returncode != 0
     newest = checkpoint_dir.latest(tmp_path / "run/checkpoints")
-    assert newest.name == "step-00000008" and len(read_lines(tmp_path / "run/rollbacks.jsonl")) == 1
+    assert newest.name == "step-00000008" and len(read_jsonl(tmp_path / "run/rollbacks.jsonl")) == 1
     again = inject((LOST, [config, *FAULTS]), check=False)
     assert "resumed" in again.stdout and "at step 8" in again.stdout
     assert rows(tmp_path / "run") == rows(straight)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from megastar.config.schema import DataConfig
-from megastar.data.loader import TokenLoader
 from megastar.data.shards.import_webdataset import index_foreign
 from megastar.data.shards.manifest import load_manifest
 from megastar.errors import UserError
 from tests.integration.helpers.s3 import client_of
+from tests.loaders import make_loader
 from tests.unit.data.shards.test_import_webdataset import CLASSES, T, V, foreign
 from tests.unit.data.test_loader import same, take
 
@@ -31,7 +31,7 @@ def test_a_foreign_set_on_s3(s3, use_s3, tmp_path, monkeypatch):
     assert index_foreign(url, codebook_size=V, data=data) == made  # a second time, over its own manifest
     settings = {"seed": 0, "global_batch": 4, "views": 2, "class_dropout_prob": 0.1, "num_classes": CLASSES}
     settings |= {"vocab_size": V, "tokens": T}
-    here, there = TokenLoader(folder, **settings), TokenLoader(url, data=data, **settings)
+    here, there = make_loader(folder, **settings), make_loader(url, data=data, **settings)
     assert all(same(a, b) for a, b in zip(take(here, 6), take(there, 6), strict=True))
     with pytest.raises(UserError, match=r"s3://codes/none holds no .tar"):
         index_foreign("s3://codes/none", codebook_size=V, data=data)

@@ -77,7 +77,7 @@ def test_everything_reads_as_from_the_folder(s3, use_s3, url, folder, data):
     assert load_manifest(url, data) == load_manifest(folder)
     here, there = take(loader(folder, window=3), 60), take(loader(url, window=3, data=data), 60)  # two epochs
     assert all(same(a, b) for a, b in zip(here, there, strict=True))
-    local, remote = validation_batches(folder, 150, 16, 1, 2), validation_batches(url, 150, 16, 1, 2, data=data)
+    local, remote = (validation_batches(ShardSet(where, data=data), 150, 16, 1, 2) for where in (folder, url))
     assert all(same(a, b) for a, b in zip(local, remote, strict=True))
     assert cached(data) == sorted(f"{s.sha256}.tar" for s in load_manifest(folder).shards)
     assert not [t for t in threading.enumerate() if t.name in ("shard-read-ahead", "token-loader")]

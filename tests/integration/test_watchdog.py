@@ -98,10 +98,14 @@ def test_a_rank_that_hangs_is_named_and_its_stacks_are_written(world, tmp_path):
     said = [line for line in out.splitlines() if "megastar: error:" in line]
     assert training.process.returncode != 0 and len(said) == 2, out[-4000:]
     for line in said:
-        assert "no rank has moved for" in line and "rank 1 on" in line and 'is behind, at "backward" of step 8' in line
+        assert (
+            "no rank has made progress for" in line
+            and "rank 1 on" in line
+            and 'is behind, at "backward" of step 8' in line
+        )
     sleeper, waiting = sorted((run / "stacks").iterdir(), key=lambda p: "rank-00000-" in p.name)
     assert "in asleep_for_ever" in sleeper.read_text() and "in asleep_for_ever" not in waiting.read_text()
     assert "gloo:all" in waiting.read_text() and ": scheduled" in waiting.read_text()
     assert [(x["rank"], x["why"]) for x in losses(run)] == [(1, "hung")]
     assert [e["event"] for e in read_events(run)].count("hang") == 1 and max(rows(run)) == 7
-    assert status_of(run).state == "stopped" and "no rank has moved" in status_of(run).why
+    assert status_of(run).state == "stopped" and "no rank has made progress" in status_of(run).why

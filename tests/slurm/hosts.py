@@ -61,7 +61,7 @@ def fail_hosts(world: World, folder: Path) -> None:
         assert cluster.hosts(job, "ExcNodeList") == ["n1", "n3"]
         crash("n4")  # of four hosts three are bad: the first is taken again, or the job would wait for ever
         assert nodes_of_start(4) == ["n1", "n2"] and bad() == ["n1", "n3", "n4"], told()
-        assert "n1 crashed too often but is not excluded: without it main has too few usable nodes" in log.read_text()
+        assert "n1 crashed too often but is not excluded: otherwise partition main has too few" in log.read_text()
         assert cluster.hosts(job, "ExcNodeList") == ["n3", "n4"]
         cluster.run("scancel", job)
         wait_for("the end", PATIENCE, lambda: cluster.state(job) == "CANCELLED" and cluster.idle() == 4, told)
@@ -70,6 +70,6 @@ def fail_hosts(world: World, folder: Path) -> None:
         (run / "bad_hosts.log").write_text(lines[0])
         job = submit()
         assert nodes_of_start(2) == ["n2", "n3"], told()
-        assert "ended by a bad host among its nodes (n1), excluding n1; requeued" in log.read_text()
+        assert "ended by a bad host in its allocation (n1), excluding n1; requeued" in log.read_text()
         assert cluster.hosts(job, "ExcNodeList") == ["n1"]
         cluster.run("scancel", job)

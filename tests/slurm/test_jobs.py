@@ -20,7 +20,7 @@ def test_hosts_that_fail_are_left_out_while_enough_are_left(hosts_that_fail):
 
 
 def test_what_is_not_started_again(cluster, world, tmp_path):
-    """A mistake that a person has to mend: never. A crash that makes no progress: MEGASTAR_MAX_CRASHES times."""
+    """A user error: never requeued. A crash without progress: MEGASTAR_MAX_CRASHES times."""
     config = world.write_config(tmp_path / "run.yaml", tmp_path / "run")
     (tmp_path / "run").mkdir()
     broken = tmp_path / "env.sh"
@@ -35,5 +35,5 @@ def test_what_is_not_started_again(cluster, world, tmp_path):
     assert "nothing.yaml cannot be read" in (tmp_path / f"{mistake}.log").read_text()
     assert cluster.job(crash)["Restarts"] == "1" and cluster.job(crash)["ExitCode"] == "1:0"
     log = (tmp_path / f"{crash}.log").read_text()
-    assert log.count("ended by a crash (status 1)") == 2 and "not started again: 1 crashes before this one" in log
+    assert log.count("ended by a crash (status 1)") == 2 and "not requeued: 1 earlier crashes" in log
     assert len((tmp_path / "run/requeues.log").read_text().splitlines()) == 2

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "megastar"
 # A package imports only packages of a lower level. Deeper packages (data/storage) belong to their first one.
 LEVEL = {
     "errors": 0,
+    "version": 0,
     "utils": 1,
     "config": 2,
     "run_dir": 3,
@@ -28,6 +29,7 @@ LEVEL = {
     "checkpoint": 6,
     "sampling": 7,
     "evaluation": 8,
+    "api": 9,
     "engine": 9,
     "diagnosis": 9,
     "report": 9,

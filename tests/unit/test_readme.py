@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megastar import __version__
 from megastar.cli import COMMANDS
 from megastar.commands._common import config_and_overrides
 from megastar.config.load import load_config, load_tokenizer_config
+from megastar.version import __version__
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

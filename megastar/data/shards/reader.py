@@ -73,6 +73,11 @@ class ShardSet:
     def __len__(self) -> int:
         return self.manifest.samples
 
+    def renew_stop(self) -> threading.Event:
+        """A new event ``stop`` for the reads from now on; the former one keeps ending those under way."""
+        self.stop = threading.Event()
+        return self.stop
+
     def read(self, shard: int, sample: int) -> tuple[np.ndarray, int, int]:
         """Sample ``sample`` of shard ``shard`` -> codes (views, T) uint16 (a view of the file), class, id."""
         data = self.open(shard)

@@ -1,9 +1,9 @@
-"""Save: copy this rank's shards to host memory and write them while training goes on.
+"""Asynchronous saving: copy this rank's shards to host memory, and write them while training continues.
 
-Every rank writes its own files into ``.writing`` and tells rank 0 their sizes and hashes; rank 0 waits for all of them,
+Every rank writes its own files into ``.writing`` and reports their sizes and hashes to rank 0, which waits for all,
 writes the manifest, renames the folder and points ``latest`` to it. Threads never use collectives.
 
-A save that fails stops nothing: the state is in memory. It is told, its files are removed, and it is tried again.
+A save that fails does not stop the training: it is reported, its files are removed, and it is retried.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,43 +31,40 @@ from megastar.checkpoint.rng_state import random_file
 from megastar.checkpoint.shard_format import KINDS, Piece, state_file, write_pieces
 from megastar.config.schema import RunConfig
 from megastar.engine.checkpointer.s3_upload import Uploader
-from megastar.engine.phase import PHASE, SAVING
-from megastar.engine.rank_sync import agreed, on_main, wait_for
-from megastar.engine.zero.engines import elements_of, full_shapes, owned
+from megastar.engine.context import Context
+from megastar.engine.rank_sync import agreed, on_main, retry, wait_for
+from megastar.engine.zero.engines import Engines, elements_of, full_shapes, owned
+from megastar.engine.zero.partitions import publish_masters
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import WRITING, folder_of, name_of
 from megastar.run_dir.layout import FORMAT
 from megastar.utils.files import sha256
 
-if TYPE_CHECKING:  # it imports deepspeed
-    from megastar.engine.context import Context
-    from megastar.engine.zero.engines import Engines
-
 UPLOAD_PATIENCE = 86400.0
-RETRY_EVERY = 60.0  # seconds from a save that failed to the next try, unless a save is due before
-SAY_EVERY = 600.0  # seconds between the sentences about saves that go on failing
+RETRY_EVERY = 60.0  # seconds from a failed save to the next attempt, unless a save is due before
+REPORT_EVERY = 600.0  # seconds between reports of saves that keep failing
 SLACK = 1 << 20  # bytes, for headers and the manifest
 SIGNAL_GRACE = {signal.SIGUSR1: 120.0}  # seconds; the batch scripts ask for USR1 three minutes before the end
 SHORT_GRACE = 20.0  # seconds; SLURM kills 30 s after TERM
 
 
 class Saver:
-    """One save at a time. ``save`` returns when the copy is made; ``finish`` when the last save is on the disk, or failed.
+    """One save at a time. ``save`` returns when the copy is made; ``finish`` when the last save is on disk, or failed.
 
-    Ranks tell each other what became of their files through the process group's key-value store: a thread may use it
-    while collectives run, nothing there times out, and no rank has to see another's files before rank 0 does.
+    Ranks report the state of their files through the process group's key-value store: a thread may use it while
+    collectives run, nothing there times out, and no rank has to see another's files before rank 0 does.
 
-    ``problem`` is the sentence about the last save if it failed, the same on all ranks; it goes when one is complete.
+    ``problem`` describes the last save if it failed, the same on all ranks; it is cleared when one is complete.
     """
 
-    def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines):
+    def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines, step: int = -1):
         self.cfg, self.ctx, self.engines = cfg, ctx, engines
         self.folder = folder_of(cfg)
         self.shapes = full_shapes(engines, ctx)
         self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
         self.token = ""  # of the last save: a name that no other save has, in this job or in one that is dying
-        self.step = -1  # of the last try
+        self.step = step  # of the last attempt
         self.host: Tensor | None = None  # the copies, pinned for a GPU, kept from save to save
         self.thread: threading.Thread | None = None
         self.error: OSError | None = None
@@ -75,8 +72,8 @@ class Saver:
         self.uploader = Uploader(cfg.train.upload, cfg.data.patience) if cfg.train.upload and ctx.main else None
         self.done: Path | None = None
         self._due: float | None = None  # when a save that failed is tried again
-        self._failures, self._told_at = 0, 0.0
-        self._news: list[tuple[str, dict[str, Any]]] = []
+        self._failures, self._reported_at = 0, 0.0
+        self._events: list[tuple[str, dict[str, Any]]] = []
         need = torch.tensor([4 * len(KINDS) * elements_of(owned(engines, ctx))], dtype=torch.int64, device=ctx.device)
         if ctx.world > 1:
             dist.all_reduce(need)
@@ -84,21 +81,21 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether a save failed on this rank, or (main rank) one that failed is due again: then ``attend``, all ranks."""
+        """Whether a save failed on this rank, or (main rank) one that failed is due again: then ``retry_due``, all ranks."""
         return self.error is not None or (self.ctx.main and self._due is not None and time.monotonic() >= self._due)
 
-    def attend(self) -> bool:
-        """After a step in which some rank had ``failed``: whether to save now. Called by all ranks alike."""
+    def retry_due(self) -> bool:
+        """After a step in which some rank had ``failed``: whether to save now. A collective."""
         self.finish()
         return agreed(self.ctx, self.failed)
 
-    def news(self) -> list[tuple[str, dict[str, Any]]]:
-        """Sentences for the events since this was last asked, with further fields each. Main rank only."""
-        news, self._news = self._news, []
-        return news + (self.uploader.news() if self.uploader else [])
+    def take_events(self) -> list[tuple[str, dict[str, Any]]]:
+        """(message, fields) of the events since the last call. Main rank only."""
+        events, self._events = self._events, []
+        return events + (self.uploader.news() if self.uploader else [])
 
-    def save(self, step: int, about: dict[str, Any]) -> float:
-        """Save after ``step`` steps; ``about`` goes into the manifest. Returns the seconds that training stood still.
+    def save(self, step: int, metadata: dict[str, Any]) -> float:
+        """Save after ``step`` steps; ``metadata`` goes into the manifest. Returns the seconds that training stood still.
 
         A save that fails, here or while it is written, sets ``problem``; the former checkpoint stays valid.
         """
@@ -120,7 +117,7 @@ class Saver:
         if self.ctx.device.type == "cuda":
             torch.cuda.synchronize()
             random["cuda"] = torch.cuda.get_rng_state(self.ctx.device)
-        manifest = {"format": FORMAT, "step": step, **about}
+        manifest = {"format": FORMAT, "step": step, **metadata}
         manifest |= {
             "mesh": {
                 "data": self.ctx.mesh.data,
@@ -136,30 +133,31 @@ class Saver:
         self.thread.start()
         return time.perf_counter() - start
 
-    def insist(
-        self, step: int, about: dict[str, Any], patience: float, stop: Callable[[], bool] = lambda: False
+    def save_with_retry(
+        self, step: int, metadata: dict[str, Any], patience: float, stop: Callable[[], bool] = lambda: False
     ) -> str:
-        """Save ``step`` unless that is done, and try for ``patience`` seconds, at least once. Called by all ranks alike.
+        """Save ``step`` unless that is done, with retries for ``patience`` seconds. Called by all ranks alike.
 
-        Returns what is wrong in the end, or nothing. ``stop``, asked on the main rank, ends the trying.
+        Returns the last problem, or the empty string. ``stop``, asked on the main rank, ends the retries.
         """
-        until, pause = time.monotonic() + patience, 1.0
-        if self.step != step:
-            self.save(step, about)
-        while True:
-            PHASE.at(SAVING)  # each try has the watchdog's patience anew
-            self.finish()
-            left = until - time.monotonic()
-            if not self.problem or not agreed(self.ctx, left > 0 and not stop()):
-                return self.problem
-            if self.ctx.main and pause == 1.0:
-                print(f"{self.problem}; trying for {left:.0f} s more", flush=True)
-            time.sleep(max(0.0, min(pause, left)))
-            pause = min(2 * pause, 10.0)
-            self.save(step, about)
 
-    def lacks(self, steps: int) -> str:
-        """At the start of a run of ``steps`` steps: what its disk lacks for the checkpoints that will be kept."""
+        def attempt() -> str:
+            self.finish()
+            if self.step != step or self.problem:
+                self.save(step, metadata)
+                self.finish()
+            return self.problem
+
+        return retry(self.ctx, attempt, patience, stop)
+
+    def rewind(self, checkpoint: Path, step: int) -> None:
+        """The run was rolled back to ``checkpoint``, which is now the newest, in the upload's target too."""
+        self.done, self.step = checkpoint, step
+        if self.uploader:
+            self.uploader.put(checkpoint)
+
+    def disk_shortfall(self, steps: int) -> str:
+        """At the start of a run of ``steps`` steps: a message if its disk is too small for the checkpoints to be kept."""
         t = self.cfg.train
         count = t.keep_last + 1 + t.keep_best + (steps // t.keep_every if t.keep_every else 0)
         try:
@@ -171,8 +169,8 @@ class Saver:
         if free + held >= count * self.need:
             return ""
         return (
-            f"{self.folder} has {gib(free)} free; {count} checkpoints of {gib(self.need)}, as many as will be there at "
-            f"once, take {gib(count * self.need - held)} more: free space, or lower train.keep_last or train.keep_every"
+            f"{self.folder} has {gib(free)} free; {count} checkpoints of {gib(self.need)}, as many as exist at "
+            f"once, need {gib(count * self.need - held)} more: free space, or lower train.keep_last or train.keep_every"
         )
 
     def _copy(self, mine: list[Any], elements: int) -> list[tuple[Piece, dict[str, Tensor]]]:
@@ -200,7 +198,7 @@ class Saver:
         self.written.mkdir(parents=True)
 
     def _write(self, pieces: Any, random: dict[str, Tensor], manifest: dict[str, Any]) -> None:
-        """The thread: this rank's files, then word of them to rank 0; rank 0 goes on to complete the checkpoint."""
+        """The thread: this rank's files, then a report to rank 0, which completes the checkpoint."""
         note: dict[str, Any] = {}
         try:
             note = {"files": self._write_files(pieces, random)}
@@ -243,13 +241,13 @@ class Saver:
         return f"megastar/save/{self.token}/{whose}"
 
     def _complete(self, manifest: dict[str, Any]) -> Path:
-        """Rank 0: wait for every rank's word, then publish."""
+        """Rank 0: wait for every rank's report, then publish."""
         files: dict[str, Any] = {}
         problems = []
         for rank in range(self.ctx.world):  # of all: none writes any more when their files are removed
-            word = json.loads(wait_for(self.store, self._key(rank), f"rank {rank} wrote no files"))
-            problems += [word["problem"]] if "problem" in word else []
-            files |= word.get("files", {})
+            report = json.loads(wait_for(self.store, self._key(rank), f"rank {rank} wrote no files"))
+            problems += [report["problem"]] if "problem" in report else []
+            files |= report.get("files", {})
         if problems:
             raise OSError(problems[0])
         manifest |= {"files": dict(sorted(files.items()))}
@@ -257,7 +255,7 @@ class Saver:
         try:
             checkpoint_dir.retire(self.cfg, self.folder)
         except (OSError, ValueError) as error:  # the checkpoint is complete: no reason to stop
-            self._news.append((f"older checkpoints in {self.folder} could not be removed ({error})", {}))
+            self._events.append((f"older checkpoints in {self.folder} could not be removed ({error})", {}))
         if self.uploader:
             self.uploader.put(done)
         return done
@@ -276,28 +274,26 @@ class Saver:
         return self.done
 
     def _settle(self, problem: str) -> None:
-        """What became of the last try, on all ranks alike."""
+        """The result of the last attempt, on all ranks alike."""
         if not problem:
             self.done = self.folder / name_of(self.step)
             if self.problem:
-                text = f"{self.done} is written, after {self._failures} tries that failed"
-                self._news.append((text, {"situation": "save", "over": True}))
+                text = f"{self.done} is written, after {self._failures} failed attempts"
+                self._events.append((text, {"situation": "save", "over": True}))
             self.problem, self._failures, self._due = "", 0, None
             return
         self._failures += 1
         self._due = time.monotonic() + RETRY_EVERY
-        self.problem = self._told(problem)
-        if self._failures == 1 or time.monotonic() - self._told_at >= SAY_EVERY:
-            self._told_at = time.monotonic()
-            more = (
-                f"the training goes on, the save is tried again within {RETRY_EVERY:.0f} s and at the next save point"
-            )
-            self._news.append((f"{self.problem}; {more}", {"situation": "save"}))
+        self.problem = self._message(problem)
+        if self._failures == 1 or time.monotonic() - self._reported_at >= REPORT_EVERY:
+            self._reported_at = time.monotonic()
+            more = f"the training continues; the save is retried within {RETRY_EVERY:.0f} s and at the next save point"
+            self._events.append((f"{self.problem}; {more}", {"situation": "save"}))
 
     def close(self) -> str:
-        """Wait for the save and the upload under way, on all ranks; returns what was left undone, or nothing.
+        """Wait for the save and the upload under way, on all ranks; returns what was not done, or the empty string.
 
-        No rank may leave while rank 0 still uploads: a launcher takes the first to leave for the end of the job.
+        No rank may exit while rank 0 still uploads: a launcher takes the first exit for the end of the job.
         """
         self.finish()
         if not self.cfg.train.upload:
@@ -306,18 +302,18 @@ class Saver:
             self.store.set(self._key("uploaded"), self.uploader.finish())
         return wait_for(self.store, self._key("uploaded"), "rank 0 did not finish its upload", UPLOAD_PATIENCE)
 
-    def _told(self, problem: str) -> str:
+    def _message(self, problem: str) -> str:
         former = self.done
         with suppress(OSError):
             former = checkpoint_dir.latest(self.folder)
         kept = f"{former} stays valid" if former else "there is no earlier checkpoint"
         room = any(w in problem for w in ("No space left", "it needs ", "quota", "File too large"))
-        remedy = "free some space" if room else f"see that {self.folder} can be written on every node"
+        remedy = "free some disk space" if room else f"make {self.folder} writable on every node"
         return f"checkpoint of step {self.step} in {self.folder} could not be written ({problem}); {kept}: {remedy}"
 
 
-def grace(signal_number: int) -> float:
-    """Seconds that a save may be tried for after a stop signal: what is surely left of the job."""
+def grace_period(signal_number: int) -> float:
+    """Seconds for saving after a stop signal: what is certainly left of the job."""
     return SIGNAL_GRACE.get(signal_number, SHORT_GRACE)  # type: ignore[call-overload,no-any-return]
 
 
@@ -338,8 +334,6 @@ def align_replicas(engines: Engines, ctx: Context) -> None:
     """
     if ctx.tensor_group is None:
         return
-    from megastar.engine.zero.partitions import publish_masters
-
     source = ctx.mesh.rank - ctx.mesh.tensor_rank
     for shard in engines.shards():
         if not split_of(shard.name):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,18 +12,16 @@ from safetensors import safe_open
 from megastar.checkpoint.rng_state import random_file, seed_dropout
 from megastar.checkpoint.shard_format import KINDS, StateReader
 from megastar.config.schema import RunConfig
-from megastar.engine.zero.engines import full_shapes
+from megastar.engine.context import Context
+from megastar.engine.zero.engines import Engines, full_shapes
+from megastar.engine.zero.partitions import publish_masters
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
 
-if TYPE_CHECKING:  # it imports deepspeed
-    from megastar.engine.context import Context
-    from megastar.engine.zero.engines import Engines
 
-
-def newest(ctx: Context, folder: Path) -> Path | None:
+def newest_checkpoint(ctx: Context, folder: Path) -> Path | None:
     """``latest`` as rank 0 sees it, on every rank: views of a shared file system may differ for a while."""
     found = [checkpoint_dir.latest(folder) if ctx.main else None]
     if ctx.world > 1:
@@ -32,21 +30,19 @@ def newest(ctx: Context, folder: Path) -> Path | None:
 
 
 @torch.no_grad()
-def load(cfg: RunConfig, ctx: Context, engines: Engines, checkpoint: Path) -> dict[str, Any]:
+def load_checkpoint(cfg: RunConfig, ctx: Context, engines: Engines, checkpoint: Path) -> dict[str, Any]:
     """Restore everything from ``checkpoint``, whatever ranks and ZeRO stage wrote it; returns its manifest.
 
     With another number of data ranks dropout draws other numbers from here on; all else goes on as it was. Raises
     ``UserError`` for another network and for files that are not what was written.
     """
-    from megastar.engine.zero.partitions import publish_masters
-
-    about = checkpoint_dir.read_manifest(checkpoint)
-    names = list(about["files"])
+    metadata = checkpoint_dir.read_manifest(checkpoint)
+    names = list(metadata["files"])
     checkpoint_dir.verify(checkpoint, names[ctx.rank :: ctx.world])  # the ranks share the hashing
     if ctx.world > 1:
         dist.barrier()
-    _same_network(about["parameters"], full_shapes(engines, ctx), checkpoint)
-    reader = StateReader(checkpoint, about)
+    _same_network(metadata["parameters"], full_shapes(engines, ctx), checkpoint)
+    reader = StateReader(checkpoint, metadata)
     for shard in engines.shards():
         where = (ctx.tensor, ctx.mesh.tensor_rank, shard.start, shard.stop)
         for kind in KINDS:
@@ -54,16 +50,16 @@ def load(cfg: RunConfig, ctx: Context, engines: Engines, checkpoint: Path) -> di
         engines.optimizer.state[shard.flat]["step"].fill_(reader.optimizer_step)
     publish_masters(engines.student)
     engines.refresh_teacher()
-    engines.student.global_steps = about["step"]
+    engines.set_step(metadata["step"])
     random = checkpoint / random_file(ctx.mesh.data_rank)
-    if about["mesh"]["data"] == ctx.mesh.data:
+    if metadata["mesh"]["data"] == ctx.mesh.data:
         state = torch.load(random, weights_only=True)
         torch.set_rng_state(state["torch"])
         if "cuda" in state and ctx.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], ctx.device)
     else:
-        seed_dropout(cfg.train.seed, ctx.mesh.data_rank, about["step"])
-    return about
+        seed_dropout(cfg.train.seed, ctx.mesh.data_rank, metadata["step"])
+    return metadata
 
 
 @torch.no_grad()
@@ -72,8 +68,6 @@ def load_initial(cfg: RunConfig, ctx: Context, engines: Engines) -> dict[str, An
 
     Every rank reads one whole tensor at a time. Raises ``UserError`` for a file of another network.
     """
-    from megastar.engine.zero.partitions import publish_masters
-
     model, provenance = read_model_metadata(cfg.train.init)
     with safe_open(cfg.train.init, "pt") as f:
         theirs = {"transformer." + n: list(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118

@@ -1,11 +1,11 @@
-"""Why training stopped by itself."""
+"""Errors by which training stops itself."""
 
 from megastar.errors import UserError
 
 
 class NonFiniteLoss(UserError):
-    """Losses or gradients that are not finite, or spikes, and no skipping or going back helped."""
+    """Non-finite or spiking losses or gradients that neither skipping steps nor rolling back has cured."""
 
 
 class CorruptReplica(RuntimeError):
-    """What must be equal on several ranks is not: no mistake of the user's, the job may start again elsewhere."""
+    """Replicas that must be equal differ. Not a user error: the job may be restarted on other hosts."""

@@ -1,12 +1,11 @@
-"""When a run hangs or has lost a rank, and whose fault it is: from the signs of life that a rank has heard.
+"""Detects hangs and lost ranks from heartbeats, and finds the rank at fault.
 
-Time is counted in ticks of the judge's own, each worth two at most: a process that was stopped, a laptop that slept or
-a machine that starves its processes has lost no time.
+Time is counted in ticks of the detector's own clock, each at most twice its nominal length: a suspended process, a laptop
+that slept or an overloaded machine loses no time.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from contextlib import suppress
@@ -15,42 +14,43 @@ from pathlib import Path
 
 from megastar.config.schema import RunConfig
 from megastar.engine.exit_codes import CLEAN, RANK_FAILURE
-from megastar.engine.fault_tolerance.heartbeat import ENDED, LEFT, OVERDUE, Heartbeat, decode, flag_of
+from megastar.engine.fault_tolerance.heartbeat import ABORTED, EXITED, OVERDUE, Heartbeat, decode, flag_of
 from megastar.engine.phase import PHASE, STARTING, describe, limit_of
+from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import HEARTBEATS
 
-STARTS = 5  # times longer a rank may be silent while it starts
+START_FACTOR = 5  # a starting rank may be silent this many times longer: imports and compilation can hold Python's lock
 
 
 @dataclass
 class Diagnosis:
-    """Why this rank ends, and whom it blames."""
+    """Why this rank has to end, and the ranks at fault."""
 
-    kind: str  # of events.jsonl: lost, hang, error; empty: another rank has written it down
+    kind: str  # of events.jsonl: lost, hang, error; empty: another rank has reported it
     text: str
     culprits: list[Heartbeat] = field(default_factory=list)
     status: int = RANK_FAILURE
 
 
-class Judge:
-    """Of one rank. ``advance`` at every tick, ``hear`` what the others said; then ask.
+class FailureDetector:
+    """One per rank. Call ``advance`` at every tick and ``receive`` with the peers' heartbeats, then ``diagnose``.
 
-    ``host``: where the ranks' store lives, empty where this rank hears no other. ``clock`` counts seconds.
+    ``host``: where the ranks' store lives, empty where this rank exchanges no heartbeats. ``clock`` counts seconds.
     """
 
     def __init__(self, cfg: RunConfig, rank: int, tick: float, host: str):
         self.cfg, self.rank, self.tick, self.host = cfg, rank, tick, host
         self.lost_timeout = cfg.faults.lost_timeout
-        self.silence = max(2.0, 5 * tick)  # where a connection broke, after so many seconds a rank is gone
+        self.silence = max(2.0, 5 * tick)  # after a broken connection, a rank silent for so many seconds is gone
         self.clock = self.moved_at = self.contact_at = 0.0
         self.now: float | None = None
         self.moves = 0
         self.overdue = False
-        self.heard: dict[int, bytes] = {}
-        self.heard_at: dict[int, float] = {}  # when a rank last said something new
+        self.beats: dict[int, bytes] = {}  # rank -> its last heartbeat
+        self.changed_at: dict[int, float] = {}  # rank -> when that heartbeat was new
 
     def advance(self, now: float) -> None:
-        """``now``: seconds of any clock that never goes back."""
+        """``now``: seconds of any monotonic clock."""
         if self.now is not None:
             self.clock += min(now - self.now, 2 * self.tick)
         self.now = now
@@ -58,122 +58,124 @@ class Judge:
             self.moves, self.moved_at = PHASE.moves, self.clock
         self.overdue = self.clock - self.moved_at > limit_of(self.cfg)
 
-    def hear(self, said: dict[int, bytes]) -> None:
-        """The answer of an exchange with the store, rank -> its last sign; the same sign again is silence."""
+    def receive(self, beats: dict[int, bytes]) -> None:
+        """The result of one exchange with the store. An unchanged heartbeat counts as silence."""
         self.contact_at = self.clock
-        for rank, raw in said.items():
-            if raw != self.heard.get(rank):
-                self.heard[rank], self.heard_at[rank] = raw, self.clock
+        for rank, raw in beats.items():
+            if raw != self.beats.get(rank):
+                self.beats[rank], self.changed_at[rank] = raw, self.clock
 
-    def flag(self, rank: int) -> str:
-        """Of its last sign, or nothing."""
-        return flag_of(self.heard[rank]) if rank in self.heard else ""
+    def diagnose(self, me: Heartbeat) -> Diagnosis | None:
+        """``me``: this rank's own heartbeat. None while all is well."""
+        failed = self.failed_peer(self.lost_timeout) if self.lost_timeout else None
+        return self.aborted_peer() or failed or self.diagnose_loss() or self.diagnose_hang(me)
 
-    def verdict(self, me: Heartbeat) -> Diagnosis | None:
-        """``me``: this rank as the others see it."""
-        failed = self.failed(self.lost_timeout) if self.lost_timeout else None
-        return self.told() or failed or self.lost() or self.hang(me)
-
-    def told(self) -> Diagnosis | None:
-        """What another rank has found out."""
-        for raw in list(self.heard.values()):
-            if flag_of(raw) == ENDED:
+    def aborted_peer(self) -> Diagnosis | None:
+        """The diagnosis that another rank has reported."""
+        for raw in list(self.beats.values()):
+            if flag_of(raw) == ABORTED:
                 beat = decode(raw)
                 return Diagnosis("", beat.text, status=beat.status)
         return None
 
-    def failed(self, grace: float) -> Diagnosis | None:
-        """A rank that left with an error ``grace`` seconds ago, while this one goes on or waits for it."""
-        for rank, raw in list(self.heard.items()):
-            if flag_of(raw) == LEFT and self.clock - self.heard_at[rank] >= grace and (found := error_of(decode(raw))):
-                return found
+    def failed_peer(self, grace: float) -> Diagnosis | None:
+        """A rank that exited with an error at least ``grace`` seconds ago."""
+        for rank, raw in list(self.beats.items()):
+            exited = flag_of(raw) == EXITED and self.clock - self.changed_at[rank] >= grace
+            if exited and (diagnosis := error_of(decode(raw))):
+                return diagnosis
         return None
 
-    def silent(self, seconds: float) -> list[Heartbeat]:
-        """Ranks that have said nothing new for so long, though they have not left; the longest silent first."""
-        there = [(r, raw) for r, raw in list(self.heard.items()) if flag_of(raw) not in (LEFT, ENDED)]
-        there.sort(key=lambda said: self.heard_at[said[0]])
-        return [decode(raw) for r, raw in there if self.clock - self.heard_at[r] > seconds]
+    def silent_ranks(self, seconds: float) -> list[Heartbeat]:
+        """Ranks without a new heartbeat for so long, except those that have exited; the longest silent first."""
+        running = [(r, raw) for r, raw in list(self.beats.items()) if flag_of(raw) not in (EXITED, ABORTED)]
+        running.sort(key=lambda beat: self.changed_at[beat[0]])
+        return [decode(raw) for r, raw in running if self.clock - self.changed_at[r] > seconds]
 
-    def lost(self) -> Diagnosis | None:
-        # Without the lost time-out it is a hang in which rank 0, which would tell so, is silent itself.
+    def diagnose_loss(self) -> Diagnosis | None:
+        # With lost_timeout off, rank 0 reports hangs; a rank for which rank 0 itself is silent then has to report.
         limit = self.lost_timeout or (limit_of(self.cfg) if self.rank and self.overdue else 0)
-        if not limit or not self.host or (zero_keeps_store() and self.flag(0) in (LEFT, ENDED)):
+        rank_0_exited = 0 in self.beats and flag_of(self.beats[0]) in (EXITED, ABORTED)
+        if not limit or not self.host or (rank_0_hosts_store() and rank_0_exited):
             return None
-        if self.clock - self.contact_at > limit * (STARTS if PHASE.phase == STARTING else 1):
-            return self.cut_off()
-        # A start imports and compiles: it may hold Python's lock, and the watchdog up, for long.
-        silent = [b for b in self.silent(limit) if b.phase != STARTING or b in self.silent(STARTS * limit)]
+        if self.clock - self.contact_at > limit * (START_FACTOR if PHASE.phase == STARTING else 1):
+            return self.store_loss()
+        silent = [
+            b for b in self.silent_ranks(limit) if b.phase != STARTING or b in self.silent_ranks(START_FACTOR * limit)
+        ]
         if silent and self.clock - self.contact_at < limit / 2:
-            return self.lost_verdict(silent, f"(faults.lost_timeout = {limit:g})")
+            return self.loss_of(silent, f"(faults.lost_timeout = {limit:g})")
         return None
 
-    def lost_verdict(self, silent: list[Heartbeat], more: str) -> Diagnosis:
-        for beat in silent[:2]:  # its word may not have come through
-            if found := self.left_in_file(beat):
-                return found
-        seconds = self.clock - max(self.heard_at[b.rank] for b in silent)
+    def loss_of(self, silent: list[Heartbeat], detail: str) -> Diagnosis:
+        for beat in silent[:2]:  # its last heartbeat may not have reached the store
+            if diagnosis := self.error_in_file(beat):
+                return diagnosis
+        seconds = self.clock - max(self.changed_at[b.rank] for b in silent)
         have = "has" if len(silent) == 1 else "have"
-        text = f"{names_of(silent)} {have} been silent for {seconds:.0f} s {more}, last seen at {place(silent[0])}"
-        return Diagnosis("lost", f"{text}: the process or its host is gone", silent)
+        text = f"{names_of(silent)} {have} been silent for {seconds:.0f} s {detail}, last seen at {place(silent[0])}"
+        return Diagnosis("lost", f"{text}: the process or its host is down", silent)
 
-    def cut_off(self) -> Diagnosis:
-        """The store is silent: the process that keeps it is gone, rank 0's own or the launcher beside it."""
-        zero = decode(self.heard[0]) if 0 in self.heard else Heartbeat(0, self.host, 0)
+    def store_loss(self) -> Diagnosis:
+        """The store does not respond: its process is gone, which is rank 0 or the launcher beside it."""
+        zero = decode(self.beats[0]) if 0 in self.beats else Heartbeat(0, self.host, 0)
         seconds = self.clock - self.contact_at
-        if self.rank == 0 or not zero_keeps_store():
-            text = f"the launcher on {self.host}, which keeps the ranks' store, has not answered for {seconds:.0f} s"
-            return Diagnosis("lost", f"{text}: it or its host is gone", [zero] if self.rank else [])
-        text = f"{zero} has not answered for {seconds:.0f} s, last seen at {place(zero)}"
-        return self.left_in_file(zero) or Diagnosis("lost", f"{text}: the process or its host is gone", [zero])
+        if self.rank == 0 or not rank_0_hosts_store():
+            text = f"the launcher on {self.host}, which hosts the ranks' store, has not responded for {seconds:.0f} s"
+            return Diagnosis("lost", f"{text}: it or its host is down", [zero] if self.rank else [])
+        text = f"{zero} has not responded for {seconds:.0f} s, last seen at {place(zero)}"
+        return self.error_in_file(zero) or Diagnosis("lost", f"{text}: the process or its host is down", [zero])
 
-    def left_in_file(self, last: Heartbeat) -> Diagnosis | None:
-        """What a rank wrote into the run folder when it left, where the store did not take it, or has left with it."""
+    def error_in_file(self, last: Heartbeat) -> Diagnosis | None:
+        """The error of a rank that exited, from its heartbeat file: the store may not have received it."""
         found: list[Heartbeat] = []
 
         def read() -> None:
-            with suppress(OSError, ValueError, TypeError):
-                said = json.loads((Path(self.cfg.run) / HEARTBEATS / f"rank-{last.rank:05d}.json").read_text())
-                said.pop("time")
-                found.append(Heartbeat(**said))
+            for row in read_jsonl(Path(self.cfg.run) / HEARTBEATS / f"rank-{last.rank:05d}.json"):
+                row.pop("time", None)
+                with suppress(TypeError):
+                    found.append(Heartbeat(**row))
 
         reader = threading.Thread(target=read, name="watchdog-read", daemon=True)
         reader.start()
-        reader.join(5.0)  # the disk may have gone with the host
-        same = [b for b in found if (b.pid, b.host, b.flag) == (last.pid, last.host, LEFT)]
+        reader.join(5.0)  # the file system may hang
+        same = [b for b in found if (b.pid, b.host, b.flag) == (last.pid, last.host, EXITED)]
         return error_of(same[0]) if same else None
 
-    def hang(self, me: Heartbeat) -> Diagnosis | None:
-        """Every rank has been where it is for longer than it may. As long as one still may be there, it is waited for."""
+    def diagnose_hang(self, me: Heartbeat) -> Diagnosis | None:
+        """A hang is reported once every rank has exceeded the limit of its phase."""
         if not self.overdue or (self.rank and self.host):
             return None
-        limit, silent = limit_of(self.cfg), {b.rank for b in self.silent(self.silence)}
-        others = [decode(raw) for raw in list(self.heard.values()) if flag_of(raw) != ENDED]
+        limit, silent = limit_of(self.cfg), {b.rank for b in self.silent_ranks(self.silence)}
+        others = [decode(raw) for raw in list(self.beats.values()) if flag_of(raw) != ABORTED]
         for beat in others:
-            gone = beat.rank in silent and self.clock - self.heard_at[beat.rank] > limit
-            if beat.flag not in (OVERDUE, LEFT) and not gone:
+            gone = beat.rank in silent and self.clock - self.changed_at[beat.rank] > limit
+            if beat.flag not in (OVERDUE, EXITED) and not gone:
                 return None
         still = f"for {self.clock - self.moved_at:.0f} s (faults.hang_timeout = {self.cfg.faults.hang_timeout:g})"
         if not others:
-            return Diagnosis("hang", f"{me} has not moved {still}: it is at {place(me)}", [me])
-        behind = behind_of([me, *others], silent)
+            return Diagnosis("hang", f"{me} has made no progress {still}: it is at {place(me)}", [me])
+        behind = ranks_behind([me, *others], silent)
         if not behind:
-            return Diagnosis("hang", f"no rank has moved {still}: all are at {place(me)}, none is behind; the network?")
+            text = f"no rank has made progress {still}: all are at {place(me)}, no rank lags; suspect the network"
+            return Diagnosis("hang", text)
         waiting = next(b for b in [me, *others] if b not in behind)
         where = ", ".join(f"{b} is behind, at {place(b)}" for b in behind[:8])
-        return Diagnosis("hang", f"no rank has moved {still}: {where}; the others wait at {place(waiting)}", behind)
+        text = f"no rank has made progress {still}: {where}; the others wait at {place(waiting)}"
+        return Diagnosis("hang", text, behind)
 
 
 def error_of(beat: Heartbeat) -> Diagnosis | None:
-    """Of a rank that left with an error; a mistake that a person has to mend stays one on every rank."""
+    """The diagnosis for a rank that exited with an error; status 2, a user error, is kept on every rank."""
     if beat.status in CLEAN:
         return None
-    text = f"{beat} ended with an error of its own: {beat.text}"
-    return Diagnosis("error", text, [beat], 2 if beat.status == 2 else RANK_FAILURE)
+    return Diagnosis(
+        "error", f"{beat} exited with an error: {beat.text}", [beat], 2 if beat.status == 2 else RANK_FAILURE
+    )
 
 
-def zero_keeps_store() -> bool:
-    """Whether the store lives in rank 0's process; below torchrun it lives in the launcher."""
+def rank_0_hosts_store() -> bool:
+    """Whether the store lives in rank 0's process; under torchrun it lives in the launcher."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
@@ -186,9 +188,9 @@ def place(beat: Heartbeat) -> str:
     return describe(beat.phase, beat.step) + entered
 
 
-def behind_of(beats: list[Heartbeat], silent: set[int]) -> list[Heartbeat]:
-    """Whom the others wait for: the silent, those that left, else those with the fewest steps and collectives."""
-    for some in ([b for b in beats if b.rank in silent], [b for b in beats if b.flag == LEFT]):
+def ranks_behind(beats: list[Heartbeat], silent: set[int]) -> list[Heartbeat]:
+    """The ranks that the others wait for: silent ones, else exited ones, else those with the fewest steps and collectives."""
+    for some in ([b for b in beats if b.rank in silent], [b for b in beats if b.flag == EXITED]):
         if some:
             return some
     least = min((b.step, b.collectives) for b in beats)

@@ -1,5 +1,5 @@
-"""Is a loss a spike? Its z-score over the last losses, as in OLMo-core's SkipStepOptimizer: a window of 128, 6 sigma,
-half a window of history before it judges. No torch."""
+"""Detects loss spikes by the z-score over the last losses, as OLMo-core's SkipStepOptimizer does: a window of 128, 6 sigma,
+no detection before half a window of history. No torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 from collections import deque
 from collections.abc import Iterable
 
-LEAST_SIGMA = 0.005  # of the mean: on a plateau without noise a ripple is no spike
+MIN_SIGMA = 0.005  # of the mean: small ripples on a flat plateau are not spikes
 
 
 class SpikeTest:
-    """Knows the last ``window`` losses of steps that were taken. ``sigma`` 0: nothing is a spike."""
+    """Holds the last ``window`` losses of accepted steps. ``sigma`` 0: no loss is a spike."""
 
     def __init__(self, sigma: float, window: int, losses: Iterable[float] = ()):
         self.sigma, self.window = sigma, window
@@ -21,14 +21,14 @@ class SpikeTest:
         self.losses.append(loss)
 
     def baseline(self) -> tuple[float, float]:
-        """Mean and standard deviation (of a sample, and no less than ``LEAST_SIGMA`` of the mean) of the losses."""
+        """Mean and sample standard deviation (at least ``MIN_SIGMA`` of the mean) of the losses."""
         n = len(self.losses)
         mean = math.fsum(self.losses) / n
         variance = math.fsum([(x - mean) ** 2 for x in self.losses]) / (n - 1)
-        return mean, max(math.sqrt(variance), LEAST_SIGMA * abs(mean), 1e-12)
+        return mean, max(math.sqrt(variance), MIN_SIGMA * abs(mean), 1e-12)
 
-    def judge(self, loss: float) -> str:
-        """What is wrong with ``loss``, which is finite, or nothing. Only a rise is a spike."""
+    def check(self, loss: float) -> str:
+        """A description of the spike, or the empty string. ``loss`` is finite; only a rise is a spike."""
         if not self.sigma or len(self.losses) < max(2, self.window // 2):
             return ""
         mean, deviation = self.baseline()

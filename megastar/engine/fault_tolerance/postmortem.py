@@ -1,4 +1,4 @@
-"""What a run that ends by a fault leaves behind: stacks/, lost.jsonl, one sentence."""
+"""What a run that ends by a fault leaves behind: stacks/, lost.jsonl, a sentence on stderr."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ import torch.distributed as dist
 
 from megastar.run_dir.layout import LOST, STACKS
 from megastar.utils.clock import utc_now
+from megastar.utils.files import append_line
 from megastar.utils.hostname import host_name
 
-WHY = ("lost", "hung", "corrupt")
-COLLECTIVES = 8  # of the last ones, in a stacks file
+REASONS = ("lost", "hung", "corrupt")
+COLLECTIVES = 8  # newest ones listed in a stacks file
 
 
-def record_loss(run: Path, rank: int, host: str, why: str) -> None:
-    """Append to lost.jsonl, which the batch script reads to keep a requeued job away from a bad host. Never raises.
+def record_lost_rank(run: Path, rank: int, host: str, why: str) -> None:
+    """Append to lost.jsonl, which the batch script reads to exclude a bad host when it requeues. Never raises.
 
     {"time": "2026-01-31T12:00:00+00:00", "job": "417", "attempt": 0, "rank": 3, "host": "node7", "why": "lost"}
     """
-    assert why in WHY, why
-    line = {
+    assert why in REASONS, why
+    row = {
         "time": utc_now(),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "attempt": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
@@ -38,16 +39,14 @@ def record_loss(run: Path, rank: int, host: str, why: str) -> None:
         "host": host,
         "why": why,
     }
-    with suppress(OSError), (run / LOST).open("a") as f:
-        f.write(json.dumps(line) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
+    with suppress(OSError):
+        append_line(run / LOST, json.dumps(row))
 
 
 def write_stacks(run: Path, rank: int, text: str, error: BaseException | None = None) -> Path | None:
-    """The Python stacks of all threads of this process, ``text`` above them, the last collectives below.
+    """Write ``text``, the Python stacks of all threads of this process, and the last collectives.
 
-    Works while the main thread sits in C. None where the disk takes no file.
+    Works while the main thread is blocked in C. None where the disk refuses the file.
     """
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     path = run / STACKS / f"rank-{rank:05d}-{now}.txt"
@@ -64,24 +63,26 @@ def write_stacks(run: Path, rank: int, text: str, error: BaseException | None = 
             f.flush()
             faulthandler.dump_traceback(f, all_threads=True)
             f.write("\nThe last collectives, the newest last\n")
-            f.flush()  # what comes now asks a library that may hang itself
+            f.flush()  # the flight recorder below may itself hang
             f.writelines(f"  {line}\n" for line in last_collectives())
         return path
     return None
 
 
 def last_collectives() -> list[str]:
-    """What torch's flight recorder holds of this rank, for NCCL and gloo."""
+    """This rank's newest entries in torch's flight recorder, for NCCL and gloo."""
     recorder = torch._C._distributed_c10d if dist.is_available() else None
-    # With NCCL there are two records, and the general one may hold gloo's collectives alone.
+    # With NCCL there are two recorders, and the general one may hold gloo's collectives alone.
     dumps = [getattr(recorder, name, None) for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json")]
     if not any(dumps):
         return ["this torch has no flight recorder"]
+    entries: list[dict[str, Any]] = []
     try:
-        entries = next((e for dump in dumps if dump and (e := json.loads(dump()).get("entries"))), [])
-    except Exception as error:  # a private function of torch: not a reason to lose the rest
+        for dump in filter(None, dumps):
+            entries = entries or json.loads(dump()).get("entries") or []
+    except Exception as error:  # a private function of torch must not cost the rest of the file
         return [f"the flight recorder cannot be read ({type(error).__name__}: {error})"]
-    return [_line_of(e) for e in entries[-COLLECTIVES:]] or ["none on record"]
+    return [_line_of(e) for e in entries[-COLLECTIVES:]] or ["no collectives recorded"]
 
 
 def _line_of(entry: dict[str, Any]) -> str:
@@ -94,14 +95,14 @@ def _line_of(entry: dict[str, Any]) -> str:
 def collectives_entered() -> int:
     """How many collectives this rank has entered, over all its groups: the rank with the fewest is behind."""
     try:
-        groups = list(dist.distributed_c10d._world.pg_map)
+        groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
         return sum(group._get_sequence_number_for_group() for group in groups)
-    except Exception:  # no process group, a group without numbers, or a torch that keeps them elsewhere
+    except Exception:  # no process group, a group without numbers, or another version of torch
         return 0
 
 
-def say(text: str) -> None:
-    """On stderr, whatever the main thread holds; the cursor that a progress bar hides comes back."""
+def print_error(text: str) -> None:
+    """On stderr, even while the main thread is blocked; the cursor that a progress bar hides is shown again."""
     with suppress(OSError):
-        hidden = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-        os.write(2, f"{hidden}megastar: error: {text}\n".encode())
+        show_cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""
+        os.write(2, f"{show_cursor}megastar: error: {text}\n".encode())

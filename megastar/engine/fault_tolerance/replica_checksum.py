@@ -1,6 +1,6 @@
-"""Silent corruption of memory: what must be equal on several ranks, to the last bit, is compared (docs/faults.md).
+"""Detects silent memory corruption: compares, bit for bit, what must be equal on several ranks (docs/faults.md).
 
-Looked at just before the optimizer moves: what it moves is sent to all ranks anew, which would hide a difference.
+Runs just before the optimizer step: that step sends what it changes to all ranks anew, which would hide a difference.
 """
 
 from __future__ import annotations
@@ -18,41 +18,26 @@ from megastar.checkpoint.shard_format import KINDS
 from megastar.config.schema import RunConfig
 from megastar.engine.context import Context
 from megastar.engine.fault_tolerance.errors import CorruptReplica
-from megastar.engine.fault_tolerance.postmortem import record_loss
-from megastar.engine.fault_tolerance.skip_policy import said
+from megastar.engine.fault_tolerance.postmortem import record_lost_rank
+from megastar.engine.fault_tolerance.skip_policy import name_ranks
 from megastar.engine.lr_schedule import peak_rate
+from megastar.engine.zero.ema_teacher import ReplicatedTeacher
 from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.partitions import is_persistent
 from megastar.parallel.plan import split_of
+from megastar.parallel.tensor_hash import hash_tensor
 from megastar.utils.hostname import host_name
-
-CHUNK = 1 << 22  # elements hashed at a time: their int64 copies are small against a layer
-ODD = 0x1E3779B97F4A7C15
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@torch.no_grad()
-def digest(x: Tensor) -> Tensor:
-    """A 64-bit hash of the bits of ``x``, a scalar int64 on its device. One element that differs always changes it:
-    each is multiplied by an odd number that depends on its place, and int64 wraps."""
-    bits = x.detach().reshape(-1).view(_INTEGERS[x.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=x.device)
-    for first in range(0, len(bits), CHUNK):
-        part = bits[first : first + CHUNK]
-        places = torch.arange(first, first + len(part), device=x.device)
-        total += (part.long() * (places * (2 * ODD) | 1)).sum()
-    return total
 
 
 def due(cfg: RunConfig, step: int, saves: bool = False) -> bool:
-    """Whether step ``step`` (steps done before it) compares: every ``checksum_every`` steps, and before each save;
-    ``saves``: one follows that is not of ``save_every``."""
+    """Whether to compare in the step that follows ``step`` finished ones: every ``checksum_every`` steps, and before each
+    save. ``saves``: this step is followed by a save outside of ``save_every``."""
     every = cfg.faults.checksum_every
     return bool(every) and (saves or (step + 1) % every == 0 or (step + 1) % cfg.train.save_every == 0)
 
 
 def replicas(engines: Engines, ctx: Context) -> Iterator[tuple[str, str, Tensor]]:
-    """(group, name, tensor) of all that several ranks hold alike; the same list, in the same order, on all ranks.
+    """(group, name, tensor) of all replicated state; the same list, in the same order, on all ranks.
 
     "data": over the data ranks, bit for bit. "tensor": over the ranks of a tensor group; see ``compare``.
     """
@@ -68,7 +53,8 @@ def replicas(engines: Engines, ctx: Context) -> Iterator[tuple[str, str, Tensor]
                 if stage < 3 or is_persistent(p):
                     yield "data", name, p
         if stage < 3 and engines.teacher is not None:
-            for name, p in engines.teacher.module.named_parameters():  # type: ignore[union-attr]
+            assert isinstance(engines.teacher, ReplicatedTeacher)
+            for name, p in engines.teacher.module.named_parameters():
                 yield "data", f"teacher's {name}", p
     if ctx.tensor_group is not None:
         mine = {shard.name: shard for shard in engines.shards()}
@@ -82,53 +68,55 @@ def replicas(engines: Engines, ctx: Context) -> Iterator[tuple[str, str, Tensor]
 
 @torch.no_grad()
 def compare(cfg: RunConfig, engines: Engines, ctx: Context, step: int, since: int) -> None:
-    """Raise ``CorruptReplica`` on all ranks where replicas differ, and put the rank at fault on record in RUN/lost.jsonl.
+    """Raise ``CorruptReplica`` on all ranks when replicas differ, and record the rank at fault in RUN/lost.jsonl.
 
-    Weights that tensor ranks hold whole may drift apart by rounding until a save aligns them (checkpoint.py): ``since``
-    steps ago. Adam moves a weight by no more than the learning rate a step, so only what is further apart than two could
-    have gone is corrupt.
+    Weights that tensor ranks hold whole may drift apart by rounding; a save aligns them, the last one ``since`` steps ago.
+    Adam moves a weight by at most the learning rate per step, so a distance that two ranks can reach in ``since`` steps is
+    drift, and a larger one is corruption.
     """
     if ctx.world == 1:
         return
-    held = list(replicas(engines, ctx))
+    tensors = list(replicas(engines, ctx))
     count = torch.tensor([step, engines.student.global_steps, engines.student.micro_steps, engines.updates()])
-    digests = torch.stack([digest(x).to(ctx.device) for *_, x in held] + [digest(count).to(ctx.device)])
+    hashes = torch.stack([hash_tensor(x).to(ctx.device) for *_, x in tensors] + [hash_tensor(count).to(ctx.device)])
     groups = {"data": ctx.data_group, "tensor": ctx.tensor_group, "all": dist.group.WORLD}
-    scopes = [scope for scope, *_ in held] + ["all"]
-    differ = torch.zeros_like(digests, dtype=torch.bool)
+    scopes = [scope for scope, *_ in tensors] + ["all"]
+    differ = torch.zeros_like(hashes, dtype=torch.bool)
     for scope in dict.fromkeys(scopes):
         mine = torch.tensor([s == scope for s in scopes], device=ctx.device)
-        extremes = torch.stack([digests[mine], ~digests[mine]])  # ~x falls where x rises: one reduction has both ends
+        extremes = torch.stack(
+            [hashes[mine], ~hashes[mine]]
+        )  # ~x reverses the order: one reduction gives maximum and minimum
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=groups[scope])
         differ[mine] = extremes[0] != ~extremes[1]
     anywhere = differ.to(torch.int32)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
     if not anywhere.any():
         return
-    names = [name for _, name, _ in held] + ["the step counters"]
+    names = [name for _, name, _ in tensors] + ["the step counters"]
     faults = []
     for i in anywhere.nonzero().flatten().tolist():
-        value: Any = digests[i].item()
-        if scopes[i] == "tensor" and held[i][2].is_floating_point():
-            value = _far_from_first(ctx, held[i][2], 2 * since * peak_rate(cfg))
+        value: Any = hashes[i].item()
+        if scopes[i] == "tensor" and tensors[i][2].is_floating_point():
+            value = _differs_from_first(ctx, tensors[i][2], 2 * since * peak_rate(cfg))
         every: list[Any] = [None] * ctx.world
         dist.all_gather_object(every, (host_name(), value))
         hosts = [host for host, _ in every]
-        if found := odd_ones([value for _, value in every], _groups(ctx, scopes[i])):
+        if found := find_outliers([value for _, value in every], _groups(ctx, scopes[i])):
             faults.append((names[i], *found, hosts))
     if faults:
-        raise CorruptReplica(_told(cfg, ctx, step, faults))
+        raise CorruptReplica(report(cfg, ctx, step, faults))
 
 
-def _far_from_first(ctx: Context, x: Tensor, bound: float) -> bool:
-    """Whether ``x`` is further than ``bound`` from the first tensor rank's, anywhere."""
+def _differs_from_first(ctx: Context, x: Tensor, bound: float) -> bool:
+    """Whether any element of ``x`` differs from the first tensor rank's by more than ``bound``."""
     first = x.detach().to(ctx.device, copy=True)
     dist.broadcast(first, src=ctx.mesh.rank - ctx.mesh.tensor_rank, group=ctx.tensor_group)
-    return not bool(((x.detach().to(ctx.device) - first).abs() <= bound).all())  # nor NaN
+    return not bool(((x.detach().to(ctx.device) - first).abs() <= bound).all())  # True for NaN too
 
 
 def _groups(ctx: Context, scope: str) -> list[list[int]]:
-    """The ranks that must agree with each other."""
+    """The groups of ranks whose values must be equal."""
     if scope == "all":
         return [list(range(ctx.world))]
     if scope == "tensor":
@@ -136,9 +124,9 @@ def _groups(ctx: Context, scope: str) -> list[list[int]]:
     return [list(range(first, ctx.world, ctx.tensor)) for first in range(ctx.tensor)]
 
 
-def odd_ones(values: list[Any], groups: list[list[int]]) -> tuple[list[int], bool] | None:
-    """The ranks whose value is not their group's, and whether more than half of the group agree against them; without
-    such a majority all of the group. None where nothing differs. ``values``: one a rank."""
+def find_outliers(values: list[Any], groups: list[list[int]]) -> tuple[list[int], bool] | None:
+    """The ranks whose value differs from their group's majority, and True; all ranks of the group, and False, where no
+    value has a majority. None where nothing differs. ``values``: one per rank."""
     odd: list[int] = []
     certain = True
     for ranks in groups:
@@ -151,17 +139,17 @@ def odd_ones(values: list[Any], groups: list[list[int]]) -> tuple[list[int], boo
     return (odd, certain) if odd else None
 
 
-def _told(cfg: RunConfig, ctx: Context, step: int, faults: list[tuple[str, list[int], bool, list[str]]]) -> str:
-    """The sentence; rank 0 writes the ranks at fault down for the batch script."""
+def report(cfg: RunConfig, ctx: Context, step: int, faults: list[tuple[str, list[int], bool, list[str]]]) -> str:
+    """The error message; where majorities agree on the ranks at fault, rank 0 records them for the batch script."""
     name, ranks, certain, hosts = faults[0]
-    whose = [{"rank": r, "host": hosts[r]} for r in ranks]
     certain = certain and all(f[2] for f in faults)
     if ctx.main and certain:
-        for one in whose:
-            record_loss(Path(cfg.run), one["rank"], one["host"], "corrupt")
+        for rank in ranks:
+            record_lost_rank(Path(cfg.run), rank, hosts[rank], "corrupt")
     more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+    where = name_ranks({"rank": r, "host": hosts[r]} for r in ranks)
     if certain:
-        blame = f"on {said(whose)} alone: that memory is not to be trusted, keep the run away from the host"
+        what = f"on {where} alone: the memory there is faulty, exclude the host"
     else:
-        blame = f"between {said(whose)}, and no majority tells which is wrong: test these hosts with megastar doctor"
-    return f"step {step}: {name}{more} must be equal on all replicas, and differs {blame}; the last checkpoint is from before"
+        what = f"between {where}, and no majority shows which is wrong: test these hosts with megastar doctor"
+    return f"step {step}: {name}{more} must be equal on all replicas, and differs {what}; the last checkpoint is older"

@@ -1,149 +1,142 @@
-"""Going back: where skipping steps did not help, the run returns to its last good checkpoint and trains on other data.
+"""Rollback: where skipping steps does not help, a run returns to its last good checkpoint and trains on other data.
 
-RUN/rollbacks.jsonl has a line for each, on the disk before anything is removed: a job that is killed at any moment comes
-up behind the roll-back, or before it, and counts it in either case.
+RUN/rollbacks.jsonl has a line for each, on the disk before anything is removed: a job that is killed at any moment
+restarts either before or after the rollback, and counts it in both cases.
 """
 
 from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megastar.config.schema import RunConfig
-from megastar.data.loader import TokenLoader
-from megastar.engine.checkpointer import load
-from megastar.engine.checkpointer.async_saver import Saver
 from megastar.engine.context import Context
 from megastar.engine.fault_tolerance.errors import NonFiniteLoss
-from megastar.engine.fault_tolerance.skip_policy import SkipPolicy, read_skips, said, stamp
-from megastar.engine.metrics.logger import MetricsLogger
-from megastar.engine.phase import PHASE, SAVING, STARTING
-from megastar.engine.rank_sync import on_main_with_retry, run_on_main
-from megastar.engine.zero.engines import Engines
+from megastar.engine.fault_tolerance.skip_policy import SkipPolicy, name_ranks, read_skips, time_and_job
+from megastar.engine.rank_sync import on_main, retry, run_on_main
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
-from megastar.run_dir.events import read_ends, read_lines
+from megastar.run_dir.jsonl import read_ends, read_jsonl
 from megastar.run_dir.layout import ROLLBACKS, SKIPPED
 from megastar.utils.files import append_line, write_atomic
 
 
-def read_records(run: Path) -> list[dict[str, Any]]:
-    """The run's roll-backs, oldest first: ``step`` it left, checkpoint ``to``, ``position`` in the data it goes on at."""
-    return [r for r in read_lines(run / ROLLBACKS) if {"step", "to", "position"} <= r.keys()]
+@dataclass(frozen=True)
+class RollbackPlan:
+    """``record`` is the line of rollbacks.jsonl, ``number`` counts the run's rollbacks, this one included."""
+
+    target: Path
+    record: dict[str, Any]
+    number: int
+    text: str
 
 
-def settle(cfg: RunConfig, ctx: Context) -> list[dict[str, Any]]:
-    """Finish a roll-back that was cut off after it went on record. Returns the run's roll-backs, on all ranks."""
+def read_rollbacks(run: Path) -> list[dict[str, Any]]:
+    """The run's rollbacks, oldest first: the ``step`` left, the checkpoint ``to``, the ``position`` in the data."""
+    return [r for r in read_jsonl(run / ROLLBACKS) if {"step", "to", "position"} <= r.keys()]
+
+
+def finish_rollback(cfg: RunConfig, ctx: Context) -> list[dict[str, Any]]:
+    """Complete a rollback that was interrupted after it was recorded. Returns the run's rollbacks, on all ranks."""
 
     def finish() -> list[dict[str, Any]]:
-        records = read_records(Path(cfg.run))
+        records = read_rollbacks(Path(cfg.run))
         if records:
             folder = checkpoint_dir.folder_of(cfg)
             newest, target = checkpoint_dir.latest(folder), folder / records[-1]["to"]
-            if newest and knows(newest) < len(records) and target in checkpoint_dir.complete(folder):
-                forget_after(target)
+            if newest and rollbacks_before(newest) < len(records) and target in checkpoint_dir.complete(folder):
+                discard_after(target)
         return records
 
     return run_on_main(ctx, finish)
 
 
-def knows(path: Path) -> int:
-    """How many roll-backs a checkpoint was written after."""
+def rollbacks_before(path: Path) -> int:
+    """The number of rollbacks before a checkpoint was written."""
     number: int = checkpoint_dir.parse_manifest(path).get("guard", {}).get("rollbacks", 0)
     return number
 
 
-def forget_after(target: Path) -> None:
-    """Make ``target`` the newest checkpoint: later ones are of the way that was left."""
+def discard_after(target: Path) -> None:
+    """Make ``target`` the newest checkpoint, and remove later ones."""
     write_atomic(target.parent / "latest", f"{target.name}\n".encode())
     for path in checkpoint_dir.complete(target.parent):
         if checkpoint_dir.step_in(path) > checkpoint_dir.step_in(target):
             checkpoint_dir.remove(path)
 
 
-def choose(folder: Path, first: int) -> tuple[Path | None, str]:
+def choose_checkpoint(folder: Path, first: int) -> tuple[Path | None, str]:
     """The newest checkpoint from before step ``first``, the first of those skipped, that has no skipped step in its
-    window; where there is none any more, what comes nearest to that, and a word of it."""
+    window; where there is none, the next best, and in what it falls short."""
     known = checkpoint_dir.complete(folder)
     before = [p for p in known if checkpoint_dir.step_in(p) <= first]
     good = [p for p in before if not checkpoint_dir.parse_manifest(p).get("guard", {}).get("skips")]
-    for found, word in (
+    for found, shortcoming in (
         (good, ""),
         (before, "which has skipped steps itself"),
         (known, "which was saved after the first of them"),
     ):
         if found:
-            return found[-1], word
+            return found[-1], shortcoming
     return None, ""
 
 
-def roll_back(
-    cfg: RunConfig,
-    ctx: Context,
-    engines: Engines,
-    loader: TokenLoader,
-    metrics: MetricsLogger,
-    saver: Saver,
-    guard: SkipPolicy,
-    step: int,
-) -> int:
-    """Put all ranks back to the last good checkpoint, after the skipped ``step``; returns the steps done there. The data
-    goes on behind this step's batch.
+def plan_rollback(cfg: RunConfig, ctx: Context, policy: SkipPolicy, step: int) -> RollbackPlan:
+    """Choose the last good checkpoint, after the skipped ``step``; the data continues after this step's batch.
 
-    Raises ``NonFiniteLoss`` with a diagnosis when there is no checkpoint, or after ``faults.max_rollbacks``.
+    A collective. Raises ``NonFiniteLoss`` with a diagnosis when there is no checkpoint, or after
+    ``faults.max_rollbacks``.
     """
-    PHASE.at(SAVING)
-    saver.finish()
-    metrics.saved(saver.done)
-    PHASE.at(STARTING)  # a checkpoint is read
-    run, folder, first = Path(cfg.run), checkpoint_dir.folder_of(cfg), guard.skips[0]
 
-    def plan() -> tuple[Path | None, str, str]:
-        target, word = choose(folder, first)
-        gone = guard.rollbacks >= cfg.faults.max_rollbacks
-        return target, word, diagnosis(cfg, guard, step, target) if gone or not target else ""
+    def choose() -> tuple[Path | None, str, str]:
+        target, shortcoming = choose_checkpoint(checkpoint_dir.folder_of(cfg), policy.skips[0])
+        exhausted = policy.rollbacks >= cfg.faults.max_rollbacks
+        return target, shortcoming, diagnosis(cfg, policy, step, target) if exhausted or not target else ""
 
-    target, word, end = run_on_main(ctx, plan)
+    target, shortcoming, end = run_on_main(ctx, choose)
     if end:
         raise NonFiniteLoss(end)
     assert target is not None
-    about = load.load(cfg, ctx, engines, target)  # it is whole: only now may the way from it be left
-    record = {**stamp(), "step": step, "to": target.name, "position": step + guard.offset + 1, "skipped": guard.skips}
+    position, number = step + policy.offset + 1, policy.rollbacks + 1
+    record = {**time_and_job(), "step": step, "to": target.name, "position": position, "skipped": policy.skips}
+    text = (
+        f"step {step}: {len(policy.skips)} steps were skipped within {cfg.faults.spike_window}; rolled back to {target}"
+        f"{', ' + shortcoming if shortcoming else ''}; the data continues after this step (rollback {number} of {cfg.faults.max_rollbacks})"
+    )
+    return RollbackPlan(target, record, number, text)
+
+
+def commit_rollback(cfg: RunConfig, ctx: Context, plan: RollbackPlan) -> None:
+    """Record the rollback, then discard later checkpoints. A collective.
+
+    Raises ``UserError`` where the record cannot be written within ``faults.save_patience`` seconds.
+    """
+    run = Path(cfg.run)
 
     def commit() -> None:
-        if record not in read_records(run):  # a try before this one may have come so far
-            append_line(run / ROLLBACKS, json.dumps(record))
-        forget_after(target)
+        if plan.record not in read_rollbacks(run):  # an earlier attempt may have written it
+            append_line(run / ROLLBACKS, json.dumps(plan.record))
+        discard_after(plan.target)
 
-    if problem := on_main_with_retry(ctx, commit, cfg.faults.save_patience):
-        raise UserError(f"the roll-back to {target} could not be put on record in {run} ({problem}): free some space")
-    number, done = guard.rollbacks + 1, int(about["step"])
-    guard.restore(about, number, record["position"])
-    loader.load_state_dict({"samples": (done + guard.offset) * loader.global_batch})
-    saver.done, saver.step = target, done
-    if saver.uploader:
-        saver.uploader.put(target)  # the newest there too
-    metrics.rewind(done, target)
-    text = (
-        f"step {step}: {len(record['skipped'])} steps were skipped within {cfg.faults.spike_window}; back to {target}"
-        f"{', ' + word if word else ''}; the data goes on behind this step (roll-back {number} of {cfg.faults.max_rollbacks})"
-    )
-    metrics.event("rolled_back", text, left=step, to=done, position=record["position"])
-    return done
+    if problem := retry(ctx, lambda: on_main(ctx, commit), cfg.faults.save_patience):
+        raise UserError(
+            f"the rollback to {plan.target} could not be recorded in {run} ({problem}): free some disk space"
+        )
 
 
-def diagnosis(cfg: RunConfig, guard: SkipPolicy, step: int, target: Path | None) -> str:
-    """One sentence a question: what happened, whose fault it looks like, what to do."""
+def diagnosis(cfg: RunConfig, policy: SkipPolicy, step: int, target: Path | None) -> str:
+    """What happened, the likely cause, what to do."""
     run, faults = Path(cfg.run), cfg.faults
     rows = read_skips(run)
-    recent = [r for r in rows if r["step"] in guard.skips][-len(guard.skips) :]
+    recent = [r for r in rows if r["step"] in policy.skips][-len(policy.skips) :]
     losses = ", ".join(f"step {r['step']}: {r['why']}" for r in recent[-4:])
     why = (
-        f"after {guard.rollbacks} roll-backs (faults.max_rollbacks {faults.max_rollbacks})"
+        f"after {policy.rollbacks} rollbacks (faults.max_rollbacks {faults.max_rollbacks})"
         if target
-        else "and there is no checkpoint to go back to (train.save_every)"
+        else "and there is no checkpoint to roll back to (train.save_every)"
     )
     with suppress(KeyError, IndexError):
         losses += f"; before, the loss was {recent[-1]['mean']:.5g} +- {recent[-1]['sigma']:.2g}"
@@ -151,7 +144,7 @@ def diagnosis(cfg: RunConfig, guard: SkipPolicy, step: int, target: Path | None)
     if norms:
         losses += f", the last gradient norms {', '.join(str(n)[:6] for n in norms)}"
     return (
-        f"step {step}: {len(guard.skips)} steps were skipped within {faults.spike_window} {why} ({losses}); "
+        f"step {step}: {len(policy.skips)} steps were skipped within {faults.spike_window} {why} ({losses}); "
         f"{advice(cfg, rows)}; {run / SKIPPED} names the batches"
         + (f", {target} is the last good checkpoint" if target else "")
     )
@@ -163,12 +156,12 @@ def advice(cfg: RunConfig, rows: list[dict[str, Any]]) -> str:
     places = [{(s["rank"], s["host"]) for s in r.get("suspects", [])} for r in broken]
     hosts = [{host for _, host in place} for place in places]
     if hosts and (common := set.intersection(*hosts)):
-        ranks = said({"rank": r, "host": h} for r, h in sorted(set.union(*places)) if h in common)
-        remedy = "exclude that host" if broken[-1].get("hosts", 1) > 1 else "that GPU or its memory may be bad"
+        ranks = name_ranks({"rank": r, "host": h} for r, h in sorted(set.union(*places)) if h in common)
+        remedy = "exclude this host" if broken[-1].get("hosts", 1) > 1 else "the GPU or its memory may be faulty"
         return f"every loss that was not finite came from {ranks}: {remedy}, see megastar doctor"
     if broken:
-        return f"the losses that were not finite came from no host alone: resume with a lower optim.lr (now {cfg.optim.lr:g})"
+        return f"the losses that were not finite came from no single host: resume with a lower optim.lr (now {cfg.optim.lr:g})"
     return (
         f"all were spikes: resume with a lower optim.lr (now {cfg.optim.lr:g}), or a higher faults.spike_sigma (now "
-        f"{cfg.faults.spike_sigma:g}) if such losses are in the nature of the data"
+        f"{cfg.faults.spike_sigma:g}) if such losses are normal for the data"
     )

@@ -1,4 +1,4 @@
-"""What may end a run early, or keep a step from being taken: every rank knows, and takes the same decision."""
+"""What may end a run early or skip a step: all ranks know it, and decide alike."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megastar.engine.context import Context
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # rising
 
 
-def stop_asked(ctx: Context, signal_number: int) -> int:
-    """The largest stop signal of any rank, 0 for none. One reduction, called by all ranks alike where no step's own
-    (``StepConsensus``) is at hand."""
-    said = torch.tensor([signal_number], dtype=torch.int64, device=ctx.device)
+def any_stop_signal(ctx: Context, signal_number: int) -> int:
+    """The largest stop signal of any rank, 0 for none. A collective for where there is no step with its own
+    (``StepConsensus``)."""
+    number = torch.tensor([signal_number], dtype=torch.int64, device=ctx.device)
     if ctx.world > 1:
-        dist.all_reduce(said, op=dist.ReduceOp.MAX)
-    return int(said)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)
 
 
 class ConsensusResult(NamedTuple):
@@ -28,8 +28,8 @@ class ConsensusResult(NamedTuple):
 
     finite: bool  # the loss, everywhere
     signal: int  # the largest stop signal of any rank
-    lost: bool  # the save under way failed somewhere
-    dry: bool  # some rank had no batch
+    save_failed: bool  # the save under way, on some rank
+    out_of_data: bool  # some rank had no batch
     loss: float  # its mean over the ranks; those that are not finite count as 0
 
 
@@ -38,16 +38,17 @@ MOST = float(1 << 17)  # a larger loss counts as this: the sum of 8,192 ranks st
 
 
 class StepConsensus:
-    """Asked of all ranks after the forward pass, answered before the optimizer moves; the backward pass fits between.
+    """One sum over all ranks, started after the forward pass; the result is needed before the optimizer step.
 
-    One reduction, a sum. On a GPU the numbers travel behind the forward pass while the host queues the backward pass:
-    ``answer`` then waits for no more than the forward pass, and the queue does not run dry.
+    On a GPU the reduction follows the forward pass on the device while the host queues the backward pass: ``result``
+    waits for the forward pass only, and the device's queue never empties.
     """
 
-    def __init__(self, ctx: Context, loss: Tensor, stop: int, lost: bool = False, dry: bool = False):
+    def __init__(self, ctx: Context, loss: Tensor, stop: int, save_failed: bool = False, out_of_data: bool = False):
         self.world = ctx.world
-        said = torch.tensor([0, 0, int(lost), int(dry), *(int(stop == s) for s in SIGNALS)], dtype=torch.int64)
-        numbers = said.pin_memory().to(loss.device, non_blocking=True) if loss.is_cuda else said
+        stops = [int(stop == s) for s in SIGNALS]
+        mine = torch.tensor([0, 0, int(save_failed), int(out_of_data), *stops], dtype=torch.int64)
+        numbers = mine.pin_memory().to(loss.device, non_blocking=True) if loss.is_cuda else mine
         value = loss.detach().double()
         finite = torch.isfinite(value)
         numbers[0] = ~finite
@@ -56,14 +57,14 @@ class StepConsensus:
             dist.all_reduce(numbers)
         self.numbers, self.ready = numbers, None
         if numbers.is_cuda:
-            self.numbers = torch.empty(len(said), dtype=torch.int64, pin_memory=True).copy_(numbers, non_blocking=True)
+            self.numbers = torch.empty(len(mine), dtype=torch.int64, pin_memory=True).copy_(numbers, non_blocking=True)
             self.ready = torch.cuda.Event()
             self.ready.record()
 
-    def answer(self) -> ConsensusResult:
+    def result(self) -> ConsensusResult:
         """The same on every rank."""
         if self.ready is not None:
             self.ready.synchronize()
-        nonfinite, loss, lost, dry, *stops = self.numbers.tolist()
+        nonfinite, loss, save_failed, out_of_data, *stops = self.numbers.tolist()
         number = max((int(s) for s, count in zip(SIGNALS, stops, strict=True) if count), default=0)
-        return ConsensusResult(not nonfinite, number, bool(lost), bool(dry), loss / (ONE * self.world))
+        return ConsensusResult(not nonfinite, number, bool(save_failed), bool(out_of_data), loss / (ONE * self.world))

@@ -1,10 +1,10 @@
-"""Who holds the others up. In synchronous training all ranks' steps take equally long, so each measures its own work.
+"""Finds stragglers. In synchronous training all ranks' steps take equally long, so each rank measures its own work.
 
-A rank's own work must not hold the waiting for others, which collectives inside the forward pass (ZeRO-3, tensor
-parallelism) do. On a CPU it is the thread's processor time between a batch's arrival and the reduction behind the
-forward pass: who waits takes none. On a GPU the host's launching is timed between the same two points, where it waits
-for nobody, and CUDA events measure a part of the network that sends nothing: one block, or, where blocks send, one
-linear layer. Nothing is synchronised, and one small gather a row of metrics tells everybody.
+This must exclude the waiting for other ranks, which collectives inside the forward pass (ZeRO-3, tensor parallelism)
+cause. On a CPU it is the thread's processor time between the arrival of a batch and the reduction after the forward pass:
+waiting takes none. On a GPU the host's kernel launches are timed between the same two points, and CUDA events measure a
+part of the network without communication: one block, or, where blocks communicate, one linear layer. Nothing is
+synchronised; the results travel in one small gather per row of metrics.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ if TYPE_CHECKING:  # it imports deepspeed
     from megastar.engine.context import Context
     from megastar.engine.input_pipeline.batch_fetcher import BatchFetcher
     from megastar.engine.zero.engines import Engines
+    from megastar.model.transformer import Transformer
 
-ROWS = 5  # in a row that a rank must be slow before it is named, and in step again before that is over
+ROWS = 5  # consecutive rows after which a rank counts as slow, and as recovered
 
 
 class Place(NamedTuple):
@@ -41,15 +42,14 @@ class Place(NamedTuple):
 class StragglerReport(NamedTuple):
     """One row's."""
 
-    own: list[float]  # seconds a step of each rank's own work, its waiting for data included
-    ratios: list[float]  # of each rank's to the median of all others'
-    data: list[bool]  # whether it is the data, not the work, that makes the difference
+    own: list[float]  # each rank's own work in seconds per step, including its waiting for data
+    ratios: list[float]  # of each rank's own work to the median of the others'
+    data: list[bool]  # whether waiting for data, not computing, makes the difference
 
 
-def judge(table: list[list[float]], step_s: float) -> StragglerReport:
-    """``table``: (world, 3) seconds a step of host, part of the network on the GPU (0: none), waiting for data.
-
-    A step of ``step_s`` seconds is the slowest GPU's busy time; the others' is shorter as their part was.
+def compare_ranks(table: list[list[float]], step_s: float) -> StragglerReport:
+    """``table``: (world, 3) seconds per step of host work, the timed part of the network on the GPU (0: no GPU), and
+    waiting for data. The slowest GPU is busy for the whole ``step_s`` seconds; the others in proportion to their part.
     """
     host, part, wait = (list(column) for column in zip(*table, strict=True))
     longest = max(part)
@@ -71,76 +71,76 @@ def judge(table: list[list[float]], step_s: float) -> StragglerReport:
 
 
 @dataclass
-class Watch:
-    """Names a host when a rank of it was slow ``ROWS`` rows in a row, and once more when that is over."""
+class StragglerTracker:
+    """Reports a host when one of its ranks was slow in ``ROWS`` consecutive rows, and again when it has recovered."""
 
     places: list[Place]
     slow_ratio: float
 
     def __post_init__(self) -> None:
-        self.slow = [0] * len(self.places)  # rows in a row, of each rank
-        self.well = [0] * len(self.places)
-        self.named: set[str] = set()
+        self.slow = [0] * len(self.places)  # consecutive rows, of each rank
+        self.normal = [0] * len(self.places)
+        self.reported: set[str] = set()
 
-    def see(self, verdict: StragglerReport) -> list[tuple[str, dict[str, Any]]]:
-        """Sentences, with further fields each."""
+    def update(self, report: StragglerReport) -> list[tuple[str, dict[str, Any]]]:
+        """New events: sentences, each with further fields."""
         if not self.slow_ratio:
             return []
         news = []
-        for rank, ratio in enumerate(verdict.ratios):
+        for rank, ratio in enumerate(report.ratios):
             late = ratio >= self.slow_ratio
-            self.slow[rank], self.well[rank] = (self.slow[rank] + 1, 0) if late else (0, self.well[rank] + 1)
-        for rank in sorted(range(len(self.places)), key=lambda r: -verdict.ratios[r]):
+            self.slow[rank], self.normal[rank] = (self.slow[rank] + 1, 0) if late else (0, self.normal[rank] + 1)
+        for rank in sorted(range(len(self.places)), key=lambda r: -report.ratios[r]):
             place = self.places[rank]
-            if self.slow[rank] >= ROWS and place.host not in self.named:
-                self.named.add(place.host)
-                news.append((self._sentence(rank, verdict), self._fields(rank, verdict)))
-        for host in sorted(self.named):
-            if all(n >= ROWS for n, place in zip(self.well, self.places, strict=True) if place.host == host):
-                self.named.remove(host)
+            if self.slow[rank] >= ROWS and place.host not in self.reported:
+                self.reported.add(place.host)
+                news.append((self._message(rank, report), self._fields(rank, report)))
+        for host in sorted(self.reported):
+            if all(n >= ROWS for n, place in zip(self.normal, self.places, strict=True) if place.host == host):
+                self.reported.remove(host)
                 news.append((f"{host} is as fast as the others again", {"situation": f"slow {host}", "over": True}))
         return news
 
-    def _sentence(self, rank: int, verdict: StragglerReport) -> str:
+    def _message(self, rank: int, report: StragglerReport) -> str:
         place = self.places[rank]
-        if verdict.data[rank]:
-            what, remedy = "waits for its data", f"see the disk and the network of {place.host} (megastar doctor)"
+        if report.data[rank]:
+            what, remedy = "waits for its data", f"check the disk and network of {place.host} (megastar doctor)"
         else:
             what, remedy = "computes slowly", f"run megastar doctor on {place.host}"
         return (
-            f"rank {rank} on {place} {what}: {verdict.own[rank]:.3g} s a step of its own, {verdict.ratios[rank]:.2g} "
-            f"times the others', {ROWS} rows in a row; all wait for it: {remedy}; if that does not help, exclude it"
+            f"rank {rank} on {place} {what}: {report.own[rank]:.3g} s per step, {report.ratios[rank]:.2g} times the "
+            f"others' in {ROWS} consecutive rows, and all ranks wait for it: {remedy}; if that does not help, exclude it"
         )
 
-    def _fields(self, rank: int, verdict: StragglerReport) -> dict[str, Any]:
-        place, why = self.places[rank], "data" if verdict.data[rank] else "compute"
+    def _fields(self, rank: int, report: StragglerReport) -> dict[str, Any]:
+        place, why = self.places[rank], "data" if report.data[rank] else "compute"
         more = {"rank": rank, "slow_host": place.host, "gpu": place.gpu, "why": why}
-        return {"situation": f"slow {place.host}", **more, "ratio": round(verdict.ratios[rank], 3)}
+        return {"situation": f"slow {place.host}", **more, "ratio": round(report.ratios[rank], 3)}
 
 
 class Stragglers:
-    """``row`` at each row of metrics, on all ranks. Collective, as is the construction."""
+    """Call ``row`` for each row of metrics. Collective, as is the construction."""
 
-    def __init__(self, ctx: Context, engines: Engines, supply: BatchFetcher, slow_ratio: float):
-        self.ctx, self.supply = ctx, supply
+    def __init__(self, ctx: Context, engines: Engines, fetcher: BatchFetcher, slow_ratio: float):
+        self.ctx, self.fetcher = ctx, fetcher
         gpu = int(os.environ.get("SLURM_LOCALID", ctx.device.index or 0)) if ctx.device.type == "cuda" else None
         mine = Place(host_name(), gpu)
         places = [mine]
         if ctx.world > 1:
             places = [mine] * ctx.world
             dist.all_gather_object(places, mine)
-        self.watch = Watch(places, slow_ratio)
-        supply.own.sample(alone(engines, ctx))
+        self.tracker = StragglerTracker(places, slow_ratio)
+        fetcher.timer.sample(comm_free_module(engines, ctx))
         self._news: list[tuple[str, dict[str, Any]]] = []
         self._since = time.perf_counter()
 
     def row(self, steps: int) -> dict[str, float]:
-        """What the metrics say of the last ``steps`` steps; ``news`` has what the events say."""
+        """The metrics of the last ``steps`` steps; ``news`` has the events."""
         steps = max(1, steps)
         now = time.perf_counter()
         step_s, self._since = (now - self._since) / steps, now
-        host, part = self.supply.own.take()
-        mine = torch.tensor([host / steps, part, self.supply.waited() / steps], device=self.ctx.device)
+        host, part = self.fetcher.timer.take()
+        mine = torch.tensor([host / steps, part, self.fetcher.waited() / steps], device=self.ctx.device)
         table = mine
         if self.ctx.world > 1:
             table = mine.new_empty(self.ctx.world * len(mine))
@@ -148,24 +148,25 @@ class Stragglers:
         rows = table.view(self.ctx.world, len(mine)).tolist()
         row = {"data_wait_s": max(r[2] for r in rows)}
         if self.ctx.world > 1:
-            verdict = judge(rows, step_s)
-            self._news = self.watch.see(verdict)
-            slowest = max(range(self.ctx.world), key=verdict.ratios.__getitem__)
-            row |= {"slowest_rank": slowest, "slowest_ratio": verdict.ratios[slowest]}
+            report = compare_ranks(rows, step_s)
+            self._news = self.tracker.update(report)
+            slowest = max(range(self.ctx.world), key=report.ratios.__getitem__)
+            row |= {"slowest_rank": slowest, "slowest_ratio": report.ratios[slowest]}
         return row
 
     def news(self) -> list[tuple[str, dict[str, Any]]]:
-        """Sentences for the events of the last row, with further fields each."""
+        """The events of the last row: sentences, each with further fields."""
         news, self._news = self._news, []
         return news
 
 
-def alone(engines: Engines, ctx: Context) -> torch.nn.Module:
-    """A part of the student whose forward pass sends nothing, once its weights are there."""
-    transformer = engines.student.module.transformer
-    block = transformer.layers[len(transformer.layers) // 2]
-    if block._compiled_call_impl is not None:  # its hooks do not run; blocks that send are not compiled
-        return transformer  # type: ignore[no-any-return]
-    if engines.student.zero_optimization_stage() < 3 and ctx.tensor == 1:
-        return block  # type: ignore[no-any-return]
-    return block.feed_forward.w1  # type: ignore[no-any-return]
+def comm_free_module(engines: Engines, ctx: Context) -> torch.nn.Module:
+    """A part of the student whose forward pass does not communicate, once its weights are gathered."""
+    transformer: Transformer = engines.student.module.transformer
+    block: Any = transformer.layers[len(transformer.layers) // 2]
+    if block._compiled_call_impl is not None:  # its hooks do not run; blocks that communicate are not compiled
+        return transformer
+    part: torch.nn.Module = block
+    if engines.student.zero_optimization_stage() == 3 or ctx.tensor > 1:
+        part = block.feed_forward.w1
+    return part

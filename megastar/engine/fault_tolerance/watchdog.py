@@ -1,8 +1,8 @@
-"""A watchdog a rank: ends a run that hangs, or that lost a rank, and says which rank it was (docs/faults.md).
+"""A watchdog per rank: ends a run that hangs or has lost a rank, and reports which rank it was (docs/faults.md).
 
-Three threads that wake once a second. One exchanges signs of life with the other ranks over the process group's store,
-one writes this rank's into the run folder, one judges; a network or a disk that blocks holds up only its own thread.
-Rank 0 judges all, the others judge rank 0 and take over what it found: their traffic does not grow with their number.
+Three threads that wake once a second. One exchanges heartbeats with the other ranks over the process group's store, one
+writes this rank's heartbeat into the run folder, one diagnoses; a network or a disk that blocks delays only its own thread.
+Rank 0 watches all ranks, the others watch rank 0 and adopt its diagnosis: traffic per rank does not grow with their number.
 """
 
 from __future__ import annotations
@@ -21,9 +21,18 @@ import torch.distributed as dist
 
 from megastar.config.schema import RunConfig
 from megastar.engine.exit_codes import CLEAN
-from megastar.engine.fault_tolerance.failure_detector import Diagnosis, Judge, place, zero_keeps_store
-from megastar.engine.fault_tolerance.heartbeat import ALIVE, ENDED, LEFT, OVERDUE, PUZZLED, Heartbeat, HeartbeatStore
-from megastar.engine.fault_tolerance.postmortem import collectives_entered, record_loss, say, write_stacks
+from megastar.engine.fault_tolerance.failure_detector import Diagnosis, FailureDetector, place, rank_0_hosts_store
+from megastar.engine.fault_tolerance.heartbeat import (
+    ABORTED,
+    ALIVE,
+    EXITED,
+    INVESTIGATING,
+    OVERDUE,
+    Heartbeat,
+    HeartbeatStore,
+    flag_of,
+)
+from megastar.engine.fault_tolerance.postmortem import collectives_entered, print_error, record_lost_rank, write_stacks
 from megastar.engine.phase import PHASE, STARTING
 from megastar.errors import UserError
 from megastar.run_dir.events import append_event
@@ -31,35 +40,35 @@ from megastar.run_dir.layout import HEARTBEATS, STACKS
 from megastar.utils.clock import utc_now
 from megastar.utils.hostname import host_name
 
-LAST_WORDS = 10.0  # seconds that a disk may take for the stacks before the rank ends without them
-PUZZLE = 10.0  # seconds for finding out whose end broke a connection
-RETRY = 3.0  # seconds between attempts to reach a store that broke the connection
+REPORT_TIMEOUT = 10.0  # seconds that the disk may take for the final report before the process ends without it
+INVESTIGATION_TIME = 10.0  # seconds for finding the rank that broke a connection
+RETRY = 3.0  # seconds between attempts to reconnect to the store
 _starts = 0  # of this process
 
 
 @contextmanager
 def watch(cfg: RunConfig, rank: int, world: int) -> Iterator[Watchdog]:
-    """Watch over the ranks inside; called on all of them, once the run folder and the process group exist.
+    """Watch the ranks inside the block. Called on all of them, once the run folder and the process group exist.
 
-    An error that is this rank's own goes on as it is, and the others learn of it. One that came from a rank that is
-    gone ends the process here, with the sentence that names the rank.
+    An error of this rank is reported to the others and re-raised. One caused by a rank that is gone ends the process here,
+    with a sentence that names the rank.
     """
     dog = Watchdog(cfg, rank, world)
     dog.start()
     try:
         yield dog
-    except SystemExit as leaving:
-        status = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
-        dog.leave(status, "" if status in CLEAN else f"it left with status {status}")
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(bool(error.code))
+        dog.close(status, "" if status in CLEAN else f"it exited with status {status}")
         raise
     except BaseException as error:
-        if is_from_a_peer(error) and (verdict := dog.explain()):
-            dog.end(verdict, error)
+        if is_from_a_peer(error) and (diagnosis := dog.investigate()):
+            dog.abort(diagnosis, error)
         event = " ".join(f"{type(error).__name__}: {error}".split()) if rank == 0 else ""
-        dog.leave(2 if isinstance(error, UserError) else 1, first_line(error), event)
+        dog.close(2 if isinstance(error, UserError) else 1, first_line(error), event)
         raise
     else:
-        dog.leave(0, "")
+        dog.close(0, "")
 
 
 def is_from_a_peer(error: BaseException) -> bool:
@@ -75,123 +84,116 @@ def first_line(error: BaseException) -> str:
 
 
 class Watchdog:
-    """``start`` it, ``leave`` in the end. ``tick``: seconds between signs of life."""
+    """``start`` it, ``close`` it in the end. ``tick``: seconds between heartbeats."""
 
     def __init__(self, cfg: RunConfig, rank: int, world: int):
         global _starts
         _starts += 1
         self.cfg, self.rank, self.world, self.run = cfg, rank, world, Path(cfg.run)
-        self.wanted = bool(cfg.faults.hang_timeout or cfg.faults.lost_timeout)
+        self.enabled = bool(cfg.faults.hang_timeout or cfg.faults.lost_timeout)
         shortest = min((t for t in (cfg.faults.lost_timeout, cfg.faults.hang_timeout) if t), default=60.0)
         self.tick = min(1.0, max(0.05, shortest / 20))
-        self.me = Heartbeat(rank, host_name(), os.getpid(), phase=STARTING)  # what never changes of its signs
-        self.stage, self.status, self.text = "", 0, ""  # stage: PUZZLED, LEFT, ENDED or nothing
-        self.beats = 0
-        self.said: dict[int, bytes] = {}  # by the others; replaced, never changed, by the thread that talks
-        self.contacts = self.judged = 0  # exchanges with the store, and those that the judge knows of
+        self.me = Heartbeat(rank, host_name(), os.getpid(), phase=STARTING)  # the constant fields of its heartbeats
+        self.stage, self.status, self.text = "", 0, ""  # stage: INVESTIGATING, EXITED, ABORTED or empty
+        self.beat_count = 0
+        self.peer_beats: dict[int, bytes] = {}  # of the last exchange; replaced, never changed, by the exchange thread
+        self.processed = self.peer_beats  # by the detector
         self.retry_at = 0.0
-        self.everyone = rank == 0  # read all ranks' signs, or rank 0's alone
-        self.over, self.nudge, self.sent = threading.Event(), threading.Event(), threading.Event()
+        self.read_all = rank == 0  # else only rank 0's heartbeat is read
+        self.over, self.wake, self.sent = threading.Event(), threading.Event(), threading.Event()
         self.ending = threading.Lock()
         self.threads: list[threading.Thread] = []
         PHASE.reset()
         if rank == 0:
-            self._tidy()
-        self.line = self._join() if world > 1 and self.wanted else None
-        self.judge = Judge(cfg, rank, self.tick, self.line.host if self.line else "")
+            self._remove_old_files()
+        self.store = self._connect() if world > 1 and self.enabled else None
+        self.detector = FailureDetector(cfg, rank, self.tick, self.store.host if self.store else "")
 
-    def _tidy(self) -> None:
-        """Remove what the ranks of the start before said."""
+    def _remove_old_files(self) -> None:
+        """Remove the heartbeats of an earlier start."""
         for path in [*(self.run / HEARTBEATS).glob("rank-*"), self.run / HEARTBEATS / "ended"]:
             with suppress(OSError):
                 path.unlink()
 
-    def _join(self) -> HeartbeatStore | None:
-        """The line to the other ranks; None where the process group's store is none that a thread can talk to."""
+    def _connect(self) -> HeartbeatStore | None:
+        """None where the process group's store is not a TCPStore or does not respond."""
         try:
-            line = HeartbeatStore(self.rank, self.world, _starts, max(5.0, self.cfg.faults.lost_timeout))
-            line.publish(self.me.encode())
-            return line
+            store = HeartbeatStore(self.rank, self.world, _starts, max(5.0, self.cfg.faults.lost_timeout))
+            store.publish(self.me.encode())
+            return store
         except (OSError, RuntimeError, AttributeError) as error:
-            say(f"rank {self.rank} cannot watch the others ({type(error).__name__}: {error}), only itself")
+            print_error(f"rank {self.rank} watches only itself, not the others ({type(error).__name__}: {error})")
             return None
 
     def start(self) -> None:
-        if not self.wanted:
+        if not self.enabled:
             return
-        jobs: list[tuple[str, Callable[[], None], Callable[[], None]]] = [
-            ("judge", self._judge, lambda: self._sleep(self.tick)),
-            ("file", self._write_file, lambda: self._sleep(5 * self.tick)),
+        jobs: list[tuple[str, Callable[[], None], threading.Event, float]] = [
+            ("diagnose", self._diagnose, self.over, self.tick),
+            ("file", self._write_file, self.over, 5 * self.tick),
         ]
-        if self.line is not None:
-            jobs.append(("talk", self._talk, self._doze))
+        if self.store is not None:
+            jobs.append(("exchange", self._exchange, self.wake, self.tick))
         for name, *job in jobs:
             thread = threading.Thread(target=self._repeat, args=job, name=f"watchdog-{name}", daemon=True)
             thread.start()
             self.threads.append(thread)
 
-    def _repeat(self, job: Callable[[], None], rest: Callable[[], None]) -> None:
+    def _repeat(self, job: Callable[[], None], wake: threading.Event, seconds: float) -> None:
         while not self.over.is_set():
             job()
-            rest()
+            if wake.wait(seconds) and wake is not self.over:
+                wake.clear()
 
-    def _sleep(self, seconds: float) -> None:
-        self.over.wait(seconds)
-
-    def _doze(self) -> None:
-        self.nudge.wait(self.tick)
-        self.nudge.clear()
-
-    # Signs of life ------------------------------------------------------------------------------------------------
+    # Heartbeats ---------------------------------------------------------------------------------------------------
     def _beat(self) -> Heartbeat:
-        self.beats += 1
+        self.beat_count += 1
         return replace(
             self.me,
-            flag=self.stage or (OVERDUE if self.judge.overdue else ALIVE),
-            beat=self.beats,
+            flag=self.stage or (OVERDUE if self.detector.overdue else ALIVE),
+            beat=self.beat_count,
             step=PHASE.step,
             phase=PHASE.phase,
-            idle_s=round(self.judge.clock - self.judge.moved_at, 1),
+            idle_s=round(self.detector.clock - self.detector.moved_at, 1),
             collectives=collectives_entered(),
             status=self.status,
             text=self.text,
         )
 
-    def _talk(self) -> None:
-        """One exchange. After one that failed the next waits a while; the judge counts the silence."""
-        line, clock = self.line, self.judge.clock
-        assert line is not None
-        if self.sent.is_set() and not self._stays():
+    def _exchange(self) -> None:
+        """One exchange with the store. After a failure the next waits ``RETRY`` seconds; the detector counts the silence."""
+        store, clock = self.store, self.detector.clock
+        assert store is not None
+        if self.sent.is_set() and not self._hosts_store():
             return
-        if self.rank and zero_keeps_store() and self._flag_of(0) in (LEFT, ENDED):
-            if line.closed():
-                self.sent.set()  # nobody listens any more
-            if self.stage not in (LEFT, ENDED) or self.sent.is_set():
+        if self.rank and rank_0_hosts_store() and self._has_ended(0):
+            if store.closed():
+                self.sent.set()  # the store is gone: nothing more can be sent
+            if self.stage not in (EXITED, ABORTED) or self.sent.is_set():
                 return
-        if line.closed():
-            line.close()
+        if store.closed():
+            store.close()
             if clock < self.retry_at:
                 return
             self.retry_at = clock + RETRY
         try:
-            if line.store is None:
-                line.connect()
+            if store.store is None:
+                store.connect()
             beat = self._beat()
-            line.publish(beat.encode())
-            self.said = line.read(self._others() if self.everyone else [0] * (self.rank != 0))
-            self.contacts += 1
+            store.publish(beat.encode())
+            self.peer_beats = store.read(self._others() if self.read_all else [0] * (self.rank != 0))
             self.retry_at = clock + RETRY
-            if beat.flag in (LEFT, ENDED):
+            if beat.flag in (EXITED, ABORTED):
                 self.sent.set()
         except (OSError, RuntimeError):
-            line.close()
+            store.close()
 
-    def _flag_of(self, rank: int) -> str:
-        return chr(self.said[rank][0]) if rank in self.said else ""
+    def _has_ended(self, rank: int) -> bool:
+        return rank in self.peer_beats and flag_of(self.peer_beats[rank]) in (EXITED, ABORTED)
 
-    def _stays(self) -> bool:
-        """Whether the store ends with this process, which therefore listens until the others have heard it."""
-        return self.rank == 0 and zero_keeps_store()
+    def _hosts_store(self) -> bool:
+        """Whether the store ends with this process, which therefore waits until the others have read its last heartbeat."""
+        return self.rank == 0 and rank_0_hosts_store()
 
     def _others(self) -> list[int]:
         return [r for r in range(self.world) if r != self.rank]
@@ -205,112 +207,111 @@ class Watchdog:
             temporary.write_text(json.dumps({"time": now, **asdict(self._beat())}) + "\n")
             temporary.replace(path)
 
-    def _judge(self) -> None:
-        self.judge.advance(time.monotonic())
-        if self.contacts != self.judged:
-            self.judged = self.contacts
-            self.judge.hear(self.said)
-        if not self.stage and (verdict := self.judge.verdict(self._beat())):
-            self.end(verdict)
+    def _diagnose(self) -> None:
+        self.detector.advance(time.monotonic())
+        if (beats := self.peer_beats) is not self.processed:
+            self.processed = beats
+            self.detector.receive(beats)
+        if not self.stage and (diagnosis := self.detector.diagnose(self._beat())):
+            self.abort(diagnosis)
 
     # The end ------------------------------------------------------------------------------------------------------
-    def explain(self) -> Diagnosis | None:
-        """Which rank's end broke this rank's connection, found out within seconds; None: nobody's."""
-        if self.line is None or not self.threads:
+    def investigate(self) -> Diagnosis | None:
+        """Which rank's end broke this rank's connection, found within seconds; None where no rank has ended."""
+        if self.store is None or not self.threads:
             return None
-        judge, began = self.judge, self.judge.clock
-        self.everyone = True
-        self.stage = PUZZLED
-        deadline = time.monotonic() + max(PUZZLE, 2 * judge.silence)
+        detector, start = self.detector, self.detector.clock
+        self.read_all = True
+        self.stage = INVESTIGATING
+        deadline = time.monotonic() + max(INVESTIGATION_TIME, 2 * detector.silence)
         while time.monotonic() < deadline:
-            self.nudge.set()
+            self.wake.set()
             time.sleep(self.tick)
-            if verdict := judge.told() or judge.failed(0):
-                return verdict
-            if judge.clock - judge.contact_at > max(1.0, 3 * self.tick) and self.line.closed():
-                return judge.cut_off()
-            if judge.clock - judge.contact_at > judge.silence:  # nobody is heard: it is the store that is silent
-                return judge.cut_off()
-            # Of the others a rank hears only while it asks the store: without an answer what it last heard is old.
-            answered = judge.clock - judge.contact_at < judge.silence / 2
-            if answered and judge.clock - began > judge.silence and (silent := judge.silent(judge.silence)):
-                return judge.lost_verdict(silent, "and has closed its connections")
+            if diagnosis := detector.aborted_peer() or detector.failed_peer(0):
+                return diagnosis
+            no_contact = detector.clock - detector.contact_at
+            if no_contact > detector.silence or (no_contact > max(1.0, 3 * self.tick) and self.store.closed()):
+                return detector.store_loss()
+            # Peers' heartbeats arrive only while the store responds: without contact the last ones are outdated.
+            waited = no_contact < detector.silence / 2 and detector.clock - start > detector.silence
+            if waited and (silent := detector.silent_ranks(detector.silence)):
+                return detector.loss_of(silent, "and has closed its connections")
         return None
 
-    def end(self, verdict: Diagnosis, error: BaseException | None = None) -> NoReturn:
-        """Tell, leave evidence, end this process; the disk may take seconds for it, no more."""
-        self.ending.acquire()  # for good: a second call waits for the end of the process
-        self.text, self.status, self.everyone = verdict.text, verdict.status, True
-        self.stage = ENDED  # last: the others may read it at once
-        self.nudge.set()
+    def abort(self, diagnosis: Diagnosis, error: BaseException | None = None) -> NoReturn:
+        """Notify the others, write the report, end this process. A slow disk delays the end by seconds at most."""
+        self.ending.acquire()  # never released: a second call waits for the end of the process
+        self.text, self.status, self.read_all = diagnosis.text, diagnosis.status, True
+        self.stage = ABORTED  # last: the exchange thread may publish it at once
+        self.wake.set()
 
-        def last_words() -> None:
-            if verdict.kind and self.is_first():
-                append_event(self.run, verdict.kind, PHASE.done, verdict.text)
-                if verdict.kind != "error":
-                    for beat in verdict.culprits:
-                        record_loss(self.run, beat.rank, beat.host, "hung" if verdict.kind == "hang" else "lost")
-            write_stacks(self.run, self.rank, f"{verdict.text}\nthis rank is at {place(self._beat())}", error)
+        def report() -> None:
+            if diagnosis.kind and self._is_first():
+                append_event(self.run, diagnosis.kind, PHASE.done, diagnosis.text)
+                if diagnosis.kind != "error":
+                    for beat in diagnosis.culprits:
+                        record_lost_rank(self.run, beat.rank, beat.host, "hung" if diagnosis.kind == "hang" else "lost")
+            write_stacks(self.run, self.rank, f"{diagnosis.text}\nthis rank is at {place(self._beat())}", error)
             self._write_file()
 
-        writer = threading.Thread(target=last_words, name="watchdog-last-words", daemon=True)
+        writer = threading.Thread(target=report, name="watchdog-report", daemon=True)
         writer.start()
-        say(f"{verdict.text} (stacks of rank {self.rank} in {self.run / STACKS})")
+        print_error(f"{diagnosis.text} (stacks of rank {self.rank} in {self.run / STACKS})")
         self._wait_for_others(2.0)
-        writer.join(LAST_WORDS)
-        os._exit(verdict.status)
+        writer.join(REPORT_TIMEOUT)
+        os._exit(diagnosis.status)
 
-    def is_first(self) -> bool:
-        """Whether this rank is the first to say why the run ends: once is enough."""
+    def _is_first(self) -> bool:
+        """Whether this rank is the first to report why the run ends."""
         try:
             (self.run / HEARTBEATS).mkdir(exist_ok=True)
             os.close(os.open(self.run / HEARTBEATS / "ended", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             return True
         except FileExistsError:
             return False
-        except OSError:  # better twice than never
+        except OSError:  # a second report is better than none
             return True
 
-    def leave(self, status: int, text: str, event: str = "") -> None:
-        """This rank ends by itself, with ``text`` where it is an error; the threads are over when this returns.
+    def close(self, status: int, text: str, event: str = "") -> None:
+        """Report that this rank exits by itself, with ``text`` where it is an error, and stop the threads.
 
-        ``event``: for events.jsonl, unless another rank was the first. A disk that hangs holds up neither the word to the
-        others nor, for long, the end.
+        ``event``: for events.jsonl, unless another rank was the first. A disk that hangs delays neither the message to the
+        others nor, by more than seconds, the end.
         """
 
-        def last_words() -> None:
-            if event and self.is_first():
+        def report() -> None:
+            if event and self._is_first():
                 append_event(self.run, "error", PHASE.done, event)
             if self.threads:
                 self._write_file()
 
         if self.threads:
-            self.ending.acquire()  # a verdict that comes now is not this rank's business any more
-        self.status, self.text, self.everyone = status, text, True
-        self.stage = LEFT
-        writer = threading.Thread(target=last_words, name="watchdog-last-words", daemon=True)
+            self.ending.acquire()  # from here on a diagnosis no longer aborts this rank
+        self.status, self.text, self.read_all = status, text, True
+        self.stage = EXITED
+        writer = threading.Thread(target=report, name="watchdog-report", daemon=True)
         writer.start()
-        self.nudge.set()
+        self.wake.set()
         if self.threads:
-            self._wait_for_others(2.0 if status in CLEAN else LAST_WORDS)
-        writer.join(LAST_WORDS)
+            self._wait_for_others(2.0 if status in CLEAN else REPORT_TIMEOUT)
+        writer.join(REPORT_TIMEOUT)
         if not self.threads:
             return
         self.over.set()
-        self.nudge.set()
-        for thread in self.threads:  # one that lives on in C++ while Python ends would abort the process
+        self.wake.set()
+        for thread in self.threads:  # one still in C++ while Python shuts down would abort the process
             thread.join(2.0)
-        if self.line is not None:
-            self.line.close()
+        if self.store is not None:
+            self.store.close()
 
     def _wait_for_others(self, patience: float) -> None:
-        """Until the last word is in the store, and, where the store ends with this process, until all have read it."""
-        if self.line is None or self.line.closed():
+        """Until the last heartbeat is in the store, and, where the store ends with this process, all have read it."""
+        if self.store is None or self.store.closed():
             return
-        cut_off = self.judge.clock - self.judge.contact_at > max(2.0, 3 * self.tick)
-        if (cut_off and patience < LAST_WORDS) or not self.sent.wait(patience) or not self._stays():
+        no_contact = self.detector.clock - self.detector.contact_at > max(2.0, 3 * self.tick)
+        if (no_contact and patience < REPORT_TIMEOUT) or not self.sent.wait(patience) or not self._hosts_store():
             return
         deadline = time.monotonic() + max(2.0, 4 * self.tick)
-        while time.monotonic() < deadline and not all(self._flag_of(r) in (LEFT, ENDED) for r in self._others()):
-            self.nudge.set()
+        while time.monotonic() < deadline and not all(self._has_ended(r) for r in self._others()):
+            self.wake.set()
             time.sleep(0.02)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megastar import __version__
+from megastar.version import __version__
 
 PACKAGES = ("torch", "deepspeed", "triton", "flash-attn", "liger-kernel", "numpy")
 

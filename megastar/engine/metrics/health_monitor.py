@@ -4,27 +4,35 @@ from __future__ import annotations
 
 from megastar.config.schema import RunConfig
 from megastar.engine.metrics.logger import MetricsLogger
-from megastar.run_dir.training_checks import FIRST, KEPT, at_start, contrasted, judge, read_rows, trained
+from megastar.run_dir.training_checks import (
+    FIRST,
+    KEPT,
+    contrastive_images,
+    find_problems,
+    problems_at_start,
+    read_rows,
+    training_rows,
+)
 
 
 class HealthMonitor:
     """Says at the start what is known then, and with each row what is new: a kind again only after it was over."""
 
     def __init__(self, cfg: RunConfig, ranks: int, steps: int, metrics: MetricsLogger):
-        self.cfg, self.metrics, self.images = cfg, metrics, contrasted(cfg, ranks)
-        self.rows = trained(read_rows(metrics.folder)) if metrics.active else []  # it may go on
+        self.cfg, self.metrics, self.images = cfg, metrics, contrastive_images(cfg, ranks)
+        self.rows = training_rows(read_rows(metrics.folder)) if metrics.active else []  # it may go on
         self.present: set[str] = set()
-        for kind, text in at_start(cfg, self.images, steps).items():
+        for kind, text in problems_at_start(cfg, self.images, steps).items():
             metrics.event("warning", text, about=kind)
 
-    def look(self, step: int, row: dict[str, float]) -> None:
+    def update(self, step: int, row: dict[str, float]) -> None:
         """``row`` of metrics after ``step`` steps; an empty one where none is due."""
         if not row or not self.metrics.active:
             return
         rows = [r for r in self.rows if r["step"] < step]  # a run that went back writes some steps again
         rows.append({"step": step, **row})
         self.rows = rows[:FIRST] + rows[FIRST:][-KEPT:]
-        found = judge(self.cfg, self.images, self.rows)
+        found = find_problems(self.cfg, self.images, self.rows)
         for kind, text in found.items():
             if kind not in self.present:
                 self.metrics.event("warning", text, about=kind)

@@ -1,28 +1,31 @@
-"""Where a run's numbers go: metrics.jsonl, events.jsonl, TensorBoard, one live line on the console. Main rank only."""
+"""The metrics of a run: metrics.jsonl, events.jsonl, TensorBoard, a progress bar. Main rank only."""
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from megastar.engine.metrics.tensorboard import TensorBoardWriter
 from megastar.run_dir.events import append_event, flush_events
-from megastar.run_dir.jsonl_writer import Lines
+from megastar.run_dir.jsonl import JsonlWriter
+from megastar.utils.logs import shared_console
+from megastar.utils.progress_bar import progress_bar
+
+logger = logging.getLogger(__name__)
+QUIET_KINDS = ("started", "resumed", "saved", "finished")
+SHOWN = {"loss": "loss", "loss_ar": "ar", "acc_step": "acc_step", "acc_view": "acc_view", "images_per_s": "images/s"}
 
 
 class MetricsLogger:
     """``step`` after each optimizer step; a row is written every ``every`` steps and at the end.
 
-    A resumed run cuts rows past its checkpoint, so that metrics.jsonl holds each step once. Rows that the disk does not
-    take wait in memory until it does; a TensorBoard that fails is given up. ``ideal`` seconds a step would take at the
-    devices' peak: its share of the time it takes is the row's ``mfu``. Raises ``OSError`` where rows must be cut and
-    cannot be.
+    A resumed run cuts rows after its checkpoint, so that metrics.jsonl holds each step once. Rows that the disk refuses
+    wait in memory; a TensorBoard that fails is switched off. ``ideal``: seconds of a step at the devices' peak; its share
+    of the measured time is the row's ``mfu``. Raises ``OSError`` where rows must be cut and cannot be.
     """
 
     def __init__(self, folder: Path, start: int, total: int, every: int, active: bool, ideal: float | None = None):
@@ -33,39 +36,30 @@ class MetricsLogger:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.lines = Lines(folder / "metrics.jsonl")
-        self.lines.cut(lambda line: _step_of(line) <= start)
-        self.lines.flush()  # the file is there, and its time says when this began
+        self.rows = JsonlWriter(folder / "metrics.jsonl")
+        self.rows.cut_after(start)
+        self.rows.flush()  # the file exists, and its time is that of this start
         self.disk_fails = False
         self.board = TensorBoardWriter(folder / "tensorboard", start)
-        self.console = Console()
-        self.bar = Progress(
-            TextColumn("train"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[line]}"),
-            console=self.console,
-            refresh_per_second=2,
-        )
-        self.task = self.bar.add_task("", total=total, completed=start, line="")
-        self.bar.start()
+        self._stack, console = ExitStack(), shared_console()
+        self.terminal = console.is_terminal
+        bar = progress_bar(console if self.terminal else None, "train", total, done=start)
+        self.bar = self._stack.enter_context(bar)
         self.clock, self.images = time.perf_counter(), 0
-        self.shown = ""
 
     def rewind(self, step: int, checkpoint: Path) -> None:
-        """The run went back to ``step`` steps, to ``checkpoint``: the rows behind it are cut, as on a resume."""
+        """The run was rolled back to ``step`` steps, to ``checkpoint``: later rows are cut, as on a resume."""
         self.done, self.last_step, self._saved = step, step, checkpoint
         if not self.active:
             return
         try:
-            self.lines.cut(lambda line: _step_of(line) <= step)
+            self.rows.cut_after(step)
         except OSError as error:  # the next start cuts them
-            self.note(f"{self.lines.path} keeps rows of the steps that were left: {error}")
+            self.note(f"{self.rows.path} keeps rows of steps after {step}: {error}")
         self.board.close()
         self.board = TensorBoardWriter(self.folder / "tensorboard", step)
         self.clock, self.images = time.perf_counter(), 0
-        self.bar.update(self.task, completed=step)
+        self.bar.update(step)
 
     def step(self, step: int, images: int, row: dict[str, float]) -> None:
         """``step`` steps are done; ``images`` were in this one. ``row`` holds plain numbers."""
@@ -76,7 +70,7 @@ class MetricsLogger:
         if not self.active:
             return
         self.images += images
-        self.bar.update(self.task, completed=step)
+        self.bar.update(step)
         if not due:
             return
         seconds = time.perf_counter() - self.clock
@@ -85,82 +79,68 @@ class MetricsLogger:
             row["mfu"] = self.ideal / row["step_s"]
         self.clock, self.images = time.perf_counter(), 0
         self.write(step, row)
-        names = {
-            "loss": "loss",
-            "loss_ar": "ar",
-            "acc_step": "acc_step",
-            "acc_view": "acc_view",
-            "images_per_s": "images/s",
-        }
-        self.shown = "  ".join(f"{short} {row[name]:.3g}" for name, short in names.items() if name in row)
-        self.bar.update(self.task, line=self.shown)
-        if not self.console.is_terminal:  # a log file gets a line instead of a bar
-            self.console.print(f"step {step}/{self.total}  {self.shown}", highlight=False)
+        text = "  ".join(f"{short} {row[name]:.3g}" for name, short in SHOWN.items() if name in row)
+        self.bar.update(step, text)
+        if not self.terminal:  # a log file gets a line instead of a bar
+            logger.info("step %d/%d  %s", step, self.total, text)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
-        """One row at once: validation losses and events too."""
+        """Append one row now: also validation losses and times."""
         if not self.active:
             return
         rounded = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
-        self.lines.append(json.dumps({"step": step, **rounded}))
+        self.rows.append({"step": step, **rounded})
         self.board.add(row, step)
-        self._look_after_disk()
+        self._check_disk()
 
     def note(self, text: str) -> None:
-        """A line above the bar."""
+        """A log line."""
         if self.active:
-            self.console.print(text, highlight=False)
+            logger.info(text)
 
     def event(self, kind: str, text: str, *, note: bool = True, **more: Any) -> None:
-        """A line of events.jsonl, and above the bar unless something else prints it."""
+        """A line of events.jsonl, and a log line unless something else prints it."""
         if self.active:
             append_event(self.folder, kind, self.done, text, **more)
             if note:
-                self.note(text)
+                logger.log(logging.INFO if kind in QUIET_KINDS else logging.WARNING, text)
 
     def saved(self, checkpoint: Path | None) -> None:
-        """``checkpoint`` is this process's newest complete one: an event the first time. Call it each step."""
+        """``checkpoint`` is this process's newest complete one: an event the first time. Called after each step."""
         if checkpoint is not None and checkpoint != self._saved:
             self._saved = checkpoint
             self.event("saved", f"saved {checkpoint}", note=False, checkpoint=checkpoint.name)
 
-    def warn(self, news: list[tuple[str, dict[str, Any]]], kind: str = "warning") -> None:
-        """An event for each of some sentences, with its further fields."""
-        for text, more in news:
+    def warn(self, events: list[tuple[str, dict[str, Any]]], kind: str = "warning") -> None:
+        """An event for each (message, further fields)."""
+        for text, more in events:
             self.event(kind, text, **more)
 
     def close(self) -> None:
         if self.active:
-            self.bar.stop()
+            self._stack.close()
             self.board.close()
-            self.lines.close()
-            self._look_after_disk()
-            if self.lines.problem:
-                self.note(f"{self.lines.waiting} rows of {self.lines.path} are lost ({self.lines.problem.strerror})")
+            self.rows.flush(sync=True)
+            self._check_disk()
+            if self.rows.error:
+                logger.warning(
+                    "%d rows of %s are lost (%s)", len(self.rows.pending), self.rows.path, self.rows.error.strerror
+                )
 
-    def _look_after_disk(self) -> None:
+    def _check_disk(self) -> None:
         flush_events(self.folder)
-        problem, lost = self.lines.problem, self.lines.given_up
-        if problem and not self.disk_fails:
+        error = self.rows.error
+        if error and not self.disk_fails:
             self.event(
                 "warning",
-                f"{self.lines.path} cannot be written ({problem.strerror}): the training goes on, rows and events wait "
-                "in memory; free space on its disk, or see that it can be written",
+                f"{self.rows.path} cannot be written ({error.strerror}): training continues, rows and events are buffered "
+                "in memory; free disk space, or make the file writable",
                 situation="disk",
             )
-        elif self.disk_fails and not problem:
-            less = f", {lost} older ones were given up" if lost else ""
-            text = f"{self.lines.path} can be written again: the rows that waited are there{less}"
+        elif self.disk_fails and not error:
+            lost = f", {self.rows.dropped} older ones were dropped" if self.rows.dropped else ""
+            text = f"{self.rows.path} can be written again: the buffered rows are written{lost}"
             self.event("warning", text, situation="disk", over=True)
-            self.lines.given_up = 0
-        self.disk_fails = problem is not None
-        if self.board.problem:
-            self.event("warning", self.board.problem)
-            self.board.problem = ""
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf  # a line cut by a crash
+        self.disk_fails = error is not None
+        if problem := self.board.take_problem():
+            self.event("warning", problem)

@@ -17,11 +17,11 @@ CHUNK = 1 << 26  # elements whose difference exists at once
 CACHED = 1 << 18  # of a CPU: the difference is still in its cache when its norm is taken
 
 
-def observed(ctx: Context, engines: Engines) -> dict[str, float]:
+def step_metrics(ctx: Context, engines: Engines) -> dict[str, float]:
     """After a step, on all ranks together: one small gather. ``memory_gib`` is the largest rank's peak since its start;
     ``teacher_distance`` is ||teacher - student|| / ||student|| over all weights that both have, in fp32.
     """
-    away, norm = squares(ctx, engines) if engines.teacher is not None else (0.0, 0.0)
+    away, norm = teacher_distance_squares(ctx, engines) if engines.teacher is not None else (0.0, 0.0)
     mine = torch.tensor([[away, norm, peak_bytes(ctx.device)]], dtype=torch.float64, device=ctx.device)
     every = gather_rows(mine, torch.distributed.group.WORLD if ctx.world > 1 else None).cpu()
     row = {"memory_gib": every[:, 2].max().item() / 2**30}
@@ -32,7 +32,7 @@ def observed(ctx: Context, engines: Engines) -> dict[str, float]:
 
 
 @torch.no_grad()
-def squares(ctx: Context, engines: Engines) -> tuple[float, float]:
+def teacher_distance_squares(ctx: Context, engines: Engines) -> tuple[float, float]:
     """||teacher - student||^2 and ||student||^2 of this rank's part of the fp32 masters and their average.
 
     Each element is some rank's, and no other's: the sums over all ranks are the whole networks'.

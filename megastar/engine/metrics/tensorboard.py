@@ -1,4 +1,4 @@
-"""TensorBoard's files: welcome, but never a reason to stop a run."""
+"""TensorBoard event files. Their failure never stops a run."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 
 class TensorBoardWriter:
-    """``add`` until the first failure, for which ``problem`` is set once; from there on nothing is done.
+    """``add`` until the first failure, which ``take_problem`` returns once; later calls do nothing.
 
     metrics.jsonl has all that TensorBoard would show.
     """
 
     def __init__(self, folder: Path, start: int):
-        self.problem = ""
+        self._problem = ""
         self.writer: Any = None
-        _hush()
+        _silence_thread_errors()
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -29,8 +29,13 @@ class TensorBoardWriter:
             for name, value in row.items():
                 if self.writer and isinstance(value, (int, float)):
                     self.writer.add_scalar(name, value, step)
-        except Exception as error:  # the writer's thread hands its own on
+        except Exception as error:  # also of the writer's thread
             self._drop(error)
+
+    def take_problem(self) -> str:
+        """The message of a failure, once; empty: there is none."""
+        problem, self._problem = self._problem, ""
+        return problem
 
     def close(self) -> None:
         try:
@@ -42,11 +47,13 @@ class TensorBoardWriter:
 
     def _drop(self, error: Exception) -> None:
         reason = getattr(error, "strerror", None) or error
-        self.problem = f"TensorBoard's files get no more numbers until the next start ({reason}); metrics.jsonl has all"
+        self._problem = (
+            f"TensorBoard event files receive no more values until the next start ({reason}); metrics.jsonl has all"
+        )
         self.writer = None
 
 
-def _hush() -> None:
+def _silence_thread_errors() -> None:
     """The error of TensorBoard's thread comes out of ``add`` too: no traceback of it."""
     before = threading.excepthook
     if getattr(before, "hushed", False):

@@ -23,14 +23,22 @@ class Engines:
         if self.teacher is not None:
             self.teacher.refresh()
 
-    def step(self, veto: bool = False) -> bool:
-        """DeepSpeed's step, at the end of each micro-batch. False: the gradient was not finite, or ``veto`` said so (on
-        all ranks alike), and nothing moved."""
-        self.optimizer.veto = veto
+    def step(self, skip: bool = False) -> bool:
+        """DeepSpeed's step, at the end of each micro-batch. False: the gradient was not finite, or ``skip`` was set (on
+        all ranks alike), and no weight changed."""
         before = self.student.skipped_steps
-        self.student.step()
-        self.optimizer.veto = False
-        return self.student.skipped_steps == before
+        with self.optimizer.skipping(skip):
+            self.student.step()
+        return bool(self.student.skipped_steps == before)
+
+    def set_schedules(self, lr: float, ema_decay: float) -> None:
+        """The values of the step that follows."""
+        for group in self.optimizer.param_groups:
+            group["lr"], group["ema_decay"] = lr, ema_decay
+
+    def set_step(self, step: int) -> None:
+        """Continue DeepSpeed's count of steps after a resume."""
+        self.student.global_steps = step
 
     def updates(self) -> int:
         """Steps that moved the weights: what Adam's bias correction counts."""

@@ -7,6 +7,7 @@ moments are, at every stage, and its update never communicates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +26,19 @@ class AdamWEMA(torch.optim.AdamW):
 
     def __init__(self, params: Any, **defaults: Any):
         super().__init__(params, fused=True, **defaults)  # one pass over memory, on a CPU too
-        self.veto = False  # drop the next step (veto.py)
+        self.skip_next = False  # by ``skipping``; read by step_skip.py
         self.overflow = False  # at ZeRO stage 0, where DeepSpeed asks this optimizer, whether this step is dropped
         for group in self.param_groups:
             group["ema_decay"] = 0.0
+
+    @contextmanager
+    def skipping(self, skip: bool) -> Iterator[None]:
+        """DeepSpeed's step within drops the gradients and changes no weight if ``skip``, on all ranks alike."""
+        self.skip_next = skip
+        try:
+            yield
+        finally:
+            self.skip_next = False
 
     @torch.no_grad()
     def prepare(self, p: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
 from megastar.engine.zero.engines import Engines
 
 
-def held(tensors: Iterable[Tensor]) -> int:
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind ``tensors``."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -28,9 +28,9 @@ def state_bytes(engines: Engines) -> dict[str, int]:
         flats = []  # the weights are their own masters
     states = [s[k] for s in engines.optimizer.state.values() for k in STATES if k in s]
     return {
-        "weights": held(_copies(engines.student.module)),
-        "optimizer": held([*flats, *states]),
-        "teacher": held(_teacher(engines.teacher)),
+        "weights": storage_bytes(_copies(engines.student.module)),
+        "optimizer": storage_bytes([*flats, *states]),
+        "teacher": storage_bytes(_teacher(engines.teacher)),
     }
 
 

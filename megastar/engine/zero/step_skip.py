@@ -1,7 +1,7 @@
-"""How a step is dropped: gradients thrown away, nothing moved, on all ranks alike.
+"""Skipping a step: the gradients are discarded and no weight changes, on all ranks alike.
 
 DeepSpeed drops a step by itself when the gradient's norm is not finite, at ZeRO stages 1 to 3, with accumulation and
-offload too: it clears what it gathered and counts in ``skipped_steps``. A veto takes that very way, so that no state of
+offload too: it clears what it gathered and counts in ``skipped_steps``. A skipped step takes the same path, so that no state of
 DeepSpeed's has to be put back here (read against DeepSpeed 0.19.8).
 """
 
@@ -17,14 +17,14 @@ from megastar.engine.zero.partitions import AdamWEMA
 
 
 def install_step_skip(engine: Any, optimizer: AdamWEMA) -> None:
-    """Let ``optimizer.veto``, set on all ranks before a step, drop it; and a norm that is not finite at every stage."""
+    """Make DeepSpeed skip a step while ``optimizer.skipping(True)``, and where the norm is not finite, at every stage."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         # Without ZeRO the engine clips but forgets the norm, which it looks for on the optimizer, and would step even
         # when the norm is not finite. It does look for ``overflow`` there.
         def clip() -> None:
             norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu)
-            optimizer.overflow = optimizer.veto or not math.isfinite(norm)  # the same on all ranks
+            optimizer.overflow = optimizer.skip_next or not math.isfinite(norm)  # the same on all ranks
             optimizer._global_grad_norm = norm  # type: ignore[attr-defined]
 
         engine.clip_fp32_gradients = clip
@@ -32,7 +32,7 @@ def install_step_skip(engine: Any, optimizer: AdamWEMA) -> None:
         look = zero.check_overflow
 
         def check(partition_gradients: bool = True) -> None:
-            if optimizer.veto:
+            if optimizer.skip_next:
                 zero.overflow = True
             elif not zero.compute_grad_norm:  # else the norm, which is looked at next, says the same without this pass
                 look(partition_gradients)
@@ -40,4 +40,4 @@ def install_step_skip(engine: Any, optimizer: AdamWEMA) -> None:
         zero.check_overflow, zero.check_grad_overflow = check, True
     else:
         norms = zero._get_norm_groups
-        zero._get_norm_groups = lambda: [torch.tensor(math.inf)] if optimizer.veto else norms()
+        zero._get_norm_groups = lambda: [torch.tensor(math.inf)] if optimizer.skip_next else norms()

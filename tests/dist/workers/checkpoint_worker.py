@@ -65,11 +65,11 @@ def main(out: Path) -> None:
         found = checkpoint_dir.latest(folder)
         assert found is not None, f"nothing to resume from after a kill at file operation {event}"
         checkpoint_dir.verify(found)
-        step = load.load(cfg, ctx, engines, found)["step"]
+        step = load.load_checkpoint(cfg, ctx, engines, found)["step"]
         again = step_of(engines, cfg, ctx, step)
         results.append({"killed": os.WIFSIGNALED(status), "step": step, "loss": again})
         # The next save clears what the killed one left, and retires the older checkpoint.
-        load.load(cfg, ctx, engines, found)
+        load.load_checkpoint(cfg, ctx, engines, found)
         saver.save(1, {})
         left = sorted(p.name for p in saver.finish().parent.iterdir())
         results[-1]["left"] = left

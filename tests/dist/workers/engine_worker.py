@@ -15,17 +15,17 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 
-from megastar.run_dir import checkpoint_dir
-from megastar.engine.checkpointer import load
-from megastar.engine.zero.setup import build, start
-from megastar.engine.checkpointer.async_saver import Saver
 from megastar.checkpoint.convert import full_weights
-from megastar.engine.zero.state_memory import state_bytes
-from megastar.engine.metrics.step_metrics import observed
-from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
-from megastar.model.io import save_model
-from tests.dist.reference import BATCH, STEPS, batch_of, config, initial_weights
 from megastar.checkpoint.rng_state import seed_dropout
+from megastar.engine.checkpointer import load
+from megastar.engine.checkpointer.async_saver import Saver
+from megastar.engine.metrics.step_metrics import step_metrics
+from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
+from megastar.engine.zero.setup import build, start
+from megastar.engine.zero.state_memory import state_bytes
+from megastar.model.io import save_model
+from megastar.run_dir import checkpoint_dir
+from tests.dist.reference import BATCH, STEPS, batch_of, config, initial_weights
 
 
 def forget_mesh() -> None:
@@ -66,14 +66,16 @@ def run_case(
     done, saver = 0, Saver(cfg, ctx, engines)
     if resume:
         source = checkpoint_dir.latest(out / resume / "checkpoints")
-        done = load.load(cfg, ctx, engines, source)["step"]
+        done = load.load_checkpoint(cfg, ctx, engines, source)["step"]
     per, micro = BATCH // accumulation, cfg.train.micro_batch
     history, memory = [], []
     for step in range(done, STEPS):
         sums: dict = {}
         for a in range(accumulation):
             first = a * per + ctx.mesh.data_rank * micro
-            loss, parts = losses(cfg, engines, ctx, batch_of(cfg, step, slice(first, first + micro)), step, spreads=True)
+            loss, parts = losses(
+                cfg, engines, ctx, batch_of(cfg, step, slice(first, first + micro)), step, spreads=True
+            )
             engines.student.backward(loss)
             set_schedules(cfg, engines, step, STEPS)
             engines.student.step()
@@ -82,7 +84,7 @@ def run_case(
         engines.refresh_teacher()
         row = average_over_ranks(ctx, sums)
         row["grad_norm"] = engines.grad_norm()
-        row |= observed(ctx, engines)
+        row |= step_metrics(ctx, engines)
         memory.append(row.pop("memory_gib"))  # no two runs have the same
         history.append(row)
         if validate:

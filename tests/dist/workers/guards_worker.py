@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from megastar.run_dir import checkpoint_dir
-from megastar.engine.zero.setup import build, set_timeouts, start
-from megastar.engine.fault_tolerance.replica_checksum import compare
-from megastar.engine.fault_tolerance.errors import CorruptReplica
-from megastar.engine.checkpointer.async_saver import Saver
-from megastar.engine.zero.partitions import publish_masters
 from megastar.checkpoint.shard_format import KINDS, StateReader
-from megastar.engine.train_step import check_batch, losses, set_schedules
+from megastar.engine.checkpointer.async_saver import Saver
+from megastar.engine.fault_tolerance.errors import CorruptReplica
+from megastar.engine.fault_tolerance.replica_checksum import compare
 from megastar.engine.rank_sync import on_all_ranks
+from megastar.engine.train_step import check_batch, losses, set_schedules
+from megastar.engine.zero.partitions import publish_masters
+from megastar.engine.zero.setup import build, set_timeouts, start
 from megastar.errors import UserError
-from tests.dist.workers.engine_worker import forget_mesh
+from megastar.run_dir import checkpoint_dir
 from tests.dist.reference import BATCH, STEPS, batch_of, config
+from tests.dist.workers.engine_worker import forget_mesh
 
 NORM = "transformer.norm.weight"
 
@@ -88,7 +88,7 @@ def a_dropped_step_leaves_no_trace(out: Path, stage: str, tensor: int, accumulat
         assert not one_step(cfg, ctx, engines, 1, **how), (stage, how)
         after = state_of(engines)
         assert all(torch.equal(before[k], after[k]) for k in before), (stage, tensor, how)
-    assert not engines.optimizer.veto and (engines.student.micro_steps) % accumulation == 0
+    assert not engines.optimizer.skip_next and (engines.student.micro_steps) % accumulation == 0
     assert one_step(cfg, ctx, engines, 2)
     done = state_of(engines)
     different = [k for k in done if not torch.equal(done[k], straight[k])]
@@ -127,12 +127,15 @@ def different_batches_are_told(out: Path) -> None:
 
 def corruption_is_named(out: Path) -> None:
     """One bit of one weight on one rank; with two ranks nobody can say whose is right."""
-    both = "differs between rank 0 .*, rank 1 .*, and no majority tells which is wrong"
+    both = "differs between rank 0 .*, rank 1 .*, and no majority shows which is wrong"
     for stage in ("tests/dist/ds/zero0.json", "zero2"):
         cfg, ctx, engines = engines_of(out, 1, stage)
         one_step(cfg, ctx, engines)
         compare(cfg, engines, ctx, 1, 1)
-        student, teacher = dict(engines.student.module.named_parameters()), dict(engines.teacher.module.named_parameters())
+        student, teacher = (
+            dict(engines.student.module.named_parameters()),
+            dict(engines.teacher.module.named_parameters()),
+        )
         for weight, name in ((student[NORM], NORM), (teacher["norm.weight"], "teacher's norm.weight")):
             bits = weight.data.view(torch.int32)
             if ctx.rank == 1:

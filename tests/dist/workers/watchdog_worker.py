@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from megastar.config.schema import RunConfig
-from megastar.engine.phase import DATA, PHASE
 from megastar.engine.fault_tolerance.watchdog import watch
+from megastar.engine.phase import DATA, PHASE
 from megastar.errors import UserError
 from megastar.utils.hostname import shorten_dns_timeout
 
@@ -59,7 +59,7 @@ def loop(cfg: RunConfig, rank: int, scenario: Scenario) -> None:
 
 
 def fail() -> None:
-    raise UserError("the shard is unreadable: mend it")
+    raise UserError("the shard is unreadable: fix it")
 
 
 def kill() -> None:
@@ -117,7 +117,7 @@ def fork(folder: Path, name: str) -> dict[int, int]:
         try:
             loop(config(run, scenario.hang, scenario.lost), rank, scenario)
         except UserError as error:
-            os.write(2, f"told: {error}\n".encode())
+            os.write(2, f"error: {error}\n".encode())
             status = 2
         except BaseException as error:
             os.write(2, f"raised: {error!r}\n".encode())

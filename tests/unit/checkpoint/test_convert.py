@@ -117,7 +117,7 @@ def test_llamagens_names_for_its_sizes():
     b = config(model={"n_layer": 12, "n_head": 12, "dim": 768, "multiple_of": 256, "image_tokens": 256}).model
     assert how_to_load(b) == "--gpt-model GPT-B --codebook-size 32 --num-classes 5 --image-size 256"
     b.norm_eps = 1e-6
-    assert how_to_load(b).startswith("no size that LlamaGen names")
+    assert how_to_load(b).startswith("no named size: Transformer(")
 
 
 def test_fp16_refuses_what_it_cannot_hold(tmp_path, monkeypatch):
@@ -280,15 +280,15 @@ def test_force_removes_only_what_a_conversion_wrote(runs, run, tmp_path, capsys)
     (run / "metrics.jsonl").write_text("{}\n")
     words = ["--to", "checkpoint", "--data", "1", "--force", "--out"]
     told = refused([runs / "1x1", *words, run], capsys)
-    assert "run holds other things too (metrics.jsonl), which --force would remove: name another place" in told
-    assert f"lies in {run}: name another folder" in refused([run, *words, run], capsys)
+    assert "run also holds metrics.jsonl, which --force would remove: name another place" in told
+    assert f"--out {run} contains the source {step_of(run)}: name another folder" in refused([run, *words, run], capsys)
     assert "run is a folder: name the file to write" in refused(
         [runs / "1x1", "--to", "llamagen", "--out", run], capsys
     )
     told = refused([runs / "1x1", "--to", "universal", "--out", run / "metrics.jsonl"], capsys)
     assert "metrics.jsonl is a file: name the folder to write" in told
     told = refused([runs / "1x1", "--to", "universal", "--out", run / "metrics.jsonl" / "deep"], capsys)
-    assert "cannot be below it" in told
+    assert f"{run / 'metrics.jsonl'} is a file, not a folder: name another place" in told
 
 
 @pytest.mark.parametrize("to", convert.TARGETS)
@@ -320,9 +320,9 @@ def test_what_reads_back_otherwise_is_refused(runs, tmp_path, monkeypatch, to, s
             path.write_bytes(data)
             hit.append(path)
 
-    for module in ("convert", "llamagen", "universal", "reslice"):
-        monkeypatch.setattr(f"megastar.engine.{module}.settle", settle)
-    with pytest.raises(UserError, match=r"written but (reads back otherwise|does not read back)|is damaged"):
+    for module in ("convert_weights", "deepspeed_universal", "reshard"):
+        monkeypatch.setattr(f"megastar.checkpoint.{module}.settle", settle)
+    with pytest.raises(UserError, match=r"does not read back as it was written|is damaged"):
         convert.convert(runs / "2x2", to, tmp_path / "out")
     assert hit and not list(tmp_path.iterdir())
 
@@ -346,7 +346,7 @@ def test_inspect_tells_what_is_there(run, capsys, monkeypatch):
     text = " ".join(capsys.readouterr().out.split())
     count = sum(torch.Size(s).numel() for n, s in shapes_of(CFG).items() if n.startswith("transformer."))
     for words in ("3 of 8", "3 blocks, 2 heads, width 16", "2 data x 2 tensor ranks, ZeRO stage 3", f"{count:,} transformer",
-                  "whole: all names and sizes, SHA-256", "rank 3: data rank 1, tensor rank 1", "ok (SHA-256)", "random-00001.pt"):  # fmt: skip
+                  "complete: names and sizes match, SHA-256 too", "rank 3: data rank 1, tensor rank 1", "ok (SHA-256)", "random-00001.pt"):  # fmt: skip
         assert words in text, words
     file = step_of(run) / "state-00001.safetensors"
     data = bytearray(file.read_bytes())

@@ -145,20 +145,21 @@ def test_another_architecture_lists_the_differing_fields(network, tmp_path, yaml
     other = vars(CFG) | {"n_layer": 3, "dim": 32, "vocab_size": 64, "image_tokens": 64}
     yaml_file.write_text(yaml.safe_dump(other))
     told = refused(capsys, *words, "--config", yaml_file)
-    assert "of another architecture: n_layer 2, not 3; vocab_size 23, not 64; dim 16, not 32; ffn_dim" in told
+    assert "has a different architecture: n_layer 2, not 3; vocab_size 23, not 64; dim 16, not 32; ffn_dim" in told
     assert "image_tokens 16, not 64" in told
     told = refused(capsys, *words)
     assert (
-        "has 2 blocks of width 16, which is none of LlamaGen's sizes (GPT-B 12 x 768, " in told and "--config" in told
+        "has 2 blocks of width 16, which is not one of LlamaGen's sizes (GPT-B 12 x 768, " in told
+        and "--config" in told
     )
-    assert "is of pictures of 16 tokens, not of --image-tokens 25" in refused(capsys, *words, "--image-tokens", 25)
+    assert "was trained on 16 tokens per image, not --image-tokens 25" in refused(capsys, *words, "--image-tokens", 25)
     torch.save({"model": network.state_dict()}, path)
-    assert "does not tell how many tokens a picture has: give --image-tokens, 256" in refused(capsys, *words)
-    assert "--image-tokens 24 is no square number" in refused(capsys, *words, "--image-tokens", 24)
+    assert "does not store the number of tokens per image: give --image-tokens, 256" in refused(capsys, *words)
+    assert "--image-tokens 24 is not a square number" in refused(capsys, *words, "--image-tokens", 24)
     state = dict(network.state_dict())
     state["layers.0.attention.wqkv.weight"] = torch.zeros(32, 16)
     torch.save(state, path)
-    assert "keys and values of fewer heads than queries" in refused(capsys, *words, "--image-tokens", 16)
+    assert "has fewer key/value heads than query heads" in refused(capsys, *words, "--image-tokens", 16)
     torch.save(dict(network.state_dict()) | {"cls_embedding.cap_proj.fc1.weight": torch.zeros(1)}, path)
     assert "is a text-conditional network" in refused(capsys, *words)
     assert not (tmp_path / "w.safetensors").exists() and not (tmp_path / "w.json").exists()
@@ -182,7 +183,7 @@ def test_a_hostile_pickle_is_refused_without_running_it(network, tmp_path, capsy
     else:
         torch.save(content, path, _use_new_zipfile_serialization=legacy == "zip")
     told = refused(capsys, path, "--to", "safetensors", "--out", tmp_path / "w.safetensors")
-    assert "could run code when it is read: it was refused unread" in told and not trap.exists()
+    assert "can run code when loaded: refused" in told and not trap.exists()
     assert legacy == "bare" or "an object of posix.mkdir" in told
     assert not (tmp_path / "w.safetensors").exists()
 
@@ -195,7 +196,7 @@ def test_a_truncated_file_is_refused(network, tmp_path, capsys, keep, legacy):
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
     told = refused(capsys, path, "--to", "safetensors", "--out", tmp_path / "w.safetensors", "--image-tokens", 16)
-    assert "w.pt is cut off or no file of torch.save" in told or "it was refused unread" in told
+    assert "w.pt is truncated or not a torch.save file" in told or "can run code when loaded: refused" in told
 
 
 def test_other_contents_are_told(tmp_path, capsys):
@@ -203,9 +204,9 @@ def test_other_contents_are_told(tmp_path, capsys):
     words = [path, "--to", "safetensors", "--out", tmp_path / "w.safetensors"]
     for content, sentence in [
         ([1, 2], "holds a list, not a dictionary of weights"),
-        ({"epoch": 3}, "holds epoch: its weights should lie flat or under model, module, state_dict"),
-        ({"a.weight": torch.zeros(1)}, "holds no AR network of LlamaGen: its first names are a.weight"),
-        ({"quantize.embedding.weight": torch.zeros(2, 2)}, "holds no VQ tokenizer of LlamaGen"),
+        ({"epoch": 3}, "holds epoch: expected weights at the top level or under model, module, state_dict"),
+        ({"a.weight": torch.zeros(1)}, "is not an AR network of LlamaGen: its first names are a.weight"),
+        ({"quantize.embedding.weight": torch.zeros(2, 2)}, "is not a VQ tokenizer of LlamaGen"),
     ]:
         torch.save(content, path)
         assert sentence in refused(capsys, *words)
@@ -228,7 +229,7 @@ def test_a_tokenizer_is_read_and_goes_back(tmp_path, capsys):
     path, own, back = tmp_path / "vq.pt", tmp_path / "vq.safetensors", tmp_path / "back.pt"
     torch.save({"model": dict(model.state_dict()) | {"quantize.codebook_used": torch.ones(65536)}}, path)
     words = ["--to", "safetensors", "--out", own]
-    assert "--image-size 18 is no multiple of 4" in refused(capsys, path, *words, "--image-size", 18)
+    assert "--image-size 18 is not a multiple of 4" in refused(capsys, path, *words, "--image-size", 18)
     assert convert(path, *words, "--image-size", 16) == 0
     assert read_tokenizer_metadata(own)[0] == VQ and json.loads((tmp_path / "vq.json").read_text())["sha256"] == sha256(
         own
@@ -259,7 +260,7 @@ def test_released_tokenizers_are_known_by_their_shapes():
         with torch.device("meta"):
             weights = dict(VQModel(wanted).state_dict())
         assert tokenizer_config(Path("vq.pt"), weights, 256) == wanted
-    with pytest.raises(UserError, match="holds no VQ tokenizer of LlamaGen"):
+    with pytest.raises(UserError, match="is not a VQ tokenizer of LlamaGen"):
         tokenizer_config(Path("vq.pt"), {"encoder.conv_in.weight": torch.zeros(3)}, 256)
 
 

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def test_without_a_gpu_it_says_so(capsys) -> None:
     assert cli.main(["check-gpu"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "check-gpu needs a CUDA GPU and torch sees none here" in error
+    assert error.count("\n") == 1 and "check-gpu needs a CUDA GPU and torch finds none" in error
     assert cli.main(["check-gpu", "--device", "tpu"]) == 2
 
 
@@ -41,7 +41,7 @@ def test_the_comparison_on_cpu(tmp_path, monkeypatch, capsys) -> None:
     assert report["packages"]["backends"]["sdpa"] is None and report["packages"]["nvidia_apex"] is False
     assert report["packages"]["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in torch.__version__
     text = capsys.readouterr().out
-    assert "14 comparisons, 0 wrong" in text and "flex left out: it has no backward pass on CPU" in text
+    assert "14 comparisons, 0 wrong" in text and "flex skipped: it has no backward pass on CPU" in text
 
     monkeypatch.setattr(flex, "supports", lambda *_: None)  # a wrong kernel: status 1, and the table of words says so
     monkeypatch.setattr(flex, "attention", lambda q, k, v, mask: sdpa.attention(q, k, v))
@@ -55,13 +55,13 @@ def test_what_is_not_begun_in_time_is_left_out(tmp_path, capsys) -> None:
     out = tmp_path / "report.json"
     assert cli.main(["check-gpu", "--device", "cpu", "--out", str(out), "--seconds", "0"]) == 0
     assert json.loads(out.read_text())["compared"] == []
-    assert "no time left: hidden, head dimension 100 was not compared" in capsys.readouterr().out
+    assert "no time left: hidden, head dimension 100 not compared" in capsys.readouterr().out
 
 
 def test_its_tests_need_a_clone(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(check_gpu, "__file__", str(tmp_path / "megastar" / "commands" / "check_gpu.py"))
     assert cli.main(["check-gpu", "--tests", "--device", "cpu"]) == 2
-    assert "check-gpu --tests needs a clone of the repository: there is no tests/gpu" in capsys.readouterr().err
+    assert "check-gpu --tests needs a clone of the repository: " in capsys.readouterr().err
 
 
 def test_peaks_are_the_data_sheets() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import types
@@ -17,8 +18,10 @@ from megastar.commands import _common, sample
 from megastar.commands import _launch as launching
 from megastar.commands.demo import ends_of
 from megastar.commands.train_tokenizer import Batches
+from megastar.config.load import load_compare_config, load_config, load_tokenizer_config
 from megastar.config.schema import RunConfig, TokenizerConfig, TokenizerTrainConfig
 from megastar.errors import UserError
+from megastar.version import __version__
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
@@ -56,7 +59,7 @@ def test_overview(capsys):
         text = capsys.readouterr().out
         assert all(name in text for name in cli.COMMANDS) and "examples:" in text
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == "megastar 0.1.0\n"
+    assert capsys.readouterr().out == f"megastar {__version__}\n"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -88,7 +91,7 @@ def test_train_help_shows_the_fields(capsys):
         (["xyzzy"], "unknown command 'xyzzy': choose one of demo, train-tokenizer, pretokenize"),
         (
             ["train", "a.yaml", "b.yaml"],
-            "two configurations, a.yaml and b.yaml: give one, and fields as section.field=value",
+            "two configurations, a.yaml and b.yaml: give one; write fields as section.field=value",
         ),
         (["train", "a.yaml"], "configuration a.yaml does not exist: check the path"),
         (["train"], "command line: data.shards is empty"),
@@ -100,24 +103,24 @@ def test_train_help_shows_the_fields(capsys):
         ),
         (["convert", "run"], "--to is missing: give --to FORMAT and --out, or --inspect; see megastar convert --help"),
         (["convert", "run", "--to", "llamagen"], "--out is missing: give --to FORMAT and --out, or --inspect"),
-        (["convert", "run", "--inspect", "--out", "x"], "--inspect only looks: give either --inspect, or --to and"),
-        (["convert", "run", "--to", "universal", "--out", "x", "--verify"], "--verify belongs to --inspect"),
+        (["convert", "run", "--inspect", "--out", "x"], "--inspect writes nothing: give either --inspect, or --to and"),
+        (["convert", "run", "--to", "universal", "--out", "x", "--verify"], "--verify requires --inspect"),
         (
             ["convert", "run", "--to", "universal", "--out", "x", "--dtype", "bf16"],
-            "--dtype is for --to safetensors and llamagen: leave it out with --to universal",
+            "--dtype applies to --to safetensors and llamagen: leave it out with --to universal",
         ),
         (["convert", "run", "--to", "checkpoint", "--out", "x"], "--to checkpoint needs --data, the number of data"),
         (["convert", "run", "--to", "checkpoint", "--out", "x", "--data", "0"], "'0' is not a positive integer"),
         (["convert", "nowhere", "--inspect"], "no complete checkpoint in nowhere: name a run folder or a folder"),
-        (["sample", "--like", "codes"], "--like tells how --count pictures spread over the classes: give --count too"),
-        (["sample", "--plan", "random"], "--plan random draws the classes of --count pictures: give --count, and no"),
+        (["sample", "--like", "codes"], "--like sets the class frequencies of --count images: give --count too"),
+        (["sample", "--plan", "random"], "--plan random draws the classes of --count images: give --count, and no"),
         (["sample", "--nproc", "2"], "several processes share a folder: give --npz or --folder"),
         (["sample", "no.safetensors"], "weights no.safetensors do not exist"),
-        (["evaluate", "--real", "x"], "give either pictures to score or --tokenizer; see megastar evaluate --help"),
-        (["evaluate", "a", "--tokenizer", "t", "--real", "x"], "give either pictures to score or --tokenizer"),
+        (["evaluate", "--real", "x"], "give either images to score or --tokenizer; see megastar evaluate --help"),
+        (["evaluate", "a", "--tokenizer", "t", "--real", "x"], "give either images to score or --tokenizer"),
         (
             ["demo", "other.yaml"],
-            "megastar demo trains configs/run/demo.yaml: for other.yaml take megastar train other.yaml",
+            "megastar demo trains configs/run/demo.yaml: use megastar train other.yaml",
         ),
         (
             ["pretokenize", "nowhere", "--tokenizer", "no.safetensors", "--out", "x"],
@@ -133,6 +136,52 @@ def test_demo_outside_a_clone(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("megastar.commands.demo.REPOSITORY", tmp_path)
     assert "the demo needs a clone of the repository: assets/emoji64/emoji64.tar is neither in" in error(capsys, "demo")
+
+
+@pytest.mark.parametrize(
+    ("words", "load"),
+    [
+        (
+            ["train", "configs/run/demo.yaml", "--nproc", "2", "optim.lr=0.5", "method=configs/method/ar.yaml"],
+            load_config,
+        ),
+        (["compare", "configs/run/compare_emoji.yaml", "base.optim.lr=0.5", "seeds=[3]"], load_compare_config),
+        (["train-tokenizer", "configs/tokenizer/emoji64.yaml", "lr=0.5"], load_tokenizer_config),
+    ],
+)
+def test_print_config_prints_what_loads_again_as_the_same_configuration(words, load, tmp_path):
+    script = "import sys\nsys.modules['torch'] = None\nfrom megastar import cli\nsys.exit(cli.main(sys.argv[1:]))\n"
+    run = subprocess.run(
+        [sys.executable, "-c", script, *words, "--print-config"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    (tmp_path / "whole.yaml").write_text(run.stdout)
+    assert load(tmp_path / "whole.yaml") == load(words[1], [w for w in words if "=" in w])
+
+
+# Log level ---------------------------------------------------------------------------------------------------------
+def test_verbose_and_quiet_set_the_log_level(trained, monkeypatch, capsys):
+    trainer = sys.modules["megastar.engine.trainer"]
+    monkeypatch.setattr(trainer, "train", lambda *_, **__: [log(level, "text") for level in (10, 20, 30)])
+    log = logging.getLogger("megastar.engine.trainer").log
+    for options, levels in [([], "INFO WARNING"), (["-v"], "DEBUG INFO WARNING"), (["--quiet"], "WARNING")]:
+        assert cli.main(["train", *options, "configs/run/demo.yaml"]) == 0
+        assert [line.split()[2] for line in capsys.readouterr().out.splitlines()] == levels.split()
+    assert "argument -q/--quiet: not allowed with argument -v/--verbose" in error(capsys, "status", "run", "-vq")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", "-q", "configs/run/demo.yaml"]) == 0
+    assert capsys.readouterr().out.endswith(" WARNING rank 1 text\n")
+    monkeypatch.setenv("MEGASTAR_LOG_LEVEL", "loud")
+    assert "MEGASTAR_LOG_LEVEL=LOUD: unknown log level" in error(capsys, "train", "configs/run/demo.yaml")
+
+
+def test_json_is_not_mixed_with_log_lines(capsys):
+    parser = _common.Parser("x", "", "")
+    parser.add_argument("--json", action="store_true")
+    assert parser.parse(["--json"]).json
+    logging.getLogger("megastar").warning("text")
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith(" WARNING text\n")
 
 
 # Launchers ---------------------------------------------------------------------------------------------------------
@@ -154,20 +203,28 @@ def test_nproc_starts_processes_unless_a_launcher_did(trained, monkeypatch):
     monkeypatch.setattr(launching, "launch", lambda n, words: started.append((n, words)) or 7)
     words = ["train", "configs/run/demo.yaml", "train.steps=3", "--nproc", "2", "--dry-run"]
     assert cli.main(words) == 7
-    assert started == [(2, ["train", "configs/run/demo.yaml", "train.steps=3", "--dry-run"])] and not trained
+    assert started == [(2, words)] and not trained
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(words) == 0
     assert len(started) == 1 and len(trained) == 1
 
 
-def test_sample_starts_processes_without_the_launchers_own_word(monkeypatch, tmp_path):
+def test_ranks_get_the_words_without_nproc_and_with_the_log_level(monkeypatch, tmp_path):
+    from torch.distributed import run
+
     started = []
-    monkeypatch.setattr(launching, "launch", lambda n, words: started.append((n, words)) or 7)
+    monkeypatch.setattr(run, "run", lambda args: started.append((args.nproc_per_node, args.training_script_args)))
     npz = str(tmp_path / "a.npz")
-    assert cli.main(["sample", "--nproc", "3", "--npz", npz, "--seed", "3"]) == 7
-    assert cli.main(["sample", "--npz", npz, "--nproc=2"]) == 7
-    assert started == [(3, ["sample", "--npz", npz, "--seed", "3"]), (2, ["sample", "--npz", npz])]
+    assert cli.main(["sample", "--nproc", "3", "--npz", npz, "--seed", "3"]) == 0
+    assert cli.main(["sample", "--npz", npz, "-q", "--nproc=2"]) == 0
+    monkeypatch.setenv("MEGASTAR_LOG_LEVEL", "debug")
+    assert cli.main(["train", "configs/run/demo.yaml", "--nproc", "2", "train.steps=3"]) == 0
+    assert started == [
+        ("3", ["sample", "--npz", npz, "--seed", "3"]),
+        ("2", ["sample", "--npz", npz, "-q", "--quiet"]),
+        ("2", ["train", "configs/run/demo.yaml", "train.steps=3", "--verbose"]),
+    ]
 
 
 def test_places_of_launched_processes():
@@ -192,7 +249,7 @@ def test_places_of_launched_processes():
 )
 def test_launchers_are_recognised(environ, launched, main):
     assert _common.is_launched(environ) is launched
-    assert _common.is_main_process(environ) is main
+    assert (_common.place_of(environ)[0] == 0) is main
 
 
 def test_a_mistake_is_told_once(monkeypatch, tmp_path, capsys):
@@ -203,7 +260,7 @@ def test_a_mistake_is_told_once(monkeypatch, tmp_path, capsys):
         file.unlink(missing_ok=True)
         monkeypatch.setenv("RANK", rank)
         if ours:
-            monkeypatch.setenv(_common.BY_US, "1")
+            monkeypatch.setenv(_common.LAUNCHED_BY_US, "1")
         assert cli.main(["trian"]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err == (
@@ -218,7 +275,8 @@ def test_a_failure_of_another_rank_reaches_the_user(monkeypatch, tmp_path):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     file = tmp_path / "error.json"
-    _common.tell("the disk of node 2 is full: free some space", {"RANK": "1", "TORCHELASTIC_ERROR_FILE": str(file)})
+    environ = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_ERROR_FILE": str(file)}
+    _common.report_error("the disk of node 2 is full: free some space", environ)
 
     def failing(code, rank, file=""):
         def fake(args):
@@ -239,8 +297,8 @@ def test_a_failure_of_another_rank_reaches_the_user(monkeypatch, tmp_path):
 def test_two_processes_say_a_mistake_once():
     code = (
         "import sys, megastar.cli\n"
-        "from megastar.commands import launch, train\n"
-        "train.main = lambda words: launch.launch(2, ['probe', 'weights'])\n"
+        "from megastar.commands import _launch, train\n"
+        "train.main = lambda words: _launch.launch(2, ['probe', 'weights'])\n"
         "sys.exit(megastar.cli.main(['train']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
@@ -268,7 +326,7 @@ def test_count_follows_the_frequencies_of_like():
     assert sorted(drawn) == like  # a whole pass takes each real label once
     assert drawn == sample.choose_labels(["a", "b"], None, 1, 100, like, 0) != like
     assert set(sample.choose_labels(["a", "b"], "b", 1, 30, like, 0)) == {1}
-    with pytest.raises(UserError, match="--like holds no picture of the classes c"):
+    with pytest.raises(UserError, match="--like holds no image of the classes c"):
         sample.choose_labels(["a", "b", "c"], "c", 1, 5, like, 0)
 
 
@@ -314,10 +372,13 @@ def test_tokenizer_batches_step_over_a_broken_picture(tmp_path):
     assert colours == [0, 40, 120, 160, 160, 200]
     for path in folder.rglob("*.png"):
         path.write_bytes(b"")
-    with Batches(PictureSet(folder), cfg) as batches, pytest.raises(UserError, match=r"no picture of .* can be read"):
+    with (
+        Batches(PictureSet(folder), cfg) as batches,
+        pytest.raises(UserError, match=r"no image of .* can be read: check the files"),
+    ):
         batches(0)
 
 
 def test_train_tokenizer_with_too_few_pictures(tmp_path, capsys):
     words = [f"pictures={folder_of_pictures(tmp_path)}", f"out={tmp_path / 'run'}", "batch=64"]
-    assert "holds 6 pictures, fewer than batch 64: lower batch" in error(capsys, "train-tokenizer", *words)
+    assert "holds 6 images, fewer than batch 64: lower batch" in error(capsys, "train-tokenizer", *words)

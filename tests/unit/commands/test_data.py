@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from megastar import cli
-from megastar.data.loader import TokenLoader
 from megastar.data.shards.manifest import Manifest, load_manifest
 from megastar.data.shards.sample_parser import LAYOUTS
 from megastar.data.shards.stats import count
@@ -21,6 +20,7 @@ from megastar.data.shards.writer import open_writer
 from megastar.sampling.sampler import decode_images
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.utils.files import sha256
+from tests.loaders import make_loader
 from tests.unit.commands.test_cli import error
 from tests.unit.data.shards.test_shards import VIEWS, T, V, sample, write_set
 
@@ -57,7 +57,7 @@ def test_inspect(folder, capsys):
 # verify ------------------------------------------------------------------------------------------------------------
 def test_a_good_set(folder, capsys):
     assert verify(folder) == []
-    assert run(capsys, "verify", folder) == "3 shards, 9 samples: every byte is as the manifest says\n"
+    assert run(capsys, "verify", folder) == "3 shards, 9 samples: all match the manifest\n"
 
 
 def test_every_broken_shard_is_named(tmp_path, capsys):
@@ -82,7 +82,7 @@ def test_every_broken_shard_is_named(tmp_path, capsys):
     assert "holds 2 samples, the manifest says 3" in reasons[shard[5].name]
     assert cli.main(["data", "verify", str(folder)]) == 1
     out = capsys.readouterr().out
-    assert all(p.name in out for p in shard if p != shard[3]) and "5 of 6 shards are broken" in out
+    assert all(p.name in out for p in shard if p != shard[3]) and "5 of 6 shards are damaged" in out
     assert cli.main(["data", "verify", str(folder), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["broken"] == 5 and [p["shard"] for p in report["problems"]] == [p.shard for p in found]
@@ -140,7 +140,7 @@ def test_counts_are_those_of_a_plain_loop(folder, capsys):
     assert found.entropy == pytest.approx(entropy) and found.perplexity == pytest.approx(2**entropy)
     assert found.usage == len(codes) / V and found.duplicates == []
     text = run(capsys, "stats", folder)
-    assert f"{len(codes)} of {V} used" in text and "least 2, median 2, most 3" in text
+    assert f"{len(codes)} of {V} used" in text and "min 2, median 2, max 3" in text
     report = json.loads(run(capsys, "stats", folder, "--json", "--top", 3))
     assert [c["code"] for c in report["codes"]["most_used"]] == [
         c for c, _ in sorted(codes.items(), key=lambda x: (-x[1], x[0]))
@@ -199,13 +199,13 @@ def test_shards_of_another_writer_from_index_to_batch(tmp_path, capsys, layout):
     (tmp_path / "names.txt").write_text("cat\ndog\nbird\nfox\n")
     words = ("--codebook-size", V, "--classes", tmp_path / "names.txt", "--layout", layout, "--crops", "center-flip")
     text = run(capsys, "index", folder, *words)
-    assert "4 x 4" in text and "not named" in text and len(list(folder.glob("*.idx"))) == 3
+    assert "4 x 4" in text and "not recorded" in text and len(list(folder.glob("*.idx"))) == 3
     about = json.loads(run(capsys, "inspect", folder, "--json"))
     assert (about["samples"], about["class_names"], about["layout"], about["crops"]) == (
         9, ["cat", "dog", "bird", "fox"], layout, "center-flip",
     )  # fmt: skip
-    assert run(capsys, "verify", folder) == "3 shards, 9 samples: every byte is as the manifest says\n"
-    loader = TokenLoader(
+    assert run(capsys, "verify", folder) == "3 shards, 9 samples: all match the manifest\n"
+    loader = make_loader(
         folder, seed=0, global_batch=9, views=VIEWS, class_dropout_prob=0.0, num_classes=4, vocab_size=V, tokens=T
     )
     batch = loader.batch(0)
@@ -222,17 +222,20 @@ def test_mistakes_are_one_sentence(tmp_path, capsys):
     assert "does not exist: make it with `megastar pretokenize`" in error(
         capsys, "data", "verify", str(tmp_path / "no")
     )
-    assert "--sheet and --tokenizer belong together" in error(capsys, "data", "stats", str(folder), "--sheet", "x.png")
-    assert error(capsys, "data", "verify", str(folder), "--patience", "-1") == "--patience -1 must be 0 or more seconds"
+    assert "--sheet and --tokenizer must be given together" in error(
+        capsys, "data", "stats", str(folder), "--sheet", "x.png"
+    )
+    text = error(capsys, "data", "verify", str(folder), "--patience=-1")
+    assert "argument --patience: '-1' is not a number of seconds from 0 to inf; see megastar data verify" in text
     data = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(data | {"tokenizer_sha256": "0" * 64}))
     words = ("data", "stats", str(folder), "--tokenizer", str(TOKENIZER), "--sheet", str(tmp_path / "x.png"))
-    assert "were made with another tokenizer (SHA-256 000000000000..." in error(capsys, *words)
+    assert "come from another tokenizer (SHA-256 000000000000..." in error(capsys, *words)
     (folder / "manifest.json").write_text(json.dumps(data | {"tokenizer_sha256": "", "codebook_size": 512}))
-    assert "has 2048 codes on a grid of 8" in error(capsys, *words)
+    assert "has 2048 codes on a 8 x 8 grid" in error(capsys, *words)
     assert not (tmp_path / "x.png").exists()
     index = ("data", "index", str(folder), "--classes", str(tmp_path / "none.txt"))
-    assert "none.txt does not exist: name a file with a class name a line" in error(capsys, *index)
+    assert "none.txt does not exist: name a file with one class name per line" in error(capsys, *index)
 
 
 def test_help_of_each_action(capsys):

@@ -54,11 +54,11 @@ def test_tar_is_a_function_of_the_pictures(builder, tmp_path, monkeypatch, capsy
         monkeypatch.setattr("sys.argv", arguments)
         builder.main()
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
-    assert "3 pictures (train" in capsys.readouterr().out
+    assert "3 images (train" in capsys.readouterr().out
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert tar.getnames() == sorted(tar.getnames()) and len(tar.getnames()) == 3
     monkeypatch.setattr(builder, "MAX_BYTES", 1000)
-    with pytest.raises(SystemExit, match="over the limit of 1,000: nothing written"):
+    with pytest.raises(SystemExit, match="more than the limit of 1,000: nothing was written"):
         builder.write_tar(["a"], [b"x"], tmp_path / "c.tar")
     assert not list(tmp_path.glob("c.tar*"))
 
@@ -69,7 +69,7 @@ def test_missing_and_other_packages(builder, tmp_path):
     folder = tmp_path / "node_modules" / "@iconify-json" / "noto"
     folder.mkdir(parents=True)
     (folder / "package.json").write_text(json.dumps({"version": "2.0.0"}))
-    with pytest.raises(SystemExit, match="is version 2.0.0, the pictures are made from 1.2.9"):
+    with pytest.raises(SystemExit, match="is version 2.0.0, expected 1.2.9"):
         builder.package_folder(tmp_path, "@iconify-json/noto", "1.2.9")
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megastar.data.loader import TokenLoader
 from megastar.data.order import OrderSpec, batch_ids, epoch_order, sample_ids, shards_from
+from tests.loaders import make_loader
 from tests.unit.data.shards.test_shards import T, V, sample, write_set
 
 
@@ -108,7 +109,7 @@ def test_an_interrupted_run_on_changing_ranks_sees_each_sample_once(run, lost):
         write_set(Path(folder) / "s", sizes)
 
         def open_loader(**changes) -> TokenLoader:
-            return TokenLoader(Path(folder) / "s", **known, **changes)
+            return make_loader(Path(folder) / "s", **known, **changes)
 
         state = {"samples": 0}
         for steps, (world, accumulation) in stretches:

@@ -20,8 +20,10 @@ from megastar.data.loader import TokenLoader, check_manifest, validation_batches
 from megastar.data.order import OrderSpec, batch_ids
 from megastar.data.prefetch import GaveUp
 from megastar.data.shards.manifest import load_manifest
+from megastar.data.shards.reader import ShardSet
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
+from tests.loaders import make_loader
 from tests.unit.data.shards.test_shards import VIEWS, T, V, sample, write_set
 
 SIZES = (7, 6, 8, 5)  # 26 samples: batches of 8 run over the ends of epochs
@@ -43,7 +45,7 @@ def loader(folder, **changes) -> TokenLoader:
         "tokens": T,
         "window": 2,
     }
-    return TokenLoader(folder, **(known | changes))
+    return make_loader(folder, **(known | changes))
 
 
 def take(source: TokenLoader, n: int) -> list[dict]:
@@ -309,7 +311,7 @@ def test_manifest_of_another_tokenizer_and_all_else_at_once(folder):
 @pytest.mark.parametrize("n_images", [1000, 26, 17, 16, 8, 4])
 @pytest.mark.parametrize(("world", "batch"), [(1, 5), (2, 4), (4, 1), (3, 8)])
 def test_validation_covers_the_first_samples_once(folder, n_images, world, batch):
-    ranks = [validation_batches(folder, n_images, batch, r, world) for r in range(world)]
+    ranks = [validation_batches(ShardSet(folder), n_images, batch, r, world) for r in range(world)]
     assert len({len(r) for r in ranks}) == 1  # ZeRO gathers on all ranks
     rows = [row for r in ranks for row in r]
     assert all(1 <= len(row["ids"]) <= batch for row in rows)
@@ -324,4 +326,4 @@ def test_validation_covers_the_first_samples_once(folder, n_images, world, batch
 
 def test_more_ranks_than_validation_images(folder):
     with pytest.raises(UserError, match="3 validation images of .* are fewer than 4 ranks"):
-        validation_batches(folder, 3, 8, 0, 4)
+        validation_batches(ShardSet(folder), 3, 8, 0, 4)

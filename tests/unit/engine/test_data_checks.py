@@ -7,7 +7,7 @@ import pytest
 from megastar.config.load import load_config
 from megastar.config.schema import RunConfig, TokenizerConfig
 from megastar.data.order import VERSION
-from megastar.engine.input_pipeline.data_checks import check_same_data, check_same_order, digest_of, open_data
+from megastar.engine.input_pipeline.data_checks import check_same_data, check_same_order, open_data
 from megastar.errors import UserError
 from megastar.tokenizer.io import save_tokenizer
 from megastar.tokenizer.vq import VQModel
@@ -27,10 +27,10 @@ def run_config(shards, *overrides: str) -> RunConfig:
 
 
 def test_what_fits_is_opened(folder, tmp_path):
-    training, validation = open_data(run_config(folder))
-    assert training.samples == 26 and validation is None
+    data = open_data(run_config(folder))
+    assert data.train.manifest.samples == 26 and data.val is None
     held_out = write_set(tmp_path / "val", (4,))
-    assert open_data(run_config(folder, f"data.val_shards={held_out}"))[1].samples == 4
+    assert open_data(run_config(folder, f"data.val_shards={held_out}")).val.manifest.samples == 4
 
 
 @pytest.mark.parametrize(
@@ -75,36 +75,36 @@ def test_mixed_tokenizers(folder, tmp_path):
     with pytest.raises(UserError, match=r"made with another tokenizer \(SHA-256 abababababab"):
         open_data(run_config(folder, f"data.tokenizer={tokenizer}"))
     unknown = write_set(tmp_path / "foreign", SIZES, tokenizer_sha256="")  # of a set that others made
-    assert open_data(run_config(unknown, f"data.val_shards={folder}"))[0].tokenizer_sha256 == ""
+    assert open_data(run_config(unknown, f"data.val_shards={folder}")).train.manifest.tokenizer_sha256 == ""
     open_data(run_config(unknown, f"data.tokenizer={tokenizer}"))
 
 
 def test_other_classes_in_the_validation_set(folder, tmp_path):
     other = write_set(tmp_path / "other", SIZES, classes=["a", "b", "c", "e"])
-    with pytest.raises(UserError, match="name other classes"):
+    with pytest.raises(UserError, match="name different classes"):
         open_data(run_config(folder, f"data.val_shards={other}"))
 
 
 def test_a_run_goes_on_with_its_shards_wherever_they_lie(folder, tmp_path):
     copied, other = write_set(tmp_path / "copy", SIZES), write_set(tmp_path / "other", (1, *SIZES))
-    digests = [digest_of(open_data(run_config(f))[0]) for f in (folder, copied, other)]
-    assert digests[0] == digests[1] != digests[2] and digest_of(None) == ""
+    digests = [open_data(run_config(f)).digests["data"] for f in (folder, copied, other)]
+    assert digests[0] == digests[1] != digests[2] and open_data(run_config(folder)).digests["val_data"] == ""
     cfg, found = run_config(other, f"data.val_shards={other}"), tmp_path / "step-1"
     was = {"data": digests[0], "val_data": digests[0]}
     check_same_data(cfg, was, was, found)
     check_same_data(cfg, {"data": digests[0]}, was, found)  # a checkpoint that does not say
-    with pytest.raises(UserError, match=r"data.shards = .*other holds other shards than .*step-1 was trained on"):
+    with pytest.raises(UserError, match=r"data.shards = .*other holds different shards than .*step-1 was trained on"):
         check_same_data(cfg, was, was | {"data": digests[2]}, found)
-    with pytest.raises(UserError, match=r"data.val_shards = .*other holds other shards than .*step-1 was validated on"):
+    with pytest.raises(
+        UserError, match=r"data.val_shards = .*other holds different shards than .*step-1 was validated on"
+    ):
         check_same_data(cfg, was, was | {"val_data": digests[2]}, found)
 
 
 def test_a_checkpoint_in_another_order_of_the_samples(folder, tmp_path):
     cfg, found = run_config(folder, "data.window=3"), tmp_path / "step-4"
-    manifest, _ = open_data(cfg)
+    manifest = open_data(cfg).train.manifest
     check_same_order(cfg, manifest, {"order": VERSION}, found)
-    with pytest.raises(
-        UserError, match=f"step-4 was trained in order 1 of the samples, this .* order {VERSION}: finish"
-    ):
+    with pytest.raises(UserError, match=f"step-4 was trained in sample order 1, this .* order {VERSION}: finish"):
         check_same_order(cfg, manifest, {}, found)  # from before it was written down
     check_same_order(run_config(folder, "data.window=4"), manifest, {}, found)  # four shards, all mixed: the same

@@ -145,12 +145,12 @@ def test_a_loss_that_is_not_finite_is_seen_before_the_step():
     ctx = Context(0, 1, torch.device("cpu"), torch.float32)
 
     def agreed(*said: Any, **more: Any) -> tuple:
-        return StepConsensus(ctx, *said, **more).answer()
+        return StepConsensus(ctx, *said, **more).result()
 
     assert agreed(torch.tensor(1.0), 0) == (True, 0, False, False, 1.0)
     assert agreed(torch.tensor(float("nan")), 15) == (False, 15, False, False, 0)
     assert agreed(torch.tensor(float("inf")), 0, True) == (False, 0, True, False, 0)
-    assert agreed(torch.tensor(1.25), 10, dry=True) == (True, 10, False, True, 1.25)
+    assert agreed(torch.tensor(1.25), 10, out_of_data=True) == (True, 10, False, True, 1.25)
     assert agreed(torch.tensor(7.123456789), 2).loss == pytest.approx(torch.tensor(7.123456789).item(), abs=2**-32)
     assert agreed(torch.tensor(-3e38), 0).loss == -(2**17)  # bounded, so that any number of ranks can be summed
 

@@ -13,7 +13,7 @@ from megastar.engine.fault_tolerance import rollback
 from megastar.engine.fault_tolerance.skip_policy import suspects
 from megastar.engine.metrics.logger import MetricsLogger
 from megastar.run_dir import checkpoint_dir
-from megastar.run_dir.events import read_lines
+from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import ROLLBACKS
 from megastar.utils.files import append_line
 from tests.unit.engine.test_engine import make_checkpoint
@@ -22,16 +22,19 @@ CTX = Context(0, 1, torch.device("cpu"), torch.float32)
 
 
 def test_the_newest_good_checkpoint_from_before_the_first_skip(tmp_path):
-    assert rollback.choose(tmp_path, 25) == (None, "")
+    assert rollback.choose_checkpoint(tmp_path, 25) == (None, "")
     for step, skips in ((40, [38]), (30, [26]), (20, [17]), (10, [])):
         make_checkpoint(tmp_path, step, guard={"skips": skips})
-    names = {first: rollback.choose(tmp_path, first) for first in (9, 10, 25, 50)}
+    names = {first: rollback.choose_checkpoint(tmp_path, first) for first in (9, 10, 25, 50)}
     assert names[25] == (tmp_path / checkpoint_dir.name_of(10), "")  # step 20 has a skipped step behind it
     assert names[10] == names[25]  # made just before the first skipped step
     assert names[50] == (tmp_path / checkpoint_dir.name_of(10), "")
     assert names[9] == (tmp_path / checkpoint_dir.name_of(40), "which was saved after the first of them")
     checkpoint_dir.remove(tmp_path / checkpoint_dir.name_of(10))
-    assert rollback.choose(tmp_path, 25) == (tmp_path / checkpoint_dir.name_of(20), "which has skipped steps itself")
+    assert rollback.choose_checkpoint(tmp_path, 25) == (
+        tmp_path / checkpoint_dir.name_of(20),
+        "which has skipped steps itself",
+    )
 
 
 @pytest.mark.parametrize("cut", ["before the pointer", "before the removal", "after it"])
@@ -41,20 +44,20 @@ def test_a_roll_back_that_was_cut_off_is_finished(tmp_path, cut):
     for step in (10, 20, 30):
         make_checkpoint(folder, step, guard={"rollbacks": 1})
     (folder / "latest").write_text(checkpoint_dir.name_of(30) + "\n")
-    assert rollback.settle(cfg, CTX) == [] and checkpoint_dir.latest(folder).name == checkpoint_dir.name_of(30)
+    assert rollback.finish_rollback(cfg, CTX) == [] and checkpoint_dir.latest(folder).name == checkpoint_dir.name_of(30)
     first = {"step": 5, "to": checkpoint_dir.name_of(1), "position": 6}
     append_line(tmp_path / ROLLBACKS, json.dumps(first))
-    assert rollback.settle(cfg, CTX) == [first] and checkpoint_dir.latest(folder).name == checkpoint_dir.name_of(
-        30
-    )  # known to it
+    assert rollback.finish_rollback(cfg, CTX) == [first] and checkpoint_dir.latest(
+        folder
+    ).name == checkpoint_dir.name_of(30)  # known to it
     second = {"step": 32, "to": checkpoint_dir.name_of(20), "position": 33}
     append_line(tmp_path / ROLLBACKS, json.dumps(second))
     if cut == "before the removal":
         (folder / "latest").write_text(checkpoint_dir.name_of(20) + "\n")
     elif cut == "after it":
-        rollback.forget_after(folder / checkpoint_dir.name_of(20))
+        rollback.discard_after(folder / checkpoint_dir.name_of(20))
     for _ in range(2):
-        assert rollback.settle(cfg, CTX) == [first, second]
+        assert rollback.finish_rollback(cfg, CTX) == [first, second]
         assert checkpoint_dir.latest(folder).name == checkpoint_dir.name_of(20)
         assert len(checkpoint_dir.complete(folder)) == 2
 
@@ -67,7 +70,7 @@ def test_metrics_go_back_too(tmp_path):
     metrics.step(3, 4, {"loss": 30.0})
     metrics.saved(tmp_path / "step-00000002")  # it was on record before
     metrics.close()
-    assert [(r["step"], r["loss"]) for r in read_lines(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 30)]
+    assert [(r["step"], r["loss"]) for r in read_jsonl(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 30)]
     assert not (tmp_path / "events.jsonl").exists()
 
 
@@ -88,10 +91,10 @@ def test_the_advice_fits_what_the_skipped_steps_have_in_common():
         return {"why": why, "suspects": [{"rank": r, "host": f"n{r // 2}"} for r in ranks], "hosts": hosts}
 
     cfg, nan = RunConfig(), "the loss is not finite"
-    assert "from rank 2 (n1), rank 3 (n1): exclude that host" in rollback.advice(cfg, [row(nan, 2), row(nan, 3)])
-    assert "rank 2 (n1): that GPU or its memory may be bad" in rollback.advice(cfg, [row(nan, 2, hosts=1)])
-    assert "from no host alone: resume with a lower optim.lr (now 0.0001)" in rollback.advice(
+    assert "from rank 2 (n1), rank 3 (n1): exclude this host" in rollback.advice(cfg, [row(nan, 2), row(nan, 3)])
+    assert "rank 2 (n1): the GPU or its memory may be faulty" in rollback.advice(cfg, [row(nan, 2, hosts=1)])
+    assert "from no single host: resume with a lower optim.lr (now 0.0001)" in rollback.advice(
         cfg, [row(nan, 0), row(nan, 3)]
     )
-    assert "from no host alone" in rollback.advice(cfg, [row(nan, 2), row(nan)])
+    assert "from no single host" in rollback.advice(cfg, [row(nan, 2), row(nan)])
     assert "faults.spike_sigma (now 6)" in rollback.advice(cfg, [row("loss 9 is 8 sigma above 7")])

@@ -14,7 +14,7 @@ from tests.unit.data.shards.test_shards import write_set
 from tests.unit.data.test_loader import loader
 
 
-def test_a_long_wait_is_told_once_while_it_lasts_and_when_it_is_over(tmp_path, monkeypatch, capsys):
+def test_a_long_wait_is_told_once_while_it_lasts_and_when_it_is_over(tmp_path, monkeypatch, caplog):
     gate, original = threading.Event(), loader_module.read_checked
 
     def held(*arguments):
@@ -22,7 +22,7 @@ def test_a_long_wait_is_told_once_while_it_lasts_and_when_it_is_over(tmp_path, m
         return original(*arguments)
 
     monkeypatch.setattr(loader_module, "read_checked", held)
-    monkeypatch.setattr(waits_module, "SAY_AFTER", 0.2)
+    monkeypatch.setattr(waits_module, "REPORT_AFTER", 0.2)
     source = loader(write_set(tmp_path / "codes", (12, 12)))
     waits = WaitReporter(source, SimpleNamespace(rank=3), tmp_path)
     batches = source.batches(give_up=lambda: bool(waits.poll()))
@@ -46,8 +46,8 @@ def test_a_long_wait_is_told_once_while_it_lasts_and_when_it_is_over(tmp_path, m
     first, over = read_events(tmp_path)
     assert first == during[0] and first["event"] == "warning" and first["step"] == 0
     assert "rank 3 on " in first["text"] and "for its batch of step 1" in first["text"]
-    assert f"they are read from {tmp_path / 'codes'}" in first["text"] and first["text"] in capsys.readouterr().out
-    assert over["over"] and over["text"].startswith("the batch of step 1 came after")
+    assert f"they are read from {tmp_path / 'codes'}" in first["text"] and first["text"] in caplog.text
+    assert over["over"] and over["text"].startswith("the batch of step 1 arrived after")
 
 
 def test_what_ails_the_store_is_told_by_one_rank_of_a_host(tmp_path):

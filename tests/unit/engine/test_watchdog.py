@@ -1,4 +1,4 @@
-"""When the judge of the watchdog speaks, and whom it blames; what evidence it leaves. Real processes: tests/dist."""
+"""When the failure detector reports, which ranks it names, and what the watchdog writes. Real processes: tests/dist."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from megastar.config.schema import RunConfig
 from megastar.engine import phase
 from megastar.engine.exit_codes import RANK_FAILURE
-from megastar.engine.fault_tolerance.failure_detector import Judge
-from megastar.engine.fault_tolerance.heartbeat import ALIVE, ENDED, LEFT, OVERDUE, Heartbeat
-from megastar.engine.fault_tolerance.postmortem import record_loss, write_stacks
+from megastar.engine.fault_tolerance.failure_detector import FailureDetector
+from megastar.engine.fault_tolerance.heartbeat import ABORTED, ALIVE, EXITED, OVERDUE, Heartbeat
+from megastar.engine.fault_tolerance.postmortem import record_lost_rank, write_stacks
 from megastar.engine.fault_tolerance.watchdog import Watchdog, watch
 from megastar.engine.phase import DATA, ENDING, PHASE, SAVING, STARTING, limit_of
 from megastar.run_dir.events import read_events
@@ -38,35 +38,35 @@ def config(**faults: float) -> RunConfig:
 
 
 class Ranks:
-    """A judge of rank ``rank`` and what it hears, second by second of a clock that the test moves."""
+    """The detector of rank ``rank`` and the heartbeats it receives, second by second of a clock that the test moves."""
 
     def __init__(self, cfg: RunConfig, rank: int = 0, world: int = 4):
         PHASE.begin(1)
         PHASE.begin(2)  # behind the first step, which may take longer
         PHASE.at("asking all ranks")
-        self.judge, self.now, self.beat = Judge(cfg, rank, TICK, "node0"), 0.0, 0
+        self.detector, self.now, self.beat = FailureDetector(cfg, rank, TICK, "node0"), 0.0, 0
         self.others = {
             r: Heartbeat(r, f"node{r}", 100 + r, step=2, phase="asking all ranks", collectives=9) for r in range(world)
         }
         self.me = self.others.pop(rank)
-        self.judge.advance(0.0)
+        self.detector.advance(0.0)
 
     def seconds(self, count: int, silent: tuple[int, ...] = (), contact: bool = True):
-        """The first verdict within so many seconds, and when it came."""
+        """The first diagnosis within so many seconds."""
         for _ in range(count):
             self.now += TICK
             self.beat += 1
-            self.judge.advance(self.now)
+            self.detector.advance(self.now)
             for rank, beat in self.others.items():
-                if rank not in silent and beat.flag != LEFT:
+                if rank not in silent and beat.flag != EXITED:
                     beat.beat = self.beat
             if contact:
-                self.judge.hear({r: b.encode() for r, b in self.others.items()})
-            if verdict := self.judge.verdict(self.me):
-                return verdict
+                self.detector.receive({r: b.encode() for r, b in self.others.items()})
+            if diagnosis := self.detector.diagnose(self.me):
+                return diagnosis
         return None
 
-    def say(self, rank: int, **what) -> None:
+    def set(self, rank: int, **what) -> None:
         for name, value in what.items():
             setattr(self.others[rank], name, value)
 
@@ -74,11 +74,15 @@ class Ranks:
 def test_a_silent_rank_is_lost():
     ranks = Ranks(config())
     assert ranks.seconds(5) is None
-    verdict = ranks.seconds(40, silent=(3,))
-    assert verdict and (verdict.kind, verdict.status, [b.rank for b in verdict.culprits]) == ("lost", RANK_FAILURE, [3])
-    assert verdict.text == (
+    diagnosis = ranks.seconds(40, silent=(3,))
+    assert diagnosis and (diagnosis.kind, diagnosis.status, [b.rank for b in diagnosis.culprits]) == (
+        "lost",
+        RANK_FAILURE,
+        [3],
+    )
+    assert diagnosis.text == (
         "rank 3 on node3 (pid 103) has been silent for 21 s (faults.lost_timeout = 20), last seen at "
-        '"asking all ranks" of step 2, 9 collectives entered: the process or its host is gone'
+        '"asking all ranks" of step 2, 9 collectives entered: the process or its host is down'
     )
     assert ranks.now == 5 + 21
     ranks = Ranks(config(lost_timeout=0))
@@ -90,55 +94,59 @@ def test_the_rank_that_was_silent_first_is_blamed_first():
     ranks = Ranks(config(lost_timeout=20, hang_timeout=0))
     ranks.seconds(10)
     assert ranks.seconds(5, silent=(3,)) is None
-    ranks.judge.lost_timeout = 0
+    ranks.detector.lost_timeout = 0
     assert ranks.seconds(40, silent=(1, 3)) is None
-    assert [b.rank for b in ranks.judge.silent(20)] == [3, 1]
+    assert [b.rank for b in ranks.detector.silent_ranks(20)] == [3, 1]
 
 
 def test_a_rank_that_starts_may_be_silent_for_longer():
     ranks = Ranks(config(hang_timeout=1000))
-    ranks.say(3, phase=STARTING, step=0)
+    ranks.set(3, phase=STARTING, step=0)
     ranks.seconds(2)
     assert ranks.seconds(99, silent=(3,)) is None
-    verdict = ranks.seconds(5, silent=(3,))
-    assert verdict and [b.rank for b in verdict.culprits] == [3] and 'last seen at "starting"' in verdict.text
+    diagnosis = ranks.seconds(5, silent=(3,))
+    assert diagnosis and [b.rank for b in diagnosis.culprits] == [3] and 'last seen at "starting"' in diagnosis.text
 
 
 def test_a_store_that_is_silent_is_rank_0_not_everyone(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     ranks = Ranks(config(), rank=2)
     ranks.seconds(3)
-    verdict = ranks.seconds(40, contact=False)
+    diagnosis = ranks.seconds(40, contact=False)
     assert (
-        verdict
-        and [b.rank for b in verdict.culprits] == [0]
-        and "rank 0 on node0 (pid 100) has not answered" in verdict.text
+        diagnosis
+        and [b.rank for b in diagnosis.culprits] == [0]
+        and "rank 0 on node0 (pid 100) has not responded" in diagnosis.text
     )
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     ranks = Ranks(config())
     ranks.seconds(3)
-    verdict = ranks.seconds(40, contact=False)
-    assert verdict and verdict.culprits == [] and "the launcher on node0" in verdict.text
+    diagnosis = ranks.seconds(40, contact=False)
+    assert diagnosis and diagnosis.culprits == [] and "the launcher on node0" in diagnosis.text
 
 
 def test_ranks_that_have_left_are_not_lost():
     ranks = Ranks(config())
-    ranks.say(1, flag=LEFT, status=0)
-    ranks.say(2, flag=LEFT, status=85)
+    ranks.set(1, flag=EXITED, status=0)
+    ranks.set(2, flag=EXITED, status=85)
     assert ranks.seconds(60, silent=(1, 2)) is None
-    ranks.say(3, flag=LEFT, status=1, text="ValueError: nine")
+    ranks.set(3, flag=EXITED, status=1, text="ValueError: nine")
     assert ranks.seconds(19, silent=(1, 2, 3)) is None  # this one may be about to say the same
-    verdict = ranks.seconds(5, silent=(1, 2, 3))
-    assert verdict and (verdict.kind, verdict.status) == ("error", RANK_FAILURE)
-    assert verdict.text == "rank 3 on node3 (pid 103) ended with an error of its own: ValueError: nine"
+    diagnosis = ranks.seconds(5, silent=(1, 2, 3))
+    assert diagnosis and (diagnosis.kind, diagnosis.status) == ("error", RANK_FAILURE)
+    assert diagnosis.text == "rank 3 on node3 (pid 103) exited with an error: ValueError: nine"
     ranks = Ranks(config())
-    ranks.say(3, flag=LEFT, status=2, text="mend it")
-    verdict = ranks.seconds(30, silent=(3,))
-    assert verdict and verdict.status == 2  # a batch script must not start it again
+    ranks.set(3, flag=EXITED, status=2, text="fix it")
+    diagnosis = ranks.seconds(30, silent=(3,))
+    assert diagnosis and diagnosis.status == 2  # a batch script must not start it again
     ranks = Ranks(config(), rank=1)
-    ranks.say(0, flag=ENDED, status=RANK_FAILURE, text="rank 3 has been silent")
-    verdict = ranks.seconds(1)
-    assert verdict and (verdict.kind, verdict.text, verdict.status) == ("", "rank 3 has been silent", RANK_FAILURE)
+    ranks.set(0, flag=ABORTED, status=RANK_FAILURE, text="rank 3 has been silent")
+    diagnosis = ranks.seconds(1)
+    assert diagnosis and (diagnosis.kind, diagnosis.text, diagnosis.status) == (
+        "",
+        "rank 3 has been silent",
+        RANK_FAILURE,
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,43 +154,43 @@ def test_ranks_that_have_left_are_not_lost():
     [
         ({"collectives": 8, "phase": "forward"}, [2]),
         ({"step": 1, "collectives": 99}, [2]),
-        ({"flag": LEFT, "status": 0, "collectives": 99}, [2]),
+        ({"flag": EXITED, "status": 0, "collectives": 99}, [2]),
         ({}, []),
     ],
 )
 def test_a_hang_blames_the_rank_that_is_behind(what, culprits):
     ranks = Ranks(config())
     for rank in (1, 2, 3):
-        ranks.say(rank, flag=OVERDUE)
-    ranks.say(2, **what)
+        ranks.set(rank, flag=OVERDUE)
+    ranks.set(2, **what)
     ranks.me.collectives = 9
     assert ranks.seconds(100) is None
-    verdict = ranks.seconds(2)
-    assert verdict and (verdict.kind, verdict.status) == ("hang", RANK_FAILURE)
-    assert [b.rank for b in verdict.culprits] == culprits
-    assert ("rank 2 on node2 (pid 102) is behind" in verdict.text) == bool(culprits)
+    diagnosis = ranks.seconds(2)
+    assert diagnosis and (diagnosis.kind, diagnosis.status) == ("hang", RANK_FAILURE)
+    assert [b.rank for b in diagnosis.culprits] == culprits
+    assert ("rank 2 on node2 (pid 102) is behind" in diagnosis.text) == bool(culprits)
 
 
 def test_a_hang_waits_for_a_rank_that_may_still_be_where_it_is():
     """It waits for S3, say: it is not overdue, the others are."""
     ranks = Ranks(config())
     for rank in (1, 3):
-        ranks.say(rank, flag=OVERDUE)
-    ranks.say(2, flag=ALIVE, phase=DATA, collectives=8)
-    assert ranks.seconds(1000) is None and ranks.judge.overdue
-    ranks.say(2, flag=OVERDUE)
-    verdict = ranks.seconds(1)
-    assert verdict and [b.rank for b in verdict.culprits] == [2]
+        ranks.set(rank, flag=OVERDUE)
+    ranks.set(2, flag=ALIVE, phase=DATA, collectives=8)
+    assert ranks.seconds(1000) is None and ranks.detector.overdue
+    ranks.set(2, flag=OVERDUE)
+    diagnosis = ranks.seconds(1)
+    assert diagnosis and [b.rank for b in diagnosis.culprits] == [2]
     ranks = Ranks(config(), rank=1)  # rank 0 decides
     for rank in (0, 2, 3):
-        ranks.say(rank, flag=OVERDUE)
+        ranks.set(rank, flag=OVERDUE)
     assert ranks.seconds(1000) is None
 
 
 def test_progress_of_this_rank_counts():
     ranks = Ranks(config())
     for rank in (1, 2, 3):
-        ranks.say(rank, flag=OVERDUE)
+        ranks.set(rank, flag=OVERDUE)
     for _ in range(20):
         assert ranks.seconds(60) is None
         PHASE.at("backward")
@@ -193,12 +201,12 @@ def test_time_that_did_not_pass_for_this_process_does_not_count():
     """SIGSTOP, a laptop's sleep: the next tick is late."""
     ranks = Ranks(config())
     for rank in (1, 2, 3):
-        ranks.say(rank, flag=OVERDUE)
+        ranks.set(rank, flag=OVERDUE)
     ranks.seconds(10)
     for _ in range(5):
         ranks.now += 5000
         assert ranks.seconds(10) is None
-    assert ranks.judge.clock == 60 + 5 * TICK
+    assert ranks.detector.clock == 60 + 5 * TICK
     assert ranks.seconds(18, silent=(1, 2, 3)) is None
 
 
@@ -216,7 +224,7 @@ def test_limits():
     cfg.data.shards, cfg.data.patience = "s3://bucket/codes", 500
     assert limit_of(cfg) > 100 + 500
     cfg.data.shards, cfg.data.val_shards = "runs/codes", "s3://bucket/val"
-    PHASE.at(STARTING)  # the validation pictures are read
+    PHASE.at(STARTING)  # the validation images are read
     assert limit_of(cfg) > 100 + 500 + phase.START_EXTRA
     PHASE.at(SAVING)
     assert limit_of(cfg) >= 3700
@@ -229,17 +237,17 @@ def test_limits():
     assert limit_of(cfg) == float("inf")
 
 
-# Evidence ------------------------------------------------------------------------------------------------------
+# Reports -------------------------------------------------------------------------------------------------------
 def test_the_record_for_the_batch_script(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "417")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    record_loss(tmp_path, 3, "node7", "lost")
-    record_loss(tmp_path, 1, "node2", "hung")
+    record_lost_rank(tmp_path, 3, "node7", "lost")
+    record_lost_rank(tmp_path, 1, "node2", "hung")
     first, second = (json.loads(line) for line in (tmp_path / "lost.jsonl").read_text().splitlines())
     assert first.pop("time").endswith("+00:00")
     assert first == {"job": "417", "attempt": 2, "rank": 3, "host": "node7", "why": "lost"}
     assert (second["rank"], second["why"]) == (1, "hung")
-    record_loss(tmp_path / "nothing", 3, "node7", "lost")  # a disk that takes none is no reason to stop
+    record_lost_rank(tmp_path / "nothing", 3, "node7", "lost")  # a disk that takes none is no reason to stop
 
 
 def test_an_error_of_its_own_is_one_event(tmp_path):
@@ -288,11 +296,11 @@ def test_the_heartbeat_file_and_what_status_makes_of_it(tmp_path, monkeypatch):
         PHASE.at("backward")
         dog._write_file()
         (path,) = (tmp_path / "heartbeats").glob("rank-*.json")
-        said = json.loads(path.read_text())
-        assert (said["rank"], said["step"], said["phase"], said["flag"]) == (0, 12, "backward", ALIVE)
-        assert said["host"] == "n5"  # what sbatch --exclude takes
-    assert json.loads(path.read_text())["flag"] == LEFT and len(list(path.parent.iterdir())) == 1
-    other = {**said, "rank": 1, "host": "node7", "time": "2026-01-31T12:00:00+00:00"}
+        written = json.loads(path.read_text())
+        assert (written["rank"], written["step"], written["phase"], written["flag"]) == (0, 12, "backward", ALIVE)
+        assert written["host"] == "n5"  # what sbatch --exclude takes
+    assert json.loads(path.read_text())["flag"] == EXITED and len(list(path.parent.iterdir())) == 1
+    other = {**written, "rank": 1, "host": "node7", "time": "2026-01-31T12:00:00+00:00"}
     (path.parent / "rank-00001.json").write_text(json.dumps(other))
     text = heartbeats_of(tmp_path, time.time())
     assert text.startswith("2 rank(s), last sign ") and text.endswith('rank 1 on node7, at "backward" of step 12')

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from megastar.cli import main
 from megastar.config.load import load_compare_config, save_config
-from megastar.data.loader import TokenLoader
+from megastar.data.loader import TokenLoader, open_shards
 from megastar.engine.context import Context
 from megastar.engine.student import Student
 from megastar.engine.train_step import hidden_mask, losses
@@ -106,17 +106,19 @@ def test_runs_of_one_seed_start_from_the_same_weights(shipped):
 def test_runs_of_one_seed_see_the_same_pictures(tmp_path):
     """The digest is over what the loader really hands out, and says so when it would differ."""
     folder = write_set(tmp_path / "s", (7, 6, 8, 5))
-    cfg = small(tmp_path, f"base.model.image_tokens={T}", f"base.model.vocab_size={V}", "base.data.window=2")
+    cfg = small(
+        tmp_path,
+        f"base.model.image_tokens={T}",
+        f"base.model.vocab_size={V}",
+        "base.model.num_classes=4",
+        "base.data.window=2",
+    )
     runs = [replace_shards(run, folder) for run in plan_runs(cfg, 0)]
     digests = check_order(runs)
     assert digests["ar-seed0"] == digests["star-seed0"] != digests["ar-seed1"]
     seen = {}
     for run in runs[:2]:
-        t = run.cfg.train
-        loader = TokenLoader(
-            folder, seed=t.seed, global_batch=t.global_batch, views=run.cfg.views, class_dropout_prob=0.1,
-            num_classes=3 + 1, vocab_size=V, tokens=T, window=2,
-        )  # fmt: skip
+        loader = TokenLoader(open_shards(folder, run.cfg.data), run.cfg)
         rows = [next(iter(loader)) for _ in range(run.steps)]
         seen[run.name] = [(r["ids"].tolist(), r["labels"].tolist(), r["codes"][:, 0].tolist()) for r in rows]
     assert seen["ar-seed0"] == seen["star-seed0"]

@@ -181,14 +181,14 @@ def test_table(capsys):
     some = capsys.readouterr().out
     assert cli.main(["plan", "xl", "--gpus", "16", "--gpu", "a100-40", "--all"]) == 0
     every = capsys.readouterr().out
-    assert "24 plans, 20 fit" in some and some.count("3+offload") < every.count("3+offload") == 6
+    assert "24 plans shown, 20 fit" in some and some.count("3+offload") < every.count("3+offload") == 6
     assert "recommended: parallel.deepspeed=configs/ds/" in some and "\n -> 1" in some
     assert all(text.split(",")[0] in some for text in cost.ASSUMPTIONS) and "estimates, not measurements" in some
 
 
 def test_nothing_fits(capsys):
     assert cli.main(["plan", "3b", "--gpus", "1", "--memory", "24"]) == 1
-    assert "nothing fits 24 GiB: the nearest plan needs" in capsys.readouterr().out
+    assert "no plan fits 24 GiB: the closest one needs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_nothing_fits(capsys):
         ),
         (["3b", "--tensor-parallel", "16"], "must divide the 8 GPUs of a node; use 1, 2, 4 or 8"),
         (["b", "--gpus", "64", "train.global_batch=100"], "world size 64 does not divide train.global_batch 100"),
-        (["b", "--gpus", "12"], "12 GPUs are not whole nodes of 8"),
+        (["b", "--gpus", "12"], "--gpus 12 is not a multiple of 8 GPUs per node"),
         (["b", "--memory", "-1"], "argument --memory: '-1' is not a positive number"),
         (["b", "modle.dim=3"], "unknown key modle"),
     ],

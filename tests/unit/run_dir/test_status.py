@@ -265,7 +265,7 @@ def test_the_command(run, cfg, tmp_path, capsys):
     assert (said["step"], said["steps"], said["checkpoint_step"], said["health"]) == (6, 20, 4, [])
     assert cli.main(["status", str(run), str(tmp_path / "none")]) == 2  # the others are shown all the same
     out, err = capsys.readouterr()
-    assert "6 of 20, 30.0%" in out and "nothing wrong in the folder" in out and "complete" in out
+    assert "6 of 20, 30.0%" in out and "no problems found" in out and "complete" in out
     assert (
         err == f"megastar: error: {tmp_path / 'none'} is no folder: name a run folder, the `run` of its configuration\n"
     )

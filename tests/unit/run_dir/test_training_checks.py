@@ -40,7 +40,7 @@ def rows(count: int = 100, every: int = 10, **newest: float | list[float]) -> li
 
 
 def found(cfg: RunConfig, some: list[dict], images: int = 64) -> dict[str, str]:
-    return training_checks.judge(cfg, images, some)
+    return training_checks.find_problems(cfg, images, some)
 
 
 CASES = {
@@ -133,7 +133,7 @@ def test_nothing_is_said_too_early_or_of_what_is_not_there():
 def test_what_is_left_of_the_first_weights(decay, warmup, steps):
     guided = demo(f"self_guided.teacher_decay={decay}", f"self_guided.teacher_warmup={warmup}").self_guided
     product = math.prod(decay_at(t, guided) for t in range(steps))
-    assert training_checks.initial_left(guided, steps) == pytest.approx(product, rel=1e-9)
+    assert training_checks.initial_weight_share(guided, steps) == pytest.approx(product, rel=1e-9)
 
 
 def test_a_decay_that_is_too_slow_for_the_run_is_told_at_the_start():
@@ -167,11 +167,11 @@ def test_few_negatives_are_told_at_the_start():
 
 
 def test_images_to_choose_from():
-    assert training_checks.contrasted(demo(), 2) == 64
+    assert training_checks.contrastive_images(demo(), 2) == 64
     assert (
-        training_checks.contrasted(demo("train.micro_batch=8"), 4) == 32
+        training_checks.contrastive_images(demo("train.micro_batch=8"), 4) == 32
     )  # of one forward pass: the rest is accumulated
-    assert training_checks.contrasted(demo("parallel.tensor_parallel=2", "train.micro_batch=8"), 4) == 16
+    assert training_checks.contrastive_images(demo("parallel.tensor_parallel=2", "train.micro_batch=8"), 4) == 16
 
 
 def test_the_papers_runs_and_the_demo_start_without_a_warning():
@@ -212,19 +212,19 @@ def feed(cfg: RunConfig, some: list[dict], done: int = 0) -> None:
         row = dict(row)
         step = row.pop("step")
         metrics.step(step, 64, row)
-        watch.look(step, row)
-        watch.look(step + 1, {})  # a step without a row
+        watch.update(step, row)
+        watch.update(step + 1, {})  # a step without a row
     metrics.close()
 
 
-def test_a_warning_comes_once_and_again_after_it_was_over(tmp_path, capsys):
+def test_a_warning_comes_once_and_again_after_it_was_over(tmp_path, caplog):
     cfg = demo(f"run={tmp_path / 'run'}")
     save_config(cfg, tmp_path / "run" / "config.yaml")
     sick, well = rows(100, loss_mim=1e-6)[40:], rows(100)[40:]
     back = [r | {"step": r["step"] + 1000} for r in rows(100, loss_mim=1e-6)[40:]]
     feed(cfg, rows(40) + sick[:30] + well[30:] + back[:15])
     assert said(tmp_path / "run") == [(500, "trivial_mim"), (1500, "trivial_mim")]
-    assert capsys.readouterr().out.count("the MIM loss is trivially small") == 2
+    assert caplog.text.count("the MIM loss is trivially small") == 2
     assert [h for h in status_of(tmp_path / "run").health if "MIM" in h]  # as long as it is so
 
 
@@ -250,7 +250,7 @@ def test_only_the_rows_that_count_are_held(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3001, "loss_a')
     held = training_checks.read_rows(tmp_path)
-    assert [r["step"] for r in training_checks.trained(held)] == [*range(1, 11), *range(2951, 3001)]
+    assert [r["step"] for r in training_checks.training_rows(held)] == [*range(1, 11), *range(2951, 3001)]
     assert [r for r in held if "loss_ar" not in r] == [
         {"step": 500, "val_loss_ar": 5.5},
         {"step": 500, "save_blocked_s": 1},
@@ -262,7 +262,7 @@ def test_only_the_rows_that_count_are_held(tmp_path):
 def test_the_start_is_warned_of_and_only_the_main_rank_speaks(tmp_path):
     cfg = demo(f"run={tmp_path / 'run'}", "self_guided.teacher_decay=0.9999", "self_guided.teacher_warmup=false")
     metrics = MetricsLogger(tmp_path / "run", 0, 300, 10, False)
-    HealthMonitor(cfg, 1, 300, metrics).look(10, dict(HEALTHY))
+    HealthMonitor(cfg, 1, 300, metrics).update(10, dict(HEALTHY))
     assert not (tmp_path / "run").exists()
     metrics = MetricsLogger(tmp_path / "run", 0, 300, 10, True)
     HealthMonitor(cfg, 1, 300, metrics)

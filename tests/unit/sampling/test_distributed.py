@@ -145,7 +145,7 @@ def test_two_processes_write_the_bytes_of_one(files, tmp_path):
     two = [start(r, 2, arguments, output[r]) for r in range(2)]
     printed = [end(p, output[r]) for r, p in enumerate(two)]
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    assert "26 pictures of 4 classes" in printed[0] and printed[1] == ""
+    assert "26 images of 4 classes" in printed[0] and printed[1] == ""
     output[0].unlink(), output[1].unlink(), output[0].parent.rmdir()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "a.npz",
@@ -231,11 +231,11 @@ def test_scores_while_sampling_are_those_of_the_file_and_of_two_processes(files,
 
     capsys.readouterr()
     for more, sentence in [
-        (["--score", tmp_path / "x.json"], "--score and --real belong together"),
-        ([*how], "--score and --real belong together"),
+        (["--score", tmp_path / "x.json"], "must be given together"),
+        ([*how], "must be given together"),
         (
             [*how, "--score", tmp_path / "x.json", "--npz", tmp_path / "b.npz"],
-            "--score keeps no pictures: leave out --npz",
+            "--score keeps no images: leave out --npz",
         ),
         (
             [*how[:4], "--metrics", "kid", "--score", tmp_path / "x.json"],
@@ -274,7 +274,7 @@ def test_another_request_is_rejected_and_a_finished_one_is_not_repeated(files, t
     more = ["--count", 5, "--out", tmp_path / "a.png", "--npz"]
     assert cli.main(words(files, *more, npz)) == 0
     before = npz.stat().st_ino
-    assert cli.main(words(files, *more, npz)) == 0 and "is there already" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(words(files, *more, npz)) == 0 and "is already complete" in " ".join(capsys.readouterr().out.split())
     assert npz.stat().st_ino == before
     for option, value, sentence in [
         ("--cfg-scale", 1.5, "a.npz.json records other images: cfg_scale 1.0, not 1.5; choose another output path"),
@@ -285,7 +285,7 @@ def test_another_request_is_rejected_and_a_finished_one_is_not_repeated(files, t
         assert sentence in capsys.readouterr().err
     (tmp_path / "a.npz.json").unlink()
     assert cli.main(words(files, *more, npz)) == 2
-    assert "a.npz exists and" in capsys.readouterr().err
+    assert "a.npz exists, but its record" in capsys.readouterr().err
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000}))
     assert cli.main(words(files, *more, tmp_path / "b.npz")) == 2
     assert "MB free: free space or name another place" in capsys.readouterr().err

@@ -186,7 +186,7 @@ def test_a_list_that_leaves_too_few_nodes_is_cut(play):
         "".join(f"2026-01-31 12:00:00 n{n} job 1 start {i}: Killed (task 0)\n" for n in (1, 3) for i in (1, 2))
     )
     told = play.start(1, 85, nodes="n2,n6", job="2")
-    assert "n1 crashed too often but is not excluded: without it main has too few usable nodes for the 2" in told
+    assert "partition main has too few usable nodes (this job needs 2)" in told and "n1 crashed too often" in told
     assert play.calls() == ["requeue 2", "update job=2 ExcNodeList=n3"]
     play.features = "fast"  # two nodes are up and fast: none can be spared
     play.start(1, 85, nodes="n2,n6", job="3")
@@ -205,7 +205,7 @@ def test_a_new_job_gives_bad_hosts_back_once(play):
     assert "srun" in play.start(1, 0, job="416") and play.calls() == []
     play.run.joinpath("bad_hosts.log").write_text(crash.format(1) + crash.format(2))
     told = play.start(1, 0)
-    assert "ended by a bad host among its nodes (n2), excluding n2; requeued" in told and "srun" not in told
+    assert "ended by a bad host in its allocation (n2), excluding n2; requeued" in told and "srun" not in told
     assert play.calls() == ["requeue 417", "update job=417 ExcNodeList=n2"]
     assert "srun" in play.start(2, 0) and play.calls() == []  # granted in spite of the list: used
     assert "srun" in play.start(1, 0, nodes="n1,n3", job="418") and play.calls() == []
@@ -214,7 +214,7 @@ def test_a_new_job_gives_bad_hosts_back_once(play):
 def test_a_start_that_ended_without_a_word_is_its_first_nodes_fault(play):
     play.log.write_text("megastar: job 417 (x), start 1, on n2 n1 at 2026-01-31 12:00:00\n")
     play.start(2, 0)
-    assert play.bad() == ["n2 job 417 start 1: vanished (first node, no last word)"]
+    assert play.bad() == ["n2 job 417 start 1: lost (first node, log ends abruptly)"]
     play.log.write_text(
         "megastar: job 417 (x), start 2, on n2 n1 at 2026-01-31 12:00:00\n"
         "slurmstepd-n2: error: *** JOB 417 ON n2 CANCELLED AT 2026-01-31T12:00:00 DUE TO JOB REQUEUE ***\n"
@@ -228,8 +228,8 @@ def test_a_start_that_ended_without_a_word_is_its_first_nodes_fault(play):
     assert play.bad()[1:] == ["n1 job 417 start 3: node failure"]
 
 
-def test_a_mistake_that_was_mended_is_no_hosts_fault(play):
-    assert "ended by a mistake (status 2); not started again" in play.start(1, 2) and play.calls() == []
+def test_a_user_error_that_was_fixed_is_not_attributed_to_a_host(play):
+    assert "ended by a user error (status 2); not requeued" in play.start(1, 2) and play.calls() == []
     play.start(2, 0)  # someone's scontrol requeue
     assert play.bad() == []
 
@@ -246,7 +246,7 @@ def test_a_controller_that_is_away_for_some_seconds_costs_nothing(play):
     assert "requeued" in play.start(1, 85) and play.calls() == ["requeue 417"]
     play.silence = 20
     told = play.start(2, 85)
-    assert "Unable to contact slurm controller" in told and "sbatch the same command, it goes on" in told
+    assert "Unable to contact slurm controller" in told and "submit the same sbatch command again to resume" in told
 
 
 def test_the_users_list_is_kept_where_slurm_does_not_tell_it(play):
@@ -254,7 +254,7 @@ def test_the_users_list_is_kept_where_slurm_does_not_tell_it(play):
     play.start(1, 137, KILLED)
     play.silence = 6  # the first question after the end, six times
     told = play.start(2, 137, KILLED)
-    assert play.calls() == ["requeue 417"] and "does not say which nodes the job excludes" in told
+    assert play.calls() == ["requeue 417"] and "cannot read the job's excluded nodes from SLURM" in told
 
 
 def test_without_a_run_folder_the_log_counts_ends_of_a_kind(play):
@@ -263,7 +263,7 @@ def test_without_a_run_folder_the_log_counts_ends_of_a_kind(play):
         assert "requeued" in play.start(start, 143)
     for start in (13, 14, 15):
         assert "requeued" in play.start(start, 1)
-    assert "not started again: 3 crashes before this one\n" in play.start(16, 1) and play.calls() == []
+    assert "not requeued: 3 earlier crashes\n" in play.start(16, 1) and play.calls() == []
 
 
 def test_limits_count_what_happened_since_the_last_checkpoint(play):
@@ -271,12 +271,12 @@ def test_limits_count_what_happened_since_the_last_checkpoint(play):
         assert "requeued" in play.start(start, 1)
         assert "requeued" in play.start(start, 138)  # signals between them are counted by themselves
     told = play.start(4, 1)
-    assert "not started again: 3 crashes before this one, checkpoint none all the time" in told and play.calls() == []
+    assert "not requeued: 3 earlier crashes since checkpoint none" in told and play.calls() == []
     play.checkpoint(5)
     assert "requeued" in play.start(5, 1)
     assert "requeued" in play.start(6, 85, MEGASTAR_MAX_SIGNALS="1")
     told = play.start(7, 85, MEGASTAR_MAX_SIGNALS="1")
-    assert "1 signals before this one, checkpoint step-00000005 all the time; is --time longer" in told
+    assert "1 earlier signals since checkpoint step-00000005; check that --time is longer" in told
     play.checkpoint(6)
     assert "requeued" in play.start(8, 85, MEGASTAR_MAX_SIGNALS="1")
     assert "MEGASTAR_MAX_REQUEUES=9 is reached" in play.start(10, 85, MEGASTAR_MAX_REQUEUES="9")
@@ -285,4 +285,4 @@ def test_limits_count_what_happened_since_the_last_checkpoint(play):
 def test_a_time_limit_that_leaves_no_time_is_told(play):
     for limit, short in (("00:03:00", True), ("00:05:00", False), ("1-00:00:00", False), ("UNLIMITED", False)):
         play.limit = limit
-        assert ("warning: of the time limit of 180 s the last 180 s are for the save" in play.start(1, 0)) == short
+        assert ("warning: the last 180 s of the time limit of 180 s are reserved" in play.start(1, 0)) == short

@@ -108,8 +108,8 @@ def test_the_settings_of_a_site(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("slurm/train_b.sh",), "submit it: sbatch slurm/train_b.sh"),
-        (("slurm/train_b.sh", "nothing.yaml"), f"nothing.yaml cannot be read in {ROOT}: call sbatch in the repository"),
+        (("slurm/train_b.sh",), "not in a SLURM job: submit with sbatch slurm/train_b.sh"),
+        (("slurm/train_b.sh", "nothing.yaml"), f"nothing.yaml cannot be read in {ROOT}: run sbatch in the repository"),
         (("slurm/probe.sh",), "usage: sbatch slurm/probe.sh RUN"),
         (("slurm/pretokenize.sh",), "usage: sbatch slurm/pretokenize.sh SOURCE"),
         (("slurm/sample_fid.sh",), "usage: sbatch slurm/sample_fid.sh RUN"),
@@ -138,7 +138,7 @@ def test_ci_fails_where_packages_cannot_be_installed(tmp_path, there, missing):
         (tmp_path / name).symlink_to(shutil.which(name))
     done = shell("bash", ".ci/run", PATH=str(tmp_path))
     if missing:
-        told = f"the tests {missing} cannot run, their packages could not be installed: run this as root"
+        told = f"cannot run the tests {missing}: their packages could not be installed; run as root"
         assert done.returncode == 1 and told in done.stderr
         assert done.stderr.count("\n") == 1 and not (tmp_path / "made").exists()
     else:

@@ -12,7 +12,7 @@ from megastar.config.schema import TokenizerConfig, TokenizerTrainConfig
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, save_tokenizer, tokenizer_hash
 from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
-from megastar.tokenizer.train import Trainer, kmeans, learning_rate, score, to_images
+from megastar.tokenizer.train import TokenizerTrainer, kmeans, learning_rate, score, to_images
 from megastar.tokenizer.vq import VectorQuantizer, VQModel
 
 SMALL = TokenizerConfig(
@@ -140,7 +140,7 @@ def _batch(step: int) -> torch.Tensor:
 
 def _fit(out, **changes):
     out.mkdir(exist_ok=True)
-    trainer = Trainer(_config(**changes), torch.device("cpu"), torch.float32)
+    trainer = TokenizerTrainer(_config(**changes), torch.device("cpu"), torch.float32)
     scores = trainer.fit(_batch, _batch(99), out, Console(quiet=True))
     return trainer, scores
 
@@ -148,17 +148,17 @@ def _fit(out, **changes):
 def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
     whole, scores = _fit(tmp_path / "a")
     assert set(scores) == {"psnr", "psnr_of_mean", "codes_used"}
-    original = Trainer.train_step
+    original = TokenizerTrainer.train_step
 
     def dies(self, images):
         if self.step == 8:
             raise KeyboardInterrupt
         return original(self, images)
 
-    monkeypatch.setattr(Trainer, "train_step", dies)
+    monkeypatch.setattr(TokenizerTrainer, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         _fit(tmp_path / "b")
-    monkeypatch.setattr(Trainer, "train_step", original)
+    monkeypatch.setattr(TokenizerTrainer, "train_step", original)
     resumed, _ = _fit(tmp_path / "b")
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -167,7 +167,7 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_training_lowers_the_error_and_revives_dead_codes():
-    trainer = Trainer(_config(steps=150, lr=3e-3), torch.device("cpu"), torch.float32)
+    trainer = TokenizerTrainer(_config(steps=150, lr=3e-3), torch.device("cpu"), torch.float32)
     trainer.batch_of = _batch
     images = to_images(_batch(0))
     first = trainer.train_step(images)["l2"]
@@ -185,7 +185,7 @@ def test_training_lowers_the_error_and_revives_dead_codes():
 
 def test_adversarial_training_runs_and_touches_the_discriminator():
     c = _config(tokenizer=TokenizerConfig(**{**vars(SMALL), "image_size": 64}), adversarial=0.1, adversarial_start=0)
-    trainer = Trainer(c, torch.device("cpu"), torch.float32)
+    trainer = TokenizerTrainer(c, torch.device("cpu"), torch.float32)
     trainer.batch_of = _batch
     before = [p.detach().clone() for p in trainer.discriminator.parameters()]
     trainer.train_step(torch.rand(4, 3, 64, 64) * 2 - 1)
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
 def test_training_goes_on_from_a_file(tmp_path):
     trainer, _ = _fit(tmp_path / "a")
     save_tokenizer(trainer.average, tmp_path / "tok.safetensors", {}, torch.float32)
-    more = Trainer(
+    more = TokenizerTrainer(
         _config(init=str(tmp_path / "tok.safetensors"), continuous_steps=0), torch.device("cpu"), torch.float32
     )
     assert more.score(_batch(99)) == trainer.score(_batch(99))
@@ -213,7 +213,9 @@ def test_training_goes_on_from_a_file(tmp_path):
     assert not torch.equal(more.model.encoder.conv_in.weight, trainer.average.encoder.conv_in.weight)
     other = TokenizerConfig(**{**vars(SMALL), "codebook_size": 64})
     with pytest.raises(UserError, match="another architecture .codebook_size: 32 there, 64 here"):
-        Trainer(_config(init=str(tmp_path / "tok.safetensors"), tokenizer=other), torch.device("cpu"), torch.float32)
+        TokenizerTrainer(
+            _config(init=str(tmp_path / "tok.safetensors"), tokenizer=other), torch.device("cpu"), torch.float32
+        )
 
 
 def test_learning_rate_warms_up_and_decays():

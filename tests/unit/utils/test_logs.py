@@ -11,15 +11,12 @@ from rich.console import Console
 
 from megastar.errors import UserError
 from megastar.utils import progress_bar
-from megastar.utils.logs import ROOT, configure_logging, shared_console
+from megastar.utils.logs import configure_logging, shared_console
 
 
 @pytest.fixture
 def console():
-    console = Console(file=io.StringIO(), width=60)
-    before = ROOT.handlers[:], ROOT.level, ROOT.propagate
-    yield console
-    ROOT.handlers[:], ROOT.level, ROOT.propagate = before
+    return Console(file=io.StringIO(), width=60)
 
 
 def test_lines_have_time_level_and_rank(console):
@@ -59,6 +56,8 @@ def test_progress_is_logged_where_there_is_no_terminal(console, monkeypatch):
     with progress_bar.progress_bar(console, "features", 10, done=2) as bar:
         bar.advance(3, "5 images/s")
     assert console.file.getvalue().split("INFO ")[1].strip() == "features: 5 of 10, 5 images/s"
-    with progress_bar.progress_bar(None, "features", 10) as bar:
-        bar.update(10)
+    configure_logging("WARNING", console=console)
+    for quiet in (None, console):
+        with progress_bar.progress_bar(quiet, "features", 10) as bar:
+            bar.update(10)
     assert console.file.getvalue().count("features") == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megastar.config.schema import TokenizerConfig
-from megastar.data.loader import TokenLoader, validation_batches
+from megastar.data.loader import validation_batches
 from megastar.data.shards.import_webdataset import index_foreign
 from megastar.data.shards.manifest import load_manifest
 from megastar.data.shards.reader import ShardSet
@@ -17,6 +17,7 @@ from megastar.data.shards.verify import verify
 from megastar.errors import UserError
 from megastar.tokenizer.io import save_tokenizer, tokenizer_hash
 from megastar.tokenizer.vq import VQModel
+from tests.loaders import make_loader
 from tests.unit.data.shards.test_shards import write_set
 from tests.unit.data.shards.test_tar_reader import tar_of
 
@@ -83,7 +84,7 @@ def test_it_trains_as_it_is(tmp_path):
     folder = foreign(tmp_path / "f", dtype="int64")
     index_foreign(folder, codebook_size=V)
     about = {"seed": 3, "global_batch": 6, "views": 2, "class_dropout_prob": 0.1, "num_classes": CLASSES}
-    loader = TokenLoader(folder, vocab_size=V, tokens=T, **about)
+    loader = make_loader(folder, vocab_size=V, tokens=T, **about)
     batches = iter(loader)
     seen = []
     for _ in range(4):
@@ -96,7 +97,7 @@ def test_it_trains_as_it_is(tmp_path):
     batches.close()
     loader.close()
     assert sorted(seen) == sorted([*range(12), *range(12)])
-    assert validation_batches(folder, 4, 4)[0]["codes"].shape == (4, 1, T)
+    assert validation_batches(ShardSet(folder), 4, 4)[0]["codes"].shape == (4, 1, T)
 
 
 def test_indexed_again_and_never_over_pretokenize(tmp_path):

@@ -1,0 +1,120 @@
+"""JSON Lines files of a run folder: appending while a disk is full or read-only, and reading past damaged lines."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megastar.utils.files import write_atomic
+
+MAX_PENDING = 100_000  # rows buffered in memory; beyond that the oldest are dropped
+
+
+class JsonlWriter:
+    """Append rows to ``path``. A disk error is not raised but kept in ``error``, and the rows stay in ``pending`` until a
+    later ``append`` or ``flush`` writes them. The file is synced at most every ``sync_every`` seconds."""
+
+    def __init__(self, path: Path, sync_every: float = 10.0):
+        self.path, self.sync_every = path, sync_every
+        self.pending: deque[bytes] = deque()
+        self.dropped = 0  # rows
+        self.error: OSError | None = None
+        self._synced = time.monotonic()
+        self._lock = threading.Lock()
+
+    def append(self, row: Mapping[str, Any]) -> bool:
+        """False: the row is pending."""
+        self.pending.append(json.dumps(row).encode() + b"\n")
+        return self.flush()
+
+    def flush(self, sync: bool = False) -> bool:
+        """Write the pending rows; whether all are written."""
+        with self._lock:
+            try:
+                with self.path.open("a+b", buffering=0) as f:
+                    while self.pending:
+                        line = (b"\n" if _ends_within_line(f) else b"") + self.pending[0]
+                        if (written := f.write(line)) < len(line):
+                            f.truncate(f.tell() - written)
+                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                        self.pending.popleft()
+                    if sync or time.monotonic() - self._synced >= self.sync_every:
+                        os.fsync(f.fileno())
+                        self._synced = time.monotonic()
+                self.error = None
+            except OSError as error:
+                self.error = error
+                while len(self.pending) > MAX_PENDING:
+                    self.pending.popleft()
+                    self.dropped += 1
+        return self.error is None
+
+    def cut_after(self, step: int) -> None:
+        """Remove the rows of steps after ``step``, and damaged lines. Needs no free space where they are the last ones.
+        Raises ``OSError``."""
+        self.pending = deque(line for line in self.pending if _step(line) <= step)
+        data = self.path.read_bytes() if self.path.is_file() else b""
+        kept = b"".join(line + b"\n" for line in data.splitlines() if _step(line) <= step)
+        if kept != data and data.startswith(kept):
+            os.truncate(self.path, len(kept))
+        elif kept != data:
+            write_atomic(self.path, kept)
+
+
+def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file; lines that are none, such as one that a crash cut, are skipped. Raises ``OSError``."""
+    with path.open("rb") as f:
+        yield from _objects(f)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """``iter_jsonl`` as a list, empty for a file that cannot be read."""
+    with suppress(OSError):
+        return list(iter_jsonl(path))
+    return []
+
+
+def read_ends(path: Path, first: int, last: int) -> list[dict[str, Any]]:
+    """The rows at both ends of metrics.jsonl, in file order: the ``first`` and the ``last`` rows of training steps, the
+    newest validation, and the ``last`` other rows. Memory does not grow with the length of the run."""
+    head: list[tuple[int, bytes]] = []
+    steps, others, validated = (deque[tuple[int, bytes]](maxlen=n) for n in (last, last, 1))
+    with suppress(OSError), path.open("rb") as f:
+        for numbered in enumerate(f):
+            if b'"loss_ar"' not in numbered[1]:
+                (validated if b'"val_loss_ar"' in numbered[1] else others).append(numbered)
+            elif len(head) < first:
+                head.append(numbered)
+            else:
+                steps.append(numbered)
+    return list(_objects(line for _, line in sorted([*head, *steps, *others, *validated])))
+
+
+def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            value = json.loads(line.decode(errors="replace"))
+            if isinstance(value, dict):
+                yield value
+
+
+def _step(line: bytes) -> float:
+    """The step of a row; infinite for a damaged line."""
+    step = next((row.get("step") for row in _objects([line])), None)
+    return step if isinstance(step, int) else float("inf")
+
+
+def _ends_within_line(f: BinaryIO) -> bool:
+    """Whether the last line lacks its newline, as after a crash or on a full disk."""
+    if not f.seek(0, os.SEEK_END):
+        return False
+    f.seek(-1, os.SEEK_END)
+    return f.read(1) != b"\n"
