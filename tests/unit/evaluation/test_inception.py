@@ -217,4 +217,4 @@ def test_metrics_of_inception_without_its_file(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "FID requires --inception FILE: get pt_inception" in error and SHA256 in error
     assert main([*words[:-2], "--inception", "x.pth", "--features", "a:b"]) == 2
-    assert "--inception and --features a:b are two networks: give one" in capsys.readouterr().err
+    assert "--inception and --features a:b select different networks: give one" in capsys.readouterr().err

@@ -145,7 +145,7 @@ def test_offload_moves_states_to_the_host():
         ({"stage": 4}, "ZeRO stage 4: must be 0, 1, 2 or 3"),
         ({"stage": 1, "dtype": "fp8"}, "dtype 'fp8': must be bf16 or fp32"),
         ({"stage": 0}, "ZeRO stage 0 with dtype bf16 loses precision"),
-        ({"stage": 2, "offload": ("param",)}, "offload of param needs ZeRO stage 3, not 2"),
+        ({"stage": 2, "offload": ("param",)}, "offload of param with ZeRO stage 2: use stage 3"),
     ],
 )
 def test_states_refuse(arguments, sentence):

@@ -274,7 +274,9 @@ def test_another_request_is_rejected_and_a_finished_one_is_not_repeated(files, t
     more = ["--count", 5, "--out", tmp_path / "a.png", "--npz"]
     assert cli.main(words(files, *more, npz)) == 0
     before = npz.stat().st_ino
-    assert cli.main(words(files, *more, npz)) == 0 and "is already complete" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(words(files, *more, npz)) == 0 and "is already complete" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert npz.stat().st_ino == before
     for option, value, sentence in [
         ("--cfg-scale", 1.5, "a.npz.json records other images: cfg_scale 1.0, not 1.5; choose another output path"),
