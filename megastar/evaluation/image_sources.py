@@ -20,6 +20,7 @@ from megastar.data.storage.protocol import is_remote
 from megastar.data.storage.shard_info import MANIFEST
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
+from megastar.utils.files import sha256
 
 logger = logging.getLogger(__name__)
 NPZ_NAMES = ("arr_0", "images")
@@ -174,9 +175,7 @@ class NpzImages:
         return labels[: self.count]
 
     def sha256(self) -> str:
-        digest = hashlib.sha256()
-        _add_file(digest, self.path)
-        return digest.hexdigest()
+        return sha256(self.path)
 
 
 class TokenImages:

@@ -72,44 +72,27 @@ def read_reference(
     metadata: dict[str, Any] = {"source": str(real), "subset": subset, "pictures": None, "size": size, "sha256": digest}
     if tokenizer is not None:
         metadata["tokenizer"] = str(tokenizer)
+    collector = Collector(network, keep=keep, spatial=spatial and not published)
     if published:
-        return _published(Path(real), images, network, keep, spatial, batch, console, metadata)
-    assert images is not None
-    collector = Collector(network, keep=keep, spatial=spatial)
-    contents = f"{'f' if keep else ''}{'s' if spatial else ''}-{limit or 'all'}"
-    folder = Path(cache or os.environ.get("MEGASTAR_CACHE") or Path.home() / ".cache" / "megastar")
-    file = folder / f"{network.key}-{size}-{digest[:32]}-{contents}.safetensors"
-    if not _restore(collector, file):
-        collect(collector, images.batches(batch), images.count, "real", console)
-        _save(file, collector.arrays())
-    metadata["pictures"] = collector.count
-    spatial_stats = collector.spatial_stats if spatial else None
-    return Reference(
-        collector.stats, spatial_stats, collector.features if keep else None, collector.count, metadata
-    )  # fmt: skip
-
-
-def _published(
-    real: Path,
-    images: ImageSource | None,
-    network: Network,
-    keep: bool,
-    spatial: bool,
-    batch: int,
-    console: Console | None,
-    metadata: dict[str, Any],
-) -> Reference:
-    """Statistics of the file; features of its images."""
-    stats = _given(real, "mu", "sigma", POOL)
-    spatial_stats = _given(real, "mu_s", "sigma_s", SPATIAL) if spatial else None
-    features, count = None, 0
-    if keep and images is not None:
-        collector = collect(Collector(network, keep=True), images.batches(batch), images.count, "real", console)
-        features, count = collector.features, collector.count
-    metadata |= {"statistics": "mu and sigma of the file", "pictures": count or None}
-    if images is None:
-        metadata["size"] = "not recorded in the file"
-    return Reference(stats, spatial_stats, features, count, metadata, published=True)
+        stats = _given(Path(real), "mu", "sigma", POOL)
+        spatial_stats = _given(Path(real), "mu_s", "sigma_s", SPATIAL) if spatial else None
+        if images is None:
+            metadata["size"] = "not recorded in the file"
+        elif keep:
+            collect(collector, images.batches(batch), images.count, "real", console)
+        metadata["statistics"] = "mu and sigma of the file"
+    else:
+        assert images is not None
+        contents = f"{'f' if keep else ''}{'s' if spatial else ''}-{limit or 'all'}"
+        folder = Path(cache or os.environ.get("MEGASTAR_CACHE") or Path.home() / ".cache" / "megastar")
+        file = folder / f"{network.key}-{size}-{digest[:32]}-{contents}.safetensors"
+        if not _restore(collector, file):
+            collect(collector, images.batches(batch), images.count, "real", console)
+            _save(file, collector.arrays())
+        stats, spatial_stats = collector.stats, collector.spatial_stats if spatial else None
+    metadata["pictures"] = collector.count or None
+    features = collector.features if keep else None
+    return Reference(stats, spatial_stats, features, collector.count, metadata, published)
 
 
 def _given(path: Path, mean: str, covariance: str, dim: int) -> Statistics:

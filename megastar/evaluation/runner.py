@@ -59,11 +59,6 @@ class EvaluationOptions:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     console: Console | None = None
 
-    def network(self) -> Network:
-        return open_network(
-            self.features, self.device, inception=self.inception, inception_sha256=self.inception_sha256
-        )  # fmt: skip
-
 
 def evaluate(
     generated: str | Path, real: str | Path, *, generated_subset: str | None = None, **options: Any
@@ -77,17 +72,14 @@ def evaluate(
     images = open_images(generated, subset=generated_subset)
     if images.height != images.width:
         raise UserError(f"{generated}: images of {images.width} x {images.height} pixels; crop them to squares first")
-    network = o.network()
-    metrics = choose_metrics(o.metrics, network)
-    check_count(metrics, network, o.settings, images.count, generated)
     provenance = _read_record(Path(generated))
     if provenance.get("count", images.count) != images.count:
         raise UserError(
             f"{record_of(Path(generated))} records {provenance['count']} images, but {generated} contains {images.count}: "
             "remove the wrong file"
         )
-    reference = _reference(real, images.height, metrics, network, o)
-    made = Collector(network, **needs(metrics, real=False))
+    metrics, made = _prepare(o, images.count, generated)
+    reference = _reference(real, images.height, metrics, made.network, o)
     collect(made, images.batches(o.batch), images.count, "generated", o.console)
     summary: dict[str, Any] = {"source": str(generated), "subset": generated_subset, "pictures": made.count}
     summary |= {"size": images.height, "sha256": images.sha256(), "classes": _class_counts(images.labels())}
@@ -127,12 +119,9 @@ def sample_and_evaluate(
     and of the real set are raised before the first image is sampled. Raises ``UserError``.
     """
     o, start = EvaluationOptions(**options), time.perf_counter()
-    network = o.network()
-    metrics = choose_metrics(o.metrics, network)
     count, size = pipeline.shape[:2]
-    check_count(metrics, network, o.settings, count, "the request")
-    reference = _reference(real, size, metrics, network, o) if rank == 0 else None
-    made = Collector(network, **needs(metrics, real=False))
+    metrics, made = _prepare(o, count, "the request")
+    reference = _reference(real, size, metrics, made.network, o) if rank == 0 else None
     for ids, pixels in iterate_images(pipeline, rank=rank, world=world, folder=folder, console=o.console):
         made.update(pixels, ids)
     made.finish(group)
@@ -155,12 +144,9 @@ def evaluate_reconstruction(
     o, start = EvaluationOptions(**options), time.perf_counter()
     config, _ = read_tokenizer_metadata(tokenizer)
     images = open_images(real, subset=o.real_subset, size=config.image_size, limit=limit)
-    network = o.network()
-    metrics = choose_metrics(o.metrics, network)
-    check_count(metrics, network, o.settings, images.count, real)
-    reference = _reference(real, config.image_size, metrics, network, o, limit)
+    metrics, made = _prepare(o, images.count, real)
+    reference = _reference(real, config.image_size, metrics, made.network, o, limit)
     reconstructions = Reconstructions(tokenizer, images, o.device)
-    made = Collector(network, **needs(metrics, real=False))
     collect(made, reconstructions.batches(o.batch), images.count, "reconstructions", o.console)
     ratios = np.concatenate(reconstructions.ratios)
     summary = {
@@ -189,6 +175,16 @@ class Reconstructions:
             decoded = self.model.decode_codes(codes)
             self.ratios.append(psnr(images, decoded).double().cpu().numpy())
             yield to_pixels(decoded)
+
+
+def _prepare(o: EvaluationOptions, count: int, source: object) -> tuple[Sequence[str], Collector]:
+    """The metrics, and a collector for ``count`` images of ``source``."""
+    network = open_network(
+        o.features, o.device, inception=o.inception, inception_sha256=o.inception_sha256
+    )  # fmt: skip
+    metrics = choose_metrics(o.metrics, network)
+    check_count(metrics, network, o.settings, count, source)
+    return metrics, Collector(network, **needs(metrics, real=False))
 
 
 def _reference(

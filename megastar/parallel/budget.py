@@ -130,28 +130,14 @@ def block_elements(counts: Mapping[str, int]) -> int:
 # States ------------------------------------------------------------------------------------------------------------
 def state_bytes(
     cfg: RunConfig, stage: int, tensor: int = 1, data: int = 1, dtype: str = "bf16", offload: Collection[str] = ()
-) -> dict[str, int]:
-    """Bytes on one rank's device between steps: weights, gradients, optimizer (fp32 masters and two moments), ema (in the
-    optimizer), teacher (its compute copy, transformer only).
+) -> tuple[dict[str, int], int]:
+    """Bytes on one rank's device between steps, and in its host memory. By cause: weights, gradients, optimizer (fp32
+    masters and two moments), ema (in the optimizer), teacher (its compute copy, transformer only).
 
     ``data`` is the number of data ranks, ``dtype`` the compute type, bf16 or fp32; ``offload`` contains "optimizer" or
     "param" (stage 3). Exact except for padding: at stage 3 each weight is split into ``data`` equal parts, rounded up;
     at 1 and 2 their sum is. Raises ``UserError`` for an invalid ``tensor``, stage or type.
     """
-    return _states(cfg, stage, tensor, data, dtype, offload)[0]
-
-
-def host_bytes(
-    cfg: RunConfig, stage: int, tensor: int = 1, data: int = 1, dtype: str = "bf16", offload: Collection[str] = ()
-) -> int:
-    """Bytes of the same states in one rank's host memory; 0 without offload."""
-    return sum(_states(cfg, stage, tensor, data, dtype, offload)[1].values())
-
-
-def _states(
-    cfg: RunConfig, stage: int, tensor: int, data: int, dtype: str, offload: Collection[str]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """(on the device, in host memory)."""
     if stage not in (0, 1, 2, 3):
         raise UserError(f"ZeRO stage {stage}: must be 0, 1, 2 or 3")
     if dtype not in ELEMENT:
@@ -180,7 +166,7 @@ def _states(
         host = {name: states[name] for name in ("gradients", "optimizer", "ema")} | {"fp32 gradients": part * 4}
     if "param" in offload:
         host |= {name: states[name] for name in ("weights", "teacher")}
-    return {name: 0 if name in host else value for name, value in states.items()}, host
+    return {name: 0 if name in host else value for name, value in states.items()}, sum(host.values())
 
 
 # Activations -------------------------------------------------------------------------------------------------------
@@ -305,15 +291,16 @@ def buffer_bytes(cfg: RunConfig, zero: Zero, tensor: int = 1, dtype: str = "bf16
 # Everything --------------------------------------------------------------------------------------------------------
 def memory_bytes(
     cfg: RunConfig, zero: Zero, tensor: int, data: int, micro: int, checkpointing: bool, dtype: str = "bf16"
-) -> dict[str, int]:
-    """Peak bytes of one rank's device by cause; their sum is the peak of a step of ``micro`` images per pass.
+) -> tuple[dict[str, int], int]:
+    """Peak bytes of one rank's device by cause, and bytes of its host memory. The sum of the former is the peak of a step
+    of ``micro`` images per pass.
 
     ``activations`` is kept for the backward pass, with the mask; ``head``, ``features``, ``contrastive`` belong to the
     losses; ``working`` is the excess over the last two in another phase: the head, the teacher's forward pass, a
     recomputed block and its backward pass, or the optimizer's step, when the activations are freed.
     """
     m, N = cfg.model, micro * cfg.student_views
-    out = state_bytes(cfg, zero.stage, tensor, data, dtype, zero.offload)
+    out, host = state_bytes(cfg, zero.stage, tensor, data, dtype, zero.offload)
     out["activations"] = kept_activation_bytes(m, N, tensor, dtype, checkpointing) + mask_bytes(cfg, N, dtype)
     losses = loss_bytes(cfg, micro, tensor, data, dtype)
     out |= losses
@@ -328,4 +315,4 @@ def memory_bytes(
     head = _head_bytes(cfg, N, tensor, dtype)[1]
     peak = max(head, backward, teacher, step - out["activations"] - losses["head"])
     out["working"] = max(0, peak - losses["features"] - losses["contrastive"])
-    return out | buffer_bytes(cfg, zero, tensor, dtype)
+    return out | buffer_bytes(cfg, zero, tensor, dtype), host

@@ -22,7 +22,6 @@ from megastar.parallel.budget import (
     check_tensor,
     elements,
     has_projector,
-    host_bytes,
     kept_elements,
     memory_bytes,
     parameter_shapes,
@@ -288,7 +287,7 @@ def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpo
     parallel = dataclasses.replace(cfg.parallel, tensor_parallel=tensor)
     data = machine.gpus // tensor
     micro, accumulation = resolve_batch(dataclasses.replace(cfg, parallel=parallel), machine.gpus)
-    memory = memory_bytes(cfg, zero, tensor, data, micro, checkpointing, dtype)
+    memory, host = memory_bytes(cfg, zero, tensor, data, micro, checkpointing, dtype)
     need = sum(memory.values()) * (1 + FRAGMENTATION) + RESERVED_GIB * GIB
     sent = transfers(cfg, zero, tensor, data, micro, accumulation, checkpointing, dtype)
     compute = compute_seconds(cfg, machine, tensor, checkpointing, dtype)
@@ -310,8 +309,7 @@ def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpo
     peak = machine.gpus * machine.gpu.tflops * 1e12
     mfu = (flops["student"] + flops["teacher"]) / ((compute + communication + optimizer) * peak)
     return Plan(
-        tensor, zero, checkpointing, data, micro, accumulation, memory,
-        host_bytes(cfg, zero.stage, tensor, data, dtype, zero.offload), need, machine.gpu.memory * GIB, sent,
+        tensor, zero, checkpointing, data, micro, accumulation, memory, host, need, machine.gpu.memory * GIB, sent,
         compute, communication, optimizer, mfu,
     )  # fmt: skip
 

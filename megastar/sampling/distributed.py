@@ -32,7 +32,6 @@ from megastar.sampling.sampler import (
     Sampler,
     check_tokenizer,
     decode_images,
-    no_progress,
     progress_callback,
     sample_seeds,
 )
@@ -103,7 +102,7 @@ class SamplingPipeline:
         """Indices of the chunk's images, (n,) int64."""
         return np.arange(chunk * self.batch, min((chunk + 1) * self.batch, len(self.labels)))
 
-    def sample_chunk(self, chunk: int, on_progress: ProgressCallback = no_progress) -> np.ndarray:
+    def sample_chunk(self, chunk: int, on_progress: ProgressCallback | None = None) -> np.ndarray:
         """The chunk's images (n, H, W, 3) uint8."""
         rows = slice(chunk * self.batch, (chunk + 1) * self.batch)
         codes = self.sampler.draw(torch.tensor(self.labels[rows]), self.seeds[rows], on_progress)

@@ -24,10 +24,6 @@ from megastar.utils.progress_bar import ProgressBar, progress_bar
 ProgressCallback = Callable[[float], None]  # called with the share of the tokens sampled so far
 
 
-def no_progress(share: float) -> None:
-    """The callback of callers without a progress bar."""
-
-
 def progress_callback(bar: ProgressBar, count: int) -> ProgressCallback:
     """Advances ``bar`` from its present state while ``count`` images are sampled."""
     done = bar.done
@@ -69,7 +65,7 @@ class Sampler:
         self.decoder = CachedDecoder(model, batch, self.null_until > 0, passes=passes)
 
     @torch.inference_mode()
-    def draw(self, labels: Tensor, seeds: Sequence[int], on_progress: ProgressCallback = no_progress) -> Tensor:
+    def draw(self, labels: Tensor, seeds: Sequence[int], on_progress: ProgressCallback | None = None) -> Tensor:
         """At most ``batch`` images: labels (B,) and as many seeds -> codes (B, T) int64 on the CPU.
 
         ``on_progress`` is called after each token. Raises ``UserError`` if the network's logits are not finite.
@@ -87,7 +83,8 @@ class Sampler:
             bad = probs[:, 0].isnan()
             broken = torch.where(bad, broken.clamp(max=position), broken)
             tokens[:, position] = draw(probs, noise[:, position])
-            on_progress((position + 1) / T)
+            if on_progress is not None:
+                on_progress((position + 1) / T)
             if device.type == "cpu" and bool(bad.any()):
                 break
         if bool((broken < T).any()):

@@ -65,16 +65,13 @@ class TokenizerTrainer:
         self.c, self.device, self.dtype, self.batch_of = c, device, dtype, batch_of
         self.model = self._initial().to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay
-        )
+        parameters = self.model.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay)
         self.perceptual = PerceptualLoss().to(device) if c.perceptual else None
-        self.discriminator = PatchDiscriminator().to(device) if c.adversarial else None
-        self.d_optimizer = (
-            torch.optim.AdamW(self.discriminator.parameters(), lr=c.lr, betas=(0.5, 0.9))
-            if self.discriminator
-            else None
-        )
+        self.discriminator, self.d_optimizer = None, None
+        if c.adversarial:
+            self.discriminator = PatchDiscriminator().to(device)
+            self.d_optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=c.lr, betas=(0.5, 0.9))
         self.uses = torch.zeros(c.tokenizer.codebook_size, dtype=torch.long)  # of each code since the last revival
         self.dead = 0  # codes without a use at the last revival
         self.step = 0
@@ -99,12 +96,9 @@ class TokenizerTrainer:
         self.model.train()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             z = self.model.latents(images)
-            continuous = self.step < c.continuous_steps
-            if continuous and c.tokenizer.codebook_l2_norm:
-                recon = self.model.decode(F.normalize(z.float(), dim=1))
+            if self.step < c.continuous_steps:
+                recon = self.model.decode(F.normalize(z.float(), dim=1) if c.tokenizer.codebook_l2_norm else z)
                 vq = z.new_zeros((), dtype=torch.float32)
-            elif continuous:
-                recon, vq = self.model.decode(z), z.new_zeros((), dtype=torch.float32)
             else:
                 q = self.model.quantize(z)
                 recon = self.model.decode(q.latents)
@@ -131,13 +125,8 @@ class TokenizerTrainer:
             self._set_codebook(z.detach())
         elif self.step > c.continuous_steps and self.step % c.revive_every == 0:
             self._revive(z.detach())
-        return {
-            "loss": loss.item(),
-            "l2": l2.item(),
-            "perceptual": perceptual.item(),
-            "vq": vq.item(),
-            "grad_norm": norm.item(),
-        }
+        metrics = {"loss": loss, "l2": l2, "perceptual": perceptual, "vq": vq, "grad_norm": norm}
+        return {name: value.item() for name, value in metrics.items()}
 
     def _train_discriminator(self, real: Tensor, fake: Tensor) -> None:
         if self.discriminator is None or self.d_optimizer is None or self.step < self.c.adversarial_start:

@@ -39,25 +39,13 @@ def interfaces() -> tuple[Interface, ...]:
     """The generations that can be imported and have ``flash_attn_func``, preferred first. Needs no GPU."""
     found = []
     for generation, (module, _, _) in MODULES.items():
-        function = _function(module)
-        if callable(function):
-            names = _parameters(function)
-            found.append(Interface(generation, function, {"mask_mod", "aux_tensors"} <= names))
+        try:
+            function = importlib.import_module(module).flash_attn_func
+            names = set(inspect.signature(function).parameters)
+        except Exception:  # missing, not callable, or built for another torch: it is not usable
+            continue
+        found.append(Interface(generation, function, {"mask_mod", "aux_tensors"} <= names))
     return tuple(found)
-
-
-def _function(module: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), "flash_attn_func", None)
-    except Exception:  # for example a library built for another torch: it is not usable
-        return None
-
-
-def _parameters(function: Callable[..., Any]) -> set[str]:
-    try:
-        return set(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return set()
 
 
 @functools.cache
