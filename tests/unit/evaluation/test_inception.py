@@ -123,7 +123,7 @@ def test_only_a_file_of_the_named_hash_is_opened(tmp_path, weights, digest):
     assert SHA256.startswith("6726825d")  # as both published names say
 
 
-def test_hostile_cut_and_foreign_files_are_refused(tmp_path, weights):
+def test_hostile_truncated_and_other_files_are_rejected(tmp_path, weights):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))

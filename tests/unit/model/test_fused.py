@@ -76,7 +76,7 @@ def test_without_the_libraries_torch_is_used(packages, caplog) -> None:
 
 
 @pytest.mark.parametrize("trap", ["", "raise RuntimeError('another package')", "fused_rms_norm_affine = 3"])
-def test_a_package_that_is_not_what_its_name_says(packages, trap: str) -> None:
+def test_a_package_with_a_misleading_name(packages, trap: str) -> None:
     packages(**apex(trap), liger_kernel="raise OSError('undefined symbol')")
     assert fused.library_function("rms_norm") is None and fused.library_function("swiglu") is None
     x, w = drawn(2, 8), drawn(8)

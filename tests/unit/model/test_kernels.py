@@ -88,7 +88,7 @@ def test_sdpa_with_a_mask_as_on_a_gpu(head_dim: int) -> None:
     assert max(check.errors(attend, drawn, spec, exact)) < 1e-5
 
 
-def test_compare_finds_a_wrong_kernel_and_says_what_is_left_out(monkeypatch) -> None:
+def test_compare_finds_a_wrong_kernel_and_reports_what_is_left_out(monkeypatch) -> None:
     monkeypatch.setattr(flex, "attention", lambda q, k, v, mask: sdpa.attention(q, k, v))
     monkeypatch.setattr(flex, "supports", lambda *_: None)
     rows = list(check.compare(("sdpa", "flex", "flash"), CPU, torch.float32, [(2, 1, 32, 16)], ("causal", "hidden")))

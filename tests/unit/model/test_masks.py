@@ -133,7 +133,7 @@ def arguments(draw):
 
 @settings(max_examples=400, deadline=None)
 @given(arguments())
-def test_any_mask_is_its_definition_or_is_refused(drawn) -> None:
+def test_any_mask_follows_its_definition_or_is_rejected(drawn) -> None:
     start, end, window, size = drawn
     loose = MaskSpec(end, start, window, trusted=True)
     want = by_definition(loose, 2, size)
@@ -160,7 +160,7 @@ def test_any_mask_is_its_definition_or_is_refused(drawn) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_patterns_are_what_they_say(data) -> None:
+def test_patterns_follow_their_definitions(data) -> None:
     """Each named pattern against one sentence of its own, pair by pair."""
     size, width = data.draw(st.integers(2, 14)), data.draw(st.integers(1, 5))
     n = data.draw(st.integers(1, 4))
