@@ -78,11 +78,11 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
         raise UserError(f"{cfg.pictures} holds {len(pictures)} images, fewer than batch {cfg.batch}: lower batch")
     subsets = [s for s in (cfg.val_subset, cfg.test_subset) if s]
     size = cfg.tokenizer.image_size
-    held_out = {s: torch.from_numpy(load_images(cfg.pictures, subset=s, size=size, console=console)) for s in subsets}
+    held_out = {s: torch.from_numpy(load_images(cfg.pictures, subset=s, size=size)) for s in subsets}
     out.mkdir(parents=True, exist_ok=True)
-    trainer = TokenizerTrainer(cfg, device, pick_dtype(cfg.dtype, device))
     with Batches(pictures, cfg) as batches:
-        trainer.fit(batches, held_out.get(cfg.val_subset), out, console)
+        trainer = TokenizerTrainer(cfg, device, pick_dtype(cfg.dtype, device), batches)
+        trainer.fit(held_out.get(cfg.val_subset), out, console)
     if batches.broken:
         names = ", ".join(sorted(batches.broken)[:3])
         logger.warning("%d unreadable images were replaced by the next one: %s", len(batches.broken), names)

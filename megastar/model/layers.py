@@ -1,6 +1,6 @@
-"""The small layers every block is made of. Weights are drawn inside each layer's constructor.
+"""The basic layers of every block. Weights are initialized inside each layer's constructor.
 
-DeepSpeed's ``zero.Init`` shards a layer's weights when its constructor returns, so nothing may draw them later.
+DeepSpeed's ``zero.Init`` shards a layer's weights when its constructor returns, so they cannot be initialized later.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megastar.utils.onednn import dropout, linear
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without a bias whose weight starts as N(0, std^2); std 0 gives zeros."""
+    """``nn.Linear`` without a bias, its weight initialized from N(0, std^2); std 0 gives zeros."""
 
     def __init__(self, in_features: int, out_features: int, std: float):
         self.std = std
@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 class Head(Linear):
     """The output layer: x (..., D) -> logits (..., V), or with targets (...) their mean cross-entropy without the logits.
 
-    The loss is computed in here since the weight may be sharded and is whole while this layer runs.
+    The loss is computed here because the weight may be sharded and is gathered only while this layer runs.
     """
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -40,7 +40,7 @@ class Head(Linear):
 
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding`` whose table starts as N(0, std^2)."""
+    """``nn.Embedding``, its table initialized from N(0, std^2)."""
 
     def __init__(self, rows: int, dim: int, std: float):
         self.std = std
@@ -51,7 +51,7 @@ class Embedding(nn.Embedding):
 
 
 def draw_normal_(weight: Tensor, std: float) -> None:
-    """In place, N(0, std^2); std 0 gives zeros without a draw."""
+    """In place, from N(0, std^2); std 0 gives zeros and uses no random numbers."""
     if std:
         nn.init.normal_(weight, std=std)
     else:

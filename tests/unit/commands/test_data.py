@@ -17,7 +17,7 @@ from megastar.data.shards.sample_parser import LAYOUTS
 from megastar.data.shards.stats import count
 from megastar.data.shards.verify import verify
 from megastar.data.shards.writer import open_writer
-from megastar.sampling.sampler import decode_pictures
+from megastar.sampling.sampler import decode_images
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.utils.files import sha256
 from tests.loaders import make_loader
@@ -179,7 +179,7 @@ def test_duplicates_and_the_sheet(tmp_path, capsys):
     left = pixels.shape[1] - 3 * 66
     cells = [pixels[2:66, left + 66 * c : left + 66 * c + 64] for c in range(3)]  # of the cat: 0, 3, and 6, which is 0
     codes = np.random.default_rng(0).integers(0, 2048, (6, 2, 64))[[0, 3, 0], 0]
-    expected = decode_pictures(load_tokenizer(TOKENIZER), torch.from_numpy(codes))
+    expected = decode_images(load_tokenizer(TOKENIZER), torch.from_numpy(codes))
     assert all(np.array_equal(a, b) for a, b in zip(cells, expected, strict=True))
 
 
