@@ -12,7 +12,7 @@ from megastar.commands._common import Parser, is_launched, place_of, positive, s
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from megastar.diagnosis.examination import Report
+    from megastar.diagnosis.checks import Report
 
 EXAMPLES = """
 megastar doctor                                             this machine
@@ -60,12 +60,12 @@ def main(words: list[str]) -> int:
         from megastar.commands._launch import launch
 
         return launch(args.nproc, ["doctor", *words])
-    from megastar.diagnosis.examination import Wishes, examine
+    from megastar.diagnosis.checks import DoctorOptions, run_checks
     from megastar.diagnosis.finding import hung
 
     rank, world, _ = place_of(os.environ)
-    wishes = Wishes(args.run, args.cache, args.s3, args.upload, args.patience)
-    report = examine(wishes, rank, world, console.print)
+    options = DoctorOptions(args.run, args.cache, args.s3, args.upload, args.patience)
+    report = run_checks(options, rank, world, console.print)
     status = 0
     if report is not None:
         status = int(report.failed)

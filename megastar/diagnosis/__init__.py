@@ -1,1 +1,1 @@
-"""What `megastar doctor` asks of a node, and of the nodes together."""
+"""The checks of `megastar doctor`: of one node, and of all nodes of a job together."""

@@ -1,22 +1,23 @@
-"""One answer of the doctor, checks that end in bounded time, and what many nodes say put together."""
+"""The result of a check, checks with a timeout, and the results of many nodes merged."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from megastar.errors import UserError
 
 OK, WARNING, FAILURE = "OK", "warning", "failure"
 LEVELS = (OK, WARNING, FAILURE)
-hung: list[str] = []  # checks whose threads this process has given up on
-SHOWN = 4  # different good answers to one question that are shown; bad ones always are
+hung: list[str] = []  # checks that timed out; their threads still run
+SHOWN = 4  # different OK results of a check that are shown; all warnings and failures are
 
 
 class Finding(NamedTuple):
-    """``remedy`` is empty where nothing is wrong."""
+    """``remedy`` is empty if nothing is wrong."""
 
     name: str
     level: str
@@ -30,66 +31,59 @@ class Answer:
 
     finding: Finding
     nodes: list[str]
-    everywhere: bool  # all nodes that were asked say so
+    everywhere: bool  # the same on all nodes that ran the check
 
     def as_dict(self) -> dict[str, Any]:
         return {**self.finding._asdict(), "nodes": self.nodes, "everywhere": self.everywhere}
 
 
-def bounded(name: str, check: Callable[[], Iterable[Finding]], seconds: float, remedy: str = "") -> list[Finding]:
-    """What ``check`` finds; one failure when it raises, or does not return in time (a disk that hangs, say)."""
-    found: list[Finding] = []
+def with_timeout(name: str, check: Callable[[], Iterable[Finding]], seconds: float, remedy: str = "") -> list[Finding]:
+    """The findings of ``check``; one failure if it raises, or does not return in time (a disk that hangs)."""
+    findings: list[Finding] = []
     ended = threading.Event()
 
     def work() -> None:
         try:
-            found.extend(check())
-        except UserError as error:  # a sentence with its remedy
-            finding, _, cure = str(error).rpartition(": ")
-            found.append(Finding(name, FAILURE, finding or cure, cure if finding else remedy))
+            findings.extend(check())
+        except UserError as error:  # a sentence that ends with its remedy
+            text, _, advice = str(error).rpartition(": ")
+            findings.append(Finding(name, FAILURE, text or advice, advice if text else remedy))
         except Exception as error:
-            found.append(Finding(name, FAILURE, " ".join(f"{type(error).__name__}: {error}".split())[:400], remedy))
+            findings.append(Finding(name, FAILURE, " ".join(f"{type(error).__name__}: {error}".split())[:400], remedy))
         ended.set()
 
     threading.Thread(target=work, daemon=True).start()
     if ended.wait(seconds):
-        return found
+        return findings
     hung.append(name)
-    return [Finding(name, FAILURE, f"no answer within {seconds:g} s", remedy or "see what it waits for on that node")]
+    remedy = remedy or "find out what blocks it on that node (dmesg, mounts)"
+    return [Finding(name, FAILURE, f"no response within {seconds:g} s", remedy)]
 
 
 def merge(nodes: dict[str, list[Finding]]) -> list[Answer]:
-    """The answers of all nodes, in the order of the questions: equal ones once, the worst of a question first."""
-    names: dict[str, None] = {}
-    for findings in nodes.values():
-        names.update(dict.fromkeys(f.name for f in findings))
+    """The findings of all nodes in the order of the checks: equal ones once, the worst of a check first."""
     answers = []
-    for name in names:
-        asked = [node for node, findings in nodes.items() if any(f.name == name for f in findings)]
-        alike: dict[Finding, list[str]] = {}
-        for node in asked:
-            for finding in dict.fromkeys(f for f in nodes[node] if f.name == name):
-                alike.setdefault(finding, []).append(node)
-        found = [Answer(f, where, len(where) == len(asked)) for f, where in alike.items()]
-        answers += sorted(found, key=lambda a: -LEVELS.index(a.finding.level))
+    for name in dict.fromkeys(f.name for findings in nodes.values() for f in findings):
+        by_finding: dict[Finding, list[str]] = {}
+        for node, findings in nodes.items():
+            for finding in dict.fromkeys(f for f in findings if f.name == name):
+                by_finding.setdefault(finding, []).append(node)
+        checked = {node for where in by_finding.values() for node in where}
+        merged = [Answer(f, where, len(where) == len(checked)) for f, where in by_finding.items()]
+        answers += sorted(merged, key=lambda a: -LEVELS.index(a.finding.level))
     return answers
 
 
 def shortened(answers: list[Answer]) -> list[Answer]:
-    """``answers`` for a person: of many good ones to a question (speeds of 64 disks) the first few, and how many more."""
+    """``answers`` with at most ``SHOWN`` OK results per check (speeds of 64 disks), and how many more there are."""
     out: list[Answer] = []
-    good: dict[str, int] = {}
-    for answer in answers:
-        name, level = answer.finding.name, answer.finding.level
-        good[name] = good.get(name, 0) + (level == OK)
-        if level != OK or good[name] <= SHOWN:
-            out.append(answer)
-    for name, count in good.items():
-        if count > SHOWN:
-            at = max(i for i, a in enumerate(out) if a.finding.name == name)
-            out[at + 1 : at + 1] = [
-                Answer(Finding(name, OK, f"and {count - SHOWN} more, all OK: --json has them"), [], True)
-            ]
+    for name, group in groupby(answers, key=lambda a: a.finding.name):
+        members = list(group)
+        good = [a for a in members if a.finding.level == OK]
+        out += [a for a in members if a.finding.level != OK] + good[:SHOWN]
+        if len(good) > SHOWN:
+            text = f"and {len(good) - SHOWN} more, all OK (--json prints them)"
+            out.append(Answer(Finding(name, OK, text), [], True))
     return out
 
 

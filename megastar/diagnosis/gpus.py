@@ -1,4 +1,4 @@
-"""GPUs, as nvidia-smi describes them in CSV: driver, memory, ECC, whether torch can use them."""
+"""GPUs according to nvidia-smi: driver, memory, ECC errors, clocks; and whether torch can use them."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ FIELDS = (
     "temperature.gpu",
     "clocks_throttle_reasons.hw_slowdown",
 )
-FREE = 0.9  # of a GPU's memory
+FREE = 0.9  # expected share of free memory
 HOT = 90  # degrees Celsius
 CORRECTED = 1000  # corrected memory errors since the driver was loaded
 
 
-class NoGpus(Exception):
-    """There is no nvidia-smi, or it fails: the text says which."""
+class NvidiaSmiError(Exception):
+    """nvidia-smi fails; an empty text: there is none."""
 
 
-def ask(seconds: float = 30.0) -> str:
-    """nvidia-smi's CSV. A field that an old or new one does not know is left out. Raises ``NoGpus``."""
+def query(seconds: float = 30.0) -> str:
+    """The CSV of nvidia-smi, without the fields that this version does not support. Raises ``NvidiaSmiError``."""
     if shutil.which("nvidia-smi") is None:
-        raise NoGpus("")
+        raise NvidiaSmiError("")
     fields = list(FIELDS)
     while True:
         command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,nounits"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise NoGpus(f"nvidia-smi fails ({type(error).__name__})") from error
-        said = (done.stdout + done.stderr).strip()
+            raise NvidiaSmiError(f"nvidia-smi failed ({type(error).__name__})") from error
         if done.returncode == 0:
             return done.stdout
-        unknown = [f for f in fields if f'"{f}"' in said]
+        output = " ".join((done.stdout + done.stderr).split())
+        unknown = [f for f in fields if f'"{f}"' in output]
         if not unknown or len(fields) == 1:
-            raise NoGpus(f"nvidia-smi fails with {done.returncode} ({' '.join(said.split())[:200]})")
+            raise NvidiaSmiError(f"nvidia-smi failed with status {done.returncode} ({output[:200]})")
         fields = [f for f in fields if f not in unknown]
 
 
-def parse(text: str) -> list[dict[str, str]]:
-    """One row a GPU, field -> value, units taken off the names; a field that a GPU has not is left out."""
+def parse_csv(text: str) -> list[dict[str, str]]:
+    """One row per GPU, field name without unit -> value; fields that a GPU does not support are left out."""
     lines = list(csv.reader(io.StringIO(text), skipinitialspace=True))
     if not lines:
         return []
@@ -69,8 +69,8 @@ def parse(text: str) -> list[dict[str, str]]:
     return rows
 
 
-def torch_sees() -> dict[str, Any]:
-    """What this process can use: {"cuda": torch's CUDA or "", "count": GPUs, "why": the first error}."""
+def torch_info() -> dict[str, Any]:
+    """What torch can use: {"cuda": its CUDA version or "", "count": GPUs, "why": the first error}."""
     import torch
 
     found: dict[str, Any] = {"cuda": str(torch.version.cuda or ""), "count": 0, "why": ""}
@@ -83,57 +83,52 @@ def torch_sees() -> dict[str, Any]:
     return found
 
 
-def merged(of_ranks: list[list[dict[str, str]]]) -> list[dict[str, str]]:
-    """The rows of a node's ranks, each of which may see its own GPU alone, without repetition."""
+def merge_rows(ranks: list[list[dict[str, str]]]) -> list[dict[str, str]]:
+    """The rows of a node's ranks, each of which may see only its own GPU, without duplicates."""
     by_id: dict[str, dict[str, str]] = {}
-    for rows in of_ranks:
-        for row in rows:
-            by_id.setdefault(row.get("uuid", row.get("index", "")), row)
+    for row in (row for rows in ranks for row in rows):
+        by_id.setdefault(row.get("uuid", row.get("index", "")), row)
     return list(by_id.values())
 
 
-def findings(rows: list[dict[str, str]], sees: dict[str, Any], problem: str = "") -> list[Finding]:
-    """What a node's GPUs are and what ails them. ``problem``: why nvidia-smi could not be asked."""
+def findings(rows: list[dict[str, str]], torch: dict[str, Any], problem: str = "") -> list[Finding]:
+    """The findings about a node's GPUs. ``torch``: of ``torch_info``; ``problem``: why nvidia-smi failed."""
     if problem:
         return [Finding("driver", FAILURE, problem, "reload the NVIDIA driver, or reboot the node")]
     if not rows:
         if os.environ.get("SLURM_JOB_GPUS") or os.environ.get("SLURM_STEP_GPUS"):
-            return [Finding("GPUs", FAILURE, "SLURM gave this job GPUs, nvidia-smi shows none", "drain the node")]
-        return [Finding("GPUs", OK, "none: training runs on the CPU (gloo)")]
-    return [*_driver(rows, sees), _kinds(rows), *_memory(rows), *_ecc(rows), *_heat(rows)]
+            return [Finding("GPUs", FAILURE, "SLURM allocated GPUs, nvidia-smi lists none", "drain the node")]
+        return [Finding("GPUs", OK, "none: training uses the CPU (gloo)")]
+    return [_driver(rows, torch), _models(rows), _memory(rows), *_ecc(rows), _clocks(rows)]
 
 
-def _driver(rows: list[dict[str, str]], sees: dict[str, Any]) -> list[Finding]:
+def _driver(rows: list[dict[str, str]], torch: dict[str, Any]) -> Finding:
     driver = rows[0].get("driver_version", "unknown")
-    if not sees["cuda"]:
-        cure = "install torch's CUDA build: pip install torch --index-url of the CUDA version, see pytorch.org"
-        return [Finding("driver", FAILURE, f"{driver}; torch is a CPU build and cannot use the GPUs", cure)]
-    if not sees["count"]:
-        why = (
-            sees["why"]
-            or os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            and "CUDA_VISIBLE_DEVICES hides them"
-            or "no reason"
-        )
-        cure = "update the driver, or take a torch of an older CUDA; see CUDA_VISIBLE_DEVICES"
-        return [Finding("driver", FAILURE, f"{driver}; torch (CUDA {sees['cuda']}) sees no GPU ({why})", cure)]
-    return [Finding("driver", OK, f"{driver}; CUDA {sees['cuda']} in torch")]
+    if not torch["cuda"]:
+        remedy = "install a CUDA build of torch: pip install torch --index-url of the CUDA version, see pytorch.org"
+        return Finding("driver", FAILURE, f"{driver}; torch is a CPU build and cannot use the GPUs", remedy)
+    if not torch["count"]:
+        hidden = "CUDA_VISIBLE_DEVICES hides them" if os.environ.get("CUDA_VISIBLE_DEVICES") else "unknown reason"
+        text = f"{driver}; torch (CUDA {torch['cuda']}) sees no GPU ({torch['why'] or hidden})"
+        remedy = "update the driver, or install torch for an older CUDA; check CUDA_VISIBLE_DEVICES"
+        return Finding("driver", FAILURE, text, remedy)
+    return Finding("driver", OK, f"{driver}; torch uses CUDA {torch['cuda']}")
 
 
-def _kinds(rows: list[dict[str, str]]) -> Finding:
-    kinds: dict[str, int] = {}
+def _models(rows: list[dict[str, str]]) -> Finding:
+    models: dict[str, int] = {}
     for row in rows:
         memory = _number(row, "memory.total")
         name = row.get("name", "GPU") + (f" ({memory / 1024:.0f} GiB)" if memory else "")
-        kinds[name] = kinds.get(name, 0) + 1
-    said = ", ".join(f"{n} x {name}" for name, n in kinds.items())
-    if len(kinds) > 1:
-        return Finding("GPUs", WARNING, f"{said}: the slowest sets the pace", "ask for GPUs of one kind")
-    return Finding("GPUs", OK, said)
+        models[name] = models.get(name, 0) + 1
+    text = ", ".join(f"{n} x {name}" for name, n in models.items())
+    if len(models) > 1:
+        return Finding("GPUs", WARNING, f"{text}: the slowest one limits the throughput", "request GPUs of one model")
+    return Finding("GPUs", OK, text)
 
 
-def _memory(rows: list[dict[str, str]]) -> list[Finding]:
-    taken, least = [], 1.0
+def _memory(rows: list[dict[str, str]]) -> Finding:
+    used_gpus, least = [], 1.0
     for row in rows:
         total, used = _number(row, "memory.total"), _number(row, "memory.used")
         if total is None or used is None or not total:
@@ -141,10 +136,10 @@ def _memory(rows: list[dict[str, str]]) -> list[Finding]:
         share = 1 - used / total
         least = min(least, share)
         if share < FREE:
-            taken.append(f"GPU {row.get('index')} {used / 1024:.1f} of {total / 1024:.0f} GiB used")
-    if taken:
-        return [Finding("GPU memory", WARNING, "; ".join(taken), "see nvidia-smi for whose process it is, and end it")]
-    return [Finding("GPU memory", OK, f"at least {least:.0%} free")]
+            used_gpus.append(f"GPU {row.get('index')} {used / 1024:.1f} of {total / 1024:.0f} GiB used")
+    if used_gpus:
+        return Finding("GPU memory", WARNING, "; ".join(used_gpus), "find the process with nvidia-smi, and end it")
+    return Finding("GPU memory", OK, f"at least {least:.0%} free")
 
 
 def _ecc(rows: list[dict[str, str]]) -> list[Finding]:
@@ -152,37 +147,36 @@ def _ecc(rows: list[dict[str, str]]) -> list[Finding]:
     for row in rows:
         which = f"GPU {row.get('index')}"
         if (n := _number(row, "ecc.errors.uncorrected.volatile.total") or 0) > 0:
-            cure = "reset the GPU (nvidia-smi -r) or reboot; drain the node if it comes again"
-            found.append(
-                Finding("ECC", FAILURE, f"{which}: {n:.0f} uncorrected memory errors since the driver started", cure)
-            )
+            text = f"{which}: {n:.0f} uncorrected memory errors since the driver was loaded"
+            remedy = "reset the GPU (nvidia-smi -r) or reboot; drain the node if it happens again"
+            found.append(Finding("ECC", FAILURE, text, remedy))
         elif (n := _number(row, "ecc.errors.uncorrected.aggregate.total") or 0) > 0:
-            cure = "watch it: run megastar doctor again after the next job"
-            found.append(Finding("ECC", WARNING, f"{which}: {n:.0f} uncorrected memory errors in its life", cure))
+            text = f"{which}: {n:.0f} uncorrected memory errors over its lifetime"
+            found.append(Finding("ECC", WARNING, text, "run megastar doctor again after the next job"))
         if (n := _number(row, "ecc.errors.corrected.volatile.total") or 0) > CORRECTED:
-            found.append(Finding("ECC", WARNING, f"{which}: {n:.0f} corrected memory errors", "have the GPU looked at"))
+            found.append(Finding("ECC", WARNING, f"{which}: {n:.0f} corrected memory errors", "have the GPU tested"))
         if row.get("retired_pages.pending", "No").lower() == "yes":
-            found.append(Finding("ECC", WARNING, f"{which}: memory pages wait to be retired", "reboot the node"))
+            found.append(Finding("ECC", WARNING, f"{which}: memory pages pending retirement", "reboot the node"))
     if found:
         return found
     modes = {row.get("ecc.mode.current", "none") for row in rows}
     if modes == {"none"}:
-        return [Finding("ECC", OK, "these GPUs have none")]
+        return [Finding("ECC", OK, "not supported by these GPUs")]
     if "Disabled" in modes:
-        return [Finding("ECC", WARNING, "switched off: memory errors pass unseen", "nvidia-smi -e 1, then reboot")]
-    return [Finding("ECC", OK, "on, no errors")]
+        return [Finding("ECC", WARNING, "disabled: memory errors are not detected", "nvidia-smi -e 1, then reboot")]
+    return [Finding("ECC", OK, "enabled, no errors")]
 
 
-def _heat(rows: list[dict[str, str]]) -> list[Finding]:
+def _clocks(rows: list[dict[str, str]]) -> Finding:
     found = []
     for row in rows:
         if row.get("clocks_throttle_reasons.hw_slowdown") == "Active":
-            found.append(f"GPU {row.get('index')} is throttled by its hardware")
+            found.append(f"GPU {row.get('index')} is throttled (hardware slowdown)")
         if (degrees := _number(row, "temperature.gpu") or 0) >= HOT:
-            found.append(f"GPU {row.get('index')} has {degrees:.0f} degrees")
+            found.append(f"GPU {row.get('index')} is at {degrees:.0f} degrees C")
     if found:
-        return [Finding("GPU clocks", WARNING, "; ".join(found), "check cooling and power of the node")]
-    return [Finding("GPU clocks", OK, "not throttled")]
+        return Finding("GPU clocks", WARNING, "; ".join(found), "check cooling and power of the node")
+    return Finding("GPU clocks", OK, "not throttled")
 
 
 def _number(row: dict[str, str], name: str) -> float | None:

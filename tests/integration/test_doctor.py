@@ -1,4 +1,4 @@
-"""`megastar doctor` among processes that take themselves for nodes, and against a real S3 server."""
+"""`megastar doctor` with processes that act as nodes, and with a real S3 server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megastar.diagnosis import node
-from megastar.diagnosis.finding import FAILURE, OK, WARNING, bounded
+from megastar.diagnosis.finding import FAILURE, OK, WARNING, with_timeout
 from tests.integration.conftest import ROOT, environment, megastar
 from tests.integration.helpers.s3 import client_of
 
@@ -25,7 +25,7 @@ def free_port() -> int:
 
 
 class Ranks:
-    """Processes of one launch, each on a node of its own by name; ended with the block."""
+    """Processes of one launch, each with its own node name; killed at the end of the block."""
 
     def __init__(self, world: int):
         self.port, self.world, self.processes = free_port(), world, []
@@ -57,11 +57,11 @@ def report(process: subprocess.Popen) -> tuple[dict, dict[str, list[dict]]]:
     """Rank 0's JSON, and its checks by name."""
     out, err = process.communicate(timeout=120)
     assert out, err[-3000:]
-    said = json.loads(out)
+    result = json.loads(out)
     checks: dict[str, list[dict]] = {}
-    for check in said["checks"]:
+    for check in result["checks"]:
         checks.setdefault(check["name"], []).append(check)
-    return said, checks
+    return result, checks
 
 
 @pytest.mark.dist
@@ -78,14 +78,14 @@ def test_two_nodes_that_differ(tmp_path):
         first = ranks.doctor(0, tmp_path / "run", "--json", "--patience", 30)
         path = {"PATH": f"{broken.parent}:{os.environ['PATH']}", "PYTHONPATH": f"{other.parent}:{ROOT}"}
         second = ranks.doctor(1, tmp_path / "run", "--json", "--patience", 30, **path)
-        said, checks = report(first)
+        result, checks = report(first)
         out, err = second.communicate(timeout=60)
     assert (second.returncode, out) == (0, ""), err[-3000:]
-    assert first.returncode == 1 and said["nodes"] == ["node0", "node1"] and not said["ok"]
+    assert first.returncode == 1 and result["nodes"] == ["node0", "node1"] and not result["ok"]
     assert [c["level"] for c in checks["nodes"]] == [OK]
     (driver,) = checks["driver"]
     assert (driver["level"], driver["nodes"]) == (FAILURE, ["node1"])
-    assert driver["finding"] == "nvidia-smi fails with 18 (Failed to initialize NVML)"
+    assert driver["finding"] == "nvidia-smi failed with status 18 (Failed to initialize NVML)"
     assert [(c["level"], c["nodes"]) for c in checks["webdataset"]] == [(FAILURE, ["node1"]), (OK, ["node0"])]
     (versions,) = checks["versions alike"]
     assert versions["level"] == FAILURE and versions["finding"].endswith("0.1 on node1")
@@ -97,17 +97,17 @@ def test_two_nodes_that_differ(tmp_path):
 
 
 @pytest.mark.dist
-def test_a_node_that_never_comes_and_one_that_hangs_are_named(tmp_path):
-    hangs = "import os, time\nfrom megastar.diagnosis.meeting import Meeting\n"
-    hangs += "m = Meeting(1, 3, 60)\nm.say('hello', m.node)\ntime.sleep(600)\n"
+def test_a_node_that_never_joins_and_one_that_hangs_are_named(tmp_path):
+    hangs = "import os, time\nfrom megastar.diagnosis.rendezvous import Rendezvous\n"
+    hangs += "r = Rendezvous(1, 3, 60)\nr.send('hello', r.node)\ntime.sleep(600)\n"
     with Ranks(3) as ranks:
         ranks.start(1, sys.executable, "-c", hangs)
         first = ranks.doctor(0, "--json", "--patience", 10)
-        said, checks = report(first)
-    assert first.returncode == 1 and said["nodes"] == ["node0", "node1"]
+        result, checks = report(first)
+    assert first.returncode == 1 and result["nodes"] == ["node0", "node1"]
     assert [c["finding"] for c in checks["nodes"]] == [
         "rank 2 did not start, or cannot reach node0, within 10 s",
-        "rank 1 on node1: no answer within 10 s",
+        "rank 1 on node1: no response within 10 s",
     ]
     assert checks["python"][0]["nodes"] == ["node0"] and "links" not in checks
 
@@ -118,48 +118,51 @@ def test_a_rank_that_cannot_reach_rank_0():
         alone = ranks.doctor(1, "--patience", 2)
         out, err = alone.communicate(timeout=60)
     assert alone.returncode == 2 and not out
-    assert f"node1: rank 0 does not answer at 127.0.0.1:{ranks.port} within 2 s" in err
+    assert f"node1: no connection to rank 0 at 127.0.0.1:{ranks.port} within 2 s" in err
 
 
 @pytest.mark.dist
 def test_under_torchrun(tmp_path):
     done = megastar("doctor", tmp_path, "--json", "--patience", 60, ranks=2)
-    said = json.loads(done.stdout)
-    names = [c["name"] for c in said["checks"]]
-    assert said["ok"] and said["ranks"] == 2 and len(said["nodes"]) == 1
+    result = json.loads(done.stdout)
+    names = [c["name"] for c in result["checks"]]
+    assert result["ok"] and result["ranks"] == 2 and len(result["nodes"]) == 1
     assert "all-reduce in a node" in names and "all-reduce of all" not in names and names.count("torch") == 1
 
 
 # S3 ----------------------------------------------------------------------------------------------------------------
-def test_s3_reading(s3, use_s3, monkeypatch):
+def test_s3_read(s3, use_s3, monkeypatch):
     client = client_of(s3)
     client.put_object(Bucket="codes", Key="doctor/small", Body=b"x" * 10)
     client.put_object(Bucket="codes", Key="doctor/large", Body=np.random.default_rng(0).bytes(3 << 20))
     use_s3(s3)
-    (found,) = node.s3_reading("s3://codes/doctor")
+    (found,) = node.s3_read("s3://codes/doctor")
     assert found.level == OK and "2 objects, listed in" in found.finding and "a range of 3.15 MB at" in found.finding
     monkeypatch.setattr(node, "SLOW_S3", 1e15)
-    (found,) = node.s3_reading("s3://codes/doctor", sample=1 << 20)
+    (found,) = node.s3_read("s3://codes/doctor", sample=1 << 20)
     assert found.level == WARNING and "a range of 1.05 MB at" in found.finding and found.remedy
-    (found,) = node.s3_reading("s3://codes/nothing-here")
-    assert (found.level, found.finding) == (WARNING, "s3://codes/nothing-here can be listed, but holds nothing to read")
+    (found,) = node.s3_read("s3://codes/nothing-here")
+    assert (found.level, found.finding) == (
+        WARNING,
+        "s3://codes/nothing-here can be listed, but contains no object to read",
+    )
 
 
 def test_s3_rights(s3, use_s3):
     use_s3(s3)
-    assert node.s3_writing("s3://runs/doctor")[0].level == OK
+    assert node.s3_write("s3://runs/doctor")[0].level == OK
     assert "Contents" not in client_of(s3).list_objects_v2(Bucket="runs", Prefix="doctor")
-    (found,) = bounded("S3", lambda: node.s3_reading("s3://no-such-bucket/x"), 60)
+    (found,) = with_timeout("S3", lambda: node.s3_read("s3://no-such-bucket/x"), 60)
     assert found.level == FAILURE and "bucket no-such-bucket of s3://no-such-bucket/x/ does not exist" in found.finding
     assert found.remedy.startswith("correct the URL")
     use_s3(s3, keys=False)
-    for check, url in ((node.s3_reading, "s3://codes/doctor"), (node.s3_writing, "s3://runs/doctor")):
-        (found,) = bounded("S3", lambda check=check, url=url: check(url), 60)
+    for check, url in ((node.s3_read, "s3://codes/doctor"), (node.s3_write, "s3://runs/doctor")):
+        (found,) = with_timeout("S3", lambda check=check, url=url: check(url), 60)
         assert found.level == FAILURE and "denies access to" in found.finding
         assert found.remedy == "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
 def test_no_s3_server(use_s3):
     use_s3(f"http://127.0.0.1:{free_port()}")
-    (found,) = bounded("S3", lambda: node.s3_reading("s3://codes/x"), 60, "see that it is up")
-    assert (found.level, found.remedy) == (FAILURE, "see that it is up") and "Could not connect" in found.finding
+    (found,) = with_timeout("S3", lambda: node.s3_read("s3://codes/x"), 60, "check that it is up")
+    assert (found.level, found.remedy) == (FAILURE, "check that it is up") and "Could not connect" in found.finding

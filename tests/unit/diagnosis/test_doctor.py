@@ -1,4 +1,4 @@
-"""`megastar doctor`: each check, and how the answers of many nodes are put together."""
+"""`megastar doctor`: each check, and how the results of many nodes are merged."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 
 from megastar import cli
 from megastar.commands.doctor import table_of
-from megastar.diagnosis import examination, links, node, packages
-from megastar.diagnosis.examination import Report, Wishes, put_together
-from megastar.diagnosis.finding import FAILURE, OK, WARNING, Answer, Finding, bounded, hung, merge, shortened
-from megastar.diagnosis.meeting import absent, address_of
+from megastar.diagnosis import checks, links, node, packages
+from megastar.diagnosis.checks import DoctorOptions, Report, combine
+from megastar.diagnosis.finding import FAILURE, OK, WARNING, Answer, Finding, hung, merge, shortened, with_timeout
+from megastar.diagnosis.rendezvous import master_address, missing_ranks
 from megastar.errors import UserError
 from megastar.parallel import cost
 from megastar.utils.hostname import shorten_dns_timeout
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_versions_are_those_of_setup_and_constraints():
     tree = ast.parse((ROOT / "setup.py").read_text())
     call = next(n for n in ast.walk(tree) if isinstance(n, ast.keyword) and n.arg == "install_requires")
-    assert dict(text.split(">=") for text in ast.literal_eval(call.value)) == packages.NEEDED
+    assert dict(text.split(">=") for text in ast.literal_eval(call.value)) == packages.REQUIRED
     pins = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.M))
     assert {p: pins[p] for p in packages.TESTED} == packages.TESTED
 
@@ -49,7 +49,7 @@ def test_versions_are_those_of_setup_and_constraints():
     ],
 )
 def test_a_package(package, version, level, sentence):
-    (found,) = [f for f in packages.needed(lambda p: version if p == package else "99") if f.name == package]
+    (found,) = [f for f in packages.required(lambda p: version if p == package else "99") if f.name == package]
     assert (found.level, found.finding) == (level, sentence) and bool(found.remedy) == (level != OK)
 
 
@@ -60,7 +60,7 @@ def test_version_numbers(text, numbers):
     assert packages.numbers(text) == numbers
 
 
-def test_the_registrys_apex_is_told_from_nvidias(tmp_path, monkeypatch):
+def test_apex_of_pypi_is_not_nvidias(tmp_path, monkeypatch):
     assert packages.apex(lambda p: None)[0].level == OK
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
@@ -74,7 +74,7 @@ def test_the_compiler():
     assert packages.compiler("no-such-compiler")[0].level == WARNING
 
 
-def test_versions_must_be_alike():
+def test_versions_must_be_equal():
     mine = packages.fingerprint()
     assert re.fullmatch(r"\d[\w.]* \([0-9a-f]{12}\)", mine["megastar"]) and mine["webdataset"]
     assert packages.versions_alike({"a": mine}) == []
@@ -91,8 +91,8 @@ def test_memory_limits_and_shared_memory(tmp_path):
         OK, "94 GiB, at least 90 % available",
     )  # fmt: skip
     none = tmp_path / "none"
-    assert [f[:3] for f in node.limits(256, -1, none)] == [("open files", WARNING, "256 at once")]
-    assert [f[:3] for f in node.limits(-1, 0, none)] == [("open files", OK, "no limit")]
+    assert [f[:3] for f in node.limits(256, -1, none)] == [("open files", WARNING, "at most 256")]
+    assert [f[:3] for f in node.limits(-1, 0, none)] == [("open files", OK, "unlimited")]
     (tmp_path / "ib" / "mlx5_0").mkdir(parents=True)
     assert [f.level for f in node.limits(4096, 65536, tmp_path / "ib")] == [OK, WARNING]
     assert [f.level for f in node.limits(4096, -1, tmp_path / "ib")] == [OK, OK]
@@ -100,26 +100,28 @@ def test_memory_limits_and_shared_memory(tmp_path):
     assert node.memory() and node.cores() and node.limits() and node.shared_memory()
 
 
-def test_names_of_addresses(monkeypatch):
-    """As torch's store asks: an IPv4 address within IPv6."""
-    asked = []
+def test_name_lookup(monkeypatch):
+    """In the form used by torch's store: an IPv4 address within IPv6."""
+    lookups = []
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert node.names(lambda *words: asked.append(words))[0].level == OK
-    assert asked == [(("::ffff:127.0.0.1", 0, 0, 0), socket.NI_NUMERICSERV)]
+    assert node.name_lookup(lambda *args: lookups.append(args))[0].level == OK
+    assert lookups == [(("::ffff:127.0.0.1", 0, 0, 0), socket.NI_NUMERICSERV)]
 
-    def silent(*words):
+    def silent(*args):
         time.sleep(0.6)
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
-    (found,) = node.names(silent)
-    assert found.level == WARNING and found.finding.startswith("the name of 127.0.0.1 took 0.") and found.remedy
+    (found,) = node.name_lookup(silent)
+    assert (
+        found.level == WARNING and found.finding.startswith("looking up the name of 127.0.0.1 took 0.") and found.remedy
+    )
     monkeypatch.setenv("MASTER_ADDR", "no such host")
-    assert node.names()[0].level == WARNING
-    assert node.names()[0].finding.startswith("no such host has no address here")
+    (found,) = node.name_lookup()
+    assert found.level == WARNING and found.finding.startswith("no such host does not resolve (")
 
 
 @pytest.mark.parametrize(("theirs", "wanted"), [(None, "timeout:1 attempts:3"), ("ndots:2", "ndots:2")])
-def test_a_name_server_is_asked_again_soon(monkeypatch, theirs, wanted):
+def test_dns_timeout_is_short(monkeypatch, theirs, wanted):
     monkeypatch.setenv("RES_OPTIONS", theirs or "")  # put back after the test
     if not theirs:
         del os.environ["RES_OPTIONS"]
@@ -135,15 +137,15 @@ def test_a_disk(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # nothing is left, nothing was made
     monkeypatch.setattr(node, "ROOM", 1 << 60)
     monkeypatch.setattr(node, "SLOW_DISK", 1e15)
-    assert [f.finding.rpartition(": ")[2] for f in node.disk("run", tmp_path, 1 << 20)] == ["slow", "little room"]
+    assert [f.finding.rpartition(": ")[2] for f in node.disk("run", tmp_path, 1 << 20)] == ["slow", "little space"]
     (tmp_path / "file").touch()
     (found,) = node.disk("run", tmp_path / "file", 1 << 20)
-    assert found[:3] == ("run folder", FAILURE, f"{tmp_path / 'file'} is a file, no folder")
+    assert found[:3] == ("run folder", FAILURE, f"{tmp_path / 'file'} is a file, not a folder")
 
 
-def test_a_disk_that_may_not_be_written():
+def test_a_disk_without_write_permission():
     (found,) = node.disk("cache", Path("/proc/megastar"), 1 << 20)
-    assert (found.name, found.level) == ("cache folder", FAILURE) and "/proc cannot be written (" in found.finding
+    assert (found.name, found.level) == ("cache folder", FAILURE) and "cannot write to /proc (" in found.finding
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
@@ -152,39 +154,39 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(node, "_speed", full)
     (found,) = node.disk("run", tmp_path)
-    assert found[1:] == (FAILURE, f"{tmp_path} cannot be written (No space left on device)", "free some space")
+    assert found[1:] == (FAILURE, f"cannot write to {tmp_path} (No space left on device)", "free some space")
 
 
 def test_a_run_folder_that_is_not_shared(tmp_path):
-    mark = Path(examination.make_mark(str(tmp_path / "run")))
-    assert mark.parent == tmp_path and examination.shared(mark, 0)[0].level == OK
+    mark = Path(checks.make_mark(str(tmp_path / "run")))
+    assert mark.parent == tmp_path and checks.is_shared(mark, 0)[0].level == OK
     mark.unlink()
-    (found,) = examination.shared(mark, 0.2)
-    assert found.level == FAILURE and f"{tmp_path} is not the one of rank 0's node" in found.finding
+    (found,) = checks.is_shared(mark, 0.2)
+    assert found.level == FAILURE and f"{tmp_path} is not the same folder as on the node of rank 0" in found.finding
     threading.Timer(0.3, mark.touch).start()  # a network file system shows it later
-    assert examination.shared(mark, 10)[0].level == OK
+    assert checks.is_shared(mark, 10)[0].level == OK
 
 
 # Many nodes --------------------------------------------------------------------------------------------------------
 def test_a_check_that_hangs_or_raises_is_a_failure():
     begun = time.monotonic()
     over = threading.Event()
-    (found,) = bounded("disk", lambda: over.wait(60) and [], 0.2, "look at it")
+    (found,) = with_timeout("disk", lambda: over.wait(60) and [], 0.2, "check it")
     assert time.monotonic() - begun < 10 and hung.pop() == "disk"
     over.set()
-    assert found == ("disk", FAILURE, "no answer within 0.2 s", "look at it")
+    assert found == ("disk", FAILURE, "no response within 0.2 s", "check it")
 
     def broken():
         raise ValueError("a\nb")
 
-    def mistaken():
+    def wrong():
         raise UserError("s3://x denies access: use credentials that may read it")
 
-    assert bounded("a", broken, 10) == [("a", FAILURE, "ValueError: a b", "")]
-    assert bounded("b", mistaken, 10) == [("b", FAILURE, "s3://x denies access", "use credentials that may read it")]
+    assert with_timeout("a", broken, 10) == [("a", FAILURE, "ValueError: a b", "")]
+    assert with_timeout("b", wrong, 10) == [("b", FAILURE, "s3://x denies access", "use credentials that may read it")]
 
 
-def test_equal_answers_are_shown_once():
+def test_equal_results_are_shown_once():
     alike, slow = Finding("python", OK, "3.11"), Finding("disk", WARNING, "slow", "a faster one")
     answers = merge({"a": [alike, Finding("disk", OK, "fast")], "b": [alike, slow], "c": [alike, slow]})
     assert [(a.finding, a.nodes, a.everywhere) for a in answers] == [
@@ -199,43 +201,43 @@ def test_equal_answers_are_shown_once():
     assert [c.header for c in table.columns] == ["check", "", "finding"]
 
 
-def test_of_many_good_answers_a_few_are_shown_and_every_bad_one():
+def test_a_few_of_many_ok_results_are_shown_and_every_problem():
     nodes = {f"n{i}": [Finding("disk", OK if i > 5 else WARNING, f"{i} MB/s")] for i in range(20)}
     shown = shortened(merge(nodes))
     assert [a.finding.level for a in shown] == [WARNING] * 6 + [OK] * 5
-    assert shown[-1].finding.finding == "and 10 more, all OK: --json has them"
+    assert shown[-1].finding.finding == "and 10 more, all OK (--json prints them)"
 
 
-def test_who_is_absent_is_named():
-    there = {0: "n1", 1: "n1", 2: "n2", 3: "n2"}
-    assert absent(6, there, lambda: ["n1", "n2", "n3"], "did not start") == "ranks 4, 5 (n3) did not start"
-    assert absent(5, there, lambda: [], "did not start") == "rank 4 did not start"
+def test_missing_ranks_are_named():
+    nodes = {0: "n1", 1: "n1", 2: "n2", 3: "n2"}
+    assert missing_ranks(6, nodes, ["n1", "n2", "n3"]) == "ranks 4, 5 (n3)"
+    assert missing_ranks(5, nodes, []) == "rank 4"
 
 
-def test_where_rank_0_listens():
-    assert address_of({"MASTER_ADDR": "n1", "MASTER_PORT": "29500", "SLURM_JOB_ID": "7"}) == ("n1", 29500)
-    assert address_of({"MASTER_ADDR": "n1", "SLURM_JOB_ID": "7"}) == ("n1", 20007)
+def test_master_address():
+    assert master_address({"MASTER_ADDR": "n1", "MASTER_PORT": "29500", "SLURM_JOB_ID": "7"}) == ("n1", 29500)
+    assert master_address({"MASTER_ADDR": "n1", "SLURM_JOB_ID": "7"}) == ("n1", 20007)
     with pytest.raises(UserError, match="MASTER_ADDR is not set: start megastar doctor with torchrun or srun"):
-        address_of({})
+        master_address({})
 
 
 def test_clocks():
     good = {"a": [100.0, 101.0, 102.0], "b": [100.01, 101.0, 102.002]}
-    assert [f.level for f in links.skew(good)] == [OK]
-    found = links.skew(good | {"c": [98.0, 99.0, 100.0], "d": [400.0, 401.0, 402.0]})
+    assert [f.level for f in links.clock_findings(good)] == [OK]
+    found = links.clock_findings(good | {"c": [98.0, 99.0, 100.0], "d": [400.0, 401.0, 402.0]})
     assert [f[:3] for f in found] == [
-        ("clocks", FAILURE, "d: off by up to 300.0 s from a"),
-        ("clocks", WARNING, "c: off by up to 2.0 s from a"),
+        ("clocks", FAILURE, "d: up to 300.0 s off the clock of a"),
+        ("clocks", WARNING, "c: up to 2.0 s off the clock of a"),
     ]
 
 
-def test_what_a_link_should_do():
+def test_expected_bandwidth():
     assert cost.gpu_model("NVIDIA H100 80GB HBM3") == "h100" and cost.gpu_model("NVIDIA H100 PCIe") == "h100-pcie"
     assert cost.gpu_model("NVIDIA GeForce RTX 4090") == "rtx4090" and cost.gpu_model("Quadro") is None
-    assert links.expected_rate("h100", 8, 1, None) == pytest.approx(450e9 * 0.7)
-    assert links.expected_rate("h100", 16, 2, None) == pytest.approx(400e9 * 0.7)
-    assert links.expected_rate(None, 4, 2, 12.5e9) == pytest.approx(12.5e9 * 0.7)
-    assert links.expected_rate(None, 4, 1, 12.5e9) is None and links.expected_rate(None, 4, 2, None) is None
+    assert links.expected_bandwidth("h100", 8, 1, None) == pytest.approx(450e9 * 0.7)
+    assert links.expected_bandwidth("h100", 16, 2, None) == pytest.approx(400e9 * 0.7)
+    assert links.expected_bandwidth(None, 4, 2, 12.5e9) == pytest.approx(12.5e9 * 0.7)
+    assert links.expected_bandwidth(None, 4, 1, 12.5e9) is None and links.expected_bandwidth(None, 4, 2, None) is None
 
 
 def test_network_cards(tmp_path):
@@ -248,45 +250,45 @@ def test_network_cards(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "operstate").write_text(state + "\n")
         (tmp_path / name / "speed").write_text(speed + "\n")
-    assert links.network_rate(tmp_path) == 10000e6 / 8
-    assert links.network_rate(tmp_path / "none") is None
+    assert links.nic_bandwidth(tmp_path) == 10000e6 / 8
+    assert links.nic_bandwidth(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize(
     ("inside", "among", "levels"),
     [(330e9, 300e9, [OK, OK]), (120e9, 300e9, [WARNING, OK]), (330e9, 5e9, [OK, FAILURE])],
 )
-def test_bandwidth_against_the_link(inside, among, levels):
+def test_bandwidth_findings(inside, among, levels):
     nodes = ["a"] * 2 + ["b"] * 2
     result = {"clock": [0.0], "among": among, "backend": "nccl", "gpu": "NVIDIA H100 80GB HBM3"}
     results = {i: result | {"inside": inside if n == "b" else 340e9} for i, n in enumerate(nodes)}
-    found = [f for f in links.judged(results, nodes, None) if f.name != "clocks"]
+    found = [f for f in links.findings(results, nodes, None) if f.name != "clocks"]
     assert [f.name for f in found] == [links.INSIDE, links.AMONG] and [f.level for f in found] == levels
     assert "the slowest on b" in found[0].finding and "4 ranks on 2 nodes" in found[1].finding
 
 
-def test_ranks_that_could_not_talk_are_named():
-    part = {"findings": [], "versions": {}, "gpus": [], "sees": {}, "problem": "", "network": None}
+def test_ranks_that_could_not_communicate_are_named():
+    part = {"findings": [], "versions": {}, "gpus": [], "torch": {}, "problem": "", "network": None}
     nodes = {0: "a", 1: "b", 2: "c"}
     results = {0: {"problem": "DistError: timed out"}, 1: {"problem": "DistError: timed out"}}
-    answers = put_together(nodes, dict.fromkeys(nodes, part), [0, 1, 2], results, [])
+    answers = combine(nodes, dict.fromkeys(nodes, part), [0, 1, 2], results, [])
     (found,) = [a.finding for a in answers if a.finding.level == FAILURE]
-    assert found.finding == "all-reduce failed: rank 0 (a), 1 (b): DistError: timed out; rank 2 (c): no answer"
+    assert found.finding == "all-reduce failed: rank 0 (a), 1 (b): DistError: timed out; rank 2 (c): no response"
     assert "NCCL_SOCKET_IFNAME" in found.remedy
 
 
 # The command -------------------------------------------------------------------------------------------------------
 def test_one_machine(tmp_path, capsys):
     assert cli.main(["doctor", str(tmp_path / "run"), "--cache", str(tmp_path), "--json"]) in (0, 1)
-    said = json.loads(capsys.readouterr().out)
-    names = [c["name"] for c in said["checks"]]
+    report = json.loads(capsys.readouterr().out)
+    names = [c["name"] for c in report["checks"]]
     assert {"python", "torch", "apex", "flash-attn", "open files", "run folder", "cache folder", "links"} <= set(names)
-    assert said["ranks"] == 1 and len(said["nodes"]) == 1
-    assert said["ok"] == (not [c for c in said["checks"] if c["level"] == FAILURE])
+    assert report["ranks"] == 1 and len(report["nodes"]) == 1
+    assert report["ok"] == (not [c for c in report["checks"] if c["level"] == FAILURE])
 
 
 def test_a_missing_package_is_a_failure(capsys, monkeypatch):
-    monkeypatch.setattr(packages.needed, "__defaults__", (lambda p: None if p == "webdataset" else "99",))
+    monkeypatch.setattr(packages.required, "__defaults__", (lambda p: None if p == "webdataset" else "99",))
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert re.search(r"webdataset +│ failure +│ missing +│ pip install", out) and "1 failure" in out
@@ -305,7 +307,7 @@ def test_wrong_usage(words, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
-def test_an_answer_as_json():
+def test_a_result_as_json():
     answer = Answer(Finding("a", OK, "b"), ["n"], True)
     assert answer.as_dict() == {
         "name": "a", "level": OK, "finding": "b", "remedy": "", "nodes": ["n"], "everywhere": True,
@@ -313,7 +315,7 @@ def test_an_answer_as_json():
 
 
 def test_the_checks_of_a_node_survive_json():
-    part = json.loads(json.dumps(examination.this_node(Wishes(patience=30), True, "")))
-    found = examination.of_node(part, [])
+    part = json.loads(json.dumps(checks.check_node(DoctorOptions(patience=30), True, "")))
+    found = checks.node_findings(part, [])
     assert {"megastar", "GPUs", "torch", "memory"} <= {f.name for f in found}
     assert all(isinstance(f, Finding) and f.level in (OK, WARNING, FAILURE) for f in found)

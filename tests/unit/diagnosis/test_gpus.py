@@ -1,4 +1,4 @@
-"""What `megastar doctor` makes of nvidia-smi's words; the tables are such as it prints."""
+"""What `megastar doctor` reads from nvidia-smi; the tables have its format."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ HEAD = (
 )
 H100 = "{0}, GPU-{0}a, NVIDIA H100 80GB HBM3, 570.86.15, 81559, {1}, Enabled, {2}, {3}, {4}, [N/A], {5}, {6}\n"
 GOOD = HEAD + "".join(H100.format(i, 4, 0, 0, 0, 31, "Not Active") for i in range(8))
-SEES = {"cuda": "13.0", "count": 8, "why": ""}
+TORCH = {"cuda": "13.0", "count": 8, "why": ""}
 
 
-def one(text, name, sees=SEES):
+def one(text, name, torch=TORCH):
     """The findings of one name for the GPUs in ``text``."""
-    return [tuple(f) for f in gpus.findings(gpus.parse(text), sees) if f.name == name]
+    return [tuple(f) for f in gpus.findings(gpus.parse_csv(text), torch) if f.name == name]
 
 
 def bad(used=4, corrected=0, uncorrected=0, ever=0, degrees=31, slow="Not Active"):
@@ -28,12 +28,12 @@ def bad(used=4, corrected=0, uncorrected=0, ever=0, degrees=31, slow="Not Active
 
 
 def test_good_gpus():
-    found = gpus.findings(gpus.parse(GOOD), SEES)
+    found = gpus.findings(gpus.parse_csv(GOOD), TORCH)
     assert [(f.name, f.level, f.finding) for f in found] == [
-        ("driver", OK, "570.86.15; CUDA 13.0 in torch"),
+        ("driver", OK, "570.86.15; torch uses CUDA 13.0"),
         ("GPUs", OK, "8 x NVIDIA H100 80GB HBM3 (80 GiB)"),
         ("GPU memory", OK, "at least 100% free"),
-        ("ECC", OK, "on, no errors"),
+        ("ECC", OK, "enabled, no errors"),
         ("GPU clocks", OK, "not throttled"),
     ]
 
@@ -41,33 +41,33 @@ def test_good_gpus():
 @pytest.mark.parametrize(
     ("text", "name", "level", "sentence"),
     [
-        (bad(uncorrected=2, ever=2), "ECC", FAILURE, "GPU 3: 2 uncorrected memory errors since the driver started"),
-        (bad(ever=1), "ECC", WARNING, "GPU 3: 1 uncorrected memory errors in its life"),
+        (bad(uncorrected=2, ever=2), "ECC", FAILURE, "GPU 3: 2 uncorrected memory errors since the driver was loaded"),
+        (bad(ever=1), "ECC", WARNING, "GPU 3: 1 uncorrected memory errors over its lifetime"),
         (bad(corrected=5000), "ECC", WARNING, "GPU 3: 5000 corrected memory errors"),
-        (bad().replace("[N/A]", "Yes"), "ECC", WARNING, "GPU 3: memory pages wait to be retired"),
-        (bad().replace("Enabled", "Disabled"), "ECC", WARNING, "switched off: memory errors pass unseen"),
+        (bad().replace("[N/A]", "Yes"), "ECC", WARNING, "GPU 3: memory pages pending retirement"),
+        (bad().replace("Enabled", "Disabled"), "ECC", WARNING, "disabled: memory errors are not detected"),
         (bad(used=40000), "GPU memory", WARNING, "GPU 3 39.1 of 80 GiB used"),
-        (bad(degrees=93), "GPU clocks", WARNING, "GPU 3 has 93 degrees"),
-        (bad(slow="Active"), "GPU clocks", WARNING, "GPU 3 is throttled by its hardware"),
+        (bad(degrees=93), "GPU clocks", WARNING, "GPU 3 is at 93 degrees C"),
+        (bad(slow="Active"), "GPU clocks", WARNING, "GPU 3 is throttled (hardware slowdown)"),
         (
             GOOD + "8, GPU-8a, NVIDIA A100-SXM4-80GB, 570.86.15, 81920, 4, Enabled, 0, 0, 0, No, 30, Not Active\n",
-            "GPUs", WARNING, "8 x NVIDIA H100 80GB HBM3 (80 GiB), 1 x NVIDIA A100-SXM4-80GB (80 GiB): the slowest sets the pace",
+            "GPUs", WARNING, "8 x NVIDIA H100 80GB HBM3 (80 GiB), 1 x NVIDIA A100-SXM4-80GB (80 GiB): the slowest one limits the throughput",
         ),
     ],
 )  # fmt: skip
 def test_bad_gpus(text, name, level, sentence):
-    ((_, said, finding, remedy),) = one(text, name)
-    assert (said, finding) == (level, sentence) and remedy
+    ((_, found, finding, remedy),) = one(text, name)
+    assert (found, finding) == (level, sentence) and remedy
 
 
-def test_a_gpu_that_does_not_tell_everything():
+def test_a_gpu_with_unsupported_fields():
     row = "0, GPU-1, NVIDIA GeForce RTX 4090, 550.54, 24564, 300, [N/A], [N/A], [N/A], [N/A], [N/A], 40, [Not Supported]\n"
-    assert gpus.parse(HEAD + row)[0] == {
+    assert gpus.parse_csv(HEAD + row)[0] == {
         "index": "0", "uuid": "GPU-1", "name": "NVIDIA GeForce RTX 4090", "driver_version": "550.54",
         "memory.total": "24564", "memory.used": "300", "temperature.gpu": "40",
     }  # fmt: skip
-    assert one(HEAD + row, "ECC") == [("ECC", OK, "these GPUs have none", "")]
-    assert gpus.parse("") == [] and gpus.parse(HEAD) == []
+    assert one(HEAD + row, "ECC") == [("ECC", OK, "not supported by these GPUs", "")]
+    assert gpus.parse_csv("") == [] and gpus.parse_csv(HEAD) == []
 
 
 def test_torch_that_cannot_use_the_gpus():
@@ -77,12 +77,12 @@ def test_torch_that_cannot_use_the_gpus():
     assert found[1:3] == (FAILURE, "570.86.15; torch (CUDA 13.0) sees no GPU (driver too old)")
 
 
-def test_slurm_gave_gpus_that_are_gone(monkeypatch):
+def test_allocated_gpus_are_missing(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_GPUS", raising=False)
     monkeypatch.delenv("SLURM_STEP_GPUS", raising=False)
     assert gpus.findings([], {})[0].level == OK
     monkeypatch.setenv("SLURM_STEP_GPUS", "0,1")
-    assert gpus.findings([], {})[0][:3] == ("GPUs", FAILURE, "SLURM gave this job GPUs, nvidia-smi shows none")
+    assert gpus.findings([], {})[0][:3] == ("GPUs", FAILURE, "SLURM allocated GPUs, nvidia-smi lists none")
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_field_that_this_nvidia_smi_lacks_is_left_out(smi):
         'case "$1" in *retired*) echo \'Field "retired_pages.pending" is not a valid field to query.\'; exit 2;; esac\n'
         'echo "index, memory.total [MiB]"; echo "0, 81559"; echo "$1" >&2'
     )
-    assert gpus.parse(gpus.ask()) == [{"index": "0", "memory.total": "81559"}]
+    assert gpus.parse_csv(gpus.query()) == [{"index": "0", "memory.total": "81559"}]
 
 
 @pytest.mark.parametrize(
@@ -112,19 +112,21 @@ def test_a_field_that_this_nvidia_smi_lacks_is_left_out(smi):
     [
         (
             "echo 'NVIDIA-SMI has failed because it could not communicate'; exit 9",
-            "nvidia-smi fails with 9 (NVIDIA-SMI has",
+            "nvidia-smi failed with status 9 (NVIDIA-SMI has",
         ),
-        ("exec sleep 60", r"nvidia-smi fails \(TimeoutExpired\)"),
+        ("exec sleep 60", r"nvidia-smi failed \(TimeoutExpired\)"),
     ],
 )
 def test_a_driver_that_is_broken(smi, script, sentence):
     smi(script)
-    with pytest.raises(gpus.NoGpus, match=sentence.replace("9 (", r"9 \(")) as error:
-        gpus.ask(0.5)
+    with pytest.raises(gpus.NvidiaSmiError, match=sentence.replace("9 (", r"9 \(")) as error:
+        gpus.query(0.5)
     (found,) = gpus.findings([], {}, str(error.value))
     assert (found.name, found.level) == ("driver", FAILURE) and found.remedy
 
 
 def test_ranks_that_see_their_own_gpu_alone():
-    rows = [gpus.parse(HEAD + H100.format(0, 4, 0, 0, 0, 31, "Active").replace("GPU-0a", f"GPU-{i}")) for i in range(3)]
-    assert [r["uuid"] for r in gpus.merged([*rows, rows[0]])] == ["GPU-0", "GPU-1", "GPU-2"]
+    rows = [
+        gpus.parse_csv(HEAD + H100.format(0, 4, 0, 0, 0, 31, "Active").replace("GPU-0a", f"GPU-{i}")) for i in range(3)
+    ]
+    assert [r["uuid"] for r in gpus.merge_rows([*rows, rows[0]])] == ["GPU-0", "GPU-1", "GPU-2"]
