@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py [--backends sdpa,triton] [--dtype fp32,bf16] [--repeats 15]
 
-Both run by turns on the same inputs, so that both suffer the same noise; ratios are of medians. The mask is drawn anew
-each time and its built form counts, shared by ``--blocks`` blocks as in a network. Peer: torch's own call with
-``is_causal``; on a GPU with flash-attn also that. Goal: 1.3 for sdpa on CPU, 1.15 on an H100 (triton or flex).
+All rows take turns on the same inputs, so noise affects them equally; ratios are of medians. Each repetition draws a new
+mask, whose construction is included and shared by ``--blocks`` blocks as in a network. Peer: torch's own call with
+``is_causal``. Goal: 1.3 for sdpa on CPU, 1.15 on an H100 (triton or flex).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from common import seconds
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--backends", default="sdpa", help="commas between: sdpa, flex, triton, flash (default sdpa)")
-    p.add_argument("--dtype", default="fp32,bf16", help="commas between: fp32, bf16 (default both)")
+    p.add_argument("--backends", default="sdpa", help="comma-separated: sdpa, flex, triton, flash (default sdpa)")
+    p.add_argument("--dtype", default="fp32,bf16", help="comma-separated: fp32, bf16 (default both)")
     p.add_argument("--repeats", type=int, default=15)
     p.add_argument("--blocks", type=int, default=12, help="blocks that share a mask (default 12, as B)")
     p.add_argument("--batch", type=int, default=0, help="sequences (default 4 on CPU, 32 on a GPU)")
@@ -33,7 +33,7 @@ def main() -> None:
 
     device = pick_device()
     B, H, d = args.batch or (32 if device.type == "cuda" else 4), 12, 64
-    print(f"{device}, {torch.get_num_threads()} threads, B {B}, H {H}, d {d}, {args.blocks} blocks to a mask")
+    print(f"{device}, {torch.get_num_threads()} threads, B {B}, H {H}, d {d}, {args.blocks} blocks per mask")
     for dtype in args.dtype.split(","):
         for size in (64, 256, 576, 1024):
             q, k, v, g = draw(B, H, size, d, DTYPES[dtype], device)
@@ -51,15 +51,15 @@ def main() -> None:
 
             rows = {"torch, is_causal": torchs}
             for name in args.backends.split(","):
-                one = backend(name)
+                module = backend(name)
                 for masked in (False, True):
                     spec = example("hidden" if masked else "causal", B, size)
-                    why = one.missing() or one.supports(spec, DTYPES[dtype], d, device, True)
+                    why = module.missing() or module.supports(spec, DTYPES[dtype], d, device, True)
                     label = f"{name}, {'hidden keys' if masked else 'plain causal'}"
                     if why:
                         print(f"  {label} left out: {why}")
                         continue
-                    rows[label] = lambda attend=one.attention, masked=masked: ours(attend, masked)
+                    rows[label] = lambda attend=module.attention, masked=masked: ours(attend, masked)
             times: dict[str, list[float]] = {label: [] for label in rows}
             for work in rows.values():
                 work()  # warm up: caches, compilation
@@ -70,7 +70,7 @@ def main() -> None:
             print(f"S {size}, {dtype}")
             for label, row in times.items():
                 m = statistics.median(row)
-                print(f"  {label:<28} {1e3 * m / args.blocks:8.3f} ms a block   this / torch causal = {m / base:.2f}")
+                print(f"  {label:<28} {1e3 * m / args.blocks:8.3f} ms per block   this / torch causal = {m / base:.2f}")
             for name in args.backends.split(","):
                 pair = [times.get(f"{name}, {kind}") for kind in ("hidden keys", "plain causal")]
                 if all(pair):

@@ -1,9 +1,9 @@
-"""How long training stands still for a save: ours against DeepSpeed's ``engine.save_checkpoint``, same engine, same run.
+"""How long a save blocks training: megastar's against DeepSpeed's ``engine.save_checkpoint``, same engine, same run.
 
     python benchmarks/checkpoint_save.py --ranks 2 --size b
 
-DeepSpeed's writes the student, its optimizer and the average (it is an optimizer state) before it returns. Ours
-returns when the states are copied to host memory; the whole save, hashes included, is timed too.
+DeepSpeed's writes the student, its optimizer and the average (an optimizer state) before it returns. megastar's returns
+when the states are copied to host memory; the complete save, including the hashes, is also timed.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def main() -> None:
         engines.student.save_checkpoint(str(a.folder / "plain"), tag="x")
 
     rows = {"engine.save_checkpoint (DeepSpeed)": seconds(theirs, a.repeats, clear)}
-    rows["ours, until training goes on"] = seconds(lambda: saver.save(next(step), {}), a.repeats, clear)
-    rows["ours, until it is complete and hashed"] = seconds(whole, a.repeats, clear)
+    rows["megastar, until training continues"] = seconds(lambda: saver.save(next(step), {}), a.repeats, clear)
+    rows["megastar, until complete and hashed"] = seconds(whole, a.repeats, clear)
     size = sum(f.stat().st_size for f in a.folder.rglob("*.safetensors")) if ctx.main else 0
     clear()
     if ctx.main:

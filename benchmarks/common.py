@@ -1,4 +1,4 @@
-"""What the benchmarks share: starting ranks of themselves, a configuration by size, and a table of medians."""
+"""Common code of the benchmarks: starting ranks, a configuration by size, and a table of medians."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def relaunch(ranks: int) -> None:
-    """Run this very script under torchrun, once; returns in the ranks, exits in the starter."""
+    """Run this script again under torchrun; returns in the ranks, exits in the launching process."""
     if "RANK" in os.environ:
         return
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONPATH": str(ROOT)}
@@ -55,7 +55,7 @@ def seconds(
 ) -> list[float]:
     """Wall time of ``work``, ``repeats`` times; on a GPU after its queue has drained.
 
-    ``clock`` may be ``time.process_time`` where one process runs on one CPU thread: others' load then hardly counts.
+    ``clock`` may be ``time.process_time`` for one process on one CPU thread: then the machine's load has little effect.
     """
     import torch
 

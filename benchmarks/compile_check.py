@@ -1,12 +1,12 @@
-"""Compiled against eager blocks over many steps: losses must stay together before `train.compile` may be trusted.
+"""Compiled against eager blocks over many steps: their losses must agree before `train.compile` is used.
 
     python benchmarks/compile_check.py --size nano --batch 8 --steps 200
 
 Some torch releases compiled LlamaGen's network into one that trains worse (pytorch issue 113180). Two students of equal
-weights see the same batches, hidden keys on every other step; prints how far their losses part and the ratio of their times.
-Dropout is off: compiled and eager code draw different numbers. Batches are drawn from a fixed random Markov chain, so
-that there is something to learn. A third student, eager, starts from weights that differ in the last digit: how far it
-parts is what rounding alone does.
+weights are trained on the same batches, hidden keys on every other step; prints the difference of their losses and the
+ratio of their times. Dropout is off: compiled and eager code draw different numbers. Batches are drawn from a fixed random
+Markov chain, so there is something to learn. A third student, eager, starts from weights that differ in the last digit: its
+difference is the effect of rounding.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 python -m benchmarks.convert [FOLDER]      (4 GB there, half of it the checkpoint of 2 data x 2 tensor ranks)
 
-Each conversion runs in a process of its own. ``peak_gib`` is its highest resident memory less what the interpreter
-holds once torch is imported; ``mb_per_s`` counts the bytes written, over the whole conversion with both checks: the
-hashes of the source before, the output read back after.
+Each conversion runs in its own process. ``peak_gib`` is its highest resident memory minus that of the interpreter with
+torch imported; ``mb_per_s`` is of the bytes written, over the whole conversion with both checks: the hashes of the
+source before, the output read back after.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import torch
 base, start = kb("VmRSS"), time.perf_counter()
 from megastar.checkpoint.convert import convert, size_of
 source, to, out, options = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
-told = convert(source, to, out, **options)
+convert(source, to, out, **options)
 seconds = time.perf_counter() - start
 peak, mb = kb("VmHWM") - base, size_of(out) / 1e6
 print(json.dumps({"to": to, **options, "peak_gib": round(peak / 2**20, 3), "base_gib": round(base / 2**20, 3),
@@ -49,7 +49,7 @@ print(json.dumps({"to": to, **options, "peak_gib": round(peak / 2**20, 3), "base
 
 
 def measure(folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each format; what they write is removed again."""
+    """A row for each format; the output is removed."""
     cfg = load_config(ROOT / "configs/run/star_b_50ep.yaml")
     source = write_checkpoint(folder / "run", cfg, 2, 2)
     for to, options in CASES.items():

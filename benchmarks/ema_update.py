@@ -1,10 +1,10 @@
-"""The teacher's update: our EMA on the shards against gathering every parameter and averaging whole copies.
+"""The teacher's update: the EMA of shards against gathering every parameter and averaging full copies.
 
     python benchmarks/ema_update.py --ranks 4 --size b
 
-The peer does what a plain teacher under ZeRO-3 has to: all-gather each student parameter, keep a whole fp32 average on
-every rank, and cut the new shard of the teacher's compute copy from it. Ours is the lerp of the shards (in the
-optimizer's step) and the copy into the teacher's shards. Both in the same run, on the same engines.
+The peer is a plain teacher under ZeRO-3: all-gather each student parameter, keep a full fp32 average on every rank, and
+copy the new shard of the teacher's compute copy from it. megastar's update is the lerp of the shards (in the optimizer's
+step) and the copy into the teacher's shards. Both in the same run, on the same engines.
 """
 
 from __future__ import annotations

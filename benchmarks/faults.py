@@ -1,4 +1,4 @@
-"""What a fault costs on SLURM: seconds from the fault to the first new step, and steps that are done again.
+"""The cost of a fault on SLURM: seconds from the fault to the first new step, and the number of repeated steps.
 
     python benchmarks/faults.py [--repeats 1] [--save-every 5] [--only FAULT ...]
                                                                      (root; Debian's slurm packages, see .ci/run)
@@ -7,20 +7,20 @@ A SLURM cluster of this machine (tests/slurm/cluster.py: three slurmd, 2 nodes x
 slurm/, a run of two tiny blocks. For each fault:
 
     total      fault -> the end of the first new step, by the clock of this process
-    SLURM      of it: fault -> SLURM starts the batch script again, less what the run itself took to end. It is
-               `cred_expire` (5 s here, 120 s by default), after a node's death `SlurmdTimeout` and the 30 s between
-               two looks of slurmctld; none of it is megastar's
-    end        fault -> the batch script asks for the requeue: noticing, the save, the processes' end
+    SLURM      of it: fault -> SLURM starts the batch script again, minus the time in which the run ended. It is
+               `cred_expire` (5 s here, 120 s by default), after the death of a node `SlurmdTimeout` and slurmctld's
+               30 s polling interval; it does not depend on megastar
+    end        fault -> the batch script requests the requeue: detection, save, end of the processes
     start      SLURM's start -> the end of the first new step
     imports    of `start`: importing torch, DeepSpeed and megastar, in four processes at once on this machine,
-               measured just after, the ranks standing still
-    CPU        processor seconds a rank, on average, from its exec to the end of that step, and of its imports alone: what
-               other work on the machine hardly changes
-    lost       steps that were done before the fault and had to be done again
+               measured immediately afterwards, with the ranks stopped
+    CPU        processor seconds per rank, on average, from its exec to the end of that step, and of its imports alone:
+               nearly independent of other load
+    lost       steps finished before the fault that were repeated
 
-Then a second run, on the same cluster, whose losses are not numbers at some batches (tests/integration/helpers/inject.py): one
-is skipped, three in a row send it back to its last good checkpoint. From the skip, and from the last of the three, to
-the end of the next step; a plain step is told beside it. No rank ends, so there is nothing to start.
+Then a second run, on the same cluster, whose losses are NaN at some batches (tests/integration/helpers/inject.py): one is
+skipped, three in a row cause a rollback to the last good checkpoint. Measured from the skip, and from the last of the
+three, to the end of the next step; a normal step is printed for comparison. No rank ends, so nothing is started.
 
 Goals: 0 steps lost on signals, at most save_every on a crash; end + start - imports under 30 s.
 """
@@ -114,22 +114,22 @@ class Bench:
         path = self.folder / "job.log"
         return path.read_text(errors="replace") if path.is_file() else ""
 
-    def told(self) -> str:
+    def state(self) -> str:
         return self.cluster.run("scontrol", "show", "job", self.job, check=False) + self.log()[-3000:]
 
     def starts(self) -> int:
         return self.log().count(f"megastar: job {self.job} (")
 
     def lines(self) -> list[int]:
-        """The steps told of since the job's newest start."""
+        """The steps logged since the job's newest start."""
         newest = self.log().rpartition(f"megastar: job {self.job} (")[2]
         return [int(n) for n in re.findall(rf"step (\d+)/{STEPS} ", newest)]
 
     def measure(self, fault: str, extra: int) -> dict[str, float]:
         """One fault, once the present start has done a few steps since its last checkpoint."""
-        wait_for("steps", PATIENCE, lambda: len(self.lines()) >= extra, self.told)
+        wait_for("steps", PATIENCE, lambda: len(self.lines()) >= extra, self.state)
         ranks = self.cluster.tasks(self.job)
-        assert len(ranks) == 4, self.told()
+        assert len(ranks) == 4, self.state()
         starts, node, begin = self.starts(), 0, time.time()
         ended = (self.run / "requeues.log").read_text().count("\n") if (self.run / "requeues.log").exists() else 0
         if fault == "USR1":
@@ -143,21 +143,21 @@ class Bench:
             node = int(self.cluster.hosts(self.job, "NodeList")[1][1:])
             self.cluster.kill_node(node)
         before = max(r["step"] for r in read_jsonl(self.run / "metrics.jsonl"))
-        gone = begin + wait_for("the end", PATIENCE, lambda: not self.cluster.tasks(self.job), self.told)
+        gone = begin + wait_for("the end", PATIENCE, lambda: not self.cluster.tasks(self.job), self.state)
         before = max(before, *(r["step"] for r in read_jsonl(self.run / "metrics.jsonl")))
-        wait_for("a new start", PATIENCE, lambda: self.starts() > starts, self.told)
+        wait_for("a new start", PATIENCE, lambda: self.starts() > starts, self.state)
         again = time.time()
         saved = checkpoint_dir.step_in(checkpoint_dir.latest(self.run / "checkpoints"))
         if (path := self.run / "requeues.log").exists() and path.read_text().count("\n") > ended:
             when = datetime.strptime(path.read_text().splitlines()[-1][:19], "%Y-%m-%d %H:%M:%S").timestamp()
             gone = max(gone, when)
-        wait_for("a new step", PATIENCE, self.lines, self.told)
+        wait_for("a new step", PATIENCE, self.lines, self.state)
         if node:
             self.cluster.start_node(node)
         now = time.time()
         ranks = self.cluster.tasks(self.job)
         used = cpu_of([r.pid for r in ranks])
-        for rank in ranks:  # or they would go on training beside it
+        for rank in ranks:  # so that they do not train at the same time
             os.kill(rank.pid, signal.SIGSTOP)
         imports, used_for_imports = import_seconds()
         for rank in ranks:
@@ -168,12 +168,12 @@ class Bench:
 
 
 def not_a_number(cluster: Cluster, world: World, folder: Path) -> None:
-    """A skipped step, and a roll-back: seconds to the next step done."""
+    """A skipped step, and a rollback: seconds to the next finished step."""
     run, (alone, first), window = folder / "nan", (6, 18), 8
     every = {alone: -1, **dict.fromkeys(range(first, first + 3), -1)}
     config = write_config(world, folder / "nan.yaml", run, first + 8, 5)
     wrapper = folder / "inject.sh"
-    inject = f"{sys.executable} {ROOT}/tests/integration/inject.py '{json.dumps({'nan': every})}'"
+    inject = f"{sys.executable} {ROOT}/tests/integration/helpers/inject.py '{json.dumps({'nan': every})}'"
     wrapper.write_text(f'#!/bin/sh\nshift  # "megastar"\nexec {inject} "$@"\n')
     wrapper.chmod(0o755)
     (folder / "injected").mkdir()
@@ -205,7 +205,7 @@ def not_a_number(cluster: Cluster, world: World, folder: Path) -> None:
     to = int(back["to"].rpartition("-")[2])
     seconds = when(lambda step, _, backs: backs == 1 and to < step < first) - when(lambda _, skips, __: skips == 4)
     print(f"a NaN, skipped: {skip:.2f} s to the next step, 0 steps lost; a step takes {statistics.median(plain):.2f} s")
-    print(f"three NaN, roll-back: {seconds:.2f} s to the first new step, {first - to} steps lost")
+    print(f"three NaN, rollback: {seconds:.2f} s to the first new step, {first - to} steps lost")
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
-"""FID and its kin against torch-fidelity and pytorch-fid: the same numbers, and how long they take.
+"""FID and related scores against torch-fidelity and pytorch-fid: equal values, and the time they take.
 
 FID_PEERS=FOLDER python -m benchmarks.fid [--dim 512] [--repeats 3]
 
 Goals: the arithmetic on the same features within 1e-6 (relative), the whole Inception path with the same random weights
 within 1e-4. torch-fidelity is compared from uint8 pictures to scores. pytorch-fid resizes with half-pixel centres and
-scales by 127.5, which TensorFlow's graph does not, so its network is compared on our scaled input; how far its own input
-leads away is printed too. Neither package imports beside a CPU torch: both are by-passed into the modules that matter,
-torchvision's part in pytorch-fid (plain layers) is played by torch-fidelity's copies of those layers.
+scales by 127.5, unlike TensorFlow's graph, so its network is compared on megastar's scaled input; the difference caused by
+its own input is also printed. Neither package can be imported with a CPU-only torch: their ``__init__`` is bypassed, and
+torch-fidelity's copies of the layers replace torchvision's in pytorch-fid.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def bypass(name: str) -> None:
 
 
 def stand_in(fidelity: types.ModuleType, weights: Path) -> None:
-    """What pytorch-fid needs of torchvision, where that is missing."""
+    """The part of torchvision that pytorch-fid requires, if torchvision is missing."""
     if importlib.util.find_spec("torchvision"):
         return
     vision, models, blocks, transforms = (
@@ -80,7 +80,7 @@ class Table:
 
 
 def features(dim: int, n: int, seed: int) -> np.ndarray:
-    """Like Inception's: not negative, correlated, with a falling spectrum. ``seed`` moves the mean a little."""
+    """Similar to Inception's: not negative, correlated, with a decreasing spectrum. ``seed`` shifts the mean slightly."""
     mix = np.random.default_rng(0).normal(size=(dim, dim)) / np.sqrt(dim) * np.arange(1, dim + 1)[:, None] ** -0.3
     x = np.random.default_rng(seed).normal(size=(n, dim)) @ mix
     return np.maximum(x + 0.3 + 0.02 * seed, 0).astype(np.float32)
@@ -118,7 +118,7 @@ def main() -> None:
     score = importlib.import_module("pytorch_fid.fid_score")
     out = Table()
 
-    print(f"arithmetic on {a.dim} features of {4 * a.dim} and {5 * a.dim} pictures: relative difference")
+    print(f"arithmetic on {a.dim} features of {4 * a.dim} and {5 * a.dim} images: relative difference")
     x, y = features(a.dim, 4 * a.dim, 1), features(a.dim, 5 * a.dim, 2)
     ours = frechet_distance(gaussian(x), gaussian(y))
     moments = [fid.fid_features_to_statistics(torch.from_numpy(v).double()) for v in (x, y)]
@@ -165,7 +165,7 @@ def main() -> None:
         for _ in range(a.repeats + 1):  # interleaved; the first of each warms up
             rows["megastar"] += seconds(lambda: run(pixels), 1)
             rows["torch-fidelity"] += seconds(lambda: peer(nchw), 1)
-    report("8 pictures of 256 px to features", {k: t[1:] for k, t in rows.items()}, "torch-fidelity")
+    report("8 images of 256 px to features", {k: t[1:] for k, t in rows.items()}, "torch-fidelity")
     m = [gaussian(w) for w in (x, y)]
     rows = {"megastar": [], "torch-fidelity": [], "pytorch-fid": []}
     for _ in range(a.repeats):

@@ -1,12 +1,12 @@
-"""How soon the first batch from S3 is there, and how much memory a rank takes. Real server (SeaweedFS) on loopback.
+"""Time to the first batch from S3, and memory of a rank. Real server (SeaweedFS) on loopback.
 
     python benchmarks/first_batch.py                              20 shards of 16 MB
     python benchmarks/first_batch.py --megabytes 100 --repeats 5
 
-Cold: from an empty cache, with the making of the client and the loader, to the first batch; against plain boto3, which
-downloads one shard of the same set in reads of 1 MiB and drops it. Memory: what a process of its own that draws batches
-has at most over what it had after its imports. RssAnon is its own; Rss counts the pages of mapped shards too, which the
-kernel takes back at will; Pss shares those among the processes that map them.
+Cold: from an empty cache, including the creation of client and loader, to the first batch; against plain boto3, which
+downloads one shard of the same set in reads of 1 MiB and discards it. Memory: the peak of a separate process that draws
+batches, minus its memory after its imports. RssAnon is private; Rss includes the pages of mapped shards, which the kernel
+can reclaim; Pss divides those among the processes that map them.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def measure(a: argparse.Namespace, root: Path, endpoint: str) -> None:
             pass
 
     def first() -> float:
-        """Seconds to the first batch; its clean-up is not in it."""
+        """Seconds to the first batch, without the clean-up."""
         shutil.rmtree(cache, ignore_errors=True)
         start = time.perf_counter()
         source = loader_of("s3://codes/set", cache, a.batch, a.window)
@@ -130,7 +130,7 @@ def measure(a: argparse.Namespace, root: Path, endpoint: str) -> None:
     for what, times in rows.items():
         print(f"  {what:<24} {statistics.median(times):7.3f} s  ({min(times):.3f} to {max(times):.3f})")
     over = statistics.median(b - o for o, b in zip(*rows.values(), strict=True))
-    print(f"  first batch - one shard  {over:7.3f} s  (goal: at most 1 s; the loader's making is in it)")
+    print(f"  first batch - one shard  {over:7.3f} s  (goal: at most 1 s; includes the creation of the loader)")
 
     steps = max(1, manifest.samples // a.batch)  # an epoch
     print(f"memory of a rank over its imports, {steps} batches (goal: at most 200 MB)")

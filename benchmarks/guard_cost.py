@@ -1,13 +1,13 @@
-"""Cost of what watches a step of 200 ms, as the nano model takes: agreement of all ranks, spike test, watchdog, metrics.
+"""Cost of the supervision of a 200 ms step (nano model): agreement of all ranks, spike test, watchdog, metrics.
 
     python benchmarks/guard_cost.py [--ranks 2] [--checksum]
     python benchmarks/guard_cost.py --ranks 1 --row [--size nano --batch 16]
 
-The peer is the least that any training does: one reduction of the loss, read on the host each step. The three are timed
-in turn in one process group. The watchdog's cost is the processor time of all its threads while the rank itself sleeps,
-less that of a rank without one; its stamps are timed alone. ``--checksum``: also one comparison of all replicas of the
-nano model at ZeRO stage 1. ``--row``: only the cost of a row of metrics (spread, teacher distance, memory), in steps that
-alternate with steps without one; of ``train.log_every`` steps one has a row.
+The peer is the minimum of any training: one reduction of the loss, read on the host each step. The three rows take turns
+in one process group. The watchdog's cost is the processor time of its threads while the rank sleeps, minus that of a rank
+without a watchdog; its time stamps are timed separately. ``--checksum``: also one comparison of all replicas of the nano
+model at ZeRO stage 1. ``--row``: only the cost of a row of metrics (spread, teacher distance, memory), in steps that
+alternate with steps without one; one of ``train.log_every`` steps has a row.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def busy(seconds: float) -> float:
-    """Processor time that this process takes a second while its main thread sleeps."""
+    """Processor time per second of this process while its main thread sleeps."""
     began = time.process_time()
     time.sleep(seconds)
     return (time.process_time() - began) / seconds

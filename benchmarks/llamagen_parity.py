@@ -1,4 +1,4 @@
-"""Equal weights, equal results: LlamaGen's own code against megastar's, through the files that `megastar convert` reads.
+"""Equal weights, equal results: LlamaGen's code against megastar's, with weights converted by `megastar convert`.
 
 LLAMAGEN_DIR=/path/to/LlamaGen python -m benchmarks.llamagen_parity [--picture 64]
 
@@ -30,7 +30,7 @@ CFG = ModelConfig(
 )
 
 
-def tell(what: str, value: float, limit: float) -> None:
+def check(what: str, value: float, limit: float) -> None:
     print(f"  {what:<60} {value:.3g}  (limit {limit:.0e})", flush=True)
     assert value <= limit, what
 
@@ -56,21 +56,21 @@ def network(folder: Path) -> None:
         theirs.cls_embedding.dropout_prob = 0.0
         wanted = theirs(tokens, labels, targets=None)[0]
         theirs.eval()
-        tell("logits of whole sequences", (ours(labels, tokens).logits - wanted).abs().max().item(), 1e-4)
+        check("logits of whole sequences", (ours(labels, tokens).logits - wanted).abs().max().item(), 1e-4)
     for scale, interval in ((1.0, -1), (2.0, -1), (3.0, 20)):
-        known: dict[str, Any] = {"cfg_scale": scale, "cfg_interval": interval}
+        guidance: dict[str, Any] = {"cfg_scale": scale, "cfg_interval": interval}
         their = generate(
-            theirs, labels, CFG.image_tokens, temperature=1.0, top_k=0, top_p=1.0, sample_logits=False, **known
+            theirs, labels, CFG.image_tokens, temperature=1.0, top_k=0, top_p=1.0, sample_logits=False, **guidance
         )
-        mine = sample_tokens(ours, labels, seeds=[0] * 4, top_k=1, **known)
+        mine = sample_tokens(ours, labels, seeds=[0] * 4, top_k=1, **guidance)
         different = (mine != their.long()).sum().item()
-        tell(f"greedy tokens that differ, guidance {scale}, interval {interval}", different, 0)
+        check(f"greedy tokens that differ, guidance {scale}, interval {interval}", different, 0)
     convert_file(open_weights(folder / "w.safetensors"), "llamagen", folder / "back.pt")
     back = torch.load(folder / "back.pt", weights_only=True)["model"]
     first = torch.load(folder / "w.pt", weights_only=True)["model"]
-    tell("weights after the way there and back", max((back[k] - v).abs().max().item() for k, v in first.items()), 0)
+    check("weights after the way there and back", max((back[k] - v).abs().max().item() for k, v in first.items()), 0)
     networks(CFG, torch.float32, "cpu")[0].load_state_dict(back, strict=True)
-    print("  LlamaGen loads what was converted back, every name")
+    print("  LlamaGen loads the weights converted back, every name")
 
 
 def tokenizer(folder: Path, name: str, side: int) -> None:
@@ -86,18 +86,18 @@ def tokenizer(folder: Path, name: str, side: int) -> None:
     with torch.no_grad():
         _, _, (_, _, codes) = theirs.encode(images)
         mine = ours.encode(images)
-        tell(f"{name}: codes that differ, of {mine.numel()}", (mine.flatten() != codes).sum().item(), 0)
+        check(f"{name}: codes that differ, of {mine.numel()}", (mine.flatten() != codes).sum().item(), 0)
         size = ours.config.grid
         wanted = theirs.decode_code(codes, (2, ours.config.codebook_embed_dim, size, size)).clamp(-1, 1)
-        tell(f"{name}: pixels, of a range of 2", (ours.decode_codes(mine) - wanted).abs().max().item(), 1e-4)
+        check(f"{name}: pixels, of a range of 2", (ours.decode_codes(mine) - wanted).abs().max().item(), 1e-4)
     convert_file(open_weights(folder / "vq.safetensors"), "llamagen", folder / "vq-back.pt", force=True)
     theirs.load_state_dict(torch.load(folder / "vq-back.pt", weights_only=True)["model"], strict=True)
-    print(f"  {name}: LlamaGen loads what was converted back, every name")
+    print(f"  {name}: LlamaGen loads the weights converted back, every name")
 
 
 def main() -> None:
     p = argparse.ArgumentParser()
-    p.add_argument("--picture", type=int, default=64, help="side of the tokenizers' pictures")
+    p.add_argument("--picture", type=int, default=64, help="side of the tokenizers' images")
     a = p.parse_args()
     llamagen()
     warnings.filterwarnings("ignore", category=FutureWarning)

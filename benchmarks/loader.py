@@ -1,14 +1,14 @@
-"""Samples a second that one process gets from shards on this machine, against webdataset and LlamaGen's loader.
+"""Samples per second of one process reading shards on this machine, against webdataset and LlamaGen's loader.
 
     LLAMAGEN_DIR=~/LlamaGen python benchmarks/loader.py
     python benchmarks/loader.py --samples 5000 --only plain,packed,webdataset
 
-Codes are made up and written to a temporary folder; the page cache is warm. Ours: batches of `TokenLoader`, two of the
-ten stored views, int64 tensors, iterated as the training loop does. webdataset: its fastest documented pipeline for
+Codes are random and written to a temporary folder; the page cache is warm. megastar: batches of `TokenLoader`, two of the
+ten stored views, int64 tensors, iterated as in the training loop. webdataset: its fastest documented pipeline for
 arrays, `WebDataset(select_files=...).shuffle().to_tuple().map_tuple(np.frombuffer ...).batched()`, no autodecoding, two
 views; `WebLoader` adds nothing in one process. On the packed shards it decodes a block at a time and `unbatched`s it.
-LlamaGen: its `CustomDataset` (dataset/imagenet.py, one file a picture and one a label, one view) behind the DataLoader
-of its train_c2i.py, in this process and with workers. Repeats of all are interleaved; medians.
+LlamaGen: its `CustomDataset` (dataset/imagenet.py, one file per image and one per label, one view) with the DataLoader
+of its train_c2i.py, in this process and with workers. Repetitions are interleaved; medians.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def write_ours(folder: Path, layout: str, a: argparse.Namespace) -> None:
                 codes = rng.integers(0, VOCAB, (a.views, a.tokens), dtype=np.uint16)
                 writer.add(f"{i:09d}", codes, i % 1000, f"n{i % 1000}/{i}.JPEG")
         shards.append(writer.info())
-    about = {"samples": a.samples, "classes": [str(i) for i in range(1000)], "grid": int(a.tokens**0.5)}
-    about |= {"tokens": a.tokens, "views": a.views, "codebook_size": VOCAB, "crops": "ten:1.1", "image_size": 256}
-    manifest = Manifest(**about, tokenizer_sha256="", shards=shards, layout=layout)
+    fields = {"samples": a.samples, "classes": [str(i) for i in range(1000)], "grid": int(a.tokens**0.5)}
+    fields |= {"tokens": a.tokens, "views": a.views, "codebook_size": VOCAB, "crops": "ten:1.1", "image_size": 256}
+    manifest = Manifest(**fields, tokenizer_sha256="", shards=shards, layout=layout)
     write_atomic(folder / "manifest.json", manifest.to_json().encode())
 
 
@@ -152,7 +152,7 @@ def main() -> None:
     wanted = [w for w in a.only.split(",") if w] or ["plain", "packed", "webdataset", "llamagen"]
     if "llamagen" in wanted and "LLAMAGEN_DIR" not in os.environ:
         print(
-            "LLAMAGEN_DIR is not set: clone github.com/FoundationVision/LlamaGen and name its folder to compare with it"
+            "LLAMAGEN_DIR is not set: to compare with LlamaGen, clone github.com/FoundationVision/LlamaGen and set it to the folder"
         )
         wanted.remove("llamagen")
 

@@ -1,11 +1,11 @@
-"""Peak memory and time of the output layer and its loss: ours against plain fp32 cross-entropy and torch's fused one.
+"""Peak memory and time of the output layer and its loss, against plain fp32 cross-entropy and torch's fused one.
 
     python benchmarks/loss_head.py --rows 4096
     python benchmarks/loss_head.py --rows 4096 --dtype bf16 --torch
 
-Each runs forward and backward in a process of its own. Peak: on a CPU the high-water mark of the process's resident memory
-less what it held before (weight and features), on a GPU torch's allocator. Time: the median of a few passes after that one, CPU
-seconds of the one thread on a CPU.
+Each runs forward and backward in its own process. Peak: on a CPU the maximum resident memory of the process minus that
+before (weight and features), on a GPU by torch's allocator. Time: the median of the following passes, on a CPU in CPU
+seconds of the one thread.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What a step costs under each split, against plain DistributedDataParallel, all on the same ranks in the same run.
+"""Time of a step under each split, against plain DistributedDataParallel, on the same ranks in the same run.
 
     python benchmarks/parallel_step.py --ranks 4 --size b
 
 The peer is torch's DDP around the same network with torch's AdamW and a replicated teacher averaged with
-``torch._foreach_lerp_``, no DeepSpeed. On a CPU over gloo the ratios say what the splits cost here, no more: a GPU
-hides communication behind arithmetic.
+``torch._foreach_lerp_``, no DeepSpeed. On a CPU over gloo the ratios only show the cost of the splits on this machine: a
+GPU overlaps communication with computation.
 """
 
 from __future__ import annotations

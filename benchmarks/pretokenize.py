@@ -1,12 +1,12 @@
-"""Pictures a second of `megastar pretokenize` against LlamaGen's extraction loop, with equal random VQ-16 weights.
+"""Images per second of `megastar pretokenize` against LlamaGen's extraction loop, with equal random VQ-16 weights.
 
 LLAMAGEN_DIR=<a checkout of github.com/FoundationVision/LlamaGen> python -m benchmarks.pretokenize [PICTURES] [ROUNDS]
 
 The peer is the loop of autoregressive/train/extract_codes_c2i.py on this device: a DataLoader of batch size 1 that
-crops ten-fold, its own VQModel, one .npy a picture and its label. torchvision is left out (it cannot be installed beside
-every torch): its CenterCrop, TenCrop, ToTensor and Normalize are written out in PIL and torch as its source has them.
-Both read the same JPEGs of 400 x 350 and use all cores; they take turns. The codes must be equal: where rounding turned
-a tie, both codes must be equally near in float64.
+crops ten-fold, its own VQModel, one .npy per image and its label. torchvision is not used (it cannot be installed with
+every torch): its CenterCrop, TenCrop, ToTensor and Normalize are reimplemented in PIL and torch. Both read the same JPEGs
+of 400 x 350 and use all cores; they take turns. The codes must be equal, or equally near in float64 where rounding decided
+a tie.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megastar.config.schema import TokenizerConfig
 from megastar.data.images.crops import parse_crops
-from megastar.data.images.dataset import PictureSet
+from megastar.data.images.dataset import ImageSet
 from megastar.data.pretokenize.encoding import Pipeline, ViewEncoder
 from megastar.data.pretokenize.runner import pretokenize
 from megastar.data.shards.reader import ShardSet
@@ -82,7 +82,7 @@ def llamagen(peer, paths: list[Path], out: Path) -> None:
 
 @torch.no_grad()
 def compare(model: VQModel, paths: list[Path], ours: np.ndarray, theirs: np.ndarray) -> int:
-    """Assert equal codes (n, 10, T), ties aside; returns how many ties fell apart."""
+    """Assert equal codes (n, 10, T) except for ties; returns the number of ties."""
     differ = np.argwhere(ours != theirs)
     if len(differ):
         exact = VQModel(model.config).double().eval()
@@ -93,7 +93,7 @@ def compare(model: VQModel, paths: list[Path], ours: np.ndarray, theirs: np.ndar
         image = torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None].double().div(255).sub(0.5).div(0.5)
         z = torch.nn.functional.normalize(exact.latents(image)[0].flatten(1).T[t], dim=-1)
         near = [(z - book[int(c[n, view, t])]).square().sum() for c in (ours, theirs)]
-        assert abs(near[0] - near[1]) < TIE, f"picture {n}, view {view}, token {t}: {near}"
+        assert abs(near[0] - near[1]) < TIE, f"image {n}, view {view}, token {t}: {near}"
     return len(differ)
 
 
@@ -111,7 +111,7 @@ def main(count: int = 4, rounds: int = 2) -> None:
         peer = peer_model(model)
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(cores)
-        pictures, (make, views) = PictureSet(folder / "pictures"), parse_crops("ten:1.1")
+        pictures, (make, views) = ImageSet(folder / "pictures"), parse_crops("ten:1.1")
         seconds: dict[str, list[float]] = {"megastar": [], "LlamaGen": []}
         waited = []
         for _ in range(rounds):
@@ -133,9 +133,7 @@ def main(count: int = 4, rounds: int = 2) -> None:
         ties = compare(model, paths, ours, theirs)
         median = {k: statistics.median(v) for k, v in seconds.items()}
         for k, v in median.items():
-            print(
-                f"{k:<10} {count / v:7.3f} pictures/s  ({min(seconds[k]):.1f} to {max(seconds[k]):.1f} s for {count})"
-            )
+            print(f"{k:<10} {count / v:7.3f} images/s  ({min(seconds[k]):.1f} to {max(seconds[k]):.1f} s for {count})")
         print(f"megastar / LlamaGen = {median['LlamaGen'] / median['megastar']:.2f}   (goal 1.5)")
         print(f"the encoder waited {100 * statistics.median(waited):.2f} % of the time   (goal 5 %)")
         print(f"codes: {ours.size - ties} of {ours.size} equal, {ties} ties, {len(np.unique(ours))} different codes")

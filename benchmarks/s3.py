@@ -3,11 +3,10 @@
     python benchmarks/s3.py                               6 shards of 32 MB, under a minute
     python benchmarks/s3.py --shards 16 --megabytes 100
 
-The first table is the download: what ``S3Store`` brings, with length and SHA-256 checked and the shard in the cache of
-the node, against ``get_object`` in reads of 1 MiB that drop what they read, and ``download_file``, which keeps it,
-unchecked. The second one is batches of codes: our ``TokenLoader`` from an empty cache, mixing --window shards and drawing
-2 of 10 views, against webdataset, which has ``pipe:curl`` for this, reads in order and draws nothing. All rows take turns
-in one process.
+The first table is the download: ``S3Store``, with length and SHA-256 checked and the shard in the node's cache, against
+``get_object`` in reads of 1 MiB that discard the data, and ``download_file``, which keeps it, unchecked. The second one is
+batches of codes: ``TokenLoader`` with an empty cache, mixing --window shards and drawing 2 of 10 views, against webdataset
+with ``pipe:curl``, which reads in order without sampling. All rows take turns in one process.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ VIEWS, T, V = 10, 256, 16384
 
 
 def write_shards(folder: Path, shards: int, megabytes: float) -> None:
-    """A set like one that ``megastar pretokenize`` makes of pictures of 256 pixels."""
+    """A set as written by ``megastar pretokenize`` for images of 256 pixels."""
     import numpy as np
 
     from megastar.data.shards.manifest import Manifest
@@ -48,7 +47,7 @@ def write_shards(folder: Path, shards: int, megabytes: float) -> None:
 
 
 def serve(root: Path):
-    """A server with its own folder below ``root``; end it with ``kill``. This process' AWS settings point at it."""
+    """A server with its own folder below ``root``; stop it with ``kill``. This process's AWS settings point to it."""
     from tests.integration.helpers.s3 import KEYS, Server
 
     (root / "server").mkdir(parents=True)
@@ -65,8 +64,8 @@ def serve(root: Path):
 
 
 def upload(client, folder: Path, bucket: str, prefix: str) -> None:
-    """In one piece and with a type: of the parts of a multipart upload the server makes gzips, and unpacks them for
-    every GET, which S3 does not."""
+    """In one part and with a content type: the server compresses the parts of a multipart upload and decompresses them for
+    every GET, unlike S3."""
     for path in sorted(folder.iterdir()):
         kind = "application/x-tar" if path.suffix == ".tar" else "application/json"
         client.put_object(Bucket=bucket, Key=f"{prefix}/{path.name}", Body=path.read_bytes(), ContentType=kind)

@@ -1,11 +1,11 @@
-"""Images a second of the sampler against LlamaGen's own ``generate``, with guidance, at several batch sizes.
+"""Images per second of the sampler against LlamaGen's ``generate``, with guidance, at several batch sizes.
 
 LLAMAGEN_DIR=/path/to/LlamaGen python -m benchmarks.sampling [--batches 1,16,64] [--dtype fp32] [--tokens 256]
     [--layers 6 --heads 6 --dim 384] [--repeats 3] [--profile]
 
-Both draw the same number of tokens with equal random weights, dtype and threads, one after the other in one process, so
-that a busy machine slows both; each figure is the median over the repeats. CPU seconds (``--clock cpu``, the default on
-a CPU) do not count what other processes take. The defaults are a network between nano and B, quick enough for a laptop.
+Both sample the same number of tokens with equal random weights, dtype and threads, in turn in one process, so that other
+load affects both; values are medians over the repetitions. CPU seconds (``--clock cpu``, the default on a CPU) exclude
+other processes. The default is a network between nano and B, fast enough for a laptop.
 On a GPU (``--device cuda``) LlamaGen also runs under torch.compile(mode="reduce-overhead"), as its own sampler does.
 """
 
@@ -40,7 +40,7 @@ def llamagen() -> Path:
             "then LLAMAGEN_DIR=LlamaGen python -m benchmarks.sampling"
         )
     sys.path.insert(0, folder)
-    # Its package of helpers would pull in timm; only this one class is used, and only while training.
+    # Its utils package would import timm; only this class is used, and only in training.
     if "utils.drop_path" not in sys.modules:
         module = types.ModuleType("utils.drop_path")
         module.DropPath = torch.nn.Identity  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ def networks(c: ModelConfig, dtype: torch.dtype, device: str) -> tuple[Any, Tran
     torch.manual_seed(0)
     sizes = {k: getattr(c, k) for k in ("dim", "n_layer", "n_head", "multiple_of", "vocab_size", "num_classes")}
     theirs = Theirs(ModelArgs(**sizes, block_size=c.image_tokens)).eval()
-    torch.nn.init.normal_(theirs.output.weight, std=0.05)  # it starts at zero
+    torch.nn.init.normal_(theirs.output.weight, std=0.05)  # initialized with zeros
     ours = Transformer(c).eval()
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if k in ours.state_dict()})
     return theirs.to(device, dtype), ours.to(device, dtype)
@@ -94,7 +94,7 @@ def main() -> None:
     from autoregressive.models.generate import generate
 
     options = SamplingOptions(cfg_scale=a.cfg_scale)
-    known = {"cfg_scale": a.cfg_scale, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    arguments = {"cfg_scale": a.cfg_scale, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     print(
         f"{a.layers} blocks x {a.dim}, S = {a.tokens}, V = {a.vocab}, guidance {a.cfg_scale}, {a.dtype}, {a.device}, "
     )
@@ -103,13 +103,13 @@ def main() -> None:
         labels = torch.arange(batch) % c.num_classes
         sampler = Sampler(ours, options, batch)
         rows: dict[str, Callable[[], Any]] = {
-            "LlamaGen generate": lambda labels=labels: generate(theirs, labels.to(a.device), a.tokens, **known),
+            "LlamaGen generate": lambda labels=labels: generate(theirs, labels.to(a.device), a.tokens, **arguments),
             "megastar": lambda labels=labels, s=sampler: s.draw(labels, sample_seeds(0, len(labels))),
         }
         if a.device != "cpu":
             compiled = torch.compile(theirs, mode="reduce-overhead", fullgraph=True)
             rows["LlamaGen compiled"] = lambda labels=labels, m=compiled: generate(
-                m, labels.to(a.device), a.tokens, **known
+                m, labels.to(a.device), a.tokens, **arguments
             )
         if batch == int(a.batches.split(",")[0]) or a.device != "cpu":
             for work in rows.values():  # warm up: kernels, graphs

@@ -4,10 +4,10 @@
     LLAMAGEN_DIR=checkout python benchmarks/step.py --size b --batch 2 --dtype bf16 --level engine
     python benchmarks/step.py --size nano --batch 16 --star          ST-AR against AR, per sequence
 
-AR: forward, loss, backward, gradient clipping, AdamW on both sides. The peer runs as its train_c2i.py does: fp32 weights,
-autocast for bf16, torch's fused AdamW. Ours has bf16 weights and fp32 masters. ``--level model`` leaves DeepSpeed and the
-average of the weights out; ``--level engine`` is the step of `megastar train` on one rank, average included. Both losses
-are compared without dropout first, then timed with the size's own dropout (or ``--dropout``).
+AR: forward, loss, backward, gradient clipping, AdamW on both sides. The peer runs as in its train_c2i.py: fp32 weights,
+autocast for bf16, torch's fused AdamW. megastar has bf16 weights and fp32 masters. ``--level model`` excludes DeepSpeed
+and the average of the weights; ``--level engine`` is the step of `megastar train` on one rank, including the average. Both
+losses are compared without dropout first, then timed with the size's own dropout (or ``--dropout``).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ CONSTANT = ("optim.scale_lr=false", "optim.warmup_steps=0", "optim.schedule=cons
 
 
 def llamagen(cfg: RunConfig) -> nn.Module:
-    """Its network with our configuration; class dropout is off, since our labels come with theirs already dropped."""
+    """LlamaGen's network with our configuration; class dropout is off, since the labels are already dropped."""
     root = os.environ.get("LLAMAGEN_DIR", "")
     if not (Path(root) / "autoregressive/models/gpt.py").is_file():
         sys.exit(
-            f"LLAMAGEN_DIR={root!r} holds no autoregressive/models/gpt.py: "
+            f"LLAMAGEN_DIR={root!r} has no autoregressive/models/gpt.py: "
             "git clone https://github.com/FoundationVision/LlamaGen and set LLAMAGEN_DIR to the checkout"
         )
     sys.path.insert(0, root)
@@ -185,7 +185,7 @@ def main() -> None:
 
 
 def compare(cfg: RunConfig, peer: nn.Module, student: nn.Module, batch: dict, device: torch.device) -> None:
-    """Equal loss and gradients in fp32 without dropout, or the benchmark compares two things."""
+    """Assert equal loss and gradients in fp32 without dropout, so that both sides compute the same."""
     probabilities = {m: m.p for net in (peer, student) for m in net.modules() if isinstance(m, nn.Dropout)}
     for m in probabilities:
         m.p = 0.0
@@ -230,7 +230,7 @@ def star(a: argparse.Namespace, common: list[str]) -> None:
     report(f"a step of {a.size}, {sequences} sequences, {a.dtype}, {a.threads} thread(s)", rows, "AR")
     ratio = statistics.median(y / x for x, y in zip(*rows.values(), strict=True))
     print(
-        f"ST-AR costs {ratio:.3f} AR steps a sequence; the arithmetic says {arithmetic:.3f}: {ratio / arithmetic:.2f} of it"
+        f"ST-AR costs {ratio:.3f} AR steps a sequence; computed from the arithmetic: {arithmetic:.3f}; ratio {ratio / arithmetic:.2f}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The head and its loss under tensor parallelism: our vocabulary-parallel cross-entropy against gathered logits.
+"""The head and its loss under tensor parallelism: vocabulary-parallel cross-entropy against gathered logits.
 
     python benchmarks/vocab_parallel.py --ranks 2 --size b --rows 1024
 

@@ -22,7 +22,7 @@ from megastar.evaluation.linear_probe import probe_features
 from megastar.model.transformer import Transformer
 from megastar.sampling.options import SamplingOptions
 from megastar.sampling.pipeline import load_networks
-from megastar.sampling.sampler import Sampler, decode_pictures, sample_seeds
+from megastar.sampling.sampler import Sampler, decode_images, sample_seeds
 from megastar.tokenizer.vq import VQModel
 
 
@@ -124,7 +124,7 @@ class Model:
             self._sampler = Sampler(self.transformer, options, batch)
         parts = zip(labels.split(batch), (seeds[i : i + batch] for i in range(0, len(seeds), batch)), strict=True)
         codes = torch.cat([self._sampler.draw(some, theirs) for some, theirs in parts])
-        return decode_pictures(self.tokenizer, codes, batch)
+        return decode_images(self.tokenizer, codes, batch)
 
     def encode(self, images: Any) -> np.ndarray:
         """Images uint8 (N, H, W, 3) -> codes int64 (N, T), row by row of the token grid, as in token shards.
@@ -143,7 +143,7 @@ class Model:
 
     def decode(self, codes: Any) -> np.ndarray:
         """Codes (N, T), integers from 0 to V - 1 -> images uint8 (N, H, W, 3). Raises ``UserError``."""
-        return decode_pictures(self.tokenizer, torch.from_numpy(self._checked_codes(codes)))
+        return decode_images(self.tokenizer, torch.from_numpy(self._checked_codes(codes)))
 
     def features(self, images: Any, *, block: int, batch: int = 64) -> np.ndarray:
         """Output of block ``block`` (from 1 to ``config.n_layer``) at every position: float32 (N, T, D).

@@ -56,7 +56,8 @@ def convert(
             out, to, cfg, provenance, source.weights, lambda name: source.weight(name, weights),
             dtype=dtype, force=force, console=console, verify=source.verify, tokenizer=source.cfg.data.tokenizer,
         )  # fmt: skip
-        what = f"{weights} weights{' in LlamaGen' + chr(39) + 's layout' if to == 'llamagen' else ''}, {dtype}"
+        layout = " in LlamaGen's layout" if to == "llamagen" else ""
+        what = f"{weights} weights{layout}, {dtype}"
     elif to == "universal":
         what, checked = "DeepSpeed's universal checkpoint", to_universal(source, out, force)
     else:

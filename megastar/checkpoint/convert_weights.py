@@ -102,10 +102,10 @@ def open_weights(
 
 
 def read_architecture(path: Path) -> ModelConfig:
-    """The network that a YAML describes, a model's own (configs/model/) or a whole run's."""
+    """The network that a YAML file describes: a model's (configs/model/) or a run's."""
     file = require_file(path, "configuration")
     content = read_yaml(file)
-    plain = {"enabled": False, "contrastive_block": 1}  # training's own fields have no say here
+    plain = {"enabled": False, "contrastive_block": 1}  # training fields do not matter here
     run = {"model": content.get("model", content), "data": {"shards": "none"}, "self_guided": plain}
     return config_from_dict(run, file).model
 

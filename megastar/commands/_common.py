@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,8 +25,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Appends each option's default, unless it is empty or the help text has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        empty = action.default in (None, "", argparse.SUPPRESS) or action.default is False
-        return action.help if empty or "(default" in (action.help or "") else f"{action.help} (default %(default)s)"
+        default = f"{action.default:g}" if isinstance(action.default, float) else action.default
+        empty = default in (None, "", argparse.SUPPRESS) or default is False
+        return action.help if empty or "(default" in (action.help or "") else f"{action.help} (default {default})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         epilog = "examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines())
         super().__init__(
             prog=f"megastar {command}",
-            description=description,
+            description=textwrap.fill(description, terminal_width()),
             epilog=epilog + (f"\n\nfields (name, default, meaning):\n{fields}" if fields else ""),
             formatter_class=lambda prog: _HelpFormatter(prog, width=terminal_width()),
             allow_abbrev=False,

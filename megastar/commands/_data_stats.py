@@ -129,8 +129,8 @@ def draw_sheet(a: argparse.Namespace, data: DataConfig, m: Manifest, labels: np.
     import torch
 
     from megastar.data.shards.reader import ShardSet
-    from megastar.sampling.grid import Block, picture_grid, save_grid
-    from megastar.sampling.sampler import decode_pictures
+    from megastar.sampling.grid import Block, image_grid, save_grid
+    from megastar.sampling.sampler import decode_images
     from megastar.tokenizer.io import load_tokenizer
 
     used = np.unique(labels)
@@ -138,6 +138,6 @@ def draw_sheet(a: argparse.Namespace, data: DataConfig, m: Manifest, labels: np.
     ids = np.concatenate([np.flatnonzero(labels == c)[: a.per_class] for c in shown])
     with closing(ShardSet(a.set, data=data, max_open=1)) as shards:
         codes, _ = shards.gather(ids, np.full((len(ids), 1), m.centre_view))
-    images = decode_pictures(load_tokenizer(a.tokenizer), torch.from_numpy(codes[:, 0].astype(np.int64)))
-    sheet = picture_grid([Block("", images, labels[ids].tolist())], m.classes, columns=a.per_class)
+    images = decode_images(load_tokenizer(a.tokenizer), torch.from_numpy(codes[:, 0].astype(np.int64)))
+    sheet = image_grid([Block("", images, labels[ids].tolist())], m.classes, columns=a.per_class)
     save_grid(sheet, a.sheet, {"shards": a.set, "tokenizer_sha256": m.tokenizer_sha256, "view": m.centre_view})

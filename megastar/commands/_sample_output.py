@@ -123,7 +123,7 @@ def sample_and_score(
     import torch.distributed as dist
 
     from megastar.commands._score_options import options_of
-    from megastar.evaluation.runner import evaluate_drawn
+    from megastar.evaluation.runner import sample_and_evaluate
     from megastar.sampling import distributed
 
     rank, world = place
@@ -137,7 +137,7 @@ def sample_and_score(
         distributed.sample_folder(pipeline, a.folder, rank=rank, world=world, console=main_console)
         if group is not None:
             dist.barrier(group)
-    evaluate_drawn(
+    sample_and_evaluate(
         pipeline,
         a.real,
         rank=rank,

@@ -121,7 +121,7 @@ def packages() -> dict[str, Any]:
         "backends": backends(),
         "flash_attn_generations": [one.generation for one in flash.interfaces()],
         "nvidia_apex": has_nvidia_apex(),
-        "fused": {name: fused.found(name) is not None for name in fused.SOURCES},
+        "fused": {name: fused.library_function(name) is not None for name in fused.SOURCES},
     }
 
 

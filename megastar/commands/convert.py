@@ -45,8 +45,8 @@ def parser() -> Parser:
         help="weights file of megastar or of LlamaGen (.pt), DeepSpeed's universal folder, or a checkpoint for other ranks",
     )
     p.add_argument("--out", type=Path, help="file or folder to write; created only after verification")
-    p.add_argument("--weights", choices=("ema", "student"), help="for weights files (default ema)")
-    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="for weights files (default fp32)")
+    p.add_argument("--weights", choices=("ema", "student"), help="for safetensors and llamagen (default ema)")
+    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="for safetensors and llamagen (default fp32)")
     p.add_argument("--data", type=positive, help="for --to checkpoint: number of data ranks")
     p.add_argument("--tensor", type=positive, help="for --to checkpoint: number of tensor ranks (default 1)")
     p.add_argument("--config", type=Path, help="of a .pt file: YAML with its architecture, if not in LlamaGen's table")

@@ -200,9 +200,9 @@ def index(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
             raise UserError(f"--classes {a.classes} does not exist: name a file with one class name per line")
         text = Path(a.classes).read_text(encoding="utf-8")
         classes = [line.strip() for line in text.removesuffix("\n").split("\n")]
-    from megastar.data.shards.import_webdataset import index_foreign
+    from megastar.data.shards.import_webdataset import index_webdataset
 
-    manifest = index_foreign(
+    manifest = index_webdataset(
         a.set, tokenizer=a.tokenizer, codebook_size=a.codebook_size, classes=classes, layout=a.layout, crops=a.crops,
         data=data, console=console,
     )  # fmt: skip

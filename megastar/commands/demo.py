@@ -117,7 +117,7 @@ class Demo:
 
         from megastar.checkpoint.find_weights import class_names, find_weights, labels_of
         from megastar.model.io import read_model_metadata
-        from megastar.sampling.grid import Block, picture_grid, save_grid
+        from megastar.sampling.grid import Block, image_grid, save_grid
         from megastar.sampling.npz import record_of, save_npz, write_record
         from megastar.sampling.pipeline import sample_images
 
@@ -147,7 +147,7 @@ class Demo:
                 blocks.append(Block(caption, archive["arr_0"], archive["arr_1"].tolist()))
             names = class_names(model.num_classes, provenance)
             made.append((name, file, provenance))
-        save_grid(picture_grid(blocks, names), self.grid, {n: provenance for n, _, provenance in made})
+        save_grid(image_grid(blocks, names), self.grid, {n: provenance for n, _, provenance in made})
         return made
 
     def evaluate(self, made: list[tuple[str, Path, dict[str, Any]]]) -> dict[str, Any]:

@@ -165,11 +165,11 @@ def main(words: list[str]) -> int:
         return 0
     import numpy as np
 
-    from megastar.sampling.grid import Block, picture_grid, save_grid
+    from megastar.sampling.grid import Block, image_grid, save_grid
 
     block = Block("", np.stack(list(shown.values())), [labels[i] for i in shown])
     out = a.out or Path("samples.png")
-    save_grid(picture_grid([block], names, columns=columns), out, settings | options | origin)
+    save_grid(image_grid([block], names, columns=columns), out, settings | options | origin)
     written = " and ".join(str(p) for p in (out, a.npz, a.folder) if p)
     console.print(f"{len(labels)} images of {len(set(labels))} classes: {written}", markup=False, highlight=False)
     return 0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from rich.console import Console
 
-    from megastar.data.images.dataset import PictureSet
+    from megastar.data.images.dataset import ImageSet
 
 logger = logging.getLogger(__name__)
 EXAMPLES = """
@@ -64,7 +64,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     """Train to ``cfg.steps``, resuming, and write ``out/tokenizer.safetensors``; returns its path and scores by subset."""
     import torch
 
-    from megastar.data.images.dataset import PictureSet
+    from megastar.data.images.dataset import ImageSet
     from megastar.evaluation.image_sources import load_images
     from megastar.tokenizer.io import read_tokenizer_metadata, save_tokenizer
     from megastar.tokenizer.train import TokenizerTrainer
@@ -73,16 +73,16 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device, out = pick_device(), Path(cfg.out)
-    pictures = PictureSet(cfg.pictures, cfg.subset or None)
+    pictures = ImageSet(cfg.pictures, cfg.subset or None)
     if len(pictures) < cfg.batch:
         raise UserError(f"{cfg.pictures} holds {len(pictures)} images, fewer than batch {cfg.batch}: lower batch")
     subsets = [s for s in (cfg.val_subset, cfg.test_subset) if s]
     size = cfg.tokenizer.image_size
-    held_out = {s: torch.from_numpy(load_images(cfg.pictures, subset=s, size=size, console=console)) for s in subsets}
+    held_out = {s: torch.from_numpy(load_images(cfg.pictures, subset=s, size=size)) for s in subsets}
     out.mkdir(parents=True, exist_ok=True)
-    trainer = TokenizerTrainer(cfg, device, pick_dtype(cfg.dtype, device))
     with Batches(pictures, cfg) as batches:
-        trainer.fit(batches, held_out.get(cfg.val_subset), out, console)
+        trainer = TokenizerTrainer(cfg, device, pick_dtype(cfg.dtype, device), batches)
+        trainer.fit(held_out.get(cfg.val_subset), out, console)
     if batches.broken:
         names = ", ".join(sorted(batches.broken)[:3])
         logger.warning("%d unreadable images were replaced by the next one: %s", len(batches.broken), names)
@@ -104,7 +104,7 @@ class Batches:
     An unreadable image is replaced by the next one and recorded in ``broken``.
     """
 
-    def __init__(self, pictures: PictureSet, cfg: TokenizerTrainConfig):
+    def __init__(self, pictures: ImageSet, cfg: TokenizerTrainConfig):
         self.pictures, self.cfg = pictures, cfg
         self.broken: set[str] = set()
         self.ahead: dict[int, Future[torch.Tensor]] = {}
@@ -137,12 +137,12 @@ class Batches:
         return torch.from_numpy(np.stack([random_crop(i, c.tokenizer.image_size, rng, c.max_scale) for i in images]))
 
     def read(self, i: int) -> Image.Image:
-        from megastar.data.images.dataset import PictureError
+        from megastar.data.images.dataset import ImageError
 
         for k in range(len(self.pictures)):
             j = (i + k) % len(self.pictures)
             try:
                 return self.pictures.read(j)
-            except PictureError:
-                self.broken.add(self.pictures.pictures[j].key)
+            except ImageError:
+                self.broken.add(self.pictures.images[j].key)
         raise UserError(f"no image of {self.pictures.source} can be read: check the files")

@@ -1,4 +1,4 @@
-"""Every knob of ``megastar compare``. Plain dataclasses, no torch."""
+"""Every field of ``megastar compare``. Plain dataclasses, no torch."""
 
 from __future__ import annotations
 
@@ -16,119 +16,119 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
 @dataclass
 class VariantConfig:
-    """One kind of training: in what it differs from ``base``."""
+    """One kind of training: what differs from ``base``."""
 
-    label: str = knob("", "what tables and figures call it; empty: its name")
-    kind: str = knob("main", "main, or ablation: drawn thinner", choices=KINDS)
-    overrides: list[str] = knob([], "fields of the base run that differ, each as section.field=value")
-    seeds: list[int] = knob([], "seeds of its runs; empty: the comparison's", low=0)
+    label: str = knob("", "name in tables and figures; empty: its key")
+    kind: str = knob("main", "main, or ablation (thinner lines in figures)", choices=KINDS)
+    overrides: list[str] = knob([], "fields that differ from the base run, each as section.field=value")
+    seeds: list[int] = knob([], "seeds of its runs; empty: those of the comparison", low=0)
 
 
 @dataclass
 class ProbeConfig:
-    """The linear probe of each run's last checkpoint (megastar probe)."""
+    """The linear probe of the last checkpoint of each run (megastar probe)."""
 
-    fit_on: str = knob("train", "split that the probe is fitted on", choices=SPLITS)
-    score_on: str = knob("test", "split that it is scored on: val to tune, test to report", choices=SPLITS)
-    fit_crops: int = knob(1, "stored crops of each picture that it is fitted on; 1: the centre one, as MAE", low=1)
-    block: int = knob(6, "block, counted from 1", low=1)
-    positions: int = knob(8, "positions, evenly spaced, the last one the sequence's end", low=1)
+    fit_on: str = knob("train", "split to fit the probe on", choices=SPLITS)
+    score_on: str = knob("test", "split to evaluate it on: val to tune, test to report", choices=SPLITS)
+    fit_crops: int = knob(1, "stored crops per image to fit on; 1: the centre crop, as in MAE", low=1)
+    block: int = knob(6, "transformer block whose output is used, counted from 1", low=1)
+    positions: int = knob(8, "evenly spaced positions; the last one is the end of the sequence", low=1)
     epochs: int = knob(90, "passes over the features", low=1)
-    batch: int = knob(0, "pictures a step; 0: 16384, on small sets 1/78 of them", low=0)
+    batch: int = knob(0, "images per step; 0: 16384, or 1/78 of a small set", low=0)
     lr: float = knob(0.0, "peak learning rate; 0: 0.1 * batch / 256", low=0)
-    optimizer: str = knob("lars", "lars as MAE; sgd for small sets", choices=("lars", "sgd"))
-    seed: int = knob(0, "seed of the probe's weights and order; the same for all runs", low=0)
+    optimizer: str = knob("lars", "lars, as in MAE; sgd for small sets", choices=("lars", "sgd"))
+    seed: int = knob(0, "seed of the weights and the data order; the same for all runs", low=0)
 
 
 @dataclass
 class SampleConfig:
     """The sampler, the same for all runs (megastar sample)."""
 
-    count: int = knob(2000, "pictures of each run's last checkpoint", low=4)
-    like: str = knob("train", "split whose class frequencies the pictures follow", choices=SPLITS)
+    count: int = knob(2000, "images sampled from the last checkpoint of each run", low=4)
+    like: str = knob("train", "split whose class frequencies the samples follow", choices=SPLITS)
     cfg_scale: float = knob(1.0, "classifier-free guidance; 1: none", low=1)
     temperature: float = knob(1.0, "1: the model's own distribution", above=0)
-    top_k: int = knob(0, "keep the k likeliest codes; 0: all", low=0)
-    top_p: float = knob(1.0, "keep the likeliest codes up to this mass", above=0, high=1)
-    seed: int = knob(0, "picture i depends on this, i and its class only", low=0)
-    batch: int = knob(64, "pictures at once", low=1)
+    top_k: int = knob(0, "keep the k most likely codes; 0: all", low=0)
+    top_p: float = knob(1.0, "keep the most likely codes up to this probability mass", above=0, high=1)
+    seed: int = knob(0, "image i depends only on the seed, i and its class", low=0)
+    batch: int = knob(64, "images per batch", low=1)
 
 
 @dataclass
 class ScoreConfig:
-    """What the pictures are scored with and against (megastar evaluate)."""
+    """The metrics of the samples, and the real images to compare with (megastar evaluate)."""
 
-    against: list[str] = knob(["test"], "splits whose pictures are the real ones; the first one's score leads")
-    metrics: list[str] = knob([], "of fid, sfid, is, pr, kid, fd; the first one leads. Empty: fid,sfid,is,pr, or fd")
-    inception: str = knob("", "FID's Inception file; empty: FD-EffLite0, which needs none")
-    batch: int = knob(32, "pictures at once", low=1)
+    against: list[str] = knob(["test"], "splits of real images to compare with; the first one is the main score")
+    metrics: list[str] = knob(
+        [], "of fid, sfid, is, pr, kid, fd; the first one is the main score. Empty: fid,sfid,is,pr, or fd"
+    )
+    inception: str = knob("", "Inception weights file for FID; empty: FD-EffLite0, which needs no file")
+    batch: int = knob(32, "images per batch", low=1)
 
 
 @dataclass
 class CurveConfig:
-    """Scores while training: the figure of score over images seen."""
+    """Scores during training: the figure of score against images seen."""
 
-    every: int = knob(
-        0, "steps between the checkpoints that are scored, a multiple of train.save_every; 0: none", low=0
-    )
-    count: int = knob(1000, "pictures of each; the last checkpoint gets as many again, so that all compare", low=4)
-    probe: bool = knob(False, "probe these checkpoints too")
+    every: int = knob(0, "steps between scored checkpoints, a multiple of train.save_every; 0: none", low=0)
+    count: int = knob(1000, "images per checkpoint; the last one is scored with as many too, for comparison", low=4)
+    probe: bool = knob(False, "also probe these checkpoints")
 
 
 @dataclass
 class CompareConfig:
-    """Variants of one run, trained with the same seeds on the same data, then probed, sampled and scored alike."""
+    """Variants of one run, trained with the same seeds on the same data, then probed, sampled and scored in the same way."""
 
-    out: str = knob("runs/compare", "folder of everything: runs/, logs/, results.json, table.md, probe.png, score.png")
-    pictures: str = knob("", "folder or tar with the top folders train, val and test")
-    codes: str = knob(
-        "", "folder with token shards train/, val/ and test/, made where they are missing; empty: OUT/codes"
-    )
+    out: str = knob("runs/compare", "output folder: runs/, logs/, results.json, table.md, probe.png, score.png")
+    pictures: str = knob("", "folder or tar of images with the top-level folders train, val and test")
+    codes: str = knob("", "folder with token shards train/, val/ and test/; missing ones are made; empty: OUT/codes")
     seeds: list[int] = knob(
-        [0, 1, 2], "of the weights, the data order and every draw; each gives a run a variant", low=0
+        [0, 1, 2], "seeds of weights, data order and all random numbers; one run per variant and seed", low=0
     )
     weights: list[str] = knob(
         ["ema", "student"],
-        "which are probed and scored: ema is the average (ST-AR's teacher; kept by AR runs alike), student the "
-        "trained weights themselves. The first leads",
+        "weights to probe and score: ema (ST-AR's teacher; AR runs keep it too), student (the trained weights). The "
+        "first one is the main one",
     )
-    jobs: int = knob(1, "runs side by side", low=1)
-    nproc: int = knob(1, "processes of one run", low=1)
-    variants: dict[str, VariantConfig] = knob({}, "name -> what differs")
+    jobs: int = knob(1, "runs at a time", low=1)
+    nproc: int = knob(1, "processes per run", low=1)
+    variants: dict[str, VariantConfig] = knob({}, "key -> what differs")
     probe: ProbeConfig = knob(ProbeConfig, "the linear probe")
     sample: SampleConfig = knob(SampleConfig, "the sampler")
     score: ScoreConfig = knob(ScoreConfig, "the score")
-    curve: CurveConfig = knob(CurveConfig, "scores while training")
-    base: RunConfig = knob(RunConfig, "the run that all variants change, or a path to one; megastar train --help")
+    curve: CurveConfig = knob(CurveConfig, "scores during training")
+    base: RunConfig = knob(
+        RunConfig, "the run that the variants change, or a path to it; fields: megastar train --help"
+    )
 
 
 def rules(cfg: CompareConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Broken rules of the comparison itself: (sentence, fields)."""
+    """Violated rules of the comparison itself: (sentence, fields)."""
     if not cfg.out:
         yield "out is empty: name a folder", ("out",)
     if not cfg.pictures:
-        yield "pictures is empty: name a folder or a tar with the top folders train, val and test", ("pictures",)
+        yield "pictures is empty: name a folder or a tar with the top-level folders train, val and test", ("pictures",)
     if not cfg.variants:
         yield "variants is empty: name at least one", ("variants",)
     if not cfg.seeds:
         yield "seeds is empty: give at least one", ("seeds",)
     for name, values in [("seeds", cfg.seeds), *((f"variants.{n}.seeds", v.seeds) for n, v in cfg.variants.items())]:
         if len(set(values)) != len(values):
-            yield f"{name} = {values}: one seed is there twice", (name,)
+            yield f"{name} = {values}: one seed occurs twice", (name,)
     for name in cfg.variants:
         if not NAME.fullmatch(name):
-            yield f"variants.{name}: a name is made of a-z, 0-9 and _", (f"variants.{name}",)
+            yield f"variants.{name}: use only a-z, 0-9 and _ in a name", (f"variants.{name}",)
         if not cfg.variants[name].label.isprintable():
             yield f"variants.{name}.label = {cfg.variants[name].label!r}: must be one line", (f"variants.{name}.label",)
     labels = [v.label or name for name, v in cfg.variants.items()]
     if twice := [x for x in labels if labels.count(x) > 1]:
-        yield f"variants: two are called {twice[0]!r}", ("variants",)
+        yield f"variants: two have the label {twice[0]!r}", ("variants",)
     for name, texts, known in (("weights", cfg.weights, WEIGHTS), ("score.against", cfg.score.against, SPLITS)):
         if not texts or len(set(texts)) != len(texts) or set(texts) - set(known):
-            yield f"{name} = {texts}: must hold some of {', '.join(known)}, each once", (name,)
+            yield f"{name} = {texts}: must contain one or more of {', '.join(known)}, each once", (name,)
     t, every = cfg.base.train, cfg.curve.every
     if not t.steps:
-        yield "base.train.steps is 0: a comparison is of a fixed number of steps", ("base.train.steps",)
+        yield "base.train.steps is 0: give the number of steps, the same for all variants", ("base.train.steps",)
     if every % t.save_every:
         yield (
             f"curve.every = {every}: must be a multiple of base.train.save_every {t.save_every}",
@@ -136,11 +136,11 @@ def rules(cfg: CompareConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         )
     if cfg.probe.positions > cfg.base.model.image_tokens:
         yield (
-            f"probe.positions = {cfg.probe.positions}: the model has {cfg.base.model.image_tokens}",
+            f"probe.positions = {cfg.probe.positions}: must be at most base.model.image_tokens {cfg.base.model.image_tokens}",
             ("probe.positions", "base.model.image_tokens"),
         )
     if cfg.probe.block > cfg.base.model.n_layer:
         yield (
-            f"probe.block = {cfg.probe.block}: the model has {cfg.base.model.n_layer} blocks",
+            f"probe.block = {cfg.probe.block}: must be at most base.model.n_layer {cfg.base.model.n_layer}",
             ("probe.block", "base.model.n_layer"),
         )

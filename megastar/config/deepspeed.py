@@ -1,7 +1,7 @@
-"""configs/ds/*.json merged with the run: batch, clip and dtype have one place, the run. No torch.
+"""configs/ds/*.json merged with the run, which sets batch, clipping and dtype. No torch.
 
-The JSON says the ZeRO stage, offload and communication. What it says of the run's fields must agree with the run;
-what is known to train wrongly is refused.
+The JSON sets the ZeRO stage, offload and communication. Fields of the run that it repeats must agree with the run;
+settings that are known to train wrongly are refused.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ KNOWN = (
     ),
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "comms_logger", "flops_profiler", "dump_state"),
     *("wall_clock_breakdown", "memory_breakdown"),
-    # the run's own, allowed when they agree with it
+    # fields of the run, allowed if they agree with it
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("bf16", "fp16"),
 )
 ZERO_PLUS_PLUS = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 REFUSED = {
-    "optimizer": "the engine's own AdamW keeps the teacher's average; set the optim section of the run",
-    "scheduler": "the run's optim.schedule decides",
+    "optimizer": "megastar uses its own AdamW, which also updates the EMA teacher; set the optim section of the run",
+    "scheduler": "optim.schedule of the run sets the schedule",
     "elasticity": "it is not supported with this engine",
     "compression_training": "it is not supported with this engine",
     "activation_checkpointing": "set parallel.activation_checkpointing in the run",
@@ -42,9 +42,9 @@ REFUSED = {
 
 
 def read_deepspeed(name: str) -> dict[str, Any]:
-    """The JSON as it stands; a bare word such as zero1 names configs/ds/zero1.json.
+    """The JSON unchanged; a bare word such as zero1 names configs/ds/zero1.json.
 
-    Raises ``UserError`` when it is missing or no JSON object.
+    Raises ``UserError`` if it is missing or not a JSON object.
     """
     bare = name and "/" not in name and not name.endswith(".json")
     path = require_file(f"configs/ds/{name}.json" if bare else name, "parallel.deepspeed:")
@@ -53,12 +53,12 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"parallel.deepspeed: {path} is not JSON ({error})") from error
     if not isinstance(data, dict):
-        raise UserError(f"parallel.deepspeed: {path} holds no JSON object")
+        raise UserError(f"parallel.deepspeed: {path} does not contain a JSON object")
     return data
 
 
 def deepspeed_problems(cfg: RunConfig) -> list[str]:
-    """What is wrong with the JSON for this run, before the number of ranks is known."""
+    """Problems of the JSON with this run that do not depend on the number of ranks."""
     try:
         data = read_deepspeed(cfg.parallel.deepspeed)
     except UserError as error:
@@ -81,7 +81,7 @@ def deepspeed_problems(cfg: RunConfig) -> list[str]:
 
 
 def _compile_problems(cfg: RunConfig, data: dict[str, Any], file: str) -> list[str]:
-    """Compiled blocks must hold whole weights, and no collectives."""
+    """Compiled blocks need whole weights and must not contain collectives."""
     zero = data.get("zero_optimization")
     if not cfg.train.compile:
         return []
@@ -91,8 +91,8 @@ def _compile_problems(cfg: RunConfig, data: dict[str, Any], file: str) -> list[s
         ]
     if cfg.parallel.tensor_parallel > 1:
         return [
-            f"train.compile with parallel.tensor_parallel {cfg.parallel.tensor_parallel}: a block would compile its "
-            "collectives; use tensor_parallel 1"
+            f"train.compile with parallel.tensor_parallel {cfg.parallel.tensor_parallel}: compiled blocks must not "
+            "contain collectives; use tensor_parallel 1"
         ]
     return []
 
@@ -116,8 +116,8 @@ def deepspeed_config(
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     merged = {k: v for k, v in data.items() if k not in ("train_batch_size", "fp16", "tensor_parallel")}
-    merged.setdefault("steps_per_print", 10**9)  # the engine writes its own lines
-    merged.setdefault("timers", {"throughput": {"enabled": False}})  # it drains the GPU's queue twice a step
+    merged.setdefault("steps_per_print", 10**9)  # the engine logs its own metrics
+    merged.setdefault("timers", {"throughput": {"enabled": False}})  # it synchronizes the GPU twice per step
     return merged | {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -128,21 +128,21 @@ def deepspeed_config(
 
 
 def _disagreement(data: dict[str, Any], file: str, key: str, name: str, value: float) -> list[str]:
-    """A value that the JSON repeats may stand there only if it is the run's; "auto" says nothing."""
+    """A field of the run that the JSON repeats must be equal; "auto" is."""
     if data.get(key, "auto") in ("auto", value):
         return []
-    return [f"{file} says {key} {data[key]}, the run says {name} {value}: the run decides, remove it from the JSON"]
+    return [f"{file} sets {key} {data[key]}, but the run sets {name} {value}: remove it from the JSON"]
 
 
 def _dtype_problems(data: dict[str, Any], file: str, dtype: str) -> list[str]:
     out = []
     for key in ("bf16", "fp16"):
         section = data.get(key)
-        said = section.get("enabled", "auto") if isinstance(section, dict) else ("auto" if section is None else section)
-        if said != "auto" and bool(said) != (key == dtype):
+        value = section.get("enabled", "auto") if isinstance(section, dict) else section
+        if value not in ("auto", None) and bool(value) != (key == dtype):
             out.append(
-                f"{file} says {key}.enabled {json.dumps(said)}, the run says train.dtype {dtype}: "
-                "the run decides, remove it from the JSON"
+                f"{file} sets {key}.enabled {json.dumps(value)}, but the run sets train.dtype {dtype}: "
+                "remove it from the JSON"
             )
     zero = data.get("zero_optimization")
     if dtype == "bf16" and isinstance(zero, dict) and zero.get("stage", 0) == 0:
@@ -155,8 +155,8 @@ def _dtype_problems(data: dict[str, Any], file: str, dtype: str) -> list[str]:
         and kinds.get("grad_accum_dtype") == "fp32"
     ):
         out.append(
-            f"{file}: data_types.grad_accum_dtype fp32 at stage 1 makes DeepSpeed use another optimizer, which has no "
-            "place for the teacher: use stage 2 or 3"
+            f"{file}: data_types.grad_accum_dtype fp32 at stage 1 makes DeepSpeed use another optimizer, which "
+            "does not update the EMA teacher: use stage 2 or 3"
         )
     return out
 
@@ -171,16 +171,16 @@ def _zero_problems(zero: Any, file: str) -> list[str]:
     wrong = [k for k in ZERO_PLUS_PLUS if zero.get(k)]
     if zero.get("zero_hpz_partition_size", 1) > 1:
         wrong.append("zero_hpz_partition_size")
-    # Each keeps weights in a second place, which neither the teacher's refresh nor a checkpoint knows of; with
-    # tensor parallelism hpZ trains wrongly and says nothing.
-    out += [f"{file}: {key} is not proven with the sharded teacher; remove it" for key in wrong]
+    # Each keeps a second copy of the weights, which neither the teacher's update nor a checkpoint covers; with
+    # tensor parallelism hpZ trains wrongly without an error.
+    out += [f"{file}: {key} is not tested with the sharded teacher; remove it" for key in wrong]
     if zero.get("mics_shard_size", -1) > 0:
         out.append(f"{file}: mics_shard_size is set, but MiCS is not supported with this engine; remove it")
     for key in ("offload_param", "offload_optimizer"):
         device = (zero.get(key) or {}).get("device", "none")
         if device != "none" and stage < 3:
             out.append(
-                f"{file}: {key} at stage {stage} is not proven: use stage 3, as in configs/ds/zero3_offload.json"
+                f"{file}: {key} at stage {stage} is not tested: use stage 3, as in configs/ds/zero3_offload.json"
             )
         if device == "nvme":
             out.append(f'{file}: {key} to nvme is not supported with this engine: use "cpu" or "none"')

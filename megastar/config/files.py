@@ -1,4 +1,4 @@
-"""Where a file named in a configuration lies, and how YAML is read. No torch."""
+"""Finding files that a configuration names, and reading YAML. No torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INSTALLED = Path(sys.prefix) / "share" / "megastar"  # setup.py puts configs/ th
 def find_file(name: str | Path, near: Path | None = None) -> Path | None:
     """The file ``name`` below the working directory, a parent of ``near``, the repository, or the installed configs.
 
-    The first that exists wins; None when there is none.
+    Returns the first that exists, or None.
     """
     path = Path(name).expanduser()
     roots = [Path()]
@@ -33,7 +33,7 @@ def find_file(name: str | Path, near: Path | None = None) -> Path | None:
 
 
 def require_file(name: str | Path, what: str, near: Path | None = None) -> Path:
-    """``find_file`` or a ``UserError`` that names the nearest file beside it."""
+    """``find_file`` or a ``UserError`` that suggests the file with the nearest name."""
     found = find_file(name, near)
     if found is not None:
         return found
@@ -49,7 +49,7 @@ def require_file(name: str | Path, what: str, near: Path | None = None) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a dict, ``${...}`` resolved. Raises ``UserError`` for what is not a mapping of sections."""
+    """A YAML file as a dict, ``${...}`` resolved. Raises ``UserError`` if it is not a mapping of sections."""
     try:
         loaded = OmegaConf.load(path)
         data = OmegaConf.to_container(loaded, resolve=True)
@@ -60,5 +60,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
     if not isinstance(data, dict):
-        raise UserError(f"{path} holds a list, not sections of `field: value`")
+        raise UserError(f"{path} contains a list instead of sections of `field: value`")
     return {str(k): v for k, v in data.items()}

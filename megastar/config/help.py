@@ -14,7 +14,7 @@ class Row(NamedTuple):
 
 
 def rows(schema: type, prefix: str = "") -> list[Row]:
-    """One row a field; a section is a row of its own, with its fields after it."""
+    """One row per field; a section is a row of its own, followed by its fields."""
     hints = get_type_hints(schema)
     out = []
     for f in fields(schema):
@@ -63,7 +63,7 @@ def fields_text(schema: type, width: int = 100) -> str:
             lines += ["", f"  {r.name[:-1]}: {r.help}"]
             continue
         head = f"  {r.name:<{name_width}}{r.default:<{default_width}}"
-        if len(r.default) >= default_width:  # a long path as default: the meaning goes below
+        if len(r.default) >= default_width:  # a long path as default: the help goes on the next line
             lines.append(head.rstrip())
             head = indent
         wrapped = textwrap.wrap(r.help, max(30, width - len(indent)))

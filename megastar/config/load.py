@@ -93,10 +93,14 @@ def _load(
     config = OmegaConf.structured(schema)
     _fill(config, data, schema, "", _leaves(schema), problems)
     cfg = OmegaConf.to_object(config)
-    broken = {name for problem in problems for name in problem.about}
-    problems += [p for p in find_problems(cfg) if not any(_touches(p, b) for b in broken)]
+    invalid = {name for problem in problems for name in problem.fields}
+    problems += [p for p in find_problems(cfg) if not any(_concerns(p, b) for b in invalid)]
     run = cfg.base if isinstance(cfg, CompareConfig) else cfg
-    if files and isinstance(run, RunConfig) and not any(b.removeprefix("base.").startswith("parallel") for b in broken):
+    if (
+        files
+        and isinstance(run, RunConfig)
+        and not any(b.removeprefix("base.").startswith("parallel") for b in invalid)
+    ):
         found = find_file(run.parallel.deepspeed, near)
         if found is not None and find_file(run.parallel.deepspeed) is None:
             run.parallel.deepspeed = str(found)  # lies beside the YAML file, far from the working directory
@@ -178,8 +182,8 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _touches(problem: Problem, broken: str) -> bool:
-    return any(name == broken or name.startswith(broken + ".") for name in problem.about)
+def _concerns(problem: Problem, prefix: str) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for name in problem.fields)
 
 
 def _report(where: str, texts: list[str]) -> str:
@@ -252,7 +256,7 @@ def _fill(
 def _fill_named(
     config: DictConfig, value: Any, schema: type, name: str, leaves: list[str], problems: list[Problem]
 ) -> None:
-    """Sections that the user names; an empty value is none."""
+    """Sections that the user names; an empty value means no sections."""
     value = {} if value is None else value
     if not isinstance(value, dict):
         problems.append(Problem(f"{name} = {value!r}: holds sections, write {name}.NAME.field: value", (name,)))
@@ -266,7 +270,7 @@ def _fill_named(
 
 
 def _unknown(key: str, prefix: str, siblings: list[str], leaves: list[str]) -> str:
-    """Names the same field of another section, else the nearest name here, else the nearest anywhere."""
+    """Suggest the same field of another section, else the nearest name in this section, else the nearest in any."""
     by_leaf = {name.rpartition(".")[2]: name for name in reversed(leaves)}
     near = difflib.get_close_matches(key, siblings, 1, 0.6)
     far = difflib.get_close_matches(key, by_leaf, 1, 0.6)
@@ -282,16 +286,16 @@ def _unknown(key: str, prefix: str, siblings: list[str], leaves: list[str]) -> s
 
 
 def _type_name(hint: Any) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
     if get_origin(hint) is list:
-        return f"a list of which each is {names[get_args(hint)[0]]}"
+        return f"a list of {_type_name(get_args(hint)[0]).split()[-1]}s"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     return names[hint]
 
 
 def resolve_batch(cfg: RunConfig, world_size: int) -> tuple[int, int]:
-    """(images a rank and forward pass, forward passes an optimizer step) on ``world_size`` ranks.
+    """(images per rank and forward pass, forward passes per optimizer step) on ``world_size`` ranks.
 
-    Raises ``UserError`` when the world size does not divide the batch, naming what would.
+    Raises ``UserError`` when the world size does not divide the batch, naming values that would.
     """
     tp, batch, micro = cfg.parallel.tensor_parallel, cfg.train.global_batch, cfg.train.micro_batch
     if world_size % tp:
@@ -312,7 +316,7 @@ def resolve_batch(cfg: RunConfig, world_size: int) -> tuple[int, int]:
     micro = micro or per_rank
     if per_rank % micro:
         raise UserError(
-            f"train.micro_batch {micro} does not divide the {per_rank} images a rank has of train.global_batch {batch} "
+            f"train.micro_batch {micro} does not divide the {per_rank} images per rank of train.global_batch {batch} "
             f"on {whose}: set train.micro_batch to {words(divisors(per_rank))}"
         )
     return micro, per_rank // micro
@@ -338,7 +342,7 @@ def save_config(cfg: RunConfig | TokenizerTrainConfig | CompareConfig, path: str
 def diff_configs(a: Any, b: Any, ignore: Collection[str] = ()) -> list[str]:
     """Dotted fields that differ, each with both values: ``optim.lr: 0.0001 -> 0.0002``.
 
-    ``ignore`` holds fields (``train.log_every``) or sections (``data``) that may differ.
+    ``ignore`` contains fields (``train.log_every``) or sections (``data``) that may differ.
     """
     one, other = _flat(asdict(a)), _flat(asdict(b))
     return [

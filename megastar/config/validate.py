@@ -1,4 +1,4 @@
-"""The rules of a configuration: every broken one is reported, before anything is built. No torch."""
+"""The rules of a configuration: all violations are reported before anything is built. No torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig, Tok
 
 @dataclass(frozen=True)
 class Problem:
-    """One sentence, and the dotted fields it is about: a field of the wrong type is judged no further."""
+    """One sentence, and the dotted fields that it concerns. Rules about these are not checked further."""
 
     text: str
-    about: tuple[str, ...]
+    fields: tuple[str, ...]
 
 
 def divisors(n: int) -> list[int]:
@@ -36,16 +36,16 @@ def tensor_parallel_degrees(m: ModelConfig) -> list[int]:
 
 
 def find_problems(cfg: Any) -> list[Problem]:
-    """Everything wrong with a configuration, field by field, then rule by rule."""
+    """All problems of a configuration: bounds of single fields, then rules."""
     found = list(_bounds(cfg))
-    broken = {name for problem in found for name in problem.about}
+    invalid = {name for problem in found for name in problem.fields}
     kinds: dict[type, Callable[[Any], Iterator[Problem]]] = {
         RunConfig: _run_rules,
         CompareConfig: _comparison_rules,
         TokenizerTrainConfig: _tokenizer_rules,
     }
     rules = kinds[type(cfg)]
-    return found + [p for p in rules(cfg) if not broken & set(p.about)]
+    return found + [p for p in rules(cfg) if not invalid & set(p.fields)]
 
 
 def _bounds(section: Any, prefix: str = "") -> Iterator[Problem]:
@@ -111,15 +111,15 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
                 f"data.{name} = {scheme}://{rest}: must be a folder or read s3://bucket/prefix", (f"data.{name}",)
             )
     if "://" in cfg.data.cache:
-        yield Problem(f"data.cache = {cfg.data.cache}: must be a folder on a disk of this node", ("data.cache",))
+        yield Problem(f"data.cache = {cfg.data.cache}: must be a local folder", ("data.cache",))
 
 
 def _comparison_rules(cfg: CompareConfig) -> Iterator[Problem]:
-    for text, about in comparison_rules(cfg):
-        yield Problem(text, about)
+    for text, names in comparison_rules(cfg):
+        yield Problem(text, names)
     for problem in _run_rules(cfg.base):
-        if problem.about not in (("run",), ("data.shards",)):  # the comparison names them
-            yield Problem(f"base: {problem.text}", tuple(f"base.{name}" for name in problem.about))
+        if problem.fields not in (("run",), ("data.shards",)):  # the comparison sets them
+            yield Problem(f"base: {problem.text}", tuple(f"base.{name}" for name in problem.fields))
 
 
 def _near(values: list[int], wanted: int, count: int = 4) -> list[int]:
@@ -161,7 +161,7 @@ def _self_guided_rules(s: SelfGuidedConfig, m: ModelConfig) -> Iterator[Problem]
         )
     if (s.step_loss or s.view_loss) and s.contrastive_block > m.n_layer:
         yield Problem(
-            f"{here}contrastive_block = {s.contrastive_block}: the model has {m.n_layer} blocks (model.n_layer)",
+            f"{here}contrastive_block = {s.contrastive_block}: must be at most model.n_layer {m.n_layer}",
             (here + "contrastive_block", "model.n_layer"),
         )
     if s.step_loss and s.positions < 2:
@@ -172,7 +172,7 @@ def _self_guided_rules(s: SelfGuidedConfig, m: ModelConfig) -> Iterator[Problem]
         )
     if (s.step_loss or s.view_loss) and s.positions >= m.image_tokens:
         yield Problem(
-            f"{here}positions = {s.positions}: there are {m.image_tokens - 1} to draw from (model.image_tokens less the class's)",
+            f"{here}positions = {s.positions}: must be at most {m.image_tokens - 1} (model.image_tokens without the class position)",
             (here + "positions", "model.image_tokens"),
         )
 
@@ -181,7 +181,7 @@ def _tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
     t: TokenizerConfig = cfg.tokenizer
     here = "tokenizer."
     if not t.channel_multipliers:
-        yield Problem(f"{here}channel_multipliers is empty: give one number a level", (here + "channel_multipliers",))
+        yield Problem(f"{here}channel_multipliers is empty: give one number per level", (here + "channel_multipliers",))
         return
     if t.image_size % t.downsample:
         yield Problem(
@@ -193,17 +193,17 @@ def _tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
     odd = [w for w in widths if w % t.norm_groups]
     if odd:
         yield Problem(
-            f"{here}norm_groups = {t.norm_groups}: must divide the width of every level, not so for {words(odd)}",
+            f"{here}norm_groups = {t.norm_groups}: must divide the width of every level, but does not divide {words(odd)}",
             (here + "norm_groups", here + "channels", here + "channel_multipliers"),
         )
     if cfg.continuous_steps >= cfg.steps:
         yield Problem(
-            f"continuous_steps = {cfg.continuous_steps}: must be below steps {cfg.steps}, or no code book is made",
+            f"continuous_steps = {cfg.continuous_steps}: must be below steps {cfg.steps}, otherwise no codebook is made",
             ("continuous_steps", "steps"),
         )
     if cfg.init and cfg.continuous_steps:
         yield Problem(
-            f"continuous_steps = {cfg.continuous_steps}: k-means would replace the code book of init {cfg.init}: set it to 0",
+            f"continuous_steps = {cfg.continuous_steps}: k-means would replace the codebook of init {cfg.init}: set it to 0",
             ("continuous_steps", "init"),
         )
     if not cfg.pictures:

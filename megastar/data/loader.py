@@ -135,7 +135,7 @@ class TokenLoader:
 
     def said(self) -> tuple[str, str]:
         """What the shards' store last said about a wait, and what makes the reading slow now; empty: nothing."""
-        return self.shards.store.said, self.shards.store.trouble
+        return self.shards.store.last_message, self.shards.store.degraded
 
     def waited(self) -> float:
         """Seconds that the consumer has waited for batches since this was last asked."""

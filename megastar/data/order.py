@@ -1,18 +1,18 @@
-"""Which sample comes when: pure functions of the seed and the position, never of ranks, workers or speed.
+"""The order of samples: pure functions of the seed and the position, never of ranks, workers or speed.
 
-A position is one integer: how many samples the run has consumed. An epoch permutes the shards. Where there are no more
-of them than ``window``, all their samples are permuted together. Else a window slides over them: each shard's samples
-are permuted and cut into ``window`` nearly equal parts, part j of the shard at place r goes to slot r + j, and each
-slot's samples are permuted together::
+A position is the number of samples that the run has consumed. An epoch permutes the shards. With at most ``window``
+shards, all samples are permuted together. Otherwise a window slides over the shards: each shard's samples are permuted
+and cut into ``window`` nearly equal parts, part j of the shard at place r goes to slot r + j, and each slot's samples
+are permuted together::
 
     window 3     slot  0   1   2   3   4   ...
     shard at place 0  [0] [1] [2]
     shard at place 1      [0] [1] [2]
     shard at place 2          [0] [1] [2]
 
-So the first batch needs one shard, each slot needs one more than the one before and is done with another, and no slot
-touches more than ``window``. Nothing here is as long as the data set: an epoch costs a few numbers a shard, a batch the
-slots it touches.
+So the first batch needs one shard, each slot starts one shard and finishes another, and no slot needs more than
+``window``. Memory does not grow with the number of samples: an epoch takes a few numbers a shard, a batch the slots it
+spans.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-VERSION = 2  # of the order below: a run goes on in the one it began with. 1 mixed blocks of ``window`` shards
-_SHARDS, _SLOT, _SHARD, _CUTS = 0, 1, 2, 3  # what a permutation is of: independent streams
+VERSION = 2  # of the order: a run keeps the one it started with. 1 mixed blocks of ``window`` shards
+_SHARDS, _SLOT, _SHARD, _CUTS = 0, 1, 2, 3  # independent random streams
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: hashing 100,000 sizes for each batch would cost more than it
+@dataclass(frozen=True, eq=False)  # compared by identity: hashing 100,000 sizes a batch is slow
 class OrderSpec:
-    """What the order of a run depends on."""
+    """Everything the order of a run depends on."""
 
     seed: int
     shard_sizes: tuple[int, ...]  # samples of each shard
-    window: int  # shards that are mixed sample by sample
+    window: int  # shards whose samples are mixed
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -42,7 +42,8 @@ class OrderSpec:
     @cached_property
     def starts(self) -> np.ndarray:
         """The id of each shard's first sample, (shards,) int64."""
-        return np.cumsum(self.sizes) - self.sizes
+        starts: np.ndarray = np.cumsum(self.sizes) - self.sizes
+        return starts
 
     @cached_property
     def samples(self) -> int:
@@ -50,7 +51,7 @@ class OrderSpec:
 
 
 def _raw(n: int, *key: int) -> np.ndarray:
-    """n seeded uint64: raw PCG64 output, the part of numpy's generators that never changes."""
+    """n seeded uint64: raw PCG64 output, which is the same in every version of numpy."""
     return np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
 
 
@@ -61,20 +62,21 @@ def permutation(n: int, *key: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class _Epoch:
-    """One epoch's plan. S shards with samples, in order; slots of the sliding window, or one that holds everything."""
+    """The plan of one epoch: its S non-empty shards in order, and the slots (one, if no window slides)."""
 
     shards: np.ndarray  # (S,) int64
     sliding: bool
-    cuts: np.ndarray  # (S,) int64: where a shard's rounding begins, so that tiny shards do not all end in one part
-    ends: np.ndarray  # (slots,) int64: place in the epoch behind each slot's last sample
+    cuts: np.ndarray  # (S,) int64: rounding offset of a shard, so that tiny shards do not all fall into the same part
+    ends: np.ndarray  # (slots,) int64: place in the epoch after each slot's last sample
 
     def part(self, spec: OrderSpec, place: int | np.ndarray, j: int | np.ndarray) -> np.ndarray:
         """Where part ``j`` of the shard at ``place`` begins in its permutation: the parts tile its samples."""
         n, cut = spec.sizes[self.shards[place]], self.cuts[place]
-        return (j * n + cut) // spec.window
+        start: np.ndarray = (j * n + cut) // spec.window
+        return start
 
 
-@lru_cache(maxsize=4)  # a batch looks at one epoch, at its end at two; reading ahead may look at a third
+@lru_cache(maxsize=4)  # a batch spans one epoch or two; reading ahead may need a third
 def _epoch(spec: OrderSpec, epoch: int) -> _Epoch:
     shards = permutation(len(spec.shard_sizes), spec.seed, epoch, _SHARDS)
     shards = shards[spec.sizes[shards] > 0]
@@ -92,8 +94,9 @@ def _epoch(spec: OrderSpec, epoch: int) -> _Epoch:
 
 @lru_cache(maxsize=128)
 def _shard_order(spec: OrderSpec, epoch: int, shard: int) -> np.ndarray:
-    """The ids of a shard's samples in this epoch's order; each part of it is wanted by another slot."""
-    return spec.starts[shard] + permutation(spec.shard_sizes[shard], spec.seed, epoch, _SHARD, shard)
+    """The ids of a shard's samples in this epoch's order; its parts belong to different slots."""
+    ids: np.ndarray = spec.starts[shard] + permutation(spec.shard_sizes[shard], spec.seed, epoch, _SHARD, shard)
+    return ids
 
 
 @lru_cache(maxsize=8)
@@ -108,21 +111,21 @@ def _slot(spec: OrderSpec, epoch: int, slot: int) -> np.ndarray:
             j = slot - place
             first, last = int(plan.part(spec, place, j)), int(plan.part(spec, place, j + 1))
             pieces.append(_shard_order(spec, epoch, int(plan.shards[place]))[first:last])
-    ids = np.concatenate(pieces)
+    ids: np.ndarray = np.concatenate(pieces)
     ids = ids[permutation(len(ids), spec.seed, epoch, _SLOT, slot)]
     ids.flags.writeable = False
     return ids
 
 
 def _places(spec: OrderSpec, plan: _Epoch, slot: int) -> tuple[int, int]:
-    """The shards of a slot: from which place to before which."""
+    """The range of places of a slot's shards."""
     if not plan.sliding:
         return 0, len(plan.shards)
     return max(0, slot - spec.window + 1), min(slot + 1, len(plan.shards))
 
 
 def epoch_order(spec: OrderSpec, epoch: int) -> np.ndarray:
-    """Every sample id once, (N,) int64. As long as the data set: for tests and tools."""
+    """Every sample id once, (N,) int64. Its length is that of the data set: for tests and tools."""
     return np.concatenate([_slot(spec, epoch, k) for k in range(len(_epoch(spec, epoch).ends))])
 
 
@@ -133,9 +136,9 @@ def slot_of(spec: OrderSpec, position: int) -> tuple[int, int]:
 
 
 def shards_from(spec: OrderSpec, position: int) -> Iterator[int]:
-    """The shards that are read from sample ``position`` of the run on, in the order they are first touched in, endless.
+    """The shards needed from sample ``position`` of the run on, in order of first use; endless.
 
-    It begins with all shards of the slot that the position lies in; shards without samples are left out.
+    The first ones are all shards of the position's slot; empty shards are left out.
     """
     epoch, slot = slot_of(spec, position)
     plan = _epoch(spec, epoch)
@@ -148,8 +151,8 @@ def shards_from(spec: OrderSpec, position: int) -> Iterator[int]:
 
 
 def sample_ids(spec: OrderSpec, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (count,) and epochs (count,), int64, of the samples from ``position`` of the run on; epochs follow each other
-    without a gap."""
+    """Ids (count,) and epochs (count,), int64, of the samples from ``position`` of the run on; a batch may
+    span epochs."""
     ids, epochs, filled = np.empty(count, np.int64), np.empty(count, np.int64), 0
     while filled < count:
         epoch, slot = slot_of(spec, position + filled)
@@ -162,5 +165,5 @@ def sample_ids(spec: OrderSpec, position: int, count: int) -> tuple[np.ndarray, 
 
 
 def batch_ids(spec: OrderSpec, step: int, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sample ids (B,) and their epochs (B,) of step ``step``. A batch runs over the end of an epoch; none is dropped."""
+    """Sample ids (B,) and their epochs (B,) of step ``step``. A batch may span epochs; no sample is dropped."""
     return sample_ids(spec, step * global_batch, global_batch)

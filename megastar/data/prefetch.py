@@ -1,4 +1,4 @@
-"""What stands between the reading of batches and their use: a thread that reads ahead, and the way to a GPU."""
+"""Between reading batches and using them: a thread that reads ahead, and copies to a GPU."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 import torch
 
 Batch = dict[str, Any]
-_POLL = 0.1  # seconds between looks at whether a wait is over
+_POLL = 0.1  # seconds between checks whether a wait is over
 _END = object()
 
 
 class GaveUp(Exception):
-    """No batch was there when the consumer no longer wanted to wait for one."""
+    """The consumer stopped waiting before a batch was ready."""
 
 
 class ReadAhead:
-    """Runs an iterator of lists of batches in a thread, ``depth`` lists ahead; an error comes out where its list would
-    have. A list is one hand-over between the threads, which costs more than reading a small batch.
+    """Runs an iterator of lists of batches in a thread, ``depth`` lists ahead; an error is raised in place of its list. A
+    list is handed over at once, because a hand-over between threads costs more than reading a small batch.
 
-    ``stop`` ends the thread; ``close`` sets it and joins. ``waited``: the seconds that the consumer waited so far.
+    ``stop`` ends the thread; ``close`` sets it and joins. ``waited``: seconds that the consumer has waited.
     """
 
     def __init__(self, items: Iterator[list[Batch]], depth: int, stop: threading.Event):
@@ -54,7 +54,7 @@ class ReadAhead:
         return False
 
     def iterate(self, give_up: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
-        """The batches until the end or ``close``. Raises ``GaveUp`` when none is there and ``give_up()`` is true."""
+        """The batches until the end or ``close``. Raises ``GaveUp`` when none is ready and ``give_up()`` is true."""
         while not self._stop.is_set():
             item = self._take(give_up)
             if item is _END:
@@ -91,11 +91,11 @@ class ReadAhead:
 
 
 class ToDevice:
-    """The way of batches to ``device`` (None or a CPU: they stay): ``send`` ahead of use, ``receive`` when it is time.
+    """Copies batches to ``device`` (None or a CPU: no copy): ``send`` ahead of use, ``receive`` on use.
 
-    Until ``receive`` codes are as they are stored, two bytes each, in int16 (which every kernel knows). For a GPU the
-    reading thread pins the arrays and copies them on a stream of its own, while the step before runs; the consumer's
-    stream waits for that copy alone.
+    Until ``receive`` codes have their stored two bytes, as int16, which every kernel supports. For a GPU the reading
+    thread pins the arrays and copies them on its own stream during the previous step; the consumer's stream waits for
+    that copy only.
     """
 
     ON_DEVICE = ("codes", "labels", "true_labels")
@@ -107,22 +107,22 @@ class ToDevice:
     def send(self, batch: Batch) -> Batch:
         if self._stream is None:
             return batch
-        # A thread begins on the first GPU, and leaving the stream would open a context there, half a GiB a rank.
+        # Threads start on the first GPU, and leaving the stream would create a context there, half a GiB a rank.
         torch.cuda.set_device(self.device)
         with torch.cuda.stream(self._stream):
-            for name in self.ON_DEVICE:  # the allocator of pinned memory keeps it until the copy is done
+            for name in self.ON_DEVICE:  # the allocator keeps pinned memory until the copy is done
                 batch[name] = batch[name].pin_memory().to(self.device, non_blocking=True)
             batch["codes"] = batch["codes"].to(torch.int64).bitwise_and_(0xFFFF)  # (b, M, T)
             batch["copied"] = self._stream.record_event()
         return batch
 
     def receive(self, batch: Batch) -> Batch:
-        """The batch with codes in int64, fit for the caller's current stream."""
+        """The batch with codes in int64, ready for the caller's current stream."""
         if self._stream is None:
             batch["codes"] = torch.from_numpy(batch["codes"].numpy().view(np.uint16).astype(np.int64))  # (b, M, T)
             return batch
         current = torch.cuda.current_stream(self.device)
         current.wait_event(batch.pop("copied"))
         for name in self.ON_DEVICE:
-            batch[name].record_stream(current)  # its memory was given out on the other stream
+            batch[name].record_stream(current)  # it was allocated on the other stream
         return batch

@@ -1,6 +1,6 @@
-"""Draws for a sample: which crops, and whether its label is dropped.
+"""Random draws for a sample: its crops, and whether its label is dropped.
 
-Each is a function of (seed, epoch, sample id), so it is the same whatever the ranks, workers and batch.
+Each is a function of (seed, epoch, sample id), independent of ranks, workers and batch size.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-_VIEWS, _LABEL_DROP = 1, 2  # streams: the draws are independent of each other
+_VIEWS, _LABEL_DROP = 1, 2  # independent random streams
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -26,7 +26,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _key(seed: int, stream: int) -> np.ndarray:
-    """The hash of the words that all samples share, (1,)."""
+    """The hash of the words common to all samples, (1,)."""
     state = np.zeros(1, np.uint64)
     for word in (seed & (2**64 - 1), stream):
         state = _mix((state + _GOLDEN) ^ np.uint64(word))
@@ -34,7 +34,7 @@ def _key(seed: int, stream: int) -> np.ndarray:
 
 
 def _bits(seed: int, stream: int, epochs: np.ndarray, ids: np.ndarray, n: int) -> np.ndarray:
-    """(B,), (B,) -> n random uint64 a sample, (B, n). A hash of the words seed, stream, epoch, id, number."""
+    """(B,), (B,) -> n random uint64 per sample, (B, n). A hash of the words seed, stream, epoch, id, number."""
     state = (_key(seed, stream) + _GOLDEN) ^ epochs.astype(np.uint64)
     state = _mix(state)
     state += _GOLDEN
@@ -47,7 +47,7 @@ def _bits(seed: int, stream: int, epochs: np.ndarray, ids: np.ndarray, n: int) -
 
 
 def draw_views(seed: int, epochs: np.ndarray, ids: np.ndarray, stored: int, M: int) -> np.ndarray:
-    """``M`` distinct stored views a sample: (B,), (B,) -> (B, M) int64 in random order."""
+    """``M`` distinct stored views per sample: (B,), (B,) -> (B, M) int64 in random order."""
     assert stored >= M, (stored, M)
     bits = _bits(seed, _VIEWS, epochs, ids, stored)
     if M > 2 or stored < 4:

@@ -158,20 +158,22 @@ def s3_read(url: str, sample: int = SAMPLE) -> list[Finding]:
     """List a page of s3://bucket/prefix and read a range of its largest object. Raises ``UserError`` like S3Folder."""
     from megastar.data.storage.s3_client import PAGE, S3Folder
 
-    folder = S3Folder(url, patience=15.0, say=lambda line: None)
+    folder = S3Folder(url, patience=15.0, report=lambda message: None)
     start = time.perf_counter()
     try:
         page = folder.client.list_objects_v2(Bucket=folder.bucket, Prefix=folder.key_of(""), MaxKeys=PAGE)
     except Exception as error:
-        raise folder.passing(error, "") from error
+        folder.raise_if_permanent(error, "")
+        raise
     listed = time.perf_counter() - start
-    objects = {item["Key"][len(folder.key_of("")) :]: int(item["Size"]) for item in page.get("Contents", ())}
-    name = max(objects, key=lambda n: objects[n], default="")
-    if not name or not objects[name]:
+    contents, prefix = page.get("Contents", ()), folder.key_of("")
+    objects = {item["Key"][len(prefix) :]: (int(item["Size"]), item["ETag"]) for item in contents}
+    name = max(objects, key=lambda n: objects[n][0], default="")
+    if not name or not objects[name][0]:
         remedy = "correct the prefix, or upload the whole folder"
         return [Finding("S3", WARNING, f"{url} can be listed, but contains no object to read", remedy)]
-    start, size = time.perf_counter(), min(sample, objects[name])
-    folder.read(name, 0, size)
+    start, size, etag = time.perf_counter(), min(sample, objects[name][0]), objects[name][1]
+    folder.read(name, 0, size, etag)
     rate = size / (time.perf_counter() - start)
     count = f"{len(objects)} objects" + (" or more" if page.get("IsTruncated") else "")
     text = f"{url}: {count}, listed in {listed:.2f} s, a range of {size / 1e6:.3g} MB at {rate / 1e6:.0f} MB/s"
@@ -184,11 +186,12 @@ def s3_write(url: str) -> list[Finding]:
     """Put a small object and remove it. Raises ``UserError`` if that is denied."""
     from megastar.data.storage.s3_client import S3Folder
 
-    folder, name = S3Folder(url, patience=15.0, say=lambda line: None), f".megastar-doctor-{secrets.token_hex(6)}"
+    folder, name = S3Folder(url, patience=15.0, report=lambda message: None), f".megastar-doctor-{secrets.token_hex(6)}"
     try:
         folder.client.put_object(Bucket=folder.bucket, Key=folder.key_of(name), Body=b"megastar doctor")
     except Exception as error:
-        raise folder.passing(error, name) from error
+        folder.raise_if_permanent(error, name)
+        raise
     try:
         folder.client.delete_object(Bucket=folder.bucket, Key=folder.key_of(name))
     except Exception:  # an upload never needs to remove an object

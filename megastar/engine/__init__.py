@@ -1,4 +1,4 @@
-"""The only package that imports deepspeed. What must be said before that import is said here."""
+"""The training engine. Sets what DeepSpeed needs before its import."""
 
 import os
 import warnings
@@ -6,7 +6,7 @@ import warnings
 import torch
 
 if not torch.cuda.is_available():
-    # DeepSpeed would otherwise guess, and tell about its guess.
+    # DeepSpeed would otherwise guess, and log its guess.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# torch 2.13 renamed two collectives that DeepSpeed calls: a warning a call, none of them the user's to mend.
+# torch 2.13 renamed two collectives that DeepSpeed calls: one warning per call, which a user cannot fix.
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated.*")

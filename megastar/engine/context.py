@@ -1,4 +1,4 @@
-"""The place of this process among the ranks: device, precision, process groups."""
+"""The device, precision and process groups of this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megastar.parallel.mesh import Mesh
 
 @dataclass
 class Context:
-    """Where this process stands: device, precision, mesh and its process groups (None: no other rank)."""
+    """Device, precision, mesh and process groups (None: no other rank) of this process."""
 
     rank: int
     world: int

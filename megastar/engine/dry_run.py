@@ -1,8 +1,7 @@
-"""``megastar train --dry-run``: build everything, move one fake batch, say what a real run would use."""
+"""``megastar train --dry-run``: build everything, train on a fake batch, and print what a real run would use."""
 
 from __future__ import annotations
 
-import resource
 import time
 
 import torch
@@ -13,31 +12,25 @@ from megastar.config.schema import RunConfig
 from megastar.data.shards.manifest import Manifest
 from megastar.engine.context import Context
 from megastar.engine.lr_schedule import learning_rate, total_steps
+from megastar.engine.metrics.step_metrics import peak_bytes
+from megastar.engine.step_benchmark import random_batch
 from megastar.engine.train_step import losses
 from megastar.engine.zero.engines import Engines, full_shapes
 from megastar.engine.zero.state_memory import state_bytes
 from megastar.teacher.schedule import decay_at
 
-IMAGENET = 1_281_167  # training pictures of ImageNet-1k, where there are no shards to count
+IMAGENET = 1_281_167  # training images of ImageNet-1k, assumed where there are no shards
 
 
 def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest | None) -> None:
-    """Three steps on random codes, with a learning rate of 0; prints parameters, memory a rank, batch and schedule."""
-    B, M, T = engines.micro_batch, cfg.views, cfg.model.image_tokens
-    g = torch.Generator().manual_seed(ctx.mesh.data_rank)
-    batch = {
-        "codes": torch.randint(0, cfg.model.vocab_size, (B, M, T), generator=g),
-        "labels": torch.randint(0, cfg.model.num_classes, (B,), generator=g),
-        "ids": torch.arange(B),
-        "epochs": torch.zeros(B, dtype=torch.int64),
-    }
-    batch["true_labels"] = batch["labels"]
+    """Three steps on random codes with a learning rate of 0; prints parameters, memory per rank, batch and schedule."""
+    batch = random_batch(cfg, engines.micro_batch, seed=ctx.mesh.data_rank)
     samples = manifest.samples if manifest else IMAGENET
     steps = total_steps(cfg, samples)
     for group in engines.optimizer.param_groups:
         group["lr"] = 0.0
     engines.student.train()
-    for _ in range(3):  # ZeRO-3 gathers ahead from the second step on, when it knows the order of the layers
+    for _ in range(3):  # ZeRO-3 prefetches from the second step on, when it knows the order of the layers
         start = time.perf_counter()
         for _ in range(engines.accumulation):
             loss, _ = losses(cfg, engines, ctx, batch, 0)
@@ -52,10 +45,6 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest 
     trunk = sum(size for n, size in sizes.items() if n.startswith("transformer."))
     extra = sum(sizes.values()) - trunk
     states = state_bytes(engines)
-    if ctx.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(ctx.device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     o = cfg.optim
     rows = {
         "transformer": f"{cfg.model.name}, {trunk / 1e6:.1f} M parameters"
@@ -64,11 +53,12 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest 
         "states, rank 0": f"{sum(states.values()) / 2**20:.0f} MiB held: "
         + ", ".join(f"{cause} {size / 2**20:.0f}" for cause, size in states.items())
         + " (optimizer: masters, moments, average)",
-        "peak memory, rank 0": f"{peak / 2**20:.0f} MiB" + (" (whole process)" if ctx.device.type == "cpu" else ""),
-        "batch": f"{cfg.train.global_batch} images x {M} views = {ctx.mesh.data} data ranks x {engines.micro_batch} x {engines.accumulation} accumulated",
-        "data": f"{manifest.samples} pictures, {manifest.views} stored views of {manifest.tokens} tokens"
+        "peak memory, rank 0": f"{peak_bytes(ctx.device) / 2**20:.0f} MiB"
+        + (" (whole process)" if ctx.device.type == "cpu" else ""),
+        "batch": f"{cfg.train.global_batch} images x {cfg.views} views = {ctx.mesh.data} data ranks x {engines.micro_batch} x {engines.accumulation} accumulated",
+        "data": f"{manifest.samples} images, {manifest.views} stored views of {manifest.tokens} tokens"
         if manifest
-        else f"{cfg.data.shards} is not there; ImageNet's {IMAGENET} pictures assumed",
+        else f"{cfg.data.shards} does not exist; assuming the {IMAGENET} images of ImageNet",
         "length": f"{steps} steps = {steps * cfg.train.global_batch / samples:.1f} epochs",
         "learning rate": f"{learning_rate(cfg, 0, steps):.2e} -> {max(learning_rate(cfg, s, steps) for s in {o.warmup_steps, 0}):.2e}"
         f" -> {learning_rate(cfg, steps - 1, steps):.2e} ({o.schedule}, {o.warmup_steps} warm-up)",

@@ -1,7 +1,7 @@
-"""Exit statuses of a rank. The batch scripts of slurm/ know them."""
+"""Exit statuses of a rank. The batch scripts of slurm/ use them."""
 
 from __future__ import annotations
 
 PREEMPTED = 85  # saved after a signal; not 0, because SLURM counts a clean exit as completed and does not requeue it
-RANK_FAILURE = 86  # ended because of a lost or hung rank: a crash for the batch script, which requeues
-CLEAN = (0, PREEMPTED)  # statuses of a rank that left together with all others
+RANK_FAILURE = 86  # because of a lost or hung rank: a crash for the batch script, which requeues
+CLEAN = (0, PREEMPTED)  # of a rank that exited together with all others

@@ -8,24 +8,24 @@ from megastar.config.schema import RunConfig
 
 
 def total_steps(cfg: RunConfig, samples: int) -> int:
-    """Optimizer steps of the run: ``train.steps``, or epochs over ``samples`` pictures."""
+    """Optimizer steps of the run: ``train.steps``, or epochs over ``samples`` images."""
     if cfg.train.steps:
         return cfg.train.steps
     return max(1, round(cfg.train.epochs * samples / cfg.train.global_batch))
 
 
 def row_due(cfg: RunConfig, step: int, steps: int) -> bool:
-    """Whether the step that follows ``step`` finished ones is written to metrics.jsonl."""
+    """Whether the step after ``step`` finished ones is written to metrics.jsonl."""
     return (step + 1) % cfg.train.log_every == 0 or step + 1 == steps
 
 
 def peak_rate(cfg: RunConfig) -> float:
-    """The largest rate of the run."""
+    """The maximum rate of the run."""
     return cfg.optim.lr * (cfg.train.global_batch / 256 if cfg.optim.scale_lr else 1.0)
 
 
 def learning_rate(cfg: RunConfig, step: int, steps: int) -> float:
-    """Rate of the step that follows ``step`` finished ones; scaled with global_batch / 256 when ``scale_lr`` [P]."""
+    """Rate of the step after ``step`` finished ones; scaled with global_batch / 256 when ``scale_lr`` [P]."""
     o = cfg.optim
     peak = peak_rate(cfg)
     if step < o.warmup_steps:

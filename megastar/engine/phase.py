@@ -1,6 +1,6 @@
-"""What this rank is at, for its watchdog: the loop stamps, two stores of an attribute each time, and nothing waits.
+"""Current phase of this rank, recorded by the training loop for the watchdog (lock-free).
 
-One process is one rank, so there is one ``PHASE``; outside of a watched run the stamps change nothing.
+One process is one rank, so there is one ``PHASE``; without a watchdog it has no effect.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ import math
 from megastar.config.schema import RunConfig
 from megastar.data.storage.protocol import is_remote
 
-STARTING = "starting"  # engines are built, a checkpoint is read
+STARTING = "starting"  # building engines, reading a checkpoint
 DATA = "waiting for data"
 SAVING = "saving"
 VALIDATION = "validation"
 ENDING = "ending"
 
-START_EXTRA = 900.0  # seconds that a start, its first step with it, may take longer than any other step
-SAVE_EXTRA = 3600.0  # as long as ranks wait for each other's files
-DATA_EXTRA = 600.0  # on top of data.patience: an answer of S3 that is slow, but comes
+START_EXTRA = 900.0  # extra seconds for a start, including its first step
+SAVE_EXTRA = 3600.0  # extra seconds for a save: ranks wait for each other's files
+DATA_EXTRA = 600.0  # extra seconds on top of data.patience, for slow responses of S3
 
 
 class Phase:
-    """``moves`` grows with every stamp; ``step`` is the one at work, counted from 1, 0 before the first."""
+    """``moves`` counts every change; ``step`` is the current step, counted from 1, 0 before the first."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         self.phase, self.step, self.moves, self.steps = STARTING, 0, 0, 0
-        self.done = 0  # steps
+        self.done = 0  # finished steps
 
     def begin(self, step: int) -> None:
         self.step, self.done = step, step - 1
@@ -56,15 +56,15 @@ def describe(phase: str, step: int) -> str:
 
 
 def limit_of(cfg: RunConfig, phase: Phase = PHASE) -> float:
-    """Seconds that the rank may stay where it is; infinite where nothing is ever a hang."""
+    """Seconds that the rank may stay in ``phase`` before it counts as hanging; may be infinite."""
     limit = cfg.faults.hang_timeout or math.inf
-    if phase.phase == ENDING and cfg.train.upload:  # uploads take what they take
+    if phase.phase == ENDING and cfg.train.upload:  # an upload may take any time
         return math.inf
     if phase.phase in (SAVING, ENDING):
         return limit + SAVE_EXTRA
     if phase.steps <= 1 or phase.phase == STARTING:
         limit += START_EXTRA
-    remote = is_remote(cfg.data.shards) or is_remote(cfg.data.val_shards)  # a start reads of both
+    remote = is_remote(cfg.data.shards) or is_remote(cfg.data.val_shards)  # a start reads both
     if remote and phase.phase in (DATA, STARTING):
         limit += cfg.data.patience + DATA_EXTRA
     return limit

@@ -1,4 +1,4 @@
-"""How fast one process steps on random codes: images/s, MFU and where it goes, peak memory."""
+"""Training speed of one process on random codes: images/s, MFU and its parts, peak memory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from megastar.parallel.cost import step_flops
 def step_speed(
     cfg: RunConfig, ctx: Context, images: int, steps: int = 8, peak_tflops: float | None = None
 ) -> dict[str, Any]:
-    """Build ``cfg`` for one process and step it: median of ``steps`` steps of ``images`` images after three to warm up.
+    """Build ``cfg`` for one process and train: median of ``steps`` steps of ``images`` images after three warm-up steps.
 
-    ``mfu`` (share of ``peak_tflops``, None without) is split into student, teacher and heads (output head and
-    projector), by FLOPs counted from shapes; the loss is the last step's, a sign of life. Memory in GiB, GPU only.
+    ``mfu`` (share of ``peak_tflops``, None without it) is split into student, teacher and heads (output head and
+    projector), by FLOPs counted from shapes; the loss is that of the last step. Memory in GiB, GPU only.
     """
     cfg = dataclasses.replace(
         cfg,
@@ -77,8 +77,8 @@ def one_step(cfg: RunConfig, ctx: Context, engines: Engines, batch: dict[str, An
     return loss.detach()
 
 
-def random_batch(cfg: RunConfig, images: int) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(0)
+def random_batch(cfg: RunConfig, images: int, seed: int = 0) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, cfg.model.num_classes, (images,), generator=g)
     return {
         "codes": torch.randint(0, cfg.model.vocab_size, (images, cfg.views, cfg.model.image_tokens), generator=g),

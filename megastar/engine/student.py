@@ -1,4 +1,4 @@
-"""The student as one module for one DeepSpeed engine: transformer plus projector. The teacher is a transformer alone."""
+"""The student, transformer and projector in one module for one DeepSpeed engine. The teacher is a transformer only."""
 
 from __future__ import annotations
 

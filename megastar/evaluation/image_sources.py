@@ -1,42 +1,44 @@
-"""Pictures to score, read in order and a batch at a time: from a folder, tars, an .npz, or decoded token shards."""
+"""Images to score, read in order and in batches: from a folder, tars, an .npz, or decoded token shards."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from rich.console import Console
 
-from megastar.data.images.dataset import PictureError, PictureSet, center_crop
+from megastar.data.images.dataset import ImageError, ImageSet, center_crop
 from megastar.data.shards.reader import ShardSet
 from megastar.data.storage.protocol import is_remote
 from megastar.data.storage.shard_info import MANIFEST
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
+from megastar.utils.files import sha256
 
+logger = logging.getLogger(__name__)
 NPZ_NAMES = ("arr_0", "images")
 
 
 class ImageSource(Protocol):
-    """``count`` pictures of ``height`` x ``width``; a few of a folder's may turn out unreadable."""
+    """``count`` images of ``height`` x ``width``; some files of a folder may be unreadable."""
 
     count: int
     height: int
     width: int
 
     def batches(self, batch: int) -> Iterator[np.ndarray]:
-        """uint8 (B, H, W, 3), each picture once, in order."""
+        """uint8 (B, H, W, 3), each image once, in order."""
         ...
 
     def labels(self) -> np.ndarray | None:
-        """Classes (N,), where the source knows them."""
+        """Classes (N,), or None if the source has none."""
         ...
 
     def sha256(self) -> str:
@@ -44,48 +46,47 @@ class ImageSource(Protocol):
         ...
 
 
-def open_pictures(
+def open_images(
     path: str | Path,
     *,
     subset: str | None = None,
     size: int | None = None,
     limit: int | None = None,
     tokenizer: str | Path | None = None,
-    console: Console | None = None,
 ) -> ImageSource:
-    """A folder of pictures, a picture tar (or folder of tars), an .npz with ``arr_0`` or ``images``, or token shards.
+    """A folder of images, an image tar (or folder of tars), an .npz with ``arr_0`` or ``images``, or token shards.
 
-    Folders and tars are cut to a centre square of ``size`` pixels (default: the first picture's short side). An .npz
-    and token shards, decoded by ``tokenizer``, must be of that size. ``limit`` keeps the first that many in order of
-    their keys. Unreadable pictures are left out, counted and named on the console. Raises ``UserError``.
+    Images of folders and tars are cropped to a centre square of ``size`` pixels (default: the first image's short side).
+    An .npz and token shards, decoded by ``tokenizer``, must have that size. ``limit`` keeps the first images in order of
+    their keys. Unreadable images are skipped with a warning. Raises ``UserError``.
     """
     if is_remote(path) or (Path(path) / MANIFEST).is_file():
-        found: ImageSource = TokenPictures(path, tokenizer, limit)
+        found: ImageSource = TokenImages(path, tokenizer, limit)
     elif Path(path).suffix == ".npz":
-        found = NpzPictures(Path(path), limit)
+        found = NpzImages(Path(path), limit)
     else:
-        return FolderPictures(Path(path), subset, size, limit, console)
+        return FolderImages(Path(path), subset, size, limit)
     if size is not None and (found.height, found.width) != (size, size):
-        raise UserError(f"{path} holds pictures of {found.width} x {found.height} pixels, {size} x {size} are needed")
+        raise UserError(f"{path}: images of {found.width} x {found.height} pixels, but {size} x {size} are required")
     return found
 
 
-def load_images(path: str | Path, **known) -> np.ndarray:
-    """All pictures of ``open_pictures`` at once: uint8 (N, H, W, 3)."""
-    return np.concatenate(list(open_pictures(path, **known).batches(256)))
+def load_images(path: str | Path, **options: Any) -> np.ndarray:
+    """All images of ``open_images`` at once: uint8 (N, H, W, 3)."""
+    return np.concatenate(list(open_images(path, **options).batches(256)))
 
 
 def source_hash(path: str | Path, *, subset: str | None = None) -> str:
-    """SHA-256 of what ``open_pictures`` reads from a folder, tars or an .npz."""
-    return open_pictures(path, subset=subset, size=None if Path(path).suffix == ".npz" else 1).sha256()
+    """SHA-256 of what ``open_images`` reads from a folder, tars or an .npz."""
+    return open_images(path, subset=subset, size=None if Path(path).suffix == ".npz" else 1).sha256()
 
 
-class FolderPictures:
+class FolderImages:
     """Files below a folder, or members of tars; decoded by threads, one batch ahead."""
 
-    def __init__(self, path: Path, subset: str | None, size: int | None, limit: int | None, console: Console | None):
-        self.path, self.subset, self.console = path, subset, console
-        self.set = PictureSet(path, subset)
+    def __init__(self, path: Path, subset: str | None, size: int | None, limit: int | None):
+        self.path, self.subset = path, subset
+        self.set = ImageSet(path, subset)
         self.count = min(len(self.set), limit or len(self.set))
         self.height = self.width = size or self._first_side()
 
@@ -93,38 +94,37 @@ class FolderPictures:
         for i in range(len(self.set)):
             try:
                 return min(self.set.read(i).size)
-            except PictureError:
+            except ImageError:
                 continue
-        raise UserError(f"{self.path}: none of its {len(self.set)} pictures can be read")
+        raise UserError(f"{self.path}: none of its {len(self.set)} images can be read; check the files' formats")
 
     def _read(self, i: int) -> np.ndarray | str:
         try:
             return np.asarray(center_crop(self.set.read(i), self.height))
-        except PictureError as error:
+        except ImageError as error:
             return str(error)
 
     def batches(self, batch: int) -> Iterator[np.ndarray]:
         bad: list[str] = []
         with ThreadPoolExecutor() as pool:  # the decoders release the interpreter lock
-            waiting = [pool.submit(self._read, i) for i in range(min(batch, self.count))]
+            pending = [pool.submit(self._read, i) for i in range(min(batch, self.count))]
             for first in range(0, self.count, batch):
                 ahead = range(first + batch, min(first + 2 * batch, self.count))
-                now, waiting = waiting, [pool.submit(self._read, i) for i in ahead]
-                read = [f.result() for f in now]
-                bad += [x for x in read if isinstance(x, str)]
-                if good := [x for x in read if isinstance(x, np.ndarray)]:
+                current, pending = pending, [pool.submit(self._read, i) for i in ahead]
+                results = [f.result() for f in current]
+                bad += [x for x in results if isinstance(x, str)]
+                if good := [x for x in results if isinstance(x, np.ndarray)]:
                     yield np.stack(good)
         if len(bad) == self.count:
-            raise UserError(f"{self.path}: none of {self.count} pictures can be read; the first: {bad[0]}")
-        if bad and self.console is not None:
-            told = f"{self.path}: {len(bad)} of {self.count} pictures left out: {'; '.join(bad[:3])}"
-            self.console.print(told, markup=False)
+            raise UserError(f"{self.path}: none of {self.count} images can be read; the first: {bad[0]}")
+        if bad:
+            logger.warning("%s: skipped %d of %d images: %s", self.path, len(bad), self.count, "; ".join(bad[:3]))
 
     def labels(self) -> np.ndarray:
-        return np.array([p.label for p in self.set.pictures[: self.count]])
+        return np.array([p.label for p in self.set.images[: self.count]])
 
     def sha256(self) -> str:
-        digest, pictures = hashlib.sha256(), self.set.pictures
+        digest, pictures = hashlib.sha256(), self.set.images
         if pictures[0].offset < 0:
             for p in pictures:
                 digest.update(p.key.encode() + b"\0")
@@ -136,30 +136,28 @@ class FolderPictures:
         return digest.hexdigest()
 
 
-class NpzPictures:
-    """ADM's layout, read from the archive as it is needed: 50,000 pictures of 256 x 256 are 9.8 GB, never in memory."""
+class NpzImages:
+    """ADM's layout, read from the archive in batches: 50,000 images of 256 x 256 are 9.8 GB, never in memory at once."""
 
     def __init__(self, path: Path, limit: int | None = None):
         self.path = path
         if not path.is_file():
-            raise UserError(f"pictures {path} do not exist: name a folder, a .tar, or an .npz with arr_0 or images")
+            raise UserError(f"images {path} do not exist: name a folder, a .tar, or an .npz with arr_0 or images")
         with _readable(path), zipfile.ZipFile(path) as archive:
             self.names = [n.removesuffix(".npy") for n in archive.namelist()]
             name = next((n for n in NPZ_NAMES if n in self.names), None)
             if name is None:
-                raise UserError(f"{path} holds {', '.join(self.names) or 'nothing'}: expected arr_0 or images")
+                raise UserError(f"{path} contains {', '.join(self.names) or 'nothing'}: expected arr_0 or images")
             self.name = name
             with archive.open(f"{name}.npy") as member:
                 shape, fortran, dtype = _header(member)
-                bytes_there = archive.getinfo(f"{name}.npy").file_size - member.tell()
+                actual_bytes = archive.getinfo(f"{name}.npy").file_size - member.tell()
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
             raise UserError(f"{path}: {name} is {dtype} {shape}, expected uint8 (N, H, W, 3) with N above 0")
         if fortran:
-            raise UserError(
-                f"{path}: {name} is stored column by column (Fortran order): save np.ascontiguousarray of it"
-            )
-        if bytes_there != np.prod(shape, dtype=object):
-            raise UserError(f"{path}: {name} promises {shape} and holds {bytes_there} bytes: make it again")
+            raise UserError(f"{path}: {name} is stored in Fortran order: save np.ascontiguousarray of it")
+        if actual_bytes != np.prod(shape, dtype=object):
+            raise UserError(f"{path}: {name} has the shape {shape} but {actual_bytes} bytes: create it again")
         self.count, self.height, self.width = min(shape[0], limit or shape[0]), shape[1], shape[2]
 
     def batches(self, batch: int) -> Iterator[np.ndarray]:
@@ -172,28 +170,27 @@ class NpzPictures:
 
     def labels(self) -> np.ndarray | None:
         labels = read_arrays(self.path, ["arr_1"]).get("arr_1")
-        known = labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) >= self.count
-        return labels[: self.count] if known else None
+        if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) < self.count:
+            return None
+        return labels[: self.count]
 
     def sha256(self) -> str:
-        digest = hashlib.sha256()
-        _add_file(digest, self.path)
-        return digest.hexdigest()
+        return sha256(self.path)
 
 
-class TokenPictures:
-    """What a tokenizer makes of the real pictures' codes: the best that any model of these codes can do."""
+class TokenImages:
+    """Reconstructions from the real images' codes: the best result that a model of these codes can have."""
 
     def __init__(self, path: str | Path, tokenizer: str | Path | None, limit: int | None = None):
         self.path = path
         self.shards = ShardSet(path)
         manifest = self.shards.manifest
         if tokenizer is None:
-            raise UserError(f"{path} holds token shards: name the tokenizer that decodes them, with --real-tokenizer")
-        if tokenizer_hash(tokenizer) != manifest.tokenizer_sha256:
+            raise UserError(f"{path} contains token shards: name the tokenizer that decodes them with --real-tokenizer")
+        if (digest := tokenizer_hash(tokenizer)) != manifest.tokenizer_sha256:
             raise UserError(
-                f"tokenizer {tokenizer} has the hash {tokenizer_hash(tokenizer)[:12]}, the shards {path} were made with "
-                f"{manifest.tokenizer_sha256[:12]}: name the tokenizer that made them"
+                f"tokenizer {tokenizer} has the hash {digest[:12]}, but the shards {path} were encoded with "
+                f"{manifest.tokenizer_sha256[:12]}: name the tokenizer that encoded them"
             )
         self.tokenizer = Path(tokenizer)
         self.count = min(len(self.shards), limit or len(self.shards))
@@ -213,7 +210,7 @@ class TokenPictures:
         return self.shards.gather(np.arange(self.count), np.zeros((self.count, 1), np.int64))[1]
 
     def sha256(self) -> str:
-        """Of the shards' hashes, as their manifest has them, and the tokenizer's file, whose decoder matters too."""
+        """Of the shards' hashes in the manifest, and of the tokenizer's file, which includes the decoder."""
         digest = hashlib.sha256("".join(s.sha256 for s in self.shards.manifest.shards).encode())
         _add_file(digest, self.tokenizer)
         return digest.hexdigest()
@@ -226,13 +223,13 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
 
 
 def read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
-    """Those of ``names`` that an .npz holds. Raises ``UserError``."""
+    """Those of ``names`` that an .npz contains. Raises ``UserError``."""
     with _readable(path), np.load(path, allow_pickle=False) as archive:
         return {n: archive[n] for n in names if n in archive.files}
 
 
 def npz_names(path: Path) -> list[str]:
-    """What an .npz holds. Raises ``UserError``."""
+    """The names of an .npz's arrays. Raises ``UserError``."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: name a folder, a .tar, an .npz or token shards")
     with _readable(path), zipfile.ZipFile(path) as archive:
@@ -244,13 +241,13 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
-        raise UserError(f"{path} is not a readable .npz ({error}): make it again") from error
+        raise UserError(f"{path} is not a readable .npz ({error}): create it again") from error
 
 
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(member)
+    if np.lib.format.read_magic(member) == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    return np.lib.format.read_array_header_2_0(member)
 
 
 def _add_file(digest: hashlib._Hash, path: Path) -> None:

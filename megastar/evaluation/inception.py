@@ -1,7 +1,7 @@
-"""The Inception network of FID: TensorFlow's of 2015-12-05, in PyTorch, from a file that the user names.
+"""The Inception network of FID: TensorFlow's of 2015-12-05, in PyTorch, from a file named by the user.
 
-It differs from torchvision's Inception-v3: average pools leave the padding out of the mean, the last block pools by the
-maximum, pictures are enlarged as TensorFlow 1 did (corner-anchored, no half-pixel shift), and there are 1008 classes.
+It differs from torchvision's Inception-v3: average pools exclude the padding, the last block uses a max pool, images
+are resized as in TensorFlow 1 (corner-anchored, no half-pixel shift), and there are 1008 classes.
 Sources: pytorch-fid's inception.py, torch-fidelity's feature_extractor_inceptionv3.py, ADM's evaluations/evaluator.py.
 """
 
@@ -20,7 +20,7 @@ from megastar.utils.files import sha256
 
 SIDE = 299
 POOL, SPATIAL, CLASSES = 2048, 17 * 17 * 7, 1008
-SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # one file under both names
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # the same file under both names
 PUBLISHED = (
     "pt_inception-2015-12-05-6726825d.pth at github.com/mseitzer/pytorch-fid/releases (fid_weights), or the same bytes as "
     "weights-inception-2015-12-05-6726825d.pth at github.com/toshas/torch-fidelity/releases (v0.2.0)"
@@ -35,7 +35,7 @@ class Conv(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         around = (height // 2, width // 2) if padding else 0
         self.conv = nn.Conv2d(inputs, outputs, (height, width), stride, around, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
+        self.bn: nn.Module = nn.BatchNorm2d(outputs, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
@@ -143,10 +143,10 @@ class InceptionE(nn.Module):
 
 
 class FIDInceptionV3(nn.Module):
-    """Scaled pictures (B, 3, 299, 299) -> pool features (B, 2048) and sFID's spatial ones (B, 2023).
+    """Scaled images (B, 3, 299, 299) -> pool features (B, 2048) and sFID's spatial ones (B, 2023).
 
-    The spatial ones are the first 7 channels of ``mixed_6/conv`` in TensorFlow's graph, which is the 1x1 branch of
-    Mixed_6d, flattened with the channel last, as the statistics that ADM publishes have it.
+    The spatial ones are the first 7 channels of ``mixed_6/conv`` in TensorFlow's graph, the 1x1 branch of Mixed_6d,
+    flattened with the channel last, as in the statistics published by ADM.
     """
 
     def __init__(self) -> None:
@@ -176,18 +176,18 @@ class FIDInceptionV3(nn.Module):
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (B, 768, 17, 17)
         x = self.Mixed_6d(x)
-        seven = x[:, :7].permute(0, 2, 3, 1).flatten(1) if spatial else None  # its branch1x1 comes first
+        seven = x[:, :7].permute(0, 2, 3, 1).flatten(1) if spatial else None  # branch1x1 is the first
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (B, 2048, 8, 8)
         return x.mean((2, 3)), seven
 
     def logits(self, pool: Tensor) -> Tensor:
-        """Pool features (B, 2048) -> (B, 1008) without the bias: the Inception Score's, in ADM's evaluator and before."""
+        """Pool features (B, 2048) -> (B, 1008) without the bias, as ADM's evaluator computes the Inception Score."""
         return pool @ self.fc.weight.T
 
     def fuse(self) -> FIDInceptionV3:
-        """Fold every BatchNorm into its convolution: equal up to rounding, and less memory to walk. Eval mode only."""
+        """Fold every BatchNorm into its convolution: equal up to rounding, and faster. Eval mode only."""
         for module in self.modules():
-            if isinstance(module, Conv):
+            if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
                 module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
         return self
 
@@ -198,7 +198,7 @@ def scale(pixels: Tensor) -> Tensor:
 
 
 def resize_tf1(images: Tensor, side: int) -> Tensor:
-    """TensorFlow 1's ``resize_bilinear`` without aligned corners: output pixel i looks at input i * in / out.
+    """TensorFlow 1's ``resize_bilinear`` without aligned corners: output pixel i reads input i * in / out.
 
     No half-pixel centres and no antialiasing: (B, C, H, W) float -> (B, C, side, side).
     """
@@ -214,19 +214,19 @@ def resize_tf1(images: Tensor, side: int) -> Tensor:
 
 
 def load_inception(path: str | Path | None, expected: str | None = None) -> tuple[FIDInceptionV3, str]:
-    """The network from a published file, or from one whose SHA-256 the caller vouches for, and the file's SHA-256.
+    """The network from the published file, or from one with the SHA-256 ``expected``, and the file's SHA-256.
 
-    Nothing is unpickled but tensors, and only after the hash has been compared. Raises ``UserError``.
+    Only tensors are unpickled, and only after the hash was compared. Raises ``UserError``.
     """
     if path is None or not Path(path).is_file():
-        what = "FID needs --inception FILE" if path is None else f"--inception {path} does not exist"
-        raise UserError(f"{what}: get {PUBLISHED}; SHA-256 {SHA256}")
+        problem = "FID requires --inception FILE" if path is None else f"--inception {path} does not exist"
+        raise UserError(f"{problem}: get {PUBLISHED}; SHA-256 {SHA256}")
     path = Path(path)
     digest = sha256(path)
     if digest != (expected or SHA256):
         raise UserError(
-            f"{path} has the SHA-256 {digest}, not {expected or SHA256}: get {PUBLISHED}; or vouch for your own file "
-            f"with --inception-sha256 (its scores then carry the hash in their names)"
+            f"{path} has the SHA-256 {digest}, not {expected or SHA256}: get {PUBLISHED}; or pass the hash of your own "
+            "file with --inception-sha256 (the names of its scores then contain the hash)"
         )
     return from_state(_read(path), path), digest
 
@@ -240,28 +240,26 @@ def _read(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors and was not opened ({str(error).splitlines()[0]}): get {PUBLISHED}"
+            f"{path} contains other objects than tensors ({str(error).splitlines()[0]}): get {PUBLISHED}"
         ) from error
-    except Exception as error:  # torch.load raises half a dozen types for cut files
-        raise UserError(f"{path} is broken ({type(error).__name__}): get it again, {PUBLISHED}") from error
+    except Exception as error:  # torch.load raises many types for truncated files
+        raise UserError(f"{path} is damaged ({type(error).__name__}): get it again, {PUBLISHED}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} is no table of named tensors: get {PUBLISHED}")
+        raise UserError(f"{path} is not a dictionary of tensors: get {PUBLISHED}")
     return state
 
 
 def from_state(state: dict[str, Tensor], source: str | Path = "state") -> FIDInceptionV3:
-    """The network, frozen, in eval mode and fused. Raises ``UserError`` that lists what is missing or of another shape."""
+    """The network, frozen, in eval mode and fused. The ``UserError`` lists missing tensors and wrong shapes."""
     with torch.device("meta"):
         net = FIDInceptionV3()
     wanted = {k: v.shape for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     missing = [k for k in wanted if k not in state]
-    other = [f"{k} {tuple(state[k].shape)}" for k, shape in wanted.items() if k in state and state[k].shape != shape]
-    if missing or other:
-        parts = [
-            f"{len(v)} {what} ({', '.join(v[:3])})" for v, what in ((missing, "missing"), (other, "misshapen")) if v
-        ]
+    wrong = [f"{k} {tuple(state[k].shape)}" for k, shape in wanted.items() if k in state and state[k].shape != shape]
+    kinds = {"missing": missing, "of another shape": wrong}
+    if parts := [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds.items() if names]:
         raise UserError(f"{source} is not FID's Inception, {' and '.join(parts)}: get {PUBLISHED}")
     kept = {k: state[k].float() for k in wanted}
     counters = {k: torch.zeros((), dtype=torch.long) for k in net.state_dict() if k not in wanted}

@@ -11,7 +11,7 @@ def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def mmd2(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased squared MMD of two sets (n, F) of equal size, in float64; may fall a little below 0."""
+    """Unbiased squared MMD of two sets (n, F) of equal size, in float64; may be slightly negative."""
     n = len(x)
     xx, yy = (kernel(v, v) for v in (x, y))
     same = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (n * (n - 1))
@@ -25,8 +25,8 @@ def kernel_distance(
     assert 2 <= size <= min(len(real), len(made)), f"subsets of {size} from {len(real)} and {len(made)}"
     rng = np.random.default_rng(seed)
 
-    def some(x: np.ndarray) -> np.ndarray:
+    def subset(x: np.ndarray) -> np.ndarray:
         return x[rng.choice(len(x), size, replace=False)].astype(np.float64)
 
-    values = [mmd2(some(real), some(made)) for _ in range(subsets)]
+    values = [mmd2(subset(real), subset(made)) for _ in range(subsets)]
     return float(np.mean(values)), float(np.std(values))

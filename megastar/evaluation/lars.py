@@ -1,4 +1,4 @@
-"""LARS as MAE's linear probe uses it, for many small layers of one shape at once. Source: MAE util/lars.py, lr_sched.py."""
+"""LARS as in MAE's linear probe, for many small layers of one shape at once. Source: MAE util/lars.py, lr_sched.py."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class LARS:
-    """SGD with momentum, whose step on a layer's weight has the length trust * |weight|, whatever the gradient's.
+    """SGD with momentum whose step on a layer's weight has the length trust * |weight| for any gradient.
 
-    Each tensor stacks layers in its first dimension. Weights (layers, in, out) take the decay and the trust ratio;
-    ``biases`` neither, as MAE has it for tensors of one dimension. ``adaptive`` False is plain SGD with momentum.
+    Each tensor stacks layers in its first dimension. Weight decay and trust ratio apply to the weights (layers, in, out),
+    not to ``biases``, as in MAE for one-dimensional tensors. ``adaptive`` False is plain SGD with momentum.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class LARS:
 def learning_rate(epoch: float, epochs: int, peak: float, warmup: float = 10) -> float:
     """MAE's schedule at a fractional ``epoch``: linear from 0 over ``warmup`` epochs, then a half cosine to 0.
 
-    A run shorter than ``warmup`` warms up for a ninth of it, as 10 of 90.
+    A run shorter than ``warmup`` uses a ninth of its epochs, as 10 of 90.
     """
     warmup = warmup if epochs > warmup else epochs / 9
     if epoch < warmup:

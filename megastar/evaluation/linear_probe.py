@@ -1,12 +1,13 @@
-"""What a frozen block knows about the class, read by a linear layer at several positions. Source: MAE's protocol.
+"""Linear probe of a frozen block's features at several positions. Source: MAE's protocol.
 
 MAE (main_linprobe.py): BatchNorm without affine, a linear layer, LARS, 90 epochs, lr 0.1 * batch / 256 at a batch of
-16,384, 10 epochs of warm-up, cosine to 0, no weight decay. MAE crops at random; here the features of one crop are cached.
+16,384, 10 epochs of warm-up, cosine to 0, no weight decay. MAE uses random crops; here the features of one crop are cached.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from megastar.config.schema import ModelConfig
 from megastar.errors import UserError
 from megastar.evaluation.lars import LARS, learning_rate
 from megastar.model.transformer import Transformer
+from megastar.utils.progress_bar import progress_bar
 
+logger = logging.getLogger(__name__)
 OPTIMIZERS = ("lars", "sgd")
-ENOUGH = 10_000_000  # pictures seen, all epochs together, below which LARS at MAE's rate barely leaves its start
+MIN_LARS_IMAGES = 10_000_000  # over all epochs; with fewer, LARS at MAE's rate stays near the initial weights
 
 
 def probe_positions(tokens: int, count: int = 8) -> list[int]:
@@ -46,8 +48,8 @@ def probe_features(
 ) -> np.ndarray:
     """Codes (N, T) -> output of ``block`` (counted from 1) with the null class at ``positions``: (N, P, D) fp32.
 
-    Position p (counted from 1) has seen the null class and the first p - 1 codes. With a folder ``cache`` they lie in
-    a file there, named by the model's weights, the codes and the places, and are read from it the next time.
+    The input of position p (counted from 1) is the null class and the first p - 1 codes. With a folder ``cache``, the
+    features are stored there, under a hash of the model's weights, the codes and the positions, and reused.
     """
     c = model.cfg
     shape = (len(codes), len(positions), c.dim)
@@ -58,26 +60,22 @@ def probe_features(
             return np.load(file, mmap_mode="r")
         file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp") if file else None
-    out = (
-        np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-        if temporary
-        else np.empty(shape, np.float32)
-    )
+    out: np.ndarray = np.empty(shape, np.float32)  # not touched if replaced by a file
+    if temporary:
+        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
     device = next(model.parameters()).device
     index = torch.tensor(positions, device=device) - 1
-    columns = (TextColumn(f"features {title}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     was_training = model.training
     model.eval()
-    with Progress(*columns, console=console, disable=console is None) as bar:
-        task = bar.add_task("", total=len(codes))
+    with progress_bar(console, f"features {title}", len(codes)) as bar:
         for first in range(0, len(codes), batch):
             tokens = torch.from_numpy(codes[first : first + batch].astype(np.int64)).to(device)  # (B, T)
             null = torch.full((len(tokens),), c.num_classes, device=device)
             output = model(null, tokens[:, :-1], features_at=block, last_block=block, need_logits=False)
             out[first : first + batch] = output.features[:, index].float().cpu().numpy()
-            bar.advance(task, len(tokens))
+            bar.advance(len(tokens))
     model.train(was_training)
-    if file and temporary:
+    if file and temporary and isinstance(out, np.memmap):
         out.flush()
         temporary.replace(file)
     return out
@@ -109,27 +107,25 @@ def linear_probe(
     cache: str | Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Top-1 accuracy at each position: codes (N, T), labels (N,), one view a picture, split by picture.
+    """Top-1 accuracy at each position: codes (N, T), labels (N,), one view per image, no image in both sets.
 
-    ``positions``: how many, evenly spaced, or which, counted from 1. ``batch`` 0: MAE's 16,384 on ImageNet, so 78 steps
-    an epoch, and as many on smaller sets. ``lr`` 0: 0.1 * batch / 256. Keeps all features, N * positions * D * 4 bytes,
-    in memory, or in a file of the folder ``cache``. Raises ``UserError``.
+    ``positions``: the number of evenly spaced ones, or a list, counted from 1. ``batch`` 0: MAE's 16,384 on ImageNet, and
+    on smaller sets the batch that also gives 78 steps per epoch. ``lr`` 0: 0.1 * batch / 256. Keeps all features,
+    N * positions * D * 4 bytes, in memory, or in a file in the folder ``cache``. Raises ``UserError``.
     """
     c = model.cfg
     for name, codes, labels in (("training", train_codes, train_labels), ("validation", val_codes, val_labels)):
         _check(c, name, codes, labels)
     if not 1 <= block <= c.n_layer:
-        raise UserError(f"block {block} is outside 1..{c.n_layer}, the blocks of this model")
-    if isinstance(positions, int):
-        if not 1 <= positions <= c.image_tokens:
-            raise UserError(f"{positions} positions: choose 1..{c.image_tokens}, the model's sequence length")
-        at = probe_positions(c.image_tokens, positions)
-    else:
-        at = list(positions)
-        if bad := [p for p in at if not 1 <= p <= c.image_tokens] or ([] if at else ["none"]):
-            raise UserError(f"position {bad[0]} is outside 1..{c.image_tokens}, the model's sequence")
+        raise UserError(f"block {block} is outside 1..{c.n_layer}, the blocks of the model")
+    count = positions if isinstance(positions, int) else len(positions)
+    if not 1 <= count <= c.image_tokens:
+        raise UserError(f"{count} positions: choose 1..{c.image_tokens}, the model's sequence length")
+    at = probe_positions(c.image_tokens, positions) if isinstance(positions, int) else list(positions)
+    if outside := [p for p in at if not 1 <= p <= c.image_tokens]:
+        raise UserError(f"position {outside[0]} is outside 1..{c.image_tokens}, the model's sequence")
     if optimizer not in OPTIMIZERS:
-        raise UserError(f"optimizer {optimizer!r} is unknown: choose from {', '.join(OPTIMIZERS)}")
+        raise UserError(f"unknown optimizer {optimizer!r}: choose from {', '.join(OPTIMIZERS)}")
     x, y = (
         probe_features(model, codes, block=block, positions=at, cache=cache, console=console, title=name)
         for name, codes in (("training", train_codes), ("validation", val_codes))
@@ -141,14 +137,12 @@ def linear_probe(
         batch=batch, lr=lr, optimizer=optimizer, seed=seed, device=next(model.parameters()).device, console=console,
     )  # fmt: skip
     warnings = []
-    if optimizer == "lars" and len(x) * epochs < ENOUGH:
+    if optimizer == "lars" and len(x) * epochs < MIN_LARS_IMAGES:
         warnings.append(
-            f"LARS at MAE's rate barely moves in {epochs} epochs of {len(x)} pictures (ImageNet: 90 of 1,281,167): take "
+            f"LARS at MAE's rate converges slowly: {epochs} epochs of {len(x)} images (ImageNet: 90 of 1,281,167); use "
             f"--optimizer sgd, or a higher --lr, for small sets"
         )
-    if console is not None:
-        for warning in warnings:
-            console.print(f"[yellow]warning[/]: {warning}")
+        logger.warning(warnings[0])
     return {
         "block": block,
         "positions": at,
@@ -170,9 +164,11 @@ def _check(c: ModelConfig, name: str, codes: np.ndarray, labels: np.ndarray) -> 
             f"{name} codes {codes.shape} and labels {labels.shape}: expected (N, {c.image_tokens}) and (N,) with N above 0"
         )
     if codes.max() >= c.vocab_size:
-        raise UserError(f"{name} codes go up to {codes.max()}, the model's vocabulary ends at {c.vocab_size - 1}")
+        raise UserError(f"{name} codes up to {codes.max()}, but the model's vocabulary ends at {c.vocab_size - 1}")
     if labels.min() < 0 or labels.max() >= c.num_classes:
-        raise UserError(f"{name} classes lie in {labels.min()}..{labels.max()}, the model's in 0..{c.num_classes - 1}")
+        raise UserError(
+            f"{name} labels in {labels.min()}..{labels.max()}, but the model's classes are 0..{c.num_classes - 1}"
+        )
 
 
 @torch.no_grad()
@@ -192,9 +188,10 @@ def fit_probes(
     device: torch.device | str = "cpu",
     console: Console | None = None,
 ) -> Tensor:
-    """One BatchNorm (no affine) + linear layer a position, trained together: (N, P, D) twice -> accuracy (P,).
+    """One BatchNorm (no affine) + linear layer per position, trained together: (N, P, D) twice -> accuracy (P,).
 
-    The gradient of the softmax regression is written out. Memory beside the features: one position's logits (B, classes).
+    The gradient of the softmax regression is explicit, so besides the features only one position's logits (B, classes)
+    are in memory.
     """
     N, P, D = train.shape
     generator = torch.Generator().manual_seed(seed)
@@ -205,12 +202,10 @@ def fit_probes(
     batch = min(batch, N)
     per_epoch, step = N // batch, 0
     gradients = [torch.empty_like(weight), torch.empty_like(bias)]
-    columns = (TextColumn("linear probe"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=console is None) as bar:
-        task = bar.add_task("", total=epochs * per_epoch)
+    with progress_bar(console, "linear probe", epochs * per_epoch) as bar:
         while step < epochs * per_epoch:
             for rows in torch.randperm(N, generator=generator)[: per_epoch * batch].split(batch):
-                rows = rows.sort().values  # a file is read forward
+                rows = rows.sort().values  # sequential reads of a file
                 labels = train_labels[rows].to(device)
                 x_all = _rows(train, rows).to(device)  # (B, P, D)
                 var, mean = torch.var_mean(x_all, 0, correction=0)
@@ -224,7 +219,7 @@ def fit_probes(
                     gradients[1][p] = error.sum(0)
                 descent.step(gradients, learning_rate(step / per_epoch, epochs, lr))
                 step += 1
-                bar.advance(task)
+                bar.advance()
     hits = torch.zeros(P, dtype=torch.int64)
     for first in range(0, len(val), batch):
         rows = torch.arange(first, min(first + batch, len(val)))

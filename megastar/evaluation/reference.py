@@ -1,7 +1,8 @@
-"""The real side of a score: ADM's VIRTUAL_*.npz, published mu and sigma, a folder, tars, or decoded token shards."""
+"""The real set of a score: ADM's VIRTUAL_*.npz, published mu and sigma, a folder, tars, or decoded token shards."""
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +17,22 @@ from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector, collect
 from megastar.evaluation.features import Network
 from megastar.evaluation.frechet import Statistics
-from megastar.evaluation.image_sources import NPZ_NAMES, npz_names, open_pictures, read_arrays
+from megastar.evaluation.image_sources import NPZ_NAMES, ImageSource, npz_names, open_images, read_arrays
 from megastar.evaluation.inception import POOL, SPATIAL
 from megastar.utils.files import sha256
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Reference:
-    """What scores need of the real set. ``count``: the pictures that were read; published moments tell none."""
+    """What scores require from the real set. ``count``: the images that were read; 0 for published moments."""
 
     stats: Statistics
     spatial: Statistics | None
     features: np.ndarray | None
     count: int
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     published: bool = False
 
 
@@ -48,64 +51,54 @@ def read_reference(
     console: Console | None = None,
     cache: str | Path | None = None,
 ) -> Reference:
-    """Statistics (and features, ``keep``) of the real set at the generated pictures' ``size``.
+    """Statistics (and features, ``keep``) of the real set at the generated images' ``size``.
 
-    An .npz with mu and sigma gives its own, published ones to FID (mu_s and sigma_s to sFID), as ADM's evaluator does;
-    its pictures are then read for precision, recall and KID only. All others are kept in ``cache`` (default
+    For FID and sFID, the published mu and sigma (mu_s and sigma_s) of an .npz are used, as in ADM's evaluator; its images
+    are then read only for precision, recall and KID. Otherwise the results are cached in ``cache`` (default
     ``$MEGASTAR_CACHE`` or ~/.cache/megastar) under the hash of their source. Raises ``UserError``.
     """
     names = npz_names(Path(real)) if Path(real).suffix == ".npz" else []
     published = "mu" in names and network.key.startswith("inception")
     if "mu" in names and not published and not set(names) & set(NPZ_NAMES):
-        raise UserError(f"{real} holds Inception's statistics only: --inception FILE is needed, or pictures")
-    has_pictures = not names or bool(set(names) & set(NPZ_NAMES))
-    if keep and not has_pictures:
-        raise UserError(f"{real} holds statistics only; precision, recall and KID need its pictures (arr_0) too")
-    pictures = None
-    if has_pictures:  # opened even where only mu and sigma are used: their resolution must fit
-        pictures = open_pictures(
-            real, subset=subset, size=size, limit=limit, tokenizer=tokenizer, console=console
-        )  # fmt: skip
-    digest = pictures.sha256() if pictures else sha256(Path(real))
+        raise UserError(f"{real} contains only Inception's statistics: pass --inception FILE, or use images")
+    images: ImageSource | None = None
+    if not names or set(names) & set(NPZ_NAMES):  # opened even if only mu and sigma are used, to check the resolution
+        images = open_images(real, subset=subset, size=size, limit=limit, tokenizer=tokenizer)
+    elif keep:
+        raise UserError(f"{real} contains only statistics: precision, recall and KID also require images (arr_0)")
+    digest = images.sha256() if images else sha256(Path(real))
     if expected_sha256 and digest != expected_sha256.lower():
-        raise UserError(f"--real {real} has the SHA-256 {digest}, not the {expected_sha256} you named: get it again")
-    about = {"source": str(real), "subset": subset, "pictures": None, "size": size, "sha256": digest}
+        raise UserError(f"--real {real} has the SHA-256 {digest}, not the expected {expected_sha256}: get it again")
+    metadata: dict[str, Any] = {"source": str(real), "subset": subset, "pictures": None, "size": size, "sha256": digest}
     if tokenizer is not None:
-        about["tokenizer"] = str(tokenizer)
+        metadata["tokenizer"] = str(tokenizer)
+    collector = Collector(network, keep=keep, spatial=spatial and not published)
     if published:
-        return _published(Path(real), pictures, network, keep, spatial, batch, console, about)
-    assert pictures is not None
-    done = Collector(network, keep=keep, spatial=spatial)
-    needs = f"{'f' if keep else ''}{'s' if spatial else ''}-{limit or 'all'}"
-    file = _cache_folder(cache) / f"{network.key}-{size}-{digest[:32]}-{needs}.safetensors"
-    if not _restore(done, file):
-        collect(done, pictures.batches(batch), pictures.count, "real", console)
-        _keep(file, done.arrays(), console)
-    about["pictures"] = done.count
-    spatial_stats = done.spatial_stats if spatial else None
-    return Reference(done.stats, spatial_stats, done.features if keep else None, done.count, about)
-
-
-def _published(real, pictures, network, keep, spatial, batch, console, about) -> Reference:
-    """Statistics out of the file; features of its pictures."""
-    stats = _given(real, "mu", "sigma", POOL)
-    spatial_stats = _given(real, "mu_s", "sigma_s", SPATIAL) if spatial else None
-    features, count = None, 0
-    if keep:
-        done = collect(Collector(network, keep=True), pictures.batches(batch), pictures.count, "real", console)
-        features, count = done.features, done.count
-    about |= {"statistics": "mu and sigma of the file", "pictures": count or None}
-    if pictures is None:
-        about["size"] = "not told by the file"
-    return Reference(stats, spatial_stats, features, count, about, published=True)
+        stats = _given(Path(real), "mu", "sigma", POOL)
+        spatial_stats = _given(Path(real), "mu_s", "sigma_s", SPATIAL) if spatial else None
+        if images is None:
+            metadata["size"] = "not recorded in the file"
+        elif keep:
+            collect(collector, images.batches(batch), images.count, "real", console)
+        metadata["statistics"] = "mu and sigma of the file"
+    else:
+        assert images is not None
+        contents = f"{'f' if keep else ''}{'s' if spatial else ''}-{limit or 'all'}"
+        folder = Path(cache or os.environ.get("MEGASTAR_CACHE") or Path.home() / ".cache" / "megastar")
+        file = folder / f"{network.key}-{size}-{digest[:32]}-{contents}.safetensors"
+        if not _restore(collector, file):
+            collect(collector, images.batches(batch), images.count, "real", console)
+            _save(file, collector.arrays())
+        stats, spatial_stats = collector.stats, collector.spatial_stats if spatial else None
+    metadata["pictures"] = collector.count or None
+    features = collector.features if keep else None
+    return Reference(stats, spatial_stats, features, collector.count, metadata, published)
 
 
 def _given(path: Path, mean: str, covariance: str, dim: int) -> Statistics:
     found = read_arrays(path, [mean, covariance])
     if len(found) < 2:
-        raise UserError(
-            f"{path} has no {mean} and {covariance}: take ADM's VIRTUAL_*.npz, or pictures, as the reference"
-        )
+        raise UserError(f"{path} has no {mean} and {covariance}: use ADM's VIRTUAL_*.npz, or images, as the reference")
     m, c = found[mean], found[covariance]
     if m.shape != (dim,) or c.shape != (dim, dim) or m.dtype.kind != "f" or c.dtype.kind != "f":
         raise UserError(
@@ -113,12 +106,8 @@ def _given(path: Path, mean: str, covariance: str, dim: int) -> Statistics:
             f"({dim}, {dim})"
         )
     if not (np.isfinite(m).all() and np.isfinite(c).all()):
-        raise UserError(f"{path}: {mean} or {covariance} holds NaN or infinity: get it again")
+        raise UserError(f"{path}: {mean} or {covariance} contains NaN or infinity: get it again")
     return Statistics.given(m, c)
-
-
-def _cache_folder(cache: str | Path | None) -> Path:
-    return Path(cache or os.environ.get("MEGASTAR_CACHE") or Path.home() / ".cache" / "megastar")
 
 
 def _restore(collector: Collector, file: Path) -> bool:
@@ -128,17 +117,16 @@ def _restore(collector: Collector, file: Path) -> bool:
         collector.restore(load_file(file))
         return True
     except (SafetensorError, KeyError, OSError):
-        file.unlink(missing_ok=True)  # a broken cache is made again
+        file.unlink(missing_ok=True)  # a damaged cache file is written again
         return False
 
 
-def _keep(file: Path, arrays: dict[str, np.ndarray], console: Console | None) -> None:
-    """A cache that cannot be written costs time next time, never the score."""
+def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write the cache; a failure costs only time, so it is a warning."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary)
         temporary.replace(file)
     except OSError as error:
-        if console is not None:
-            console.print(f"features of the real set are not kept ({error})", markup=False)
+        logger.warning("cannot cache the features of the real set in %s: %s", file, error)

@@ -1,15 +1,16 @@
-"""Scores of generated pictures and of the tokenizer's reconstructions: one JSON with everything needed to repeat it."""
+"""Scores of generated images and of the tokenizer's reconstructions: one JSON with everything needed to reproduce it."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rich.table import Table
 from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector, collect
 from megastar.evaluation.features import Network, open_network
-from megastar.evaluation.image_sources import ImageSource, open_pictures, to_pixels
+from megastar.evaluation.image_sources import ImageSource, open_images, to_pixels
 from megastar.evaluation.reference import Reference, read_reference
 from megastar.evaluation.scores import Settings, check_count, check_real, choose_metrics, compute, needs
 from megastar.sampling.distributed import SamplingPipeline, iterate_images
@@ -33,14 +34,15 @@ from megastar.tokenizer.train import to_images
 from megastar.utils.files import write_atomic
 from megastar.version import __version__
 
-# What the sampler must tell of generated pictures, under its own names. A result lists what is missing.
-DRAWN = "drawn while scoring"
-WANTED = ("label_plan", "cfg_scale", "weights", "dtype", "seed")
+logger = logging.getLogger(__name__)
+SAMPLED = "drawn while scoring"  # a result's source without a file
+# Provenance that generated images should have, under the sampler's names. A result lists what is missing.
+EXPECTED = ("label_plan", "cfg_scale", "weights", "dtype", "seed")
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How to score; the same for pictures from files, from a sampler and from a tokenizer."""
+    """How to score; the same for images from files, from a sampler and from a tokenizer."""
 
     metrics: Sequence[str] | None = None
     features: str = "efflite0"
@@ -57,138 +59,132 @@ class EvaluationOptions:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     console: Console | None = None
 
-    def network(self) -> Network:
-        return open_network(
-            self.features, self.device, inception=self.inception, inception_sha256=self.inception_sha256
-        )  # fmt: skip
-
 
 def evaluate(
-    generated: str | Path, real: str | Path, *, generated_subset: str | None = None, **known: Any
+    generated: str | Path, real: str | Path, *, generated_subset: str | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Scores of ``generated`` against ``real`` (folders, picture tars, .npz; ``real`` also token shards).
+    """Scores of ``generated`` against ``real`` (folders, image tars, .npz; ``real`` also token shards).
 
-    ``known`` are ``EvaluationOptions``. Real pictures are cut to the generated ones' size. What a sampler wrote about an .npz, in
-    a file of its name and .json, joins the provenance. Raises ``UserError``.
+    ``options`` are the fields of ``EvaluationOptions``. Real images are cropped to the generated ones' size. The record
+    that a sampler wrote beside an .npz (NAME.npz.json) becomes part of the provenance. Raises ``UserError``.
     """
-    o, start = EvaluationOptions(**known), time.perf_counter()
-    pictures = open_pictures(generated, subset=generated_subset, console=o.console)
-    if pictures.height != pictures.width:
+    o, start = EvaluationOptions(**options), time.perf_counter()
+    images = open_images(generated, subset=generated_subset)
+    if images.height != images.width:
+        raise UserError(f"{generated}: images of {images.width} x {images.height} pixels; crop them to squares first")
+    provenance = _read_record(Path(generated))
+    if provenance.get("count", images.count) != images.count:
         raise UserError(
-            f"{generated} holds {pictures.width} x {pictures.height} pixels: only square pictures are scored, cut them first"
+            f"{record_of(Path(generated))} records {provenance['count']} images, but {generated} contains {images.count}: "
+            "remove the wrong file"
         )
-    network = o.network()
-    metrics = choose_metrics(o.metrics, network)
-    check_count(metrics, network, o.settings, pictures.count, generated)
-    told = _sidecar(Path(generated))
-    if told.get("count", pictures.count) != pictures.count:
-        raise UserError(
-            f"{record_of(Path(generated))} is of {told['count']} pictures, {generated} holds {pictures.count}: remove the one "
-            "that is not of the other"
-        )
-    told |= dict(o.provenance)
-    reference = _reference(real, pictures.height, metrics, network, o)
-    made = Collector(network, **needs(metrics, real=False))
-    collect(made, pictures.batches(o.batch), pictures.count, "generated", o.console)
-    about = {"source": str(generated), "subset": generated_subset, "pictures": made.count, "size": pictures.height}
-    about |= {"sha256": pictures.sha256(), "classes": _class_counts(pictures.labels())}
-    return _score(made, reference, metrics, o, {"generated": about}, told, start)
+    metrics, made = _prepare(o, images.count, generated)
+    reference = _reference(real, images.height, metrics, made.network, o)
+    collect(made, images.batches(o.batch), images.count, "generated", o.console)
+    summary: dict[str, Any] = {"source": str(generated), "subset": generated_subset, "pictures": made.count}
+    summary |= {"size": images.height, "sha256": images.sha256(), "classes": _class_counts(images.labels())}
+    return _score(made, reference, metrics, o, {"generated": summary}, provenance | dict(o.provenance), start)
 
 
-def evaluate_collected(made: Collector, real: str | Path, **known: Any) -> dict[str, Any]:
-    """Scores of pictures that a sampler has fed to a ``Collector``, on one rank, after ``made.finish(group)``.
+def evaluate_collected(made: Collector, real: str | Path, **options: Any) -> dict[str, Any]:
+    """Scores of the images that a sampler fed to a ``Collector``, on one rank, after ``made.finish(group)``.
 
-    The collector must hold what ``needs(choose_metrics(metrics, network), real=False)`` says. ``known`` are
-    ``EvaluationOptions``; those that name the network are not read.
+    The collector must have the properties ``needs(choose_metrics(metrics, network), real=False)``. ``options`` are the
+    fields of ``EvaluationOptions``; those of the network are ignored.
     """
-    o, start = EvaluationOptions(**known), time.perf_counter()
+    o, start = EvaluationOptions(**options), time.perf_counter()
     metrics = choose_metrics(o.metrics, made.network)
-    wanted = needs(metrics, real=False)
-    assert made.keep >= wanted["keep"] and made.spatial >= wanted["spatial"], f"the collector lacks {wanted}"
-    about = {"source": DRAWN, "pictures": made.count, "size": made.side}
-    check_count(metrics, made.network, o.settings, made.count, DRAWN)
+    required = needs(metrics, real=False)
+    assert made.keep >= required["keep"] and made.spatial >= required["spatial"], f"the collector must have {required}"
+    check_count(metrics, made.network, o.settings, made.count, SAMPLED)
     reference = _reference(real, made.side, metrics, made.network, o)
-    return _score(made, reference, metrics, o, {"generated": about}, dict(o.provenance), start)
+    summary = {"source": SAMPLED, "pictures": made.count, "size": made.side}
+    return _score(made, reference, metrics, o, {"generated": summary}, dict(o.provenance), start)
 
 
-def evaluate_drawn(
-    painter: SamplingPipeline,
+def sample_and_evaluate(
+    pipeline: SamplingPipeline,
     real: str | Path,
     *,
     rank: int = 0,
     world: int = 1,
     group: dist.ProcessGroup | None = None,
     folder: Path | None = None,
-    **known: Any,
+    **options: Any,
 ) -> dict[str, Any] | None:
-    """Draw a plan's pictures and score them on the way: none is written. All ranks of ``group`` call it; rank 0's result.
+    """Sample a plan's images and score them without writing them. All ranks of ``group`` call it; the result is rank 0's.
 
-    Finished parts in ``folder`` are read instead of drawn. ``known`` are ``EvaluationOptions``, equal on all ranks; the networks
-    are on the options' device, statistics meet in float64 over ``group``, which must take tensors of the CPU. Whatever
-    is wrong with the request or the real set is said before the first picture is drawn. Raises ``UserError``.
+    Finished parts in ``folder`` are read instead of sampled. ``options`` are the fields of ``EvaluationOptions``, equal on
+    all ranks. Statistics are reduced in float64 over ``group``, which must support CPU tensors. Errors of the request
+    and of the real set are raised before the first image is sampled. Raises ``UserError``.
     """
-    o, start = EvaluationOptions(**known), time.perf_counter()
-    network = o.network()
-    metrics = choose_metrics(o.metrics, network)
-    count, size = painter.shape[:2]
-    check_count(metrics, network, o.settings, count, "the request")
-    reference = _reference(real, size, metrics, network, o) if rank == 0 else None
-    made = Collector(network, **needs(metrics, real=False))
-    for ids, pixels in iterate_images(painter, rank=rank, world=world, folder=folder, console=o.console):
+    o, start = EvaluationOptions(**options), time.perf_counter()
+    count, size = pipeline.shape[:2]
+    metrics, made = _prepare(o, count, "the request")
+    reference = _reference(real, size, metrics, made.network, o) if rank == 0 else None
+    for ids, pixels in iterate_images(pipeline, rank=rank, world=world, folder=folder, console=o.console):
         made.update(pixels, ids)
     made.finish(group)
     if reference is None:
         return None
     assert made.count == count, (made.count, count)
-    classes = _class_counts(np.asarray(painter.labels))
-    about = {"source": DRAWN, "pictures": count, "size": size, "classes": classes, "processes": world}
-    return _score(made, reference, metrics, o, {"generated": about}, painter.identity() | dict(o.provenance), start)
+    classes = _class_counts(np.asarray(pipeline.labels))
+    summary = {"source": SAMPLED, "pictures": count, "size": size, "classes": classes, "processes": world}
+    provenance = pipeline.identity() | dict(o.provenance)
+    return _score(made, reference, metrics, o, {"generated": summary}, provenance, start)
 
 
 def evaluate_reconstruction(
-    tokenizer: str | Path, real: str | Path, *, limit: int | None = None, **known: Any
+    tokenizer: str | Path, real: str | Path, *, limit: int | None = None, **options: Any
 ) -> dict[str, Any]:
-    """PSNR (dB, mean over pictures) and scores of a tokenizer's reconstructions of ``real``, in fp32.
+    """PSNR (dB, mean over images) and scores of a tokenizer's reconstructions of ``real``, in fp32.
 
-    Take pictures that the tokenizer was not trained on. Also reports the share of the code book they use.
+    Use images that are not in the tokenizer's training set. Also reports the share of the code book that they use.
     """
-    o, start = EvaluationOptions(**known), time.perf_counter()
+    o, start = EvaluationOptions(**options), time.perf_counter()
     config, _ = read_tokenizer_metadata(tokenizer)
-    pictures = open_pictures(real, subset=o.real_subset, size=config.image_size, limit=limit, console=o.console)
-    network = o.network()
-    metrics = choose_metrics(o.metrics, network)
-    check_count(metrics, network, o.settings, pictures.count, real)
-    reference = _reference(real, config.image_size, metrics, network, o, limit)
-    rebuilt = Reconstructions(tokenizer, pictures, o.device)
-    made = Collector(network, **needs(metrics, real=False))
-    collect(made, rebuilt.batches(o.batch), pictures.count, "reconstructions", o.console)
-    ratios = np.concatenate(rebuilt.ratios)
-    about = {
+    images = open_images(real, subset=o.real_subset, size=config.image_size, limit=limit)
+    metrics, made = _prepare(o, images.count, real)
+    reference = _reference(real, config.image_size, metrics, made.network, o, limit)
+    reconstructions = Reconstructions(tokenizer, images, o.device)
+    collect(made, reconstructions.batches(o.batch), images.count, "reconstructions", o.console)
+    ratios = np.concatenate(reconstructions.ratios)
+    summary = {
         "psnr": float(ratios.mean()),
         "psnr_of_mean": -10 * math.log10(float((10 ** (-ratios / 10)).mean())),
-        "codes_used": float(rebuilt.used.double().mean()),
+        "codes_used": float(reconstructions.used.double().mean()),
         "tokenizer": {"source": str(tokenizer), "sha256": tokenizer_hash(tokenizer)},
     }
-    return _score(made, reference, metrics, o, about, dict(o.provenance), start)
+    return _score(made, reference, metrics, o, summary, dict(o.provenance), start)
 
 
 class Reconstructions:
-    """What a tokenizer makes of pictures, batch by batch; PSNR before rounding, and the codes that were used."""
+    """A tokenizer's reconstructions of images, in batches; their PSNR before rounding, and the codes that were used."""
 
-    def __init__(self, tokenizer: str | Path, pictures: ImageSource, device: torch.device | str = "cpu"):
-        self.model, self.pictures, self.device = load_tokenizer(tokenizer, device), pictures, device
+    def __init__(self, tokenizer: str | Path, source: ImageSource, device: torch.device | str = "cpu"):
+        self.model, self.source, self.device = load_tokenizer(tokenizer, device), source, device
         self.ratios: list[np.ndarray] = []
         self.used = torch.zeros(self.model.config.codebook_size, dtype=torch.bool)
 
     @torch.no_grad()
     def batches(self, batch: int) -> Iterator[np.ndarray]:
-        for some in self.pictures.batches(batch):
-            images = to_images(torch.from_numpy(np.array(some)), self.device)
+        for pixels in self.source.batches(batch):
+            images = to_images(torch.from_numpy(np.array(pixels)), self.device)
             codes = self.model.encode(images)
             self.used[codes.flatten().cpu()] = True
-            again = self.model.decode_codes(codes)
-            self.ratios.append(psnr(images, again).double().cpu().numpy())
-            yield to_pixels(again)
+            decoded = self.model.decode_codes(codes)
+            self.ratios.append(psnr(images, decoded).double().cpu().numpy())
+            yield to_pixels(decoded)
+
+
+def _prepare(o: EvaluationOptions, count: int, source: object) -> tuple[Sequence[str], Collector]:
+    """The metrics, and a collector for ``count`` images of ``source``."""
+    network = open_network(
+        o.features, o.device, inception=o.inception, inception_sha256=o.inception_sha256
+    )  # fmt: skip
+    metrics = choose_metrics(o.metrics, network)
+    check_count(metrics, network, o.settings, count, source)
+    return metrics, Collector(network, **needs(metrics, real=False))
 
 
 def _reference(
@@ -199,7 +195,7 @@ def _reference(
     o: EvaluationOptions,
     limit: int | None = None,
 ) -> Reference:
-    """The real set, before any time goes into the generated one."""
+    """The real set, read and checked before the generated one."""
     reference = read_reference(
         real, size, network, **needs(metrics, real=True), subset=o.real_subset, tokenizer=o.real_tokenizer,
         expected_sha256=o.real_sha256, limit=limit, batch=o.batch, console=o.console, cache=o.cache,
@@ -213,23 +209,35 @@ def _score(
     reference: Reference,
     metrics: Sequence[str],
     o: EvaluationOptions,
-    about: dict[str, Any],
+    summary: dict[str, Any],
     provenance: dict[str, Any],
     start: float,
 ) -> dict[str, Any]:
-    check_count(metrics, made.network, o.settings, made.count, about.get("generated", {}).get("source", "pictures"))
+    check_count(metrics, made.network, o.settings, made.count, summary.get("generated", {}).get("source", "images"))
     with o.console.status(f"computing {', '.join(metrics)}") if o.console is not None else nullcontext():
         scores, details, warnings = compute(made, reference, metrics, o.settings)
     first = next(iter(scores))
-    result = {"metric": first, "value": scores[first], "scores": scores, **details, "warnings": warnings, **about}
-    result |= {"real": reference.about, "features": made.network.describe(), "settings": asdict(o.settings)}
-    result |= {
+    missing = [] if "tokenizer" in summary else [name for name in EXPECTED if provenance.get(name) is None]
+    result = {
+        "metric": first,
+        "value": scores[first],
+        "scores": scores,
+        **details,
+        "warnings": warnings,
+        **summary,
+        "real": reference.metadata,
+        "features": made.network.describe(),
+        "settings": asdict(o.settings),
         "versions": _versions(),
         "device": str(made.network.device),
         "seconds": round(time.perf_counter() - start, 1),
         "provenance": provenance,
-        "not_recorded": [] if "tokenizer" in about else _missing(provenance),
+        "not_recorded": missing,
     }
+    for warning in warnings:
+        logger.warning(warning)
+    if missing:
+        logger.warning("provenance of the images is incomplete: %s (pass --provenance FILE)", ", ".join(missing))
     if o.console is not None:
         _show(result, o.console)
     if o.out is not None:
@@ -239,45 +247,35 @@ def _score(
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
-    for warning in result["warnings"]:
-        console.print(f"[yellow]warning[/]: {warning}")
-    if result["not_recorded"]:
-        missing = ", ".join(result["not_recorded"])
-        console.print(f"[yellow]not recorded[/] by whoever drew these pictures: {missing} (--provenance FILE tells it)")
     table = Table("score", "value", "")
     if "psnr" in result:
-        table.add_row("PSNR", f"{result['psnr']:.2f} dB", "mean over pictures")
+        table.add_row("PSNR", f"{result['psnr']:.2f} dB", "mean over images")
     for name, value in result["scores"].items():
-        spread = result.get(f"{name}_std")
-        note = f"standard deviation {spread:.4g}" if spread is not None else ""
+        deviation = result.get(f"{name}_std")
+        note = f"standard deviation {deviation:.4g}" if deviation is not None else ""
         if "floor" in result and name == result["metric"]:
             note = f"floor {result['floor']:.2f}: {result['floor_meaning']}"
         table.add_row(name, f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}", note)
     console.print(table)
 
 
-def _sidecar(generated: Path) -> dict[str, Any]:
-    """SAMPLES.npz.json, where the sampler says how it drew; other programs may write a flat one."""
+def _read_record(generated: Path) -> dict[str, Any]:
+    """SAMPLES.npz.json, the sampler's record; a flat one of another program is accepted too."""
     file = record_of(generated)
-    told = read_provenance(file) if generated.suffix in (".npz", ".tar") and file.is_file() else {}
-    if isinstance(told.get("identity"), dict) and isinstance(told.get("about"), dict):
-        return told["about"] | told["identity"]
-    return told
+    record = read_provenance(file) if generated.suffix in (".npz", ".tar") and file.is_file() else {}
+    identity, metadata = record.get("identity"), record.get("about")
+    return metadata | identity if isinstance(identity, dict) and isinstance(metadata, dict) else record
 
 
 def read_provenance(file: str | Path) -> dict[str, Any]:
     """A JSON object. Raises ``UserError``."""
     try:
-        told = json.loads(Path(file).read_text())
+        provenance = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"provenance {file} cannot be read ({error}): expected a JSON object") from error
-    if not isinstance(told, dict):
-        raise UserError(f"provenance {file} holds a {type(told).__name__}: expected a JSON object")
-    return told
-
-
-def _missing(provenance: Mapping[str, Any]) -> list[str]:
-    return [name for name in WANTED if provenance.get(name) is None]
+    if not isinstance(provenance, dict):
+        raise UserError(f"provenance {file} contains a {type(provenance).__name__}: expected a JSON object")
+    return provenance
 
 
 def _class_counts(labels: np.ndarray | None) -> dict[str, int] | None:
@@ -288,10 +286,5 @@ def _class_counts(labels: np.ndarray | None) -> dict[str, int] | None:
 
 
 def _versions() -> dict[str, str]:
-    out = {"megastar": __version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "pillow"):
-        try:
-            out[package] = version(package)
-        except PackageNotFoundError:
-            out[package] = "unknown"
-    return out | {"torch": torch.__version__}
+    ours = {"megastar": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return ours | {package: version(package) for package in ("numpy", "pillow")}

@@ -1,9 +1,9 @@
-"""From collected features to named numbers, and the fewest pictures that each number needs."""
+"""From collected features to named scores, and the minimum number of images of each score."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,78 +19,80 @@ from megastar.evaluation.prdc import precision_recall
 from megastar.evaluation.reference import Reference
 
 METRICS = ("fid", "sfid", "is", "pr", "kid", "fd")
-FEWEST = 5000  # below it FD of 1280 features is too noisy to compare with runs of another count
-USUAL = 50_000  # what papers draw
+REPORTABLE = 5000  # with fewer, FD of 1280 features is too noisy to compare with runs of another count
+USUAL = 50_000  # in papers
 FLOOR_SEED = 0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a score depends on besides pictures and network; part of the result."""
+    """What a score depends on besides images and network; part of the result."""
 
     is_split: int = 5000
     k: int = 3
     kid_subsets: int = 100
     kid_size: int = 1000
     seed: int = 0
-    allow_few: bool = False  # score fewer pictures than a metric needs, with a warning: for trying things out
+    allow_few: bool = False  # score fewer images than a metric requires, with a warning: for tests
 
 
 def choose_metrics(words: Sequence[str] | None, network: Network) -> tuple[str, ...]:
-    """The metrics to compute: all of ADM's suite with Inception, the Frechet distance without, unless named."""
+    """The metrics to compute; by default ADM's suite with Inception, the Frechet distance with other features."""
     if words is None:
         return ("fid", "sfid", "is", "pr") if "fid" in network.metrics else ("fd",)
     for word in words:
         if word not in METRICS:
-            raise UserError(f"metric {word!r} is unknown: choose from {', '.join(METRICS)}")
+            raise UserError(f"unknown metric {word!r}: choose from {', '.join(METRICS)}")
         if word not in network.metrics:
-            more = "" if "fid" in network.metrics else "; fid, sfid and is need --inception FILE"
-            raise UserError(f"metric {word!r} is not one of these features' ({', '.join(network.metrics)}){more}")
+            hint = "" if "fid" in network.metrics else "; fid, sfid and is require --inception FILE"
+            raise UserError(
+                f"metric {word!r} is not available with these features: use {', '.join(network.metrics)}{hint}"
+            )
     return tuple(dict.fromkeys(words))
 
 
 def needs(metrics: Sequence[str], *, real: bool) -> dict[str, bool]:
-    """What a ``Collector`` must gather: its ``keep`` and ``spatial``."""
-    kept = {"pr", "kid", "fd"} if real else {"pr", "kid", "is"}  # fd's floor takes halves of the real set
+    """The ``keep`` and ``spatial`` that a ``Collector`` must have."""
+    kept = {"pr", "kid", "fd"} if real else {"pr", "kid", "is"}  # fd's floor uses halves of the real set
     return {"keep": bool(kept & set(metrics)), "spatial": "sfid" in metrics}
 
 
-def fewest_pictures(metric: str, network: Network, s: Settings) -> int:
-    """How many pictures a metric needs of each set to mean anything."""
-    wanted = {
-        "fid": POOL + 1,  # else the covariance of that many features is singular
+def min_images(metric: str, network: Network, s: Settings) -> int:
+    """The number of images of each set that a metric requires."""
+    if s.allow_few:
+        return {"pr": s.k + 1, "fd": 4}.get(metric, 2)
+    return {
+        "fid": POOL + 1,  # with fewer, the covariance is singular
         "sfid": network.spatial_dim + 1,
         "is": s.is_split,
         "pr": s.k + 1,
         "kid": s.kid_size,
         "fd": 4,
-    }
-    least = {"pr": s.k + 1, "fd": 4}
-    return least.get(metric, 2) if s.allow_few else wanted[metric]
+    }[metric]
 
 
 def check_count(metrics: Sequence[str], network: Network, s: Settings, count: int, where: object) -> None:
-    """Raises ``UserError`` naming the metric, what it needs and what there is."""
+    """Raises ``UserError`` if a metric requires more than ``count`` images."""
     for metric in metrics:
-        least = fewest_pictures(metric, network, s)
-        if count < least:
-            hint = "" if s.allow_few or metric in ("fd", "pr") else "; --allow-few scores anyway, to try things out"
+        required = min_images(metric, network, s)
+        if count < required:
+            hint = "" if s.allow_few or metric in ("fd", "pr") else "; for a test, pass --allow-few"
             raise UserError(
-                f"{where}: {count} pictures cannot be scored, {metric} needs {least}; {FEWEST} or more give a score worth "
-                f"reporting, and papers draw {USUAL}{hint}"
+                f"{where}: {count} images, but {metric} requires {required}; use {REPORTABLE} or more for a score to report "
+                f"({USUAL} in papers){hint}"
             )
 
 
 def check_real(metrics: Sequence[str], network: Network, s: Settings, real: Reference) -> None:
-    """As ``check_count``, where the real side is not published moments, whose count nobody checks."""
-    own = [m for m in metrics if m != "is" and (m in ("pr", "kid") or not real.published)]
-    check_count(own, network, s, real.count, real.about["source"])
+    """``check_count`` of the real set, except for published moments, which have no count."""
+    checked = [m for m in metrics if m != "is" and (m in ("pr", "kid") or not real.published)]
+    check_count(checked, network, s, real.count, real.metadata["source"])
 
 
 def compute(
     made: Collector, real: Reference, metrics: Sequence[str], s: Settings = Settings()
 ) -> tuple[dict[str, float], dict[str, Any], list[str]]:
-    """Named scores, what else there is to say about them (spreads, floor), and warnings."""
+    """Named scores, details of them (standard deviations, floor), and warnings."""
     network, features = made.network, made.features if made.keep else None
     scores: dict[str, float] = {}
     details: dict[str, Any] = {}
@@ -108,38 +110,38 @@ def compute(
             scores[name(metric)], details[name("is") + "_std"] = inception_score(logits, s.is_split)
         elif metric == "pr":
             assert real.features is not None and features is not None
-            pair = (torch.from_numpy(x).to(network.device) for x in (real.features, features))
-            scores[name("precision")], scores[name("recall")] = precision_recall(*pair, k=s.k)
+            a, b = (torch.from_numpy(x).to(network.device) for x in (real.features, features))
+            scores[name("precision")], scores[name("recall")] = precision_recall(a, b, k=s.k)
         elif metric == "kid":
             assert real.features is not None and features is not None
             size = min(s.kid_size, made.count, len(real.features))
-            mean, std = kernel_distance(
-                real.features, features, subsets=s.kid_subsets, size=size, seed=s.seed
-            )  # fmt: skip
+            mean, std = kernel_distance(real.features, features, subsets=s.kid_subsets, size=size, seed=s.seed)
             scores[name(metric)], details[name("kid") + "_std"] = mean, std
     if "fd" in metrics:
         assert real.features is not None
         floor, half = finite_sample_floor(real.features, FLOOR_SEED)
         details |= {
             "floor": floor,
-            "floor_meaning": f"{name('fd')} between two disjoint halves of the real set, {half} pictures each",
+            "floor_meaning": f"{name('fd')} between two disjoint halves of the real set, {half} images each",
             "floor_seed": FLOOR_SEED,
         }
     return scores, details, _warnings(made, real, metrics, s)
 
 
 def _warnings(made: Collector, real: Reference, metrics: Sequence[str], s: Settings) -> list[str]:
-    few = [
-        f"only {n} {what} pictures: below {FEWEST} the distance is biased upward, compare equal counts only"
-        for n, what in ((made.count, "scored"), (real.count, "real"))
-        if n < FEWEST and not (what == "real" and real.published)
+    out = [
+        f"only {n} {what} images: below {REPORTABLE} the distance is biased upward; compare equal counts only"
+        for n, what in ((made.count, "generated"), (real.count, "real"))
+        if n < REPORTABLE and not (what == "real" and real.published)
     ]
     for metric in metrics:
-        least = fewest_pictures(metric, made.network, Settings(s.is_split, s.k, s.kid_subsets, s.kid_size))
-        if min(made.count, made.count if metric == "is" or real.published else real.count) < least:
-            few.append(f"{metric} needs {least} pictures to mean anything")
+        required = min_images(metric, made.network, replace(s, allow_few=False))
+        if min(made.count, made.count if metric == "is" or real.published else real.count) < required:
+            out.append(f"{metric} is meaningful only with {required} or more images")
     if real.published and not made.network.describe().get("published"):
-        few.append("mu and sigma of the reference are the published Inception's, the pictures' features another file's")
+        out.append(
+            "the reference's mu and sigma are from the published Inception file, the images' features from another"
+        )
     if "fid" in metrics and made.count != USUAL:
-        few.append(f"FID of {made.count} pictures: papers' numbers are of {USUAL}")
-    return few
+        out.append(f"FID of {made.count} images: papers use {USUAL}")
+    return out

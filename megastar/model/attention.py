@@ -17,7 +17,7 @@ class Cache(Protocol):
     """Keys and values of earlier positions, and the attention over them."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        """Store k, v (B, H, S, d) at positions start..start + S - 1; attend from q (B, H, S, d), causally, to all."""
+        """Store k, v (B, H, S, d) at positions start..start + S - 1; causal attention of q (B, H, S, d) over all."""
         ...
 
 
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         layer: int = 0,
         start: int = 0,
     ) -> Tensor:
-        # Heads are counted from the output's width: a tensor-parallel rank holds some of them.
+        # The number of heads follows from the width: a tensor-parallel rank has only some of them.
         qkv = self.wqkv(x).unflatten(-1, (3, -1, self.head_dim))  # (B, S, 3, H, d)
         qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # (2, B, H, S, d), (1, B, H, S, d)
         q, k = apply_rope(qk, rope).unbind()  # (B, H, S, d) each

@@ -1,4 +1,4 @@
-"""Weights files: one safetensors with the network's configuration and its provenance inside."""
+"""Weights files: one safetensors file with the network's configuration and its provenance in the metadata."""
 
 from __future__ import annotations
 
@@ -29,18 +29,17 @@ def save_model(
     provenance: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write weights, in ``dtype`` if given, with the configuration and the provenance (anything JSON can hold).
+    """Write weights atomically, in ``dtype`` if given, with the configuration and the provenance (JSON values).
 
-    The file appears whole or not at all. Raises ``UserError`` when the names or shapes are not this configuration's.
+    Raises ``UserError`` if names or shapes do not match the configuration.
     """
     path = Path(path)
     check_fits(path, {k: tuple(v.shape) for k, v in state_dict.items()}, cfg)
     tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state_dict.items()}
-    about = metadata_of(cfg, provenance)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(tensors, temporary, metadata=about)
+        save_file(tensors, temporary, metadata=metadata_of(cfg, provenance))
         with temporary.open("rb") as f:
             os.fsync(f.fileno())
         temporary.replace(path)
@@ -57,21 +56,24 @@ def read_model_metadata(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Configuration and provenance, without reading the weights. Raises ``UserError``."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"weights {path} do not exist: name a .safetensors file that megastar wrote")
+        raise UserError(f"weights {path} do not exist: name a .safetensors file written by megastar")
     try:
         with safe_open(path, "pt") as f:
-            about = f.metadata() or {}
+            metadata = f.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"weights {path} are not a readable safetensors file ({error}): copy or convert them again"
+            f"weights {path}: not a readable safetensors file ({error}); copy or convert it again"
         ) from error
-    if about.get("format") != FORMAT:
-        raise UserError(f"{path} holds {about.get('format', 'no format')!r}, not megastar weights")
-    content = json.loads(about["megastar"])
+    if metadata.get("format") != FORMAT:
+        found = metadata.get("format", "none")
+        raise UserError(
+            f"{path}: format {found!r}, not megastar weights ({FORMAT!r}); convert them with megastar convert"
+        )
+    content = json.loads(metadata["megastar"])
     unknown = sorted(set(content["model"]) - {f.name for f in fields(ModelConfig)})
     if unknown:
         raise UserError(
-            f"weights {path} have unknown fields {', '.join(unknown)}: a newer megastar wrote them, update this one"
+            f"weights {path}: unknown fields {', '.join(unknown)}, written by a newer megastar; update megastar"
         )
     return ModelConfig(**content["model"]), content["provenance"]
 
@@ -81,7 +83,7 @@ def load_model(
 ) -> tuple[Transformer, dict[str, Any]]:
     """The network in ``dtype``, frozen, in eval mode, and the file's provenance.
 
-    Raises ``UserError`` for a missing file, a file of another kind, and weights that do not fit its configuration.
+    Raises ``UserError`` if the file is missing, has another format, or its weights do not match its configuration.
     """
     cfg, provenance = read_model_metadata(path)
     with safe_open(path, "pt") as f:
@@ -94,39 +96,35 @@ def load_model(
 
 
 def _skeleton(cfg: ModelConfig) -> Transformer:
-    """The network without memory: no time is spent on initial weights that a file replaces."""
+    """The network on the meta device: no initial weights are drawn, a file replaces them anyway."""
     with torch.device("meta"):
         return Transformer(cfg)
-
-
-def _expected(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {k: tuple(v.shape) for k, v in _skeleton(cfg).state_dict().items()}
 
 
 def check_fits(path: Path, found: Mapping[str, tuple[int, ...]], cfg: ModelConfig) -> None:
     """Compare names and shapes with the network's.
 
-    The ``UserError`` lists the fields of the architecture that differ, or names every kind of mismatch, three of each.
+    The ``UserError`` lists the fields of the architecture that differ, or each kind of mismatch with three examples.
     """
-    expected = _expected(cfg)
-    there, here = shape_fields(found), shape_fields(expected)
-    differ = [f"{k} {there[k]}, not {here[k]}" for k in there if there[k] != here[k]]
+    expected = {k: tuple(v.shape) for k, v in _skeleton(cfg).state_dict().items()}
+    actual, wanted = shape_fields(found), shape_fields(expected)
+    differ = [f"{k} {actual[k]}, not {wanted[k]}" for k in actual if actual[k] != wanted[k]]
     if differ:
         raise UserError(f"weights {path} are of another architecture: {'; '.join(differ)}")
     missing = [k for k in expected if k not in found]
     extra = [k for k in found if k not in expected]
     shapes = [f"{k} is {found[k]}, not {s}" for k, s in expected.items() if k in found and found[k] != s]
     problems = []
-    for what, some in (("missing", missing), ("not of this network", extra), ("of another shape", shapes)):
-        if some:
-            shown = ", ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
-            problems.append(f"{len(some)} {what} ({shown})")
+    for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", shapes)):
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            problems.append(f"{len(names)} {kind} ({shown})")
     if problems:
-        raise UserError(f"weights {path} do not fit their configuration: {'; '.join(problems)}")
+        raise UserError(f"weights {path} do not match their configuration: {'; '.join(problems)}")
 
 
 def shape_fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The fields of an architecture that its weights' shapes tell; ``qkv_dim`` is 3 D for as many keys as queries."""
+    """The architecture's fields that follow from the weights' shapes; ``qkv_dim`` is 3 D for multi-head attention."""
     out: dict[str, int] = {}
     blocks = {int(m.group(1)) for n in shapes if (m := re.match(r"layers\.(\d+)\.", n))}
     if blocks:

@@ -1,21 +1,20 @@
-"""The small layers every block is made of. Weights are drawn inside each layer's constructor.
+"""The basic layers of every block. Weights are initialized inside each layer's constructor.
 
-DeepSpeed's ``zero.Init`` shards a layer's weights when its constructor returns, so nothing may draw them later.
+DeepSpeed's ``zero.Init`` shards a layer's weights when its constructor returns, so they cannot be initialized later.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megastar.model.fused import rms_norm
 from megastar.parallel.cross_entropy import linear_cross_entropy
-from megastar.utils.onednn import linear
+from megastar.utils.onednn import dropout, linear
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without a bias whose weight starts as N(0, std^2); std 0 gives zeros."""
+    """``nn.Linear`` without a bias, its weight initialized from N(0, std^2); std 0 gives zeros."""
 
     def __init__(self, in_features: int, out_features: int, std: float):
         self.std = std
@@ -31,7 +30,7 @@ class Linear(nn.Linear):
 class Head(Linear):
     """The output layer: x (..., D) -> logits (..., V), or with targets (...) their mean cross-entropy without the logits.
 
-    The loss is computed in here since the weight may be sharded and is whole while this layer runs.
+    The loss is computed here because the weight may be sharded and is gathered only while this layer runs.
     """
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -41,7 +40,7 @@ class Head(Linear):
 
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding`` whose table starts as N(0, std^2)."""
+    """``nn.Embedding``, its table initialized from N(0, std^2)."""
 
     def __init__(self, rows: int, dim: int, std: float):
         self.std = std
@@ -52,7 +51,7 @@ class Embedding(nn.Embedding):
 
 
 def draw_normal_(weight: Tensor, std: float) -> None:
-    """In place, N(0, std^2); std 0 gives zeros without a draw."""
+    """In place, from N(0, std^2); std 0 gives zeros and uses no random numbers."""
     if std:
         nn.init.normal_(weight, std=std)
     else:
@@ -79,17 +78,9 @@ class RMSNorm(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout`` with a fast path on CPU, where torch draws one number an element on one thread.
-
-    There each element takes 16 random bits: the probability is p to within 1/131072, the scale is exact for it.
-    """
+    """``nn.Dropout`` with the CPU fast path of utils/onednn.py."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or x.numel() == 0:
             return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p, True)
-        n, dropped = x.numel(), round(self.p * 65536)
-        bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        keep = (bits[:n] >= dropped - 32768).view(x.shape)
-        return x * (keep.to(x.dtype) * (65536 / (65536 - dropped)))
+        return dropout(x, self.p)

@@ -1,4 +1,4 @@
-"""The student's projector: the teacher's features are raw, so it maps D to D."""
+"""The student's projector, D to D: its output is compared with the teacher's unprojected features."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ tokens, so S = T in training and output t predicts token t. Weight names and sha
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from megastar.model.rope import rope_table
 
 
 class Output(NamedTuple):
-    """What a forward pass returns, each None where it was not asked for."""
+    """Result of a forward pass; a field is None if it was not requested."""
 
     logits: Tensor | None  # (B, S, V), in the weights' dtype
     features: Tensor | None  # (B, S, D), output of block ``features_at``
@@ -30,7 +31,7 @@ class Output(NamedTuple):
 
 
 class LabelEmbedder(nn.Module):
-    """labels (B,) -> (B, 1, D); the last row of the table, number num_classes, is the null class."""
+    """labels (B,) -> (B, 1, D); the last row of the table, num_classes, is the null class."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -57,7 +58,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm block: x (B, S, D) -> (B, S, D).
 
-    All but x goes by keyword: DeepSpeed's hooks look into positional arguments only, and have no business there.
+    All arguments but x are keyword-only: DeepSpeed's hooks process positional arguments, and only x needs them.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -82,7 +83,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The network. Weights start as N(0, initializer_range^2), the head as zero, from torch's global generator."""
+    """The network. Weights are initialized from N(0, initializer_range^2), the head with zeros (torch's generator)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -112,8 +113,8 @@ class Transformer(nn.Module):
         mask: hidden keys; None is plain causal. features_at: the block, counted from 1, whose output is returned.
         last_block: stop after that block (no logits). checkpointing: recompute each block in the backward pass.
         cache, start: these are positions start..start + S - 1 and the cache holds the earlier ones; with start > 0
-        labels is None and only tokens are embedded. targets (B, S): the loss is computed in place of the logits, without
-        ever holding them all. The model drops no labels itself: the caller does.
+        labels is None and only tokens are embedded. targets (B, S): compute the loss instead of the logits, in chunks
+        that never hold all logits. Label dropout is the caller's task.
         """
         cfg = self.cfg
         parts = [] if labels is None else [self.cls_embedding(labels)]
@@ -127,11 +128,9 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.layers):
             if i == last_block:
                 break
-            known = {"rope": rope, "mask": mask, "cache": cache, "layer": i, "start": start}
-            if checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, use_reentrant=False, **known)
-            else:
-                h = block(h, **known)
+            run = partial(block, rope=rope, mask=mask, cache=cache, layer=i, start=start)
+            recompute = checkpointing and torch.is_grad_enabled()
+            h = checkpoint(run, h, use_reentrant=False) if recompute else run(h)
             if i + 1 == features_at:
                 features = h
         whole = last_block is None or last_block >= cfg.n_layer

@@ -26,15 +26,15 @@ def identity(x: Tensor) -> Tensor:
 def step_loss(
     anchors: Tensor, targets: Tensor, temperature: float, gather: Gather = identity, rank_offset: int = 0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Positions of one view agree: anchor at position i, positive at j != i of the same view and image.
+    """Agreement of the positions of one view: anchor at position i, positive at j != i of the same view and image.
 
     anchors (B, M_s, K, D) projected student; targets (B, M, K, D) teacher, no gradient; K >= 2. ``gather`` maps
     (B, ...) to (B_global, ...) in rank order, without gradient; the positive of anchor b is row rank_offset * B + b.
-    Averaged over images, student views and the K (K - 1) ordered pairs. Returns (scalar, {"accuracy"}), accuracy
-    being the share of anchors whose positive has the largest logit.
+    Averaged over images, student views and the K (K - 1) ordered pairs. Returns (scalar, {"accuracy"}); the accuracy
+    is the share of anchors whose positive has the largest logit.
     """
     views, positions = anchors.shape[1:3]
-    assert positions >= 2, "the step loss needs two positions"
+    assert positions >= 2, "the step loss requires two positions"
     anchors, targets = _unit(anchors), _unit(gather(targets.detach())[:, :views])
     every = torch.einsum("bmid,cmjd->mijbc", anchors, targets) / temperature  # (M_s, K, K, B, B_global)
     i, j = _pairs(positions, positions, anchors.device)  # (P,) each
@@ -44,13 +44,13 @@ def step_loss(
 def view_loss(
     anchors: Tensor, targets: Tensor, temperature: float, gather: Gather = identity, rank_offset: int = 0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Views of one image agree: anchor at position k of view m, positive at k of another view n of the same image.
+    """Agreement of the views of one image: anchor at position k of view m, positive at k of another view n of the image.
 
-    Arguments and results as in ``step_loss``; M >= 2. Averaged over images, positions and the ordered pairs (m, n), m
-    among the student's views and n among the teacher's.
+    Arguments and results as in ``step_loss``; M >= 2. Averaged over images, positions and the ordered pairs (m, n) of a
+    student view m and a teacher view n.
     """
     student_views, views = anchors.shape[1], targets.shape[1]
-    assert views >= 2, "the view loss needs two views"
+    assert views >= 2, "the view loss requires two views"
     anchors, targets = _unit(anchors), _unit(gather(targets.detach()))
     m, n = _pairs(student_views, views, anchors.device)  # (P,) each
     logits = torch.einsum("bpkd,cpkd->pkbc", anchors[:, m], targets[:, n]) / temperature  # (P, K, B, B_global)
@@ -59,7 +59,7 @@ def view_loss(
 
 @lru_cache(maxsize=32)
 def _pairs(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The pairs of different numbers, (P,) int64 each; kept, since making them on a GPU would stop the host."""
+    """The pairs of different indices, (P,) int64 each; cached, since creating them on a GPU would sync the host."""
     with torch.inference_mode(False):
         i, j = (torch.arange(rows)[:, None] != torch.arange(columns)).nonzero(as_tuple=True)
         return i.to(device), j.to(device)
@@ -71,9 +71,9 @@ def _unit(x: Tensor) -> Tensor:
 
 def _info_nce(logits: Tensor, rank_offset: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of logits (..., B, B_global) whose positives start at column rank_offset * B."""
-    batch, everyone = logits.shape[-2:]
+    batch, global_batch = logits.shape[-2:]
     labels = torch.arange(batch, device=logits.device) + rank_offset * batch
     labels = labels.expand(logits.shape[:-1]).flatten()
-    logits = logits.reshape(-1, everyone)
+    logits = logits.reshape(-1, global_batch)
     accuracy = (logits.detach().argmax(-1) == labels).float().mean()
     return F.cross_entropy(logits, labels), {"accuracy": accuracy}

@@ -1,4 +1,4 @@
-"""L_MIM: the masked student's last features against those of the unmasked teacher on the same tokens."""
+"""L_MIM: distance of the masked student's last features from the unmasked teacher's on the same tokens."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """L_AR: next-token cross-entropy on the (masked) student's output.
 
-This is its definition. Training computes the same from the features, without all logits (parallel/cross_entropy.py).
+This is the definition. Training computes the same from the features, without all logits (parallel/cross_entropy.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """fp64 stays (for gradient checks), everything else becomes fp32."""
+    """fp64 is kept (for gradient checks), everything else becomes fp32."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -1,4 +1,4 @@
-"""ST-AR's whole objective (arXiv 2509.15185): L = L_AR + alpha * L_MIM + beta * (L_step + L_view) / 2.
+"""ST-AR's objective (arXiv 2509.15185): L = L_AR + alpha * L_MIM + beta * (L_step + L_view) / 2.
 
 B images of this rank, M views, M_s student views, N = B * M_s sequences (row b * M_s + m is view m of image b),
 S = T positions, K sampled positions, D width.
@@ -15,13 +15,13 @@ from megastar.objectives.contrastive import Gather, identity, step_loss, view_lo
 from megastar.objectives.masked_image import masked_image_loss
 from megastar.objectives.spread import feature_spread
 
-_STREAM = int.from_bytes(b"position", "big")  # keeps these draws apart from every other use of the run's seed
+_STREAM = int.from_bytes(b"position", "big")  # makes these random numbers independent of other uses of the run's seed
 
 
 def draw_positions(seed: int, step: int, tokens: int, count: int) -> Tensor:
     """The step's sampled positions: (K,) int64, sorted, distinct, in 1..T - 1. A pure function of (seed, step).
 
-    Position 0 is left out [C]: it has seen the class alone, so no feature there can tell an image from others.
+    Position 0 is excluded [C]: its input is only the class, so its feature is the same for all images of a class.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, _STREAM], counter=[0, 0, 0, step]))
     return torch.from_numpy(1 + np.sort(rng.choice(tokens - 1, count, replace=False)))
@@ -50,11 +50,11 @@ def total(
     loss_ar is L_AR of the masked student (next_token.py); student_last and teacher_last (N, S, D), the same sequences
     through both networks, feed L_MIM; anchors (B, M_s, K, D), projected student features, and targets
     (B, M, K, D), raw teacher features, feed the contrastive losses, ``gather`` and ``rank_offset`` as in
-    contrastive.py. A term that is off (``enabled``, weight 0, ``step_loss``, ``view_loss``) is not computed, counts
-    zero in the sum and is absent from the metrics.
+    contrastive.py. A disabled term (``enabled``, weight 0, ``step_loss``, ``view_loss``) is not computed, contributes
+    zero to the sum and is absent from the metrics.
 
     Returns (scalar, detached scalars among loss, loss_ar, loss_mim, loss_step, loss_view, acc_step, acc_view), and with
-    ``spreads`` spread_student and spread_teacher (spread.py) of all ranks' anchors and targets, where there are two images.
+    ``spreads`` spread_student and spread_teacher (spread.py) of all ranks' anchors and targets, if there are two images.
     """
     loss, metrics = loss_ar, {"loss_ar": loss_ar.detach()}
     if cfg.enabled and cfg.alpha:
@@ -64,16 +64,14 @@ def total(
         metrics |= values
     if cfg.enabled and cfg.beta and (cfg.step_loss or cfg.view_loss):
         assert anchors is not None and targets is not None
-        everyone = gather(targets.detach())  # once for both losses
+        all_targets = gather(targets.detach())  # once for both losses
         terms = {"step": step_loss} if cfg.step_loss else {}
         terms |= {"view": view_loss} if cfg.view_loss else {}
         for name, term in terms.items():
-            value, values = term(anchors, targets, cfg.temperature, lambda _: everyone, rank_offset)
+            value, values = term(anchors, targets, cfg.temperature, lambda _: all_targets, rank_offset)
             loss = loss + cfg.beta / 2 * value
             metrics |= {f"loss_{name}": value.detach(), f"acc_{name}": values["accuracy"]}
-        if spreads and len(everyone) > 1:
-            metrics |= {
-                "spread_student": feature_spread(gather(anchors.detach())),
-                "spread_teacher": feature_spread(everyone),
-            }
+        if spreads and len(all_targets) > 1:
+            metrics["spread_student"] = feature_spread(gather(anchors.detach()))
+            metrics["spread_teacher"] = feature_spread(all_targets)
     return loss, {"loss": loss.detach()} | metrics

@@ -1,7 +1,7 @@
-"""Memory of one rank by cause, from shapes alone: nothing is built, neither torch nor DeepSpeed is needed.
+"""Memory of one rank by cause, computed from shapes: no module is built, neither torch nor DeepSpeed is imported.
 
 Legend: D width, F SwiGLU width, H heads, S sequence, V vocabulary, N sequences of a forward pass, e bytes of an element
-of the compute type. State bytes are exact but for ZeRO's padding; activations follow what autograd saves in model/.
+of the compute type. State bytes are exact except for ZeRO's padding; activations are what autograd saves in model/.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from megastar.parallel.plan import chunk_rows, split_of
 GIB = 2**30
 ELEMENT = {"bf16": 2, "fp32": 4}  # bytes of an element of the compute type
 
-# Bytes an element that the optimizer's step adds for a moment: the fp32 gradient and AdamW's denominator.
+# Temporary bytes per element in the optimizer's step: the fp32 gradient and AdamW's denominator.
 STEP_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Zero:
-    """What DeepSpeed's ``zero_optimization`` says of memory; sizes in elements, defaults DeepSpeed's own."""
+    """The settings of DeepSpeed's ``zero_optimization`` that affect memory; sizes in elements, DeepSpeed's defaults."""
 
     stage: int
-    offload: tuple[str, ...] = ()  # of "optimizer" and "param": what lies in host memory
+    offload: tuple[str, ...] = ()  # of "optimizer" and "param": what is in host memory
     reduce_bucket: int = 500_000_000
     prefetch: int = 50_000_000
     max_live: int = 1_000_000_000
@@ -44,23 +44,23 @@ class Zero:
 
     @classmethod
     def read(cls, json: Mapping[str, Any], file: str = "") -> Zero:
-        """From a DeepSpeed JSON that config/deepspeed.py found right."""
+        """From a DeepSpeed JSON that config/deepspeed.py has validated."""
         z = json["zero_optimization"]
-        said = {
+        values = {
             "reduce_bucket": z.get("reduce_bucket_size"),
             "prefetch": z.get("stage3_prefetch_bucket_size"),
             "max_live": z.get("stage3_max_live_parameters"),
             "max_reuse": z.get("stage3_max_reuse_distance"),
             "persistence": z.get("stage3_param_persistence_threshold"),
         }
-        sizes = {name: int(value) for name, value in said.items() if value not in (None, "auto")}
+        sizes = {name: int(value) for name, value in values.items() if value not in (None, "auto")}
         if z.get("contiguous_gradients") is False:
             sizes["reduce_bucket"] = 0
-        there = [k for k in ("optimizer", "param") if (z.get(f"offload_{k}") or {}).get("device", "none") != "none"]
+        offload = [k for k in ("optimizer", "param") if (z.get(f"offload_{k}") or {}).get("device", "none") != "none"]
         overlap = z.get("overlap_comm")
         return cls(
             z["stage"],
-            tuple(there),
+            tuple(offload),
             overlap=z["stage"] == 3 if overlap is None else overlap,
             wide=json.get("communication_data_type") == "fp32",
             file=file,
@@ -70,7 +70,7 @@ class Zero:
 
 # Shapes ------------------------------------------------------------------------------------------------------------
 def has_projector(guided: SelfGuidedConfig | None) -> bool:
-    """Whether a contrastive loss is on, as engine/networks.py decides it."""
+    """Whether a contrastive loss is enabled, so that the student has a projector (engine/student.py)."""
     return bool(guided and guided.enabled and guided.beta > 0 and (guided.step_loss or guided.view_loss))
 
 
@@ -101,24 +101,24 @@ def parameter_shapes(model: ModelConfig, guided: SelfGuidedConfig | None = None)
 
 
 def check_tensor(model: ModelConfig, tensor: int) -> None:
-    """Raises ``UserError`` for a degree that divides no heads, ffn or vocabulary, naming those that do."""
-    legal = tensor_parallel_degrees(model)
-    if tensor not in legal:
+    """Raises ``UserError`` if the degree does not divide heads, ffn width and vocabulary; lists the valid degrees."""
+    valid = tensor_parallel_degrees(model)
+    if tensor not in valid:
         raise UserError(
             f"tensor parallel degree {tensor}: must divide {model.n_head} heads, the ffn width {model.ffn_dim} and "
-            f"{model.vocab_size} codes; use {words(legal)}"
+            f"{model.vocab_size} codes; use {words(valid)}"
         )
 
 
 def elements(cfg: RunConfig, tensor: int = 1) -> dict[str, int]:
-    """Elements of each weight on one tensor rank: split ones divided by ``tensor``, the others whole."""
+    """Elements of each weight on one tensor rank: split weights divided by ``tensor``, others replicated."""
     check_tensor(cfg.model, tensor)
     counts = {name: math.prod(shape) for name, shape in parameter_shapes(cfg.model, cfg.self_guided).items()}
     return {name: n // tensor if split_of(name) else n for name, n in counts.items()}
 
 
 def trunk(counts: Mapping[str, int]) -> int:
-    """Elements of the transformer, which the teacher has too; the projector is the student's alone."""
+    """Elements of the transformer, which the teacher also has; only the student has the projector."""
     return sum(n for name, n in counts.items() if name.startswith("transformer."))
 
 
@@ -130,28 +130,14 @@ def block_elements(counts: Mapping[str, int]) -> int:
 # States ------------------------------------------------------------------------------------------------------------
 def state_bytes(
     cfg: RunConfig, stage: int, tensor: int = 1, data: int = 1, dtype: str = "bf16", offload: Collection[str] = ()
-) -> dict[str, int]:
-    """Bytes that one rank holds between steps on its device: weights, gradients, optimizer (fp32 masters and two
-    moments), ema (in the optimizer), teacher (its compute copy, transformer only).
+) -> tuple[dict[str, int], int]:
+    """Bytes on one rank's device between steps, and in its host memory. By cause: weights, gradients, optimizer (fp32
+    masters and two moments), ema (in the optimizer), teacher (its compute copy, transformer only).
 
-    ``data`` is the number of data ranks, ``dtype`` the compute type, bf16 or fp32; ``offload`` holds "optimizer" or
-    "param" (stage 3). Exact but for padding: at stage 3 each weight is cut into ``data`` equal parts, rounded up;
-    at 1 and 2 the sum is. Raises ``UserError`` for an illegal ``tensor``, or a stage or type the engine does not know.
+    ``data`` is the number of data ranks, ``dtype`` the compute type, bf16 or fp32; ``offload`` contains "optimizer" or
+    "param" (stage 3). Exact except for padding: at stage 3 each weight is split into ``data`` equal parts, rounded up;
+    at 1 and 2 their sum is. Raises ``UserError`` for an invalid ``tensor``, stage or type.
     """
-    return _states(cfg, stage, tensor, data, dtype, offload)[0]
-
-
-def host_bytes(
-    cfg: RunConfig, stage: int, tensor: int = 1, data: int = 1, dtype: str = "bf16", offload: Collection[str] = ()
-) -> int:
-    """Bytes of the same states that one rank holds in host memory; 0 without offload."""
-    return sum(_states(cfg, stage, tensor, data, dtype, offload)[1].values())
-
-
-def _states(
-    cfg: RunConfig, stage: int, tensor: int, data: int, dtype: str, offload: Collection[str]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """(on the device, in host memory)."""
     if stage not in (0, 1, 2, 3):
         raise UserError(f"ZeRO stage {stage}: must be 0, 1, 2 or 3")
     if dtype not in ELEMENT:
@@ -159,38 +145,38 @@ def _states(
     if stage == 0 and dtype != "fp32":
         raise UserError(f"ZeRO stage 0 with dtype {dtype} loses precision (no fp32 masters): use stage 1 to 3")
     if offload and stage != 3:
-        raise UserError(f"offload of {words(sorted(offload))} needs ZeRO stage 3, not {stage}")
+        raise UserError(f"offload of {words(sorted(offload))} with ZeRO stage {stage}: use stage 3")
     e, counts = ELEMENT[dtype], elements(cfg, tensor)
-    whole, theirs = sum(counts.values()), trunk(counts)
+    whole = sum(counts.values())
     if stage == 3:
-        cut = {name: -(-n // data) for name, n in counts.items()}
-        part, their_part = sum(cut.values()), trunk(cut)
+        split = {name: -(-n // data) for name, n in counts.items()}
+        part, teacher_part = sum(split.values()), trunk(split)
     else:
-        part, their_part = -(-whole // (1 if stage == 0 else data)), theirs
+        part, teacher_part = -(-whole // (1 if stage == 0 else data)), trunk(counts)
     states = {
         "weights": e * (part if stage == 3 else whole),
         "gradients": e * (part if stage >= 2 else whole),
         "optimizer": part * (8 if stage == 0 else 12),  # at stage 0 the weights are the masters
         "ema": part * 4,
-        "teacher": e * their_part if cfg.self_guided.enabled else 0,
+        "teacher": e * teacher_part if cfg.self_guided.enabled else 0,
     }
     host: dict[str, int] = {}
     if "optimizer" in offload:
-        # DeepSpeed's buffer of gradient partitions follows the optimizer, and an fp32 copy feeds it.
+        # DeepSpeed's buffer of gradient partitions is with the optimizer, and an fp32 copy of it.
         host = {name: states[name] for name in ("gradients", "optimizer", "ema")} | {"fp32 gradients": part * 4}
     if "param" in offload:
         host |= {name: states[name] for name in ("weights", "teacher")}
-    return {name: 0 if name in host else value for name, value in states.items()}, host
+    return {name: 0 if name in host else value for name, value in states.items()}, sum(host.values())
 
 
 # Activations -------------------------------------------------------------------------------------------------------
 def block_activation_bytes(model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16") -> int:
     """What autograd saves of one block for the backward pass (model/transformer.py, attention.py, layers.py, rope.py).
 
-    Each tensor rank holds the two norms whole: input in fp32, normalised, scaled (the next layers' input), 1 / rms in
-    fp32; and a one-byte mask for each dropout. Split over the tensor ranks: the fused q, k, v (kept whole by v, a
-    view of it), q and k turned by RoPE (its fp32 is not kept), attention's output, its log-sum-exp in fp32, and w1's
-    output, its SiLU, w3's output, their product.
+    Replicated on each tensor rank: of the two norms the input in fp32, normalized, scaled (the next layers' input), 1 / rms
+    in fp32; and a one-byte mask per dropout. Split over the tensor ranks: the fused q, k, v (kept by v, a view of it), q
+    and k after RoPE (without its fp32 copies), attention's output, its log-sum-exp in fp32, and w1's output, its SiLU,
+    w3's output, their product.
     """
     e, D, F = ELEMENT[dtype], model.dim, model.ffn_dim
     masks = D * ((model.resid_dropout_p > 0) + (model.ffn_dropout_p > 0))
@@ -202,9 +188,9 @@ def block_activation_bytes(model: ModelConfig, sequences: int, tensor: int = 1, 
 def kept_activation_bytes(
     model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16", checkpointing: bool = False
 ) -> int:
-    """What the student's forward pass leaves for its backward pass, without the loss.
+    """What the student's forward pass keeps for its backward pass, without the loss.
 
-    With ``checkpointing`` a block leaves its input alone. The embedding (indices, mask) and the final norm always stay.
+    With ``checkpointing`` a block keeps only its input. The embedding (indices, mask) and the final norm are always kept.
     """
     e, tokens = ELEMENT[dtype], sequences * model.image_tokens
     block = tokens * e * model.dim if checkpointing else block_activation_bytes(model, sequences, tensor, dtype)
@@ -213,29 +199,28 @@ def kept_activation_bytes(
 
 
 def forward_working_bytes(model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16") -> int:
-    """The most that a forward pass without a graph holds at once: in RoPE, the SwiGLU or a norm of one block."""
+    """Peak of a forward pass without a graph: in RoPE, the SwiGLU or a norm of one block."""
     e, D, F, tokens = ELEMENT[dtype], model.dim, model.ffn_dim, sequences * model.image_tokens
     rope = (3 * e + 2 * (4 if e < 4 else 0) + 2 * 4 + 2 * e) * D // tensor
     return tokens * (5 * e * D + max(rope, 3 * e * F // tensor, 3 * 4 * D))
 
 
 def backward_working_bytes(model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16") -> int:
-    """What one block's backward pass adds to what it frees: gradients of the SwiGLU's product, the stream, a norm."""
+    """What one block's backward pass allocates beyond what it frees: gradients of the SwiGLU's product, residual, norm."""
     e, tokens = ELEMENT[dtype], sequences * model.image_tokens
     return tokens * (e * model.ffn_dim // tensor + (2 * e + 4) * model.dim)
 
 
 def mask_bytes(cfg: RunConfig, sequences: int, dtype: str = "bf16") -> int:
-    """The student's hidden keys, additive, once for all blocks, as sdpa takes them (model/masks.py); 0 without them."""
+    """The student's additive attention mask, once for all blocks, as used by sdpa (model/masks.py); 0 without hidden keys."""
     if not cfg.self_guided.enabled or cfg.self_guided.mask_ratio == 0:
         return 0
-    size: int = cfg.model.image_tokens**2
-    return sequences * size * ELEMENT[dtype]
+    return sequences * cfg.model.image_tokens * cfg.model.image_tokens * ELEMENT[dtype]
 
 
 def loss_bytes(cfg: RunConfig, micro: int, tensor: int = 1, data: int = 1, dtype: str = "bf16") -> dict[str, int]:
-    """What the losses of ``micro`` images hold: the head's gradients, which wait for the backward pass; features of
-    L_MIM; the contrastive losses over ``data`` ranks.
+    """Memory of the losses of ``micro`` images: the head's gradients, kept for the backward pass; features of L_MIM; the
+    contrastive losses over ``data`` ranks.
 
     L_MIM: both networks' last features, in fp32 the student's (a copy in bf16) and the teacher's unit vectors.
     Contrastive: the gathered targets, their fp32 unit vectors and copies for each pair of views, and four copies of
@@ -247,55 +232,55 @@ def loss_bytes(cfg: RunConfig, micro: int, tensor: int = 1, data: int = 1, dtype
     if g.enabled and g.alpha:
         out["features"] = N * m.image_tokens * m.dim * (2 * e + 4 + (4 if e < 4 else 0))
     if has_projector(g):
-        K, Ms, pairs, everyone = g.positions, g.student_views, g.student_views * (g.views - 1), micro * data
-        vectors = everyone * K * m.dim * (e * g.views + 4 * (2 * g.views + pairs))
-        logits = micro * everyone * (Ms * K * (4 * K - 3) * g.step_loss + 4 * pairs * K * g.view_loss)
+        K, Ms, pairs, images = g.positions, g.student_views, g.student_views * (g.views - 1), micro * data
+        vectors = images * K * m.dim * (e * g.views + 4 * (2 * g.views + pairs))
+        logits = micro * images * (Ms * K * (4 * K - 3) * g.step_loss + 4 * pairs * K * g.view_loss)
         out["contrastive"] = vectors + 4 * logits
     return out
 
 
 def _head_bytes(cfg: RunConfig, sequences: int, tensor: int, dtype: str) -> tuple[int, int]:
-    """(the gradients that the loss keeps, what it holds beside them for a moment): parallel/cross_entropy.py.
+    """(gradients kept by the loss, its temporary memory): parallel/cross_entropy.py.
 
-    For a moment: a chunk of logits, in their type and in fp32 (twice: torch widens bf16 first on a CPU); or a chunk of
-    their gradient with its part of the weight's; or, in the backward pass, both gradients once more, scaled.
+    Temporary: a chunk of logits, in their type and in fp32 (twice: torch widens bf16 first on a CPU); or a chunk of
+    their gradient with its part of the weight's; or, in the backward pass, both gradients again, scaled.
     """
     e, D, V, rows = ELEMENT[dtype], cfg.model.dim, cfg.model.vocab_size // tensor, sequences * cfg.model.image_tokens
     size = chunk_rows(rows, V)
     wide = e if size >= rows else 4  # of the weight's gradient, summed over chunks
     kept = rows * D * e + V * D * wide
     chunk = size * V * (e + 4 + (4 if e < 4 else 0))
-    moments = (
+    temporary = (
         chunk - (kept - rows * D * e if size >= rows else 0),
         size * V * e + V * D * e,
         rows * D * e + V * D * (e if wide == e else wide + e),
     )
-    return kept, max(moments)
+    return kept, max(temporary)
 
 
 # ZeRO's buffers ----------------------------------------------------------------------------------------------------
 def kept_elements(counts: Mapping[str, int], zero: Zero) -> int:
-    """Weights that stage 3 leaves gathered from forward to backward pass: those whose reuse is near enough.
+    """Weights that stage 3 keeps gathered from forward to backward pass: those within the maximum reuse distance.
 
-    A weight p elements before the end of the forward pass comes again 2 p elements later.
+    A weight p elements before the end of the forward pass is used again 2 p elements later.
     """
     return min(sum(counts.values()), zero.max_reuse // 2, zero.max_live)
 
 
 def buffer_bytes(cfg: RunConfig, zero: Zero, tensor: int = 1, dtype: str = "bf16") -> dict[str, int]:
-    """gather: weights that stage 3 holds whole at once; buckets: of the gradients' reduction.
+    """gather: weights that stage 3 has gathered at once; buckets: of the gradients' reduction.
 
-    The student's: those kept for the backward pass, or one block, and those fetched ahead, at most all; the teacher's:
-    one block, or its largest weight, and those fetched ahead. Two buckets: with ``overlap_comm`` one fills while
-    the other is sent (stages 1 and 2), and stage 3's reduce-scatter copies its bucket; a sum in fp32 needs a wide copy.
+    Student: the weights kept for the backward pass, or one block, and the prefetched ones, at most all; teacher: one
+    block, or its largest weight, and the prefetched ones. Two buckets: with ``overlap_comm`` one is filled while the
+    other is sent (stages 1 and 2), and stage 3's reduce-scatter copies its bucket; a sum in fp32 requires a wide copy.
     """
     e, counts = ELEMENT[dtype], elements(cfg, tensor)
     gather = 0
     if zero.stage == 3:
-        one = max(block_elements(counts), *counts.values())
+        largest = max(block_elements(counts), *counts.values())
         small = sum(n for n in counts.values() if n <= zero.persistence)
-        student = min(sum(counts.values()), max(kept_elements(counts, zero), one + small) + zero.prefetch)
-        teacher = min(trunk(counts), one + zero.prefetch) if cfg.self_guided.enabled else 0
+        student = min(sum(counts.values()), max(kept_elements(counts, zero), largest + small) + zero.prefetch)
+        teacher = min(trunk(counts), largest + zero.prefetch) if cfg.self_guided.enabled else 0
         gather = e * (student + teacher)
     buckets = 0 if zero.stage == 0 else e * zero.reduce_bucket * (2 if zero.stage == 3 or zero.overlap else 1)
     if zero.stage and zero.wide and e < 4:
@@ -306,15 +291,16 @@ def buffer_bytes(cfg: RunConfig, zero: Zero, tensor: int = 1, dtype: str = "bf16
 # Everything --------------------------------------------------------------------------------------------------------
 def memory_bytes(
     cfg: RunConfig, zero: Zero, tensor: int, data: int, micro: int, checkpointing: bool, dtype: str = "bf16"
-) -> dict[str, int]:
-    """Peak bytes of one rank's device by cause; their sum is the peak of a step of ``micro`` images a pass.
+) -> tuple[dict[str, int], int]:
+    """Peak bytes of one rank's device by cause, and bytes of its host memory. The sum of the former is the peak of a step
+    of ``micro`` images per pass.
 
-    ``activations`` is what waits for the backward pass, with the mask; ``head``, ``features``, ``contrastive`` what
-    the losses hold; ``working`` what another moment needs more than the last two: the head's own, the teacher's
-    forward pass, a recomputed block and its backward pass, or the optimizer's step, when no activation is left.
+    ``activations`` is kept for the backward pass, with the mask; ``head``, ``features``, ``contrastive`` belong to the
+    losses; ``working`` is the excess over the last two in another phase: the head, the teacher's forward pass, a
+    recomputed block and its backward pass, or the optimizer's step, when the activations are freed.
     """
     m, N = cfg.model, micro * cfg.student_views
-    out = state_bytes(cfg, zero.stage, tensor, data, dtype, zero.offload)
+    out, host = state_bytes(cfg, zero.stage, tensor, data, dtype, zero.offload)
     out["activations"] = kept_activation_bytes(m, N, tensor, dtype, checkpointing) + mask_bytes(cfg, N, dtype)
     losses = loss_bytes(cfg, micro, tensor, data, dtype)
     out |= losses
@@ -327,6 +313,6 @@ def memory_bytes(
     shard = sum(elements(cfg, tensor).values()) // (data if zero.stage else 1)
     step = 0 if "optimizer" in zero.offload else STEP_BYTES * shard
     head = _head_bytes(cfg, N, tensor, dtype)[1]
-    most = max(head, backward, teacher, step - out["activations"] - losses["head"])
-    out["working"] = max(0, most - losses["features"] - losses["contrastive"])
-    return out | buffer_bytes(cfg, zero, tensor, dtype)
+    peak = max(head, backward, teacher, step - out["activations"] - losses["head"])
+    out["working"] = max(0, peak - losses["features"] - losses["contrastive"])
+    return out | buffer_bytes(cfg, zero, tensor, dtype), host

@@ -11,7 +11,7 @@ from torch import Tensor
 def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """x (B, ...) of every rank of ``group`` -> (B * ranks, ...), rows in rank order, without a gradient.
 
-    No group, or a group of one: x itself, detached. All ranks must hold the same shape.
+    Without a group, or with a group of one: x itself, detached. All ranks must have the same shape.
     """
     x = x.detach()
     if group is None or dist.get_world_size(group) == 1:

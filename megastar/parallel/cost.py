@@ -1,6 +1,6 @@
 """Communication, arithmetic and time of a step, and the plans of a run on a machine. Estimates: see ``ASSUMPTIONS``.
 
-Communication is what a rank sends in ring collectives; arithmetic is counted from shapes, fused multiply-adds as two.
+Communication is what a rank sends in ring collectives; arithmetic is computed from shapes, fused multiply-adds as two.
 """
 
 from __future__ import annotations
@@ -22,51 +22,50 @@ from megastar.parallel.budget import (
     check_tensor,
     elements,
     has_projector,
-    host_bytes,
     kept_elements,
     memory_bytes,
     parameter_shapes,
     trunk,
 )
 
-# Assumptions: none of them was measured on the machines below.
+# Assumptions, not measured on the machines below.
 RESERVED_GIB = 2.0  # driver, CUDA context, NCCL's and cuBLAS's buffers
 FRAGMENTATION = 0.05  # share of the peak that the allocator cannot use
 MATMUL_EFFICIENCY = 0.55  # of the GPU's dense peak, in the matrix products
 MEMORY_EFFICIENCY = 0.8  # of the GPU's memory bandwidth, in norms, rotations, dropouts, activations, losses, AdamW
 BANDWIDTH_EFFICIENCY = 0.7  # of a link's bandwidth, in collectives
-LATENCY = 25e-6  # seconds a collective takes beside its bytes
-OVERLAP = 0.5  # share of the computing time under which the data ranks' gathers and reductions can hide
+LATENCY = 25e-6  # seconds per collective in addition to its bytes
+OVERLAP = 0.5  # share of the compute time that can overlap with the data ranks' gathers and reductions
 FP32_SLOWDOWN = 16  # bf16 peak over fp32 peak
-STREAM_BYTES = 90  # a token, block and width: what the norms, dropouts and sums of an eager bf16 forward pass move
-SPLIT_BYTES = 50  # likewise RoPE and attention, split over the tensor ranks
-FFN_BYTES = 10  # likewise, a token and SwiGLU width
-LOGIT_BYTES = 28  # a bf16 logit: what cross_entropy.py moves beside its matrix products, widened to fp32 on the way
-SPLIT_LOGIT_BYTES = 44  # likewise where the vocabulary is split: its softmax is spelled out
-BACKWARD = 2  # a backward pass computes and moves this many times what its forward pass does
-# Bytes an element: fused AdamW 28, the average 12, and around them the gradient widened 6, its norm 4, clipped 8, weights 6.
+STREAM_BYTES = 90  # per token, block and width: moved by the norms, dropouts and sums of an eager bf16 forward pass
+SPLIT_BYTES = 50  # the same of RoPE and attention, split over the tensor ranks
+FFN_BYTES = 10  # the same per token and SwiGLU width
+LOGIT_BYTES = 28  # per bf16 logit: moved by cross_entropy.py besides its matrix products, with the conversion to fp32
+SPLIT_LOGIT_BYTES = 44  # the same if the vocabulary is split, with an explicit softmax
+BACKWARD = 2  # computation and traffic of a backward pass relative to its forward pass
+# Bytes per element: fused AdamW 28, average 12, widened gradient 6, its norm 4, clipping 8, weights 6.
 OPTIMIZER_TRAFFIC = 64
-HOST_LINK = 20e9  # bytes a second between a GPU and host memory
-HOST_MEMORY = 20e9  # bytes a second of host memory for each rank, where AdamW runs under offload
-NEAR = 0.03  # plans within this share of the fastest count as equally fast: the simplest of them is recommended
-SPARE = 0.05  # share of the GPU's memory that a recommended plan leaves free, where one can
+HOST_LINK = 20e9  # bytes per second between a GPU and host memory
+HOST_MEMORY = 20e9  # bytes per second of host memory per rank, for AdamW under offload
+NEAR = 0.03  # plans within this share of the fastest are considered equally fast: the simplest of them is recommended
+SPARE = 0.05  # share of the GPU's memory that a recommended plan leaves free, if possible
 
 ASSUMPTIONS = {
     "reserved for driver and libraries": f"{RESERVED_GIB:g} GiB, and {FRAGMENTATION:.0%} of the peak lost to fragmentation",
     "matrix products": f"{MATMUL_EFFICIENCY:g} of the dense peak (fp32: a {FP32_SLOWDOWN}th of the bf16 peak)",
     "everything else": f"eager, {MEMORY_EFFICIENCY:g} of the memory bandwidth; a forward pass moves {STREAM_BYTES} D + {SPLIT_BYTES} D / tp"
-    f" + {FFN_BYTES} F / tp bytes a token and block, the loss {LOGIT_BYTES} a logit (split: {SPLIT_LOGIT_BYTES}), AdamW {OPTIMIZER_TRAFFIC} an element",
+    f" + {FFN_BYTES} F / tp bytes per token and block, the loss {LOGIT_BYTES} per logit (split: {SPLIT_LOGIT_BYTES}), AdamW {OPTIMIZER_TRAFFIC} per element",
     "backward pass": f"{BACKWARD} times its forward pass",
-    "collectives": f"{BANDWIDTH_EFFICIENCY:g} of the bandwidth, {LATENCY * 1e6:g} us each; data ranks' hide under "
-    f"{OVERLAP:g} of the computing, tensor ranks' never",
-    "offload": f"{HOST_LINK / 1e9:g} GB/s to host memory, AdamW there at {HOST_MEMORY / 1e9:g} GB/s a rank",
+    "collectives": f"{BANDWIDTH_EFFICIENCY:g} of the bandwidth, {LATENCY * 1e6:g} us each; those of data ranks overlap "
+    f"with {OVERLAP:g} of the computation, those of tensor ranks with none",
+    "offload": f"{HOST_LINK / 1e9:g} GB/s to host memory, AdamW there at {HOST_MEMORY / 1e9:g} GB/s per rank",
 }
 
 
 @dataclass(frozen=True)
 class Gpu:
     """Data-sheet figures. memory GiB; tflops dense bf16; hbm GB/s of its memory; nvlink GB/s, both directions together
-    (PCIe where there is none); network GB/s a GPU and direction of the usual server (400 Gb/s = 50)."""
+    (PCIe without NVLink); network GB/s per GPU and direction of the usual server (400 Gb/s = 50)."""
 
     memory: float
     tflops: float
@@ -90,7 +89,7 @@ GPUS = {
 
 
 def gpu_model(name: str) -> str | None:
-    """The key of ``GPUS`` by torch's or nvidia-smi's name; None for one that is not listed."""
+    """The key of ``GPUS`` by torch's or nvidia-smi's name; None for an unlisted GPU."""
     words = name.lower().replace("-", " ").replace("rtx ", "rtx").split()
     models = [model for model in GPUS if model.split("-")[0] in words]
     if "pcie" in words and "h100-pcie" in models:
@@ -99,7 +98,7 @@ def gpu_model(name: str) -> str | None:
 
 
 def peak_tflops(name: str) -> float | None:
-    """The data sheet's dense bf16 peak of a GPU by torch's name for it; None for one that is not listed."""
+    """The data sheet's dense bf16 peak of a GPU by torch's name; None for an unlisted GPU."""
     model = gpu_model(name)
     return GPUS[model].tflops if model else None
 
@@ -116,15 +115,13 @@ class Machine:
         return self.gpus // self.per_node
 
     def tensor_rate(self) -> float:
-        """Bytes a second and direction inside a node."""
+        """Bytes per second and direction inside a node."""
         return self.gpu.nvlink / 2 * 1e9 * BANDWIDTH_EFFICIENCY
 
     def data_rate(self, tensor: int) -> float:
-        """Of the data group's ring. Between nodes it has the network cards of all its ranks on a node."""
-        network = self.gpu.network * (self.per_node // tensor)
-        return (
-            (self.gpu.nvlink / 2 if self.nodes == 1 else min(self.gpu.nvlink / 2, network)) * 1e9 * BANDWIDTH_EFFICIENCY
-        )
+        """Of the data group's ring. Between nodes it uses the network cards of all its ranks on a node."""
+        network = self.gpu.network * (self.per_node // tensor) * 1e9 * BANDWIDTH_EFFICIENCY
+        return self.tensor_rate() if self.nodes == 1 else min(self.tensor_rate(), network)
 
 
 @dataclass(frozen=True)
@@ -135,12 +132,12 @@ class Transfer:
     link: str  # "tensor" or "data"
     bytes: int
     count: int
-    hidden: bool = False  # whether it can run beside computing
+    hidden: bool = False  # whether it can overlap with computation
 
 
 @dataclass
 class Plan:
-    """One way to run; bytes a rank, seconds an optimizer step."""
+    """One configuration of a run; bytes per rank, seconds per optimizer step."""
 
     tensor: int
     zero: Zero
@@ -175,7 +172,7 @@ class Plan:
 
     @property
     def overrides(self) -> list[str]:
-        """The fields of the run that say this plan."""
+        """The run's fields that select this plan."""
         return [
             f"parallel.deepspeed={self.zero.file}",
             f"parallel.tensor_parallel={self.tensor}",
@@ -185,20 +182,20 @@ class Plan:
 
 # Arithmetic --------------------------------------------------------------------------------------------------------
 def teacher_blocks(cfg: RunConfig) -> int:
-    """Blocks that the teacher runs on an image's views: views that the student does not see stop early."""
+    """Blocks that the teacher runs on an image's views: those without a student end at the contrastive block."""
     g, m = cfg.self_guided, cfg.model
     if not g.enabled:
         return 0
-    rest = (g.views - g.student_views) * g.contrastive_block if has_projector(g) else 0
-    return g.student_views * m.n_layer + rest
+    others = (g.views - g.student_views) * g.contrastive_block if has_projector(g) else 0
+    return g.student_views * m.n_layer + others
 
 
 def step_flops(cfg: RunConfig) -> dict[str, int]:
     """Floating-point operations of an optimizer step of all ranks: student (forward and backward), teacher, and recompute
-    (the student's blocks once more, under checkpointing; no part of MFU).
+    (the student's blocks again, under checkpointing; not part of MFU).
 
-    A weight that multiplies each token costs 2 a token in a forward pass; attention 4 S D a token and block (logits and
-    values, the causal half not deducted, as in PaLM's MFU). Embeddings cost nothing.
+    A weight that multiplies each token costs 2 per token in a forward pass; attention 4 S D per token and block (logits
+    and values, the causal half not deducted, as in PaLM's MFU). Embeddings cost nothing.
     """
     m, B, T = cfg.model, cfg.train.global_batch, cfg.model.image_tokens
     shapes = {n: math.prod(s) for n, s in parameter_shapes(m, cfg.self_guided).items() if len(s) == 2}
@@ -217,11 +214,11 @@ def step_flops(cfg: RunConfig) -> dict[str, int]:
 
 
 def compute_seconds(cfg: RunConfig, machine: Machine, tensor: int, checkpointing: bool, dtype: str) -> float:
-    """Matrix products split over all GPUs; the rest bound by memory, the stream of width D whole on each tensor rank."""
+    """Matrix products split over all GPUs, the rest bound by memory, the residual stream replicated on tensor ranks."""
     m, e, flops = cfg.model, ELEMENT[dtype], step_flops(cfg)
     operations = flops["student"] + flops["teacher"] + checkpointing * flops["recompute"]
     peak = machine.gpu.tflops * 1e12 / (FP32_SLOWDOWN if dtype == "fp32" else 1)
-    images = cfg.train.global_batch * tensor / machine.gpus  # of a rank
+    images = cfg.train.global_batch * tensor / machine.gpus  # per rank
     passes = cfg.student_views * m.n_layer * (1 + BACKWARD + checkpointing) + teacher_blocks(cfg)
     moved = passes * (STREAM_BYTES * m.dim + (SPLIT_BYTES * m.dim + FFN_BYTES * m.ffn_dim) / tensor) * e / 2
     moved += cfg.student_views * (SPLIT_LOGIT_BYTES if tensor > 1 else LOGIT_BYTES) * m.vocab_size / tensor
@@ -233,44 +230,44 @@ def compute_seconds(cfg: RunConfig, machine: Machine, tensor: int, checkpointing
 def transfers(
     cfg: RunConfig, zero: Zero, tensor: int, data: int, micro: int, accumulation: int, checkpointing: bool, dtype: str
 ) -> list[Transfer]:
-    """Every collective of an optimizer step on ``tensor`` x ``data`` ranks; small reductions of metrics left out.
+    """The collectives of an optimizer step on ``tensor`` x ``data`` ranks, without small reductions of metrics.
 
-    AutoTP sums two outputs a block forward (wo, w2) and three input gradients backward (wqkv, w1, w3), and the head's.
+    AutoTP sums two outputs per block forward (wo, w2) and three input gradients backward (wqkv, w1, w3), and the head's.
     DeepSpeed's stages 1 and 2 reduce gradients by all-reduce (use_multi_rank_bucket_allreduce), stage 3 by
-    reduce-scatter; from stage 2 on at each micro-batch. Stages 1 and 2 gather new weights, and the teacher's, once.
+    reduce-scatter; from stage 2 on for each micro-batch. Stages 1 and 2 gather new weights, and the teacher's, once.
     """
     e, m, g, A = ELEMENT[dtype], cfg.model, cfg.self_guided, accumulation
     counts = elements(cfg, tensor)
-    P, theirs, L = sum(counts.values()), trunk(counts), m.n_layer
+    P, teacher, L = sum(counts.values()), trunk(counts), m.n_layer
     out: list[Transfer] = []
     if tensor > 1:
         sequences, ring = micro * cfg.student_views, 2 * (tensor - 1) / tensor
-        one = m.image_tokens * m.dim * e * ring
+        sequence = m.image_tokens * m.dim * e * ring
 
-        def reduce(what: str, calls: int, size: float) -> None:
-            out.append(Transfer(what, "tensor", round(A * calls * size), A * calls))
+        def reduce(name: str, calls: int, size: float) -> None:
+            out.append(Transfer(name, "tensor", round(A * calls * size), A * calls))
 
-        reduce("all-reduce outputs, student", 2 * L * (1 + checkpointing), sequences * one)
-        reduce("all-reduce input gradients", 3 * L + 1, sequences * one)
+        reduce("all-reduce outputs, student", 2 * L * (1 + checkpointing), sequences * sequence)
+        reduce("all-reduce input gradients", 3 * L + 1, sequences * sequence)
         reduce("all-reduce loss", 2, sequences * m.image_tokens * 1.5 * 4 * ring)
         if g.enabled:
             calls = 2 * (L + (teacher_blocks(cfg) > g.student_views * L) * g.contrastive_block)
-            size = micro * teacher_blocks(cfg) * 2 * one / calls
+            size = micro * teacher_blocks(cfg) * 2 * sequence / calls
             reduce("all-reduce outputs, teacher", calls, size)
     if data > 1:
         ring = (data - 1) / data
         wide = 4 / e if zero.wide else 1  # of a gradient on the wire
 
-        def share(what: str, size: float, times: int, bucket: int = 0, hidden: bool = True) -> None:
+        def share(name: str, size: float, times: int, bucket: int = 0, hidden: bool = True) -> None:
             calls = max(1, math.ceil(size / bucket)) if bucket else 1
-            out.append(Transfer(what, "data", round(times * e * size * ring), times * calls, hidden))
+            out.append(Transfer(name, "data", round(times * e * size * ring), times * calls, hidden))
 
         if zero.stage == 3:
             ahead, reused = max(zero.prefetch, block_elements(counts)), kept_elements(counts, zero)
             share("all-gather weights", 2 * P - reused, A, ahead)
             share("reduce-scatter gradients", wide * P, A, zero.reduce_bucket or P)
             if g.enabled:
-                used = theirs - counts["transformer.output.weight"] - counts["transformer.norm.weight"]
+                used = teacher - counts["transformer.output.weight"] - counts["transformer.norm.weight"]
                 again = (teacher_blocks(cfg) > g.student_views * L) * g.contrastive_block * block_elements(counts)
                 share("all-gather teacher", used + again, A, ahead)
         else:
@@ -278,7 +275,7 @@ def transfers(
             if zero.stage:
                 share("all-gather weights", P, 1, hidden=False)
             if zero.stage and g.enabled:
-                share("all-gather teacher", theirs, 1, hidden=False)
+                share("all-gather teacher", teacher, 1, hidden=False)
         if has_projector(g):
             share("all-gather targets", micro * data * g.views * g.positions * m.dim, A, hidden=False)
     return out
@@ -286,48 +283,42 @@ def transfers(
 
 # Plans -------------------------------------------------------------------------------------------------------------
 def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpointing: bool, dtype: str) -> Plan:
-    """One row. Raises ``UserError`` when the data ranks do not divide the batch."""
+    """One plan. Raises ``UserError`` if the data ranks do not divide the batch."""
     parallel = dataclasses.replace(cfg.parallel, tensor_parallel=tensor)
     data = machine.gpus // tensor
     micro, accumulation = resolve_batch(dataclasses.replace(cfg, parallel=parallel), machine.gpus)
-    memory = memory_bytes(cfg, zero, tensor, data, micro, checkpointing, dtype)
+    memory, host = memory_bytes(cfg, zero, tensor, data, micro, checkpointing, dtype)
     need = sum(memory.values()) * (1 + FRAGMENTATION) + RESERVED_GIB * GIB
     sent = transfers(cfg, zero, tensor, data, micro, accumulation, checkpointing, dtype)
     compute = compute_seconds(cfg, machine, tensor, checkpointing, dtype)
-    exposed, beside = 0.0, 0.0
+    exposed, hidden = 0.0, 0.0
     for t in sent:
         rate = machine.tensor_rate() if t.link == "tensor" else machine.data_rate(tensor)
         seconds = t.bytes / rate + t.count * LATENCY
-        exposed, beside = exposed + seconds * (not t.hidden), beside + seconds * t.hidden
+        exposed, hidden = exposed + seconds * (not t.hidden), hidden + seconds * t.hidden
     shard = sum(elements(cfg, tensor).values()) / (data if zero.stage else 1)
     e = ELEMENT[dtype]
-    if "optimizer" in zero.offload:  # gradients down, new weights up unless they stay there
+    if "optimizer" in zero.offload:  # gradients to the host, new weights back, unless they are offloaded too
         optimizer = shard * (e * (accumulation + 1) / HOST_LINK + OPTIMIZER_TRAFFIC / HOST_MEMORY)
     else:
         optimizer = shard * OPTIMIZER_TRAFFIC / (machine.gpu.hbm * 1e9 * MEMORY_EFFICIENCY)
     if "param" in zero.offload:  # student forward and backward, teacher
         optimizer += 3 * accumulation * shard * e / HOST_LINK
     flops = step_flops(cfg)
-    plan = Plan(
-        tensor, zero, checkpointing, data, micro, accumulation, memory,
-        host_bytes(cfg, zero.stage, tensor, data, dtype, zero.offload), need, machine.gpu.memory * GIB, sent,
-        compute, exposed + max(0.0, beside - OVERLAP * compute), optimizer, 0.0,
-    )  # fmt: skip
+    communication = exposed + max(0.0, hidden - OVERLAP * compute)
     peak = machine.gpus * machine.gpu.tflops * 1e12
-    plan.mfu = (flops["student"] + flops["teacher"]) / (plan.seconds * peak)
-    return plan
-
-
-def legal_degrees(cfg: RunConfig, machine: Machine) -> list[int]:
-    """Tensor degrees whose groups lie inside a node."""
-    return [d for d in tensor_parallel_degrees(cfg.model) if machine.per_node % d == 0]
+    mfu = (flops["student"] + flops["teacher"]) / ((compute + communication + optimizer) * peak)
+    return Plan(
+        tensor, zero, checkpointing, data, micro, accumulation, memory, host, need, machine.gpu.memory * GIB, sent,
+        compute, communication, optimizer, mfu,
+    )  # fmt: skip
 
 
 def make_plans(
     cfg: RunConfig, machine: Machine, zeros: Sequence[Zero], tensor: int = 0, dtype: str = "bf16"
 ) -> list[Plan]:
-    """Every legal plan, or those of one degree. Raises ``UserError`` when there is none."""
-    degrees = legal_degrees(cfg, machine)
+    """All valid plans, or those of one degree; tensor groups are inside a node. ``UserError`` if there is none."""
+    degrees = [d for d in tensor_parallel_degrees(cfg.model) if machine.per_node % d == 0]
     if tensor and tensor not in degrees:
         check_tensor(cfg.model, tensor)
         raise UserError(
@@ -349,9 +340,9 @@ def simplicity(plan: Plan) -> tuple[int, bool, bool, int]:
 
 
 def recommend(plans: Sequence[Plan]) -> Plan | None:
-    """The simplest of the fastest that fit: no tensor ranks, no offload, no recomputing, a low stage; None if none fits.
+    """The simplest of the fastest plans that fit: few tensor ranks, no offload, no recomputation, low stage; None if none.
 
-    Plans that need nearly all of the memory are taken only where there are no others.
+    Plans that use nearly all of the memory are recommended only if there are no others.
     """
     fitting = [p for p in plans if p.fits]
     if not fitting:

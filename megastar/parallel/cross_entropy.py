@@ -1,8 +1,8 @@
-"""The output layer and its cross-entropy in one: chunks of rows, so that no more than a chunk of logits is ever there.
+"""The output layer fused with its cross-entropy, in chunks of rows, so only one chunk of logits is in memory at a time.
 
-R rows, D width, V vocabulary. Where the vocabulary is split over a tensor group, each rank has its share of the weight
-and three numbers a row are sent (Megatron-LM's way, arXiv 1909.08053). The gradients are computed beside the loss in
-the forward pass, as in Liger's fused loss (arXiv 2410.10989): three products in all, none computed twice.
+R rows, D width, V vocabulary. If the vocabulary is split over a tensor group, each rank has its share of the weight and
+sends three numbers per row, as Megatron-LM (arXiv 1909.08053). The gradients are computed with the loss in the forward
+pass, as in Liger's fused loss (arXiv 2410.10989): three matrix products in total, none computed twice.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for x, targets_of, at in zip(hidden.split(size), targets.split(size), range(0, rows, size), strict=True):
             gradient, losses = _softmax_less_target(product(x, weight), targets_of, group, wide)
             loss += losses.sum()
-            gradient = gradient.to(hidden.dtype)  # rows times that of the mean: the scale comes in the backward pass
+            gradient = gradient.to(hidden.dtype)  # rows times that of the mean: scaled in the backward pass
             if to_hidden is not None:
                 to_hidden[at : at + size] = product(gradient, weight.t())
             if needed and ctx.needs_input_grad[1]:
                 part = product(gradient.t(), x.t())
-                # Sums over chunks are wide, or they would round at every chunk.
+                # Sums over chunks are wide: in bf16 each chunk would be rounded.
                 to_weight = part if to_weight is None else to_weight.to(wide).add_(part)
         ctx.save_for_backward(to_hidden, to_weight)
         ctx.rows, ctx.group, ctx.dtype = rows, group, weight.dtype
@@ -79,10 +79,10 @@ def _softmax_less_target(
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     shifted = shifted.sub_(largest)
     local = targets - dist.get_rank(group) * width
-    mine = ((local >= 0) & (local < width)).to(wide)  # (R, 1): is the target in this rank's share?
+    is_local = ((local >= 0) & (local < width)).to(wide)  # (R, 1): whether the target is in this rank's share
     local = local.clamp(0, width - 1)
-    chosen = shifted.gather(1, local) * mine
+    target_logits = shifted.gather(1, local) * is_local
     exponentials = shifted.exp_()
-    sums = torch.stack([exponentials.sum(-1, keepdim=True), chosen])  # (2, R, 1)
+    sums = torch.stack([exponentials.sum(-1, keepdim=True), target_logits])  # (2, R, 1)
     dist.all_reduce(sums, group=group)
-    return exponentials.div_(sums[0]).scatter_add_(1, local, -mine), (sums[0].log() - sums[1]).squeeze(1)
+    return exponentials.div_(sums[0]).scatter_add_(1, local, -is_local), (sums[0].log() - sums[1]).squeeze(1)

@@ -1,4 +1,4 @@
-"""Who is where: ranks counted over data x tensor groups, the ranks of one tensor group next to each other."""
+"""Layout of the ranks over data x tensor groups; the ranks of one tensor group are adjacent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mesh:
-    """``world`` ranks = ``data`` x ``tensor``; a tensor group shares one copy of each layer, and sees one batch."""
+    """``world`` ranks = ``data`` x ``tensor``; a tensor group shares one copy of each layer and one batch."""
 
     world: int
     tensor: int

@@ -1,5 +1,5 @@
-"""Which weight is split how over tensor-parallel ranks. One table: the engine hands it to DeepSpeed's AutoTP, and
-checkpoints are cut and joined by it."""
+"""How each weight is split over tensor-parallel ranks: one table, used for DeepSpeed's AutoTP and for splitting and
+joining checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Split:
     """Weights whose full name matches ``pattern`` are split by output rows ("column") or input columns ("row").
 
-    ``fused`` weights lie below each other in one tensor: each rank gets its share of q, of k and of v.
+    ``fused`` weights are stacked in one tensor: each rank has its share of q, of k and of v.
     """
 
     pattern: str
@@ -44,8 +44,8 @@ class Split:
         return (rows, columns // degree) if self.partition == "row" else (rows // degree, columns)
 
 
-# Everything else (embeddings, norms, projector) is whole on every rank. The head's output stays split: the loss is
-# computed on each rank's share of the vocabulary (cross_entropy.py).
+# Everything else (embeddings, norms, projector) is replicated. The head's output stays split: the loss is computed on
+# each rank's share of the vocabulary (cross_entropy.py).
 TENSOR_PLAN: tuple[Split, ...] = (
     Split(r"(.*\.)?layers\.\d+\.attention\.wqkv\.weight$", "column", fused=3),
     Split(r"(.*\.)?layers\.\d+\.attention\.wo\.weight$", "row"),
@@ -56,7 +56,7 @@ TENSOR_PLAN: tuple[Split, ...] = (
 
 
 def split_of(name: str) -> Split | None:
-    """The row of the table for the weight of that name; None for a weight that every rank holds whole."""
+    """The row of the table for the weight of that name; None for a replicated weight."""
     return next((split for split in TENSOR_PLAN if re.match(split.pattern, name)), None)
 
 
@@ -71,11 +71,11 @@ def autotp_section(degree: int) -> dict[str, Any]:
     return {"autotp_size": degree, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
 
 
-# Logits that the loss holds at a time (cross_entropy.py): few enough for a CPU's caches, enough to fill a GPU.
+# Logits per chunk of the loss (cross_entropy.py): few enough for a CPU's caches, enough to utilize a GPU.
 CHUNK = {"cpu": 1 << 23, "cuda": 1 << 26}
 
 
 def chunk_rows(rows: int, columns: int, device: str = "cuda") -> int:
-    """Rows of a chunk of ``rows`` x ``columns`` logits; all chunks but the last are alike."""
+    """Rows per chunk of ``rows`` x ``columns`` logits; all chunks but the last have the same size."""
     chunks = -(-rows * columns // CHUNK.get(device, CHUNK["cuda"]))
     return -(-rows // max(chunks, 1))

@@ -102,7 +102,7 @@ def draw_grid(
 ) -> None:
     from megastar.checkpoint.find_weights import class_names, find_weights
     from megastar.model.io import read_model_metadata
-    from megastar.sampling.grid import Block, picture_grid, save_grid
+    from megastar.sampling.grid import Block, image_grid, save_grid
     from megastar.sampling.pipeline import sample_images
 
     weights = find_weights(checkpoint, told["weights"]).file
@@ -110,7 +110,7 @@ def draw_grid(
     pictures = sample_images(weights, tokenizer, labels, device=device, console=console, **SAMPLING)
     model, about = read_model_metadata(weights)
     names = class_names(model.num_classes, about)
-    save_grid(picture_grid([Block("", pictures, labels)], names, columns=told["per_class"]), out, told)
+    save_grid(image_grid([Block("", pictures, labels)], names, columns=told["per_class"]), out, told)
 
 
 def classes_of(count: int) -> list[int]:
@@ -206,11 +206,11 @@ def decoded(cfg: RunConfig, folder: Path, wanted: Wanted, codes: torch.Tensor, d
     """The picture of codes (T,), or an empty one where the tokenizer is not known."""
     from PIL import Image
 
-    from megastar.sampling.sampler import decode_pictures
+    from megastar.sampling.sampler import decode_images
     from megastar.tokenizer.io import load_tokenizer
 
     try:
         vq = load_tokenizer(tokenizer_of(cfg, folder, wanted), device)
     except UserError:
         return embedded(Image.new("RGB", (8, 8), "white"))
-    return embedded(Image.fromarray(decode_pictures(vq, codes[None])[0]), lossless=True)
+    return embedded(Image.fromarray(decode_images(vq, codes[None])[0]), lossless=True)

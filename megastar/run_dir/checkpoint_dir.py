@@ -1,8 +1,8 @@
-"""A run's folder of checkpoints: which are complete, which to keep, whether one is what was written.
+"""A run's folder of checkpoints: which are complete, which to keep, and whether one is intact.
 
 checkpoints/step-00000400/   state-*.safetensors (one a rank), random-*.pt (one a data rank), megastar.json
 checkpoints/latest           the name of the newest complete one
-checkpoints/.writing/        one that is being written; it gets its name when it is complete
+checkpoints/.writing/        one that is being written; it is renamed when it is complete
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megastar.run_dir.layout import FORMAT, MANIFEST
 from megastar.utils.files import sha256, sync_folder, write_atomic
 
 WRITING = ".writing"
-OLD = ".old"  # after the name of one that a new one of the same step replaces
+OLD = ".old"  # suffix of a checkpoint that a new one of the same step replaces
 NAME = re.compile(r"step-\d{8}(\.old)?")
 
 
@@ -33,7 +33,7 @@ def folder_of(cfg: RunConfig) -> Path:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints of ``folder``, oldest first. A half-written one never counts, nor a user's copy."""
+    """The complete checkpoints of ``folder``, oldest first, without half-written ones and a user's copies."""
     found = [p.parent for p in folder.glob(f"step-*/{MANIFEST}") if NAME.fullmatch(p.parent.name)]
     return sorted(found, key=lambda p: (step_in(p), not p.name.endswith(OLD)))
 
@@ -43,7 +43,7 @@ def step_in(checkpoint: Path) -> int:
 
 
 def remove(checkpoint: Path) -> None:
-    """Its manifest goes first, so that a removal that is cut off leaves nothing that looks complete."""
+    """Remove the manifest first: an interrupted removal leaves nothing that counts as complete."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
 
@@ -53,7 +53,7 @@ def latest(folder: Path) -> Path | None:
     pointer = folder / "latest"
     if pointer.is_file() and (folder / pointer.read_text().strip() / MANIFEST).is_file():
         return folder / pointer.read_text().strip()
-    return (complete(folder) or [None])[-1]
+    return next(reversed(complete(folder)), None)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -67,14 +67,14 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def publish(folder: Path, name: str, manifest: dict[str, Any], written: Path | None = None) -> Path:
-    """``written`` (``.writing/name``) -> ``name``, with its manifest, and only then named by ``latest``."""
+    """Rename ``written`` (``.writing/name``) to ``name``, with its manifest, and only then update ``latest``."""
     written = written or folder / WRITING / name
     write_atomic(written / MANIFEST, json.dumps(manifest, indent=1).encode())
     before = folder / (name + OLD)
     if (folder / name).exists():  # the same step again, after a resume from an earlier one
-        if before.exists():  # what a killed save left
+        if before.exists():  # left by a killed save
             remove(before)
-        (folder / name).rename(before)  # it still counts until the new one does
+        (folder / name).rename(before)  # counts until the new one does
     written.rename(folder / name)
     sync_folder(folder)
     write_atomic(folder / "latest", f"{name}\n".encode())
@@ -85,42 +85,42 @@ def publish(folder: Path, name: str, manifest: dict[str, Any], written: Path | N
 
 
 def retire(cfg: RunConfig, folder: Path) -> None:
-    """Remove all but the last ``keep_last`` checkpoints, each ``keep_every``-th step and the best by validation loss.
-
-    What ``latest`` names stays in any case.
-    """
-    known = complete(folder)
-    keep = set(known[-max(1, cfg.train.keep_last) :]) | {latest(folder)}
+    """Remove all but the last ``keep_last`` checkpoints, each ``keep_every``-th step, the best by validation loss, and the
+    one that ``latest`` names."""
+    found = complete(folder)
+    keep = set(found[-max(1, cfg.train.keep_last) :]) | {latest(folder)}
     if cfg.train.keep_every:
-        keep |= {p for p in known if step_in(p) % cfg.train.keep_every == 0}
+        keep |= {p for p in found if step_in(p) % cfg.train.keep_every == 0}
     if cfg.train.keep_best:
-        scores = {p: json.loads((p / MANIFEST).read_text()).get("val_loss_ar") for p in known}
-        scored = [p for p in known if scores[p] is not None]
+        scores = {p: json.loads((p / MANIFEST).read_text()).get("val_loss_ar") for p in found}
+        scored = [p for p in found if scores[p] is not None]
         keep |= set(sorted(scored, key=lambda p: scores[p])[:1])
-    for old in set(known) - keep:
+    for old in set(found) - keep:
         remove(old)
 
 
 def parse_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint as it is; ``UserError`` for none, a damaged one, and one of another format."""
+    """The manifest of a checkpoint. Raises ``UserError`` where it is missing, damaged or of another format."""
     path = checkpoint / MANIFEST
     if not path.is_file():
-        raise UserError(f"{checkpoint} is no complete checkpoint: {MANIFEST} is missing; name a folder step-* of a run")
+        raise UserError(
+            f"{checkpoint} is not a complete checkpoint: {MANIFEST} is missing; name a folder step-* of a run"
+        )
     try:
-        about = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): restore it") from error
-    if about.get("format") != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{checkpoint} has format {about.get('format')}, this megastar reads {FORMAT}: use the version that wrote it"
+            f"{checkpoint} has format {manifest.get('format')}, this megastar reads {FORMAT}: use the version that wrote it"
         )
-    return about
+    return manifest
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """``parse_manifest``, after the checkpoint's files were compared with it in name and size."""
-    about = parse_manifest(checkpoint)
-    for name, entry in about["files"].items():
+    """``parse_manifest``, with a check of the names and sizes of the checkpoint's files."""
+    manifest = parse_manifest(checkpoint)
+    for name, entry in manifest["files"].items():
         file = checkpoint / name
         if not file.is_file():
             raise UserError(
@@ -128,13 +128,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             )
         if file.stat().st_size != entry["bytes"]:
             raise UserError(
-                f"{file} has {file.stat().st_size} bytes, its manifest says {entry['bytes']}: it is damaged"
+                f"{file} is damaged: it has {file.stat().st_size} bytes, its manifest records {entry['bytes']}; restore it, or remove its folder"
             )
-    return about
+    return manifest
 
 
 def verify(checkpoint: Path, names: Iterable[str] | None = None) -> None:
-    """Compare the files' hashes (all, or those named) with the manifest; ``UserError`` names the damaged one."""
+    """Compare the files' hashes (all, or those of ``names``) with the manifest. Raises ``UserError`` for a damaged file."""
     files = read_manifest(checkpoint)["files"]
     for name in files if names is None else names:
         if sha256(checkpoint / name) != files[name]["sha256"]:

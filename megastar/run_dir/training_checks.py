@@ -1,6 +1,6 @@
-"""What a run's numbers say about the method, while it trains: warnings, each with a remedy. No torch.
+"""Checks of the method on a run's metrics, while it trains: warnings, each with a remedy. No torch.
 
-A check is a pure function of the configuration and the rows of metrics.jsonl; `megastar status` asks the same ones.
+A check is a pure function of the configuration and the rows of metrics.jsonl; `megastar status` runs the same ones.
 """
 
 from __future__ import annotations
@@ -8,44 +8,41 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megastar.config.load import resolve_batch
 from megastar.config.schema import RunConfig, SelfGuidedConfig
 from megastar.run_dir.jsonl import read_ends
 
-if TYPE_CHECKING:
-    pass
-
 Rows = Sequence[dict[str, Any]]
 
-RECENT = 10  # rows of which a mean is taken: one step's accuracy or loss is noise
-FIRST, KEPT = 10, 50  # rows of the run's beginning, and the newest: all that a check looks at
-SETTLED = 200  # steps after optim.warmup_steps: before, nothing was learned yet. The demo is off chance after 10
-CHANCE = 2.0  # times the accuracy of guessing; the demo has 10 times that after 10 steps
-FEW_IMAGES = 8  # with fewer to choose from, guessing is right too often to be told from learning
+RECENT = 10  # rows that are averaged: one step's accuracy or loss is noisy
+FIRST, KEPT = 10, 50  # first and newest rows of the run: all that the checks use
+SETTLED = 200  # steps after optim.warmup_steps before a lack of learning counts. The demo is above chance after 10
+CHANCE = 2.0  # times the accuracy of guessing; the demo reaches 10 times that after 10 steps
+FEW_IMAGES = 8  # with fewer images, guessing cannot be distinguished from learning
 COLLAPSED = 0.1  # spread: the mean cosine between two images is then about 1 - 0.1^2 = 0.99
 TRIVIAL = 1e-4  # L_MIM: bf16 rounds a feature by 4e-3 of it, which makes 1 - cos about 1e-5
-INITIAL_LEFT = math.exp(-1)  # weight of the first weights in the last teacher: 1 / (1 - decay) steps are the whole run
-TRIAL = 100  # steps of a run that is no more than a trial: its teacher does not matter
-FOLLOWED = 0.05  # weight of the first weights at which the teacher's distance is its lag, not its beginning
-TOO_FAR = 0.5  # teacher_distance: half of the student's norm is news to the teacher
-GROWING = 1.2  # growth of teacher_distance over KEPT rows, each fifth of them above the one before
+MAX_INITIAL_SHARE = math.exp(-1)  # of the initial weights in the last teacher: 1 / (1 - decay) steps are the whole run
+MIN_STEPS = 100  # a shorter run is a trial, in which the teacher does not matter
+FOLLOWED = 0.05  # share of the initial weights below which the teacher's distance is its lag, not its initialisation
+TOO_FAR = 0.5  # teacher_distance: relative to the student's norm
+GROWING = 1.2  # growth of teacher_distance over KEPT rows, with each fifth of them above the one before
 NEAR = 0.01  # teacher_distance below which its growth does not matter; a teacher with decay 0 has 0
-CONSTANTS = 5  # times 1 / (1 - decay) steps, after which the distance should have come to rest
+CONSTANTS = 5  # times 1 / (1 - decay) steps, after which the distance should be stationary
 GUESSING = 0.05  # nats below ln V, or below the run's first rows
 
 
 # Numbers -----------------------------------------------------------------------------------------------------------
 def values(rows: Rows, name: str, count: int = RECENT) -> list[float]:
-    """The newest ``count`` values; none where there are fewer yet, or one is not finite."""
+    """The newest ``count`` values; empty where there are fewer, or one is not finite."""
     found = [r[name] for r in rows[-KEPT:] if name in r][-count:]
-    fine = all(isinstance(v, (int, float)) and math.isfinite(v) for v in found)
-    return found if fine and len(found) == count else []
+    finite = all(isinstance(v, (int, float)) and math.isfinite(v) for v in found)
+    return found if finite and len(found) == count else []
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run folder that a look at it needs: these checks', and `megastar status`'s."""
+    """The rows of a run folder that the checks and `megastar status` use."""
     return read_ends(run / "metrics.jsonl", FIRST, KEPT)
 
 
@@ -59,12 +56,12 @@ def mean(numbers: Sequence[float]) -> float:
 
 
 def past_warmup(cfg: RunConfig, rows: Rows, count: int = RECENT) -> bool:
-    """Whether the newest ``count`` rows are all of a time when something should have been learned."""
+    """Whether the newest ``count`` rows are all from steps after which something should have been learned."""
     return len(rows) >= count and rows[-count]["step"] >= cfg.optim.warmup_steps + SETTLED
 
 
 def initial_weight_share(cfg: SelfGuidedConfig, steps: int) -> float:
-    """Weight of the first weights in the teacher after ``steps`` steps: the product of decay_at (teacher/schedule.py)."""
+    """Weight of the initial weights in the teacher after ``steps`` steps: the product of decay_at (teacher/schedule.py)."""
     d, warm = cfg.teacher_decay, 0
     if cfg.teacher_warmup:  # (1 + t) / (10 + t) until it reaches the decay
         warm = steps if d == 1 else min(steps, max(0, math.ceil((10 * d - 1) / (1 - d))))
@@ -73,7 +70,7 @@ def initial_weight_share(cfg: SelfGuidedConfig, steps: int) -> float:
 
 
 def contrastive_images(cfg: RunConfig, ranks: int) -> int:
-    """Images among which a contrastive anchor finds its own: those of one forward pass of all data ranks."""
+    """Number of images that a contrastive anchor is compared with: those of one forward pass of all data ranks."""
     micro, _ = resolve_batch(cfg, ranks)
     return micro * (ranks // cfg.parallel.tensor_parallel)
 
@@ -88,44 +85,44 @@ def uses_teacher(cfg: SelfGuidedConfig) -> bool:
 
 # Checks: "" or one sentence ------------------------------------------------------------------------------------------
 def slow_teacher(cfg: RunConfig, steps: int) -> str:
-    """Known before the first step. Not asked of a run that begins from trained weights: its teacher is good at once."""
+    """Known before the first step. Skipped for a run that starts from trained weights: its teacher is trained too."""
     g = cfg.self_guided
     if (
         not uses_teacher(g)
-        or steps < TRIAL
+        or steps < MIN_STEPS
         or cfg.train.init
-        or (left := initial_weight_share(g, steps)) <= INITIAL_LEFT
+        or (left := initial_weight_share(g, steps)) <= MAX_INITIAL_SHARE
     ):
         return ""
     time = f"follows in about {1 / (1 - g.teacher_decay):,.0f} steps" if g.teacher_decay < 1 else "never moves"
     return (
         f"the teacher hardly moves: with self_guided.teacher_decay {g.teacher_decay:g} it {time}, the run has {steps:,}, and "
-        f"{left:.0%} of the last teacher are still the random first weights: set self_guided.teacher_warmup=true, or "
+        f"{left:.0%} of the last teacher are still the random initial weights: set self_guided.teacher_warmup=true, or "
         f"teacher_decay to {1 - 10 / steps:.3g} or less"
     )
 
 
 def few_negatives(cfg: RunConfig, images: int, steps: int) -> str:
-    """Known before the first step too."""
+    """Also known before the first step."""
     g = cfg.self_guided
-    if not uses_contrastive(g) or steps < TRIAL or images >= FEW_IMAGES:
+    if not uses_contrastive(g) or steps < MIN_STEPS or images >= FEW_IMAGES:
         return ""
     among = (
         f"{images - 1} others"
         if images > 2
-        else ("one other" if images == 2 else "no other, so nothing is learned from it")
+        else ("1 other" if images == 2 else "no other, so nothing is learned from it")
     )
     return (
-        f"the contrastive terms have few negatives: each anchor tells its image from {among} (a forward pass of all data "
+        f"the contrastive terms have few negatives: each anchor distinguishes its image from {among} (a forward pass of all data "
         f"ranks; train.global_batch {cfg.train.global_batch}, train.micro_batch {cfg.train.micro_batch}): raise them or use "
         "more ranks, since accumulated micro-batches do not add negatives, or set self_guided.beta=0"
     )
 
 
 def problems_at_start(cfg: RunConfig, images: int, steps: int) -> dict[str, str]:
-    """Kind of trouble -> a sentence, of what is known before the first of ``steps`` steps."""
-    known = {"slow_teacher": slow_teacher(cfg, steps), "few_negatives": few_negatives(cfg, images, steps)}
-    return {kind: text for kind, text in known.items() if text}
+    """Kind of problem -> message, of what is known before the first of ``steps`` steps."""
+    problems = {"slow_teacher": slow_teacher(cfg, steps), "few_negatives": few_negatives(cfg, images, steps)}
+    return {kind: text for kind, text in problems.items() if text}
 
 
 def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
@@ -140,22 +137,22 @@ def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
         remedy = "change optim.lr: the next-token loss does not fall either"
     return (
         f"contrastive accuracy sits at chance: {what} over {RECENT} rows, guessing gives {1 / images:.2g} (1 of {images} "
-        f"images): see that the stored views of a sample show one picture (megastar data stats), then {remedy}"
+        f"images): check that the stored views of a sample show the same image (megastar data stats), then {remedy}"
     )
 
 
 def collapse(cfg: RunConfig, images: int, rows: Rows) -> str:
-    if not past_warmup(cfg, rows):  # a projector that has learned nothing gives its biases, for all images the same
+    if not past_warmup(cfg, rows):  # an untrained projector returns its biases, the same for all images
         return ""
     both = {n: mean(v) for n in ("student", "teacher") if (v := values(rows, f"spread_{n}"))}
     low = [f"spread_{n} {v:.2g}" for n, v in both.items() if v < COLLAPSED]
     if not low:
         return ""
     remedy = (
-        "begin again from a checkpoint before it (train.init, another run=...) with a lower optim.lr or a larger "
+        "restart from an earlier checkpoint (train.init, another run=...) with a lower optim.lr or a larger "
         "train.global_batch"
     )
-    if not_learning(cfg, images, rows):  # an untrained projector is no better: the rate may also be near 0
+    if not_learning(cfg, images, rows):  # an untrained projector looks the same: the rate may also be near 0
         remedy = f"change optim.lr (now {cfg.optim.lr:g}) first, the next-token loss does not fall either"
     return f"features collapse: {' and '.join(low)} over {RECENT} rows, spread-out features have about 1: {remedy}"
 
@@ -166,7 +163,7 @@ def far_teacher(cfg: RunConfig, images: int, rows: Rows) -> str:
         return ""
     return (
         f"the teacher does not keep up: teacher_distance is {mean(away):.2g} over {RECENT} rows, so the student's targets "
-        f"are of another network: lower self_guided.teacher_decay (now {g.teacher_decay:g}) if the losses fall, else optim.lr"
+        f"come from a different network: lower self_guided.teacher_decay (now {g.teacher_decay:g}) if the losses fall, else optim.lr"
     )
 
 
@@ -181,7 +178,7 @@ def growing_teacher(cfg: RunConfig, images: int, rows: Rows) -> str:
         return ""
     return (
         f"the teacher falls behind: teacher_distance grew from {means[0]:.2g} to {means[-1]:.2g} within {KEPT} rows, long "
-        "after it should have come to rest: the student drifts, lower optim.lr"
+        "after it should be stationary: the student drifts, lower optim.lr"
     )
 
 
@@ -190,9 +187,9 @@ def trivial_mim(cfg: RunConfig, images: int, rows: Rows) -> str:
     if not loss or mean(loss) >= TRIVIAL:
         return ""
     return (
-        f"the MIM loss is trivially small: {mean(loss):.2g} over {RECENT} rows, student and teacher compute the same: "
+        f"the MIM loss is trivially small: {mean(loss):.2g} over {RECENT} rows, student and teacher compute the same features: "
         f"raise self_guided.mask_ratio (now {g.mask_ratio:g}) or teacher_decay (now {g.teacher_decay:g}), or set alpha=0 "
-        "to save the work"
+        "to save the computation"
     )
 
 
@@ -212,13 +209,13 @@ def not_learning(cfg: RunConfig, images: int, rows: Rows) -> str:
         return ""
     guess = math.log(cfg.model.vocab_size)
     reference, name = guess, f"guessing gives ln {cfg.model.vocab_size} = {guess:.2f}"
-    if first and mean(first) < guess and not cfg.train.init:  # trained weights may have little left to learn
+    if first and mean(first) < guess and not cfg.train.init:  # trained weights may not improve much further
         reference, name = mean(first), f"the first {FIRST} rows had {mean(first):.2f}"
     if mean(now) < reference - GUESSING:
         return ""
     return (
-        f"the next-token loss does not fall: loss_ar is {mean(now):.2f} over {RECENT} rows, {name}: see that optim.lr is "
-        "neither near 0 nor too high, and that the shards are whole (megastar data verify)"
+        f"the next-token loss does not fall: loss_ar is {mean(now):.2f} over {RECENT} rows, {name}: check that optim.lr "
+        "is neither near 0 nor too high, and that the shards are intact (megastar data verify)"
     )
 
 
@@ -234,7 +231,7 @@ CHECKS: dict[str, Callable[[RunConfig, int, Rows], str]] = {
 
 
 def find_problems(cfg: RunConfig, images: int, rows: Rows) -> dict[str, str]:
-    """Kind of trouble -> a sentence with the remedy. rows: of metrics.jsonl, oldest first; ``images`` as ``contrastive_images``."""
+    """Kind of problem -> message with the remedy. rows: of metrics.jsonl, oldest first; images: ``contrastive_images``."""
     rows = training_rows(rows)
     found = {kind: text for kind, check in CHECKS.items() if (text := check(cfg, images, rows))}
     if "collapse" in found:

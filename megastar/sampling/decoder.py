@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,12 +14,12 @@ from megastar.sampling.packed_linear import decoding_copy
 
 
 class CachedDecoder:
-    """A network, its cache for ``batch`` pictures, and on a GPU one CUDA graph a position.
+    """A network, its cache for ``batch`` images, and on a GPU one CUDA graph per position.
 
-    ``guided``: the cache has null rows too. ``passes`` 1 runs conditional and null rows as one batch, 2 one after the
-    other (half the activations; the same logits up to rounding). ``cuda_graphs`` None means on a GPU: a step is
-    hundreds of small kernels, whose launches would take longer than their work. Graphs are captured at a position's
-    first use for a full batch; each has its prefix's length built in, so that nothing beyond the prefix is read.
+    ``guided``: the cache also has rows for the null class. ``passes`` 1 runs conditional and null rows as one batch, 2 one
+    after the other (half the activations; the same logits up to rounding). ``cuda_graphs`` None means on a GPU: a step
+    is hundreds of small kernels that take less time than their launches. A graph is captured when a full batch first
+    reaches its position; the prefix length is part of it, so nothing beyond the prefix is read.
     """
 
     def __init__(
@@ -32,12 +34,12 @@ class CachedDecoder:
         self.caches = [KVCache.for_model(self.cfg, rows, weight.dtype, self.device) for _ in range(1 + self.split)]
         self.cuda_graphs = self.device.type == "cuda" if cuda_graphs is None else cuda_graphs
         self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self.pool = None
+        self.pool: Any = None  # the graphs' memory pool
 
     def logits(self, labels: Tensor, tokens: Tensor, position: int, scale: float, with_null: bool) -> Tensor:
-        """labels (B,), tokens (B, T) of which the first ``position`` are drawn -> fp32 logits (B, V) of the next.
+        """labels (B,), tokens (B, T) of which the first ``position`` are sampled -> fp32 logits (B, V) of the next.
 
-        ``with_null``: null rows run along, as they must up to the last guided position; ``scale`` guides by them.
+        ``with_null``: also run the null rows, required up to the last guided position; ``scale`` is the guidance scale.
         """
         if position == 0:
             rows, empty = (doubled_labels(labels, self.cfg.num_classes) if with_null else labels), tokens[:, :0]
@@ -60,8 +62,8 @@ class CachedDecoder:
         return logits[:, -1]
 
     def _step(self, last: Tensor, cache: KVCache, position: int) -> Tensor:
-        """Logits (R, V) after the tokens ``last`` (R, 1), which have place ``position`` in the sequence."""
-        full = len(last) == cache.rows  # a smaller last batch is not worth graphs of its own
+        """Logits (R, V) after the tokens ``last`` (R, 1) at ``position`` of the sequence."""
+        full = len(last) == cache.rows  # a smaller last batch does not justify its own graphs
         if not (self.cuda_graphs and full):
             return self._run(None, last, cache, position)
         key = (id(cache), position)
@@ -70,17 +72,17 @@ class CachedDecoder:
         graph, tokens, logits = self.graphs[key]
         tokens.copy_(last)
         graph.replay()
-        return logits.clone()  # the graphs share their memory: the next one may write there
+        return logits.clone()  # the graphs share memory: the next one may overwrite it
 
     def _capture(
         self, last: Tensor, cache: KVCache, position: int
     ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:  # pragma: no cover  (needs a GPU)
         tokens = last.clone()
-        beside = torch.cuda.Stream(self.device)
-        beside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(beside):  # warm up: kernels are chosen and constants made outside the capture
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):  # warm-up: kernels are selected and constants created outside the capture
             self._run(None, tokens, cache, position)
-        torch.cuda.current_stream(self.device).wait_stream(beside)
+        torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             logits = self._run(None, tokens, cache, position)

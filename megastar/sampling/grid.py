@@ -1,4 +1,4 @@
-"""One PNG to look at: a block of rows a run, a row a class, both with their names."""
+"""A grid of images as one PNG: a block of rows per run, a row per class, both with their names."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from PIL.PngImagePlugin import PngInfo
 
 from megastar.errors import UserError
 
-GAP = 2  # pixels between pictures
+GAP = 2  # pixels between images
 INK, PAPER, RULE = (30, 30, 30), (255, 255, 255), (210, 210, 210)
 
 
 class Block(NamedTuple):
-    """Pictures with a caption of their own, for example 'this run' and 'shipped weights'."""
+    """Images with a common caption, for example 'this run' or 'shipped weights'."""
 
     caption: str
-    pictures: np.ndarray  # (N, H, W, 3) uint8
+    images: np.ndarray  # (N, H, W, 3) uint8
     labels: Sequence[int]  # (N,)
 
 
-def picture_grid(
+def image_grid(
     blocks: Sequence[Block], class_names: Sequence[str], *, columns: int = 12, cell: int | None = None
 ) -> Image.Image:
-    """Blocks below each other, in each a row a class with its first ``columns`` pictures.
+    """Blocks below each other, each with one row per class of its first ``columns`` images.
 
-    ``cell`` is the side of a shown picture in pixels; by default 64 or the pictures' own size if larger. Classes
-    without pictures in any block are left out. Raises ``UserError`` for an empty grid or a label without a name.
+    ``cell`` is the displayed side of an image in pixels; by default 64, or the images' size if larger. Classes without
+    images are left out. Raises ``UserError`` for an empty grid or a label without a name.
     """
     rows = [_rows(block, class_names, columns) for block in blocks]
     shown = sorted({label for row in rows for label in row})
     if not shown:
-        raise UserError("no pictures for the grid: sample at least one class")
-    cell = cell or max(64, blocks[0].pictures.shape[1])
-    font, bold = ImageFont.load_default(max(12, cell // 5)), ImageFont.load_default(max(15, cell // 4))
+        raise UserError("no images for the grid: sample at least one class")
+    cell = cell or max(64, blocks[0].images.shape[1])
+    caption_size = max(15, cell // 4)
+    font, bold = ImageFont.load_default(max(12, cell // 5)), ImageFont.load_default(caption_size)
     widest = max(font.getlength(class_names[label]) for label in shown)
     margin = min(int(widest) + 16, 4 * cell)  # a long name is shortened
-    header = 2 * int(bold.size) if any(b.caption for b in blocks) else GAP
+    header = 2 * caption_size if any(b.caption for b in blocks) else GAP
     width = margin + columns * (cell + GAP)
     height = len(blocks) * (header + len(shown) * (cell + GAP)) + GAP
     canvas = Image.new("RGB", (width, height), PAPER)
@@ -57,14 +58,13 @@ def picture_grid(
             name = _shorten(class_names[label], font, margin - 16)
             pen.text((8, top + cell // 2), name, INK, font, anchor="lm")
             for column, i in enumerate(row.get(label, [])):
-                picture = _resized(block.pictures[i], cell)
-                canvas.paste(picture, (margin + column * (cell + GAP), top))
+                canvas.paste(_resized(block.images[i], cell), (margin + column * (cell + GAP), top))
             top += cell + GAP
     return canvas
 
 
 def save_grid(image: Image.Image, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
-    """Write the PNG whole or not at all; the provenance goes into its text chunk ``megastar`` as JSON."""
+    """Write the PNG atomically; the provenance goes into its text chunk ``megastar`` as JSON."""
     path = Path(path)
     info = PngInfo()
     if provenance:
@@ -76,23 +76,23 @@ def save_grid(image: Image.Image, path: str | Path, provenance: Mapping[str, Any
 
 
 def _rows(block: Block, class_names: Sequence[str], columns: int) -> dict[int, list[int]]:
-    """Class -> indices of its first pictures."""
-    if len(block.labels) != len(block.pictures):
-        raise UserError(f"{block.caption or 'grid'}: {len(block.pictures)} pictures but {len(block.labels)} classes")
+    """Class -> indices of its first images."""
+    if len(block.labels) != len(block.images):
+        raise UserError(f"{block.caption or 'grid'}: {len(block.images)} images but {len(block.labels)} labels")
     rows: dict[int, list[int]] = {}
     for i, label in enumerate(map(int, block.labels)):
         if not 0 <= label < len(class_names):
-            raise UserError(f"class {label} has no name: {len(class_names)} names are known")
+            raise UserError(f"class {label} has no name: there are {len(class_names)} names")
         if len(rows.setdefault(label, [])) < columns:
             rows[label].append(i)
     return rows
 
 
 def _resized(pixels: np.ndarray, cell: int) -> Image.Image:
-    picture = Image.fromarray(pixels)
-    # Nearest at whole multiples: enlarged pictures show their own pixels, not a filter's.
-    filter = Image.Resampling.NEAREST if cell % picture.width == 0 else Image.Resampling.LANCZOS
-    return picture if picture.size == (cell, cell) else picture.resize((cell, cell), filter)
+    image = Image.fromarray(pixels)
+    # Nearest neighbour for integer factors: enlarged images show their pixels unfiltered.
+    filter = Image.Resampling.NEAREST if cell % image.width == 0 else Image.Resampling.LANCZOS
+    return image if image.size == (cell, cell) else image.resize((cell, cell), filter)
 
 
 def _shorten(text: str, font: Any, width: float) -> str:

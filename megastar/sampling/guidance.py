@@ -1,4 +1,4 @@
-"""Classifier-free guidance: null rows behind the conditional ones, and how strong it is at each token."""
+"""Classifier-free guidance: null rows after the conditional ones, and the guidance scale of each token."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def scales(tokens: int, cfg_scale: float, schedule: str = "constant", cfg_interv
     """The guidance scale of each of the ``tokens`` positions; 1 means that the null logits are not used there.
 
     ``constant``: cfg_scale everywhere. ``linear`` and ``cosine``: from 1 at the first token to cfg_scale at the last,
-    along a line or half a cosine. ``cfg_interval`` is LlamaGen's rule: it counts the tokens after the first from 0 and
-    stops guiding beyond ``cfg_interval``; the first is always guided, and -1 guides all.
+    linearly or by half a cosine. ``cfg_interval`` as in LlamaGen: it counts the tokens after the first from 0 and
+    disables guidance beyond ``cfg_interval``; the first is always guided, and -1 guides all.
     """
     assert schedule in SCHEDULES, schedule
     out = []
@@ -39,5 +39,5 @@ def scales(tokens: int, cfg_scale: float, schedule: str = "constant", cfg_interv
 
 
 def null_until(scale_of: list[float]) -> int:
-    """The number of tokens for which null rows must run along: up to the last guided one."""
+    """The number of tokens for which null rows must be computed: up to the last guided one."""
     return max((position + 1 for position, scale in enumerate(scale_of) if scale != 1), default=0)

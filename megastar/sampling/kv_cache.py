@@ -1,4 +1,4 @@
-"""Keys and values of the tokens already drawn, in one buffer that is allocated once, and the attention over them."""
+"""Keys and values of the tokens sampled so far, in one preallocated buffer, and the attention over them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CPU_BLOCK = 64  # positions
 class KVCache:
     """Static buffers for ``rows`` sequences of ``max_len`` positions; attention reads only the prefix written so far.
 
-    On a CPU the positions lie in blocks of 64, each (rows, H, 64, d) contiguous, so that the products over a prefix
-    run through memory in order: 1.4 to 3 times faster than over the prefix of one long buffer. Elsewhere there is one
-    block and torch's fused kernel reads it.
+    On a CPU the positions are stored in blocks of 64, each (rows, H, 64, d) contiguous, so products over a prefix read
+    memory sequentially: 1.4 to 3 times faster than over the prefix of one long buffer. On other devices there is one
+    block, read by torch's fused kernel.
 
-    A forward pass may carry fewer than ``rows`` rows: it uses the first ones. So the null half, which lies behind the
-    conditional half, can be dropped in the middle of a sample.
+    A forward pass with fewer than ``rows`` rows uses the first ones, so the null rows, stored after the conditional ones,
+    can be dropped in the middle of a sample.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class KVCache:
 
     @classmethod
     def for_model(cls, c: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device | str) -> KVCache:
-        """A cache for ``rows`` sequences of the whole length T."""
+        """A cache for ``rows`` sequences of the full length T."""
         return cls(c.n_layer, rows, c.n_head, c.image_tokens, c.head_dim, dtype, device)
 
     @property
     def nbytes(self) -> int:
-        """2 (keys and values) x blocks of the network x rows x H x T x d x bytes an element, and nothing more."""
+        """Size of the cache: 2 (keys and values) x n_layer x rows x H x T x d x bytes per element."""
         return self.buffer.numel() * self.buffer.element_size()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        """Store k, v at positions start..start + S - 1 of block ``layer``, attend from q to all positions up to its own.
+        """Store k, v at positions start..start + S - 1 of block ``layer``; causal attention of q over all positions so far.
 
         q, k, v (B, H, S, d), positions counted from 0 -> (B, H, S, d).
         """
@@ -72,9 +72,9 @@ class KVCache:
             values[i].view(-1, H, *values[i].shape[1:])[:B, :, inside] = v[:, :, new]
         reads = [slice(0, min(self.block, end - i * self.block)) for i in range(-(-end // self.block))]
         if q.device.type != "cpu":
-            prefix = (x[0].view(-1, H, *x[0].shape[1:])[:B, :, :end] for x in (keys, values))
-            seen = _causal(S, end, q.device) if S > 1 else None
-            return F.scaled_dot_product_attention(q, *prefix, attn_mask=seen)
+            k, v = (x[0].view(-1, H, *x[0].shape[1:])[:B, :, :end] for x in (keys, values))
+            mask = _causal(S, end, q.device) if S > 1 else None
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         flat = (q * d**-0.5).reshape(B * H, S, d)
         logits = [torch.bmm(flat, keys[i][: B * H, r].transpose(1, 2)) for i, r in enumerate(reads)]  # (B * H, S, 64)
         joined = torch.cat(logits, -1) if len(logits) > 1 else logits[0]  # (B * H, S, end)
@@ -88,5 +88,5 @@ class KVCache:
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
-    """True where a query, one of the last of the positions, sees a key: (S, L) bool."""
+    """Whether each of the last S of L positions sees each key: (S, L) bool."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

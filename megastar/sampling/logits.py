@@ -1,4 +1,4 @@
-"""From logits to one token: temperature, top-k, top-p, and the inverse of the distribution function."""
+"""From logits to one token: temperature, top-k, top-p, and inverse transform sampling."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """All but the k largest of (B, V) to minus infinity; ties with the k-th stay; 0 or k >= V keeps all."""
+    """Set all but the k largest of (B, V) to minus infinity; ties with the k-th are kept; 0 or k >= V keeps all."""
     if k <= 0 or k >= logits.shape[-1]:
         return logits
     smallest = logits.topk(k, dim=-1).values[:, -1:]  # (B, 1)
@@ -15,31 +15,31 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The most probable tokens of (B, V) until their mass exceeds p, the one that crosses p included."""
+    """Keep the most probable tokens of (B, V) until their mass exceeds p, including the one that crosses p."""
     if p >= 1:
         return logits
-    # Stable: equal logits, frequent in bf16, keep one order whatever the batch. float64: 16,384 fp32 sums drift.
+    # Stable: equal logits, frequent in bf16, have the same order in each batch. float64: 16,384 fp32 sums drift.
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     mass = ordered.double().softmax(-1)
-    before = mass.cumsum(-1) - mass  # of all tokens that are more probable; 0 for the first, so one always stays
+    before = mass.cumsum(-1) - mass  # of all more probable tokens; 0 for the first, so at least one is kept
     removed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before > p)
     return logits.masked_fill(removed, -torch.inf)
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits (B, V) -> probabilities (B, V) fp32: temperature, then top-k, then top-p, as LlamaGen's ``sample``."""
+    """Logits (B, V) -> probabilities (B, V) fp32: temperature, then top-k, then top-p, as in LlamaGen's ``sample``."""
     logits = logits.float() / temperature
     return keep_top_p(keep_top_k(logits, top_k), top_p).softmax(-1)
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """One token a row: the first whose cumulated probability exceeds the row's uniform number.
+    """One token per row: the first whose cumulative probability exceeds the row's uniform number.
 
-    probs (B, V), uniform (B,) float64 in [0, 1) -> (B,) int64. One number a token, so a sample's noise is T numbers
-    whatever the vocabulary; float64 sums, so that only a near tie can turn on rounding.
+    probs (B, V), uniform (B,) float64 in [0, 1) -> (B,) int64. One number per token, so a sample needs T random numbers
+    for any vocabulary; sums in float64, so rounding can change a token only near a tie.
     """
     mass = probs.cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:]
-    # Just below the total at most, should the product round up: so the token found always has some probability.
-    wanted = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(mass, wanted, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)  # NaN: the caller's
+    # At most just below the total, even if the product rounds up: the selected token always has a probability above 0.
+    threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(mass, threshold, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)  # NaN: see caller

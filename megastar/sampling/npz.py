@@ -1,7 +1,7 @@
-"""Pictures in ADM's layout: an .npz with arr_0, uint8 (N, H, W, 3), and arr_1, the classes (N,) int64.
+"""Images in ADM's layout: an .npz with arr_0, uint8 (N, H, W, 3), and arr_1, the classes (N,) int64.
 
-Written member by member and in pieces: 50,000 pictures of 256 x 256 are 9.8 GB and never in memory at once. The bytes
-depend on the pictures alone. Source of the layout: guided-diffusion's evaluations/evaluator.py, which reads arr_0.
+Written in parts: 50,000 images of 256 x 256 are 9.8 GB and never in memory at once. The bytes depend only on the images
+and classes. Source of the layout: guided-diffusion's evaluations/evaluator.py, which reads arr_0.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from megastar.utils.files import sync_folder, write_atomic
 
 
 def record_of(npz: Path) -> Path:
-    """SAMPLES.npz.json: what the pictures of SAMPLES.npz depend on, read by whoever scores them."""
+    """SAMPLES.npz.json: what the images of SAMPLES.npz depend on, read when they are scored."""
     return npz.with_name(npz.name + ".json")
 
 
-def write_record(path: Path, identity: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """``identity``: what the pictures depend on; ``about``: where it came from. They share no name."""
-    assert not set(identity) & set(about), set(identity) & set(about)
+def write_record(path: Path, identity: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """``identity``: what the images depend on; ``metadata``: where they came from. They have no key in common."""
+    assert not set(identity) & set(metadata), set(identity) & set(metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps({"identity": dict(identity), "about": dict(about)}, indent=1) + "\n").encode())
+    write_atomic(path, (json.dumps({"identity": dict(identity), "about": dict(metadata)}, indent=1) + "\n").encode())
 
 
-def save_npz(path: Path, shape: tuple[int, ...], pictures: Iterable[np.ndarray], labels: np.ndarray) -> None:
-    """Write ``shape`` (N, H, W, 3) of ``pictures``, which come in pieces, whole or not at all."""
+def save_npz(path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], labels: np.ndarray) -> None:
+    """Write images of ``shape`` (N, H, W, 3), given in ``parts``, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -41,13 +41,13 @@ def save_npz(path: Path, shape: tuple[int, ...], pictures: Iterable[np.ndarray],
         with temporary.open("wb") as f:
             with zipfile.ZipFile(f, "w") as archive:
                 with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-                    about = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(member, about)
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(member, header)
                     written = 0
-                    for some in pictures:
-                        assert some.dtype == np.uint8 and some.shape[1:] == shape[1:], (some.dtype, some.shape)
-                        member.write(memoryview(np.ascontiguousarray(some)).cast("B"))
-                        written += len(some)
+                    for part in parts:
+                        assert part.dtype == np.uint8 and part.shape[1:] == shape[1:], (part.dtype, part.shape)
+                        member.write(np.ascontiguousarray(part).data.cast("B"))
+                        written += len(part)
                 assert written == shape[0] == len(labels), (written, shape, len(labels))
                 with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
                     np.lib.format.write_array(member, np.asarray(labels, "<i8"), version=(1, 0), allow_pickle=False)
@@ -60,9 +60,11 @@ def save_npz(path: Path, shape: tuple[int, ...], pictures: Iterable[np.ndarray],
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures and classes of a small one, a part. Raises ``UserError`` for a damaged file."""
+    """Images and classes of a part. Raises ``UserError`` for a damaged file."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return archive["arr_0"], archive["arr_1"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): remove it and start again, only it is drawn anew") from error
+        raise UserError(
+            f"{path} is damaged ({error}): remove it and run again; only this part is sampled again"
+        ) from error

@@ -1,4 +1,4 @@
-"""What is asked of a sampler, and whether it can be done."""
+"""Options of sampling and their validation."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megastar.sampling.guidance import SCHEDULES
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are drawn; the defaults are the model's own distribution.
+    """How tokens are sampled; the defaults are the model's own distribution.
 
-    ``cfg_scale`` 1 means no guidance; ``cfg_schedule`` and ``cfg_interval`` as in ``guidance.scales``; ``top_k`` 0
-    keeps all codes, and so does one above the vocabulary.
+    ``cfg_scale`` 1 means no guidance; ``cfg_schedule`` and ``cfg_interval`` as in ``guidance.scales``; ``top_k`` 0 or
+    above the vocabulary keeps all codes.
     """
 
     cfg_scale: float = 1.0
@@ -29,31 +29,31 @@ class SamplingOptions:
     top_p: float = 1.0
 
     def problems(self, c: ModelConfig) -> list[str]:
-        """One sentence for each value that makes no sense."""
+        """One sentence for each invalid value."""
         out = []
         if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 1):
-            out.append(f"cfg_scale {self.cfg_scale}: guidance starts at 1, which means none")
+            out.append(f"cfg_scale {self.cfg_scale} must be at least 1 (no guidance)")
         if self.cfg_schedule not in SCHEDULES:
             out.append(f"cfg_schedule {self.cfg_schedule!r}: choose one of {', '.join(SCHEDULES)}")
         if self.cfg_interval < -1:
-            out.append(f"cfg_interval {self.cfg_interval}: give -1 (guide every token) or a token number")
+            out.append(f"cfg_interval {self.cfg_interval} must be -1 (guide every token) or a token number")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
-            out.append(f"temperature {self.temperature} must be above 0; for the most probable token take top_k 1")
+            out.append(f"temperature {self.temperature} must be above 0; use top_k 1 for the most probable token")
         if self.top_k < 0:
-            out.append(f"top_k {self.top_k} must be 0 (all codes) or more; {c.vocab_size} codes exist")
+            out.append(f"top_k {self.top_k} must be 0 (all of {c.vocab_size} codes) or more")
         if not 0 < self.top_p <= 1:
-            out.append(f"top_p {self.top_p} must lie above 0 and not above 1 (all codes)")
+            out.append(f"top_p {self.top_p} must be above 0 and at most 1 (all codes)")
         return out
 
 
 def check_request(c: ModelConfig, labels: Tensor, seeds: Sequence[int], options: SamplingOptions, batch: int) -> None:
-    """Raises ``UserError`` with every problem of a request, one a line."""
+    """Raises ``UserError`` with every problem of a request, one per line."""
     problems = []
     outside = labels[(labels < 0) | (labels >= c.num_classes)]
     if len(outside):
-        problems.append(f"class {int(outside[0])} is outside 0..{c.num_classes - 1}, the classes this model knows")
+        problems.append(f"class {int(outside[0])} is outside 0..{c.num_classes - 1}, the classes of the model")
     if len(seeds) != len(labels):
-        problems.append(f"{len(seeds)} seeds for {len(labels)} classes: give one seed a sample")
+        problems.append(f"{len(seeds)} seeds for {len(labels)} labels: pass one seed per label")
     if any(not 0 <= s < 2**128 for s in seeds):
         problems.append("seeds must be integers from 0 to 2^128 - 1")
     problems += options.problems(c)

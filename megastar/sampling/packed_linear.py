@@ -1,4 +1,4 @@
-"""The network as the sampler runs it: the same weights, on a CPU laid out once for oneDNN's matrix products."""
+"""The network as the sampler runs it: the same weights, on a CPU packed once for oneDNN's matrix products."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
-ROWS = 32  # the layout's hint; the same for every batch, so that a row's sum has one order whatever rows come with it
+ROWS = (
+    32  # hint for the layout; the same for every batch, so that the order of a row's sum does not depend on the batch
+)
 
 
 class PackedLinear(nn.Module):
-    """``nn.Linear`` without a bias whose weight is kept in oneDNN's own layout: x (..., in) -> (..., out).
+    """``nn.Linear`` without a bias, its weight in oneDNN's packed layout: x (..., in) -> (..., out).
 
-    torch's ``F.linear`` hands fp32 to MKL, which on AMD is 2 to 3 times slower at the few rows of a decode step.
+    torch's ``F.linear`` uses MKL for fp32, which on AMD is 2 to 3 times slower for the few rows of a decoding step.
     """
+
+    packed: Tensor
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -28,22 +32,25 @@ class PackedLinear(nn.Module):
 
 
 def decoding_copy(model: M) -> M:
-    """The network in eval mode, its parameters shared with ``model``, which stays as it is.
+    """The network in eval mode, its parameters shared with ``model``, which is not changed.
 
-    On a CPU in fp32 or bf16 the linear layers hold a second, packed copy of their weights (its memory is that of the
-    weights) where this torch has oneDNN; elsewhere nothing is copied.
+    On a CPU in fp32 or bf16, if torch has oneDNN, the linear layers hold a second, packed copy of their weights; otherwise
+    nothing is copied.
     """
     weight = next(model.parameters())
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     packs = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and has_onednn
     with torch.no_grad():
-        return _twin(model, packs).eval()
+        return _shallow_copy(model, packs).eval()
 
 
-def _twin(module: M, packs: bool) -> M:
-    twin = copy.copy(module)  # its own attributes, the same parameters
-    twin._modules = {}
+def _shallow_copy(module: M, packs: bool) -> M:
+    """Its own attributes, the same parameters; with ``packs``, packed linear layers."""
+    out = copy.copy(module)
+    out._modules = {}
     for name, child in module._modules.items():
-        plain = isinstance(child, nn.Linear) and child.bias is None and not child._forward_hooks
-        twin._modules[name] = PackedLinear(child) if packs and plain else child and _twin(child, packs)
-    return twin
+        if packs and isinstance(child, nn.Linear) and child.bias is None and not child._forward_hooks:
+            out._modules[name] = PackedLinear(child)
+        else:
+            out._modules[name] = None if child is None else _shallow_copy(child, packs)
+    return out

@@ -28,14 +28,15 @@ def load_networks(
     from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
     from megastar.utils.device import pick_device, pick_dtype
 
-    where = pick_device(device)
-    model, provenance = load_model(weights, where, pick_dtype(dtype, where))
-    expected = str(provenance.get("tokenizer") or "")  # a hash, where whoever made the weights knew it
-    if len(expected) == 64 and expected != (given := tokenizer_hash(tokenizer)):
+    target = pick_device(device)
+    model, provenance = load_model(weights, target, pick_dtype(dtype, target))
+    expected = str(provenance.get("tokenizer") or "")  # a hash, if it was recorded
+    if len(expected) == 64 and expected != (found := tokenizer_hash(tokenizer)):
         raise UserError(
-            f"{weights} was trained on codes of the tokenizer {expected[:12]}, {tokenizer} is {given[:12]}: name the right one"
+            f"{weights} was trained on codes of the tokenizer {expected[:12]}, but {tokenizer} has the hash {found[:12]}: "
+            "name the tokenizer of the training"
         )
-    vq = load_tokenizer(tokenizer, where)
+    vq = load_tokenizer(tokenizer, target)
     check_tokenizer(model.cfg, vq)
     return model, vq, provenance
 
@@ -54,32 +55,24 @@ def open_pipeline(
     size: int | None = None,
     **options: Any,
 ) -> SamplingPipeline:
-    """What draws pictures of the classes ``labels``; ``options`` are the fields of ``sampling.options.Options``."""
+    """A pipeline that samples images of the classes ``labels``; ``options`` are the fields of ``SamplingOptions``."""
     from megastar.sampling.distributed import SamplingPipeline
     from megastar.sampling.options import SamplingOptions
 
     model, vq, _ = load_networks(weights, tokenizer, device, dtype)
-    batch = min(batch, max(1, len(labels)))
     return SamplingPipeline(
-        model,
-        vq,
-        labels,
-        seed=seed,
-        options=SamplingOptions(**options),
-        batch=batch,
-        passes=passes,
-        rank=rank,
-        size=size,
-    )
+        model, vq, labels, seed=seed, options=SamplingOptions(**options), batch=min(batch, max(1, len(labels))),
+        passes=passes, rank=rank, size=size,
+    )  # fmt: skip
 
 
 def sample_images(
-    weights: str | Path, tokenizer: str | Path, labels: list[int], *, console: Console | None = None, **known: Any
+    weights: str | Path, tokenizer: str | Path, labels: list[int], *, console: Console | None = None, **kwargs: Any
 ) -> np.ndarray:
-    """Pictures (N, H, W, 3) uint8 of the classes ``labels``, in memory; ``known`` as for ``open_pipeline``."""
+    """Images (N, H, W, 3) uint8 of the classes ``labels``, in memory; ``kwargs`` as for ``open_pipeline``."""
     import numpy as np
 
     from megastar.sampling.distributed import iterate_images
 
-    painter = open_pipeline(weights, tokenizer, labels, **known)
-    return np.concatenate([pictures for _, pictures in iterate_images(painter, console=console)])
+    pipeline = open_pipeline(weights, tokenizer, labels, **kwargs)
+    return np.concatenate([images for _, images in iterate_images(pipeline, console=console)])

@@ -1,4 +1,4 @@
-"""How the teacher moves: an exponential moving average of the student's fp32 weights."""
+"""The teacher's update: an exponential moving average of the student's fp32 weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def lerp_(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:
     """averages <- decay * averages + (1 - decay) * values, in place, pair by pair.
 
-    Averages must be fp32 or fp64: in bf16 a decay of 0.9999 would move nothing.
+    Averages must be fp32 or fp64: in bf16 a decay of 0.9999 would have no effect.
     """
     assert len(averages) == len(values)
     assert all(a.dtype in (torch.float32, torch.float64) for a in averages), "averages are kept in full precision"

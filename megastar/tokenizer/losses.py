@@ -1,4 +1,4 @@
-"""What the tokenizer minimises beside the quantizer's own two losses. Pure functions and two small networks."""
+"""The tokenizer's losses besides the two of the quantizer. Pure functions and two small networks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class PerceptualLoss(nn.Module):
     """Distance of unit-length channel vectors in the early layers of a frozen ImageNet network (LPIPS without its learned weights).
 
     LlamaGen uses LPIPS on VGG; here the network is EfficientNet-Lite0, whose weights install from a package.
-    Only the first and third of its 16 blocks are used, far from the last-layer features that FD-EffLite0 scores with.
+    Only the first and third of its 16 blocks are used, far from the last-layer features of the score FD-EffLite0.
     """
 
     def __init__(self, blocks: tuple[int, ...] = (0, 2)):
@@ -33,7 +33,7 @@ class PerceptualLoss(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: (B, 3, H, W) -> a map of logits, one a patch (pix2pix; taming-transformers uses the same)."""
+    """PatchGAN: (B, 3, H, W) -> a map of logits, one per patch (as in pix2pix and taming-transformers)."""
 
     def __init__(self, width: int = 32, layers: int = 3):
         super().__init__()
@@ -57,6 +57,6 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def psnr(real: Tensor, fake: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio an image in dB: (B, 3, H, W) in [-1, 1] twice -> (B,)."""
+    """Peak signal-to-noise ratio of each image in dB: (B, 3, H, W) in [-1, 1] twice -> (B,)."""
     mse = (real.float() - fake.float()).square().mean((1, 2, 3)) / 4  # to the [0, 1] range
     return -10 * torch.log10(mse.clamp_min(1e-10))

@@ -1,9 +1,10 @@
-"""Training of the tokenizer: reconstruction, perceptual and VQ losses, a code book that stays alive."""
+"""Training of the tokenizer: reconstruction, perceptual and VQ losses, revival of unused codes."""
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from megastar.config.schema import TokenizerTrainConfig
@@ -21,9 +21,13 @@ from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer
 from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
 from megastar.tokenizer.vq import VQModel
+from megastar.utils.progress_bar import progress_bar
 
+logger = logging.getLogger(__name__)
 BatchOf = Callable[[int], Tensor]
-MAY_DIFFER = ("steps", "threads", "out", "val_subset", "test_subset", "eval_every", "save_every")  # when it resumes
+# Fields that may change when a run resumes.
+MAY_DIFFER = ("steps", "threads", "out", "val_subset", "test_subset", "eval_every", "save_every")
+NETWORKS = ("model", "average", "optimizer", "discriminator", "d_optimizer")  # in a checkpoint
 
 
 def learning_rate(step: int, c: TokenizerTrainConfig) -> float:
@@ -38,12 +42,12 @@ def learning_rate(step: int, c: TokenizerTrainConfig) -> float:
 def kmeans(
     points: Tensor, k: int, iterations: int = 10, generator: torch.Generator | None = None, spherical: bool = True
 ) -> Tensor:
-    """Points (N, E) -> centres (k, E), both unit vectors if ``spherical``; empty clusters are re-drawn from the points."""
+    """Points (N, E) -> centres (k, E), both unit vectors if ``spherical``; empty clusters are replaced by random points."""
     centres = points[torch.randperm(len(points), generator=generator)[:k]].clone()
     if len(centres) < k:
         centres = centres[torch.arange(k) % len(centres)]
     for _ in range(iterations):
-        # |c|^2 is 1 for all on the sphere, and |x|^2 is the same for every centre.
+        # |c|^2 is 1 on the sphere, and |x|^2 is the same for every centre.
         nearest = (points @ centres.t() - centres.square().sum(1) / 2).argmax(1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
         counts = torch.bincount(nearest, minlength=k)
@@ -54,35 +58,33 @@ def kmeans(
 
 
 class TokenizerTrainer:
-    """Holds all that a checkpoint must. ``batch_of(step)`` gives uint8 images (B, H, W, 3), a pure function of the step."""
+    """The state of a training run. ``batch_of(step)`` returns uint8 images (B, H, W, 3), a pure function of the step."""
 
-    def __init__(self, c: TokenizerTrainConfig, device: torch.device, dtype: torch.dtype):
+    def __init__(self, c: TokenizerTrainConfig, device: torch.device, dtype: torch.dtype, batch_of: BatchOf):
         torch.manual_seed(c.seed)
-        self.c, self.device, self.dtype = c, device, dtype
+        self.c, self.device, self.dtype, self.batch_of = c, device, dtype, batch_of
         self.model = self._initial().to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay
-        )
+        parameters = self.model.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay)
         self.perceptual = PerceptualLoss().to(device) if c.perceptual else None
-        self.discriminator = PatchDiscriminator().to(device) if c.adversarial else None
-        self.d_optimizer = (
-            torch.optim.AdamW(self.discriminator.parameters(), lr=c.lr, betas=(0.5, 0.9))
-            if self.discriminator
-            else None
-        )
+        self.discriminator, self.d_optimizer = None, None
+        if c.adversarial:
+            self.discriminator = PatchDiscriminator().to(device)
+            self.d_optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=c.lr, betas=(0.5, 0.9))
         self.uses = torch.zeros(c.tokenizer.codebook_size, dtype=torch.long)  # of each code since the last revival
+        self.dead = 0  # codes without a use at the last revival
         self.step = 0
 
     def _initial(self) -> VQModel:
         if not self.c.init:
             return VQModel(self.c.tokenizer)
         model = load_tokenizer(self.c.init)
-        was, now = asdict(model.config), asdict(self.c.tokenizer)
-        differing = [f"{k}: {was[k]} there, {v} here" for k, v in now.items() if was[k] != v]
+        found, wanted = asdict(model.config), asdict(self.c.tokenizer)
+        differing = [f"{k}: {found[k]}, not {v}" for k, v in wanted.items() if found[k] != v]
         if differing:
             raise UserError(
-                f"init {self.c.init} is of another architecture ({'; '.join(differing)}): set tokenizer.* to the file's values"
+                f"init {self.c.init} has another architecture ({'; '.join(differing)}): set tokenizer.* to the file's values"
             )
         return model.requires_grad_(True)
 
@@ -94,12 +96,9 @@ class TokenizerTrainer:
         self.model.train()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             z = self.model.latents(images)
-            continuous = self.step < c.continuous_steps
-            if continuous and c.tokenizer.codebook_l2_norm:
-                recon = self.model.decode(F.normalize(z.float(), dim=1))
+            if self.step < c.continuous_steps:
+                recon = self.model.decode(F.normalize(z.float(), dim=1) if c.tokenizer.codebook_l2_norm else z)
                 vq = z.new_zeros((), dtype=torch.float32)
-            elif continuous:
-                recon, vq = self.model.decode(z), z.new_zeros((), dtype=torch.float32)
             else:
                 q = self.model.quantize(z)
                 recon = self.model.decode(q.latents)
@@ -116,7 +115,7 @@ class TokenizerTrainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not torch.isfinite(norm):
             raise UserError(
-                f"tokenizer step {self.step}: gradient norm is {norm.item()}; lower lr (now {c.lr}) and resume"
+                f"tokenizer step {self.step}: the gradient norm is {norm.item()}; reduce lr (now {c.lr}) and resume"
             )
         self.optimizer.step()
         self._train_discriminator(images, recon.detach())
@@ -126,18 +125,13 @@ class TokenizerTrainer:
             self._set_codebook(z.detach())
         elif self.step > c.continuous_steps and self.step % c.revive_every == 0:
             self._revive(z.detach())
-        return {
-            "loss": loss.item(),
-            "l2": l2.item(),
-            "perceptual": perceptual.item(),
-            "vq": vq.item(),
-            "grad_norm": norm.item(),
-        }
+        metrics = {"loss": loss, "l2": l2, "perceptual": perceptual, "vq": vq, "grad_norm": norm}
+        return {name: value.item() for name, value in metrics.items()}
 
     def _train_discriminator(self, real: Tensor, fake: Tensor) -> None:
         if self.discriminator is None or self.d_optimizer is None or self.step < self.c.adversarial_start:
             return
-        self.d_optimizer.zero_grad(set_to_none=True)  # also drops what the generator's loss left there
+        self.d_optimizer.zero_grad(set_to_none=True)  # also removes the gradients of the generator's loss
         hinge_discriminator_loss(self.discriminator(real), self.discriminator(fake)).backward()
         self.d_optimizer.step()
 
@@ -156,9 +150,9 @@ class TokenizerTrainer:
         pool = [self._points(z)]
         wanted = 16 * self.c.tokenizer.codebook_size
         step = self.step
-        while sum(map(len, pool)) < wanted:  # more batches, the ones that come next
+        while sum(map(len, pool)) < wanted:  # the next batches
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                pool.append(self._points(self.model.latents(self.to_images(self.batch_of(step)))))
+                pool.append(self._points(self.model.latents(to_images(self.batch_of(step), self.device))))
             step += 1
         centres = kmeans(torch.cat(pool), self.c.tokenizer.codebook_size, spherical=self.c.tokenizer.codebook_l2_norm)
         for model in (self.model, self.average):
@@ -166,7 +160,7 @@ class TokenizerTrainer:
 
     @torch.no_grad()
     def _revive(self, z: Tensor) -> None:
-        """Codes that no picture used since the last revival move onto encoder outputs of this batch."""
+        """Replace codes without a use since the last revival by encoder outputs of this batch."""
         dead = torch.nonzero(self.uses == 0).flatten()
         self.dead = len(dead)
         if len(dead) and self.step < 0.8 * self.c.steps:
@@ -181,21 +175,13 @@ class TokenizerTrainer:
 
     # Scores --------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def score(self, pictures: Tensor, batch: int = 128) -> dict[str, float]:
-        """uint8 pictures (N, H, W, 3) through the averaged weights, in fp32: PSNR and the share of codes used."""
-        return score(self.average, pictures, self.device, batch)
-
-    def to_images(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
-        return to_images(pixels, self.device)
+    def score(self, pixels: Tensor, batch: int = 128) -> dict[str, float]:
+        """``score`` of uint8 images (N, H, W, 3) with the averaged weights."""
+        return score(self.average, pixels, self.device, batch)
 
     # Checkpoints ---------------------------------------------------------------------------------------------
     def save(self, path: Path) -> None:
-        state = {
-            k: getattr(self, k).state_dict()
-            for k in ("model", "average", "optimizer", "discriminator", "d_optimizer")
-            if getattr(self, k)
-        }
+        state = {k: getattr(self, k).state_dict() for k in NETWORKS if getattr(self, k)}
         state |= {"step": self.step, "uses": self.uses, "rng": torch.get_rng_state(), "config": asdict(self.c)}
         temporary = path.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -203,58 +189,49 @@ class TokenizerTrainer:
 
     def load(self, path: Path) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        was, now = state["config"], asdict(self.c)
-        differing = [f"{k}: {was.get(k)} -> {v}" for k, v in now.items() if k not in MAY_DIFFER and was.get(k) != v]
+        old, new = state["config"], asdict(self.c)
+        differing = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if k not in MAY_DIFFER and old.get(k) != v]
         if differing:
             raise UserError(
-                f"{path} holds a run of another configuration ({'; '.join(differing)}): choose another out=... or remove it"
+                f"{path} has another configuration ({'; '.join(differing)}): choose another out=... or remove it"
             )
-        for k in ("model", "average", "optimizer", "discriminator", "d_optimizer"):
+        for k in NETWORKS:
             if getattr(self, k) and k in state:
                 getattr(self, k).load_state_dict(state[k])
         self.step, self.uses = state["step"], state["uses"]
         torch.set_rng_state(state["rng"])
 
     # The loop ------------------------------------------------------------------------------------------------
-    def fit(self, batch_of: BatchOf, holdout: Tensor | None, out: Path, console: Console) -> dict[str, float]:
-        """Train to ``steps``, resuming from ``out/last.pt`` when it is there. Returns the last scores."""
-        self.batch_of = batch_of
-        last = out / "last.pt"
+    def fit(self, holdout: Tensor | None, out: Path, console: Console) -> dict[str, float]:
+        """Train to ``steps``, resuming from ``out/last.pt`` if it exists. Returns the last scores."""
+        c, last = self.c, out / "last.pt"
         if last.is_file():
             self.load(last)
-            console.print(f"resumed {last} at step {self.step}")
-        columns = (
-            TextColumn("tokenizer"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[line]}"),
-        )
+            logger.info("resumed %s at step %d", last, self.step)
         scores: dict[str, float] = {}
-        with (out / "metrics.jsonl").open("a") as log, Progress(*columns, console=console) as bar:
-            task = bar.add_task("", total=self.c.steps, completed=self.step, line="")
-            while self.step < self.c.steps:
+        with (
+            (out / "metrics.jsonl").open("a") as log,
+            progress_bar(console, "tokenizer", c.steps, done=self.step) as bar,
+        ):
+            while self.step < c.steps:
                 start = time.perf_counter()
-                metrics = self.train_step(self.to_images(batch_of(self.step)))
-                rate = self.c.batch / (time.perf_counter() - start)
-                bar.update(
-                    task,
-                    completed=self.step,
-                    line=f"loss {metrics['loss']:.4f}  {rate:.0f} images/s  "
-                    + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()),
-                )
-                row = {"step": self.step, "images_per_s": round(rate, 1), **metrics, "dead": getattr(self, "dead", 0)}
+                metrics = self.train_step(to_images(self.batch_of(self.step), self.device))
+                rate = c.batch / (time.perf_counter() - start)
+                text = [f"loss {metrics['loss']:.4f}", f"{rate:.0f} images/s"]
+                bar.update(self.step, "  ".join(text + [f"{k} {v:.4g}" for k, v in scores.items()]))
+                row = {"step": self.step, "images_per_s": round(rate, 1), **metrics, "dead": self.dead}
+                is_last = self.step == c.steps
                 if (
                     holdout is not None
-                    and self.step > self.c.continuous_steps
-                    and (self.step % self.c.eval_every == 0 or self.step == self.c.steps)
+                    and self.step > c.continuous_steps
+                    and (is_last or self.step % c.eval_every == 0)
                 ):
                     scores = self.score(holdout)
                     row |= scores
                 if self.step % 50 == 0 or scores.keys() & row.keys():
                     log.write(json.dumps(row) + "\n")
                     log.flush()
-                if self.step % self.c.save_every == 0 or self.step == self.c.steps:
+                if is_last or self.step % c.save_every == 0:
                     self.save(last)
         return scores
 
@@ -265,15 +242,15 @@ def to_images(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
 
 
 @torch.no_grad()
-def score(model: VQModel, pictures: Tensor, device: torch.device | str = "cpu", batch: int = 128) -> dict[str, float]:
-    """Reconstruct uint8 pictures (N, H, W, 3) in fp32.
+def score(model: VQModel, pixels: Tensor, device: torch.device | str = "cpu", batch: int = 128) -> dict[str, float]:
+    """Reconstruct uint8 images (N, H, W, 3) in fp32.
 
-    Returns ``psnr`` (dB, mean over pictures), ``psnr_of_mean`` (dB, of the mean squared error over all) and
-    ``codes_used`` (share of the code book that these pictures use).
+    Returns ``psnr`` (dB, mean over images), ``psnr_of_mean`` (dB, of the mean squared error over all) and
+    ``codes_used`` (share of the code book used by these images).
     """
     ratios, used = [], torch.zeros(model.config.codebook_size, dtype=torch.bool)
     model.eval()
-    for part in pictures.split(batch):
+    for part in pixels.split(batch):
         images = to_images(part, device)
         codes = model.encode(images)
         used[codes.flatten().cpu()] = True

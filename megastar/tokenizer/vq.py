@@ -1,7 +1,7 @@
 """The image tokenizer: LlamaGen's convolutional VQ auto-encoder with configurable width and down-sampling.
 
-Module and weight names are those of LlamaGen (tokenizer/tokenizer_image/vq_model.py), so its released
-VQ-16 and VQ-8 files load by name. Legend: B batch, C channels, h w the token grid, T = h * w, V codes.
+Module and weight names are those of LlamaGen (tokenizer/tokenizer_image/vq_model.py), so its released VQ-16 and VQ-8
+files can be loaded. Legend: B batch, C channels, h w the token grid, T = h * w, E code dimension, V codes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megastar.config.schema import TokenizerConfig
 
 
 class Quantized(NamedTuple):
-    """What the quantizer returns: straight-through latents, the two VQ losses, and the codes."""
+    """The quantizer's result: straight-through latents, the two VQ losses, and the codes."""
 
     latents: Tensor  # (B, E, h, w)
     codebook_loss: Tensor  # scalar: moves codes toward encoder outputs

@@ -1,9 +1,6 @@
-"""Which device and which precision a command uses. The one place that asks the hardware."""
+"""Device and precision selection."""
 
 from __future__ import annotations
-
-from functools import lru_cache
-from pathlib import Path
 
 import torch
 
@@ -13,9 +10,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """ "auto" is the first GPU, else the CPU. Raises ``UserError`` for a device this machine lacks.
+    """ "auto" is the first GPU, else the CPU. Raises ``UserError`` for a device that does not exist.
 
-    A GPU with a number becomes torch's current one: CUDA graphs, events and Triton's kernels go there, not to the first.
+    A GPU with an index becomes torch's current device, which CUDA graphs, events and Triton kernels use.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,7 +21,7 @@ def pick_device(name: str = "auto") -> torch.device:
     except RuntimeError as error:
         raise UserError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; use cpu or auto")
+        raise UserError(f"device {name}: torch finds {torch.cuda.device_count()} CUDA GPUs; use cpu or auto")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
@@ -44,20 +41,3 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} is unknown: use auto, {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-@lru_cache(maxsize=1)
-def mkl_is_slow() -> bool:
-    """Whether oneDNN beats MKL in fp32 products on this CPU: AMD with AVX-512 (207 against 93 GFLOP/s a core on Zen 5).
-
-    oneDNN is called by an operator of torch's compiler, which is no public one: it must be there and right.
-    """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        if "AuthenticAMD" not in Path("/proc/cpuinfo").read_text():
-            return False
-        a, b = torch.ones(3, 5), torch.arange(10.0).view(2, 5)
-        return torch.equal(torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""), a @ b.t())
-    except (OSError, AttributeError, RuntimeError, TypeError):
-        return False

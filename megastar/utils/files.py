@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and their hashes."""
+"""Atomic writes, and hashes of files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import BinaryIO
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """All of ``data`` or, after a crash, the former file: write beside, fsync, rename.
+    """Write beside, fsync, rename: after a crash the file has all of ``data`` or its former content.
 
-    Several processes may write the same file: the last one wins, and it is whole. A device or pipe is written to directly.
+    Several processes may write the same file: the last one wins. A device or pipe is written to directly.
     """
     if path.exists() and not path.is_file():
         path.write_bytes(data)
@@ -31,7 +31,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append ``line``, on the disk when this returns; below one that a crash cut, not behind it."""
+    """Append ``line`` durably; if a crash truncated the last line, start a new one first."""
     with path.open("a+b") as f:
         cut = f.seek(0, os.SEEK_END) > 0 and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
         f.write((b"\n" if cut else b"") + line.encode() + b"\n")
@@ -40,17 +40,17 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_small(path: Path, most: int) -> bytes | None:
-    """A file of at most ``most`` bytes; None for a bigger one, or one that cannot be read."""
+    """The content of a file of at most ``most`` bytes; None for a larger or unreadable one."""
     try:
         with path.open("rb") as f:
             size = os.fstat(f.fileno()).st_size
-            return f.read(size) if size <= most else None  # a read takes the memory for what it is asked for
+            return f.read(size) if size <= most else None  # read() allocates the requested size
     except OSError:
         return None
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut."""
+    """Make a rename in ``folder`` survive a power failure."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

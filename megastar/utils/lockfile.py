@@ -1,9 +1,8 @@
-"""Who does what, among processes that share nothing but a folder: no ranks, no messages.
+"""Lock files for processes that share only a folder: no ranks, no messages.
 
-``NAME.claim`` in the folder says that a process is at work on NAME. It was made by O_CREAT | O_EXCL, so one process has
-it, and its time is renewed while the process lives. It counts no longer when its process is gone, which is seen at once
-on the same machine, and from another machine when its time stands still. Two that work on the same thing after all do
-double work and no harm: what they write is equal and appears by rename.
+``NAME.claim`` in the folder is held by one process, because it is created with O_CREAT | O_EXCL. Its holder renews the
+file's time. The lock is stale when its holder has exited (on the same machine) or its time is too old (on another). If
+two processes ever hold the same lock, they do the same work twice, without harm: they write equal files by rename.
 """
 
 from __future__ import annotations
@@ -17,47 +16,47 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-BEAT = 5.0  # seconds between renewals
-LIMIT = 120.0  # seconds without a renewal, by the file server's clock, after which a claim counts no longer
+RENEW_EVERY = 5.0  # seconds
+LIMIT = 120.0  # seconds without a renewal, by the file server's clock, after which a lock is stale
 
 
 class Claims:
-    """The claims of this process in ``folder``, which must exist. ``with`` it: a thread renews them."""
+    """This process's locks in ``folder``, which must exist. Within ``with``, a thread renews them."""
 
-    def __init__(self, folder: Path, beat: float = BEAT, limit: float = LIMIT):
-        self.folder, self.beat, self.limit = folder, beat, limit
+    def __init__(self, folder: Path, renew_every: float = RENEW_EVERY, limit: float = LIMIT):
+        self.folder, self.renew_every, self.limit = folder, renew_every, limit
         self.token = uuid.uuid4().hex
-        self.me = {"machine": _machine(), "pid": os.getpid(), "start": _start(os.getpid()), "token": self.token}
+        self.holder = {"machine": _machine(), "pid": os.getpid(), "start": _start(os.getpid()), "token": self.token}
         self._held: set[Path] = set()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="claims", daemon=True)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lock files", daemon=True)
 
     def __enter__(self) -> Claims:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stop.set()
         self._thread.join()
         for path in list(self._held):
             self.release(path.stem)
 
     def take(self, name: str) -> bool:
-        """Claim ``name``; False when another process is at it. Raises ``FileNotFoundError`` without the folder."""
+        """Acquire the lock ``name``; False if another process holds it. Raises ``FileNotFoundError`` without the folder."""
         path = self.folder / f"{name}.claim"
         while True:
             try:
                 fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             except FileExistsError:
-                if not self._is_void(path):
+                if not self._is_stale(path):
                     return False
-                with suppress(FileNotFoundError):  # by a name of our own: another may do the same
-                    gone = path.with_name(f"{path.name}.{self.token}")
-                    path.rename(gone)
-                    gone.unlink()
+                with suppress(FileNotFoundError):  # under a unique name: another process may do the same
+                    stale = path.with_name(f"{path.name}.{self.token}")
+                    path.rename(stale)
+                    stale.unlink()
                 continue
             with os.fdopen(fd, "w") as f:
-                f.write(json.dumps(self.me))
+                f.write(json.dumps(self.holder))
             self._held.add(path)
             return True
 
@@ -65,33 +64,33 @@ class Claims:
         path = self.folder / f"{name}.claim"
         self._held.discard(path)
         with suppress(OSError, ValueError):
-            if json.loads(path.read_text())["token"] == self.token:  # else another process took it over
+            if json.loads(path.read_text())["token"] == self.token:  # otherwise another process has taken it over
                 path.unlink()
 
     @contextmanager
     def holding(self, name: str) -> Iterator[None]:
-        """Release a claim that ``take`` gave, however the block ends."""
+        """Release an acquired lock at the end of the block."""
         try:
             yield
         finally:
             self.release(name)
 
-    def _is_void(self, path: Path) -> bool:
-        """Whether the holder of a claim is gone."""
+    def _is_stale(self, path: Path) -> bool:
+        """Whether the holder of a lock is gone."""
         try:
-            held, age = path.read_text(), self.now() - path.stat().st_mtime
+            content, age = path.read_text(), self.now() - path.stat().st_mtime
         except FileNotFoundError:
             return False
         try:
-            other = json.loads(held)
-            if other["machine"] == self.me["machine"] and _start(other["pid"]) != other["start"]:
+            other = json.loads(content)
+            if other["machine"] == self.holder["machine"] and _start(other["pid"]) != other["start"]:
                 return True
-        except (ValueError, KeyError, TypeError):  # killed, or not yet done, between making and filling it
-            return age > self.beat
+        except (ValueError, KeyError, TypeError):  # not written yet, or its holder was killed before writing it
+            return age > self.renew_every
         return age > self.limit
 
     def now(self) -> float:
-        """The file server's clock, by which it stamps what is written."""
+        """The time by the file server's clock."""
         path = self.folder / f"{self.token}.now"
         path.touch()
         try:
@@ -100,30 +99,29 @@ class Claims:
             path.unlink(missing_ok=True)
 
     def _renew(self) -> None:
-        while not self._over.wait(self.beat):
+        while not self._stop.wait(self.renew_every):
             for path in list(self._held):
                 with suppress(OSError):
                     os.utime(path)
 
 
 def _machine() -> str:
-    """This machine since it was started, and the space of process numbers: a container has its own."""
+    """Identifies this boot of this machine and the PID namespace (containers have their own)."""
     parts = [socket.gethostname()]
-    for path in ("/proc/sys/kernel/random/boot_id",):
-        with suppress(OSError):
-            parts.append(Path(path).read_text().strip())
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
     with suppress(OSError):
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
 
 
 def is_running(pid: int) -> bool:
-    """Whether this machine has a process of that number, not ended."""
+    """Whether a process ``pid`` exists on this machine and is not a zombie."""
     return bool(_start(pid))
 
 
 def _start(pid: int) -> str:
-    """When process ``pid`` began, in the kernel's ticks; empty when there is none or it has ended."""
+    """The start time of process ``pid`` in kernel ticks; empty if it does not exist or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Logging of the command line: levels, time and rank in front of each line, on the console that the bars use."""
+"""Logging for the command line: time, level and rank on each line, through the console of the progress bars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = logging.getLogger("megastar")
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints through a rich console, so that a line appears above a progress bar and not within it."""
+    """Prints through a rich console, so that lines appear above a progress bar."""
 
     def __init__(self, console: Console, rank: int | None):
         super().__init__()
@@ -36,8 +36,8 @@ def configure_logging(
 ) -> None:
     """Print the package's log records of at least ``level`` (default: $MEGASTAR_LOG_LEVEL, else INFO).
 
-    ``rank`` is printed in front of each line; None for a process that is no rank. A second call replaces the first
-    one's handler. Raises ``UserError`` for an unknown level.
+    ``rank`` is shown on each line; None for a process that is not a rank. A further call replaces the handler. Raises
+    ``UserError`` for an unknown level.
     """
     name = (level or environ.get(VARIABLE, "") or "INFO").upper()
     if name not in LEVELS:
@@ -46,9 +46,9 @@ def configure_logging(
         ROOT.removeHandler(handler)
     ROOT.addHandler(ConsoleHandler(console or Console(), rank))
     ROOT.setLevel(name)
-    ROOT.propagate = False  # the root logger of an application would print each line again
+    ROOT.propagate = False  # otherwise an application's root logger prints each line again
 
 
 def shared_console() -> Console:
-    """The console of the installed handler, which bars must share; a new one where logging is not configured."""
+    """The console of the installed handler, for progress bars; a new one if logging is not configured."""
     return next((h.console for h in ROOT.handlers if isinstance(h, ConsoleHandler)), None) or Console()

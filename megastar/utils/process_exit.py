@@ -1,4 +1,4 @@
-"""How a process that was a rank ends."""
+"""Process exit of a rank."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
-PATIENCE = 10.0  # seconds for threads that are no daemons
+PATIENCE = 10.0  # seconds to wait for non-daemon threads
 
 
 def run_and_leave(main: Callable[[], int]) -> NoReturn:
-    """End this process with ``main``'s status, or with what it raised, as Python would."""
+    """Exit with the status of ``main``, or print its exception and exit with 1, as Python does."""
     try:
         status: Any = main()
-    except SystemExit as leaving:
-        status = leaving.code or 0
+    except SystemExit as exit:
+        status = exit.code or 0
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         status = 1
@@ -28,24 +28,24 @@ def run_and_leave(main: Callable[[], int]) -> NoReturn:
 
 
 def is_rank() -> bool:
-    """Whether a process group lives in this process, and with it threads of C++ that Python does not know."""
+    """Whether this process has a process group, and with it C++ threads unknown to Python."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def leave(status: Any) -> NoReturn:
-    """What Python does at its end, up to taking itself down.
+    """Run Python's exit handlers, then exit without finalizing the interpreter.
 
-    A thread of gloo gives a collective's tensors back after the collective is over, and takes Python's lock for it.
-    Where Python was being taken down by then, the lock ends the thread inside C++, and the process aborts with
-    "terminate called without an active exception" in place of its status: one of some seven that leave right after a
-    collective. ``destroy_process_group`` helps only where nothing else holds a group, and DeepSpeed does.
+    A gloo thread releases a collective's tensors after the collective has finished, which needs the GIL. If the
+    interpreter is being finalized by then, acquiring the GIL ends the thread inside C++, and the process aborts with
+    "terminate called without an active exception" instead of its status (about one in seven exits right after a
+    collective). ``destroy_process_group`` helps only if nothing else references the group, but DeepSpeed does.
     """
     if not isinstance(status, int):
         print(status, file=sys.stderr)
         status = 1
     try:
-        # Workers of an upload may have a file in hand; where the others left long ago a launcher kills this rank.
+        # Upload threads may be writing a file; but the launcher kills this rank if the others have exited long ago.
         finisher = threading.Thread(target=finish_threads, daemon=True)
         finisher.start()
         finisher.join(PATIENCE)
@@ -58,8 +58,8 @@ def leave(status: Any) -> NoReturn:
 
 
 def finish_threads() -> None:
-    """Tell executors that the end has come, wait for threads that are no daemons. (``threading._shutdown`` does this too,
-    but it can be called by the main thread only, and waits without end.)"""
+    """Shut down executors and join non-daemon threads. (``threading._shutdown`` does this too, but only in the main
+    thread and without a timeout.)"""
     for call in reversed(getattr(threading, "_threading_atexits", [])):
         call()
     for thread in threading.enumerate():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -67,9 +67,3 @@ def progress_bar(
     hidden = quiet or console is None or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=transient) as bar:
         yield ProgressBar(bar, title, total, done, log=hidden and not quiet)
-
-
-@contextmanager
-def picture_bar(console: Console | None, total: int, done: int = 0) -> Iterator[Callable[[float], None]]:
-    with progress_bar(console, "sampling", total, done=done) as bar:
-        yield lambda now: bar.update(now, f"{bar.rate:.3g} images/s")

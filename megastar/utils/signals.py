@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. Without torch: a rank listens from its first tenth of a second, before the imports."""
+"""Signals that request a run to stop. No torch: a rank installs the handlers before its slow imports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class StopFlag:
-    """Set by TERM, USR1 or the first INT; the run saves and stops after the step. A second INT interrupts at once.
+    """Set by SIGTERM, SIGUSR1 or the first SIGINT; the run saves and stops after the step. A second SIGINT interrupts.
 
     Python installs signal handlers in the main thread only: elsewhere the flag is never set by a signal.
     """

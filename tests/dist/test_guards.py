@@ -1,4 +1,4 @@
-"""Two ranks: drifting replicas, unlike batches, corrupt replicas, dropped steps at every ZeRO stage."""
+"""Two ranks: drifting replicas, different batches, corrupt replicas, skipped steps at every ZeRO stage."""
 
 from __future__ import annotations
 

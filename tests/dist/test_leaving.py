@@ -1,4 +1,4 @@
-"""How ranks end: with the status they mean, whatever gloo's threads are at."""
+"""Ranks end with their own status, whatever gloo's threads are doing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENDINGS = {
 
 @pytest.mark.dist
 def test_ranks_that_leave_right_after_a_collective_keep_their_status():
-    """With Python's own end about one in seven aborts here."""
+    """With Python's own shutdown about one in seven aborts here."""
     command = [sys.executable, "tests/dist/workers/leaving_worker.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.stdout.split() == ["85"] * 2 * PAIRS, done.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 
@@ -28,7 +26,7 @@ def test_every_backend_against_fp64(gpu, name: str, which: str, head_dim: int) -
     for dtype in (torch.bfloat16, torch.float16):
         shapes = [(2, 3, size, head_dim) for size in SIZES]
         for row in check.compare((name,), gpu, dtype, shapes, (which,)):
-            # What is left out says why, and nothing but flash may be left out on a GPU of today.
+            # A backend that is left out has a reason, and only flash may be left out on a current GPU.
             assert row["ok"] or (row["ok"] is None and row["why"] and name == "flash"), row
 
 
@@ -46,21 +44,20 @@ def test_triton_gives_the_same_bits_each_time(gpu) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_triton_takes_more_sequences_and_heads_than_a_grid_axis_ends_at(gpu) -> None:
+def test_triton_supports_more_sequences_and_heads_than_a_grid_axis(gpu) -> None:
     spec, drawn = check.example("hidden", 4400, 16), check.draw(4400, 16, 16, 16, torch.bfloat16, gpu)  # 70,400
     want, got = (check.results(select.backend(name).attention, drawn, spec) for name in ("sdpa", "triton"))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=5e-2)
 
 
-def test_what_liger_and_apex_have_is_right(gpu) -> None:
-    """Where they are installed; a wrong one warns."""
+def test_liger_and_apex_agree_with_torch(gpu, caplog) -> None:
+    """If they are installed; a wrong result logs a warning."""
     fused.set_fused(True)
     for dtype, shape in [(torch.bfloat16, (4, 256, 2048)), (torch.float32, (3, 7, 2816))]:
         a, b = (torch.randn(shape, device=gpu, dtype=dtype, requires_grad=True) for _ in range(2))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            (fused.swiglu(a, b) + fused.rms_norm(a, b[0, 0].detach().requires_grad_(), 1e-5)).sum().backward()
+        (fused.swiglu(a, b) + fused.rms_norm(a, b[0, 0].detach().requires_grad_(), 1e-5)).sum().backward()
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("name", ["flex", "triton"])
@@ -69,13 +66,12 @@ def test_a_new_mask_compiles_nothing(gpu, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["auto", "sdpa", "flex", "triton"])
-def test_the_first_use_finds_nothing_wrong(gpu, name: str) -> None:
+def test_the_check_of_the_first_use_passes(gpu, caplog, name: str) -> None:
     kernels.set_backend(name, device=gpu, dtype=torch.bfloat16, masks=(check.example("hidden", 2, 256),))
     try:
         drawn = check.draw(4, 4, 256, 64, torch.bfloat16, gpu)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            for spec in (None, check.example("hidden", 4, 256), check.example("neighbourhood", 4, 256)):
-                check.results(kernels.attention, drawn, spec)
+        for spec in (None, check.example("hidden", 4, 256), check.example("neighbourhood", 4, 256)):
+            check.results(kernels.attention, drawn, spec)
+        assert caplog.messages == []
     finally:
         kernels.set_backend("auto")

@@ -61,22 +61,22 @@ def test_an_outage_is_waited_out(tars, tokenizer, tmp_path, weed, use_s3):  # no
 
 
 def test_a_tar_that_changes_is_found(tars, tokenizer, tmp_path, s3, use_s3):  # noqa: F811
-    from megastar.data.images.dataset import PictureSet
+    from megastar.data.images.dataset import ImageSet
 
     url, folder = tars
     use_s3(s3)
     cache = tmp_path / "pictures.npz"
-    pictures = PictureSet(url, cache=cache)
+    pictures = ImageSet(url, cache=cache)
     key = f"{url.removeprefix('s3://public/')}/n00000001.tar"
     client_of(s3).put_object(Bucket="public", Key=key, Body=(folder / "n00000002.tar").read_bytes())
-    with pytest.raises(UserError, match=r"n00000001.tar was changed while it was read"):
+    with pytest.raises(UserError, match=r"n00000001.tar changed while it was read"):
         pictures.read(0)
-    assert PictureSet(url, cache=cache).pictures[0].key == "n00000001/n00000002_0"  # listed anew
+    assert ImageSet(url, cache=cache).images[0].key == "n00000001/n00000002_0"  # listed anew
 
 
 def test_what_is_not_there(tokenizer, tmp_path, s3, use_s3):  # noqa: F811
     use_s3(s3)
-    with pytest.raises(UserError, match=r"no pictures in s3://public/nothing"):
+    with pytest.raises(UserError, match=r"no images in s3://public/nothing"):
         pretokenize("s3://public/nothing", None, tokenizer, tmp_path / "a", **SETTINGS)
     with pytest.raises(UserError, match=r"bucket none of s3://none/x.* does not exist"):
         pretokenize("s3://none/x", None, tokenizer, tmp_path / "a", **SETTINGS)

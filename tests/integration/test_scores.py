@@ -69,4 +69,4 @@ def test_a_resume_on_other_shards_is_refused(world, whole, tmp_path):
     finally:
         world.codes("train").rename(other)
         kept.rename(world.codes("train"))
-    assert done.returncode == 2 and "holds other shards" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "holds different shards than" in done.stderr and "Traceback" not in done.stderr

@@ -94,7 +94,7 @@ def test_a_cache_that_cannot_hold_a_shard(s3, use_s3, url, data):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a full disk that needs no disk
     try:
         with pytest.raises(
-            UserError, match=r"shard-00000.tar \(\d+ bytes\) cannot be written to the cache .*: make room"
+            UserError, match=r"shard-00000.tar \(\d+ bytes\) cannot be written to the cache .*: free some space"
         ):
             ShardSet(url, data=data).read(0, 0)
     finally:
@@ -165,4 +165,4 @@ def test_four_processes_killed_at_random_leave_a_good_cache(s3, use_s3, url, fol
         np.testing.assert_array_equal(shards.read(shard, size - 1)[0], sample(sum(SIZES[: shard + 1]) - 1)[0])
     (cache.folder / f"{infos[1].sha256}.tar").unlink(missing_ok=True)  # it is fetched again, and room made
     shards.read(1, 0)
-    assert sum(p.stat().st_size for p in cache.folder.glob("*.*")) <= cache.bound
+    assert sum(p.stat().st_size for p in cache.folder.glob("*.*")) <= cache.max_bytes

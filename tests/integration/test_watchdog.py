@@ -80,7 +80,7 @@ def test_ranks_that_were_suspended_go_on_and_one_that_dies_is_named(world, tmp_p
     host = training.heartbeats()[1]["host"]
     said = [line for line in out.splitlines() if "megastar: error:" in line]
     assert len(said) == 2 and f"rank 1 on {host} (pid {pids[1]}) has been silent for" in said[0], out[-4000:]
-    assert "process 1 was ended by SIGKILL" in said[1] and "Traceback" not in out, out[-4000:]
+    assert "rank 1 was killed by SIGKILL" in said[1] and "Traceback" not in out, out[-4000:]
     assert [(x["rank"], x["host"], x["why"], x["attempt"]) for x in losses(run)] == [(1, host, "lost", 0)]
     (stacks,) = (run / "stacks").iterdir()
     assert stacks.name.startswith("rank-00000-") and "gloo" in stacks.read_text()

@@ -20,7 +20,7 @@ from megastar.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from megastar.evaluation.linear_probe import probe_features
 from megastar.model.io import save_model
 from megastar.model.transformer import Transformer
-from megastar.sampling.sampler import decode_pictures, sample_seeds, sample_tokens
+from megastar.sampling.sampler import decode_images, sample_seeds, sample_tokens
 from megastar.tokenizer.io import save_tokenizer
 from megastar.tokenizer.vq import VQModel
 
@@ -122,7 +122,7 @@ def test_what_a_model_tells(model, files):
     [
         ({"source": "nowhere.safetensors"}, "weights nowhere.safetensors do not exist"),
         ({"tokenizer": "nowhere.safetensors"}, "tokenizer nowhere.safetensors does not exist"),
-        ({"tokenizer": None}, "the model draws 16 codes of 32, the tokenizer has 64 codes of 2048"),
+        ({"tokenizer": None}, "the model samples 16 codes of 32, the tokenizer has 64 codes of 2048"),
         ({"weights": "teacher"}, "weights 'teacher' is unknown: use ema or student"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown: use auto, bf16, fp32, fp16"),
         ({"device": "abacus"}, "device 'abacus' is unknown: use auto, cpu, cuda or cuda:1"),
@@ -145,7 +145,7 @@ def test_images_come_class_by_class_and_depend_on_the_seed(model):
     assert drawn.shape == (4, 16, 16, 3) and drawn.dtype == np.uint8
     options = {"top_k": 20, "top_p": 0.9, "temperature": 0.8, "cfg_scale": 2.0}
     codes = sample_tokens(model.transformer, [2, 2, 0, 0], seeds=sample_seeds(3, 4), batch=3, **options)
-    assert np.array_equal(drawn, decode_pictures(model.tokenizer, codes))
+    assert np.array_equal(drawn, decode_images(model.tokenizer, codes))
     assert np.array_equal(drawn[:2], model.sample("stroke", n=2, seed=3, **options))
     assert not np.array_equal(drawn[:2], model.sample("stroke", n=2, seed=4, **options))
 
@@ -176,11 +176,11 @@ def test_ways_to_name_classes(model, classes):
         ({"classes": np.zeros((1, 2), int)}, r"class \[0, 0\] is a list"),
         ({"classes": []}, "no classes are given: name at least one"),
         ({"n": 0}, "n is 0: sample at least 1 image of each class"),
-        ({"seed": -1}, "seed -1: give an integer from 0"),
+        ({"seed": -1}, "seed -1 must be an integer from 0"),
         ({"batch": 0}, "batch 0 must be at least 1"),
-        ({"cfg_scale": 0.5}, "cfg_scale 0.5: guidance starts at 1"),
+        ({"cfg_scale": 0.5}, "cfg_scale 0.5 must be at least 1"),
         ({"temperature": 0}, "temperature 0 must be above 0"),
-        ({"top_p": 1.5}, "top_p 1.5 must lie above 0"),
+        ({"top_p": 1.5}, "top_p 1.5 must be above 0"),
         ({"top_k": -1}, "top_k -1 must be 0"),
     ],
 )
@@ -197,7 +197,7 @@ def test_codes_are_the_tokenizers(model, images):
     assert np.array_equal(codes, model.tokenizer.encode(pixels).numpy())
     decoded = model.decode(codes)
     assert decoded.shape == images.shape and decoded.dtype == np.uint8
-    assert np.array_equal(decoded, decode_pictures(model.tokenizer, torch.from_numpy(codes)))
+    assert np.array_equal(decoded, decode_images(model.tokenizer, torch.from_numpy(codes)))
 
 
 def test_tensors_lists_and_pil_images_go_in(model, images):

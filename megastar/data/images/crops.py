@@ -1,4 +1,4 @@
-"""How a picture becomes views: the named sets of crops, LlamaGen's among them."""
+"""The named sets of crops that turn an image into views, LlamaGen's among them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Crops = Callable[[Image.Image, int], np.ndarray]
 
 
 def parse_crops(text: str) -> tuple[Crops, int]:
-    """``ten:SCALE``, ``center-flip``, ``center``, or several joined by ``+`` -> (picture, size) -> (views, size, size,
+    """``ten:SCALE``, ``center-flip``, ``center``, or several joined by ``+`` -> (image, size) -> (views, size, size,
     3) uint8, and views.
 
-    ``ten:1.1+ten:1.05``, LlamaGen's two sets, gives 20: the ten of the first, then the ten of the second.
+    ``ten:1.1+ten:1.05``, LlamaGen's two sets, gives 20 views: ten of the first, then ten of the second.
     """
     sets = [_one(part, text) for part in text.split("+")]
     makers = [make for make, _ in sets]
@@ -52,6 +52,6 @@ def _center(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _center_flip(image: Image.Image, size: int) -> np.ndarray:
-    """LlamaGen's extraction without ten-crop: the centre and its mirror image."""
+    """LlamaGen's extraction without ten-crop: the centre crop and its mirror image."""
     pixels = np.asarray(center_crop(image, size))
     return np.stack([pixels, pixels[:, ::-1]])

@@ -1,12 +1,13 @@
-"""Pictures as users keep them (data/sources.py), read by position: decoded, cropped.
+"""Random access to the images of a source (sources.py): decoding and cropping.
 
-A picture's class is the folder that holds it, or the number in its ``.cls`` or list. A ``subset`` keeps the pictures
+The class of an image is the folder that holds it, or the number in its ``.cls`` or list. A ``subset`` selects the images
 below one top folder (``train``, ``val``); classes are numbered over the whole source, so that subsets agree. The list is
-sorted by key, so picture i is the same on every machine and for every kind of source.
+sorted by key, so image i is the same on every machine and for every kind of source.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import warnings
@@ -19,20 +20,22 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from megastar.data.images import sources
-from megastar.data.images.listing import SUFFIXES, Listing, digest, key_of
+from megastar.data.images.listing import SUFFIXES, Listing, key_of
+from megastar.data.images.tars import RemoteTars, Report
+from megastar.data.storage.protocol import is_remote
 from megastar.errors import UserError
 
-MAX_PIXELS = 40_000_000  # from the header, before anything is decoded
-MAX_BYTES = 512 << 20  # of a picture's file: 40 megapixels of four 16-bit channels, not packed, are 305 MiB
-MAX_ASPECT = 100  # a longer strip, enlarged to the crop's short side, would fill the memory
+MAX_PIXELS = 40_000_000  # checked in the header, before decoding
+MAX_BYTES = 512 << 20  # of a file: 40 megapixels of four 16-bit channels, uncompressed, are 305 MiB
+MAX_ASPECT = 100  # a longer strip, resized to the crop's short side, could exhaust the memory
 
-# Pillow warns at 89 megapixels, which are refused here at 40. A filter set around each call is not thread-safe.
+# Pillow warns from 89 megapixels; the limit here is 40. A filter set around each call is not thread-safe.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Where one picture lies. ``offset`` is -1 for a plain file."""
+class ImageEntry:
+    """Location of one image. ``offset`` is -1 for a plain file."""
 
     key: str
     label: int
@@ -41,12 +44,12 @@ class Picture:
     size: int = -1
 
 
-class PictureError(ValueError):
-    """One picture that cannot be used; the caller skips and counts it."""
+class ImageError(ValueError):
+    """An image that cannot be used; the caller skips and counts it."""
 
 
-class Pictures(Sequence[Picture]):
-    """The rows of a listing that were chosen, each made when it is looked at."""
+class ImageList(Sequence[ImageEntry]):
+    """The selected rows of a listing, converted on access."""
 
     def __init__(self, root: Path, listing: Listing, rows: np.ndarray, labels: np.ndarray):
         self.root, self.listing, self.rows, self.labels = root, listing, rows, labels
@@ -55,23 +58,23 @@ class Pictures(Sequence[Picture]):
         return len(self.rows)
 
     @overload
-    def __getitem__(self, i: int) -> Picture: ...
+    def __getitem__(self, i: int) -> ImageEntry: ...
     @overload
-    def __getitem__(self, i: slice) -> list[Picture]: ...
-    def __getitem__(self, i: int | slice) -> Picture | list[Picture]:
+    def __getitem__(self, i: slice) -> list[ImageEntry]: ...
+    def __getitem__(self, i: int | slice) -> ImageEntry | list[ImageEntry]:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         columns, row = self.listing, int(self.rows[i])
         name, file = columns.name(row), int(columns.tar[row])
         path = self.root / (os.fsdecode(name) if file < 0 else columns.files[file])
-        return Picture(key_of(name), int(self.labels[i]), path, int(columns.offset[row]), int(columns.size[row]))
+        return ImageEntry(key_of(name), int(self.labels[i]), path, int(columns.offset[row]), int(columns.size[row]))
 
 
-class PictureSet:
-    """All pictures of a source (see data/sources.py), with their class names.
+class ImageSet:
+    """All images of a source (see sources.py), with their class names.
 
-    ``cache`` is a file that keeps the listing: it is used as long as the source's sizes and times are the same.
-    Raises ``UserError`` when the source is missing, holds no picture, or mixes labelled and unlabelled ones.
+    ``cache`` is a file that stores the listing; it is used while the source's sizes and times are unchanged. Raises
+    ``UserError`` for a source that is missing, holds no image, or mixes labelled and unlabelled ones.
     """
 
     def __init__(
@@ -80,13 +83,13 @@ class PictureSet:
         subset: str | None = None,
         *,
         cache: Path | None = None,
-        report: sources.Report = lambda _: None,
+        report: Report = lambda _: None,
     ):
-        self.source, self.subset = source if sources.is_remote(source) else Path(source), (subset or "").strip("/")
-        self.remote = sources.remote_of(source)
+        self.source, self.subset = source if is_remote(source) else Path(source), (subset or "").strip("/")
+        self.remote = RemoteTars(str(source)) if is_remote(source) else None
         listing = Listing.load(cache) if cache else None
-        known = listing is not None and sources.is_current(listing, source, self.remote)
-        if listing is None or not known:
+        current = listing is not None and sources.is_current(listing, source, self.remote)
+        if listing is None or not current:
             listing = sources.list_source(source, self.remote, report)
         if self.remote is not None:
             self.remote.pin(listing.stamps)
@@ -95,32 +98,32 @@ class PictureSet:
         if not len(rows):
             where = f"{self.source}" + (f" (subset {self.subset!r})" if self.subset else "")
             raise UserError(
-                f"no pictures in {where}: expected {', '.join(SUFFIXES)} files in one folder per class, or tars of them"
+                f"no images in {where}: expected {', '.join(SUFFIXES)} files in one folder per class, or tars of them"
             )
         labels, self.class_names = self._label(listing, rows)
         root = Path() if self.remote is not None else Path(source)
-        self.pictures = Pictures(root.parent if root.is_file() else root, listing, rows, labels)
-        if cache and not known:
+        self.images = ImageList(root.parent if root.is_file() else root, listing, rows, labels)
+        if cache and not current:
             listing.save(cache)
 
     def _label(self, listing: Listing, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        """Classes of the chosen rows, numbered over the whole source."""
+        """Classes of the selected rows, numbered over the whole source."""
         given = listing.label[rows]
         if len(unlabelled := rows[given < 0]) == 0:
             return given, listing.classes or [str(i) for i in range(1 + int(listing.label.max()))]
         if len(unlabelled) < len(rows):
             first = key_of(listing.name(int(unlabelled[0])))
             raise UserError(
-                f"{self.source}: {len(unlabelled)} of {len(rows)} pictures have no .cls, the first is {first!r}: label all or none"
+                f"{self.source}: {len(unlabelled)} of {len(rows)} images have no .cls, the first is {first!r}: label all or none"
             )
         used = np.unique(listing.folder[rows])
         outside = [f for f in used if listing.folders[f] == self.subset]
         loose = rows[np.isin(listing.folder[rows], outside)]
         if 0 < len(loose) < len(rows):
             raise UserError(
-                f"{self.source}: picture {key_of(listing.name(int(loose[0])))!r} lies outside any class folder, others lie in one: move it or remove it"
+                f"{self.source}: image {key_of(listing.name(int(loose[0])))!r} is not in a class folder, others are: move or remove it"
             )
-        # With a subset, a picture right below some top folder (an unlabelled test set) names no class.
+        # With a subset, the name of a top folder of images (an unlabelled test set) is not a class.
         paths = [PurePosixPath(f) for f in listing.folders]
         deep = {p.name for p in paths if not self.subset or len(p.parts) > 1}
         names = sorted(deep | {paths[f].name for f in used})
@@ -128,16 +131,19 @@ class PictureSet:
         return np.array([index.get(p.name, -1) for p in paths])[listing.folder[rows]], names
 
     def digest(self) -> str:
-        """SHA-256 of the sorted keys and classes: another set of pictures gives another one."""
-        return digest(self.pictures.listing, self.pictures.labels, self.pictures.rows)
+        """SHA-256 of the sorted keys and classes, which identifies the set of images."""
+        images, found = self.images, hashlib.sha256()
+        for row, label in zip(images.rows.tolist(), images.labels.tolist(), strict=True):
+            found.update(f"{key_of(images.listing.name(row))}\t{label}\n".encode())
+        return found.hexdigest()
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def read(self, i: int) -> Image.Image:
-        """Picture i as RGB. Raises ``PictureError`` for one that is broken, gone or gigantic, never decoding the latter,
-        and ``UserError`` where the source itself fails: such a picture may be good."""
-        p = self.pictures[i]
+        """Image i as RGB. Raises ``ImageError`` for an image that is broken, missing or too large (which is not
+        decoded), and ``UserError`` for a failing source, where the image itself may be good."""
+        p = self.images[i]
         if self.remote is not None:
             _check_size(p.key, p.size)
             return decode(self.remote.read(str(p.file), p.offset, p.offset + p.size), p.key)
@@ -147,36 +153,36 @@ class PictureSet:
                 _check_size(p.key, size := p.size if p.size >= 0 else os.fstat(f.fileno()).st_size)
                 data = f.read(size)
         except (FileNotFoundError, NotADirectoryError) as error:
-            if p.offset >= 0 or not p.file.parent.is_dir():  # a disk that went away takes more than one picture along
+            if p.offset >= 0 or not p.file.parent.is_dir():  # more than one image: the disk is gone
                 gone = p.file if p.offset >= 0 else p.file.parent
-                raise UserError(f"{gone} is gone: run the same command again once it is back") from error
-            raise PictureError(f"{p.key}: {error.strerror}") from error
+                raise UserError(f"{gone} no longer exists: run the same command again once it does") from error
+            raise ImageError(f"{p.key}: {error.strerror}") from error
         except (PermissionError, IsADirectoryError) as error:
-            raise PictureError(f"{p.key}: {error.strerror}") from error
+            raise ImageError(f"{p.key}: {error.strerror}") from error
         except OSError as error:
-            raise UserError(f"{p.file} cannot be read ({error}): run the same command again once it can") from error
+            raise UserError(f"{p.file} cannot be read ({error}): run the same command again once it can be") from error
         if len(data) < p.size:
-            raise UserError(f"{p.file} ends inside {p.key}: it was cut since it was listed, copy it again")
+            raise UserError(f"{p.file} ends inside {p.key}: it was truncated after it was listed, copy it again")
         return decode(data, p.key)
 
 
 def _check_size(key: str, size: int) -> None:
     if size > MAX_BYTES:
-        raise PictureError(f"{key}: its {size} bytes are over {MAX_BYTES >> 20} MiB")
+        raise ImageError(f"{key}: its {size} bytes exceed {MAX_BYTES >> 20} MiB")
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """Bytes of a picture -> RGB, transparency laid on white. Raises ``PictureError``."""
+    """Bytes of an image file -> RGB, transparency composited on white. Raises ``ImageError``."""
     try:
         try:
-            image = Image.open(io.BytesIO(data))
-        except Image.DecompressionBombError as error:  # Pillow's own limit, of twice 89 megapixels
-            raise PictureError(f"{name}: over {MAX_PIXELS // 1_000_000} megapixels ({error})") from error
+            image: Image.Image = Image.open(io.BytesIO(data))
+        except Image.DecompressionBombError as error:  # Pillow's own limit, twice 89 megapixels
+            raise ImageError(f"{name}: exceeds {MAX_PIXELS // 1_000_000} megapixels ({error})") from error
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise PictureError(f"{name}: {width} x {height} is over {MAX_PIXELS // 1_000_000} megapixels")
+            raise ImageError(f"{name}: {width} x {height} exceeds {MAX_PIXELS // 1_000_000} megapixels")
         if max(width, height) > MAX_ASPECT * min(width, height):
-            raise PictureError(f"{name}: {width} x {height} is over {MAX_ASPECT} times as long as wide")
+            raise ImageError(f"{name}: {width} x {height} has an aspect ratio over {MAX_ASPECT}")
         if image.mode.startswith("I;16"):  # convert("RGB") would clip, not scale
             image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -185,16 +191,16 @@ def decode(data: bytes, name: str) -> Image.Image:
             white.alpha_composite(image)
             image = white
         return image.convert("RGB")
-    except PictureError:
+    except ImageError:
         raise
-    except UnidentifiedImageError as error:  # its text names a memory address, another one each time
-        raise PictureError(f"{name}: unreadable (no known picture format)") from error
-    except Exception as error:  # Pillow raises a dozen types for broken files; none may end the run
-        raise PictureError(f"{name}: unreadable ({type(error).__name__}: {error})") from error
+    except UnidentifiedImageError as error:  # its text holds a memory address, which varies
+        raise ImageError(f"{name}: unreadable (unknown image format)") from error
+    except Exception as error:  # Pillow raises a dozen types for broken files
+        raise ImageError(f"{name}: unreadable ({type(error).__name__}: {error})") from error
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop: halve by box filter while twice as large, bicubic to the short side, cut the middle.
+    """ADM's centre crop: halve with a box filter while at least twice as large, resize bicubically, crop.
 
     Source: LlamaGen dataset/augmentation.py, center_crop_arr.
     """
@@ -210,7 +216,7 @@ def ten_crop(image: Image.Image, size: int, scale: float = 1.1) -> np.ndarray:
     """LlamaGen's ten crops of a centre crop to int(scale * size): (10, size, size, 3) uint8.
 
     Order of torchvision's TenCrop: four corners (top left, top right, bottom left, bottom right), the centre,
-    then the same five of the mirrored picture.
+    then the same five of the mirrored image.
     """
     large = int(size * scale)
     pixels = np.asarray(center_crop(image, large))

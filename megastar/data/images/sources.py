@@ -1,12 +1,12 @@
-"""Where the pictures of a source lie.
+"""Lists the images of a source.
 
 A source is one of
 
-* a folder tree ``.../<class>/<name>.jpg`` (torchvision's ImageFolder), links to folders followed;
+* a folder tree ``.../<class>/<name>.jpg`` (torchvision's ImageFolder), following links to folders;
 * tars: one, a folder of them, or those below s3://bucket/prefix. Inside, ``<class>/<name>.jpg``, or ``<key>.jpg``
-  beside ``<key>.cls`` (WebDataset), or pictures alone: then the tar's name is the class. A tar of such tars
-  (ILSVRC2012_img_train.tar) is read where it lies;
-* a list (.txt, .tsv, .lst): on each line ``path<TAB>class``, ``path class`` or ``path``, from the list's folder.
+  beside ``<key>.cls`` (WebDataset), or images alone, whose class is the tar's name. A tar of such tars
+  (ILSVRC2012_img_train.tar) is read in place;
+* a list (.txt, .tsv, .lst): with ``path<TAB>class``, ``path class`` or ``path`` per line, relative to the list's folder.
 """
 
 from __future__ import annotations
@@ -15,27 +15,25 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megastar.data.images.listing import Columns, Listing, Stamp, is_picture, parse_label, stem_of, text
-from megastar.data.images.tars import LocalTar, Remote, RemoteTar, Report, add_tars
-from megastar.data.storage.protocol import is_remote
+from megastar.data.images.listing import Listing, ListingBuilder, Stamp, is_image, parse_label, stem_of, text
+from megastar.data.images.tars import LocalTar, RemoteTar, RemoteTars, Report, add_tars
 from megastar.errors import UserError
 
 LISTS = (".txt", ".tsv", ".lst", ".list")
 
 
-def list_source(source: str | Path, remote: Remote | None, report: Report = lambda _: None) -> Listing:
-    """Find the pictures of ``source``. Raises ``UserError`` for one that is missing, of another kind, or broken."""
-    found = Columns()
+def list_source(source: str | Path, remote: RemoteTars | None, report: Report = lambda _: None) -> Listing:
+    """Find the images of ``source``. Raises ``UserError`` for a source that is missing, unknown or broken."""
+    found = ListingBuilder()
     if remote is not None:
-        found.stamps = remote.stamps()
+        found.stamps.extend(remote.stamps())
         remote.pin(found.stamps)
-        tars = [(name, size) for name, size, _ in found.stamps]
-        add_tars(found, [RemoteTar(remote, name, size) for name, size in tars], report)
+        add_tars(found, [RemoteTar(remote, name, size) for name, size, _ in found.stamps], report)
         return found.listing()
     path = Path(source)
     if not path.exists():
         raise UserError(
-            f"picture source {path} does not exist: give a folder of pictures, a .tar, a folder of tars, or a list"
+            f"image source {path} does not exist: give a folder of images, a .tar, a folder of tars, or a list"
         )
     if path.is_file():
         if path.suffix in LISTS:
@@ -44,11 +42,11 @@ def list_source(source: str | Path, remote: Remote | None, report: Report = lamb
             _add_local_tars(found, path.parent, [path], report)
         else:
             raise UserError(
-                f"picture source {path} is neither a folder nor a .tar file nor a list ({', '.join(LISTS)})"
+                f"image source {path} is neither a folder nor a .tar file nor a list ({', '.join(LISTS)}): give one of these"
             )
-    elif tars := sorted(path.glob("*.tar")):
+    elif local := sorted(path.glob("*.tar")):
         found.stamps.append(_stamp(path, path))
-        _add_local_tars(found, path, tars, report)
+        _add_local_tars(found, path, local, report)
     else:
         below: list[Path] = []
         for n, (name, label) in enumerate(_walk(path, b"", found.stamps, below, ())):
@@ -60,8 +58,8 @@ def list_source(source: str | Path, remote: Remote | None, report: Report = lamb
     return found.listing()
 
 
-def is_current(listing: Listing, source: str | Path, remote: Remote | None) -> bool:
-    """Whether the source is what it was when it was listed, as sizes, times and ETags tell."""
+def is_current(listing: Listing, source: str | Path, remote: RemoteTars | None) -> bool:
+    """Whether sizes, times and ETags of the source are those of the listing."""
     if remote is not None:
         return remote.stamps() == listing.stamps
     root = Path(source)
@@ -80,10 +78,10 @@ def _stamp(root: Path, path: Path) -> Stamp:
 def _walk(
     root: Path, below: bytes, stamps: list[Stamp], tars: list[Path], above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[bytes, int]]:
-    """(name, label) of the pictures in a tree, and its tars. A folder is stamped before it is read."""
+    """(name, label) of the images in a tree; adds its stamps and tars. A folder is stamped before it is read."""
     folder = os.path.join(os.fsencode(root), below)
     s = os.stat(folder)
-    if (s.st_dev, s.st_ino) in above:  # a link to a folder above
+    if (s.st_dev, s.st_ino) in above:  # a link to a parent folder
         return
     stamps.append(_stamp(root, Path(os.fsdecode(folder))))
     with os.scandir(folder) as entries:
@@ -93,7 +91,7 @@ def _walk(
         name = below + entry.name
         if entry.is_dir():
             yield from _walk(root, name + b"/", stamps, tars, (*above, (s.st_dev, s.st_ino)))
-        elif is_picture(entry.name) and entry.is_file():
+        elif is_image(entry.name) and entry.is_file():
             cls = stem_of(entry.name) + b".cls"
             path = os.path.join(folder, cls)
             yield name, parse_label(Path(os.fsdecode(path)).read_bytes(), os.fsdecode(path)) if cls in names else -1
@@ -101,7 +99,7 @@ def _walk(
             tars.append(root / os.fsdecode(name))
 
 
-def _add_list(found: Columns, path: Path) -> None:
+def _add_list(found: ListingBuilder, path: Path) -> None:
     found.stamps.append(_stamp(path.parent, path))
     rows: list[tuple[bytes, bytes | None]] = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -110,35 +108,31 @@ def _add_list(found: Columns, path: Path) -> None:
             continue
         if b"\t" in name:
             name, cls = (part.strip() for part in name.split(b"\t", 1))
-        elif not is_picture(name) and len(words := name.rsplit(None, 1)) == 2:
+        elif not is_image(name) and len(words := name.rsplit(None, 1)) == 2:
             name, cls = words
-        if not is_picture(name) or cls == b"":
+        if not is_image(name) or cls == b"":
             raise UserError(
-                f"{path}, line {number}: {text(line)[:80]!r} is not a picture's path, or one and its class: write path<TAB>class"
+                f"{path}, line {number}: {text(line)[:80]!r} is not an image path with or without a class: write path<TAB>class"
             )
         rows.append((os.path.normpath(name), cls))
     without = [name for name, cls in rows if cls is None]
     if 0 < len(without) < len(rows):
         raise UserError(
-            f"{path}: {len(without)} of {len(rows)} lines name no class, the first is {text(without[0])!r}: all or none"
+            f"{path}: {len(without)} of {len(rows)} lines have no class, the first is {text(without[0])!r}: give one on all lines or none"
         )
     given = {cls for _, cls in rows if cls is not None}
     if all(cls.isdigit() for cls in given):
         numbers = {cls: parse_label(cls, path) for cls in given}
     else:
-        found.classes = sorted(map(text, given))
+        found.classes.extend(sorted(map(text, given)))
         numbers = {cls: found.classes.index(text(cls)) for cls in given}
     for name, cls in rows:
         found.add(name, -1, -1, -1, -1 if cls is None else numbers[cls])
 
 
-def _add_local_tars(found: Columns, root: Path, tars: Sequence[Path], report: Report) -> None:
+def _add_local_tars(found: ListingBuilder, root: Path, tars: Sequence[Path], report: Report) -> None:
     for tar in tars:
         if tar.name.endswith("gz"):
-            raise UserError(f"{tar} is compressed, so pictures cannot be read by position: gunzip it first")
-    found.stamps += [_stamp(root, tar) for tar in tars]
+            raise UserError(f"{tar} is compressed and cannot be read by position: gunzip it first")
+    found.stamps.extend(_stamp(root, tar) for tar in tars)
     add_tars(found, [LocalTar(tar, root) for tar in tars], report)
-
-
-def remote_of(source: str | Path) -> Remote | None:
-    return Remote(str(source)) if is_remote(source) else None

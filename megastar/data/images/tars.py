@@ -1,4 +1,4 @@
-"""Pictures in tars, found by their headers: nothing is unpacked, a tar within a tar is read where it lies."""
+"""Images in tars, located by the tar headers. Nothing is unpacked; a tar within a tar is read in place."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from megastar.data.images.listing import Columns, Stamp, is_picture, parse_label, stem_of, text
+from megastar.data.images.listing import ListingBuilder, Stamp, is_image, parse_label, stem_of, text
 from megastar.data.storage.s3_client import S3Folder
 from megastar.errors import UserError
 
-_AHEAD = 8 << 20  # bytes of a read of an index over S3
-_WALKERS = 8  # tars that are indexed at once
+_AHEAD = 8 << 20  # bytes of one read from S3 while listing
+_THREADS = 8  # tars that are listed at once
 
-Report = Callable[[int], None]  # takes the pictures found so far
+Report = Callable[[int], None]  # called with the number of images found so far
 Read = Callable[[int, int], bytes]
 Member = tuple[bytes, int, int, int]  # name, offset, size, label
 
 
-class Remote:
-    """Tars below s3://bucket/prefix, or one. Every read is pinned to the ETag of the listing."""
+class RemoteTars:
+    """Tars below s3://bucket/prefix, or one tar. Reads are pinned to the ETags of the listing."""
 
     def __init__(self, url: str):
         self.url, parent, last = url.rstrip("/"), *url.rstrip("/").rpartition("/")[::2]
@@ -38,8 +38,8 @@ class Remote:
         self.etags = {name: etag for name, _, etag in stamps}
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """Bytes of a tar; waits an outage out as training does. Raises ``UserError``, also for one that has changed."""
-        return self.s3.read(name, start, end, etag=self.etags[name])
+        """Bytes of a tar, through outages. Raises ``UserError``, also for a tar that has changed."""
+        return self.s3.read(name, start, end, self.etags[name])
 
 
 class LocalTar:
@@ -54,13 +54,13 @@ class LocalTar:
 
 
 class RemoteTar:
-    def __init__(self, remote: Remote, name: str, size: int):
+    def __init__(self, remote: RemoteTars, name: str, size: int):
         self.remote, self.name, self.size = remote, name, size
         self.where = remote.s3.url_of(name)
 
     @contextmanager
     def reader(self) -> Iterator[Read]:
-        """Headers lie between the pictures, closer than an answer is away: all is read, in large parts."""
+        """Reads everything in large parts: skipping images between headers would take more requests."""
         at, data = 0, b""
 
         def read(start: int, end: int) -> bytes:
@@ -75,7 +75,7 @@ class RemoteTar:
 
 
 class _Part:
-    """Bytes ``start`` to ``start + size`` of a tar, as the file that tarfile wants."""
+    """Bytes ``start`` to ``start + size`` of a tar, as a file for tarfile."""
 
     def __init__(self, read: Read, start: int, size: int):
         self._read, self._start, self._size, self._at = read, start, size, 0
@@ -94,9 +94,9 @@ class _Part:
         return self._at
 
 
-def add_tars(found: Columns, tars: Sequence[LocalTar | RemoteTar], report: Report) -> None:
-    found.files = [tar.name for tar in tars]
-    pool = ThreadPoolExecutor(_WALKERS)
+def add_tars(found: ListingBuilder, tars: Sequence[LocalTar | RemoteTar], report: Report) -> None:
+    found.files.extend(tar.name for tar in tars)
+    pool = ThreadPoolExecutor(_THREADS)
 
     def add(members: Iterable[Member], number: int) -> None:
         for name, offset, size, label in members:
@@ -112,7 +112,7 @@ def add_tars(found: Columns, tars: Sequence[LocalTar | RemoteTar], report: Repor
         pool.shutdown(cancel_futures=True)
 
 
-Found = tuple[Iterable[Member], list[tuple[bytes, int, int]]]  # the pictures of a tar, the tars in it
+Found = tuple[Iterable[Member], list[tuple[bytes, int, int]]]  # images and tars in a tar
 
 
 def _whole(tar: LocalTar | RemoteTar) -> Found:
@@ -125,20 +125,20 @@ def _within(tar: LocalTar | RemoteTar, inner: tuple[bytes, int, int]) -> Found:
 
 
 def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: bytes) -> Found:
-    """The tar that begins at byte ``start``. ``stem`` is the class of pictures that no folder and no .cls names."""
+    """List the tar at byte ``start``. ``stem`` is the class of images without a folder or .cls."""
     found: list[tuple[bytes, int, int]] = []
     labels: dict[bytes, int] = {}
     inner = []
     try:
-        # typeshed asks for more of the file than tarfile does
+        # typeshed requires more methods of the file than tarfile uses
         with tar.reader() as read, tarfile.open(fileobj=_Part(read, start, size), mode="r:") as archive:  # type: ignore[call-overload]
             while (member := archive.next()) is not None:
-                archive.members.clear()  # a million of them are a gigabyte
+                archive.members.clear()  # a million members take a gigabyte
                 if not member.isreg() or member.issparse():
                     continue
                 name = os.fsencode(member.name)
                 at = start + member.offset_data
-                if is_picture(name):
+                if is_image(name):
                     found.append((name.removeprefix(b"./"), at, member.size))
                 elif name.endswith(b".cls"):
                     data = read(at, at + min(64, member.size))
@@ -146,22 +146,13 @@ def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: by
                 elif name.endswith(b".tar"):
                     inner.append((name.removeprefix(b"./"), at, member.size))
             end = archive.offset
-            # tarfile stops in silence where a header is broken or the file was cut
+            # tarfile ends silently at a broken header or a truncation
             if end + 512 > size or read(start + end, start + end + 512) != bytes(512):
-                raise UserError(f"{where} is broken or cut at byte {end}, after {len(found)} pictures: copy it again")
+                raise UserError(
+                    f"{where} is broken or truncated at byte {end}, after {len(found)} images: copy it again"
+                )
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{where} is not a readable tar ({error}): make or copy it again") from error
     if labels or any(b"/" in name for name, _, _ in found):
-        stem = b""
-    return _members(found, labels, stem), inner
-
-
-def _members(found: list[tuple[bytes, int, int]], labels: dict[bytes, int], folder: bytes) -> Iterator[Member]:
-    """Empties ``found``: a million pictures need not be in memory twice."""
-    found.reverse()
-    while found:
-        name, offset, size = found.pop()
-        if folder:
-            yield folder + b"/" + name, offset, size, -1
-        else:
-            yield name, offset, size, labels.get(stem_of(name), -1)
+        return ((name, offset, size, labels.get(stem_of(name), -1)) for name, offset, size in found), inner
+    return ((stem + b"/" + name, offset, size, -1) for name, offset, size in found), inner

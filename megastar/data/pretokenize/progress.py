@@ -1,88 +1,42 @@
-"""What a person sees of a long pretokenize: a bar on a terminal, a line a minute in a log."""
+"""Progress of a pretokenize run, over the finished shards of all processes and the shard in progress here."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megastar.data.shards.manifest import Manifest
-
-_LINE_EVERY = 60.0  # seconds
+from megastar.utils.progress_bar import ProgressBar, progress_bar
 
 
-class Finder:
-    """Says how many pictures a source has shown so far."""
+class ShardProgress:
+    """Counts images. Made by ``shard_progress``."""
 
-    def __init__(self, console: Console):
-        self.status = console.status("looking for pictures")
-
-    def __enter__(self) -> Finder:
-        self.status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.status.stop()
-
-    def report(self, pictures: int) -> None:
-        self.status.update(f"looking for pictures: {pictures}")
-
-
-class Bar:
-    """Progress of the whole set: the finished shards of all processes and the one at work here. ``with`` it."""
-
-    def __init__(self, console: Console, about: Manifest, sizes: Sequence[int]):
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("pictures, {task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        self.console, self.sizes, self.total = console, sizes, sum(sizes)
-        self.progress = Progress(*columns, console=console, speed_estimate_period=300)
-        what = f"pretokenize {about.made_by['subset']}".strip()
-        self.task = self.progress.add_task(what, total=self.total, rate="")
-        self.done: set[int] = set()  # shards
-        self.current = self.here = 0  # pictures: of the shard at work, and in all by this process
-        self.at_start: int | None = None
-        self.start = self.said = time.monotonic()
-
-    def __enter__(self) -> Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+    def __init__(self, bar: ProgressBar, sizes: Sequence[int]):
+        self.bar, self.sizes = bar, sizes
+        self.finished = 0  # images of finished shards
+        self.current = self.here = 0  # images: of the shard in progress, of all shards by this process
+        self.start = time.monotonic()
 
     @property
     def rate(self) -> float:
-        """Pictures a second by this process."""
+        """Images per second of this process."""
         return self.here / max(1e-9, time.monotonic() - self.start)
 
-    def finished(self, shards: Collection[int]) -> None:
-        """These shards are finished. The one at work is among them once it is."""
-        self.done.update(shards)
-        self.current = 0
-        self._show()
+    def finish(self, shards: Collection[int]) -> None:
+        """Set the finished shards; the one in progress is no longer counted apart."""
+        self.finished, self.current = sum(self.sizes[s] for s in shards), 0
+        self.advance(0)
 
-    def advance(self, pictures: int) -> None:
-        self.current += pictures
-        self.here += pictures
-        self._show()
+    def advance(self, images: int) -> None:
+        self.current += images
+        self.here += images
+        self.bar.update(self.finished + self.current, f"images, {self.rate:.3g}/s here")
 
-    def _show(self) -> None:
-        completed = sum(self.sizes[s] for s in self.done) + self.current
-        now = time.monotonic()
-        if self.at_start is None:
-            self.at_start = completed
-        speed = (completed - self.at_start) / max(1e-9, now - self.start)
-        self.progress.update(self.task, completed=completed, rate=f"{speed:.3g}/s")
-        if not self.console.is_terminal and now - self.said >= _LINE_EVERY:
-            self.said = now
-            left = f"{(self.total - completed) / speed / 60:.0f} min left" if speed else ""
-            self.console.print(
-                f"{completed} of {self.total} pictures, {speed:.3g}/s, {left}", markup=False, soft_wrap=True
-            )
+
+@contextmanager
+def shard_progress(console: Console, title: str, sizes: Sequence[int]) -> Iterator[ShardProgress]:
+    with progress_bar(console, title, sum(sizes)) as bar:
+        yield ShardProgress(bar, sizes)

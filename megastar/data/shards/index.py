@@ -1,11 +1,11 @@
-"""The binary index beside a shard: where each sample lies, so that opening one needs no walk over its headers.
+"""The binary index beside a shard: the position of each sample, so that opening a shard needs no walk over its headers.
 
 ``shard-00000.idx`` of ``shard-00000.tar``, little-endian:
 
     magic 8s, version u32, layout u32, samples u64, bytes of the tar u64, SHA-256 of the tar 32s,
-    dtype of the codes 8s, views u32, tokens u32, offsets (n,) i64, classes (n,) i64, SHA-256 of all before 32s
+    dtype of the codes 8s, views u32, tokens u32, offsets (n,) i64, classes (n,) i64, SHA-256 of everything before 32s
 
-It is never trusted: one that is missing, broken or of another tar is made again from the tar.
+An index that is missing, broken or of another tar is rebuilt from the tar.
 """
 
 from __future__ import annotations
@@ -13,33 +13,30 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megastar.data.shards.sample_parser import LAYOUTS, Expected
 from megastar.data.shards.tar_reader import BLOCK, Buffer
-
-if TYPE_CHECKING:
-    from megastar.data.storage.shard_info import ShardInfo
+from megastar.data.storage.shard_info import ShardInfo
 
 _MAGIC, _VERSION = b"MSTARIDX", 1
 _HEAD = struct.Struct("<8sIIQQ32s8sII")
 _DIGEST = 32
-_PROBES = 8  # arrays whose headers are looked at when a shard is opened
+_PROBES = 8  # arrays whose headers are checked when a shard is opened
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where each of a shard's n samples lies."""
+    """Position and class of each of a shard's n samples."""
 
-    offsets: np.ndarray  # (n,) int64, of the first code, in bytes from the tar's beginning
+    offsets: np.ndarray  # (n,) int64, of the first code, in bytes from the start of the tar
     labels: np.ndarray  # (n,) int64
 
 
-def pack_index(index: ShardIndex, info: ShardInfo, layout: str, dtype: str, views: int, tokens: int) -> bytes:
-    """The file of an index of the tar that ``info`` describes."""
-    body = _head(info, layout, dtype, views, tokens)
+def pack_index(index: ShardIndex, info: ShardInfo, layout: str, expected: Expected) -> bytes:
+    """The content of the index file of the tar that ``info`` describes."""
+    body = _head(info, layout, expected)
     body += index.offsets.astype("<i8").tobytes() + index.labels.astype("<i8").tobytes()
     return body + hashlib.sha256(body).digest()
 
@@ -47,12 +44,12 @@ def pack_index(index: ShardIndex, info: ShardInfo, layout: str, dtype: str, view
 def unpack_index(
     data: bytes | None, info: ShardInfo, layout: str, expected: Expected, tar: Buffer
 ) -> ShardIndex | None:
-    """The index in ``data``, or None unless it is whole and of this very tar: then it must be made again."""
+    """The index in ``data``; None, so that it must be rebuilt, unless it is complete and matches the tar."""
     n = info.samples
     if data is None or len(data) != _HEAD.size + 16 * n + _DIGEST:
         return None
     body = data[:-_DIGEST]
-    if not body.startswith(_head(info, layout, expected.dtype, expected.views, expected.tokens)):
+    if not body.startswith(_head(info, layout, expected)):
         return None
     if hashlib.sha256(body).digest() != data[-_DIGEST:]:
         return None
@@ -63,19 +60,16 @@ def unpack_index(
     return index if _fits(index, layout, expected.bytes, tar) else None
 
 
-def _head(info: ShardInfo, layout: str, dtype: str, views: int, tokens: int) -> bytes:
-    if not info.samples:
-        views = tokens = 0  # an empty shard knows none
-    digest = bytes.fromhex(info.sha256)
-    return _HEAD.pack(
-        _MAGIC, _VERSION, LAYOUTS.index(layout), info.samples, info.bytes, digest, dtype.encode(), views, tokens
-    )
+def _head(info: ShardInfo, layout: str, expected: Expected) -> bytes:
+    shape = (expected.views, expected.tokens) if info.samples else (0, 0)  # an empty shard has no shape
+    digest, dtype = bytes.fromhex(info.sha256), expected.dtype.encode()
+    return _HEAD.pack(_MAGIC, _VERSION, LAYOUTS.index(layout), info.samples, info.bytes, digest, dtype, *shape)
 
 
 def _fits(index: ShardIndex, layout: str, sample: int, tar: Buffer) -> bool:
-    """Look at some arrays: a tar that was replaced by another of the same size may have them elsewhere."""
+    """Check some array headers: a tar replaced by another of the same size may have its arrays elsewhere."""
     firsts = index.offsets
-    if layout == "packed":  # of a block only the first sample follows a header
+    if layout == "packed":  # only the first sample of a block follows a header
         firsts = firsts[np.diff(firsts, prepend=-1 - sample) != sample]
     places = np.linspace(0, len(firsts) - 1, min(_PROBES, len(firsts))).astype(np.int64)
     for offset in firsts[places]:

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a set of token shards holds. It comes last, so a set without one is unfinished."""
+"""``manifest.json``: the content of a set of token shards. It is written last: a set without one is unfinished."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,30 +17,30 @@ from megastar.data.storage.store import open_store
 from megastar.errors import UserError
 
 FORMAT = 1
-MAX_VIEWS = 1024  # a draw among them costs 8 bytes each, for each sample of a batch
+MAX_VIEWS = 1024  # drawing among them takes 8 bytes each, for each sample of a batch
 MAX_CODEBOOK = 2**16  # codes are stored as uint16
-_MOST = 2**45  # bytes of a shard, samples of a set: beyond it a number is nonsense
+_MAX_BYTES = 2**45  # of a shard
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """``manifest.json``: everything training must know before it opens a shard."""
+    """The content of ``manifest.json``: everything training needs before it opens a shard."""
 
     samples: int
     classes: list[str]  # name of each class, by number
     grid: int  # side of the token grid
     tokens: int  # T = grid * grid
-    views: int  # stored crops a picture
+    views: int  # stored crops per image
     codebook_size: int
     crops: str  # how the views were cut, e.g. "ten:1.1"
     image_size: int
-    tokenizer_sha256: str  # empty: a set of another writer, made with a tokenizer that nobody named
+    tokenizer_sha256: str  # empty: unknown, for a set of another writer
     shards: list[ShardInfo]
-    skipped: list[dict[str, str]] = field(default_factory=list)  # {"picture": key, "reason": sentence}
+    skipped: list[dict[str, str]] = field(default_factory=list)  # {"picture": key, "reason": message}
     made_by: dict[str, object] = field(
         default_factory=dict
-    )  # subset, seed, shard size, dtype, digest of the picture list
-    layout: str = "plain"  # how a shard holds its samples: LAYOUTS
+    )  # subset, seed, shard size, dtype, digest of the image list
+    layout: str = "plain"  # how a shard stores its samples: LAYOUTS
     dtype: str = "uint16"  # of the stored codes: DTYPES
     format: int = FORMAT
 
@@ -56,7 +55,7 @@ class Manifest:
 
     @property
     def expected(self) -> Expected:
-        """What every array of codes must be."""
+        """Type and shape of a sample's codes."""
         return Expected(self.dtype, self.views, self.tokens)
 
     def to_json(self) -> str:
@@ -64,7 +63,7 @@ class Manifest:
 
 
 def load_manifest(folder: str | Path, data: DataConfig | None = None) -> Manifest:
-    """Read manifest.json of a folder or s3:// URL. Raises ``UserError`` when it is missing, unfinished or not one."""
+    """Read manifest.json of a folder or s3:// URL. Raises ``UserError`` if it is missing or invalid."""
     return parse_manifest(open_store(folder, data))
 
 
@@ -73,14 +72,13 @@ def parse_manifest(store: Store) -> Manifest:
     text, path = store.manifest(), store.where(MANIFEST)
     try:
         data = json.loads(text)
-        found = data["format"]
-        if found != FORMAT:
-            raise UserError(f"{path} has format {found!r}, this version of megastar reads {FORMAT}: pretokenize again")
-        known = {f.name for f in fields(Manifest)}
-        manifest = Manifest(
-            **{k: v for k, v in data.items() if k in known and k != "shards"},
-            shards=[ShardInfo(**s) for s in data["shards"]],
-        )
+        if (version := data["format"]) != FORMAT:
+            raise UserError(
+                f"{path} has format {version!r:.80}, this version of megastar reads {FORMAT}: pretokenize again"
+            )
+        names = {f.name for f in fields(Manifest)}
+        data = {k: v for k, v in data.items() if k in names}
+        manifest = Manifest(**{**data, "shards": [ShardInfo(**s) for s in data["shards"]]})
         _check_types(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(f"{error}".split())[:200]
@@ -88,45 +86,39 @@ def parse_manifest(store: Store) -> Manifest:
             f"{path} is not a manifest of token shards ({type(error).__name__}: {reason}): pretokenize again"
         ) from error
     if problem := _problem(manifest):
-        raise UserError(f"{path} {problem}: pretokenize again")
+        raise UserError(f"{path} {problem[:500]}: pretokenize again")
     return manifest
 
 
 def _check_types(manifest: Manifest) -> None:
-    """Raise ``TypeError`` for a field of another type than it is declared with."""
-    _are(manifest, {"samples", "grid", "tokens", "views", "codebook_size", "image_size", "format"}, int)
-    _are(manifest, {"crops", "tokenizer_sha256", "layout", "dtype"}, str)
-    _are(manifest, {"classes", "skipped"}, list)
-    _are(manifest, {"made_by"}, dict)
-    for shard in manifest.shards:
-        _are(shard, {"name", "sha256"}, str)
-        _are(shard, {"samples", "bytes"}, int)
+    """Raise ``TypeError`` for a field whose value is not of its declared type."""
+    kinds = {"int": int, "str": str, "list": list, "dict": dict}
+    entries: list[Manifest | ShardInfo] = [manifest, *manifest.shards]
+    for entry in entries:
+        for f in fields(entry):
+            kind = kinds[str(f.type).partition("[")[0]]
+            if type(value := getattr(entry, f.name)) is not kind:  # isinstance would accept True as an int
+                raise TypeError(f"{f.name} is {value!r}, not of type {kind.__name__}")
     if not all(isinstance(c, str) for c in manifest.classes):
         raise TypeError("classes must be names")
     if not all(isinstance(s, dict) for s in manifest.skipped):
-        raise TypeError("skipped must name pictures")
-
-
-def _are(thing: Any, names: set[str], kind: type) -> None:
-    for name in sorted(names):
-        if type(value := getattr(thing, name)) is not kind:  # True is no number
-            raise TypeError(f"{name} is {value!r}, not of type {kind.__name__}")
+        raise TypeError("skipped must name images")
 
 
 def _problem(m: Manifest) -> str:
-    """What cannot be in a manifest, whatever its shards hold; else nothing."""
+    """What is impossible in a manifest, whatever its shards hold; else the empty string."""
     if m.layout not in LAYOUTS:
         return f"has layout {m.layout!r}, this version of megastar reads {' and '.join(LAYOUTS)}"
     if m.dtype not in DTYPES:
         return f"has codes of dtype {m.dtype!r}, this version of megastar reads {', '.join(DTYPES)}"
     if m.grid < 1 or m.tokens != m.grid**2:
-        return f"promises {m.tokens} tokens on a grid of {m.grid} x {m.grid}"
+        return f"declares {m.tokens} tokens on a grid of {m.grid} x {m.grid}"
     if not 1 <= m.views <= MAX_VIEWS or m.tokens > 2**20:
-        return f"promises {m.views} views of {m.tokens} tokens"
+        return f"declares {m.views} views of {m.tokens} tokens"
     if not 1 <= m.codebook_size <= MAX_CODEBOOK:
         return f"has a code book of {m.codebook_size}, not of 1 to {MAX_CODEBOOK} codes"
     if m.samples != sum(m.shard_sizes):
-        return f"promises {m.samples} samples and its shards {sum(m.shard_sizes)}"
+        return f"declares {m.samples} samples, its shards {sum(m.shard_sizes)}"
     if m.samples < 1:
         return "holds no samples"
     if not m.classes:
@@ -140,13 +132,13 @@ def _problem(m: Manifest) -> str:
             return f"names the shard {s.name} twice"
         if not re.fullmatch("[0-9a-f]{64}", s.sha256):
             return f"says {s.sha256[:80]!r} is the SHA-256 of {s.name}"
-        if not (0 <= s.bytes <= _MOST and 0 <= s.samples * sample <= s.bytes):
-            return f"promises {s.samples} samples of {sample} bytes in the {s.bytes} bytes of {s.name}"
+        if not (0 <= s.bytes <= _MAX_BYTES and 0 <= s.samples * sample <= s.bytes):
+            return f"declares {s.samples} samples of {sample} bytes in the {s.bytes} bytes of {s.name}"
         names.add(s.name)
     return ""
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether it names a tar of the folder itself, and nothing else."""
-    fine = name.isprintable() and not set(name) & set("/\\") and len(name.encode(errors="replace")) <= 250
-    return fine and name.endswith(".tar") and not name.startswith(".")
+    """Whether ``name`` is a visible .tar in the folder itself."""
+    plain = name.isprintable() and not set(name) & set("/\\") and len(name.encode(errors="replace")) <= 250
+    return plain and name.endswith(".tar") and not name.startswith(".")

@@ -1,5 +1,5 @@
-"""Reading token shards by position, a batch at a time. A tar that was cut, even at a member boundary, where tar readers
-see a clean end, no longer agrees with the manifest.
+"""Random access to the samples of token shards, a batch at a time. A truncated tar is found by the manifest's numbers,
+even if it was cut at a member boundary, where tar readers see a clean end.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from megastar.data.storage.shard_info import ShardInfo
 from megastar.data.storage.store import open_store
 from megastar.errors import UserError
 
-RESIDENT = 128 << 20  # bytes of shards that are read through their maps, which count as this process's memory
-_AT_ONCE = 1024  # samples whose views are read into one buffer
+RESIDENT = 128 << 20  # bytes of shards to read through maps, which count as memory of this process
+_SAMPLES_AT_ONCE = 1024  # that are read into one buffer
 
 
 @dataclass(frozen=True)
 class _Open:
-    """An open shard. A window is the codes of one view; one begins every ``stride`` bytes."""
+    """An open shard. A window is the codes of one view; a window starts every ``stride`` bytes."""
 
     file: BinaryIO
     map: mmap.mmap
     index: ShardIndex
     windows: np.ndarray  # (positions,) void, a view of the map
     stride: int
-    slot: int  # row of the tables
+    slot: int  # row of the tables of ``ShardSet``
 
 
 class ShardSet:
-    """Random access to the samples of a folder of shards, or of ``s3://bucket/prefix`` (``data``: cache and patience).
+    """Random access to the samples of a folder of shards or ``s3://bucket/prefix`` (``data``: cache and patience).
 
-    A sample's id is its place in the manifest's order: shard by shard, tar order within. At most ``max_open`` shards
-    are open at once. While these have at most ``resident`` bytes they are read through their maps, else by a call a
-    view: mapping pages and letting them go again would cost several times as much. The event ``stop`` ends a wait for
-    a shard with ``Stopped``. Not for several threads at once.
+    A sample's id is its position in the manifest's order: by shard, then in tar order. At most ``max_open`` shards are
+    open at once. Up to ``resident`` bytes of open shards are read through their maps, more than that by one call a
+    view, because mapping and dropping pages would cost several times as much. The event ``stop`` ends a wait for a
+    shard with ``Stopped``. Not thread-safe.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ShardSet:
         self._maps: OrderedDict[int, _Open] = OrderedDict()
         self._max_open = max(1, min(max_open, len(m.shards)))
         self._resident = resident
-        # Of the open shards, by slot: what a batch of many shards needs is looked up at once.
+        # Tables of the open shards, by slot, so that a batch of many shards is looked up at once.
         self._slots = np.full(len(m.shards), -1)
         self._offsets = np.empty((self._max_open, 0), np.int64)  # (slots, samples)
         self._labels = np.empty((self._max_open, 0), np.int64)  # (slots, samples)
@@ -101,7 +101,7 @@ class ShardSet:
         rows = np.argsort(shards, kind="stable")  # shard by shard
         ordered = shards[rows]
         cuts = np.concatenate([[0], np.flatnonzero(np.diff(ordered)) + 1, [B]])
-        for group in range(0, len(cuts) - 1, self._max_open):  # as many shards as may be open at once
+        for group in range(0, len(cuts) - 1, self._max_open):
             ends = cuts[group : group + self._max_open + 1].tolist()
             part = rows[ends[0] : ends[-1]]
             self._gather(part, ordered, ends, ids[part], views[part], codes, labels)
@@ -117,7 +117,7 @@ class ShardSet:
         codes: np.ndarray,
         labels: np.ndarray,
     ) -> None:
-        """The rows (b,) of shards that can be open together: ``ordered[ends[k]:ends[k + 1]]`` are of one."""
+        """Read the rows (b,) of at most ``max_open`` shards: ``ordered[ends[k]:ends[k + 1]]`` are one shard's."""
         for end in ends[:-1]:
             self.open(int(ordered[end]))
         shards = ordered[ends[0] : ends[-1]]
@@ -125,8 +125,8 @@ class ShardSet:
         labels[rows] = self._labels[slots, samples]
         places = self._offsets[slots, samples][:, None] + views * self._row  # (b, M)
         if sum(len(o.map) for o in self._maps.values()) > self._resident:
-            for first in range(0, len(rows), _AT_ONCE):
-                some = slice(first, first + _AT_ONCE)
+            for first in range(0, len(rows), _SAMPLES_AT_ONCE):
+                some = slice(first, first + _SAMPLES_AT_ONCE)
                 codes[rows[some]] = self._read_calls(shards[some], places[some])
             return
         for end, after in zip(ends[:-1], ends[1:], strict=True):
@@ -146,7 +146,7 @@ class ShardSet:
             found = list(map(os.preadv, map(files.__getitem__, numbers), parts, places.ravel().tolist()))
         except OSError as error:
             raise UserError(
-                f"token shards of {self.folder} cannot be read ({error.strerror}): mend the disk"
+                f"token shards of {self.folder} cannot be read ({error.strerror}): check the disk"
             ) from error
         if found.count(self._row) != b * M:
             shard = numbers[[got == self._row for got in found].index(False)]
@@ -164,7 +164,7 @@ class ShardSet:
         return codes
 
     def index(self, shard: int) -> ShardIndex:
-        """Where the samples of a shard lie, and their classes. Errors as ``open``."""
+        """Positions and classes of the samples of a shard. Errors as ``open``."""
         self.open(shard)
         return self._maps[shard].index
 
@@ -174,35 +174,32 @@ class ShardSet:
         return f"{self.manifest.shards[shard].name}, sample {sample_id - int(self.starts[shard])}"
 
     def sources(self, shard: int) -> list[str]:
-        """Name of the picture of each sample of a shard; the sample's key in sets that name none."""
+        """Name of the source image of each sample of a shard, or the sample's key if the set records none."""
         info, m = self.manifest.shards[shard], self.manifest
         where = self.store.where(info.name)
         return find_samples(self.open(shard), where, m.layout, m.expected, info.samples, sources=True).sources
 
     def close(self) -> None:
-        """Close the shards; arrays that still look into a map keep it alive. Ends the reading ahead."""
+        """Close the shards and stop reading ahead. Arrays that are views of a map keep it alive."""
         while self._maps:
             self._shut()
         self.store.close()
 
     def _shut(self) -> None:
-        """Close the shard that was not used for longest."""
+        """Close the least recently used shard."""
         shard, opened = self._maps.popitem(last=False)
         self._slots[shard] = -1
         opened.file.close()
 
     def open(self, shard: int) -> mmap.mmap:
-        """Map shard ``shard`` and check its size, its index and its count of samples.
-
-        Raises ``UserError`` for a cut or changed file.
-        """
+        """Map shard ``shard`` and check its size, index and number of samples. Raises ``UserError`` if it changed."""
         if (found := self._maps.get(shard)) is not None:
             self._maps.move_to_end(shard)
-            if (size := found.map.size()) != len(found.map):  # to read beyond a file's end kills the process
+            if (size := found.map.size()) != len(found.map):  # reading beyond it would be fatal
                 raise self._cut(self.manifest.shards[shard], size)
             return found.map
         info = self.manifest.shards[shard]
-        if len(self._maps) >= self._max_open:  # before the next one: a map keeps its shard in the cache
+        if len(self._maps) >= self._max_open:  # before the next is opened: an open shard stays in the cache
             self._shut()
         file = self.store.open(info, self.stop)
         try:
@@ -210,7 +207,7 @@ class ShardSet:
                 raise self._cut(info, size)
             data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
             index = self._index(data, info)
-            data.madvise(mmap.MADV_DONTNEED)  # what that looked at is no longer needed
+            data.madvise(mmap.MADV_DONTNEED)  # the walk touched every page
         except OSError as error:
             file.close()
             raise UserError(
@@ -220,27 +217,26 @@ class ShardSet:
             file.close()
             raise
         slot = min(set(range(self._max_open)) - {o.slot for o in self._maps.values()})
-        self._maps[shard] = self._seat(file, data, index, slot)
+        self._maps[shard] = self._register(file, data, index, slot)
         self._slots[shard] = slot
         return data
 
     def _cut(self, info: ShardInfo, size: int) -> UserError:
         return UserError(
-            f"token shard {self.store.where(info.name)} has {size} bytes, the manifest says {info.bytes}: it was cut or changed, {AGAIN}"
+            f"token shard {self.store.where(info.name)} has {size} bytes, the manifest records {info.bytes}: it was cut or changed, {AGAIN}"
         )
 
     def _index(self, data: mmap.mmap, info: ShardInfo) -> ShardIndex:
-        """The kept index, or else one from a walk over the tar, whose own end mark proves nothing."""
+        """The stored index, or else one from a walk over the tar."""
         m = self.manifest
         index = unpack_index(self.store.index(info), info, m.layout, m.expected, data)
         if index is None:
             index = walk_shard(data, self.store.where(info.name), m, info)
-            about = m.expected
-            self.store.keep_index(info, pack_index(index, info, m.layout, about.dtype, about.views, about.tokens))
+            self.store.keep_index(info, pack_index(index, info, m.layout, m.expected))
         return index
 
-    def _seat(self, file: BinaryIO, data: mmap.mmap, index: ShardIndex, slot: int) -> _Open:
-        """Enter an opened shard into the tables."""
+    def _register(self, file: BinaryIO, data: mmap.mmap, index: ShardIndex, slot: int) -> _Open:
+        """Add an opened shard to the tables."""
         n = len(index.offsets)
         if n > self._offsets.shape[1]:
             more = (self._max_open, n - self._offsets.shape[1])
@@ -254,10 +250,10 @@ class ShardSet:
 
 
 def walk_shard(data: mmap.mmap, where: str, manifest: Manifest, info: ShardInfo) -> ShardIndex:
-    """Find every sample of a shard by its headers. Raises ``UserError`` unless they are what the manifest says."""
+    """Find every sample of a shard by its headers. Raises ``UserError`` if they differ from the manifest."""
     found = find_samples(data, where, manifest.layout, manifest.expected, info.samples)
     if (n := len(found.offsets)) != info.samples:
         raise UserError(
-            f"token shard {where} holds {n} samples, the manifest says {info.samples}: it was cut or changed, {AGAIN}"
+            f"token shard {where} holds {n} samples, the manifest records {info.samples}: it was cut or changed, {AGAIN}"
         )
     return ShardIndex(found.offsets, found.labels)

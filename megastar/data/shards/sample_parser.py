@@ -1,7 +1,7 @@
-"""What the members of a shard mean. Both layouts and the sets of other writers are read here, from a walk over the tar.
+"""Finds the samples of a shard in a walk over the tar, for both layouts and for sets of other writers.
 
 plain   a sample is ``KEY.codes.npy`` (or ``KEY.npy``): the codes; ``KEY.cls``: its class in ASCII, else "label" in
-        ``KEY.json``; ``KEY.json``: {"source": name of the picture}, if there
+        ``KEY.json``; optionally ``KEY.json``: {"source": name of the image}
 packed  a block of n samples is ``KEY.codes.npy`` (n, views, T), ``KEY.cls.npy`` (n,), ``KEY.json`` {"sources": [...]}
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from megastar.data.shards.tar_reader import AGAIN, Buffer, Member, shown, walk
 from megastar.errors import UserError
 
-LAYOUTS = ("plain", "packed")  # in the index by their place here
+LAYOUTS = ("plain", "packed")  # the index stores the position in this tuple
 DTYPES = {
     "uint16": "<u2",
     "uint8": "|u1",
@@ -31,67 +31,69 @@ DTYPES = {
 _NPY = re.compile(
     rb"\{\s*'descr':\s*'([<|][ui]\d)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d, ]*)\),?\s*\}[ ]*\n?"
 )
-_KEY = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")  # webdataset's: up to the first dot of the last part
-_MOST_CLASSES = 1 << 20
-_AT_ONCE = 64 << 20  # bytes of a tar that are held as memory
-_LONGEST_NOTE = 64 << 20  # bytes of a json member
-_Headers = dict[bytes, tuple[str, tuple[int, ...]]]  # dtype and shape of an npy header that was parsed before
+_KEY = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")  # as in webdataset: up to the first dot of the last path component
+_MAX_CLASSES = 1 << 20
+_MAX_RESIDENT = 64 << 20  # bytes of a tar to keep in memory
+_MAX_JSON_BYTES = 64 << 20
+_Tables = dict[str, dict[str, Member]]  # kind of member -> key -> member
+_Headers = dict[bytes, tuple[str, tuple[int, ...]]]  # npy headers parsed before: dtype and shape
 
 
 @dataclass(frozen=True)
 class Array:
-    """An npy member, not read."""
+    """Position and type of an npy member."""
 
     dtype: str
     shape: tuple[int, ...]
-    start: int  # of the first number, in bytes from the tar's beginning
+    start: int  # of the first number, in bytes from the start of the tar
     name: str  # of the member
 
 
 @dataclass
 class Expected:
-    """What the codes of a set are: views x tokens of a dtype. ``why`` ends the message about those that are not."""
+    """Type and shape of a sample's codes; ``why`` ends the message about codes that differ."""
 
     dtype: str
     views: int
     tokens: int
-    why: str = "as the manifest says: pretokenize again"
+    why: str = "as the manifest records: pretokenize again"
 
     @property
     def bytes(self) -> int:
-        """Of one sample."""
         return self.views * self.tokens * np.dtype(DTYPES[self.dtype]).itemsize
 
 
 @dataclass
 class Samples:
-    """The n samples of a shard, in the tar's order."""
+    """The n samples of a shard, in tar order."""
 
     offsets: np.ndarray  # (n,) int64, of the first code
     labels: np.ndarray  # (n,) int64
     keys: list[str] = field(repr=False)
-    arrays: list[Array] = field(repr=False)  # that hold the codes: one a sample, or one a block
-    expected: Expected | None  # what all arrays are; None without samples
+    arrays: list[Array] = field(repr=False)  # of codes: one per sample or per block
+    expected: Expected | None  # of all arrays; None without samples
     sources: list[str] = field(default_factory=list, repr=False)
+
+
+def check_layout(layout: str) -> None:
+    """Raise ``UserError`` for an unknown layout."""
+    if layout not in LAYOUTS:
+        raise UserError(f"layout {layout!r} is unknown: use {' or '.join(LAYOUTS)}")
 
 
 def find_samples(
     data: Buffer, where: str, layout: str, expected: Expected | None, limit: int | None = None, sources: bool = False
 ) -> Samples:
-    """Walk the tar ``data`` and find its samples; their codes must be as ``expected``, or else as the first of them.
+    """Walk the tar ``data`` and find its samples; their codes must be as ``expected``, or all as the first sample's.
 
-    ``limit``: how many samples there may be. ``sources`` reads the names of the pictures too: the key, where the set
-    has none. Raises ``UserError``, naming file and member, for whatever is not as the layout wants it.
+    ``limit``: maximum number of samples. ``sources``: read the names of the source images too (the key if there is no
+    name). Raises ``UserError``, naming file and member, for anything that does not fit the layout.
     """
-    tables: dict[str, dict[str, Member]] = {"codes": {}, "classes": {}, "notes": {}}
+    tables: _Tables = {"codes": {}, "classes": {}, "notes": {}}
     arrays: dict[str, Array] = {}
     headers = _Headers({})
-    kinds = {
-        "codes.npy": "codes",
-        "npy": "codes",
-        "cls.npy" if layout == "packed" else "cls": "classes",
-        "json": "notes",
-    }
+    cls = "cls.npy" if layout == "packed" else "cls"
+    kinds = {"codes.npy": "codes", "npy": "codes", cls: "classes", "json": "notes"}
     for member in walk(data, where):
         match = _KEY.fullmatch(member.name)
         kind = kinds.get(match[2].lower()) if match else None
@@ -100,7 +102,7 @@ def find_samples(
         key, table = match[1], tables[kind]
         if key in table:
             raise UserError(
-                f"token shard {where} holds {shown(member.name)} twice, or beside {shown(table[key].name)}: a key must be of one sample"
+                f"token shard {where} holds {shown(member.name)} twice, or beside {shown(table[key].name)}: keys must be unique"
             )
         table[key] = member
         if kind == "codes":
@@ -108,44 +110,44 @@ def find_samples(
             expected = _compare(array, where, layout, expected)
             if limit is not None and len(arrays) > limit:
                 raise UserError(
-                    f"token shard {where} holds more than the {limit} samples that the manifest says: it was cut or changed, {AGAIN}"
+                    f"token shard {where} holds more than the {limit} samples of the manifest: it was cut or changed, {AGAIN}"
                 )
     for key, member in tables["classes"].items():
         if key not in arrays:
             raise UserError(f"token shard {where}: {shown(member.name)} has no codes, {shown(key)}.codes.npy: {AGAIN}")
     for key, array in arrays.items():
         if key not in tables["classes"] and (layout == "packed" or key not in tables["notes"]):
-            raise UserError(f"token shard {where}: {shown(array.name)} has no class, {shown(key)}.cls: write one")
+            raise UserError(f"token shard {where}: {shown(array.name)} has no class: write {shown(key)}.cls")
     if isinstance(data, mmap.mmap):
-        data.madvise(mmap.MADV_DONTNEED)  # the walk touched every part of it
-    read = _packed if layout == "packed" else _plain
-    return read(data, where, arrays, tables["classes"], tables["notes"], expected, sources)
+        data.madvise(mmap.MADV_DONTNEED)  # the walk touched every page
+    parse = _packed if layout == "packed" else _plain
+    return parse(data, where, arrays, tables, expected, sources)
 
 
 def check_codes(tar: mmap.mmap, found: Samples, where: str, codebook_size: int) -> None:
-    """Raise ``UserError`` for a code outside the code book. Reads all of the tar."""
+    """Raise ``UserError`` for a code outside the code book. Reads the whole tar."""
     held = 0
     for array in found.arrays:
         codes = np.frombuffer(tar, DTYPES[array.dtype], math.prod(array.shape), array.start)
         if codes.max() >= codebook_size or codes.min() < 0:
             wrong = codes.min() if codes.min() < 0 else codes.max()
             raise UserError(
-                f"token shard {where}: {shown(array.name)} holds code {wrong}, outside the code book of {codebook_size}: the tokenizer that made it has another code book"
+                f"token shard {where}: {shown(array.name)} holds code {wrong}, outside the code book of {codebook_size}: give the tokenizer that made it"
             )
         held += codes.nbytes
-        if held > _AT_ONCE:
+        if held > _MAX_RESIDENT:
             tar.madvise(mmap.MADV_DONTNEED)
             held = 0
 
 
-def check_classes(found: Samples, where: str, known: int | None) -> None:
-    """Raise ``UserError`` for a class outside the ``known`` ones; None: outside reason."""
-    outside = (found.labels < 0) | (found.labels >= (known if known is not None else _MOST_CLASSES))
+def check_classes(found: Samples, where: str, num_classes: int | None) -> None:
+    """Raise ``UserError`` for a class that is not below ``num_classes`` (None: a million)."""
+    limit = _MAX_CLASSES if num_classes is None else num_classes
+    outside = (found.labels < 0) | (found.labels >= limit)
     if outside.any():
         row = int(np.argmax(outside))
-        limit = f"0 to {known - 1}" if known is not None else f"0 to {_MOST_CLASSES - 1}"
         raise UserError(
-            f"token shard {where}: {shown(found.keys[row])} has class {found.labels[row]}, outside {limit}: correct it, or give all classes"
+            f"token shard {where}: {shown(found.keys[row])} has class {found.labels[row]}, outside 0 to {limit - 1}: correct it, or give all classes"
         )
 
 
@@ -155,11 +157,11 @@ def views_of(shape: tuple[int, ...]) -> tuple[int, int]:
         shape = shape[1:]
     if not 1 <= len(shape) <= 2 or 0 in shape:
         raise ValueError(shape)
-    return (1, *shape) if len(shape) == 1 else shape  # type: ignore[return-value]
+    return (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
 
 
 def _compare(array: Array, where: str, layout: str, expected: Expected | None) -> Expected:
-    """What was expected, or else is from now on."""
+    """``expected`` if the array is so, or what it is if nothing was expected. Raises ``UserError`` if it differs."""
     shape = array.shape
     try:
         if layout == "packed":
@@ -173,21 +175,14 @@ def _compare(array: Array, where: str, layout: str, expected: Expected | None) -
             return expected
         wanted = f"{expected.views} views of {expected.tokens} codes in {expected.dtype} {expected.why}"
     except ValueError:
-        wanted = f"({'samples, views, T' if layout == 'packed' else 'views, T'}): write it so"
+        wanted = f"({'samples, views, T' if layout == 'packed' else 'views, T'}): write that shape"
     raise UserError(f"token shard {where}: {shown(array.name)} is {array.dtype} of shape {array.shape}, not {wanted}")
 
 
 def _plain(
-    data: Buffer,
-    where: str,
-    arrays: dict[str, Array],
-    classes: dict[str, Member],
-    notes: dict[str, Member],
-    expected: Expected | None,
-    sources: bool,
+    data: Buffer, where: str, arrays: dict[str, Array], tables: _Tables, expected: Expected | None, sources: bool
 ) -> Samples:
-    labels = np.empty(len(arrays), np.int64)
-    names = []
+    classes, notes, labels, names = tables["classes"], tables["notes"], np.empty(len(arrays), np.int64), list[str]()
     for row, key in enumerate(arrays):
         note = _json(data, notes[key], where) if key in notes and (sources or key not in classes) else None
         labels[row] = _integer(data, classes[key], where) if key in classes else _label(note, notes[key], where)
@@ -197,14 +192,9 @@ def _plain(
 
 
 def _packed(
-    data: Buffer,
-    where: str,
-    arrays: dict[str, Array],
-    classes: dict[str, Member],
-    notes: dict[str, Member],
-    expected: Expected | None,
-    sources: bool,
+    data: Buffer, where: str, arrays: dict[str, Array], tables: _Tables, expected: Expected | None, sources: bool
 ) -> Samples:
+    classes, notes = tables["classes"], tables["notes"]
     offsets, labels, keys, names = [np.empty(0, np.int64)], [np.empty(0, np.int64)], list[str](), list[str]()
     for key, array in arrays.items():
         assert expected is not None
@@ -214,7 +204,7 @@ def _packed(
         found = _array(data, classes[key], where, _Headers({}))
         if found.shape != (n,):
             raise UserError(
-                f"token shard {where}: {shown(found.name)} has shape {found.shape}, not a class for each of {n} samples: {AGAIN}"
+                f"token shard {where}: {shown(found.name)} has shape {found.shape}, not one class for each of {n} samples: {AGAIN}"
             )
         labels.append(np.frombuffer(data, DTYPES[found.dtype], n, found.start).astype(np.int64))
         if sources:
@@ -227,16 +217,16 @@ def _packed(
 
 
 def _array(data: Buffer, member: Member, where: str, headers: _Headers) -> Array:
-    """Read the header of an npy member. Headers are the same from sample to sample: each is parsed once."""
+    """Read the header of an npy member. Samples share headers, so each distinct one is parsed once."""
     start, end = member.start, member.start + member.size
     head = data[start : min(start + 12, end)]
     wide = head[6:7] in (b"\2", b"\3")
     body = start + (12 if wide else 10)
     length = int.from_bytes(head[8 : body - start], "little")
     if head[:6] != b"\x93NUMPY" or body > end or length > 4096:
-        raise UserError(f"token shard {where}: {shown(member.name)} is not an array of numpy: write it with numpy.save")
+        raise UserError(f"token shard {where}: {shown(member.name)} is not a numpy array: write it with numpy.save")
     text = data[body : min(body + length, end)]
-    if (known := headers.get(text)) is None:
+    if (parsed := headers.get(text)) is None:
         match = _NPY.fullmatch(text)
         sizes = [int(word) for word in match[3].replace(b",", b" ").split() if len(word) < 16] if match else []
         dtype = {v: k for k, v in DTYPES.items()}.get(match[1].decode() if match else "")
@@ -244,11 +234,9 @@ def _array(data: Buffer, member: Member, where: str, headers: _Headers) -> Array
             raise UserError(
                 f"token shard {where}: {shown(member.name)} must hold integers in C order ({', '.join(DTYPES)}), its header says {shown(text[:200].decode(errors='backslashreplace').strip())}"
             )
-        known = headers[bytes(text)] = dtype, tuple(sizes)
-    dtype, shape = known
-    wanted = np.dtype(DTYPES[dtype]).itemsize
-    for n in shape:
-        wanted *= n
+        parsed = headers[bytes(text)] = dtype, tuple(sizes)
+    dtype, shape = parsed
+    wanted = np.dtype(DTYPES[dtype]).itemsize * math.prod(shape)
     if body + length + wanted != end:
         raise UserError(
             f"token shard {where}: {shown(member.name)} has {member.size} bytes, an array of {dtype} of shape {shape} has {body + length - start + wanted}: {AGAIN}"
@@ -259,13 +247,13 @@ def _array(data: Buffer, member: Member, where: str, headers: _Headers) -> Array
 def _integer(data: Buffer, member: Member, where: str) -> int:
     text = data[member.start : member.start + min(member.size, 64)].strip()
     if member.size > 64 or not text.removeprefix(b"-").isdigit() or len(text) > 18:
-        raise UserError(f"token shard {where}: {shown(member.name)} is not the number of a class: write it in digits")
+        raise UserError(f"token shard {where}: {shown(member.name)} is not a class number: write it in decimal digits")
     return int(text)
 
 
 def _json(data: Buffer, member: Member, where: str) -> object:
     try:
-        if member.size > _LONGEST_NOTE:
+        if member.size > _MAX_JSON_BYTES:
             raise ValueError(f"{member.size} bytes")
         return json.loads(data[member.start : member.start + member.size])
     except (ValueError, RecursionError) as error:
@@ -276,6 +264,6 @@ def _label(note: object, member: Member, where: str) -> int:
     label = note.get("label") if isinstance(note, dict) else None
     if type(label) is not int or abs(label) >= 2**62:
         raise UserError(
-            f'token shard {where}: {shown(member.name)} has no class: write a member .cls, or an integer "label" there'
+            f'token shard {where}: {shown(member.name)} has no class: write a .cls member, or an integer "label"'
         )
     return label

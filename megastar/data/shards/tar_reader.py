@@ -1,7 +1,7 @@
-"""Walking a tar in memory: strict, bounded, and nothing is ever extracted.
+"""A strict walk over a tar in memory; nothing is extracted.
 
-Every header's check sum and size are checked, and the walk only moves forward. What `tarfile` and `webdataset` write is
-read: ustar, GNU long names, pax paths and sizes. Links, devices and sparse files hold no samples and are refused.
+The checksum and size of every header are checked, and the walk only moves forward. It reads what `tarfile` and
+`webdataset` write: ustar, GNU long names, pax paths and sizes. Links, devices and sparse files are rejected.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from megastar.errors import UserError
 
 BLOCK = 512  # tar's unit
 AGAIN = "copy it again or pretokenize again"
-_LONGEST = 1 << 20  # bytes of an extended header: real ones have a few hundred
-_LONGEST_NAME = 4096
+_MAX_EXTENDED = 1 << 20  # bytes of an extended header: usual ones have a few hundred
+_MAX_NAME = 4096
 _STEP = 1 << 20
 _NUMBERS = (b"\0", b"0", b"7")
 _KINDS = {
@@ -35,15 +35,15 @@ class Member(NamedTuple):
     """A file of a tar."""
 
     name: str
-    start: int  # of its data, in bytes from the tar's beginning
+    start: int  # of its data, in bytes from the start of the tar
     size: int  # in bytes
 
 
 def walk(data: Buffer, where: str) -> Iterator[Member]:
-    """The files of the tar ``data`` in order; directories are passed over. ``where`` names the tar in messages.
+    """The files of the tar ``data`` in order, without directories. ``where`` names the tar in messages.
 
-    Raises ``UserError`` for a broken header, a member that ends beyond the file, a missing end mark (so a tar cut at
-    any place is found), data after it, a link or device, and a name that is absolute, leaves the folder or holds a NUL.
+    Raises ``UserError`` for a broken header, a member that ends beyond the file, a missing end mark (so a tar cut
+    anywhere is found), data after it, a link or device, and a name that is absolute, leaves the folder or holds a NUL.
     """
     position, end = 0, len(data)
     name: str | None = None  # from an extended header, for the next member
@@ -66,13 +66,13 @@ def walk(data: Buffer, where: str) -> Iterator[Member]:
                 found = name
             name = size = None
             position = _after(found, start, length, end, where)
-            if not found.endswith("/"):  # the oldest tars mark a directory so
+            if not found.endswith("/"):  # a directory in the oldest format
                 yield Member(_checked(found, where), start, length)
         elif kind == b"5":
             name = size = None
             position = start
         elif kind in (b"x", b"g", b"L", b"K"):
-            if length > _LONGEST:
+            if length > _MAX_EXTENDED:
                 raise UserError(
                     f"token shard {where} has an extended header of {length} bytes at byte {position}: {AGAIN}"
                 )
@@ -96,15 +96,15 @@ def walk(data: Buffer, where: str) -> Iterator[Member]:
 
 
 def shown(name: str) -> str:
-    """A name from afar as a message can hold it."""
+    """An untrusted name, escaped and shortened for a message."""
     text = name if name.isprintable() and name else repr(name)
     return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def _header(block: bytes, where: str, position: int) -> tuple[str, int, bytes]:
-    """Name, size and type. The check sum tells a header from data."""
+    """Name, size and type. The checksum distinguishes a header from data."""
     try:
-        # adler32's lower half is 1 + the sum of the bytes modulo 65521, and 256 bytes stay below that.
+        # The lower half of adler32 is 1 + the sum of the bytes modulo 65521; 256 bytes sum to less.
         total = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2
         if total - sum(block[148:156]) + 8 * 32 != _octal(block[148:156]):
             raise ValueError
@@ -125,14 +125,14 @@ def _octal(field: bytes) -> int:
 
 
 def _base_256(field: bytes) -> int:
-    """GNU's sizes from 8 GiB on."""
+    """GNU's encoding of sizes from 8 GiB."""
     if field[0] != 0x80:
         raise ValueError
     return int.from_bytes(field[1:], "big")
 
 
 def _after(name: str, start: int, size: int, end: int, where: str) -> int:
-    """Where the next header lies."""
+    """Position of the next header."""
     if start + size > end:
         raise UserError(f"token shard {where} ends inside {shown(name)}: it was cut, {AGAIN}")
     return start + -(-size // BLOCK) * BLOCK
@@ -166,13 +166,13 @@ def _text(name: bytes) -> str:
 
 
 def _checked(name: str, where: str) -> str:
-    if not name or len(name) > _LONGEST_NAME or "\0" in name or name.startswith("/") or ".." in name.split("/"):
+    if not name or len(name) > _MAX_NAME or "\0" in name or name.startswith("/") or ".." in name.split("/"):
         raise UserError(f"token shard {where} holds a member named {shown(name)}: names must be relative, without '..'")
     return name
 
 
 def _only_zeros(data: Buffer, position: int, where: str) -> None:
-    """After the end mark; two tars in one file would be read by halves."""
+    """Check that nothing follows the end mark: of two concatenated tars only the first would be read."""
     for at in range(position, len(data), _STEP):
         if any(part := data[at : at + _STEP]) and part.strip(b"\0"):
             raise UserError(f"token shard {where} goes on after its end mark at byte {position}: {AGAIN}")

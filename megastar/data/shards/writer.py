@@ -1,8 +1,8 @@
-"""Writing token shards: WebDataset tars with their index, whole or not there.
+"""Writes token shards: WebDataset tars with their index, atomically.
 
-plain: three members a sample, ``KEY.cls`` (the class, ASCII), ``KEY.codes.npy`` (uint16, (views, T)) and ``KEY.json``
-({"source": key of the picture}). packed: the same three a block of samples, ``KEY.codes.npy`` (uint16, (n, views, T)),
-``KEY.cls.npy`` (int64, (n,)) and ``KEY.json`` ({"sources": [...]}), KEY being the block's first.
+plain: three members per sample, ``KEY.cls`` (the class, ASCII), ``KEY.codes.npy`` (uint16, (views, T)) and ``KEY.json``
+({"source": key of the image}). packed: the same three members per block of samples, ``KEY.codes.npy`` (uint16, (n, views, T)),
+``KEY.cls.npy`` (int64, (n,)) and ``KEY.json`` ({"sources": [...]}), where KEY is that of the block's first sample.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ import numpy as np
 
 from megastar.data.shards.index import ShardIndex, pack_index
 from megastar.data.shards.manifest import MAX_CODEBOOK
-from megastar.data.shards.sample_parser import LAYOUTS
+from megastar.data.shards.sample_parser import Expected, check_layout
 from megastar.data.storage.shard_info import ShardInfo, index_name
 from megastar.errors import UserError
 from megastar.utils.files import sha256, sync_folder
 
 _BLOCK_SAMPLES = 256
-_BLOCK_BYTES = 1 << 20  # of codes: a reader of the tar as a stream holds one block
+_BLOCK_BYTES = 1 << 20  # of codes: a streaming reader holds one block in memory
 
 
 def open_writer(path: str | Path, layout: str = "plain") -> ShardWriter:
-    """The writer of one shard of that layout. Raises ``UserError`` for an unknown one."""
-    if layout not in LAYOUTS:
-        raise UserError(f"layout {layout!r} is unknown: use {' or '.join(LAYOUTS)}")
+    """The writer of one shard in ``layout``. Raises ``UserError`` for an unknown layout."""
+    check_layout(layout)
     return PackedWriter(path) if layout == "packed" else ShardWriter(path)
 
 
 class ShardWriter:
-    """Writes one shard, plain; it appears under its name only when the ``with`` block ends without an error.
+    """Writes one plain shard, which appears under its name when the ``with`` block ends without an error.
 
     The bytes depend on the samples alone: no times, no owners. Several processes may write the same shard at once.
     """
@@ -47,7 +46,7 @@ class ShardWriter:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.samples = 0
-        self.shape: tuple[int, ...] = ()  # views, T
+        self.shape: tuple[int, int] | None = None  # views, T
         unique = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
         self._temporary = self.path.with_name(self.path.name + unique)
         self._index = self.path.with_name(index_name(self.path.name))
@@ -61,12 +60,12 @@ class ShardWriter:
         return self
 
     def add(self, key: str, codes: np.ndarray, label: int, source: str) -> None:
-        """Append a sample: ``codes`` (views, T) integers below 65536, its class, the key of its picture."""
+        """Append a sample: ``codes`` (views, T) integers below 65536, its class, the key of its image."""
         assert "." not in key and codes.ndim == 2, (key, codes.shape)
-        assert self.shape in ((), codes.shape), (self.shape, codes.shape)
+        assert self.shape in (None, codes.shape), (self.shape, codes.shape)
         if codes.min() < 0 or codes.max() >= MAX_CODEBOOK:
             raise UserError(
-                f"code {int(codes.max())} of {source!r} does not fit in 16 bits: the code book may have {MAX_CODEBOOK} codes"
+                f"code {int(codes.max())} of {source!r} does not fit in 16 bits: use a tokenizer with at most {MAX_CODEBOOK} codes"
             )
         self.shape = codes.shape
         self._write(key, np.ascontiguousarray(codes, dtype="<u2"), int(label), source)
@@ -79,14 +78,14 @@ class ShardWriter:
         self._note(key, {"source": source})
 
     def _member(self, name: str, data: bytes) -> int:
-        """Append a member; where its data end."""
+        """Append a member and return the position of the end of its data."""
         member = tarfile.TarInfo(name)
         member.size, member.mode = len(data), 0o644
         self._tar.addfile(member, io.BytesIO(data))
         return self._tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + len(data)
 
     def _array(self, name: str, array: np.ndarray) -> int:
-        """Append an array; where its first number lies. numpy's headers have a multiple of 64 bytes: it is aligned."""
+        """Append an array and return the position of its first number, which numpy's header aligns to 64 bytes."""
         npy = io.BytesIO()
         np.lib.format.write_array(npy, array, version=(1, 0), allow_pickle=False)
         return self._member(name, npy.getvalue()) - array.nbytes
@@ -95,7 +94,7 @@ class ShardWriter:
         self._member(f"{key}.json", json.dumps(note, ensure_ascii=False).encode())
 
     def _finish(self) -> None:
-        """Before the tar's end."""
+        """Write what is still buffered."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -106,40 +105,32 @@ class ShardWriter:
                 self._tar.close()
                 self._file.flush()
                 os.fsync(self._file.fileno())
-                self._file.close()
                 self._describe()
-        except BaseException:
-            self._discard()
-            raise
-        if kind is not None:
-            self._discard()
-            return
-        self._temporary.replace(self.path)
-        self._temporary_index.replace(self._index)
-        sync_folder(self.path.parent)
+                self._temporary.replace(self.path)
+                self._temporary_index.replace(self._index)
+                sync_folder(self.path.parent)
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+            self._temporary_index.unlink(missing_ok=True)
 
     def _describe(self) -> None:
-        """Hash the tar and write its index, later than the tar itself."""
+        """Hash the tar and write its index, which must be newer than the tar."""
         self._info = ShardInfo(self.path.name, self.samples, self._temporary.stat().st_size, sha256(self._temporary))
-        views, tokens = self.shape or (0, 0)
+        expected = Expected("uint16", *(self.shape or (0, 0)))
         index = ShardIndex(np.array(self._offsets, np.int64), np.array(self._labels, np.int64))
         with self._temporary_index.open("wb") as f:
-            f.write(pack_index(index, self._info, self.layout, "uint16", views, tokens))
+            f.write(pack_index(index, self._info, self.layout, expected))
             f.flush()
             os.fsync(f.fileno())
 
-    def _discard(self) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-        self._temporary_index.unlink(missing_ok=True)
-
     def info(self) -> ShardInfo:
-        """What the manifest says about the finished shard."""
+        """The manifest's entry of the finished shard."""
         return self._info
 
 
 class PackedWriter(ShardWriter):
-    """As ``ShardWriter``, a member holding a block of samples in the order they were added."""
+    """As ``ShardWriter``, with a block of samples in each member, in the order they were added."""
 
     layout = "packed"
 

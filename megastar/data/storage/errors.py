@@ -6,12 +6,12 @@ from megastar.errors import UserError
 
 
 class CacheFull(UserError):
-    """The disk of the cache takes no shard: it is full, read-only or lost."""
+    """The disk of the cache cannot take a shard: it is full, read-only or failing."""
 
 
-class OutOfReach(UserError):
-    """The store did not answer for as long as it may."""
+class StoreUnreachable(UserError):
+    """The store sent nothing for as long as ``data.patience`` allows."""
 
 
 class Stopped(Exception):
-    """The reading was ended from outside."""
+    """The caller cancelled the read."""

@@ -1,4 +1,4 @@
-"""What every store of token shards offers: a folder (store.py) or S3 (s3_store.py)."""
+"""The interface of a store of token shards: a folder (store.py) or S3 (s3_store.py)."""
 
 from __future__ import annotations
 
@@ -16,44 +16,50 @@ class Store(Protocol):
 
     @property
     def remote(self) -> bool:
-        """Whether shards come through the cache."""
+        """Whether shards are read through the cache."""
 
-    said: str  # what was last said about a wait; empty: nothing
-    trouble: str  # what makes the reading slow as long as it lasts; empty: nothing
+    last_message: str  # the last message about a wait; empty if there was none
+    degraded: str  # why reading is slow at present; empty if it is not
 
     def where(self, name: str) -> str:
         """Path or URL of a file, for messages."""
 
     def manifest(self) -> bytes:
-        """manifest.json. Raises ``UserError`` when it cannot be had."""
+        """Content of manifest.json. Raises ``UserError`` if it cannot be read."""
 
     def open(self, info: ShardInfo, stop: threading.Event = NEVER) -> BinaryIO:
-        """A shard as a local file; it stays while the file or a map of it lives.
+        """A shard as a local file, which is kept while the file or a map of it exists.
 
-        ``stop`` ends a long wait with ``Stopped``. Raises ``UserError`` for one that is missing, changed or out of
-        reach.
+        ``stop`` cancels a wait with ``Stopped``. Raises ``UserError`` for a shard that is missing, changed or
+        unreachable.
         """
 
     def index(self, info: ShardInfo) -> bytes | None:
-        """The index that was kept of a shard, None without one. Nothing is promised: check it against the shard."""
+        """The stored index of a shard, None without one. Unchecked: compare it with the shard."""
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
-        """Keep the index of a shard for the next reader, where that is possible."""
+        """Store the index of a shard for later readers, where that is possible."""
 
-    def audit(self, info: ShardInfo) -> tuple[BinaryIO, str]:
-        """The shard as it is there now, past any cache and whatever its size, and its SHA-256. Errors as ``open``."""
+    def open_uncached(self, name: str) -> tuple[BinaryIO, str]:
+        """A shard as it is in the store now, whatever its size, and its SHA-256. Errors as ``open``."""
 
-    def audit_index(self, info: ShardInfo) -> bytes | None:
-        """As ``index``, past any cache."""
+    def index_uncached(self, info: ShardInfo) -> bytes | None:
+        """As ``index``, bypassing the cache."""
+
+    def names(self) -> list[str]:
+        """Names of all files of the store. Raises ``UserError`` for a store that does not exist."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small file. Raises ``UserError`` where that is not possible."""
 
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
-        """These will be opened next, in this order; what was announced before counts no longer."""
+        """Fetch these shards next, in this order, in the background. Replaces the previous list."""
 
     def check_room(self, shards: Iterable[ShardInfo]) -> None:
-        """Raise ``UserError`` unless all of these can be kept at once."""
+        """Raise ``UserError`` unless the cache can hold all of these at once."""
 
     def close(self) -> None:
-        """End what runs in the background. The store can be used again."""
+        """Stop the background threads. The store can be used again."""
 
 
 def is_remote(url: str | Path) -> bool:

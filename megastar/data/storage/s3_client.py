@@ -1,8 +1,8 @@
-"""Whole objects from S3, through cuts and outages. boto3 does the talking; the retries are here, for its own never
-cover the body of an answer.
+"""Whole objects and ranges from S3, through broken connections and outages. Requests go through boto3; retries are made
+here, because boto3's own never cover the body of a response.
 
 Endpoint, region and credentials come from where boto3 looks for them (AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID, ...).
-Where it finds no credentials, the requests are unsigned: public buckets need no setting.
+Without credentials the requests are unsigned, so public buckets need no setting.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from megastar.data.storage.errors import CacheFull, Stopped
-from megastar.data.storage.stall_timer import NEVER, PATIENCE, THREADS, StallTimer, run_in_threads, say_on_main
+from megastar.data.storage.stall_timer import NEVER, PATIENCE, THREADS, StallTimer, log_on_first_rank, run_in_threads
 from megastar.errors import UserError
 
-PART = 8 << 20  # bytes of a ranged GET at least, four times that at most: each costs 3 ms of a core
-PAGE = 1000  # objects of one listing: S3's most
+T = TypeVar("T")
+PART = 8 << 20  # minimum bytes of a ranged GET (the maximum is four times that): each costs 3 ms of a core
+PAGE = 1000  # objects of one listing: S3's maximum
 _CHUNK = 1 << 20
-_GLANCE = 10.0  # seconds
-_LONGEST_PAUSE = 10.0  # seconds: so soon after an outage the run goes on
-_random = random.Random()  # its own: the pauses must not move anybody's draws
+_TRY_GET_TIMEOUT = 10.0  # seconds
+_LONGEST_PAUSE = 10.0  # seconds between retries
+_random = random.Random()  # independent of the global generator, whose state belongs to the caller
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -42,12 +43,12 @@ def split_url(url: str) -> tuple[str, str]:
 class S3Folder:
     """The objects below s3://bucket/prefix. Raises ``UserError`` for a URL or settings that boto3 cannot use.
 
-    Every call waits out cuts and outages of up to ``patience`` seconds; ``say`` takes the lines about them. What no
-    retry mends is a ``UserError`` at once.
+    Every call retries through broken connections and outages of up to ``patience`` seconds; ``report`` is called with
+    the messages about them. Permanent errors raise ``UserError`` at once.
     """
 
-    def __init__(self, url: str, patience: float = PATIENCE, say: Callable[[str], None] | None = None):
-        self.url, self.patience, self.say = url.rstrip("/"), patience, say or say_on_main
+    def __init__(self, url: str, patience: float = PATIENCE, report: Callable[[str], None] = log_on_first_rank):
+        self.url, self.patience, self.report = url.rstrip("/"), patience, report
         self.bucket, self.prefix = split_url(url)
         import boto3
         from botocore import UNSIGNED
@@ -55,11 +56,11 @@ class S3Folder:
         from botocore.exceptions import BotoCoreError
 
         options: dict[str, Any] = {
-            "retries": {"total_max_attempts": 1, "mode": "standard"},  # ours know when bytes came
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
             "connect_timeout": 10,
             "read_timeout": 20,
             "max_pool_connections": 4 * THREADS,
-            "response_checksum_validation": "when_required",  # a range has no checksum to compare
+            "response_checksum_validation": "when_required",  # ranges have no checksum
         }
         try:
             session = boto3.session.Session()
@@ -69,7 +70,7 @@ class S3Folder:
             self.client = session.client("s3", config=Config(**options))
         except (BotoCoreError, ValueError) as error:
             raise UserError(f"{url} cannot be read ({error}): correct the AWS_... settings") from error
-        self.endpoint = self.client.meta.endpoint_url
+        self.endpoint: str = self.client.meta.endpoint_url
 
     def url_of(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -77,204 +78,170 @@ class S3Folder:
     def key_of(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
-    def stall(self, name: str, stop: threading.Event = NEVER, say: Callable[[str], None] | None = None) -> StallTimer:
-        """The clock of one wait for object ``name``; ``stop`` ends it with ``Stopped``."""
-        return StallTimer(self.url_of(name), self.endpoint, self.patience, say or self.say, stop)
+    def timer(
+        self, name: str, stop: threading.Event = NEVER, report: Callable[[str], None] | None = None
+    ) -> StallTimer:
+        """The stall timer of one wait for object ``name``; ``stop`` ends the wait with ``Stopped``."""
+        return StallTimer(self.url_of(name), self.endpoint, self.patience, report or self.report, stop)
 
-    def list(self, stall: StallTimer | None = None) -> list[tuple[str, int, str]]:
-        """Name (below the prefix), bytes and ETag of every object, by name. An empty prefix has none."""
-        stall, start = stall or self.stall(""), self.key_of("")
+    def list(self) -> list[tuple[str, int, str]]:
+        """Name (below the prefix), bytes and ETag of every object, sorted by name. Empty for an empty prefix."""
+        timer, start = self.timer(""), self.key_of("")
         found: list[tuple[str, int, str]] = []
-        page: dict[str, Any] = {}
+        page: dict[str, Any] = {"IsTruncated": True}
+        token: dict[str, str] = {}
 
-        def ask() -> dict[str, Any]:
-            answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix=start, MaxKeys=PAGE, **page)
-            stall.moved()
-            return answer
+        def next_page() -> dict[str, Any]:
+            return dict(self.client.list_objects_v2(Bucket=self.bucket, Prefix=start, MaxKeys=PAGE, **token))
 
-        def walk() -> None:
-            while True:
-                answer = self._patiently("", stall, ask)
-                for item in answer.get("Contents", ()):
-                    if name := item["Key"][len(start) :]:
-                        found.append((name, int(item["Size"]), item["ETag"]))
-                if not answer.get("IsTruncated"):
-                    return
-                page["ContinuationToken"] = answer["NextContinuationToken"]
-
-        run_in_threads([walk], stall)
+        while page["IsTruncated"]:
+            page = {"IsTruncated": False, **self._call("", timer, next_page)}
+            found += [(n, int(o["Size"]), o["ETag"]) for o in page.get("Contents", ()) if (n := o["Key"][len(start) :])]
+            token = {"ContinuationToken": page.get("NextContinuationToken", "")}
         return sorted(found)
 
-    def read(
-        self,
-        name: str,
-        start: int = 0,
-        end: int | None = None,
-        stall: StallTimer | None = None,
-        etag: str | None = None,
-    ) -> bytes:
-        """Bytes ``start`` to ``end`` (None: the last) of an object, of its version ``etag`` (None: whichever is there).
-
-        Raises ``UserError`` when it is no longer that version, or ends before ``end``.
-        """
-        stall = stall or self.stall(name)
-        if etag is None or end is None:
-            found: list[tuple[str, int]] = []
-            run_in_threads([lambda: found.append(self.head(name, stall))], stall)
-            if etag is not None and found[0][0] != etag:
-                raise self.changed(name)
-            etag, size = found[0]
-            end = size if end is None else end
-            if end > size:
-                raise UserError(
-                    f"{self.url_of(name)} has {size} bytes, {end} are asked for: it was cut or changed, upload it again"
-                )
-        sink = _Memory(end - start)
-        jobs = [
-            partial(self._part, name, etag, at, min(at + PART, end), sink, stall, start)
-            for at in range(start, end, PART)
-        ]
-        if jobs:
-            run_in_threads(jobs, stall)
+    def read(self, name: str, start: int, end: int, etag: str) -> bytes:
+        """Bytes ``start`` to ``end`` of version ``etag`` of an object. Raises ``UserError`` if it has changed."""
+        sink, timer = _MemorySink(start, end), self.timer(name)
+        starts = range(start, end, PART)
+        jobs = [partial(self._read_part, name, etag, at, min(at + PART, end), sink, timer) for at in starts]
+        run_in_threads(jobs, timer)
         return bytes(sink.data)
 
-    def try_get(self, name: str, most: int) -> bytes | None:
-        """A small object that may be missing: one attempt, None where it fails, is larger than ``most`` bytes, or does
-        not come within seconds: a rank at its end must not wait for it."""
+    def try_get(self, name: str, max_bytes: int) -> bytes | None:
+        """A small optional object, in one attempt. None if that fails, takes more than ten seconds (it may run at the
+        exit of a rank), or the object is larger than ``max_bytes``."""
         found: list[bytes] = []
 
-        def ask() -> None:
-            with suppress(Exception):  # it is only a help: what ails the store is said when a shard is wanted
-                answer = self.client.get_object(Bucket=self.bucket, Key=self.key_of(name))
-                with closing(answer["Body"]) as body:
-                    if answer["ContentLength"] <= most:
+        def get() -> None:
+            with suppress(Exception):  # a problem of the store is reported when a shard is read
+                response = self.client.get_object(Bucket=self.bucket, Key=self.key_of(name))
+                with closing(response["Body"]) as body:
+                    if response["ContentLength"] <= max_bytes:
                         found.append(body.read())
 
-        thread = threading.Thread(target=ask, name="s3-try_get", daemon=True)
+        thread = threading.Thread(target=get, name="s3-try_get", daemon=True)
         thread.start()
-        thread.join(_GLANCE)
+        thread.join(_TRY_GET_TIMEOUT)
         return found[0] if found else None
 
-    def put(self, name: str, data: bytes, stall: StallTimer | None = None) -> None:
-        """Write a small object whole."""
-        stall = stall or self.stall(name)
-        job = partial(self.client.put_object, Bucket=self.bucket, Key=self.key_of(name), Body=data)
-        run_in_threads([lambda: self._patiently(name, stall, job)], stall)
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small object."""
+        put = partial(self.client.put_object, Bucket=self.bucket, Key=self.key_of(name), Body=data)
+        self._call(name, self.timer(name), put)
 
-    def fetch(self, name: str, out: BinaryIO, size: int | None, stall: StallTimer) -> str:
-        """Write object ``name`` to ``out``; ``size`` (None: any) is what it must have. Returns its SHA-256.
+    def fetch(self, name: str, out: BinaryIO, size: int | None, timer: StallTimer) -> str:
+        """Write object ``name`` to ``out`` and return its SHA-256; ``size`` is its expected size (None: any).
 
-        Errors are those of ``StallTimer``, and ``UserError`` at once for what no retry mends.
+        Raises the errors of ``StallTimer``, and ``UserError`` at once for permanent errors.
         """
-        found: list[tuple[str, int]] = []
-        run_in_threads([lambda: found.append(self.head(name, stall))], stall)
-        etag, there = found[0]
-        if size is not None and there != size:
+        etag, found = self._call(name, timer, lambda: self.head(name))
+        if size is not None and found != size:
             raise UserError(
-                f"{self.url_of(name)} has {there} bytes, the manifest says {size}: it was cut or changed, upload it again"
+                f"{self.url_of(name)} has {found} bytes, the manifest records {size}: it was cut or changed, upload it again"
             )
-        sink = _Sink(out)
+        sink = _FileSink(out)
         try:
-            part = min(max(PART, -(-there // THREADS)), 4 * PART)
-            starts = range(0, there, part)
-            jobs = [partial(self._part, name, etag, start, min(start + part, there), sink, stall) for start in starts]
-            run_in_threads(jobs, stall, sink.hash_some)  # the hash keeps up with the network
+            part = min(max(PART, -(-found // THREADS)), 4 * PART)
+            starts = range(0, found, part)
+            jobs = [partial(self._read_part, name, etag, at, min(at + part, found), sink, timer) for at in starts]
+            run_in_threads(jobs, timer, sink.hash_some)  # hashing overlaps with the download
             while sink.hash_some():
                 pass
             return sink.digest.hexdigest()
         finally:
             sink.close()
 
-    def head(self, name: str, stall: StallTimer | None = None) -> tuple[str, int]:
-        """ETag and bytes of an object. A GET of one byte: the answer to a HEAD does not say why it fails.
-
-        Without ``stall`` one attempt, whose error comes out as it is.
-        """
+    def head(self, name: str) -> tuple[str, int]:
+        """ETag and bytes of an object, in one attempt. A GET of one byte: the error of a HEAD has no reason."""
         from botocore.exceptions import ClientError
 
-        def once() -> tuple[str, int]:
-            try:
-                answer = self._get(name, 0, 1)
-            except ClientError as error:
-                if error.response["ResponseMetadata"]["HTTPStatusCode"] == 416:  # an empty object has no first byte
-                    return "", 0
-                raise
-            answer["Body"].read()
-            return answer["ETag"], int(answer["ContentRange"].rpartition("/")[2])
+        try:
+            response = self._get(name, 0, 1)
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 416:  # an empty object has no first byte
+                return "", 0
+            raise
+        response["Body"].read()
+        return response["ETag"], int(response["ContentRange"].rpartition("/")[2])
 
-        return self._patiently(name, stall, once) if stall else once()
-
-    def _get(self, name: str, start: int, end: int, **only: str) -> dict[str, Any]:
-        key = self.key_of(name)
-        answer = self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{end - 1}", **only)
-        if not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
+    def _get(self, name: str, start: int, end: int, **condition: str) -> dict[str, Any]:
+        key, span = self.key_of(name), f"bytes={start}-{end - 1}"
+        response: dict[str, Any] = self.client.get_object(Bucket=self.bucket, Key=key, Range=span, **condition)
+        if not response.get("ContentRange", "").startswith(f"bytes {start}-"):
             raise UserError(
-                f"{self.endpoint} does not answer ranged GETs ({self.url_of(name)}): use an S3 server that does"
+                f"{self.endpoint} does not support ranged GETs ({self.url_of(name)}): use an S3 server that does"
             )
-        return answer
+        return response
 
-    def _part(
-        self, name: str, etag: str, start: int, end: int, sink: _Sink | _Memory, stall: StallTimer, origin: int = 0
+    def _read_part(
+        self, name: str, etag: str, start: int, end: int, sink: _FileSink | _MemorySink, timer: StallTimer
     ) -> None:
-        """Bytes ``start`` to ``end``, going on after a cut where it cut; the sink's first byte is ``origin``."""
+        """Write bytes ``start`` to ``end`` to the sink; a retry continues where the connection broke."""
         at = start
 
-        def once() -> None:
+        def attempt() -> None:
             nonlocal at
-            answer = self._get(name, at, end, IfMatch=etag)
-            if answer["ETag"] != etag:  # a server that does not know If-Match
+            response = self._get(name, at, end, IfMatch=etag)
+            if response["ETag"] != etag:  # a server that ignores If-Match
                 raise self.changed(name)
-            body, size = answer["Body"], min(_CHUNK, 1 << 16)
-            try:
+            with closing(response["Body"]) as body:
+                size = min(_CHUNK, 1 << 16)
                 while at < end:
-                    if stall.over.is_set():
+                    if timer.cancelled.is_set():
                         raise Stopped
-                    asked = time.monotonic()
+                    began = time.monotonic()
                     chunk = body.read(min(size, end - at))
                     if not chunk:
-                        raise OSError(f"the answer ended {end - at} bytes early")
-                    sink.write(chunk, at - origin)
+                        raise OSError(f"the response ended {end - at} bytes early")
+                    sink.write(chunk, at)
                     at += len(chunk)
-                    stall.moved(len(chunk))
-                    took = time.monotonic() - asked  # a read returns when it is full: at a crawl, ask for less
-                    size = min(2 * size, _CHUNK) if took < 0.1 else max(size // 2, 1 << 12) if took > 1 else size
-            finally:
-                body.close()
+                    timer.progress(len(chunk))
+                    seconds = time.monotonic() - began  # a read returns when it is full: ask for less when it is slow
+                    size = min(2 * size, _CHUNK) if seconds < 0.1 else max(size // 2, 1 << 12) if seconds > 1 else size
 
-        self._patiently(name, stall, once)
+        self._with_retries(name, timer, attempt)
 
-    def _patiently(self, name: str, stall: StallTimer, once: Callable[[], Any]) -> Any:
-        """``once``, until it returns; what may pass is noted and waited out, what will not is raised."""
+    def _call(self, name: str, timer: StallTimer, request: Callable[[], T]) -> T:
+        """The result of ``request``, with retries, in a thread that the timer watches."""
+        found: list[T] = []
+        run_in_threads([lambda: found.append(self._with_retries(name, timer, request))], timer)
+        timer.progress()
+        return found[0]
+
+    def _with_retries(self, name: str, timer: StallTimer, request: Callable[[], T]) -> T:
+        """Call ``request`` until it succeeds, or raises a permanent error."""
         failures = 0
-        while not stall.over.is_set():
-            moves = stall.moves
+        while not timer.cancelled.is_set():
+            before = timer.progress_count
             try:
-                return once()
+                return request()
             except Exception as error:
-                stall.failed(self.passing(error, name))
-            failures = 1 if stall.moves > moves else failures + 1
+                self.raise_if_permanent(error, name)
+                timer.failed(error)
+            failures = 1 if timer.progress_count > before else failures + 1
             pause = min(_LONGEST_PAUSE, 0.1 * 2 ** min(failures, 10))
-            stall.over.wait(pause * _random.uniform(0.5, 1.0))
+            timer.cancelled.wait(pause * _random.uniform(0.5, 1.0))
         raise Stopped
 
-    def passing(self, error: Exception, name: str) -> Exception:
-        """An error that may pass; raises a ``UserError`` in place of one that will not, and any other as it is."""
+    def raise_if_permanent(self, error: Exception, name: str) -> None:
+        """Return if a retry after ``error`` may succeed. Otherwise raise a ``UserError`` that explains the error, or
+        the error itself if it is not one of a store."""
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
         from botocore.parsers import ResponseParserError
         from urllib3.exceptions import HTTPError
 
         if isinstance(error, ClientError):
-            if sentence := self._refusal(error, name):
-                raise UserError(sentence) from error
+            if message := self._permanent_error(error, name):
+                raise UserError(message) from error
         elif isinstance(error, (ParamValidationError, NoCredentialsError)):
             reason = " ".join(str(error).split())
-            raise UserError(f"{self.url_of(name)} cannot be asked for ({reason}): correct the URL") from error
+            raise UserError(f"{self.url_of(name)} cannot be requested ({reason}): correct the URL") from error
         elif not isinstance(error, (BotoCoreError, HTTPError, ResponseParserError, OSError, http.client.HTTPException)):
             raise error
-        return error
 
-    def _refusal(self, error: Any, name: str) -> str:
-        """The sentence for an answer that will stay the same, else the empty string."""
+    def _permanent_error(self, error: Any, name: str) -> str:
+        """The message for a response that a retry does not change, else the empty string."""
         code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
         url = self.url_of(name)
         if code == "NoSuchBucket":
@@ -293,21 +260,21 @@ class S3Folder:
 
     def changed(self, name: str) -> UserError:
         return UserError(
-            f"{self.url_of(name)} was changed while it was read: restore it, or start a new run on shards that stay"
+            f"{self.url_of(name)} changed while it was read: restore it, or start a new run on shards that do not change"
         )
 
 
-class _Sink:
-    """A file to which several threads write, and one hashes. A thread that comes late, after ``close``, writes nothing."""
+class _FileSink:
+    """A file written by several threads and hashed by one. Writes after ``close`` raise ``Stopped``."""
 
     def __init__(self, out: BinaryIO):
         self._fd: int | None = out.fileno()
         self._lock = threading.Lock()
         self.digest, self._hashed = hashlib.sha256(), 0
-        self._pieces: dict[int, int] = {}  # first byte -> end, of what was written and is not hashed
+        self._pieces: dict[int, int] = {}  # first byte -> end, of what is written and not yet hashed
 
     def hash_some(self) -> bool:
-        """Hash the next piece; False where it has not come yet. For one thread."""
+        """Hash the next piece; False if it is not there yet. Call it from one thread."""
         end = self._pieces.pop(self._hashed, 0)
         if not end:
             return False
@@ -326,9 +293,9 @@ class _Sink:
                     n = os.pwrite(self._fd, view, end)
                     view, end = view[n:], end + n
                 self._pieces[at] = end
-            except OSError as error:  # the disk's, not the network's
+            except OSError as error:  # of the disk, not of the network
                 raise CacheFull(
-                    f"the cache cannot be written ({error.strerror}): make room, or name another data.cache"
+                    f"the cache cannot be written ({error.strerror}): free some space, or name another data.cache"
                 ) from error
 
     def close(self) -> None:
@@ -336,11 +303,11 @@ class _Sink:
             self._fd = None
 
 
-class _Memory:
-    """Bytes to which several threads write."""
+class _MemorySink:
+    """Bytes ``start`` to ``end`` of an object, written by several threads."""
 
-    def __init__(self, size: int):
-        self.data = bytearray(size)
+    def __init__(self, start: int, end: int):
+        self.start, self.data = start, bytearray(end - start)
 
     def write(self, data: bytes, at: int) -> None:
-        self.data[at : at + len(data)] = data
+        self.data[at - self.start : at - self.start + len(data)] = data

@@ -15,132 +15,131 @@ from megastar.config.schema import DataConfig
 from megastar.data.storage.errors import CacheFull
 from megastar.data.storage.s3_client import S3Folder
 from megastar.data.storage.shard_cache import ShardCache
-from megastar.data.storage.shard_info import MANIFEST, MOST_OF_MANIFEST, ShardInfo, index_name, most_of_index
-from megastar.data.storage.stall_timer import NEVER, SAY_EVERY, StallTimer, run_in_threads, say_on_main
+from megastar.data.storage.shard_info import MANIFEST, MAX_MANIFEST_BYTES, ShardInfo, index_name, max_index_bytes
+from megastar.data.storage.stall_timer import NEVER, REPORT_EVERY, StallTimer, log_on_first_rank, run_in_threads
 from megastar.errors import UserError
 
-_FETCHERS = 3  # shards that are read ahead at once
-
-
-_SPARE = 1 << 30  # bytes of memory that shards do not take
-
-
-_POLL = 0.02  # seconds between looks at what another process of the node fetches
+_FETCHERS = 3  # threads that read ahead, one shard each
+_SPARE = 1 << 30  # bytes of memory to leave free
+_POLL = 0.02  # seconds between checks for a shard that another process fetches
 
 
 def available_memory() -> int:
-    """Bytes that the kernel says processes may still take; without its word, all there are."""
+    """Bytes that processes may still allocate by the kernel's estimate, or else all of the memory."""
     with suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as f:
         return 1024 * int(next(line for line in f if line.startswith("MemAvailable")).split()[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class S3Store:
-    """``s3://bucket/prefix`` through a cache of the node.
+    """``s3://bucket/prefix`` through a cache on the node.
 
-    However many processes of a node ask for a shard, one fetches it. An outage makes the readers wait; the main rank
-    says so every ten seconds, and after ``data.patience`` seconds they end with a ``UserError``. Where the disk of the
-    cache takes nothing, each process keeps the shards that it reads in memory.
+    A shard is fetched once a node, however many processes read it. During an outage the readers wait; the first rank
+    logs that every ten seconds, and after ``data.patience`` seconds the wait ends with a ``UserError``. While the
+    cache's disk cannot be written, each process buffers its shards in memory.
     """
 
     remote = True
 
     def __init__(self, url: str, data: DataConfig):
-        self.said = self.trouble = ""
-        self.s3 = S3Folder(url, data.patience, self._say)
-        self.folder, self.bound = data.cache, int(data.cache_gib * 2**30)
+        self.last_message = self.degraded = ""
+        self.s3 = S3Folder(url, data.patience, self._report)
+        self.cache_folder, self.max_bytes = data.cache, int(data.cache_gib * 2**30)
         self._cache: ShardCache | None = None
         self._changed = threading.Condition()
         self._wanted: deque[ShardInfo] = deque()
-        self._first: ShardInfo | None = None  # of what was announced: till it is here, it has the network for itself
+        self._first: ShardInfo | None = None  # of ``_wanted``: fetched before, not beside, the others
         self._closed = threading.Event()
         self._fetchers: list[threading.Thread] = []
 
-    def _say(self, line: str) -> None:
-        self.said = line
-        say_on_main(line)
+    def _report(self, message: str) -> None:
+        self.last_message = message
+        log_on_first_rank(message)
 
     @property
     def cache(self) -> ShardCache:
-        """Made when the first shard is wanted: a manifest needs none."""
+        """Made on first use: reading a manifest needs no cache."""
         with self._changed:
             if self._cache is None:
-                self._cache = ShardCache(self.folder, self.bound)
+                self._cache = ShardCache(self.cache_folder, self.max_bytes)
             return self._cache
 
     def where(self, name: str) -> str:
         return self.s3.url_of(name)
 
     def manifest(self) -> bytes:
-        with tempfile.TemporaryFile() as f:
-            self.s3.fetch(MANIFEST, f, None, self.s3.stall(MANIFEST))
-            if f.seek(0, os.SEEK_END) > MOST_OF_MANIFEST:
-                raise UserError(f"{self.where(MANIFEST)} has over {MOST_OF_MANIFEST >> 20} MiB: upload it again")
+        f, _ = self.open_uncached(MANIFEST)
+        with f:
+            if os.fstat(f.fileno()).st_size > MAX_MANIFEST_BYTES:
+                raise UserError(
+                    f"{self.where(MANIFEST)} is larger than {MAX_MANIFEST_BYTES >> 20} MiB: upload it again"
+                )
             f.seek(0)
             return f.read()
 
     def open(self, info: ShardInfo, stop: threading.Event = NEVER) -> BinaryIO:
-        stall = self.s3.stall(info.name, stop)
-        activity, asked = 0, time.monotonic()
+        timer = self.s3.timer(info.name, stop)
+        activity, checked_at = 0, time.monotonic()
         while True:
             if f := self.cache.open(info):
                 return f
             try:
                 if part := self.cache.claim(info):
-                    f = self._fetch(info, part, stall, must=True)
+                    f = self._fetch(info, part, timer, required=True)
                     assert f is not None
-                    self.trouble = ""
+                    self.degraded = ""
                     return f
             except CacheFull as full:
-                return self._into_memory(info, stall, full)
-            if (now := self.cache.activity(info)) != activity:  # another reader of this node fetches it, and gets on
-                activity, asked = now, time.monotonic()
-                stall.moved()
-            elif time.monotonic() - asked >= SAY_EVERY / 2:
-                run_in_threads([lambda: self._why(info, stall)], stall)
-                asked = time.monotonic()
-            stall.tick()
+                return self._fetch_to_memory(info, timer, full)
+            if (now := self.cache.activity(info)) != activity:  # another process of this node is fetching it
+                activity, checked_at = now, time.monotonic()
+                timer.progress()
+            elif time.monotonic() - checked_at >= REPORT_EVERY / 2:
+                run_in_threads([lambda: self._probe(info, timer)], timer)
+                checked_at = time.monotonic()
+            timer.tick()
             time.sleep(_POLL)
 
-    def _why(self, info: ShardInfo, stall: StallTimer) -> None:
-        """Learn for ourselves what holds up the reader that fetches the shard."""
+    def _probe(self, info: ShardInfo, timer: StallTimer) -> None:
+        """Find out why another process's fetch does not progress."""
         try:
             self.s3.head(info.name)
-            stall.failed("another reader of this node is fetching it")
+            timer.failed("another process of this node is fetching it")
         except Exception as error:
-            stall.failed(self.s3.passing(error, info.name))
+            self.s3.raise_if_permanent(error, info.name)
+            timer.failed(error)
 
-    def _fetch(self, info: ShardInfo, part: BinaryIO, stall: StallTimer, must: bool) -> BinaryIO | None:
-        """From S3 into the cache, checked. None where there is no room for one that is not a ``must``."""
+    def _fetch(self, info: ShardInfo, part: BinaryIO, timer: StallTimer, required: bool) -> BinaryIO | None:
+        """Fetch a shard into the cache and check it. None if there is no room and it is not ``required``."""
         cache = self.cache
         try:
-            if not cache.reserve(part, info, must):
+            if not cache.reserve(part, info, required):
                 cache.discard(part, info)
                 return None
-            self._fetch_checked(info, part, stall)
-            return cache.keep(part, info)
+            self._fetch_checked(info, part, timer)
+            return cache.commit(part, info)
         except BaseException:
             cache.discard(part, info)
             raise
 
-    def _fetch_checked(self, info: ShardInfo, out: BinaryIO, stall: StallTimer) -> None:
-        if (found := self.s3.fetch(info.name, out, info.bytes, stall)) != info.sha256:
+    def _fetch_checked(self, info: ShardInfo, out: BinaryIO, timer: StallTimer) -> None:
+        if (found := self.s3.fetch(info.name, out, info.bytes, timer)) != info.sha256:
             raise UserError(
-                f"{self.where(info.name)} has SHA-256 {found}, the manifest says {info.sha256}: it was changed, upload it again"
+                f"{self.where(info.name)} has SHA-256 {found}, the manifest records {info.sha256}: it was changed, upload it again"
             )
 
-    def _into_memory(self, info: ShardInfo, stall: StallTimer, full: CacheFull) -> BinaryIO:
-        """For this process alone, as long as it reads there. Raises ``full`` where there is no such memory."""
+    def _fetch_to_memory(self, info: ShardInfo, timer: StallTimer, full: CacheFull) -> BinaryIO:
+        """Fetch a shard for this process alone. Raises ``full`` if there is not enough memory."""
         if info.bytes + _SPARE > available_memory():
             raise full
-        self.trouble = f"{full}; till then each process keeps the shards that it reads in memory"
+        self.degraded = f"{full}; until then, each process buffers its shards in memory"
         try:
             f = os.fdopen(os.memfd_create(info.name), "w+b")
         except OSError as error:
             raise full from error
         try:
             os.posix_fallocate(f.fileno(), 0, max(1, info.bytes))
-            self._fetch_checked(info, f, stall)
+            self._fetch_checked(info, f, timer)
             return f
         except BaseException as error:
             f.close()
@@ -151,31 +150,37 @@ class S3Store:
     def index(self, info: ShardInfo) -> bytes | None:
         if (kept := self.cache.index(info)) is not None:
             return kept
-        if (data := self.audit_index(info)) is not None:
+        if (data := self.index_uncached(info)) is not None:
             self.cache.keep_index(info, data)
         return data
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
         self.cache.keep_index(info, data)
 
-    def audit(self, info: ShardInfo) -> tuple[BinaryIO, str]:
+    def open_uncached(self, name: str) -> tuple[BinaryIO, str]:
         f = tempfile.TemporaryFile()  # noqa: SIM115
         try:
-            return f, self.s3.fetch(info.name, f, None, self.s3.stall(info.name))
+            return f, self.s3.fetch(name, f, None, self.s3.timer(name))
         except BaseException:
             f.close()
             raise
 
-    def audit_index(self, info: ShardInfo) -> bytes | None:
-        return self.s3.try_get(index_name(info.name), most_of_index(info))  # uploaded with the shards
+    def index_uncached(self, info: ShardInfo) -> bytes | None:
+        return self.s3.try_get(index_name(info.name), max_index_bytes(info))
+
+    def names(self) -> list[str]:
+        return [name for name, _, _ in self.s3.list()]
+
+    def put(self, name: str, data: bytes) -> None:
+        self.s3.put(name, data)
 
     # Reading ahead ---------------------------------------------------------------------------------------------
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
-        wanted, room = dict[str, "ShardInfo"](), self.bound
+        wanted, room = dict[str, ShardInfo](), self.max_bytes
         for info in shards:
             if info.sha256 not in wanted:
                 room -= info.bytes
-                if room < 0:  # one more would push out one that comes before it
+                if room < 0:  # it would evict a shard that comes before it
                     break
                 wanted[info.sha256] = info
         with self._changed:
@@ -199,12 +204,12 @@ class S3Store:
                     continue
                 info = self._wanted.popleft()
             try:
-                done = self._one_ahead(info, closed)
+                done = self._fetch_ahead(info, closed)
             except Exception:
-                closed.wait(1.0)  # ``open`` will meet it too, and say it
+                closed.wait(1.0)  # ``open`` will meet the error too and raise it
                 done = True
             with self._changed:
-                if not done:  # another process is at it: see later whether it went well
+                if not done:  # another process is fetching it: check again later
                     self._wanted.appendleft(info) if info is self._first else self._wanted.append(info)
                 elif info is self._first:
                     self._first = None
@@ -212,13 +217,13 @@ class S3Store:
             if not done:
                 closed.wait(0.1)
 
-    def _one_ahead(self, info: ShardInfo, closed: threading.Event) -> bool:
-        """Fetch it, if that is needed and possible; False while another reader of the node does."""
+    def _fetch_ahead(self, info: ShardInfo, closed: threading.Event) -> bool:
+        """Fetch a shard if it is not cached and there is room; False while another process is fetching it."""
         if f := self.cache.open(info):
             f.close()
         elif part := self.cache.claim(info):
-            stall = self.s3.stall(info.name, closed, say=lambda _: None)
-            if f := self._fetch(info, part, stall, must=False):
+            timer = self.s3.timer(info.name, closed, report=lambda _: None)
+            if f := self._fetch(info, part, timer, required=False):
                 f.close()
         else:
             return False
@@ -226,9 +231,9 @@ class S3Store:
 
     def check_room(self, shards: Iterable[ShardInfo]) -> None:
         needed = sum(s.bytes for s in shards)
-        if needed > self.bound:
+        if needed > self.max_bytes:
             raise UserError(
-                f"data.cache_gib = {self.bound / 2**30:g} is less than the {needed / 2**30:.3g} GiB of the shards that are mixed at once: raise it, or lower data.window"
+                f"data.cache_gib = {self.max_bytes / 2**30:g} is less than the {needed / 2**30:.3g} GiB of the shards that are mixed at once: raise it, or lower data.window"
             )
 
     def close(self) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 256 << 20  # enough for a million skipped images
+
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar of a set: what the manifest says about it."""
+    """The manifest's entry of one tar."""
 
     name: str
     samples: int
@@ -15,14 +18,8 @@ class ShardInfo:
     sha256: str
 
 
-MANIFEST = "manifest.json"
-
-
-MOST_OF_MANIFEST = 256 << 20  # bytes: a million skipped pictures fit
-
-
-def most_of_index(info: ShardInfo) -> int:
-    """Bytes beyond which a file is no index of that shard."""
+def max_index_bytes(info: ShardInfo) -> int:
+    """Upper bound of the size of a shard's index file."""
     return 4096 + 16 * info.samples
 
 

@@ -1,104 +1,100 @@
-"""Waiting for a store: the clock that says so and ends it, and threads that work under such a clock."""
+"""Waiting for a store: a timer that reports and limits stalls, and threads that work under one."""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
-from megastar.data.storage.errors import OutOfReach, Stopped
+from megastar.data.storage.errors import Stopped, StoreUnreachable
 
 PATIENCE = 1800.0  # seconds that an outage may last, by default
-SAY_EVERY = 10.0  # seconds between the lines of a stall
-_UNTOLD = 60.0  # seconds
-THREADS = 4  # that work at once for one wait
-NEVER = threading.Event()  # a stop that does not come
+REPORT_EVERY = 10.0  # seconds between the messages about one stall
+THREADS = 4  # concurrent requests of one wait
+NEVER = threading.Event()  # a stop event that is never set
+_SILENCE_GRACE = 60.0  # seconds
+logger = logging.getLogger(__name__)
 
 
 class StallTimer:
-    """How long ``what`` has not moved: says so every ten seconds, and ends the wait after ``patience`` seconds
-    with ``OutOfReach``.
+    """Time since the last progress of one wait for ``target``.
 
-    What moves slowly is waited for without end, and told of as well.
-
-    ``say`` takes each line; ``stop`` ends the wait with ``Stopped``.
+    ``report`` is called with a message every ten seconds. After ``patience`` seconds without progress the wait ends
+    with ``StoreUnreachable``; slow progress is reported, but not limited. ``stop`` ends the wait with ``Stopped``.
     """
 
-    def __init__(self, what: str, endpoint: str, patience: float, say: Callable[[str], None], stop: threading.Event):
-        self.what, self.endpoint, self.patience, self.say, self.stop = what, endpoint, patience, say, stop
-        self.over = threading.Event()  # for the threads that work for this wait
-        self.problem, self.moves, self.bytes = "", 0, 0
-        self._began = self._moved = self._said = time.monotonic()
+    def __init__(
+        self, target: str, endpoint: str, patience: float, report: Callable[[str], None], stop: threading.Event
+    ):
+        self.target, self.endpoint, self.patience, self.report, self.stop = target, endpoint, patience, report, stop
+        self.cancelled = threading.Event()  # tells the worker threads of this wait to end
+        self.last_error, self.progress_count, self.bytes = "", 0, 0
+        self._started = self._progress_at = self._reported_at = time.monotonic()
         self._stalled = False
         self._lock = threading.Lock()
 
-    def moved(self, n: int = 0) -> None:
-        """``n`` bytes came."""
+    def progress(self, n: int = 0) -> None:
+        """Record progress: ``n`` bytes were received."""
         with self._lock:
             now = time.monotonic()
-            idle, told = now - self._moved, self._stalled
-            self.problem, self.moves, self.bytes = "", self.moves + 1, self.bytes + n
-            self._moved, self._stalled = now, False
-            if told:
-                self._said = now
-        if told:
-            self.say(f"{self.what} comes again from {self.endpoint} after {idle:.0f} s")
+            idle, was_stalled = now - self._progress_at, self._stalled
+            self.last_error, self.progress_count, self.bytes = "", self.progress_count + 1, self.bytes + n
+            self._progress_at, self._stalled = now, False
+            if was_stalled:
+                self._reported_at = now
+        if was_stalled:
+            self.report(f"reading {self.target} from {self.endpoint} resumed after {idle:.0f} s")
 
     def failed(self, error: object) -> None:
-        """An attempt brought nothing."""
-        self.problem = " ".join(f"{error}".split())[:300] or type(error).__name__
+        """Record a failed attempt."""
+        self.last_error = " ".join(f"{error}".split())[:300] or type(error).__name__
 
     def tick(self) -> None:
-        """Call it every fraction of a second. Raises ``OutOfReach`` or ``Stopped`` when the wait is over."""
+        """Call several times a second. Raises ``StoreUnreachable`` or ``Stopped`` when the wait is over."""
         if self.stop.is_set():
             raise Stopped
         now = time.monotonic()
-        idle = now - self._moved
-        # Without an error, bytes may be on the way: the connection's own time limits speak first.
-        if idle >= self.patience + (0 if self.problem else _UNTOLD):
-            raise OutOfReach(
-                f"{self.what} did not come from {self.endpoint} for {idle:.0f} s (data.patience = {self.patience:g}), the last error: {self.problem or 'no answer'}: once the store answers, run the same command again"
+        idle = now - self._progress_at
+        # Without an error the connection may still be alive: its own timeouts come first.
+        if idle >= self.patience + (0 if self.last_error else _SILENCE_GRACE):
+            raise StoreUnreachable(
+                f"no data for {self.target} from {self.endpoint} for {idle:.0f} s (data.patience = {self.patience:g}), last error: {self.last_error or 'no answer'}; run the same command again once the store answers"
             )
-        if now - self._said < SAY_EVERY:
+        if now - self._reported_at < REPORT_EVERY:
             return
-        self._said = now
-        if idle < SAY_EVERY:
-            rate = (
-                f": {self.bytes / 1e6:.3g} MB so far, {self.bytes / 1e3 / (now - self._began):.3g} kB/s"
-                if self.bytes
-                else ""
-            )
-            self.say(f"slow: waiting for {self.what} from {self.endpoint} for {now - self._began:.0f} s{rate}")
-        else:
+        self._reported_at = now
+        if idle >= REPORT_EVERY:
             self._stalled = True
-            self.say(
-                f"stalled for {idle:.0f} s: {self.what} does not come from {self.endpoint} ({self.problem or 'no answer yet'}); trying until data.patience = {self.patience:g} s"
+            self.report(
+                f"stalled for {idle:.0f} s: no data for {self.target} from {self.endpoint} ({self.last_error or 'no answer yet'}); retrying until data.patience = {self.patience:g} s"
             )
+            return
+        elapsed = now - self._started
+        rate = f": {self.bytes / 1e6:.3g} MB so far, {self.bytes / 1e3 / elapsed:.3g} kB/s" if self.bytes else ""
+        self.report(f"slow: reading {self.target} from {self.endpoint} for {elapsed:.0f} s{rate}")
 
 
-def say_on_main(line: str) -> None:
-    """One line on the console, from the first rank of all."""
+def log_on_first_rank(message: str) -> None:
+    """Log a message about a stall; one rank of a job is enough."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        with suppress(OSError):  # a full disk below the log is no trouble of the store's
-            print(line, flush=True)
+        logger.warning("%s", message)
 
 
 def run_in_threads(
-    jobs: Sequence[Callable[[], None]], stall: StallTimer, meanwhile: Callable[[], bool] = lambda: False
+    jobs: Sequence[Callable[[], None]], timer: StallTimer, meanwhile: Callable[[], bool] = lambda: False
 ) -> None:
-    """Run the jobs in threads; the first error ends them all and comes out.
+    """Run the jobs in threads. The first error cancels the others and is raised here.
 
-    Here the clock is watched, and ``meanwhile`` is called again and again: a short piece of work, False without one.
-
-    The threads are daemons: one that hangs in a read holds nobody up.
+    This thread checks the timer and calls ``meanwhile`` in a loop: a short piece of work that returns False if there
+    is none. The threads are daemons, so that one that hangs in a read does not block the exit of the process.
     """
     todo, errors = deque(jobs), list[BaseException]()
 
     def work() -> None:
-        while not stall.over.is_set():
+        while not timer.cancelled.is_set():
             try:
                 job = todo.popleft()
             except IndexError:
@@ -115,11 +111,11 @@ def run_in_threads(
     try:
         for thread in threads:
             while thread.is_alive() and not errors:
-                stall.tick()
+                timer.tick()
                 if not meanwhile():
                     thread.join(0.02)
         if errors:
             raise errors[0]
     except BaseException:
-        stall.over.set()
+        timer.cancelled.set()
         raise

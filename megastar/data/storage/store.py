@@ -1,8 +1,8 @@
-"""Where token shards lie: a folder, or s3://bucket/prefix read through a cache of the node. One interface for both.
+"""Stores of token shards: a folder, or s3://bucket/prefix read through a cache on the node.
 
-From S3 a shard is fetched whole, checked against the manifest and mapped from the cache, so that training reads the
-same bytes as from a folder. What the order needs next is fetched in the background; a run waits for S3 only where that
-falls behind, and says so.
+A shard on S3 is fetched whole, checked against the manifest and mapped from the cache, so that training reads the same
+bytes as from a folder. The shards that come next are fetched in the background; a run waits for S3 only when that falls
+behind, and logs the wait.
 """
 
 from __future__ import annotations
@@ -11,29 +11,26 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from megastar.config.schema import DataConfig
 from megastar.data.storage.protocol import Store, is_remote
 from megastar.data.storage.s3_store import S3Store
-from megastar.data.storage.shard_info import MANIFEST, MOST_OF_MANIFEST, index_name, most_of_index
+from megastar.data.storage.shard_info import MANIFEST, MAX_MANIFEST_BYTES, ShardInfo, index_name, max_index_bytes
 from megastar.data.storage.stall_timer import NEVER
 from megastar.errors import UserError
 from megastar.utils.files import read_small, sha256_of, write_atomic
 
-if TYPE_CHECKING:
-    from megastar.data.storage.shard_info import ShardInfo
-
 
 def open_store(url: str | Path, data: DataConfig | None = None) -> Store:
-    """The store for a folder or ``s3://bucket/prefix``; ``data`` has its cache and patience (None: the defaults)."""
+    """The store of a folder or ``s3://bucket/prefix``; ``data`` configures cache and patience (None: the defaults)."""
     return S3Store(str(url), data or DataConfig()) if is_remote(url) else FolderStore(url)
 
 
 class FolderStore:
-    """A folder of this machine: nothing is copied."""
+    """A folder of this machine; nothing is copied."""
 
-    remote, said, trouble = False, "", ""
+    remote, last_message, degraded = False, "", ""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -49,19 +46,22 @@ class FolderStore:
             raise UserError(
                 f"{self.folder} has no {MANIFEST}: pretokenize has not finished there, run the same command again"
             )
-        if (data := read_small(path, MOST_OF_MANIFEST)) is None:
-            raise UserError(f"{path} cannot be read, or has over {MOST_OF_MANIFEST >> 20} MiB: copy it again")
+        if (data := read_small(path, MAX_MANIFEST_BYTES)) is None:
+            raise UserError(f"{path} cannot be read or is larger than {MAX_MANIFEST_BYTES >> 20} MiB: copy it again")
         return data
 
     def open(self, info: ShardInfo, stop: threading.Event = NEVER) -> BinaryIO:
-        path = self.folder / info.name
+        return self._open(info.name)
+
+    def _open(self, name: str) -> BinaryIO:
+        path = self.folder / name
         if not path.is_file():
             raise UserError(
                 f"token shard {path} is missing though the manifest lists it: copy it again or pretokenize again"
             )
         try:
             return path.open("rb")
-        except OSError as error:  # not ours to read, or too many files are open
+        except OSError as error:  # no permission, or too many open files
             raise UserError(
                 f"token shard {path} cannot be opened ({error.strerror}): make it readable, raise `ulimit -n`, or lower data.window"
             ) from error
@@ -69,25 +69,36 @@ class FolderStore:
     def index(self, info: ShardInfo) -> bytes | None:
         path = self._index(info)
         with suppress(OSError):
-            if path.stat().st_mtime_ns >= (self.folder / info.name).stat().st_mtime_ns:  # else it is of another tar
-                return read_small(path, most_of_index(info))
+            if path.stat().st_mtime_ns >= (self.folder / info.name).stat().st_mtime_ns:  # else of an earlier tar
+                return read_small(path, max_index_bytes(info))
         return None
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
-        if self.index(info) == data:  # another rank, which walked the same tar, was faster
+        if self.index(info) == data:  # another rank has walked the same tar
             return
-        with suppress(OSError):  # a folder that is not ours to write
+        with suppress(OSError):  # no permission to write
             write_atomic(self._index(info), data)
 
-    def audit(self, info: ShardInfo) -> tuple[BinaryIO, str]:
-        f = self.open(info)
+    def open_uncached(self, name: str) -> tuple[BinaryIO, str]:
+        f = self._open(name)
         return f, sha256_of(f)
 
-    def audit_index(self, info: ShardInfo) -> bytes | None:
+    def index_uncached(self, info: ShardInfo) -> bytes | None:
         return self.index(info)
 
     def _index(self, info: ShardInfo) -> Path:
         return self.folder / index_name(info.name)
+
+    def names(self) -> list[str]:
+        if not self.folder.is_dir():
+            raise UserError(f"token shards folder {self.folder} does not exist: name the folder that holds the tars")
+        return [p.name for p in self.folder.iterdir() if p.is_file()]
+
+    def put(self, name: str, data: bytes) -> None:
+        try:
+            write_atomic(self.folder / name, data)
+        except OSError as error:
+            raise UserError(f"cannot write {self.where(name)} ({error.strerror}): make the folder writable") from error
 
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
         pass

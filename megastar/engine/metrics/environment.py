@@ -1,9 +1,10 @@
-"""What a process tells of itself when it starts a run: for whoever reads events.jsonl later."""
+"""The environment of a process, recorded in events.jsonl when it starts a run."""
 
 from __future__ import annotations
 
 import platform
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -15,12 +16,10 @@ PACKAGES = ("torch", "deepspeed", "triton", "flash-attn", "liger-kernel", "numpy
 
 
 def process_environment(device: torch.device) -> dict[str, Any]:
-    """``command``, ``packages`` (name -> version, of those that are installed) and ``device`` in words."""
-    found = {"megastar": __version__, "python": platform.python_version()}
+    """``command``, ``packages`` (name -> version of the installed ones) and ``device`` (its name)."""
+    packages = {"megastar": __version__, "python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"command": " ".join(["megastar", *sys.argv[1:]]), "packages": found, "device": name}
+    return {"command": " ".join(["megastar", *sys.argv[1:]]), "packages": packages, "device": name}

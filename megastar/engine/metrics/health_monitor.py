@@ -16,24 +16,24 @@ from megastar.run_dir.training_checks import (
 
 
 class HealthMonitor:
-    """Says at the start what is known then, and with each row what is new: a kind again only after it was over."""
+    """Warns at the start of what is known then, and after each row of new problems; again only after one was over."""
 
     def __init__(self, cfg: RunConfig, ranks: int, steps: int, metrics: MetricsLogger):
         self.cfg, self.metrics, self.images = cfg, metrics, contrastive_images(cfg, ranks)
-        self.rows = training_rows(read_rows(metrics.folder)) if metrics.active else []  # it may go on
+        self.rows = training_rows(read_rows(metrics.folder)) if metrics.active else []  # of a resumed run
         self.present: set[str] = set()
         for kind, text in problems_at_start(cfg, self.images, steps).items():
             metrics.event("warning", text, about=kind)
 
     def update(self, step: int, row: dict[str, float]) -> None:
-        """``row`` of metrics after ``step`` steps; an empty one where none is due."""
+        """``row`` of metrics after ``step`` steps; empty where none is due."""
         if not row or not self.metrics.active:
             return
-        rows = [r for r in self.rows if r["step"] < step]  # a run that went back writes some steps again
+        rows = [r for r in self.rows if r["step"] < step]  # a run that rolled back repeats steps
         rows.append({"step": step, **row})
         self.rows = rows[:FIRST] + rows[FIRST:][-KEPT:]
-        found = find_problems(self.cfg, self.images, self.rows)
-        for kind, text in found.items():
+        problems = find_problems(self.cfg, self.images, self.rows)
+        for kind, text in problems.items():
             if kind not in self.present:
                 self.metrics.event("warning", text, about=kind)
-        self.present = set(found)
+        self.present = set(problems)

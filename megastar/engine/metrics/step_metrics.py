@@ -1,4 +1,4 @@
-"""What a row of metrics says beside losses: how far the teacher is from the student, memory, and the share of the peak."""
+"""Metrics beside the losses: the teacher's distance from the student, memory, and the share of the peak FLOPs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megastar.engine.zero.engines import Engines, owned
 from megastar.parallel.collectives import gather_rows
 from megastar.parallel.cost import peak_tflops, step_flops
 
-CHUNK = 1 << 26  # elements whose difference exists at once
-CACHED = 1 << 18  # of a CPU: the difference is still in its cache when its norm is taken
+GPU_CHUNK = 1 << 26  # elements whose difference exists at once
+CPU_CHUNK = 1 << 18  # the difference is still in the cache when its norm is taken
 
 
 def step_metrics(ctx: Context, engines: Engines) -> dict[str, float]:
-    """After a step, on all ranks together: one small gather. ``memory_gib`` is the largest rank's peak since its start;
+    """After a step; collective, one small gather. ``memory_gib`` is the largest rank's peak since its start;
     ``teacher_distance`` is ||teacher - student|| / ||student|| over all weights that both have, in fp32.
     """
     away, norm = teacher_distance_squares(ctx, engines) if engines.teacher is not None else (0.0, 0.0)
@@ -35,7 +35,7 @@ def step_metrics(ctx: Context, engines: Engines) -> dict[str, float]:
 def teacher_distance_squares(ctx: Context, engines: Engines) -> tuple[float, float]:
     """||teacher - student||^2 and ||student||^2 of this rank's part of the fp32 masters and their average.
 
-    Each element is some rank's, and no other's: the sums over all ranks are the whole networks'.
+    Each element belongs to exactly one rank: the sums over all ranks are those of the whole networks.
     """
     shards = [s for s in owned(engines, ctx) if s.name.startswith(PREFIX)]
     if not shards:
@@ -43,26 +43,26 @@ def teacher_distance_squares(ctx: Context, engines: Engines) -> tuple[float, flo
     away, norm = [], []
     for shard in shards:
         ema, fp32 = shard.view("ema"), shard.view("fp32")
-        most = CHUNK if fp32.is_cuda else CACHED
-        for e, s in zip(ema.split(most), fp32.split(most), strict=True):
+        chunk = GPU_CHUNK if fp32.is_cuda else CPU_CHUNK
+        for e, s in zip(ema.split(chunk), fp32.split(chunk), strict=True):
             difference = e - s
-            away.append(torch.dot(difference, difference))  # on a CPU five times as fast as a norm
+            away.append(torch.dot(difference, difference))  # on a CPU five times as fast as torch.norm
             norm.append(torch.dot(s, s))
     both = torch.stack([torch.stack(away), torch.stack(norm)]).double().sum(1)  # (2,)
     return both[0].item(), both[1].item()
 
 
-def peak_bytes(device: torch.device) -> float:
-    """Most memory at once: of the GPU, what torch allocated; without one, what the process had resident."""
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory: allocated by torch on the GPU; without one, resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def ideal_seconds(cfg: RunConfig, ctx: Context) -> float | None:
-    """Seconds of a step whose arithmetic runs at the devices' bf16 peak; None in fp32, and for an unknown peak."""
+    """Seconds per step at the devices' bf16 peak FLOPs; None in fp32, and for an unknown peak."""
     if ctx.device.type != "cuda" or ctx.dtype != torch.bfloat16:
         return None
     peak = peak_tflops(torch.cuda.get_device_name(ctx.device))
-    flops = step_flops(cfg)  # recomputing is no part of MFU
+    flops = step_flops(cfg)  # MFU does not count recomputation
     return (flops["student"] + flops["teacher"]) / (peak * 1e12 * ctx.world) if peak else None

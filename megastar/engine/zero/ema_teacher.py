@@ -1,8 +1,8 @@
-"""The teacher's compute copy, split as the student's weights are, and its refresh from the EMA shards.
+"""The teacher's compute copy, partitioned as the student's weights are, and its refresh from the EMA shards.
 
-The EMA itself is a state of the student's optimizer (sharding.py). At ZeRO stage 3 the copy is sharded too, and each
-rank copies its own shard: nothing is sent. At stages 0 to 2 it is replicated as the student's compute copy is, and
-one all-gather a step brings the shards together, as DeepSpeed does for the student.
+The EMA itself is a state of the student's optimizer (partitions.py). At ZeRO stage 3 the copy is sharded too, and each
+rank copies its own shard without communication. At stages 0 to 2 it is replicated as the student's compute copy is, and
+one all-gather per step collects the shards, as DeepSpeed does for the student.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class ShardedTeacher:
                 q = targets.pop(shard.name)
                 assert q.ds_shape == torch.Size(shard.shape) and q.ds_persist is False, shard.name
                 self.pairs.append((shard, q.ds_tensor))
-        # A rank may hold nothing of a parameter smaller than the number of ranks.
+        # A rank may have no part of a parameter smaller than the number of ranks.
         assert all(q.ds_numel < q.ds_tensor.numel() * student.dp_world_size for q in targets.values()), list(targets)
 
-    def __call__(self, *args: Any, **known: Any) -> Any:
-        return self.engine(*args, **known)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -41,12 +41,12 @@ class ShardedTeacher:
             source = shard.view("ema")
             target.data.view(-1)[: len(source)].copy_(source)
         if torch.cuda.is_available():
-            # DeepSpeed gathers the teacher on a stream of its own, which does not wait for these copies.
+            # DeepSpeed gathers the teacher on a separate stream, which does not wait for these copies.
             torch.cuda.current_stream().synchronize()
 
 
 class ReplicatedTeacher:
-    """A module whose parameters lie in flat buffers, laid out as the student's ZeRO groups."""
+    """A module whose parameters are views of flat buffers with the layout of the student's ZeRO groups."""
 
     def __init__(self, module: nn.Module, student: Any, optimizer: AdamWEMA):
         self.module, self.zero = module, student.optimizer
@@ -73,8 +73,8 @@ class ReplicatedTeacher:
                 q.data = buffer.narrow(0, at, p.numel()).view(p.shape)
             self.buffers.append((i, buffer))
 
-    def __call__(self, *args: Any, **known: Any) -> Any:
-        return self.module(*args, **known)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -1,4 +1,4 @@
-"""The DeepSpeed engines of a run: the student with its optimizer, the teacher."""
+"""The DeepSpeed engines of a run: the student with its optimizer, and the teacher."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ class Engines:
         self.student.global_steps = step
 
     def updates(self) -> int:
-        """Steps that moved the weights: what Adam's bias correction counts."""
-        held = self.shards()  # none, where there are more ranks than elements
-        return int(self.optimizer.prepare(held[0].flat)["step"].item()) if held else 0
+        """Steps that changed the weights, as counted by Adam's bias correction."""
+        mine = self.shards()  # empty where there are more ranks than elements
+        return int(self.optimizer.prepare(mine[0].flat)["step"].item()) if mine else 0
 
     def grad_norm(self) -> float:
-        """Of the last step, before clipping; infinite if it was dropped."""
+        """Of the last step, before clipping; infinite if it was skipped."""
         return float(self.student.get_global_grad_norm())
 
     def shards(self) -> list[Shard]:
         return list(shards(self.student, self.optimizer))
 
 
-def owned(engines: Engines, ctx: Context) -> list[Any]:
-    """The shards that this rank writes: what replicas hold alike is divided among them."""
+def owned(engines: Engines, ctx: Context) -> list[Shard]:
+    """The shards that this rank writes: replicated state is divided among the ranks that hold it."""
     out = []
     replicas = engines.student.zero_optimization_stage() == 0
     for shard in engines.shards():
@@ -67,12 +67,12 @@ def owned(engines: Engines, ctx: Context) -> list[Any]:
     return out
 
 
-def elements_of(mine: list[Any]) -> int:
+def elements_of(mine: list[Shard]) -> int:
     return sum(s.stop - s.start for s in mine)
 
 
 def full_shapes(engines: Engines, ctx: Context) -> dict[str, list[int]]:
-    """Name -> shape of the whole parameter, whatever this rank holds of it."""
+    """Name -> shape of the whole parameter."""
     out = {}
     for name, p in engines.student.module.named_parameters():
         shape = list(getattr(p, "ds_shape", p.shape))

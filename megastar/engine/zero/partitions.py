@@ -1,7 +1,7 @@
-"""The only place that touches ZeRO partitions: the EMA optimizer, and where each rank's fp32 masters lie.
+"""The EMA optimizer, and the location of each rank's fp32 masters in ZeRO's partitions.
 
-The EMA of the fp32 masters is one more state of the optimizer, so it is sharded, saved and offloaded as Adam's
-moments are, at every stage, and its update never communicates.
+The EMA of the fp32 masters is one more state of the optimizer: it is sharded, saved and offloaded as Adam's moments are, at
+every stage, and its update never communicates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megastar.teacher.ema import lerp_
 
 
 class AdamWEMA(torch.optim.AdamW):
-    """AdamW that keeps, as state ``ema``, the average of what it optimises: this rank's fp32 master shards.
+    """AdamW with one more state, ``ema``: the moving average of the parameters, which are this rank's fp32 master shards.
 
     ``ema_decay`` is set in each group before a step; 0 makes the average equal to the weights.
     """
@@ -42,10 +42,10 @@ class AdamWEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def prepare(self, p: Tensor) -> dict[str, Tensor]:
-        """The state of ``p``, made if there is none: moments of zero, the average equal to the weights."""
-        state = self.state[p]
+        """The state of ``p``, created if there is none: zero moments, the average equal to the weights."""
+        state: dict[str, Tensor] = self.state[p]
         if "ema" not in state:  # AdamW creates its own states only when it finds none
-            state["step"] = torch.zeros((), device=p.device)  # where the fused step wants it
+            state["step"] = torch.zeros((), device=p.device)  # where the fused step expects it
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             state["ema"] = p.detach().clone()
         return state
@@ -57,8 +57,8 @@ class AdamWEMA(torch.optim.AdamW):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self.prepare(p)  # taken before the first update
-        result = super().step(closure)
+                    self.prepare(p)  # before the first update
+        result: float | None = super().step(closure)
         for group in self.param_groups:
             moved = [p for p in group["params"] if "ema" in self.state.get(p, {})]
             lerp_([self.state[p]["ema"] for p in moved], moved, group["ema_decay"])
@@ -66,9 +66,9 @@ class AdamWEMA(torch.optim.AdamW):
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on tensors of two or more dimensions, none on the others (st-ar.md, training set-up).
+    """Weight decay on tensors of two or more dimensions only (st-ar.md, training set-up).
 
-    The projector has groups of its own: the teacher has none, so a replicated teacher gathers whole groups.
+    The projector has separate groups: the teacher has none, so a replicated teacher gathers whole groups.
     """
 
     def dims(p: nn.Parameter) -> int:
@@ -88,9 +88,9 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 @dataclass(frozen=True)
 class Shard:
-    """What this rank holds of one parameter: elements start..stop of its tensor-parallel weight laid flat.
+    """This rank's part of one parameter: elements start..stop of its flattened tensor-parallel weight.
 
-    ``flat`` is the tensor that the optimizer updates, in which they lie from ``offset`` on.
+    ``flat`` is the tensor that the optimizer updates; the elements begin at ``offset`` in it.
     """
 
     name: str
@@ -102,25 +102,25 @@ class Shard:
     optimizer: AdamWEMA
 
     def view(self, kind: str) -> Tensor:
-        """The elements themselves, (stop - start,), one of ``state_files.KINDS``; a state that is not there yet is made."""
+        """The elements, (stop - start,); ``kind`` is one of ``shard_format.KINDS``. A missing state is created."""
         whole = self.flat.detach() if kind == "fp32" else self.optimizer.prepare(self.flat)[kind]
         return whole.view(-1).narrow(0, self.offset, self.stop - self.start)
 
     def part(self, piece: int, pieces: int) -> Shard:
-        """One of ``pieces`` nearly equal parts: what replicas hold alike, each writes a part of."""
+        """One of ``pieces`` nearly equal parts: of replicated state each replica writes one."""
         length = self.stop - self.start
         first, last = length * piece // pieces, length * (piece + 1) // pieces
         return replace(self, start=self.start + first, stop=self.start + last, offset=self.offset + first)
 
 
 def shards(engine: Any, optimizer: AdamWEMA) -> Iterator[Shard]:
-    """Each parameter's shard on this rank, empty ones left out; ``engine`` is the student's, at any ZeRO stage."""
+    """Each parameter's shard on this rank without empty ones; ``engine`` is the student's, at any ZeRO stage."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     names = {p: n for n, p in engine.module.named_parameters()}
     if stage == 0:
         for p, name in names.items():
             yield Shard(name, tuple(p.shape), 0, p.numel(), p, 0, optimizer)
-    elif stage < 3:  # flat groups, cut into equal partitions wherever a parameter happens to lie
+    elif stage < 3:  # flat groups are cut into equal partitions regardless of parameter boundaries
         for i, flat in enumerate(zero.single_partition_of_fp32_groups):
             size = flat.numel()
             first = dist.get_rank(zero.real_dp_process_group[i]) * size
@@ -129,7 +129,7 @@ def shards(engine: Any, optimizer: AdamWEMA) -> Iterator[Shard]:
                 low, high = max(at, first), min(at + p.numel(), first + size)
                 if low < high:
                     yield Shard(names[p], tuple(p.shape), low - at, high - at, flat, low - first, optimizer)
-    else:  # each parameter cut into equal partitions, the last one padded
+    else:  # each parameter is cut into equal partitions, the last one padded
         rank = dist.get_rank(engine.optimizer.dp_process_group)
         for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             offset = 0
@@ -141,14 +141,13 @@ def shards(engine: Any, optimizer: AdamWEMA) -> Iterator[Shard]:
                 offset += size
 
 
-@torch.no_grad()
 def is_persistent(p: Tensor) -> bool:
     """Whether ZeRO-3 keeps the parameter whole on every data rank (stage3_param_persistence_threshold)."""
     return bool(getattr(p, "ds_persist", False))
 
 
 def publish_masters(engine: Any) -> None:
-    """Round the fp32 masters to the compute copies on all ranks, after a checkpoint was read into the masters."""
+    """Copy the fp32 masters, rounded, to the compute copies of all ranks, after a checkpoint was read into the masters."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):
         for i, flat in enumerate(zero.single_partition_of_fp32_groups):
@@ -160,11 +159,11 @@ def publish_masters(engine: Any) -> None:
                 size = p.partition_numel()
                 p.ds_tensor.data.view(-1)[:size].copy_(flat.detach().narrow(0, offset, size))
                 offset += size
-        if zero.persistent_parameters:  # small ones that stay gathered
+        if zero.persistent_parameters:  # small parameters that stay gathered
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         if torch.cuda.is_available():
-            # DeepSpeed gathers on a stream of its own, which does not wait for these copies.
+            # DeepSpeed gathers on a separate stream, which does not wait for these copies.
             torch.cuda.current_stream().synchronize()
 
 

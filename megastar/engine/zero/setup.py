@@ -1,10 +1,11 @@
-"""Process group, precision, and the two DeepSpeed engines: the student with its optimizer, the teacher without."""
+"""The process group and the two DeepSpeed engines: the student with its optimizer, the teacher without."""
 
 from __future__ import annotations
 
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 
 from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
-from megastar.config.schema import RunConfig
+from megastar.config.schema import FaultsConfig, RunConfig
 from megastar.data.storage.protocol import is_remote
 from megastar.engine.context import Context
 from megastar.engine.phase import DATA_EXTRA
@@ -36,12 +37,12 @@ from megastar.parallel.cross_entropy import linear_cross_entropy
 from megastar.parallel.plan import autotp_section
 from megastar.utils.device import pick_dtype
 
-# Its warnings are about choices made here on purpose (a client optimizer under ZeRO, say).
+# Its warnings concern deliberate choices, such as a client optimizer under ZeRO.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def start(cfg: RunConfig) -> Context:
-    """Join the process group that torchrun, deepspeed or srun described; alone without one."""
+    """Join the process group described by torchrun, deepspeed or srun; a group of one process without a launcher."""
     slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     for name, other in slurm.items():
         if name not in os.environ and "SLURM_STEP_ID" in os.environ:
@@ -49,9 +50,9 @@ def start(cfg: RunConfig) -> Context:
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("MASTER_ADDR is not set: start with torchrun or deepspeed, or set it in the batch script")
-    alone = "RANK" not in os.environ
+    launched = "RANK" in os.environ
     if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
-        os.environ["LOCAL_RANK"] = "0"  # --gpus-per-task=1: each task sees its own GPU alone, as number 0
+        os.environ["LOCAL_RANK"] = "0"  # --gpus-per-task=1: each task sees only its own GPU, as number 0
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -60,7 +61,7 @@ def start(cfg: RunConfig) -> Context:
     if cuda:
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"local rank {local} has no GPU of its own, this process sees {torch.cuda.device_count()}: start at most one process a GPU"
+                f"local rank {local} has no GPU, this process sees {torch.cuda.device_count()}: start at most one process per GPU"
             )
         torch.cuda.set_device(device)
         if cfg.train.threads:
@@ -69,17 +70,17 @@ def start(cfg: RunConfig) -> Context:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(cfg.train.threads or max(1, cores // local_world))
-        # Compiling DeepSpeed's shared-memory collective takes minutes and gloo does not need it.
-        # (By its full name: the attribute deepspeed.comm.torch is torch itself.)
+        # Compiling DeepSpeed's shared-memory collective takes minutes, and gloo does not need it.
+        # (import_module, because the attribute deepspeed.comm.torch is torch itself.)
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     backend = "nccl" if cuda else "gloo"
     if cuda:
-        set_nccl_timeouts(cfg)
-    if alone and not dist.is_initialized():  # no launcher: a store of our own needs no free port
+        set_nccl_timeouts(cfg.faults)
+    if not launched and not dist.is_initialized():  # a HashStore needs no free port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=collective_timeout(cfg))
     context = Context(rank, world, device, pick_dtype(cfg.train.dtype, device), cfg.parallel.tensor_parallel)
-    resolve_batch(cfg, world)  # the world must fit before groups are made of it
+    resolve_batch(cfg, world)  # validates the world size before groups are created
     context.data_group = dist.group.WORLD if world > 1 else None
     if context.tensor > 1:
         groups._init_tp_mesh_device(tensor_model_parallel_size=context.tensor)
@@ -90,20 +91,20 @@ def start(cfg: RunConfig) -> Context:
     return context
 
 
-def set_nccl_timeouts(cfg: RunConfig) -> None:
-    """NCCL's own thread ends the process some time after an error, or when it hangs itself: after megastar's watchdogs,
-    which name the rank (torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp; it waits four times the first of these)."""
-    if cfg.faults.lost_timeout:
-        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(int(250 * (cfg.faults.lost_timeout + 60))))
-    if cfg.faults.hang_timeout:
-        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(cfg.faults.hang_timeout + 120)))
+def set_nccl_timeouts(faults: FaultsConfig) -> None:
+    """NCCL's own watchdog thread ends the process some time after an error or a hang: let megastar's watchdogs, which name
+    the rank, act first (torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp waits four times the first of these values)."""
+    if faults.lost_timeout:
+        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(int(250 * (faults.lost_timeout + 60))))
+    if faults.hang_timeout:
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(faults.hang_timeout + 120)))
 
 
 def collective_timeout(cfg: RunConfig) -> timedelta:
-    """How long a collective may wait: after the watchdogs, which say more, have had their turn.
+    """Timeout of a collective, longer than that of the watchdogs, which report more.
 
-    NCCL's own watchdog then ends the process (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, torch's default), gloo raises. A rank
-    may wait for S3 while the others wait for it.
+    After it NCCL's own watchdog ends the process (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, torch's default), and gloo raises. A
+    rank may wait for S3 while the others wait for it in a collective.
     """
     if not cfg.faults.hang_timeout:
         seconds = default_pg_timeout.total_seconds()
@@ -115,13 +116,13 @@ def collective_timeout(cfg: RunConfig) -> timedelta:
 
 
 def set_timeouts(timeout: timedelta) -> None:
-    """Give the groups that DeepSpeed and the tensor mesh made the time-out too: theirs is NCCL's 10 minutes."""
+    """Set the timeout of all groups: those created by DeepSpeed and the tensor mesh have NCCL's default of 10 minutes."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def build(cfg: RunConfig, ctx: Context) -> Engines:
-    """Student and teacher with equal weights, each born in its shards. Raises ``UserError`` for an impossible split."""
+    """Student and teacher with equal weights, created in shards. Raises ``UserError`` for an impossible split."""
     micro, accumulation = resolve_batch(cfg, ctx.world)
     config = deepspeed_config(
         cfg, micro, accumulation, world_size=ctx.world, dtype="bf16" if ctx.dtype == torch.bfloat16 else "fp32"
@@ -130,12 +131,12 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     set_fused(cfg.train.fused_ops == "auto")
     stage = config["zero_optimization"]["stage"]
     if stage == 0 and not cfg.optim.grad_clip:
-        config["gradient_clipping"] = 1e30  # clips nothing, but the norm is computed and looked at
-    torch.manual_seed(cfg.train.seed)  # the same weights on every rank, of which each keeps its shard
+        config["gradient_clipping"] = 1e30  # clips nothing, but computes and checks the norm
+    torch.manual_seed(cfg.train.seed)  # the same weights on every rank; each keeps its shard
     with zero_init_context(config, ctx):
         student = Student(cfg)
     if cfg.train.compile:
-        compile_blocks(student.transformer)  # before the engine's hooks, which stay outside of the blocks
+        compile_blocks(student.transformer)  # before the engine's hooks, which stay outside the blocks
     config |= {"tensor_parallel": autotp_section(ctx.tensor)} if ctx.tensor > 1 else {}
     o = cfg.optim
     optimizer = AdamWEMA(parameter_groups(student, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
@@ -149,7 +150,7 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     teacher_config = {k: v for k, v in config.items() if k != "gradient_clipping"}
     if stage == 3:
         zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
-        # A persistent (never partitioned) parameter would not see the refresh, silently.
+        # A persistent (never partitioned) parameter would silently miss the refresh.
         teacher_config["zero_optimization"] = {**zero, "stage3_param_persistence_threshold": 0}
         with zero_init_context(teacher_config, ctx):
             transformer = Transformer(cfg.model)
@@ -171,7 +172,7 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
 
 
 def choose_attention(cfg: RunConfig, ctx: Context) -> None:
-    """The attention kernel of this run. Raises ``UserError`` for one by name that cannot do what the run needs."""
+    """Set the attention kernel of this run. Raises ``UserError`` for a named one that does not support the run."""
     masked = cfg.self_guided.enabled and round(cfg.self_guided.mask_ratio * (cfg.model.image_tokens - 1)) > 0
     hidden = torch.zeros(1, cfg.model.image_tokens, dtype=torch.bool)
     masks = (MaskSpec.hidden(hidden),) if masked else ()
@@ -179,37 +180,39 @@ def choose_attention(cfg: RunConfig, ctx: Context) -> None:
 
 
 def compile_blocks(transformer: Transformer) -> None:
-    """Each block by itself: equal blocks share one compilation, and a change of the loss compiles nothing again."""
+    """Compile each block separately: equal blocks share one compilation, and a change of the loss causes no new one."""
     for block in transformer.layers:
         block.compile()
 
 
 def split_loss(output: nn.Module, group: dist.ProcessGroup) -> None:
-    """Teach the layer that AutoTP put in the place of ``model.layers.Head`` the loss over its share of the vocabulary."""
-    logits = output.forward
+    """Give the layer with which AutoTP replaced ``model.layers.Head`` the loss over its part of the vocabulary."""
+    logits: Callable[[torch.Tensor], torch.Tensor] = output.forward
 
     def forward(x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         if targets is None:
             return logits(x)
+        assert isinstance(output.weight, torch.Tensor)
         return linear_cross_entropy(x.flatten(0, -2), output.weight, targets.flatten(), group)
 
-    output.forward = forward  # type: ignore[method-assign]
+    output.forward = forward
 
 
 def zero_init_context(config: dict[str, Any], ctx: Context) -> AbstractContextManager[Any]:
-    """``zero.Init`` at stage 3, so that no rank ever holds a whole network; nothing at the other stages.
+    """``zero.Init`` at stage 3, so that no rank ever holds a whole network; a null context at the other stages.
 
-    It must know the data group: over all ranks it would mix the shards of tensor ranks.
+    It needs the data group: over all ranks it would mix the shards of tensor ranks.
     """
     if config["zero_optimization"]["stage"] < 3:
         return nullcontext()
     group = ctx.data_group if ctx.tensor > 1 else None
-    return deepspeed.zero.Init(config_dict_or_path=config, data_parallel_group=group)
+    context: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=config, data_parallel_group=group)
+    return context
 
 
 def import_muon() -> None:
-    """DeepSpeed imports its Muon with any optimizer under ZeRO, and a ``torch.compile`` in it fetches the compiler: a
-    quarter of the CPU time of a rank's start, for what no run here uses. So it is imported with the compiler off."""
+    """Import DeepSpeed's Muon with the compiler off. DeepSpeed imports it with any optimizer under ZeRO, and a
+    ``torch.compile`` in it imports the compiler, which takes a quarter of the CPU time of a rank's start and is not used."""
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
@@ -223,7 +226,7 @@ def import_muon() -> None:
 def initialize(module: nn.Module, config: dict[str, Any], optimizer: AdamWEMA | None = None) -> Any:
     import_muon()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    # DeepSpeed compares the first batch of a tensor group by pickling it; `parallel.check_batches` does every one.
+    # DeepSpeed compares the first batch of a tensor group by pickling it; `parallel.check_batches` compares every batch.
     if hook := getattr(engine, "first_dataloader_check", None):
         hook.remove()
     if optimizer is not None:

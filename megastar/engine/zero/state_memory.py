@@ -1,4 +1,4 @@
-"""Bytes of state that this process really holds, by cause, to be held against parallel/budget.py's arithmetic."""
+"""Measured bytes of state in this process, by cause, for comparison with the estimate of parallel/budget.py."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def state_bytes(engines: Engines) -> dict[str, int]:
 
 
 def _copies(module: torch.nn.Module) -> list[Tensor]:
-    """Shards, and whatever stays gathered."""
-    out = []
+    """Shards, and parameters that stay gathered."""
+    out: list[Tensor] = []
     for p in module.parameters():
         out.append(p.data)
         if hasattr(p, "ds_tensor"):

@@ -20,8 +20,8 @@ def install_step_skip(engine: Any, optimizer: AdamWEMA) -> None:
     """Make DeepSpeed skip a step while ``optimizer.skipping(True)``, and where the norm is not finite, at every stage."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
-        # Without ZeRO the engine clips but forgets the norm, which it looks for on the optimizer, and would step even
-        # when the norm is not finite. It does look for ``overflow`` there.
+        # Without ZeRO the engine clips but does not store the norm, which it reads from the optimizer, and would step even
+        # when the norm is not finite. It does read ``overflow`` from there.
         def clip() -> None:
             norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu)
             optimizer.overflow = optimizer.skip_next or not math.isfinite(norm)  # the same on all ranks
@@ -29,13 +29,13 @@ def install_step_skip(engine: Any, optimizer: AdamWEMA) -> None:
 
         engine.clip_fp32_gradients = clip
     elif stage < 3:
-        look = zero.check_overflow
+        check_overflow = zero.check_overflow
 
         def check(partition_gradients: bool = True) -> None:
             if optimizer.skip_next:
                 zero.overflow = True
-            elif not zero.compute_grad_norm:  # else the norm, which is looked at next, says the same without this pass
-                look(partition_gradients)
+            elif not zero.compute_grad_norm:  # else the norm, which is checked next, makes this pass superfluous
+                check_overflow(partition_gradients)
 
         zero.check_overflow, zero.check_grad_overflow = check, True
     else:

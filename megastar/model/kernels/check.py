@@ -1,4 +1,4 @@
-"""Every backend against fp64 attention: one example a pattern, and the errors beside sdpa's own."""
+"""Compares every backend with fp64 attention: one example per pattern, and the errors beside those of sdpa."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = ("output", "dq", "dk", "dv")
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> Tensor:
-    """In fp64 with every logit spelled out, (B, H, S, d) each: what all kernels are compared with."""
+    """In fp64 from explicit logits, (B, H, S, d) each: the reference of all kernels."""
     q, k, v = q.double(), k.double(), v.double()
     logits = torch.einsum("bhid,bhjd->bhij", q, k) / q.shape[-1] ** 0.5
     weights = torch.softmax(logits.masked_fill(~spec.dense(q.shape[2], q.device), float("-inf")), -1)
@@ -23,7 +23,7 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> Tensor:
 
 
 def example(name: str, batch: int, size: int, seed: int = 0) -> MaskSpec:
-    """A drawn mask of each pattern, other for each sequence where the pattern can: on CPU."""
+    """A random mask of each pattern, different for each sequence where the pattern allows it: on CPU."""
     g = torch.Generator().manual_seed(seed)
     width = max(2, round(size**0.5))
     if name == "hidden":
@@ -42,7 +42,7 @@ def example(name: str, batch: int, size: int, seed: int = 0) -> MaskSpec:
 
 
 def draw(batch: int, heads: int, size: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """q, k, v and the output's gradient, laid out as the network's: v a view into the fused qkv. The class's q, k are 0."""
+    """Random q, k, v and output gradient in the network's layout: v is a view of the fused qkv, the class's q, k are 0."""
     g = torch.Generator().manual_seed(size + head_dim)
     qkv = torch.randn(batch, size, 3, heads, head_dim, generator=g)
     qkv[:, 0, :2] = 0
@@ -73,9 +73,9 @@ def compare(
     patterns: tuple[str, ...] = tuple(PATTERNS),
     grad: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each backend, pattern and shape (B, H, S, d): its errors, what is allowed, and a reason where left out.
+    """A row for each backend, pattern and shape (B, H, S, d): its errors, the allowed ones, and why it was left out.
 
-    sdpa may be off by 8 roundings of the largest number (64 in fp32), the others by twice what sdpa is off in the same precision.
+    Allowed for sdpa: 8 roundings of the largest number (64 in fp32); for the others: twice sdpa's error in that precision.
     """
     for shape in shapes:
         for which in patterns:
@@ -86,25 +86,25 @@ def compare(
             roundings = 8 if torch.finfo(dtype).bits == 16 else 64
             bound = [roundings * torch.finfo(dtype).eps * t.abs().max().item() for t in exact]
             for name in names:
-                one = backend(name)
+                module = backend(name)
                 row: dict[str, Any] = {
                     "backend": name, "pattern": which, "size": shape[2], "head_dim": shape[3],
                     "dtype": str(dtype).removeprefix("torch."),
                 }  # fmt: skip
-                why = one.missing() or one.supports(spec, dtype, shape[3], device, grad)
+                why = module.missing() or module.supports(spec, dtype, shape[3], device, grad)
                 if why is not None:
                     yield row | {"ok": None, "why": why}
                     continue
                 allowed = bound if name == "sdpa" else [2 * e for e in own]
                 try:
-                    off = own if name == "sdpa" else errors(one.attention, inputs, spec, exact)
-                except Exception as error:  # one broken kernel must not hide what the others do
+                    measured = own if name == "sdpa" else errors(module.attention, inputs, spec, exact)
+                except Exception as error:  # one broken kernel must not hide the results of the others
                     yield row | {"ok": False, "why": f"{type(error).__name__}: {error}"}
                     continue
-                ok = all(e <= a for e, a in zip(off, allowed, strict=True))
-                yield row | {"ok": ok, "errors": dict(zip(RESULTS, off, strict=False)), "allowed": allowed}
+                ok = all(e <= a for e, a in zip(measured, allowed, strict=True))
+                yield row | {"ok": ok, "errors": dict(zip(RESULTS, measured, strict=False)), "allowed": allowed}
 
 
 def backends() -> dict[str, str | None]:
-    """Each backend, and why it is not here."""
+    """Each backend, and why it is not available (None: it is)."""
     return {name: backend(name).missing() for name in NAMES}

@@ -1,7 +1,7 @@
 """Attention by Dao-AILab's flash-attn: 2 and 3 for plain causal, 4 (CuTe) for column intervals too.
 
-Every import is checked for the very function that is called: a folder or a half-removed package named ``flash_attn``
-imports as an empty namespace.
+Each import is checked for the function that is called: a folder or a half-removed package named ``flash_attn`` imports
+as an empty namespace.
 """
 
 from __future__ import annotations
@@ -22,41 +22,30 @@ from megastar.model.masks import MaskSpec
 class Interface(NamedTuple):
     generation: int
     function: Callable[..., Any]
-    masks: bool  # whether it takes a mask function that reads tensors
+    masks: bool  # whether it accepts a mask function that reads tensors
 
 
-# generation -> (module, what installs it, compute capabilities from, to)
+# generation -> (module, lowest and highest compute capability), preferred first. 3 is installed from the source of
+# flash-attention's hopper folder, 4 by pip install flash-attn-4, 2 by pip install flash-attn.
 MODULES = {
-    3: ("flash_attn_interface", "flash-attention's hopper folder, from source", (9, 0), (9, 9)),
-    4: ("flash_attn.cute", "pip install flash-attn-4", (9, 0), (11, 9)),
-    2: ("flash_attn", "pip install flash-attn", (8, 0), (12, 9)),
+    3: ("flash_attn_interface", (9, 0), (9, 9)),
+    4: ("flash_attn.cute", (9, 0), (11, 9)),
+    2: ("flash_attn", (8, 0), (12, 9)),
 }
 
 
 @functools.cache
 def interfaces() -> tuple[Interface, ...]:
-    """What is importable and has ``flash_attn_func``, preferred first. Asks no GPU."""
+    """The generations that can be imported and have ``flash_attn_func``, preferred first. Needs no GPU."""
     found = []
-    for generation, (module, _, _, _) in MODULES.items():
-        function = _function(module)
-        if callable(function):
-            names = _parameters(function)
-            found.append(Interface(generation, function, {"mask_mod", "aux_tensors"} <= names))
+    for generation, (module, _, _) in MODULES.items():
+        try:
+            function = importlib.import_module(module).flash_attn_func
+            names = set(inspect.signature(function).parameters)
+        except Exception:  # missing, not callable, or built for another torch: it is not usable
+            continue
+        found.append(Interface(generation, function, {"mask_mod", "aux_tensors"} <= names))
     return tuple(found)
-
-
-def _function(module: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), "flash_attn_func", None)
-    except Exception:  # also a library built for another torch: whatever it raises, it is not usable
-        return None
-
-
-def _parameters(function: Callable[..., Any]) -> set[str]:
-    try:
-        return set(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return set()
 
 
 @functools.cache
@@ -69,7 +58,7 @@ def missing() -> str | None:
         why = "" if isinstance(error, ModuleNotFoundError) else f" ({type(error).__name__}: {error})"
         return f"flash-attn cannot be imported{why}: pip install flash-attn-4 (Hopper and later) or flash-attn"
     return (
-        "a package named flash_attn is here, but without flash_attn_func: remove it, then "
+        "the installed package flash_attn has no flash_attn_func: remove it, then "
         "pip install flash-attn-4 (Hopper and later) or flash-attn"
     )
 
@@ -78,22 +67,22 @@ def supports(spec: MaskSpec, dtype: torch.dtype, head_dim: int, device: torch.de
     if device.type != "cuda":
         return f"it runs on CUDA GPUs, not on {device.type}: use sdpa there"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bf16 and fp16, not {dtype}: use train.dtype=bf16, or sdpa"
+        return f"it supports bf16 and fp16, not {dtype}: use train.dtype=bf16, or sdpa"
     if head_dim > 128:
         return f"head dimension {head_dim} is above 128: use sdpa"
-    if _fitting(spec, device) is None:
+    if _interface_for(spec, device) is None:
         if spec.is_plain_causal:
-            return "no installed flash-attn is for this GPU's generation: use sdpa"
-        return f"no installed flash-attn takes the mask ({spec.kind}): use triton, flex or sdpa"
+            return "no installed flash-attn supports this GPU's generation: use sdpa"
+        return f"no installed flash-attn supports the mask ({spec.kind}): use triton, flex or sdpa"
     return None
 
 
-def _fitting(spec: MaskSpec, device: torch.device) -> Interface | None:
+def _interface_for(spec: MaskSpec, device: torch.device) -> Interface | None:
     capability = torch.cuda.get_device_capability(device)
-    for one in interfaces():
-        low, high = MODULES[one.generation][2:]
-        if low <= capability <= high and (spec.is_plain_causal or (one.masks and spec.window is None)):
-            return one
+    for interface in interfaces():
+        _, low, high = MODULES[interface.generation]
+        if low <= capability <= high and (spec.is_plain_causal or (interface.masks and spec.window is None)):
+            return interface
     return None
 
 
@@ -103,10 +92,10 @@ _plain = MaskSpec()
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None) -> Tensor:
     """As ``sdpa.attention``, with S = L."""
     spec, d = mask or _plain, q.shape[-1]
-    found = _fitting(spec, q.device)
-    assert found is not None
-    # Theirs is (B, S, H, d) with d a multiple of 8: zeros appended to q and k change no logit.
-    if d % 8:  # F.pad copies even where there is nothing to append
+    interface = _interface_for(spec, q.device)
+    assert interface is not None
+    # flash-attn expects (B, S, H, d) with d a multiple of 8: zeros appended to q and k do not change the logits.
+    if d % 8:  # F.pad copies even if there is nothing to append
         q, k, v = (F.pad(t, (0, -d % 8)) for t in (q, k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     options: dict[str, Any] = {"softmax_scale": d**-0.5}
@@ -117,13 +106,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None) -> 
 
         start, end = intervals(spec, q.shape[0], q.shape[1], q.device)
         options |= {"mask_mod": visible, "aux_tensors": [start, end]}
-    out = found.function(q, k, v, **options)
+    out = interface.function(q, k, v, **options)
     out = out[0] if isinstance(out, tuple) else out  # some releases return the log-sum-exp too
     return out.transpose(1, 2)[..., :d]
 
 
 def intervals(spec: MaskSpec, batch: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """start and end spelled out, (B, S) int32 each."""
+    """start and end expanded to (B, S) int32 each."""
 
     def make() -> tuple[Tensor, Tensor]:
         at = spec.to(device)
@@ -131,4 +120,4 @@ def intervals(spec: MaskSpec, batch: int, size: int, device: torch.device) -> tu
         end = torch.full((1, size), size, dtype=torch.int32, device=device) if at.end is None else at.end
         return start.expand(batch, size).contiguous(), end.expand(batch, size).contiguous()
 
-    return spec.kept(("intervals", batch, size, device), make)
+    return spec.cached(("intervals", batch, size, device), make)

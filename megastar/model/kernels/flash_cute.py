@@ -1,6 +1,6 @@
-"""The column intervals as a mask function for flash-attn 4, in its kernel language (CuTe). Imported when it is used.
+"""The column intervals as a mask function for flash-attn 4, in its kernel language (CuTe). Imported on first use.
 
-Written after the interface of flash-attn-4 4.0.0b36; not run on a GPU yet.
+Written for flash-attn-4 4.0.0b36; not yet run on a GPU.
 """
 
 import cutlass

@@ -1,4 +1,4 @@
-"""Attention by torch's flex_attention, compiled once a shape. On a GPU forward and backward, on CPU forward only."""
+"""Attention by torch's flex_attention, compiled once per shape. Forward and backward on a GPU, forward only on CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _plain = MaskSpec()
 
 @functools.cache
 def _compiled(case: tuple[Any, ...]) -> Any:
-    """flex_attention for one case, a code object of its own: torch stops compiling one after eight recompilations."""
+    """flex_attention for one case, with its own code object: torch stops compiling one after eight recompilations."""
     from torch.nn.attention.flex_attention import flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Any:
@@ -40,7 +40,7 @@ def supports(spec: MaskSpec, dtype: torch.dtype, head_dim: int, device: torch.de
     if device.type == "cpu":
         return "it has no backward pass on CPU: use sdpa there" if grad else None
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it does not take {dtype}: use bf16, or sdpa"
+        return f"it does not support {dtype}: use bf16, or sdpa"
     return None
 
 

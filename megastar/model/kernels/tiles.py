@@ -1,4 +1,4 @@
-"""Which tiles of the (query, key) square a kernel has to visit, and which of them need no mask."""
+"""Which tiles of the (query, key) matrix a kernel has to visit, and which of them need no mask."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megastar.model.masks import MaskSpec
 
 
 class Tiles(NamedTuple):
-    """For each tile of one side, the tiles of the other to visit: first those fully visible, then those in part.
+    """For each tile of one side, the tiles of the other side to visit: fully visible ones first, then partly visible ones.
 
-    R is B, or 1 when all sequences share the mask; n tiles on this side, m on the other. int32.
+    R is B, or 1 if all sequences share the mask; n tiles on this side, m on the other. int32.
     """
 
     full: Tensor  # (R, n): how many are fully visible
@@ -29,14 +29,14 @@ def tiles(spec: MaskSpec, size: int, queries: int, keys: int, device: torch.devi
         states = tile_states(spec.to(device), size, queries, keys, device)
         return _listed(states), _listed(states.transpose(1, 2))
 
-    return spec.kept(("tiles", size, queries, keys, device), make)
+    return spec.cached(("tiles", size, queries, keys, device), make)
 
 
 def tile_states(spec: MaskSpec, size: int, queries: int, keys: int, device: torch.device) -> Tensor:
-    """(R, query tiles, key tiles) int8: 0 fully visible, 1 in part, 2 not at all. Exact for intervals.
+    """(R, query tiles, key tiles) int8: 0 fully visible, 1 partly, 2 not at all. Exact for intervals.
 
-    The window is judged by rows alone: a tile that it cuts counts as visible in part. A ragged last key tile is never
-    full, so only tiles with a mask need to look at the end of the sequence.
+    Of a window only the rows are considered: a tile that it may cut counts as partly visible. An incomplete last key tile
+    is never full, so only tiles with a mask have to check the end of the sequence.
     """
     first = torch.arange(0, size, queries, device=device)[:, None]  # (n, 1)
     last = (first + queries).clamp(max=size) - 1
@@ -46,10 +46,8 @@ def tile_states(spec: MaskSpec, size: int, queries: int, keys: int, device: torc
     some = (start <= last) & (end > torch.maximum(first, start))  # (R, n, S)
     whole = (start <= first) & (end > last)
     pad = (0, -size % keys)
-    some, whole = (
-        F.pad(some, pad).unflatten(-1, (-1, keys)).any(-1),
-        F.pad(whole, pad).unflatten(-1, (-1, keys)).all(-1),
-    )
+    some = F.pad(some, pad).unflatten(-1, (-1, keys)).any(-1)
+    whole = F.pad(whole, pad).unflatten(-1, (-1, keys)).all(-1)
     if spec.window is not None:
         w = spec.window
         low = j[::keys]

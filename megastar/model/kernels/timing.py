@@ -1,4 +1,4 @@
-"""What each backend costs on a GPU, beside plain causal flash attention in the same run; and what a new mask recompiles."""
+"""Time of each backend on a GPU, relative to plain causal flash attention in the same run, and recompilations per mask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PEER = "plain causal flash"
 
 
 def milliseconds(work: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 3) -> float:
-    """Median of one call, by CUDA events on a GPU (several calls between two events, so that the launch is hidden)."""
+    """Median time of one call, by CUDA events on a GPU (several calls between two events, which hides the launch)."""
     for _ in range(warm_up):
         work()
     if device.type != "cuda":
@@ -60,45 +60,44 @@ def timings(
 ) -> Iterator[dict[str, Any]]:
     """A row for each shape (B, H, S, d), pattern and backend: ms forward and backward, and the ratio to the peer.
 
-    The peer is plain causal: flash-attn's where it is here, else torch's own flash kernel. ``over``: stop early.
+    The peer is plain causal: flash-attn if it is installed, else torch's own flash kernel. ``over``: stop early.
     """
     for shape in shapes:
         plain = MaskSpec()
-        about = (dtype, shape[3], device, True)
-        flashes = flash.missing() is None and flash.supports(plain, *about) is None
-        peer = "flash" if flashes else "sdpa"
+        case = (dtype, shape[3], device, True)
+        peer = "flash" if flash.missing() is None and flash.supports(plain, *case) is None else "sdpa"
         base = milliseconds(forward_backward(peer, shape, plain, dtype, device), device, repeats)
         for which in patterns:
             spec = plain if which == "causal" else example(which, shape[0], shape[2])
             for name in NAMES:
-                one = backend(name)
+                module = backend(name)
                 row = {"size": shape[2], "head_dim": shape[3], "pattern": which, "backend": name, "peer": peer}
-                if one.missing() is not None or one.supports(spec, *about) is not None:
+                if module.missing() is not None or module.supports(spec, *case) is not None:
                     continue
                 if over():
                     yield row | {"why": "left out: no time left"}
                     continue
                 try:
                     ms = milliseconds(forward_backward(name, shape, spec, dtype, device), device, repeats)
-                except Exception as error:  # one broken kernel must not hide what the others do
+                except Exception as error:  # one broken kernel must not hide the results of the others
                     yield row | {"why": f"{type(error).__name__}: {error}"}
                     continue
                 yield row | {"ms": ms, "peer_ms": base, "ratio": ms / base}
 
 
 def recompiles(name: str, shape: tuple[int, int, int, int], device: torch.device, masks: int = 20) -> int:
-    """Compilations (dynamo's graphs, Triton's kernels) that ``masks`` fresh draws cause after the first."""
+    """Compilations (dynamo graphs, Triton kernels) that ``masks`` new random masks cause after the first."""
     from torch._dynamo.utils import counters
 
     def count() -> int:
-        graphs = counters["stats"]["unique_graphs"]
+        graphs: int = counters["stats"]["unique_graphs"]
         if name != "triton":
             return graphs
         from megastar.model.kernels import triton_jit as jit
 
         kernels = (jit.forward, jit.delta, jit.backward_dq, jit.backward_dkv)
-        # device -> (cache of compiled kernels, ...), as Triton 3 keeps it
-        return graphs + sum(len(entry[0]) for one in kernels for entry in getattr(one, "device_caches", {}).values())
+        # device -> (cache of compiled kernels, ...), as in Triton 3
+        return graphs + sum(len(entry[0]) for k in kernels for entry in getattr(k, "device_caches", {}).values())
 
     dtype, before = torch.bfloat16, 0
     for seed in range(masks + 1):
@@ -108,16 +107,16 @@ def recompiles(name: str, shape: tuple[int, int, int, int], device: torch.device
 
 
 def fastest(compared: list[dict[str, Any]], timed: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, str]]]:
-    """The backend table that ``auto`` reads: {"plain" or "masked": {head dimension: {S: backend}}}.
+    """The table that ``auto`` reads: {"plain" or "masked": {head dimension: {S: backend}}}.
 
-    Only backends with no wrong result at that head dimension, and at least one right one.
+    Only backends with at least one correct result at that head dimension, and no wrong one.
     """
     wrong = {(r["backend"], r["head_dim"]) for r in compared if r["ok"] is False}
     right = {(r["backend"], r["head_dim"]) for r in compared if r["ok"]}
     best: dict[tuple[str, int, int], dict[str, Any]] = {}
     for row in timed:
-        who = (row["backend"], row["head_dim"])
-        if "ms" not in row or who in wrong or who not in right:
+        subject = (row["backend"], row["head_dim"])
+        if "ms" not in row or subject in wrong or subject not in right:
             continue
         key = ("plain" if row["pattern"] == "causal" else "masked", row["head_dim"], row["size"])
         if key not in best or row["ms"] < best[key]["ms"]:

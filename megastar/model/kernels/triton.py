@@ -1,4 +1,4 @@
-"""Attention by our Triton kernels (triton_jit.py): any mask, bf16, fp16 and fp32, head dimensions to 128, any S."""
+"""Attention by the Triton kernels of triton_jit.py: any mask, bf16, fp16 and fp32, head dimensions up to 128, any S."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def missing() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU, for tests: the variable must be set before it is imported."""
+    """Whether Triton runs its kernels on the CPU, for tests: the variable must be set before Triton is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -38,9 +38,9 @@ def supports(spec: MaskSpec, dtype: torch.dtype, head_dim: int, device: torch.de
     if device.type != "cuda" and not interpreted():
         return f"it runs on CUDA GPUs, not on {device.type}: use sdpa there"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "it is for Ampere (compute capability 8.0) and later: use sdpa"
+        return "it requires Ampere (compute capability 8.0) or later: use sdpa"
     if dtype not in ((torch.bfloat16,) if device.type == "cuda" else ()) + (torch.float16, torch.float32):
-        return f"it does not take {dtype}: use bf16 on a GPU, fp32, or sdpa"
+        return f"it does not support {dtype}: use bf16 on a GPU, fp32, or sdpa"
     if not 16 <= head_dim <= 128:
         return f"head dimension {head_dim} is outside 16..128: use sdpa"
     return None
@@ -60,14 +60,14 @@ def padded(head_dim: int) -> int:
 
 
 def configs(head_dim: int, dtype: torch.dtype, size: int) -> dict[str, Config]:
-    """For each kernel, at ``size`` positions, what compiles with few spills or none on sm_80 and sm_90; not tuned on a GPU yet."""
+    """For each kernel, at ``size`` positions, what compiles with few or no spills on sm_80 and sm_90; not yet tuned on a GPU."""
     wide = padded(head_dim) > 64
     if dtype == torch.float32:
         if wide:
             return {"forward": Config(32, 32, 8, 1), "dq": Config(16, 32, 8, 1), "dkv": Config(16, 16, 8, 1)}
         return {"forward": Config(64, 32, 8, 1), "dq": Config(32, 32, 8, 1), "dkv": Config(32, 32, 8, 1)}
     forward = Config(128, 64, 8, 2) if wide else Config(128, 64, 4, 3)
-    if size % forward.BM:  # 576, say: half of the last tile would be empty, and its bounds cost registers
+    if size % forward.BM:  # for example 576: half of the last tile would be empty, and its bounds check costs registers
         forward = Config(64, 64, 8 if wide else 4, 2)
     return {
         "forward": forward,
@@ -77,7 +77,7 @@ def configs(head_dim: int, dtype: torch.dtype, size: int) -> dict[str, Config]:
 
 
 def mask_options(spec: MaskSpec) -> dict[str, Any]:
-    """The kernels' compile-time view of a mask."""
+    """A mask's properties as the kernels' compile-time constants."""
     w = spec.window
     return {
         "PLAIN": spec.is_plain_causal,
@@ -96,13 +96,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None) -> 
 
 
 def aligned(t: Tensor) -> Tensor:
-    """(B, H, S, d) with the strides that the kernels count on; itself, where it is the network's."""
+    """(B, H, S, d) with the strides that the kernels assume; the network's own tensors are returned unchanged."""
     step = t.shape[-1] & -t.shape[-1]
     return t if t.stride(-1) == 1 and not any(s % step for s in t.stride()[:3]) else t.contiguous()
 
 
 class _Launch:
-    """What the kernels of one call share."""
+    """Arguments common to the kernels of one call."""
 
     def __init__(self, q: Tensor, spec: MaskSpec):
         self.batch, self.heads, self.size, self.d = q.shape
@@ -110,10 +110,10 @@ class _Launch:
         rows = {t.shape[0] for t in (spec.start, spec.end) if t is not None}
         assert rows <= {1, self.batch}, (rows, self.batch)
         self.spec, self.q, self.configs = spec.to(q.device), q, configs(self.d, q.dtype, self.size)
-        # Where one is shared and the other is not, both are spelled out.
-        self.start, self.end = (self._spread(t, max(rows, default=1)) for t in (self.spec.start, self.spec.end))
+        # If only one of the two is shared by all sequences, it is expanded too.
+        self.start, self.end = (self._expand(t, max(rows, default=1)) for t in (self.spec.start, self.spec.end))
 
-    def _spread(self, t: Tensor | None, rows: int) -> Tensor:
+    def _expand(self, t: Tensor | None, rows: int) -> Tensor:
         return self.q if t is None else t.expand(rows, -1).contiguous()  # q: any pointer, it is not read
 
     def tiles(self, c: Config, by_key: bool) -> tuple[Any, ...]:
@@ -143,7 +143,7 @@ class _Attention(torch.autograd.Function):
 
         call = _Launch(q, spec)
         B, H, S, d = q.shape
-        # As the output projection wants it: out.transpose(1, 2).flatten(2) copies nothing.
+        # The layout of the output projection's input: out.transpose(1, 2).flatten(2) copies nothing.
         out = q.new_empty(B, S, H, d).transpose(1, 2)
         lse = torch.empty(B * H, S, dtype=torch.float32, device=q.device)
         c = call.configs["forward"]
@@ -171,10 +171,10 @@ class _Attention(torch.autograd.Function):
         scales = LOG2E / math.sqrt(d), 1 / math.sqrt(d)
         inputs = [s for t in (q, k, v, grad) for s in t.stride()[:3]]
         with call.on_device():
-            one = call.configs["forward"]
-            jit.delta[(-(-S // one.BM) * B * H,)](
-                out, grad, dot, S, H, -(-S // one.BM), *out.stride()[:3], *grad.stride()[:3],
-                D=d, BD=padded(d), BM=one.BM, EVEN=S % one.BM == 0, num_warps=one.warps,
+            c = call.configs["forward"]
+            jit.delta[(-(-S // c.BM) * B * H,)](
+                out, grad, dot, S, H, -(-S // c.BM), *out.stride()[:3], *grad.stride()[:3],
+                D=d, BD=padded(d), BM=c.BM, EVEN=S % c.BM == 0, num_warps=c.warps,
             )  # fmt: skip
             c = call.configs["dq"]
             lists = call.tiles(c, False)

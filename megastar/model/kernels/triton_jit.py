@@ -1,12 +1,12 @@
 """The Triton kernels: attention over a key's column interval and a window on the grid, forward and backward.
 
-Tiles of queries x keys; online softmax in base 2 and its log-sum-exp kept for the backward pass, as FlashAttention-2
-(arXiv 2307.08691) and Triton's own tutorial do; the intervals as FlashMask (arXiv 2410.01359). Fully hidden tiles are not
-visited, fully visible ones load no mask. No atomics: results do not vary from run to run. Importing this needs Triton.
+Tiles of queries x keys; online softmax in base 2 and its log-sum-exp kept for the backward pass, as in FlashAttention-2
+(arXiv 2307.08691) and Triton's tutorial; intervals as in FlashMask (arXiv 2410.01359). Fully hidden tiles are not
+visited, fully visible ones load no mask. No atomics: results are deterministic. Importing this module requires Triton.
 
 Names: i queries, j keys, d head dimension; BM, BN, BD the tile's extent in each (BD a power of two, D the real one).
-All strides are multiples of the power of two in D. Triton only looks whether an argument is a multiple of 16, so it is told
-where D is not: unaligned, it would load single elements and spill registers.
+All strides are multiples of the largest power of two in D. Triton only tests arguments for multiples of 16, so for other
+values of D ``multiple_of`` states the alignment: without it, single elements are loaded and registers spill.
 """
 
 import triton
@@ -15,14 +15,14 @@ import triton.language as tl
 
 @triton.jit
 def place(tiles):
-    """This program's tile, and its sequence and head: one grid axis, since the others end at 65,535."""
+    """This program's tile, and its sequence and head: one grid axis, since the others are limited to 65,535."""
     program = tl.program_id(0)
     return program % tiles, (program // tiles).to(tl.int64)
 
 
 @triton.jit
 def head_of(pointer, b, h, sb, sh, D: tl.constexpr):
-    """Where the matrix of sequence b and head h begins."""
+    """Pointer to the matrix of sequence b and head h."""
     return pointer + tl.multiple_of(b * sb + h * sh, D & -D)
 
 
@@ -40,7 +40,7 @@ def rows(pointer, at, stride, size, D: tl.constexpr, BD: tl.constexpr, EVEN: tl.
 
 
 @triton.jit
-def put(pointer, at, stride, size, values, D: tl.constexpr, BD: tl.constexpr):
+def store(pointer, at, stride, size, values, D: tl.constexpr, BD: tl.constexpr):
     d = tl.arange(0, BD)
     where = pointer + tl.multiple_of(at.to(tl.int64) * stride, D & -D)[:, None] + d[None, :]
     tl.store(where, values.to(pointer.dtype.element_ty), mask=(at < size)[:, None] & (d < D)[None, :])
@@ -77,7 +77,7 @@ def visible(
 
 @triton.jit
 def counts(full, visited, order, sequence, tile, tiles, others, SHARED: tl.constexpr):
-    """How many tiles are fully visible, how many at all, and where their numbers stand."""
+    """Number of fully visible tiles, number of visible tiles, and pointer to their indices."""
     row = tile if SHARED else sequence * tiles + tile
     return tl.load(full + row), tl.load(visited + row), order + row * others
 
@@ -112,7 +112,7 @@ def forward(
     PLAIN: tl.constexpr, SHARED: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """OUT (B, H, S, d) and L (B * H, S), the log-sum-exp in base 2. One program a query tile and head."""
+    """OUT (B, H, S, d) and L (B * H, S), the log-sum-exp in base 2. One program per query tile and head."""
     tile, bh = place(tiles)
     b, h = bh // heads, bh % heads
     Q, OUT = head_of(Q, b, h, sqb, sqh, D), head_of(OUT, b, h, sob, soh, D)
@@ -124,21 +124,21 @@ def forward(
     m, norm = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
     if PLAIN:
-        whole, all_of_them = tile * BM // BN, tl.cdiv(tl.minimum((tile + 1) * BM, size), BN)
+        whole, visible_tiles = tile * BM // BN, tl.cdiv(tl.minimum((tile + 1) * BM, size), BN)
     else:
-        whole, all_of_them, order = counts(full, visited, order, b, tile, tiles, others, SHARED)
+        whole, visible_tiles, order = counts(full, visited, order, b, tile, tiles, others, SHARED)
     for t in range(0, whole):
         n = t if PLAIN else tl.load(order + t)
         j = n * BN + tl.arange(0, BN)
         acc, m, norm = forward_tile(acc, m, norm, q, K, V, i, j, start, end, size, skj, svj, scale,
                                  D, BD, EVEN, False, PRECISION, START, END, WIDTH, ROWS, COLUMNS)  # fmt: skip
-    for t in range(whole, all_of_them):
+    for t in range(whole, visible_tiles):
         n = t if PLAIN else tl.load(order + t)
         j = n * BN + tl.arange(0, BN)
         acc, m, norm = forward_tile(acc, m, norm, q, K, V, i, j, start, end, size, skj, svj, scale,
                                  D, BD, EVEN, True, PRECISION, START, END, WIDTH, ROWS, COLUMNS)  # fmt: skip
     norm = tl.where(norm == 0.0, 1.0, norm)  # queries past the end
-    put(OUT, i, soi, size, acc / norm[:, None], D, BD)
+    store(OUT, i, soi, size, acc / norm[:, None], D, BD)
     tl.store(L + bh * size + i, m + tl.log2(norm), mask=i < size)
 
 
@@ -180,7 +180,7 @@ def backward_dq(
     PLAIN: tl.constexpr, SHARED: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """DQ (B, H, S, d). One program a query tile and head."""
+    """DQ (B, H, S, d). One program per query tile and head."""
     tile, bh = place(tiles)
     b, h = bh // heads, bh % heads
     Q, G, DQ = head_of(Q, b, h, sqb, sqh, D), head_of(G, b, h, sgb, sgh, D), head_of(DQ, b, h, sdb, sdh, D)
@@ -193,20 +193,20 @@ def backward_dq(
     delta = tl.load(Delta + bh * size + i, mask=i < size, other=0.0)
     acc = tl.zeros((BM, BD), tl.float32)
     if PLAIN:
-        whole, all_of_them = tile * BM // BN, tl.cdiv(tl.minimum((tile + 1) * BM, size), BN)
+        whole, visible_tiles = tile * BM // BN, tl.cdiv(tl.minimum((tile + 1) * BM, size), BN)
     else:
-        whole, all_of_them, order = counts(full, visited, order, b, tile, tiles, others, SHARED)
+        whole, visible_tiles, order = counts(full, visited, order, b, tile, tiles, others, SHARED)
     for t in range(0, whole):
         n = t if PLAIN else tl.load(order + t)
         j = n * BN + tl.arange(0, BN)
         acc = dq_tile(acc, q, g, lse, delta, K, V, i, j, start, end, size, skj, svj, scale,
                       D, BD, EVEN, False, PRECISION, START, END, WIDTH, ROWS, COLUMNS)  # fmt: skip
-    for t in range(whole, all_of_them):
+    for t in range(whole, visible_tiles):
         n = t if PLAIN else tl.load(order + t)
         j = n * BN + tl.arange(0, BN)
         acc = dq_tile(acc, q, g, lse, delta, K, V, i, j, start, end, size, skj, svj, scale,
                       D, BD, EVEN, True, PRECISION, START, END, WIDTH, ROWS, COLUMNS)  # fmt: skip
-    put(DQ, i, sdi, size, acc * natural, D, BD)
+    store(DQ, i, sdi, size, acc * natural, D, BD)
 
 
 @triton.jit
@@ -217,7 +217,7 @@ def dkv_tile(
 ):  # fmt: skip
     q = rows(Q, i, sqi, size, D, BD, EVEN)
     g = rows(G, i, sgi, size, D, BD, EVEN)
-    # Past the end the weights are exp2(0 - inf) = 0; keys past the end make rows that are not stored.
+    # Past the end the weights are exp2(0 - inf) = 0; rows of keys past the end are not stored.
     lse = tl.load(L + i, mask=i < size, other=float("inf"))
     delta = tl.load(Delta + i, mask=i < size, other=0.0)
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])  # (BN, BM)
@@ -236,7 +236,7 @@ def backward_dkv(
     PLAIN: tl.constexpr, SHARED: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """DK and DV (B, H, S, d). One program a key tile and head."""
+    """DK and DV (B, H, S, d). One program per key tile and head."""
     tile, bh = place(tiles)
     b, h = bh // heads, bh % heads
     Q, G = head_of(Q, b, h, sqb, sqh, D), head_of(G, b, h, sgb, sgh, D)
@@ -248,7 +248,7 @@ def backward_dkv(
     j = tile * BN + tl.arange(0, BN)
     k, v = rows(K, j, skj, size, D, BD, EVEN), rows(V, j, svj, size, D, BD, EVEN)
     dk, dv = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BD), tl.float32)
-    if PLAIN:  # the diagonal's tiles in part, those below it whole
+    if PLAIN:  # tiles on the diagonal are partly visible, those below it fully
         first, last = tile * BN // BM, tl.cdiv(size, BM)
         whole = tl.minimum(tl.cdiv(tile * BN + BN - 1, BM), last)
         for m in range(first, whole):
@@ -260,14 +260,14 @@ def backward_dkv(
             dk, dv = dkv_tile(dk, dv, k, v, Q, G, L, Delta, i, j, start, end, size, sqi, sgi, scale,
                               D, BD, EVEN, False, PRECISION, START, END, WIDTH, ROWS, COLUMNS)  # fmt: skip
     else:
-        whole, all_of_them, order = counts(full, visited, order, b, tile, tiles, others, SHARED)
+        whole, visible_tiles, order = counts(full, visited, order, b, tile, tiles, others, SHARED)
         for t in range(0, whole):
             i = tl.load(order + t) * BM + tl.arange(0, BM)
             dk, dv = dkv_tile(dk, dv, k, v, Q, G, L, Delta, i, j, start, end, size, sqi, sgi, scale,
                               D, BD, EVEN, False, PRECISION, START, END, WIDTH, ROWS, COLUMNS)  # fmt: skip
-        for t in range(whole, all_of_them):
+        for t in range(whole, visible_tiles):
             i = tl.load(order + t) * BM + tl.arange(0, BM)
             dk, dv = dkv_tile(dk, dv, k, v, Q, G, L, Delta, i, j, start, end, size, sqi, sgi, scale,
                               D, BD, EVEN, True, PRECISION, START, END, WIDTH, ROWS, COLUMNS)  # fmt: skip
-    put(DK, j, sdi, size, dk * natural, D, BD)
-    put(DV, j, sei, size, dv, D, BD)
+    store(DK, j, sdi, size, dk * natural, D, BD)
+    store(DV, j, sei, size, dv, D, BD)

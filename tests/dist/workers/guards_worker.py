@@ -1,4 +1,4 @@
-"""Run by torchrun on two ranks from test_guards.py: what must be noticed, or mended, before it does harm."""
+"""Run by torchrun on two ranks from test_guards.py: what must be detected, or corrected, before it does harm."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def engines_of(out: Path, tensor: int, stage: str, accumulation: int = 1, **trai
     return cfg, ctx, engines
 
 
-def one_step(cfg, ctx, engines, step: int = 0, scale: float = 1.0, veto: bool = False) -> bool:
-    """``scale`` spoils the gradient of the last micro-batch, ``veto`` drops the step; whether the weights moved."""
+def one_step(cfg, ctx, engines, step: int = 0, scale: float = 1.0, skip: bool = False) -> bool:
+    """``scale`` spoils the gradient of the last micro-batch, ``skip`` skips the step; whether the weights moved."""
     micro, moved = cfg.train.micro_batch, True
     for a in range(engines.accumulation):
         first = (a * ctx.mesh.data + ctx.mesh.data_rank) * micro
@@ -46,7 +46,7 @@ def one_step(cfg, ctx, engines, step: int = 0, scale: float = 1.0, veto: bool = 
         last = a + 1 == engines.accumulation
         engines.student.backward(loss * scale if last else loss)
         set_schedules(cfg, engines, step, STEPS)
-        moved = engines.step(veto and last)
+        moved = engines.step(skip and last)
     if moved:
         engines.refresh_teacher()
     return moved
@@ -71,7 +71,7 @@ def put_back(engines, state: dict[str, torch.Tensor]) -> None:
     engines.refresh_teacher()
 
 
-def a_dropped_step_leaves_no_trace(out: Path, stage: str, tensor: int, accumulation: int, **train) -> None:
+def a_skipped_step_leaves_no_trace(out: Path, stage: str, tensor: int, accumulation: int, **train) -> None:
     """Nothing moves in it, and what follows is what would have followed without it, to the last bit."""
     cfg, ctx, engines = engines_of(out, tensor, stage, accumulation, **train)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def a_dropped_step_leaves_no_trace(out: Path, stage: str, tensor: int, accumulat
     assert one_step(cfg, ctx, engines, 0)
     before = state_of(engines)
     bad = float("nan") if ctx.rank == 0 else 1.0
-    for how in ({"veto": True}, {"scale": bad}, {"scale": bad, "veto": True}, {"veto": True}):
+    for how in ({"skip": True}, {"scale": bad}, {"scale": bad, "skip": True}, {"skip": True}):
         assert not one_step(cfg, ctx, engines, 1, **how), (stage, how)
         after = state_of(engines)
         assert all(torch.equal(before[k], after[k]) for k in before), (stage, tensor, how)
@@ -113,12 +113,12 @@ def replicas_that_drifted_are_aligned(out: Path, stage: str) -> None:
     assert torch.equal(compute.data.view(-1), kept)  # so small that it stays gathered
 
 
-def different_batches_are_told(out: Path) -> None:
+def different_batches_are_reported(out: Path) -> None:
     cfg, ctx, _ = engines_of(out, 2, "zero1")
     batch = batch_of(cfg, 0, slice(None))
     check_batch(ctx, batch, 0)
     none = {name: torch.zeros_like(value) for name, value in batch.items()}
-    check_batch(ctx, none if ctx.rank == 1 else batch, 0)  # a rank without a batch is told of elsewhere
+    check_batch(ctx, none if ctx.rank == 1 else batch, 0)  # a rank without a batch is reported elsewhere
     if ctx.rank == 1:
         batch["codes"] = batch["codes"].flip(0)  # the same codes in another order
     with pytest.raises(UserError, match="step 7: the ranks of a tensor group .* got different batches"):
@@ -126,7 +126,7 @@ def different_batches_are_told(out: Path) -> None:
 
 
 def corruption_is_named(out: Path) -> None:
-    """One bit of one weight on one rank; with two ranks nobody can say whose is right."""
+    """One bit of one weight on one rank; two ranks have no majority."""
     both = "differs between rank 0 .*, rank 1 .*, and no majority shows which is wrong"
     for stage in ("tests/dist/ds/zero0.json", "zero2"):
         cfg, ctx, engines = engines_of(out, 1, stage)
@@ -163,7 +163,7 @@ def corruption_is_named(out: Path) -> None:
         compare(cfg, engines, ctx, 1, 1)
 
 
-def every_group_has_the_time_out(out: Path) -> None:
+def every_group_has_the_timeout(out: Path) -> None:
     """Those that DeepSpeed and the mesh made for themselves too."""
     engines_of(out, 2, "zero1")
     set_timeouts(timedelta(seconds=77))
@@ -174,7 +174,7 @@ def every_group_has_the_time_out(out: Path) -> None:
 
 
 def an_error_elsewhere_is_of_its_kind(out: Path) -> None:
-    """Only what a person has to mend ends all ranks with 2, which is not requeued."""
+    """Only a user error ends all ranks with 2, which is not requeued."""
     _, ctx, _ = engines_of(out, 1, "zero1")
 
     def fail(error: Exception) -> None:
@@ -182,7 +182,7 @@ def an_error_elsewhere_is_of_its_kind(out: Path) -> None:
             raise error
 
     for error, elsewhere in (
-        (UserError("the shard is broken: mend it"), UserError("the shard is broken: mend it")),
+        (UserError("the shard is broken: fix it"), UserError("the shard is broken: fix it")),
         (OSError(5, "Input/output error"), RuntimeError("rank 1: OSError(5, 'Input/output error')")),
     ):
         wanted = error if ctx.rank == 1 else elsewhere
@@ -196,8 +196,8 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for json in ("zero1", "zero3"):
         replicas_that_drifted_are_aligned(folder, json)
-    different_batches_are_told(folder)
-    every_group_has_the_time_out(folder)
+    different_batches_are_reported(folder)
+    every_group_has_the_timeout(folder)
     an_error_elsewhere_is_of_its_kind(folder)
     corruption_is_named(folder)
     own = "tests/dist/ds/zero{}.json"
@@ -206,5 +206,5 @@ if __name__ == "__main__":
         ("zero2", 1, 2, {"dtype": "bf16"}), ("zero3", 1, 2, {}), ("zero3", 2, 2, {"dtype": "bf16"}),
         ("zero3_offload", 1, 2, {}),
     ):  # fmt: skip
-        a_dropped_step_leaves_no_trace(folder, stage, tensor, accumulation, **train)
+        a_skipped_step_leaves_no_trace(folder, stage, tensor, accumulation, **train)
     (folder / f"passed-{torch.distributed.get_rank()}").touch()

@@ -15,8 +15,8 @@ from tests.unit.data.shards.test_shards import sample
 
 
 def read_all(url: str, disk: Path, window: int = 1, read_only: bool = False) -> tuple[str, list[str]]:
-    """Some samples of every shard; the trouble that there was, and what is cached then. The disk may turn read-only."""
-    troubles = ""
+    """Some samples of every shard; why reading was degraded, and what is cached then. The disk may turn read-only."""
+    reasons = ""
     with closing(ShardSet(url, data=DataConfig(cache=str(disk / "cache"), cache_gib=1.0), max_open=window)) as shards:
         first = 0
         assert shards.store.cache.folder == disk / "cache"
@@ -27,32 +27,32 @@ def read_all(url: str, disk: Path, window: int = 1, read_only: bool = False) -> 
                 codes, label, found = shards.read(shard, row)
                 assert found == first + row and label == sample(found)[1] and (codes == sample(found)[0]).all()
                 del codes  # it looks into the shard, which stays where it is for so long
-            troubles = troubles or shards.store.trouble
+            reasons = reasons or shards.store.degraded
             first += size
-    return troubles, sorted(p.name for p in (disk / "cache").glob("*.tar"))
+    return reasons, sorted(p.name for p in (disk / "cache").glob("*.tar"))
 
 
 def main(url: str, folder: str, disk: Path) -> None:
     names = [f"{info.sha256}.tar" for info in load_manifest(folder).shards]
     # The bound would allow all, the disk does not: the oldest go.
-    trouble, kept = read_all(url, disk)
-    assert trouble == "" and names[-1] in kept and len(kept) < len(names), kept
+    degraded, kept = read_all(url, disk)
+    assert degraded == "" and names[-1] in kept and len(kept) < len(names), kept
     # Others fill the disk: what is cached serves, and makes room.
     filler = fill(disk)
-    trouble, kept = read_all(url, disk)
-    assert trouble == "" and names[-1] in kept, (trouble, kept)
+    degraded, kept = read_all(url, disk)
+    assert degraded == "" and names[-1] in kept, (degraded, kept)
     # All that is there is in use: the others are kept in memory.
-    trouble, kept = read_all(url, disk, window=4)
-    assert "No space left on device" in trouble and "keeps the shards that it reads in memory" in trouble
+    degraded, kept = read_all(url, disk, window=4)
+    assert "No space left on device" in degraded and "each process buffers its shards in memory" in degraded
     assert 0 < len(kept) < len(names)
     filler.unlink()
     for name in kept:
         (disk / "cache" / name).unlink()
-    trouble, kept = read_all(url, disk, read_only=True)
-    assert "Read-only file system" in trouble and kept == []
+    degraded, kept = read_all(url, disk, read_only=True)
+    assert "Read-only file system" in degraded and kept == []
     remount(disk, "rw")
-    trouble, kept = read_all(url, disk)
-    assert trouble == "" and kept
+    degraded, kept = read_all(url, disk)
+    assert degraded == "" and kept
 
 
 if __name__ == "__main__":

@@ -213,13 +213,13 @@ def test_other_contents_are_told(tmp_path, capsys):
     assert "nowhere.pt do not exist" in refused(capsys, tmp_path / "nowhere.pt", *words[1:])
     torch.save({}, path)
     for more, sentence in [
-        (["--weights", "ema"], "--weights chooses between those of a run"),
+        (["--weights", "ema"], "--weights applies to a run"),
         (["--image-size", "0"], "'0' is not a positive integer"),
     ]:
         assert sentence in refused(capsys, *words, *more)
     assert "needs a run's checkpoint" in refused(capsys, path, "--to", "universal", "--out", tmp_path / "u")
     told = refused(capsys, tmp_path, "--to", "safetensors", "--out", tmp_path / "u", "--config", path)
-    assert "--config is for a .pt file of LlamaGen" in told
+    assert "--config applies to a .pt file of LlamaGen" in told
 
 
 # Tokenizers --------------------------------------------------------------------------------------------------

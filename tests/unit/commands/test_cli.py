@@ -347,9 +347,9 @@ def folder_of_pictures(tmp_path, count=6):
 
 
 def test_tokenizer_batches_are_a_function_of_the_step(tmp_path):
-    from megastar.data.images.dataset import PictureSet
+    from megastar.data.images.dataset import ImageSet
 
-    pictures = PictureSet(folder_of_pictures(tmp_path))
+    pictures = ImageSet(folder_of_pictures(tmp_path))
     cfg = TokenizerTrainConfig(tokenizer=TokenizerConfig(image_size=8), batch=2)
     with Batches(pictures, cfg) as one:
         first = [one(step) for step in range(6)]
@@ -361,19 +361,19 @@ def test_tokenizer_batches_are_a_function_of_the_step(tmp_path):
 
 
 def test_tokenizer_batches_step_over_a_broken_picture(tmp_path):
-    from megastar.data.images.dataset import PictureSet
+    from megastar.data.images.dataset import ImageSet
 
     folder = folder_of_pictures(tmp_path)
     (folder / "class0" / "2.png").write_bytes(b"no picture")
     cfg = TokenizerTrainConfig(tokenizer=TokenizerConfig(image_size=8), batch=6)
-    with Batches(PictureSet(folder), cfg) as batches:
+    with Batches(ImageSet(folder), cfg) as batches:
         colours = sorted(int(x[0, 0, 0]) for x in batches(0))
         assert batches.broken == {"class0/2"}
     assert colours == [0, 40, 120, 160, 160, 200]
     for path in folder.rglob("*.png"):
         path.write_bytes(b"")
     with (
-        Batches(PictureSet(folder), cfg) as batches,
+        Batches(ImageSet(folder), cfg) as batches,
         pytest.raises(UserError, match=r"no image of .* can be read: check the files"),
     ):
         batches(0)

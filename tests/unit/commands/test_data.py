@@ -17,7 +17,7 @@ from megastar.data.shards.sample_parser import LAYOUTS
 from megastar.data.shards.stats import count
 from megastar.data.shards.verify import verify
 from megastar.data.shards.writer import open_writer
-from megastar.sampling.sampler import decode_pictures
+from megastar.sampling.sampler import decode_images
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.utils.files import sha256
 from tests.loaders import make_loader
@@ -77,9 +77,9 @@ def test_every_broken_shard_is_named(tmp_path, capsys):
     reasons = {p.shard: p.reason for p in found}
     assert "is missing though the manifest lists it" in reasons[shard[0].name]
     assert "it was cut or changed" in reasons[shard[1].name]
-    assert f"has SHA-256 {sha256(shard[2])}, the manifest says" in reasons[shard[2].name]
+    assert f"has SHA-256 {sha256(shard[2])}, the manifest records" in reasons[shard[2].name]
     assert [p.reason for p in found if p.shard == shard[4].name][1].endswith("copy it again or pretokenize again")
-    assert "holds 2 samples, the manifest says 3" in reasons[shard[5].name]
+    assert "holds 2 samples, the manifest records 3" in reasons[shard[5].name]
     assert cli.main(["data", "verify", str(folder)]) == 1
     out = capsys.readouterr().out
     assert all(p.name in out for p in shard if p != shard[3]) and "5 of 6 shards are damaged" in out
@@ -102,7 +102,7 @@ def test_a_failing_disk_and_an_empty_shard_are_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("megastar.data.storage.store.sha256_of", failing)
     assert list(map(str, verify(folder))) == [
-        "shard-00001.tar: cannot be read (Input/output error): mend the disk or copy it again",
+        "shard-00001.tar: cannot be read (Input/output error): check the disk or copy it again",
         "none.tar: is empty, not even tar's end mark is there: it was cut or changed",
     ]
 
@@ -179,7 +179,7 @@ def test_duplicates_and_the_sheet(tmp_path, capsys):
     left = pixels.shape[1] - 3 * 66
     cells = [pixels[2:66, left + 66 * c : left + 66 * c + 64] for c in range(3)]  # of the cat: 0, 3, and 6, which is 0
     codes = np.random.default_rng(0).integers(0, 2048, (6, 2, 64))[[0, 3, 0], 0]
-    expected = decode_pictures(load_tokenizer(TOKENIZER), torch.from_numpy(codes))
+    expected = decode_images(load_tokenizer(TOKENIZER), torch.from_numpy(codes))
     assert all(np.array_equal(a, b) for a, b in zip(cells, expected, strict=True))
 
 

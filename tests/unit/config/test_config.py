@@ -128,7 +128,7 @@ def test_all_problems_are_reported_together(base):
         ("data.shards=''", "data.shards is empty: name a folder of token shards (megastar pretokenize makes it)"),
         ("data.shards=s3:///a", "data.shards = s3:///a: must be a folder or read s3://bucket/prefix"),
         ("data.val_shards=gs://b/a", "data.val_shards = gs://b/a: must be a folder or read s3://bucket/prefix"),
-        ("data.cache=s3://b/a", "data.cache = s3://b/a: must be a folder on a disk of this node"),
+        ("data.cache=s3://b/a", "data.cache = s3://b/a: must be a local folder"),
         ("data.cache_gib=0", "data.cache_gib = 0.0: must be above 0"),
         ("data.patience=-1", "data.patience = -1.0: must be at least 0"),
         (
@@ -151,7 +151,7 @@ def test_all_problems_are_reported_together(base):
         ("self_guided.student_views=3", "self_guided.student_views = 3: must be 1 or 2"),
         (
             "self_guided.contrastive_block=7",
-            "self_guided.contrastive_block = 7: the model has 6 blocks (model.n_layer)",
+            "self_guided.contrastive_block = 7: must be at most model.n_layer 6",
         ),
         (
             "self_guided.positions=1",
@@ -160,7 +160,7 @@ def test_all_problems_are_reported_together(base):
         ),
         (
             "self_guided.positions=65",
-            "self_guided.positions = 65: there are 63 to draw from (model.image_tokens less the class's)",
+            "self_guided.positions = 65: must be at most 63 (model.image_tokens without the class position)",
         ),
         ("train.epochs=0", "train.steps and train.epochs are both 0: give one of them"),
         ("train.micro_batch=12", "train.micro_batch = 12: must divide train.global_batch 64; use 2, 4, 8 or 16"),
@@ -190,7 +190,7 @@ def test_bad_files(tmp_path, base):
     base.write_text("run: a\nrun: b\n")
     assert "is not YAML (found duplicate key run)" in failure(base)
     base.write_text("- a\n- b\n")
-    assert failure(base) == f"{base} holds a list, not sections of `field: value`"
+    assert failure(base) == f"{base} contains a list instead of sections of `field: value`"
     base.write_text("run: ${oc.env:MEGASTAR_NO_SUCH_VARIABLE}\n")
     assert "Environment variable 'MEGASTAR_NO_SUCH_VARIABLE' not found" in failure(base)
     base.write_bytes(b"run: \xff\xfe\n")
@@ -240,15 +240,15 @@ def test_tokenizer_configuration_and_its_rules():
         return failure("configs/tokenizer/emoji64.yaml", *overrides, load=load_tokenizer_config)
 
     assert "tokenizer.image_size = 60: must be a multiple of 8 (4 levels)" in broken("tokenizer.image_size=60")
-    assert "tokenizer.norm_groups = 32: must divide the width of every level, not so for 16" in broken(
+    assert "tokenizer.norm_groups = 32: must divide the width of every level, but does not divide 16" in broken(
         "tokenizer.norm_groups=32"
     )
-    assert "continuous_steps = 300: must be below steps 300, or no code book is made" in broken("steps=300")
+    assert "continuous_steps = 300: must be below steps 300, otherwise no codebook is made" in broken("steps=300")
     assert "pictures is empty: name a folder of class folders, a .tar, or a folder of tars" in broken("pictures=''")
-    assert "tokenizer.channel_multipliers is empty: give one number a level" in broken(
+    assert "tokenizer.channel_multipliers is empty: give one number per level" in broken(
         "tokenizer.channel_multipliers=[]"
     )
-    assert "tokenizer.channel_multipliers = ['a']: must be a list of which each is an integer" in broken(
+    assert "tokenizer.channel_multipliers = ['a']: must be a list of integers" in broken(
         "tokenizer.channel_multipliers=[a]"
     )
     assert "tokenizer.channel_multipliers = 0: must be at least 1" in broken("tokenizer.channel_multipliers=[1,0]")

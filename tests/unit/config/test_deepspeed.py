@@ -61,24 +61,24 @@ def test_agreeing_values_and_auto_pass(tmp_path):
     [
         (
             zero() | {"train_batch_size": 512},
-            "says train_batch_size 512, the run says train.global_batch 256: the run decides",
+            "sets train_batch_size 512, but the run sets train.global_batch 256: remove it from the JSON",
         ),
-        (zero() | {"gradient_clipping": 0.5}, "says gradient_clipping 0.5, the run says optim.grad_clip 1.0"),
+        (zero() | {"gradient_clipping": 0.5}, "sets gradient_clipping 0.5, but the run sets optim.grad_clip 1.0"),
         (
             zero() | {"train_micro_batch_size_per_gpu": 4},
-            "says train_micro_batch_size_per_gpu 4, the run says train.micro_batch 8",
+            "sets train_micro_batch_size_per_gpu 4, but the run sets train.micro_batch 8",
         ),
-        (zero() | {"bf16": {"enabled": False}}, "says bf16.enabled false, the run says train.dtype bf16"),
-        (zero() | {"fp16": {"enabled": True}}, "says fp16.enabled true, the run says train.dtype bf16"),
+        (zero() | {"bf16": {"enabled": False}}, "sets bf16.enabled false, but the run sets train.dtype bf16"),
+        (zero() | {"fp16": {"enabled": True}}, "sets fp16.enabled true, but the run sets train.dtype bf16"),
         (
             zero() | {"tensor_parallel": {"autotp_size": 2}},
-            "says autotp_size 2, the run says parallel.tensor_parallel 1",
+            "sets autotp_size 2, but the run sets parallel.tensor_parallel 1",
         ),
         (
             zero() | {"optimizer": {"type": "Adam"}},
-            "optimizer is set, but the engine's own AdamW keeps the teacher's average",
+            "optimizer is set, but megastar uses its own AdamW, which also updates the EMA teacher",
         ),
-        (zero() | {"scheduler": {}}, "scheduler is set, but the run's optim.schedule decides; remove it"),
+        (zero() | {"scheduler": {}}, "scheduler is set, but optim.schedule of the run sets the schedule; remove it"),
         (zero() | {"elasticity": {}}, "elasticity is set, but it is not supported with this engine; remove it"),
         ({"zero_optimisation": {"stage": 3}}, "unknown key zero_optimisation: did you mean zero_optimization?"),
         ({}, "zero_optimization is missing: give it a stage, as in configs/ds/zero3.json"),
@@ -90,7 +90,7 @@ def test_agreeing_values_and_auto_pass(tmp_path):
             'offload_param to nvme is not supported with this engine: use "cpu" or',
         ),
         ("{", "is not JSON ("),
-        ("[]", "holds no JSON object"),
+        ("[]", "does not contain a JSON object"),
     ],
 )
 def test_each_disagreement_has_its_sentence(tmp_path, content, message):
@@ -105,14 +105,14 @@ def test_each_disagreement_has_its_sentence(tmp_path, content, message):
 @pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size"])
 def test_what_keeps_weights_in_a_second_place_is_refused(tmp_path, key):
     (problem,) = deepspeed_problems(run_with(tmp_path, zero(**{key: 2 if "hpz" in key else True})))
-    assert f"{key} is not proven with the sharded teacher; remove it" in problem
+    assert f"{key} is not tested with the sharded teacher; remove it" in problem
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_offload_needs_stage_3(tmp_path, stage):
     offload = {"offload_optimizer": {"device": "cpu"}}
     (problem,) = deepspeed_problems(run_with(tmp_path, zero(stage, **offload)))
-    assert f"offload_optimizer at stage {stage} is not proven: use stage 3" in problem
+    assert f"offload_optimizer at stage {stage} is not tested: use stage 3" in problem
     assert deepspeed_problems(run_with(tmp_path, zero(3, **offload))) == []
     assert deepspeed_problems(run_with(tmp_path, zero(stage, offload_optimizer={"device": "none"}))) == []
 
@@ -120,9 +120,9 @@ def test_offload_needs_stage_3(tmp_path, stage):
 def test_what_only_the_started_run_knows(tmp_path):
     cfg = run_with(tmp_path, zero() | {"gradient_accumulation_steps": 2, "train_micro_batch_size_per_gpu": 64})
     assert deepspeed_problems(cfg) == []
-    with pytest.raises(UserError, match="says gradient_accumulation_steps 2, the run says an accumulation of 1"):
+    with pytest.raises(UserError, match="sets gradient_accumulation_steps 2, but the run sets an accumulation of 1"):
         deepspeed_config(cfg, 64, 1, world_size=4, dtype="bf16")
-    with pytest.raises(UserError, match="says train_micro_batch_size_per_gpu 64, the run says a micro batch of 32"):
+    with pytest.raises(UserError, match="sets train_micro_batch_size_per_gpu 64, but the run sets a micro batch of 32"):
         deepspeed_config(cfg, 32, 2, world_size=4, dtype="bf16")
     auto = run_with(tmp_path, zero(0), dtype="auto")
     assert deepspeed_problems(auto) == []

@@ -101,15 +101,15 @@ def test_an_interrupted_run_on_changing_ranks_sees_each_sample_once(run, lost):
     starts every rank of the next."""
     sizes, batch, window, seed, stretches = run
     N = sum(sizes)
-    known = {"seed": seed, "global_batch": batch, "views": 2, "class_dropout_prob": 0.3, "num_classes": 4}
-    known |= {"vocab_size": V, "tokens": T, "window": window}
+    settings = {"seed": seed, "global_batch": batch, "views": 2, "class_dropout_prob": 0.3, "num_classes": 4}
+    settings |= {"vocab_size": V, "tokens": T, "window": window}
     seen: list[int] = []
     rows: list[tuple] = []
     with tempfile.TemporaryDirectory() as folder:
         write_set(Path(folder) / "s", sizes)
 
         def open_loader(**changes) -> TokenLoader:
-            return make_loader(Path(folder) / "s", **known, **changes)
+            return make_loader(Path(folder) / "s", **settings, **changes)
 
         state = {"samples": 0}
         for steps, (world, accumulation) in stretches:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megastar.data.shards.import_webdataset import index_foreign
+from megastar.data.shards.import_webdataset import index_webdataset
 from megastar.data.shards.manifest import load_manifest
 from megastar.data.shards.reader import ShardSet
 from megastar.data.shards.sample_parser import LAYOUTS
@@ -214,7 +214,7 @@ def test_foreign_sets_of_any_bytes(whole, tmp_path, data):
     path.write_bytes(tar[: data.draw(st.sampled_from([len(tar), len(tar) - 512, len(tar) // 2]))])
     with bounded():
         try:
-            made = index_foreign(folder, codebook_size=V, layout=whole.parent.name.rstrip("0123456789"))
+            made = index_webdataset(folder, codebook_size=V, layout=whole.parent.name.rstrip("0123456789"))
         except UserError as error:
             assert "\n" not in str(error)
             return

@@ -35,7 +35,7 @@ def folder(tmp_path):
 
 
 def loader(folder, **changes) -> TokenLoader:
-    known = {
+    settings = {
         "seed": 1,
         "global_batch": 8,
         "views": 2,
@@ -45,7 +45,7 @@ def loader(folder, **changes) -> TokenLoader:
         "tokens": T,
         "window": 2,
     }
-    return make_loader(folder, **(known | changes))
+    return make_loader(folder, **(settings | changes))
 
 
 def take(source: TokenLoader, n: int) -> list[dict]:
@@ -227,8 +227,8 @@ def test_a_process_may_end_in_the_middle(folder, tmp_path, how, status):
         if how == "wait":
             assert process.stdout.readline() == b"here\n"
             process.kill()
-        _, said = process.communicate(timeout=30)
-    assert process.returncode == status and said == b""
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == status and errors == b""
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 

@@ -124,7 +124,7 @@ def test_damage_is_found_and_named(tmp_path):
     with pytest.raises(UserError, match="states.pt is damaged"):
         checkpoint_dir.verify(path)
     (path / "states.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match="has 1 bytes, its manifest says 100"):
+    with pytest.raises(UserError, match="has 1 bytes, its manifest records 100"):
         checkpoint_dir.read_manifest(path)
     (path / "states.pt").unlink()
     with pytest.raises(UserError, match=r"lacks states.pt \(rank 0\)"):
@@ -136,7 +136,7 @@ def test_damage_is_found_and_named(tmp_path):
     with pytest.raises(UserError, match="megastar.json is damaged"):
         checkpoint_dir.read_manifest(path)
     (path / checkpoint_dir.MANIFEST).unlink()
-    with pytest.raises(UserError, match="no complete checkpoint"):
+    with pytest.raises(UserError, match="not a complete checkpoint"):
         checkpoint_dir.read_manifest(path)
 
 

@@ -1,4 +1,4 @@
-"""The z-score of a loss, against the definition; who is wrong among replicas."""
+"""Loss spikes against the definition of the z-score; which rank is at fault among replicas."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_spikes_are_those_of_the_definition(sigma, window):
     assert (found > 0) == (sigma > 0)
 
 
-def test_a_ripple_on_a_plateau_and_a_fall_are_no_spikes():
+def test_a_ripple_on_a_plateau_and_a_drop_are_not_spikes():
     test = SpikeTest(6.0, 8, [7.0] * 8)
     assert not test.check(7.0 * (1 + 5.9 * MIN_SIGMA)) and not test.check(1.0)
     assert test.check(7.0 * (1 + 6.1 * MIN_SIGMA)) == "loss 7.2135 is 6.1 sigma above 7"
 
 
-def test_early_training_is_no_spike():
+def test_early_training_is_not_a_spike():
     """A loss that falls steeply after a flat warm-up, with a contrastive part whose positions change each step."""
     rng = np.random.default_rng(0)
     test = SpikeTest(6.0, 128)
@@ -59,8 +59,8 @@ def test_early_training_is_no_spike():
         test.add(loss)
 
 
-def test_the_guard_goes_on_from_its_state():
-    """Whatever was restored where: the same decisions."""
+def test_the_skip_policy_resumes_from_its_state():
+    """After any restore it makes the same decisions."""
     faults = FaultsConfig(spike_window=8, max_skips=2)
     guard = SkipPolicy(faults)
     for step in range(20):
@@ -77,7 +77,7 @@ def test_the_guard_goes_on_from_its_state():
     assert other.state(16)["losses"] == state["losses"]
     other.restore({"guard": other.state(18), "step": 18}, rollbacks=1, position=40)  # and this one after it
     assert (other.rollbacks, other.offset) == (1, 24)
-    other.restore({"step": 3})  # of a version that had no guard
+    other.restore({"step": 3})  # a checkpoint of a version without this state
     assert other.state(3) == {"losses": [], "skips": [], "rollbacks": 0, "offset": 0}
     assert SkipPolicy(FaultsConfig(max_skips=0)).skip(0)
 
@@ -94,7 +94,7 @@ def test_the_rank_at_fault():
     assert find_outliers([False, True, False, False], [[0, 1], [2, 3]]) == ([0, 1], False)
 
 
-def test_a_rank_that_a_majority_is_against_is_on_record(tmp_path):
+def test_a_rank_that_differs_from_a_majority_is_recorded(tmp_path):
     ctx = Context(0, 3, torch.device("cpu"), torch.float32)
     cfg, hosts = RunConfig(run=str(tmp_path)), ["n0", "n0", "n1"]
     certain, not_certain = ("norm.weight", [2], True, hosts), ("w1.weight", [0, 2], False, hosts)

@@ -17,7 +17,7 @@ from megastar.engine.fault_tolerance.postmortem import record_lost_rank, write_s
 from megastar.engine.fault_tolerance.watchdog import Watchdog, watch
 from megastar.engine.phase import DATA, ENDING, PHASE, SAVING, STARTING, limit_of
 from megastar.run_dir.events import read_events
-from megastar.run_dir.status import heartbeats_of
+from megastar.run_dir.status import describe_heartbeats
 
 TICK = 1.0
 
@@ -90,7 +90,7 @@ def test_a_silent_rank_is_lost():
     assert ranks.seconds(90, silent=(3,)) is None
 
 
-def test_the_rank_that_was_silent_first_is_blamed_first():
+def test_the_rank_that_was_silent_first_comes_first():
     ranks = Ranks(config(lost_timeout=20, hang_timeout=0))
     ranks.seconds(10)
     assert ranks.seconds(5, silent=(3,)) is None
@@ -108,7 +108,7 @@ def test_a_rank_that_starts_may_be_silent_for_longer():
     assert diagnosis and [b.rank for b in diagnosis.culprits] == [3] and 'last seen at "starting"' in diagnosis.text
 
 
-def test_a_store_that_is_silent_is_rank_0_not_everyone(monkeypatch):
+def test_a_silent_store_is_reported_as_rank_0(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     ranks = Ranks(config(), rank=2)
     ranks.seconds(3)
@@ -131,7 +131,7 @@ def test_ranks_that_have_left_are_not_lost():
     ranks.set(2, flag=EXITED, status=85)
     assert ranks.seconds(60, silent=(1, 2)) is None
     ranks.set(3, flag=EXITED, status=1, text="ValueError: nine")
-    assert ranks.seconds(19, silent=(1, 2, 3)) is None  # this one may be about to say the same
+    assert ranks.seconds(19, silent=(1, 2, 3)) is None  # this rank may be about to fail too
     diagnosis = ranks.seconds(5, silent=(1, 2, 3))
     assert diagnosis and (diagnosis.kind, diagnosis.status) == ("error", RANK_FAILURE)
     assert diagnosis.text == "rank 3 on node3 (pid 103) exited with an error: ValueError: nine"
@@ -158,7 +158,7 @@ def test_ranks_that_have_left_are_not_lost():
         ({}, []),
     ],
 )
-def test_a_hang_blames_the_rank_that_is_behind(what, culprits):
+def test_a_hang_names_the_rank_that_is_behind(what, culprits):
     ranks = Ranks(config())
     for rank in (1, 2, 3):
         ranks.set(rank, flag=OVERDUE)
@@ -247,12 +247,12 @@ def test_the_record_for_the_batch_script(tmp_path, monkeypatch):
     assert first.pop("time").endswith("+00:00")
     assert first == {"job": "417", "attempt": 2, "rank": 3, "host": "node7", "why": "lost"}
     assert (second["rank"], second["why"]) == (1, "hung")
-    record_lost_rank(tmp_path / "nothing", 3, "node7", "lost")  # a disk that takes none is no reason to stop
+    record_lost_rank(tmp_path / "nothing", 3, "node7", "lost")  # an unwritable disk is not a reason to stop
 
 
-def test_an_error_of_its_own_is_one_event(tmp_path):
+def test_an_error_of_the_rank_is_one_event(tmp_path):
     cfg = RunConfig(run=str(tmp_path))
-    for watched in (True, False):  # each start says it for itself
+    for watched in (True, False):  # once per start
         cfg.faults.hang_timeout, cfg.faults.lost_timeout = (60.0, 60.0) if watched else (0, 0)
         with pytest.raises(ValueError), watch(cfg, 0, 1):
             PHASE.begin(4)
@@ -284,7 +284,7 @@ def test_stacks_of_all_threads(tmp_path):
     assert write_stacks(tmp_path / "file", 3, "the reason") is None
 
 
-def test_the_heartbeat_file_and_what_status_makes_of_it(tmp_path, monkeypatch):
+def test_the_heartbeat_file_and_its_line_in_status(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "n5")
     cfg = config()
     cfg.run = str(tmp_path)
@@ -302,11 +302,11 @@ def test_the_heartbeat_file_and_what_status_makes_of_it(tmp_path, monkeypatch):
     assert json.loads(path.read_text())["flag"] == EXITED and len(list(path.parent.iterdir())) == 1
     other = {**written, "rank": 1, "host": "node7", "time": "2026-01-31T12:00:00+00:00"}
     (path.parent / "rank-00001.json").write_text(json.dumps(other))
-    text = heartbeats_of(tmp_path, time.time())
-    assert text.startswith("2 rank(s), last sign ") and text.endswith('rank 1 on node7, at "backward" of step 12')
+    text = describe_heartbeats(tmp_path, time.time())
+    assert text.startswith("2 rank(s), last heartbeat ") and text.endswith('rank 1 on node7, at "backward" of step 12')
     (path.parent / "rank-00001.json").write_text('{"time": "20')
-    assert heartbeats_of(tmp_path, time.time()).startswith("1 rank(s), ")
-    assert heartbeats_of(tmp_path / "nothing", 0.0) == ""
+    assert describe_heartbeats(tmp_path, time.time()).startswith("1 rank(s), ")
+    assert describe_heartbeats(tmp_path / "nothing", 0.0) == ""
 
 
 def test_no_thread_where_nothing_is_watched(tmp_path):
@@ -317,7 +317,7 @@ def test_no_thread_where_nothing_is_watched(tmp_path):
         assert isinstance(dog, Watchdog) and threading.active_count() == before and not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_takes_nothing_ends_no_run(tmp_path):
+def test_a_disk_that_refuses_files_does_not_end_the_run(tmp_path):
     cfg = config()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/heartbeats").write_text("")  # where a folder should be

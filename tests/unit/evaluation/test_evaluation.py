@@ -19,16 +19,22 @@ from megastar.data.pretokenize.runner import pretokenize
 from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector
 from megastar.evaluation.features import EffLite0, resize
-from megastar.evaluation.image_sources import load_images, open_pictures, source_hash
+from megastar.evaluation.image_sources import load_images, open_images, source_hash
 from megastar.evaluation.runner import evaluate, evaluate_collected, evaluate_reconstruction
 from megastar.evaluation.scores import Settings
 from megastar.tokenizer.efficientnet import EfficientNetLite0
 from megastar.tokenizer.io import load_tokenizer, save_tokenizer
 from megastar.tokenizer.train import score
 from megastar.tokenizer.vq import VQModel
+from megastar.utils.logs import ROOT
 
 
-def pictures(n: int, side: int = 16, seed: int = 0) -> np.ndarray:
+@pytest.fixture(autouse=True)
+def warnings_in_caplog(monkeypatch):
+    monkeypatch.setattr(ROOT, "propagate", True)
+
+
+def random_images(n: int, side: int = 16, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
 
 
@@ -41,20 +47,20 @@ def extract() -> EffLite0:
 
 def test_resize_is_pillows_bicubic_without_rounding():
     for side in (64, 200):
-        some = pictures(1, side)
-        floats = [Image.fromarray(some[0, :, :, c].astype(np.float32)) for c in range(3)]
+        images = random_images(1, side)
+        floats = [Image.fromarray(images[0, :, :, c].astype(np.float32)) for c in range(3)]
         expected = np.stack([np.asarray(f.resize((128, 128), Image.Resampling.BICUBIC)) for f in floats])
-        got = (resize(torch.from_numpy(some))[0].numpy() + 1) * 127.5
+        got = (resize(torch.from_numpy(images))[0].numpy() + 1) * 127.5
         np.testing.assert_allclose(got, expected, atol=1e-2)
-    same = pictures(1, 128)
+    same = random_images(1, 128)
     assert np.allclose((resize(torch.from_numpy(same)).permute(0, 2, 3, 1).numpy() + 1) * 127.5, same, atol=1e-4)
 
 
 def test_features_are_those_of_the_plain_network(extract):
-    some = pictures(5)
-    got, spatial = extract(torch.from_numpy(some))
+    images = random_images(5)
+    got, spatial = extract(torch.from_numpy(images))
     assert got.shape == (5, 1280) and got.dtype == torch.float32 and spatial is None
-    wide = torch.from_numpy(some).permute(0, 3, 1, 2).float()
+    wide = torch.from_numpy(images).permute(0, 3, 1, 2).float()
     wide = torch.nn.functional.interpolate(wide, size=(128, 128), mode="bicubic", antialias=True)
     with torch.no_grad():
         plain = EfficientNetLite0().net.extract_features((wide - 127) / 128).mean((2, 3)).numpy()
@@ -71,8 +77,8 @@ def folder_of(tmp_path, images, name="folder"):
     return tmp_path / name
 
 
-def test_folder_tar_and_npz_hold_the_same_pictures(tmp_path):
-    images = pictures(6)
+def test_folder_tar_and_npz_contain_the_same_images(tmp_path):
+    images = random_images(6)
     images = images[[0, 2, 4, 1, 3, 5]]  # the order of the keys
     folder = folder_of(tmp_path, images[[0, 3, 1, 4, 2, 5]])
     np.savez(tmp_path / "a.npz", images)
@@ -80,7 +86,7 @@ def test_folder_tar_and_npz_hold_the_same_pictures(tmp_path):
     tar = tmp_path / "c.tar"
     with tarfile.open(tar, "w") as archive:
         archive.add(folder, "train")
-        for pixels in pictures(2, seed=9):
+        for pixels in random_images(2, seed=9):
             data = io.BytesIO()
             Image.fromarray(pixels).save(data, "PNG")
             member = tarfile.TarInfo(f"val/class0/{pixels[0, 0, 0]}.png")
@@ -92,28 +98,27 @@ def test_folder_tar_and_npz_hold_the_same_pictures(tmp_path):
     assert len(load_images(tar)) == 8
     assert len(load_images(folder, limit=2)) == 2 and len(load_images(tmp_path / "a.npz", limit=2)) == 2
     assert load_images(folder, size=8).shape == (6, 8, 8, 3)
-    with pytest.raises(UserError, match="16 x 16 pixels, 8 x 8 are needed"):
+    with pytest.raises(UserError, match="16 x 16 pixels, but 8 x 8 are required"):
         load_images(tmp_path / "a.npz", size=8)
 
 
 def test_hash_follows_the_content_only(tmp_path):
-    one, two = folder_of(tmp_path, pictures(4), "one"), folder_of(tmp_path, pictures(4), "two")
+    one, two = folder_of(tmp_path, random_images(4), "one"), folder_of(tmp_path, random_images(4), "two")
     assert source_hash(one) == source_hash(two)
-    Image.fromarray(pictures(1, seed=5)[0]).save(two / "class0" / "000.png")
+    Image.fromarray(random_images(1, seed=5)[0]).save(two / "class0" / "000.png")
     assert source_hash(one) != source_hash(two)
 
 
-def test_unreadable_pictures_are_left_out_and_named(tmp_path):
-    folder = folder_of(tmp_path, pictures(3))
-    (folder / "class0" / "zzz.png").write_bytes(b"no picture")
-    text = io.StringIO()
-    assert len(load_images(folder, console=Console(file=text, width=200))) == 3
-    assert "1 of 4 pictures left out" in text.getvalue() and "zzz" in text.getvalue()
+def test_unreadable_images_are_skipped_with_a_warning(tmp_path, caplog):
+    folder = folder_of(tmp_path, random_images(3))
+    (folder / "class0" / "zzz.png").write_bytes(b"no image")
+    assert len(load_images(folder)) == 3
+    assert "skipped 1 of 4 images" in caplog.text and "zzz" in caplog.text
     for path in folder.rglob("0*.png"):
         path.write_bytes(b"broken")
-    with pytest.raises(UserError, match="none of (its )?4 pictures can be read"):
+    with pytest.raises(UserError, match="none of its 4 images can be read"):
         load_images(folder)
-    with pytest.raises(UserError, match="none of 4 pictures can be read; the first: class0"):
+    with pytest.raises(UserError, match="none of 4 images can be read; the first: class0"):
         load_images(folder, size=16)
 
 
@@ -125,27 +130,27 @@ def test_bad_npz_files_have_their_sentence(tmp_path):
     with pytest.raises(UserError, match="not a readable .npz"):
         load_images(path)
     np.savez(path, codes=np.zeros(3))
-    with pytest.raises(UserError, match="holds codes: expected arr_0 or images"):
+    with pytest.raises(UserError, match="contains codes: expected arr_0 or images"):
         load_images(path)
-    np.savez(path, pictures(3).astype(np.float32))
+    np.savez(path, random_images(3).astype(np.float32))
     with pytest.raises(UserError, match=r"arr_0 is float32 \(3, 16, 16, 3\), expected uint8"):
         load_images(path)
     np.savez(path, np.array([{}], dtype=object))
     with pytest.raises(UserError, match=r"arr_0 is object \(1,\), expected uint8"):
         load_images(path)
-    np.savez(path, np.asfortranarray(pictures(3)))
+    np.savez(path, np.asfortranarray(random_images(3)))
     with pytest.raises(UserError, match="Fortran order"):
         load_images(path)
     short = io.BytesIO()
-    np.save(short, pictures(3))
+    np.save(short, random_images(3))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", short.getvalue()[:-5])
-    with pytest.raises(UserError, match=r"promises \(3, 16, 16, 3\) and holds 2299 bytes"):
+    with pytest.raises(UserError, match=r"arr_0 has the shape \(3, 16, 16, 3\) but 2299 bytes"):
         load_images(path)
 
 
 def test_an_npz_is_never_whole_in_memory(tmp_path, monkeypatch):
-    np.savez_compressed(tmp_path / "x.npz", pictures(20), np.arange(20) % 4)
+    np.savez_compressed(tmp_path / "x.npz", random_images(20), np.arange(20) % 4)
     read = []
     plain = zipfile.ZipExtFile.read
 
@@ -154,10 +159,10 @@ def test_an_npz_is_never_whole_in_memory(tmp_path, monkeypatch):
         return plain(self, n)
 
     monkeypatch.setattr(zipfile.ZipExtFile, "read", watched)
-    source = open_pictures(tmp_path / "x.npz", limit=11)
+    source = open_images(tmp_path / "x.npz", limit=11)
     batches = list(source.batches(4))
     assert [len(b) for b in batches] == [4, 4, 3] and max(read) == 4 * 16 * 16 * 3 and min(read) > 0
-    assert np.array_equal(np.concatenate(batches), pictures(20)[:11])
+    assert np.array_equal(np.concatenate(batches), random_images(20)[:11])
     monkeypatch.undo()
     assert source.labels().tolist() == [i % 4 for i in range(11)]
 
@@ -180,9 +185,9 @@ def fewer_features(extract, monkeypatch):
 
 
 # The whole score -----------------------------------------------------------------------------------------------
-def test_evaluate_writes_a_result_that_can_be_repeated(tmp_path, monkeypatch, fewer_features):
-    real = folder_of(tmp_path, pictures(14, 20))
-    np.savez(tmp_path / "made.npz", pictures(9, 16, seed=1), np.arange(9) % 4)
+def test_evaluate_writes_a_reproducible_result(tmp_path, monkeypatch, caplog, fewer_features):
+    real = folder_of(tmp_path, random_images(14, 20))
+    np.savez(tmp_path / "made.npz", random_images(9, 16, seed=1), np.arange(9) % 4)
     out, text = tmp_path / "new" / "score.json", io.StringIO()
     known = {"cache": tmp_path / "cache", "out": out, "provenance": {"seed": 3, "cfg_scale": 2.0}, "batch": 4}
     first = evaluate(tmp_path / "made.npz", real, console=Console(file=text, width=200), **known)
@@ -192,17 +197,19 @@ def test_evaluate_writes_a_result_that_can_be_repeated(tmp_path, monkeypatch, fe
     assert first["generated"]["pictures"] == 9 and first["real"]["pictures"] == 14 and first["real"]["size"] == 16
     assert first["generated"]["classes"] == {"classes": 4, "fewest": 2, "most": 3}
     assert first["provenance"] == {"seed": 3, "cfg_scale": 2.0} and len(first["features"]["weights_sha256"]) == 64
-    assert first["not_recorded"] == ["label_plan", "weights", "dtype"] and "label_plan, weights" in text.getvalue()
+    assert first["not_recorded"] == ["label_plan", "weights", "dtype"]
+    assert "provenance of the images is incomplete: label_plan, weights, dtype" in caplog.text
     assert {"torch", "numpy", "python", "megastar", "pillow"} <= first["versions"].keys()
     assert first["real"]["sha256"] == source_hash(real)
-    assert "only 9 scored pictures: below 5000" in first["warnings"][0] and "only 14 real" in first["warnings"][1]
+    assert "only 9 generated images: below 5000" in first["warnings"][0] and "only 14 real" in first["warnings"][1]
+    assert first["warnings"][0] in caplog.messages
     assert "FD-EffLite0" in text.getvalue() and "floor" in text.getvalue() and "FID" not in text.getvalue()
 
     def never(*_):
         raise AssertionError("the real set was read again")
 
     with monkeypatch.context() as patch:  # the real set comes from the cache
-        patch.setattr("megastar.evaluation.image_sources.FolderPictures.batches", never)
+        patch.setattr("megastar.evaluation.image_sources.FolderImages.batches", never)
         again = evaluate(tmp_path / "made.npz", real, **known)
     assert (again["value"], again["floor"]) == (first["value"], first["floor"])
     for file in (tmp_path / "cache").iterdir():
@@ -215,8 +222,8 @@ def test_evaluate_writes_a_result_that_can_be_repeated(tmp_path, monkeypatch, fe
     assert same["value"] < 1e-3 < same["floor"]
 
 
-def test_what_the_sampler_wrote_joins_the_provenance(tmp_path, fewer_features):
-    np.savez(tmp_path / "made.npz", pictures(9))
+def test_the_samplers_record_is_part_of_the_provenance(tmp_path, fewer_features):
+    np.savez(tmp_path / "made.npz", random_images(9))
     sidecar = tmp_path / "made.npz.json"
     sidecar.write_text(
         json.dumps({"label_plan": "balanced", "cfg_scale": 1.5, "weights": "w", "dtype": "bf16", "seed": 0, "a": 1})
@@ -225,22 +232,22 @@ def test_what_the_sampler_wrote_joins_the_provenance(tmp_path, fewer_features):
     assert result["not_recorded"] == [] and result["provenance"]["label_plan"] == "balanced"
     assert result["provenance"]["a"] == 2 and result["generated"]["classes"] is None
     sidecar.write_text(json.dumps({"identity": {"count": 8}, "about": {}}))
-    with pytest.raises(UserError, match="made.npz.json is of 8 pictures, .*made.npz holds 9: remove the one"):
+    with pytest.raises(UserError, match="made.npz.json records 8 images, but .*made.npz contains 9: remove the wrong"):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz")
     sidecar.write_text("[1]")
-    with pytest.raises(UserError, match="holds a list: expected a JSON object"):
+    with pytest.raises(UserError, match="contains a list: expected a JSON object"):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz")
     sidecar.write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz")
 
 
-def test_all_scores_of_features_of_ones_own(tmp_path, monkeypatch):
+def test_all_scores_of_custom_features(tmp_path, monkeypatch):
     (tmp_path / "my_features.py").write_text(
         "def mean(pixels):\n    return pixels.float().mean((1, 2))\n\ndef flat(pixels):\n    return pixels.flatten(1)[0]\n"
     )
     monkeypatch.chdir(tmp_path)
-    made, real = pictures(40, 8), pictures(50, 8, seed=1)
+    made, real = random_images(40, 8), random_images(50, 8, seed=1)
     np.savez("made.npz", made)
     np.savez("real.npz", real)
     known = {"cache": tmp_path / "c", "settings": Settings(kid_subsets=5, kid_size=20), "metrics": ["fd", "pr", "kid"]}
@@ -252,51 +259,53 @@ def test_all_scores_of_features_of_ones_own(tmp_path, monkeypatch):
     expected = ((m[0] - c[0]) ** 2).sum() + np.trace(m[1] + c[1]) - 2 * trace
     assert result["value"] == pytest.approx(expected, rel=1e-4)
     for features, message in (
-        ("my_features:flat", r"gave torch.uint8 \(192,\) for 32 pictures: expected a tensor"),
+        ("my_features:flat", r"returned torch.uint8 \(192,\) for 32 images: return a tensor"),
         ("my_features:none", "has no attribute 'none'"),
         ("nowhere:x", "No module named 'nowhere'"),
-        ("resnet", "features 'resnet' are unknown: choose efflite0"),
+        ("resnet", "unknown features 'resnet': choose efflite0"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate("made.npz", "real.npz", features=features, **known)
 
 
-def test_too_few_and_oblong_pictures(tmp_path, extract):
-    np.savez(tmp_path / "made.npz", pictures(3))
-    with pytest.raises(UserError, match="3 pictures cannot be scored, fd needs 4; 5000 or more"):
+def test_too_few_and_oblong_images(tmp_path, extract):
+    np.savez(tmp_path / "made.npz", random_images(3))
+    with pytest.raises(UserError, match="3 images, but fd requires 4; use 5000 or more"):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz")
-    np.savez(tmp_path / "made.npz", pictures(5)[:, :8])
-    with pytest.raises(UserError, match="16 x 8 pixels: only square pictures"):
+    np.savez(tmp_path / "made.npz", random_images(5)[:, :8])
+    with pytest.raises(UserError, match="16 x 8 pixels; crop them to squares first"):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz")
-    np.savez(tmp_path / "made.npz", pictures(30))
-    with pytest.raises(UserError, match="30 pictures cannot be scored, kid needs 1000"):
+    np.savez(tmp_path / "made.npz", random_images(30))
+    with pytest.raises(UserError, match="30 images, but kid requires 1000"):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz", metrics=["kid"])
-    with pytest.raises(UserError, match=r"'fid' is not one of these features'.*need --inception"):
+    with pytest.raises(
+        UserError, match=r"'fid' is not available with these features: use fd, kid, pr; .* require --inception"
+    ):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz", metrics=["fid"])
-    with pytest.raises(UserError, match="metric 'fad' is unknown: choose from fid"):
+    with pytest.raises(UserError, match="unknown metric 'fad': choose from fid"):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz", metrics=["fad"])
 
 
-def test_a_reference_that_does_not_fit_is_refused(tmp_path, fewer_features):
+def test_a_reference_that_does_not_fit_is_rejected(tmp_path, fewer_features):
     made, real = tmp_path / "made.npz", tmp_path / "real.npz"
-    np.savez(made, pictures(6))
-    np.savez(real, pictures(6, 8))
-    with pytest.raises(UserError, match="8 x 8 pixels, 16 x 16 are needed"):
+    np.savez(made, random_images(6))
+    np.savez(real, random_images(6, 8))
+    with pytest.raises(UserError, match="8 x 8 pixels, but 16 x 16 are required"):
         evaluate(made, real, cache=tmp_path)
-    np.savez(real, pictures(6))
+    np.savez(real, random_images(6))
     evaluate(made, real, cache=tmp_path, real_sha256=source_hash(real).upper())
-    with pytest.raises(UserError, match=f"has the SHA-256 {source_hash(real)}, not the abcd you named"):
+    with pytest.raises(UserError, match=f"has the SHA-256 {source_hash(real)}, not the expected abcd"):
         evaluate(made, real, cache=tmp_path, real_sha256="abcd")
     with pytest.raises(UserError, match="none.npz does not exist: name a folder"):
         evaluate(made, tmp_path / "none.npz", cache=tmp_path)
     np.savez(real, mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float16))
-    with pytest.raises(UserError, match="holds Inception's statistics only: --inception FILE"):
+    with pytest.raises(UserError, match="contains only Inception's statistics: pass --inception FILE"):
         evaluate(made, real, cache=tmp_path)
 
 
-def test_pictures_scored_while_they_are_drawn_are_those_of_the_file(tmp_path, fewer_features):
-    made, real = pictures(11), tmp_path / "real.npz"
-    np.savez(real, pictures(12, seed=1))
+def test_scores_of_collected_features_are_those_of_the_file(tmp_path, fewer_features):
+    made, real = random_images(11), tmp_path / "real.npz"
+    np.savez(real, random_images(12, seed=1))
     np.savez(tmp_path / "made.npz", made)
     stream = Collector(Fewer())
     for some in np.array_split(made, 3):
@@ -319,9 +328,9 @@ def tokenizer_file(tmp_path: Path, seed: int = 0) -> Path:
 
 def test_reconstruction_mode_agrees_with_the_trainers_score(tmp_path, fewer_features):
     file = tokenizer_file(tmp_path)
-    np.savez(tmp_path / "real.npz", pictures(10))
+    np.savez(tmp_path / "real.npz", random_images(10))
     got = evaluate_reconstruction(file, tmp_path / "real.npz", batch=4, cache=tmp_path, out=tmp_path / "r.json")
-    wanted = score(load_tokenizer(file), torch.from_numpy(pictures(10)))
+    wanted = score(load_tokenizer(file), torch.from_numpy(random_images(10)))
     for name, value in wanted.items():
         assert got[name] == pytest.approx(value, rel=1e-6)
     assert got["value"] > 0 and len(got["tokenizer"]["sha256"]) == 64 and got["not_recorded"] == []
@@ -330,16 +339,16 @@ def test_reconstruction_mode_agrees_with_the_trainers_score(tmp_path, fewer_feat
 
 
 def test_token_shards_are_a_reference_of_reconstructions(tmp_path, fewer_features):
-    file, folder = tokenizer_file(tmp_path), folder_of(tmp_path, pictures(7))
+    file, folder = tokenizer_file(tmp_path), folder_of(tmp_path, random_images(7))
     pretokenize(folder, None, file, tmp_path / "codes", crops="center")
     known = {"cache": tmp_path / "cache", "real_tokenizer": file}
     result = evaluate(folder, tmp_path / "codes", **known)
     rebuilt = evaluate_reconstruction(file, folder, cache=tmp_path / "cache")
     assert result["value"] == pytest.approx(rebuilt["value"], rel=1e-4)  # the distance is symmetric
     assert result["real"]["pictures"] == 7 and result["real"]["tokenizer"] == str(file)
-    with pytest.raises(UserError, match="name the tokenizer that decodes them, with --real-tokenizer"):
+    with pytest.raises(UserError, match="name the tokenizer that decodes them with --real-tokenizer"):
         evaluate(folder, tmp_path / "codes")
-    with pytest.raises(UserError, match="name the tokenizer that made them"):
+    with pytest.raises(UserError, match="name the tokenizer that encoded them"):
         evaluate(folder, tmp_path / "codes", real_tokenizer=tokenizer_file(tmp_path, 1))
-    source = open_pictures(tmp_path / "codes", tokenizer=file)
+    source = open_images(tmp_path / "codes", tokenizer=file)
     assert sorted(source.labels().tolist()) == [0, 0, 0, 0, 1, 1, 1] and source.height == 16

@@ -98,7 +98,7 @@ def test_folding_changes_nothing_and_the_spatial_features_are_mixed_6ds_first():
     torch.testing.assert_close(logits, plain.fc(pool) - plain.fc.bias, rtol=1e-4, atol=1e-3)
 
 
-def test_pools_leave_the_padding_out_and_the_last_block_takes_the_maximum():
+def test_pools_exclude_the_padding_and_the_last_block_uses_a_max_pool():
     ones = torch.ones(1, 4, 5, 5)
     torch.testing.assert_close(mean3(ones), ones)  # with padding in the mean a corner is 4 / 9
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def test_pools_leave_the_padding_out_and_the_last_block_takes_the_maximum():
 
 # File ----------------------------------------------------------------------------------------------------------
 def test_only_a_file_of_the_named_hash_is_opened(tmp_path, weights, digest):
-    with pytest.raises(UserError, match=f"FID needs --inception FILE: get pt_inception.*SHA-256 {SHA256}"):
+    with pytest.raises(UserError, match=f"FID requires --inception FILE: get pt_inception.*SHA-256 {SHA256}"):
         load_inception(None)
     with pytest.raises(UserError, match="none.pth does not exist: get pt_inception-2015-12-05-6726825d.pth at github"):
         load_inception(tmp_path / "none.pth")
@@ -123,7 +123,7 @@ def test_only_a_file_of_the_named_hash_is_opened(tmp_path, weights, digest):
     assert SHA256.startswith("6726825d")  # as both published names say
 
 
-def test_hostile_cut_and_foreign_files_are_refused(tmp_path, weights):
+def test_hostile_truncated_and_other_files_are_rejected(tmp_path, weights):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
@@ -135,18 +135,18 @@ def test_hostile_cut_and_foreign_files_are_refused(tmp_path, weights):
 
     evil = tmp_path / "evil.pth"
     torch.save({"fc.weight": Evil()}, evil)
-    assert "holds more than tensors and was not opened" in refused(evil) and not (tmp_path / "ran").exists()
+    assert "contains other objects than tensors" in refused(evil) and not (tmp_path / "ran").exists()
     cut = tmp_path / "cut.pth"
     cut.write_bytes(weights.read_bytes()[:100_000])
-    assert "is broken" in refused(cut)
+    assert "is damaged" in refused(cut)
     torch.save([torch.zeros(1)], cut)
-    assert "no table of named tensors" in refused(cut)
+    assert "is not a dictionary of tensors" in refused(cut)
     state = random_state()
     state["fc.weight"] = torch.zeros(1000, 2048)
     del state["Mixed_5b.branch1x1.conv.weight"]
     torch.save({"state_dict": state}, cut)
-    told = refused(cut)
-    assert "1 missing (Mixed_5b.branch1x1.conv.weight) and 1 misshapen (fc.weight (1000, 2048))" in told
+    expected = "1 missing (Mixed_5b.branch1x1.conv.weight) and 1 of another shape (fc.weight (1000, 2048))"
+    assert expected in refused(cut)
 
 
 # ADM's suite ---------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_the_suite_on_published_statistics(tmp_path, weights, digest, monkeypatc
     np.savez(real, arr_0=pictures(4, seed=1), **moments)
     words = ["evaluate", str(made), "--real", str(real), "--inception", str(weights), "--inception-sha256", digest]
     words += ["--device", "cpu", "--out", str(out)]
-    assert main(words) == 2 and "5 pictures cannot be scored, fid needs 2049" in capsys.readouterr().err
+    assert main(words) == 2 and "5 images, but fid requires 2049" in capsys.readouterr().err
     words += ["--allow-few"]
     assert main(words) == 0
     result = json.loads(out.read_text())
@@ -182,8 +182,8 @@ def test_the_suite_on_published_statistics(tmp_path, weights, digest, monkeypatc
     )
     assert result["real"]["statistics"] == "mu and sigma of the file" and result["real"]["pictures"] == 4
     assert result["features"]["weights_sha256"] == digest and not result["features"]["published"]
-    assert any("papers' numbers are of 50000" in w for w in result["warnings"])
-    assert any("mu and sigma of the reference are the published Inception's" in w for w in result["warnings"])
+    assert any("papers use 50000" in w for w in result["warnings"])
+    assert any("mu and sigma are from the published Inception file" in w for w in result["warnings"])
     assert "--allow-few" in result["provenance"]["command"]
 
 
@@ -194,19 +194,19 @@ def test_references_without_what_a_metric_needs(tmp_path, weights, digest):
         return read_reference(real, 16, net, keep=keep, spatial=spatial, cache=tmp_path)
 
     np.savez(real, mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float32))
-    assert read().about["size"] == "not told by the file" and read().stats.covariance.dtype == np.float64
+    assert read().metadata["size"] == "not recorded in the file" and read().stats.covariance.dtype == np.float64
     with pytest.raises(UserError, match="has no mu_s and sigma_s"):
         read(spatial=True)
-    with pytest.raises(UserError, match="holds statistics only; precision, recall and KID need its pictures"):
+    with pytest.raises(UserError, match="contains only statistics: precision, recall and KID also require images"):
         read(keep=True)
     np.savez(real, mu=np.zeros(64), sigma=np.eye(64))
     with pytest.raises(UserError, match=r"mu is float64 \(64,\), sigma float64 \(64, 64\); expected floats \(2048,\)"):
         read()
     np.savez(real, mu=np.full(2048, np.nan), sigma=np.eye(2048))
-    with pytest.raises(UserError, match="mu or sigma holds NaN"):
+    with pytest.raises(UserError, match="mu or sigma contains NaN"):
         read()
     np.savez(real, arr_0=pictures(5, 8), mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(UserError, match="8 x 8 pixels, 16 x 16 are needed"):
+    with pytest.raises(UserError, match="8 x 8 pixels, but 16 x 16 are required"):
         read()
 
 
@@ -214,7 +214,7 @@ def test_metrics_of_inception_without_its_file(tmp_path, capsys):
     np.savez(tmp_path / "a.npz", pictures(5))
     words = ["evaluate", str(tmp_path / "a.npz"), "--real", str(tmp_path / "a.npz"), "--metrics", "fid,kid"]
     assert main(words) == 2
-    told = capsys.readouterr().err
-    assert "FID needs --inception FILE: get pt_inception" in told and SHA256 in told
+    error = capsys.readouterr().err
+    assert "FID requires --inception FILE: get pt_inception" in error and SHA256 in error
     assert main([*words[:-2], "--inception", "x.pth", "--features", "a:b"]) == 2
-    assert "--inception and --features a:b are two networks: give one" in capsys.readouterr().err
+    assert "--inception and --features a:b select different networks: give one" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from megastar.evaluation.figure import draw_probes
 from megastar.evaluation.lars import LARS, learning_rate
 from megastar.evaluation.linear_probe import fit_probes, linear_probe, probe_features, probe_positions
 from megastar.model.transformer import Transformer
+from megastar.utils.logs import ROOT
 
 CFG = ModelConfig(name="t", n_layer=3, n_head=2, dim=16, multiple_of=16, vocab_size=11, num_classes=3, image_tokens=16)
 
@@ -141,7 +142,8 @@ def test_training_is_torchs_batchnorm_and_autograd(optimizer):
         assert got[p] == 1 and (predicted[p].bincount() > 0).all()
 
 
-def test_linear_probe_result_and_errors():
+def test_linear_probe_result_and_errors(monkeypatch, caplog):
+    monkeypatch.setattr(ROOT, "propagate", True)
     torch.manual_seed(0)
     model = Transformer(CFG)
     rng = np.random.default_rng(0)
@@ -149,27 +151,29 @@ def test_linear_probe_result_and_errors():
     codes = ((labels * 3)[:, None] + rng.integers(0, 3, (60, 16))).astype(np.uint16)  # the codes tell the class
     args = [model, codes[:40], labels[:40], codes[40:], labels[40:]]
     text = io.StringIO()
-    known = {"optimizer": "sgd", "epochs": 20, "batch": 20, "console": Console(file=text, width=200)}
-    result = linear_probe(*args, block=2, positions=4, **known)
+    console = Console(file=text, width=200, force_terminal=True, color_system=None)
+    options = {"optimizer": "sgd", "epochs": 20, "batch": 20, "console": console}
+    result = linear_probe(*args, block=2, positions=4, **options)
     assert result["positions"] == [4, 8, 12, 16] and len(result["accuracy"]) == 4
     assert result["accuracy"][-1] > 0.8 and result["train_pictures"] == 40 and result["lr"] == 0.1 * 20 / 256
-    assert "linear probe" in text.getvalue() and "warning" not in text.getvalue()
-    some = linear_probe(*args, block=2, positions=[16, 4], **known | {"optimizer": "lars"})
-    assert some["positions"] == [16, 4] and some["optimizer"] == "lars"
-    assert "take --optimizer sgd, or a higher --lr" in some["warnings"][0] and "--optimizer sgd" in text.getvalue()
+    assert "linear probe" in text.getvalue() and not caplog.messages
+    other = linear_probe(*args, block=2, positions=[16, 4], **options | {"optimizer": "lars"})
+    assert other["positions"] == [16, 4] and other["optimizer"] == "lars"
+    assert "use --optimizer sgd, or a higher --lr" in other["warnings"][0] and caplog.messages == other["warnings"]
     for change, message in (
         ({"block": 4}, r"block 4 is outside 1\.\.3"),
         ({"block": 1, "positions": 17}, "17 positions"),
         ({"block": 1, "positions": [3, 0]}, r"position 0 is outside 1\.\.16"),
-        ({"block": 1, "optimizer": "adam"}, "optimizer 'adam' is unknown: choose from lars, sgd"),
+        ({"block": 1, "positions": []}, "0 positions: choose 1..16"),
+        ({"block": 1, "optimizer": "adam"}, "unknown optimizer 'adam': choose from lars, sgd"),
     ):
         with pytest.raises(UserError, match=message):
             linear_probe(*args, **change)
     for i, value, message in (
         (1, codes[:40, :9], r"training codes \(40, 9\)"),
         (4, labels[:5], r"labels \(5,\)"),
-        (3, codes[40:] + 9, "validation codes go up to 1[0-9], the model's vocabulary ends at 10"),
-        (2, labels[:40] + 1, r"training classes lie in 1\.\.3, the model's in 0\.\.2"),
+        (3, codes[40:] + 9, "validation codes up to 1[0-9], but the model's vocabulary ends at 10"),
+        (2, labels[:40] + 1, r"training labels in 1\.\.3, but the model's classes are 0\.\.2"),
     ):
         bad = list(args)
         bad[i] = value
@@ -186,8 +190,8 @@ def test_two_probes_become_a_table_and_a_figure(tmp_path, capsys):
     files = [str(tmp_path / "ar.json"), str(tmp_path / "star.json")]
     figure = tmp_path / "new" / "probe.png"
     assert main(["probe", *files, "--names", "AR,ST-AR", "--figure", str(figure)]) == 0
-    told = capsys.readouterr().out
-    assert "ST-AR" in told and "45.00%" in told and "256" in told
+    table = capsys.readouterr().out
+    assert "ST-AR" in table and "45.00%" in table and "256" in table
     with Image.open(figure) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     for colour in ((0x00, 0x72, 0xB2), (0xDE, 0x8F, 0x05)):  # one line each, in the first two colours
@@ -202,10 +206,10 @@ def test_two_probes_become_a_table_and_a_figure(tmp_path, capsys):
     ):
         assert main([*words, *more]) == 2 and message in capsys.readouterr().err
     (tmp_path / "ar.json").write_text(json.dumps({"runs": {}}))
-    assert main(words) == 2 and "is not the probe of one run" in capsys.readouterr().err
+    assert main(words) == 2 and "is not a probe of one source" in capsys.readouterr().err
 
 
-def test_a_figure_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+def test_a_figure_without_matplotlib_reports_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"a figure needs matplotlib .*megastar\[eval\]"):
         draw_probes({}, tmp_path / "x.png")

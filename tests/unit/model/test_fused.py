@@ -1,10 +1,8 @@
-"""Optional libraries' SwiGLU and RMSNorm without a GPU: what is taken for them, the first use, the way back to torch's."""
+"""SwiGLU and RMSNorm of optional libraries, without a GPU: which packages are accepted, and the check of the first use."""
 
 from __future__ import annotations
 
-import re
 import sys
-import warnings
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from megastar.model import fused
 from megastar.model.layers import RMSNorm
 from megastar.model.transformer import FeedForward
+from megastar.utils.logs import ROOT
 from tests.unit.model.test_model import TINY
 
 LIGER = "from torch.autograd import Function\nclass LigerSiLUMulFunction(Function):\n    {}"
@@ -34,14 +33,15 @@ APEX_RIGHT = APEX + "assert shape == (x.shape[-1],)\n    return torch.nn.functio
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """Writes packages that come first on sys.path, and lets a CPU take them; nothing of it stays imported."""
+    """Writes packages that come first on sys.path and are used on a CPU too; none of them stays imported."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(fused, "_left_to_torch", lambda x: not fused._on)
+    monkeypatch.setattr(ROOT, "propagate", True)  # to caplog
+    monkeypatch.setattr(fused, "_uses_torch", lambda x: not fused._enabled)
 
     def forget() -> None:
         for name in [m for m in sys.modules if m.split(".")[0] in ("liger_kernel", "apex")]:
             del sys.modules[name]
-        fused.found.cache_clear()
+        fused.library_function.cache_clear()
         fused.set_fused(True)
 
     def write(**files: str) -> None:
@@ -68,25 +68,24 @@ def apex(text: str) -> dict[str, str]:
     return {"apex": "", "apex__normalization": "", "apex__normalization__fused_layer_norm": text}
 
 
-def test_without_the_libraries_and_on_a_cpu_it_is_torchs(packages) -> None:
+def test_without_the_libraries_torch_is_used(packages, caplog) -> None:
     a, b, w = drawn(2, 8), drawn(3, 2, 8)[0], drawn(8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(fused.swiglu(a, b), F.silu(a) * b)
-        assert torch.equal(fused.rms_norm(a, w, 1e-5), F.rms_norm(a, (8,), w, 1e-5))
+    assert torch.equal(fused.swiglu(a, b), F.silu(a) * b)
+    assert torch.equal(fused.rms_norm(a, w, 1e-5), F.rms_norm(a, (8,), w, 1e-5))
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("trap", ["", "raise RuntimeError('another package')", "fused_rms_norm_affine = 3"])
-def test_a_package_that_is_not_what_its_name_says(packages, trap: str) -> None:
+def test_a_package_with_a_misleading_name(packages, trap: str) -> None:
     packages(**apex(trap), liger_kernel="raise OSError('undefined symbol')")
-    assert fused.found("rms_norm") is None and fused.found("swiglu") is None
+    assert fused.library_function("rms_norm") is None and fused.library_function("swiglu") is None
     x, w = drawn(2, 8), drawn(8)
     assert torch.equal(fused.rms_norm(x, w, 1e-5), F.rms_norm(x, (8,), w, 1e-5))
     packages(apex="")  # the registry's: no normalization at all
-    assert fused.found("rms_norm") is None
+    assert fused.library_function("rms_norm") is None
 
 
-def test_a_right_library_is_compared_once_and_taken(packages, monkeypatch) -> None:
+def test_a_correct_library_is_compared_once_and_used(packages, monkeypatch, caplog) -> None:
     packages(**liger(RIGHT), **apex(APEX_RIGHT))
     calls: list[str] = []
     compare = fused.disagreement
@@ -94,12 +93,10 @@ def test_a_right_library_is_compared_once_and_taken(packages, monkeypatch) -> No
     layer, norm = FeedForward(TINY).eval(), RMSNorm(TINY.dim, 1e-5)
     x = drawn(100, TINY.dim)
     state = torch.get_rng_state()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(3):
-            got = torch.autograd.grad(layer(x).sum() + fused.rms_norm(x, norm.weight, 1e-5).sum(), [x, norm.weight])
-    assert calls == ["compared"] * 2
-    assert torch.equal(torch.get_rng_state(), state)  # the run's draws stay
+    for _ in range(3):
+        got = torch.autograd.grad(layer(x).sum() + fused.rms_norm(x, norm.weight, 1e-5).sum(), [x, norm.weight])
+    assert calls == ["compared"] * 2 and caplog.messages == []
+    assert torch.equal(torch.get_rng_state(), state)  # the comparison uses none of the run's random numbers
     assert all(one.func is not fused._plain_rms_norm for one in fused._chosen.values() if hasattr(one, "func"))
     fused.set_fused(False)
     want = torch.autograd.grad(layer(x).sum() + fused.rms_norm(x, norm.weight, 1e-5).sum(), [x, norm.weight])
@@ -112,35 +109,34 @@ def test_a_right_library_is_compared_once_and_taken(packages, monkeypatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "problem"),
     [
-        (RIGHT.replace("* a * b", "* a * b * 1.01"), "differs from torch's (result off by"),
-        (RIGHT.replace("g * a * s\n", "g * a * s * 1.01\n"), "differs from torch's (gradient 2 off by"),
-        (RIGHT.replace("* a * b", "* a * b * float('nan')"), "differs from torch's (result off by nan"),
+        (RIGHT.replace("* a * b", "* a * b * 1.01"), "differs from torch (result off by"),
+        (RIGHT.replace("g * a * s\n", "g * a * s * 1.01\n"), "differs from torch (gradient 2 off by"),
+        (RIGHT.replace("* a * b", "* a * b * float('nan')"), "differs from torch (result off by nan"),
         ("pass", "failed ("),
     ],
 )
-def test_a_wrong_library_is_caught_at_its_first_use(packages, text: str, says: str) -> None:
+def test_a_wrong_library_is_detected_at_its_first_use(packages, caplog, text: str, problem: str) -> None:
     packages(**liger(text))
     a, b = drawn(4, 8), drawn(5, 4, 8)[0]
-    with pytest.warns(UserWarning, match=re.escape(f"liger-kernel's swiglu {says}")) as caught:
+    for _ in range(2):  # compared and reported once
         assert torch.equal(fused.swiglu(a, b), F.silu(a) * b)
-    assert str(caught[0].message).endswith("for 8 columns, float32, cpu: torch's is used instead")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(fused.swiglu(a, b), F.silu(a) * b)  # said and tried once
+        (message,) = caplog.messages
+    assert message.startswith(f"liger-kernel: swiglu {problem}")
+    assert message.endswith("for 8 columns, float32, cpu; using torch instead")
 
 
-def test_an_apex_that_cannot_run_here(packages) -> None:
+def test_an_apex_that_cannot_run_on_this_machine(packages, caplog) -> None:
     packages(**apex(APEX + "raise ModuleNotFoundError('fused_layer_norm_cuda')"))
     x, w = drawn(4, 8), drawn(8)
-    with pytest.warns(UserWarning, match=re.escape("apex's rms_norm failed (ModuleNotFoundError: fused_layer_norm_cu")):
-        assert torch.equal(fused.rms_norm(x, w, 1e-5), F.rms_norm(x, (8,), w, 1e-5))
+    assert torch.equal(fused.rms_norm(x, w, 1e-5), F.rms_norm(x, (8,), w, 1e-5))
+    assert "apex: rms_norm failed (ModuleNotFoundError: fused_layer_norm_cuda) for 8 columns" in caplog.messages[0]
 
 
-def test_a_compiled_block_keeps_torchs(monkeypatch) -> None:
-    monkeypatch.setattr(fused, "_take", None)  # a call would fail
-    real = fused._left_to_torch
+def test_a_compiled_block_uses_torch(monkeypatch) -> None:
+    monkeypatch.setattr(fused, "_dispatch", None)  # a call would fail
+    real = fused._uses_torch
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     a, b = drawn(4, 8), drawn(5, 4, 8)[0]
     assert not real(a)

@@ -133,7 +133,7 @@ def arguments(draw):
 
 @settings(max_examples=400, deadline=None)
 @given(arguments())
-def test_any_mask_is_its_definition_or_is_refused(drawn) -> None:
+def test_any_mask_follows_its_definition_or_is_rejected(drawn) -> None:
     start, end, window, size = drawn
     loose = MaskSpec(end, start, window, trusted=True)
     want = by_definition(loose, 2, size)
@@ -160,7 +160,7 @@ def test_any_mask_is_its_definition_or_is_refused(drawn) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_patterns_are_what_they_say(data) -> None:
+def test_patterns_follow_their_definitions(data) -> None:
     """Each named pattern against one sentence of its own, pair by pair."""
     size, width = data.draw(st.integers(2, 14)), data.draw(st.integers(1, 5))
     n = data.draw(st.integers(1, 4))
@@ -206,17 +206,20 @@ def test_a_mask_is_moved_and_built_once() -> None:
     ("make", "sentence"),
     [
         (lambda: pattern("diagonal"), f"unknown attention pattern 'diagonal': use {', '.join(PATTERNS)}"),
-        (lambda: MaskSpec(torch.tensor([[1, 0, 3]])), "query 1 of sequence 0 sees no key: let start <= 1 < end"),
-        (lambda: MaskSpec(torch.ones(3)), "a mask's start and end must be (B, S), not [(3,)]"),
-        (lambda: MaskSpec.sliding_window(8, 0), "a sliding window of width 0 sees no key: give 1 or more"),
-        (lambda: MaskSpec.row_blocks(8, 4, 0), "blocks of 0 rows of 4 tokens are empty: give 1 or more of each"),
+        (lambda: MaskSpec(torch.tensor([[1, 0, 3]])), "query 1 of sequence 0 sees no key: set start <= 1 < end"),
+        (lambda: MaskSpec(torch.ones(3)), "mask start and end: shapes [(3,)]; pass the same (B, S) for both"),
+        (lambda: MaskSpec.sliding_window(8, 0), "sliding window of width 0 contains no key: use at least 1"),
+        (lambda: MaskSpec.row_blocks(8, 4, 0), "blocks of 0 rows of 4 tokens are empty: use at least 1 of each"),
         (lambda: MaskSpec.neighbourhood(0, 1, 1), "the width must be at least 1, rows and columns at least 0"),
-        (lambda: MaskSpec.hidden(torch.zeros(4, dtype=torch.bool)), "a mask is made from (B, S) with S of 1 or more"),
-        (lambda: MaskSpec.prefix(torch.tensor(3), 8), "a prefix needs lengths (B,) and a size of 1 or more"),
-        (lambda: MaskSpec.sliding_window(8, 2).dense(16), "the mask is for 8 positions, the sequence has 16"),
+        (
+            lambda: MaskSpec.hidden(torch.zeros(4, dtype=torch.bool)),
+            "mask from a tensor of shape (4,): pass (B, S) with S of at least 1",
+        ),
+        (lambda: MaskSpec.prefix(torch.tensor(3), 8), "prefix: lengths of shape (), size 8; pass (B,) and at least 1"),
+        (lambda: MaskSpec.sliding_window(8, 2).dense(16), "mask for 8 positions, but the sequence has 16"),
     ],
 )
-def test_mistakes(make, sentence: str) -> None:
+def test_user_errors(make, sentence: str) -> None:
     with pytest.raises(UserError, match=re.escape(sentence)):
         make()
 

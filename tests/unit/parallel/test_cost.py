@@ -139,7 +139,7 @@ def test_what_saves_memory_does():
         if not checkpointing:
             saving = plans[tensor, label, True]
             assert saving.total < p.total and saving.seconds > p.seconds
-        states = [sum(budget.state_bytes(run_of("xl"), s, tensor, p.data).values()) for s in (1, 2, 3)]
+        states = [sum(budget.state_bytes(run_of("xl"), s, tensor, p.data)[0].values()) for s in (1, 2, 3)]
         assert states == sorted(states, reverse=True)
         assert plans[tensor, "3+offload", checkpointing].host > 0 == plans[tensor, "3", checkpointing].host
 
@@ -166,11 +166,11 @@ def test_network_and_nodes():
 
 
 # The command -------------------------------------------------------------------------------------------------------
-def test_json_says_everything(capsys):
+def test_json_contains_everything(capsys):
     assert cli.main(["plan", "configs/run/star_b_50ep.yaml", "--gpus", "4", "--json", "optim.lr=1e-3"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["model"] == "b" and said["machine"]["gpus"] == 4 and len(said["plans"]) == 3 * 4 * 2
-    best = said["recommended"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"] == "b" and report["machine"]["gpus"] == 4 and len(report["plans"]) == 3 * 4 * 2
+    best = report["recommended"]
     assert best["fits"] and sum(best["memory"].values()) == best["total"] and best["why"]
     again = load_config("configs/run/star_b_50ep.yaml", best["overrides"])  # can be trained as it stands
     assert again.parallel.tensor_parallel == best["tensor"]
@@ -208,7 +208,7 @@ def test_nothing_fits(capsys):
         (["b", "modle.dim=3"], "unknown key modle"),
     ],
 )
-def test_mistakes(words, sentence, capsys):
+def test_user_errors(words, sentence, capsys):
     assert cli.main(["plan", *words]) == 2
     assert sentence in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""What a run is warned of: each sentence from rows that call for it, none from a healthy run's."""
+"""The warnings of a run: each message from rows that call for it, none from a healthy run."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def found(cfg: RunConfig, some: list[dict], images: int = 64) -> dict[str, str]:
 CASES = {
     "accuracy_at_chance": (
         {"acc_view": 0.02},
-        "contrastive accuracy sits at chance: acc_view 0.02 over 10 rows, guessing gives 0.016 (1 of 64 images): see that",
+        "contrastive accuracy sits at chance: acc_view 0.02 over 10 rows, guessing gives 0.016 (1 of 64 images): check that",
     ),
     "collapse": (
         {"spread_student": 0.03},
-        "features collapse: spread_student 0.03 over 10 rows, spread-out features have about 1: begin again from",
+        "features collapse: spread_student 0.03 over 10 rows, spread-out features have about 1: restart from",
     ),
     "far_teacher": (
         {"teacher_distance": 0.7},
-        "the teacher does not keep up: teacher_distance is 0.7 over 10 rows, so the student's targets are of another "
-        "network: lower self_guided.teacher_decay (now 0.999) if the losses fall, else optim.lr",
+        "the teacher does not keep up: teacher_distance is 0.7 over 10 rows, so the student's targets come from a "
+        "different network: lower self_guided.teacher_decay (now 0.999) if the losses fall, else optim.lr",
     ),
     "trivial_mim": (
         {"loss_mim": 1e-6},
-        "the MIM loss is trivially small: 1e-06 over 10 rows, student and teacher compute the same: raise "
+        "the MIM loss is trivially small: 1e-06 over 10 rows, student and teacher compute the same features: raise "
         "self_guided.mask_ratio (now 0.25) or teacher_decay (now 0.999), or set alpha=0",
     ),
     "always_clipped": (
@@ -68,13 +68,13 @@ CASES = {
     ),
     "not_learning": (
         {"loss_ar": 7.7},
-        "the next-token loss does not fall: loss_ar is 7.70 over 10 rows, the first 10 rows had 7.60: see that optim.lr",
+        "the next-token loss does not fall: loss_ar is 7.70 over 10 rows, the first 10 rows had 7.60: check that optim.lr",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_each_trouble_has_its_sentence(kind):
+def test_each_problem_has_its_message(kind):
     newest, sentence = CASES[kind]
     some = found(demo(), rows(**newest))
     assert list(some) == [kind] and some[kind].startswith(sentence)
@@ -114,7 +114,7 @@ def test_a_loss_at_the_level_of_guessing():
     assert found(demo("train.init=w.safetensors"), tuned) == {} and list(found(demo(), tuned)) == ["not_learning"]
 
 
-def test_nothing_is_said_too_early_or_of_what_is_not_there():
+def test_no_warning_too_early_or_without_values():
     for newest, _ in CASES.values():
         assert found(demo(), rows(9, **newest)) == {}
     bad = {k: v for newest, _ in CASES.values() for k, v in newest.items()}
@@ -123,46 +123,48 @@ def test_nothing_is_said_too_early_or_of_what_is_not_there():
     assert found(demo(), rows(acc_step=0.2, acc_view=0.2), images=4) == {}  # guessing is right a quarter of the time
     assert found(demo("optim.grad_clip=0"), rows(grad_norm=3.0)) == {}
     assert found(demo(), [{"step": r["step"], "loss_ar": 6.0} for r in rows()]) != {}  # the loss alone does not fall
-    assert found(demo(), rows(loss_mim="nan", grad_norm="inf")) == {}  # `megastar status` tells of those
+    assert found(demo(), rows(loss_mim="nan", grad_norm="inf")) == {}  # `megastar status` reports those
     assert found(demo(), [{"step": 3, "val_loss_ar": 1.0}, {"loss_ar": 1.0}]) == {}
 
 
 @pytest.mark.parametrize(
     ("decay", "warmup", "steps"), [(0.99, False, 300), (0.9, True, 50), (0.999, True, 40), (1.0, True, 20)]
 )
-def test_what_is_left_of_the_first_weights(decay, warmup, steps):
+def test_the_share_of_the_initial_weights(decay, warmup, steps):
     guided = demo(f"self_guided.teacher_decay={decay}", f"self_guided.teacher_warmup={warmup}").self_guided
     product = math.prod(decay_at(t, guided) for t in range(steps))
     assert training_checks.initial_weight_share(guided, steps) == pytest.approx(product, rel=1e-9)
 
 
-def test_a_decay_that_is_too_slow_for_the_run_is_told_at_the_start():
-    def said(steps: int, *overrides: str) -> str:
+def test_a_decay_too_slow_for_the_run_is_reported_at_the_start():
+    def message(steps: int, *overrides: str) -> str:
         return training_checks.slow_teacher(load_config(ROOT / "configs/run/star_b_50ep.yaml", list(overrides)), steps)
 
-    assert said(3000) == (
+    assert message(3000) == (
         "the teacher hardly moves: with self_guided.teacher_decay 0.9999 it follows in about 10,000 steps, the run has "
-        "3,000, and 74% of the last teacher are still the random first weights: set self_guided.teacher_warmup=true, or "
+        "3,000, and 74% of the last teacher are still the random initial weights: set self_guided.teacher_warmup=true, or "
         "teacher_decay to 0.997 or less"
     )
-    assert "it never moves, the run has 3,000, and 100%" in said(3000, "self_guided.teacher_decay=1")
-    assert said(3000, "self_guided.teacher_warmup=true") == said(3000, "self_guided.teacher_decay=0.997") == ""
-    assert said(250_200) == said(3000, "train.init=w.safetensors") == said(50) == ""
-    assert said(3000, "self_guided.enabled=false") == said(3000, "self_guided.alpha=0", "self_guided.beta=0") == ""
+    assert "it never moves, the run has 3,000, and 100%" in message(3000, "self_guided.teacher_decay=1")
+    assert message(3000, "self_guided.teacher_warmup=true") == message(3000, "self_guided.teacher_decay=0.997") == ""
+    assert message(250_200) == message(3000, "train.init=w.safetensors") == message(50) == ""
+    assert (
+        message(3000, "self_guided.enabled=false") == message(3000, "self_guided.alpha=0", "self_guided.beta=0") == ""
+    )
 
 
-def test_few_negatives_are_told_at_the_start():
-    def said(images: int, *overrides: str) -> str:
+def test_few_negatives_are_reported_at_the_start():
+    def message(images: int, *overrides: str) -> str:
         return training_checks.few_negatives(demo(*overrides), images, 300)
 
-    assert said(2, "train.global_batch=2") == (
-        "the contrastive terms have few negatives: each anchor tells its image from one other (a forward pass of all data "
+    assert message(2, "train.global_batch=2") == (
+        "the contrastive terms have few negatives: each anchor distinguishes its image from 1 other (a forward pass of all data "
         "ranks; train.global_batch 2, train.micro_batch 0): raise them or use more ranks, since accumulated micro-batches "
         "do not add negatives, or set self_guided.beta=0"
     )
-    assert "from 3 others (a forward" in said(4, "train.micro_batch=4") and "from no other, so nothing" in said(1)
-    assert said(8) == said(2, "self_guided.beta=0") == said(2, "self_guided.enabled=false") == ""
-    assert said(2, "self_guided.step_loss=false", "self_guided.view_loss=false") == ""
+    assert "from 3 others (a forward" in message(4, "train.micro_batch=4") and "from no other, so nothing" in message(1)
+    assert message(8) == message(2, "self_guided.beta=0") == message(2, "self_guided.enabled=false") == ""
+    assert message(2, "self_guided.step_loss=false", "self_guided.view_loss=false") == ""
     assert training_checks.few_negatives(demo(), 2, 50) == ""  # a trial
 
 
@@ -181,7 +183,7 @@ def test_the_papers_runs_and_the_demo_start_without_a_warning():
 
 
 def test_a_healthy_run_is_not_warned():
-    """Rows that `megastar train configs/run/demo.yaml` really wrote, each judged when it was the newest: 400 steps with a row
+    """Rows that `megastar train configs/run/demo.yaml` really wrote, each checked when it was the newest: 400 steps with a row
     every five, before there were spread and distance, and the first steps with a row every two."""
     for name, step in (("demo_400", 400), ("demo_start", 62)):
         some = [json.loads(line) for line in (ROOT / f"tests/data/{name}.jsonl").read_text().splitlines()]
@@ -190,7 +192,7 @@ def test_a_healthy_run_is_not_warned():
     assert {"spread_student", "spread_teacher", "teacher_distance", "memory_gib"} <= some[-1].keys()
 
 
-def test_real_training_is_told_from_a_teacher_that_is_the_student():
+def test_real_training_differs_from_a_teacher_that_equals_the_student():
     """Eight steps of the tests' tiny network, written the plain way."""
 
     def mim(**guided) -> float:
@@ -201,7 +203,7 @@ def test_real_training_is_told_from_a_teacher_that_is_the_student():
 
 
 # The run's part ----------------------------------------------------------------------------------------------------
-def said(run: Path) -> list[tuple[int, str]]:
+def warnings(run: Path) -> list[tuple[int, str]]:
     return [(e["step"], e["about"]) for e in read_events(run) if e["event"] == "warning"]
 
 
@@ -223,7 +225,7 @@ def test_a_warning_comes_once_and_again_after_it_was_over(tmp_path, caplog):
     sick, well = rows(100, loss_mim=1e-6)[40:], rows(100)[40:]
     back = [r | {"step": r["step"] + 1000} for r in rows(100, loss_mim=1e-6)[40:]]
     feed(cfg, rows(40) + sick[:30] + well[30:] + back[:15])
-    assert said(tmp_path / "run") == [(500, "trivial_mim"), (1500, "trivial_mim")]
+    assert warnings(tmp_path / "run") == [(500, "trivial_mim"), (1500, "trivial_mim")]
     assert caplog.text.count("the MIM loss is trivially small") == 2
     assert [h for h in status_of(tmp_path / "run").health if "MIM" in h]  # as long as it is so
 
@@ -232,11 +234,11 @@ def test_a_run_that_goes_on_remembers_its_rows_and_one_that_went_back_forgets(tm
     cfg = demo(f"run={tmp_path / 'run'}")
     bad = rows(100, loss_mim=1e-6)
     feed(cfg, bad[:48])
-    assert said(tmp_path / "run") == []  # eight rows
+    assert warnings(tmp_path / "run") == []  # eight rows
     feed(cfg, bad[48:52], done=480)
-    assert said(tmp_path / "run") == [(500, "trivial_mim")]
+    assert warnings(tmp_path / "run") == [(500, "trivial_mim")]
     feed(demo(f"run={tmp_path / 'other'}"), bad[:49] + rows(100)[42:60])
-    assert said(tmp_path / "other") == []
+    assert warnings(tmp_path / "other") == []
 
 
 def test_only_the_rows_that_count_are_held(tmp_path):
@@ -259,7 +261,7 @@ def test_only_the_rows_that_count_are_held(tmp_path):
     assert training_checks.read_rows(tmp_path / "nowhere") == []
 
 
-def test_the_start_is_warned_of_and_only_the_main_rank_speaks(tmp_path):
+def test_warnings_at_the_start_come_from_the_main_rank_only(tmp_path):
     cfg = demo(f"run={tmp_path / 'run'}", "self_guided.teacher_decay=0.9999", "self_guided.teacher_warmup=false")
     metrics = MetricsLogger(tmp_path / "run", 0, 300, 10, False)
     HealthMonitor(cfg, 1, 300, metrics).update(10, dict(HEALTHY))
@@ -267,6 +269,6 @@ def test_the_start_is_warned_of_and_only_the_main_rank_speaks(tmp_path):
     metrics = MetricsLogger(tmp_path / "run", 0, 300, 10, True)
     HealthMonitor(cfg, 1, 300, metrics)
     metrics.close()
-    assert said(tmp_path / "run") == [(0, "slow_teacher")]
+    assert warnings(tmp_path / "run") == [(0, "slow_teacher")]
     save_config(cfg, tmp_path / "run" / "config.yaml")
     assert status_of(tmp_path / "run").health[0].startswith("the teacher hardly moves")

@@ -1,4 +1,4 @@
-"""Many pictures by many processes: the same bytes whoever draws them, whoever dies, however often it is begun."""
+"""Sampling by several processes: the same bytes for any number of ranks, after crashes and after restarts."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def alone(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def painter(networks, count=10, **changes) -> SamplingPipeline:
-    known = {"batch": 3, "options": SamplingOptions(cfg_scale=2.0)} | changes
-    return SamplingPipeline(*networks, plan_labels("balanced", count, [0, 1, 2, 3], 0), **known)
+def make_pipeline(networks, count=10, **changes) -> SamplingPipeline:
+    kwargs = {"batch": 3, "options": SamplingOptions(cfg_scale=2.0)} | changes
+    return SamplingPipeline(*networks, plan_labels("balanced", count, [0, 1, 2, 3], 0), **kwargs)
 
 
 def words(files, *more) -> list[str]:
@@ -86,27 +86,27 @@ SERVER.set_forkserver_preload(
 )
 
 
-def start(rank: int, world: int, arguments: list[str], said: Path, **environ: str) -> multiprocessing.Process:
+def start(rank: int, world: int, arguments: list[str], output: Path, **environ: str) -> multiprocessing.Process:
     environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    process = SERVER.Process(target=run_rank, args=(arguments, environ, said), daemon=True)
+    process = SERVER.Process(target=run_rank, args=(arguments, environ, output), daemon=True)
     process.start()
     return process
 
 
-def run_rank(arguments: list[str], environ: dict[str, str], said: Path) -> None:
+def run_rank(arguments: list[str], environ: dict[str, str], output: Path) -> None:
     for name in LAUNCHERS:
         os.environ.pop(name, None)
     os.environ.update(environ)
     torch.set_num_threads(1)
-    with said.open("w") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+    with output.open("w") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         status = cli.main(arguments)
     sys.exit(status)
 
 
-def end(process: multiprocessing.Process, said: Path) -> str:
+def end(process: multiprocessing.Process, output: Path) -> str:
     process.join(240)
-    assert process.exitcode == 0, said.read_text()
-    return said.read_text()
+    assert process.exitcode == 0, output.read_text()
+    return output.read_text()
 
 
 # Plans -------------------------------------------------------------------------------------------------------
@@ -121,33 +121,32 @@ def test_class_plans():
 
 
 # Parts and processes -----------------------------------------------------------------------------------------
-def test_ranks_share_the_pictures_while_they_are_drawn(networks, tmp_path):
-    whole = dict(item for n, x in iterate_images(painter(networks)) for item in zip(n.tolist(), x, strict=True))
+def test_ranks_share_the_images_as_they_are_sampled(networks, tmp_path):
+    whole = dict(item for n, x in iterate_images(make_pipeline(networks)) for item in zip(n.tolist(), x, strict=True))
     assert list(whole) == list(range(10)) and whole[0].shape == (16, 16, 3) and whole[0].dtype == np.uint8
-    p = painter(networks)
+    p = make_pipeline(networks)
     open_folder(tmp_path, p.identity())
     save_npz(part_of(tmp_path, 1), (3, 16, 16, 3), [np.full((3, 16, 16, 3), 7, np.uint8)], np.zeros(3))
     shared = {}
     for rank in range(3):
-        for numbers, pictures in iterate_images(p, rank=rank, world=3, folder=tmp_path):
-            assert not set(numbers.tolist()) & set(shared)
-            shared |= dict(zip(numbers.tolist(), pictures, strict=True))
-    assert sorted(shared) == list(range(10)) and (shared[4] == 7).all()  # read, not drawn
+        for indices, images in iterate_images(p, rank=rank, world=3, folder=tmp_path):
+            assert not set(indices.tolist()) & set(shared)
+            shared |= dict(zip(indices.tolist(), images, strict=True))
+    assert sorted(shared) == list(range(10)) and (shared[4] == 7).all()  # read, not sampled
     assert all((shared[i] == whole[i]).all() for i in (0, 1, 2, 6, 7, 8, 9))
 
 
-def test_two_processes_write_the_bytes_of_one(files, tmp_path, capsys):
+def test_two_processes_write_the_bytes_of_one(files, tmp_path):
     more = ["--count", 26, "--batch", 4, "--plan", "random", "--seed", 3, "--out"]
     assert cli.main(words(files, *more, tmp_path / "a.png", "--npz", tmp_path / "a.npz")) == 0
-    assert "images/s" in capsys.readouterr().out
-    said = [tmp_path / "said" / str(r) for r in range(2)]
-    said[0].parent.mkdir()
-    asked = words(files, *more, tmp_path / "b.png", "--npz", tmp_path / "b.npz")
-    two = [start(r, 2, asked, said[r]) for r in range(2)]
-    told = [end(p, said[r]) for r, p in enumerate(two)]
+    output = [tmp_path / "output" / str(r) for r in range(2)]
+    output[0].parent.mkdir()
+    arguments = words(files, *more, tmp_path / "b.png", "--npz", tmp_path / "b.npz")
+    two = [start(r, 2, arguments, output[r]) for r in range(2)]
+    printed = [end(p, output[r]) for r, p in enumerate(two)]
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    assert "26 pictures of 4 classes" in told[0] and told[1] == ""
-    said[0].unlink(), said[1].unlink(), said[0].parent.rmdir()
+    assert "26 images of 4 classes" in printed[0] and printed[1] == ""
+    output[0].unlink(), output[1].unlink(), output[0].parent.rmdir()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "a.npz",
         "a.npz.json",
@@ -159,16 +158,16 @@ def test_two_processes_write_the_bytes_of_one(files, tmp_path, capsys):
     with np.load(tmp_path / "a.npz") as archive:
         assert archive["arr_0"].shape == (26, 16, 16, 3) and archive["arr_0"].dtype == np.uint8
         assert archive["arr_1"].tolist() == plan_labels("random", 26, [0, 1, 2, 3], 3)
-    about = json.loads((tmp_path / "a.npz.json").read_text())
-    assert (about["identity"]["cfg_scale"], about["identity"]["temperature"]) == (1.0, 1.0)  # as trained, to be scored
-    assert about["about"]["label_plan"] == "random"
+    record = json.loads((tmp_path / "a.npz.json").read_text())
+    assert (record["identity"]["cfg_scale"], record["identity"]["temperature"]) == (1.0, 1.0)  # as trained, for scores
+    assert record["about"]["label_plan"] == "random"
     with Image.open(tmp_path / "b.png") as grid:
         assert json.loads(grid.text["megastar"])["seed"] == 3
 
 
-def test_a_killed_rank_is_survived_and_the_work_taken_up_again(files, tmp_path, monkeypatch):
+def test_sampling_continues_after_a_rank_was_killed(files, tmp_path, monkeypatch):
     folder, more = tmp_path / "parts", ["--count", 60, "--batch", 2, "--folder"]
-    victim = start(1, 2, words(files, *more, folder), tmp_path / "said")
+    victim = start(1, 2, words(files, *more, folder), tmp_path / "output")
     until = time.time() + 120
     while not list(folder.glob("part-*.npz")):
         assert victim.is_alive() and time.time() < until
@@ -183,14 +182,14 @@ def test_a_killed_rank_is_survived_and_the_work_taken_up_again(files, tmp_path, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(words(files, *more, folder, "--npz", tmp_path / "new" / "a.npz", "--out", tmp_path / "a.png")) == 0
     monkeypatch.undo()
-    assert {p: p.stat().st_ino for p in first} == first  # not drawn again
+    assert {p: p.stat().st_ino for p in first} == first  # not sampled again
     assert len(list(folder.glob("part-*.npz"))) == 30 and len(list(folder.iterdir())) == 31
     more = ["--count", 60, "--batch", 2, "--out", tmp_path / "b.png", "--npz"]
     assert cli.main(words(files, *more, tmp_path / "b.npz")) == 0
     assert (tmp_path / "new" / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
-def test_scores_while_drawing_are_those_of_the_file_and_of_two_processes(files, tmp_path, monkeypatch, capsys):
+def test_scores_while_sampling_are_those_of_the_file_and_of_two_processes(files, tmp_path, monkeypatch, capsys):
     (tmp_path / "pixel_features.py").write_text("def mean(x):\n    return x.float().mean((1, 2))\n")
     monkeypatch.syspath_prepend(tmp_path)
     real = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
@@ -206,9 +205,9 @@ def test_scores_while_drawing_are_those_of_the_file_and_of_two_processes(files, 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     gloo = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(tmp_path)}
-    asked = words(files, *draw, *how, "--score", tmp_path / "two.json")
-    two = [start(r, 2, asked, tmp_path / f"said{r}", **gloo) for r in range(2)]
-    assert ["KD-pixel" in end(p, tmp_path / f"said{r}") for r, p in enumerate(two)] == [True, False]  # rank 0 tells
+    arguments = words(files, *draw, *how, "--score", tmp_path / "two.json")
+    two = [start(r, 2, arguments, tmp_path / f"output{r}", **gloo) for r in range(2)]
+    assert ["KD-pixel" in end(p, tmp_path / f"output{r}") for r, p in enumerate(two)] == [True, False]  # rank 0 prints
     assert cli.main(words(files, *draw, "--npz", tmp_path / "a.npz", "--out", tmp_path / "a.png")) == 0
     evaluated = ["evaluate", tmp_path / "a.npz", *how, "--out", tmp_path / "file.json"]
     assert cli.main([str(w) for w in evaluated]) == 0
@@ -221,30 +220,30 @@ def test_scores_while_drawing_are_those_of_the_file_and_of_two_processes(files, 
             k: v for k, v in one["provenance"].items() if k != "command"
         }
         assert other["generated"]["classes"] == {"classes": 4, "fewest": 6, "most": 7}
-    told = one["provenance"]
-    assert (told["label_plan"], told["cfg_scale"], told["dtype"], told["seed"]) == ("balanced", 2.0, "fp32", 3)
-    assert told["weights"] == str(files[0]) and len(told["weights_sha256"]) == len(told["tokenizer_sha256"]) == 64
+    origin = one["provenance"]
+    assert [origin[k] for k in ("label_plan", "cfg_scale", "dtype", "seed")] == ["balanced", 2.0, "fp32", 3]
+    assert origin["weights"] == str(files[0]) and len(origin["weights_sha256"]) == len(origin["tokenizer_sha256"]) == 64
     assert two["generated"]["processes"] == 2 and one["generated"]["source"] == "drawn while scoring"
     drawn = {"a.npz", "a.npz.json", "a.png", "cache", "parts", "__pycache__"}
     assert {
-        p.name for p in tmp_path.iterdir() if p.suffix not in (".json", ".py") and "said" not in p.name
+        p.name for p in tmp_path.iterdir() if p.suffix not in (".json", ".py") and "output" not in p.name
     } <= drawn | {"real.npz"}
 
     capsys.readouterr()
     for more, sentence in [
-        (["--score", tmp_path / "x.json"], "--score and --real belong together"),
-        ([*how], "--score and --real belong together"),
+        (["--score", tmp_path / "x.json"], "must be given together"),
+        ([*how], "must be given together"),
         (
             [*how, "--score", tmp_path / "x.json", "--npz", tmp_path / "b.npz"],
-            "--score keeps no pictures: leave out --npz",
+            "--score keeps no images: leave out --npz",
         ),
         (
             [*how[:4], "--metrics", "kid", "--score", tmp_path / "x.json"],
-            "the request: 26 pictures cannot be scored, kid needs 1000",
+            "the request: 26 images, but kid requires 1000",
         ),
         (["--real", tmp_path / "no.npz", "--score", tmp_path / "x.json"], "no.npz does not exist"),
     ]:
-        monkeypatch.setattr(SamplingPipeline, "paint", None)  # said before the first picture
+        monkeypatch.setattr(SamplingPipeline, "sample_chunk", None)  # reported before the first image is sampled
         assert cli.main(words(files, *draw, *more)) == 2 and sentence in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -252,33 +251,35 @@ def test_scores_while_drawing_are_those_of_the_file_and_of_two_processes(files, 
     assert "MASTER_ADDR is not set: start with --nproc or torchrun" in capsys.readouterr().err
 
 
-def test_pictures_are_resized_before_they_are_rounded(networks, files, tmp_path, capsys):
-    p, small = painter(networks, 3), painter(networks, 3, size=8)
+def test_images_are_resized_before_rounding(networks, files, tmp_path, capsys):
+    p, small = make_pipeline(networks, 3), make_pipeline(networks, 3, size=8)
     with torch.no_grad():
         images = networks[1].decode_codes(p.sampler.draw(torch.tensor(p.labels), p.seeds))
     wanted = torch.nn.functional.interpolate(images, size=(8, 8), mode="bicubic")  # LlamaGen's sample_c2i_ddp.py
     wanted = (127.5 * wanted + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    got = small.paint(0)
+    got = small.sample_chunk(0)
     assert got.shape == (3, 8, 8, 3) and np.abs(got.astype(int) - wanted).max() <= 1 and (got == wanted).mean() > 0.99
     assert small.identity()["resize"] == "bicubic from 16" and p.identity()["resize"] is None
     assert small.shape == (3, 8, 8, 3) and small.identity()["image_size"] == 8
 
 
-def test_weights_of_another_tokenizers_codes_are_refused(networks, files, tmp_path, capsys):
+def test_weights_trained_with_another_tokenizer_are_rejected(networks, files, tmp_path, capsys):
     save_model(tmp_path / "w.safetensors", networks[0].state_dict(), CFG, {"step": 1, "tokenizer": "ab" * 32})
     assert cli.main(words((tmp_path / "w.safetensors", files[1]), "--out", tmp_path / "a.png")) == 2
     assert "was trained on codes of the tokenizer abababababab" in capsys.readouterr().err
 
 
-def test_another_request_is_refused_and_the_same_is_done(files, tmp_path, capsys, monkeypatch):
+def test_another_request_is_rejected_and_a_finished_one_is_not_repeated(files, tmp_path, capsys, monkeypatch):
     npz = tmp_path / "a.npz"
     more = ["--count", 5, "--out", tmp_path / "a.png", "--npz"]
     assert cli.main(words(files, *more, npz)) == 0
     before = npz.stat().st_ino
-    assert cli.main(words(files, *more, npz)) == 0 and "is there already" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(words(files, *more, npz)) == 0 and "is already complete" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert npz.stat().st_ino == before
     for option, value, sentence in [
-        ("--cfg-scale", 1.5, "a.npz.json is of other pictures: cfg_scale 1.0, not 1.5; name another place"),
+        ("--cfg-scale", 1.5, "a.npz.json records other images: cfg_scale 1.0, not 1.5; choose another output path"),
         ("--seed", 9, "seed 0, not 9"),
         ("--batch", 3, "batch 5, not 3"),
     ]:
@@ -286,34 +287,34 @@ def test_another_request_is_refused_and_the_same_is_done(files, tmp_path, capsys
         assert sentence in capsys.readouterr().err
     (tmp_path / "a.npz.json").unlink()
     assert cli.main(words(files, *more, npz)) == 2
-    assert "a.npz exists and" in capsys.readouterr().err
+    assert "a.npz exists, but its record" in capsys.readouterr().err
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000}))
     assert cli.main(words(files, *more, tmp_path / "b.npz")) == 2
     assert "MB free: free space or name another place" in capsys.readouterr().err
     assert not (tmp_path / "b.npz.parts").exists()
 
 
-def test_a_folder_of_other_things_is_refused(networks, tmp_path):
-    p = painter(networks)
+def test_a_folder_with_other_files_is_rejected(networks, tmp_path):
+    p = make_pipeline(networks)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds other things \(notes.txt\) and no plan.json: name an empty folder"):
+    with pytest.raises(UserError, match=r"has no plan.json but other files \(notes.txt\): name an empty folder"):
         open_folder(tmp_path, p.identity())
     open_folder(tmp_path / "new", p.identity())
-    with pytest.raises(UserError, match="of other pictures: count 10, not 11; labels_sha256"):
-        open_folder(tmp_path / "new", painter(networks, 11).identity())
+    with pytest.raises(UserError, match="records other images: count 10, not 11; labels_sha256"):
+        open_folder(tmp_path / "new", make_pipeline(networks, 11).identity())
     (tmp_path / "new" / "plan.json").write_text("{")
-    with pytest.raises(UserError, match=r"plan.json is no plan of pictures"):
+    with pytest.raises(UserError, match=r"plan.json is not a sampling plan"):
         open_folder(tmp_path / "new", p.identity())
 
 
 def test_a_damaged_part_is_named(networks, tmp_path):
-    p = painter(networks)
+    p = make_pipeline(networks)
     open_folder(tmp_path, p.identity())
     sample_folder(p, tmp_path)
     part = part_of(tmp_path, 2)
     good = part.read_bytes()
     part.write_bytes(good[:-40])
-    with pytest.raises(UserError, match=r"part-00002.npz is damaged .*: remove it and start again"):
+    with pytest.raises(UserError, match=r"part-00002.npz is damaged .*: remove it and run again"):
         distributed.join_parts(p, tmp_path, tmp_path / "x.npz")
     assert not (tmp_path / "x.npz").exists() and not list(tmp_path.glob("*.tmp"))
     part.unlink()
@@ -335,16 +336,16 @@ def test_nan_logits_name_token_class_and_rank(networks, tmp_path):
 
 
 # Files --------------------------------------------------------------------------------------------
-def test_npz_is_streamed_and_its_bytes_are_the_pictures_alone(tmp_path):
+def test_npz_is_streamed_and_its_bytes_depend_on_the_images_only(tmp_path):
     piece = np.arange(256, dtype=np.uint8).repeat(3 * 64 * 16).reshape(64, 64, 64, 3)
     tracemalloc.start()
     save_npz(tmp_path / "deep" / "a.npz", (64 * 40, 64, 64, 3), (piece for _ in range(40)), np.arange(64 * 40))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * piece.nbytes  # of 40
-    pictures, labels = read_npz(tmp_path / "deep" / "a.npz")
-    assert (pictures.reshape(40, *piece.shape) == piece).all() and labels.tolist() == list(range(64 * 40))
-    save_npz(tmp_path / "deep" / "b.npz", pictures.shape, [pictures], labels)
+    images, labels = read_npz(tmp_path / "deep" / "a.npz")
+    assert (images.reshape(40, *piece.shape) == piece).all() and labels.tolist() == list(range(64 * 40))
+    save_npz(tmp_path / "deep" / "b.npz", images.shape, [images], labels)
     assert (tmp_path / "deep" / "a.npz").read_bytes() == (tmp_path / "deep" / "b.npz").read_bytes()
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["a.npz", "b.npz"]
     with pytest.raises(AssertionError):

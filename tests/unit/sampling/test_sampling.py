@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from rich.console import Console
 from megastar.config.schema import ModelConfig, TokenizerConfig
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
-from megastar.sampling.grid import Block, picture_grid, save_grid
+from megastar.sampling.grid import Block, image_grid, save_grid
 from megastar.sampling.guidance import doubled_labels, guide, null_until, scales
 from megastar.sampling.kv_cache import KVCache
 from megastar.sampling.logits import draw, keep_top_k, keep_top_p, probabilities
@@ -23,7 +24,7 @@ from megastar.sampling.packed_linear import PackedLinear, decoding_copy
 from megastar.sampling.sampler import (
     Sampler,
     check_tokenizer,
-    decode_pictures,
+    decode_images,
     sample_seeds,
     sample_tokens,
     uniform_noise,
@@ -44,19 +45,19 @@ def model() -> Transformer:
 
 
 class CountingModel(torch.nn.Module):
-    """The network, noting how many rows every call had."""
+    """The network, recording the number of rows of each call."""
 
     def __init__(self, model: Transformer):
         super().__init__()
         self.model, self.cfg, self.rows = model, model.cfg, []
 
-    def forward(self, labels, tokens, **known):
+    def forward(self, labels, tokens, **kwargs):
         self.rows.append(len(tokens))
-        return self.model(labels, tokens, **known)
+        return self.model(labels, tokens, **kwargs)
 
 
 def uncached_logits(model: Transformer, label: int, tokens: list[int]) -> torch.Tensor:
-    """Logits of the next token, by the whole sequence anew."""
+    """Logits of the next token, from the whole sequence."""
     with torch.no_grad():
         return model(torch.tensor([label]), torch.tensor([tokens], dtype=torch.long)).logits[:, -1]
 
@@ -142,8 +143,8 @@ def test_ramps_against_their_formulas():
 @pytest.mark.parametrize(("schedule", "interval"), [("linear", -1), ("cosine", 9), ("constant", 3)])
 def test_schedules_equal_full_recomputation(model, schedule, interval, passes):
     labels, seeds = [0, 3, 1], sample_seeds(5, 3)
-    known = {"cfg_scale": 2.5, "cfg_schedule": schedule, "cfg_interval": interval, "top_k": 12, "temperature": 0.8}
-    got = sample_tokens(model, labels, seeds=seeds, batch=2, passes=passes, **known)
+    options = {"cfg_scale": 2.5, "cfg_schedule": schedule, "cfg_interval": interval, "top_k": 12, "temperature": 0.8}
+    got = sample_tokens(model, labels, seeds=seeds, batch=2, passes=passes, **options)
     noise, scale_of = uniform_noise(seeds, CFG.image_tokens), scales(CFG.image_tokens, 2.5, schedule, interval)
     for i, row in enumerate(got.tolist()):
         tokens: list[int] = []
@@ -242,8 +243,9 @@ def test_model_mode_is_restored_and_dropout_is_off(model):
 
 def test_progress_bar_and_empty_request(model):
     text = io.StringIO()
-    sample_tokens(model, [0, 1, 2], seeds=[0, 1, 2], batch=2, progress=Console(file=text, width=100))
-    assert "3/3 pictures" in text.getvalue()
+    console = Console(file=text, width=100, force_terminal=True, color_system=None)
+    sample_tokens(model, [0, 1, 2], seeds=[0, 1, 2], batch=2, progress=console)
+    assert re.search(r"sampling .* 3/3 .*images/s", text.getvalue())
     assert sample_tokens(model, [], seeds=[]).shape == (0, 16)
 
 
@@ -286,7 +288,7 @@ def test_probabilities_apply_temperature_then_k_then_p():
     [
         ([0, 4], {}, r"class 4 is outside 0\.\.3"),
         ([-1, 0], {}, r"class -1 is outside 0\.\.3"),
-        ([0, 1], {"seeds": [1]}, "1 seeds for 2 classes"),
+        ([0, 1], {"seeds": [1]}, "1 seeds for 2 labels"),
         ([0, 1], {"seeds": [1, -2]}, "seeds must be integers from 0"),
         ([0, 1], {"cfg_scale": 0.5}, "cfg_scale 0.5"),
         ([0, 1], {"cfg_scale": float("nan")}, "cfg_scale nan"),
@@ -327,20 +329,20 @@ def test_top_k_above_the_vocabulary_keeps_all(model):
     assert torch.equal(sample_tokens(model, [0, 1], top_k=10**6, **args), sample_tokens(model, [0, 1], **args))
 
 
-# Pictures ----------------------------------------------------------------------------------------------------
-def test_codes_to_pictures_and_the_wrong_tokenizer():
+# Images ------------------------------------------------------------------------------------------------------
+def test_codes_to_images_and_the_wrong_tokenizer():
     torch.manual_seed(0)
     c = TokenizerConfig(16, 8, [1, 1, 1], 1, 8, 23, 4, norm_groups=4)
     tokenizer = VQModel(c).eval()
     codes = torch.randint(23, (5, 16))
-    got = decode_pictures(tokenizer, codes, batch=2)
+    got = decode_images(tokenizer, codes, batch=2)
     assert got.shape == (5, 16, 16, 3) and got.dtype == np.uint8
     with torch.no_grad():
         images = tokenizer.decode_codes(codes)
     assert np.abs(got / 127.5 - 1 - images.permute(0, 2, 3, 1).numpy()).max() <= 0.5 / 127.5 + 1e-5
     check_tokenizer(CFG, tokenizer)
     c.codebook_size = 64
-    with pytest.raises(UserError, match="draws 16 codes of 23, the tokenizer has 16 codes of 64"):
+    with pytest.raises(UserError, match="samples 16 codes of 23, the tokenizer has 16 codes of 64"):
         check_tokenizer(CFG, tokenizer)
 
 
@@ -348,18 +350,18 @@ def squares(n: int, side: int = 16) -> np.ndarray:
     return np.stack([np.full((side, side, 3), (i * 9 % 256, 100, 200), np.uint8) for i in range(n)])
 
 
-def test_grid_puts_every_picture_in_its_cell(tmp_path):
+def test_grid_puts_every_image_in_its_cell(tmp_path):
     labels = [2, 0, 2, 2]
-    pictures = squares(4)
-    blocks = [Block("this run", pictures, labels), Block("shipped weights", pictures[::-1], labels[::-1])]
-    image = picture_grid(blocks, ["apple", "unused", "a class whose name is far too long to be shown whole"], columns=2)
+    images = squares(4)
+    blocks = [Block("this run", images, labels), Block("shipped weights", images[::-1], labels[::-1])]
+    image = image_grid(blocks, ["apple", "unused", "a class whose name is far too long to be shown whole"], columns=2)
     pixels = np.asarray(image)
-    # Columns and rows from the right and the bottom: the margin and the captions lie left and above.
+    # Columns and rows from the right and the bottom: the margin and the captions are left and above.
     left, cell = image.width - 2 * 66, 64
     row = image.height - 2 - 66 + 1
-    assert (pixels[row, left + 1] == pictures[::-1][0][0, 0]).all()  # last block, class 2, first picture
-    assert (pixels[row, left + 66 + cell - 1] == pictures[::-1][1][0, 0]).all()
-    assert (pixels[row - 66, left + 66] == 255).all()  # class 0 has one picture only
+    assert (pixels[row, left + 1] == images[::-1][0][0, 0]).all()  # last block, class 2, first image
+    assert (pixels[row, left + 66 + cell - 1] == images[::-1][1][0, 0]).all()
+    assert (pixels[row - 66, left + 66] == 255).all()  # class 0 has one image only
     assert (pixels[: row - 2 * 66, : left - 4] < 100).any()  # there is text
     path = tmp_path / "new" / "grid.png"
     save_grid(image, path, {"seed": 3})
@@ -369,15 +371,14 @@ def test_grid_puts_every_picture_in_its_cell(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pictures", "labels", "message"),
+    ("count", "labels", "message"),
     [
-        (0, [], "no pictures for the grid"),
-        (2, [0, 3], "class 3 has no name: 2 names are known"),
-        (2, [0], "one: 2 pictures but 1 classes"),
+        (0, [], "no images for the grid"),
+        (2, [0, 3], "class 3 has no name: there are 2 names"),
+        (2, [0], "one: 2 images but 1 labels"),
     ],
 )
-def test_grid_errors(pictures, labels, message):
+def test_grid_errors(count, labels, message):
+    images = squares(count) if count else np.zeros((0, 8, 8, 3), np.uint8)
     with pytest.raises(UserError, match=message):
-        picture_grid(
-            [Block("one", squares(pictures) if pictures else np.zeros((0, 8, 8, 3), np.uint8), labels)], ["a", "b"]
-        )
+        image_grid([Block("one", images, labels)], ["a", "b"])

@@ -1,4 +1,4 @@
-"""The tokenizer: quantizer against brute force, LlamaGen's weight names, training that resumes, files that refuse."""
+"""The tokenizer: quantizer against brute force, LlamaGen's weight names, training that resumes, rejected files."""
 
 import json
 import math
@@ -79,9 +79,9 @@ def test_encode_and_decode_shapes_and_determinism():
     images = torch.randn(3, 3, 16, 16).clamp(-1, 1)
     codes = model.encode(images)
     assert codes.shape == (3, SMALL.grid**2) == (3, 64)
-    assert torch.equal(codes[1:2], model.encode(images[1:2]))  # a picture's codes do not depend on its batch
-    pictures = model.decode_codes(codes)
-    assert pictures.shape == images.shape and pictures.abs().max() <= 1
+    assert torch.equal(codes[1:2], model.encode(images[1:2]))  # an image's codes do not depend on its batch
+    decoded = model.decode_codes(codes)
+    assert decoded.shape == images.shape and decoded.abs().max() <= 1
 
 
 def test_kmeans_finds_separated_clusters_and_leaves_no_code_empty():
@@ -138,10 +138,14 @@ def _batch(step: int) -> torch.Tensor:
     return torch.randint(0, 256, (4, 16, 16, 3), generator=torch.Generator().manual_seed(step), dtype=torch.uint8)
 
 
+def _trainer(c: TokenizerTrainConfig) -> TokenizerTrainer:
+    return TokenizerTrainer(c, torch.device("cpu"), torch.float32, _batch)
+
+
 def _fit(out, **changes):
     out.mkdir(exist_ok=True)
-    trainer = TokenizerTrainer(_config(**changes), torch.device("cpu"), torch.float32)
-    scores = trainer.fit(_batch, _batch(99), out, Console(quiet=True))
+    trainer = _trainer(_config(**changes))
+    scores = trainer.fit(_batch(99), out, Console(quiet=True))
     return trainer, scores
 
 
@@ -167,8 +171,7 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_training_lowers_the_error_and_revives_dead_codes():
-    trainer = TokenizerTrainer(_config(steps=150, lr=3e-3), torch.device("cpu"), torch.float32)
-    trainer.batch_of = _batch
+    trainer = _trainer(_config(steps=150, lr=3e-3))
     images = to_images(_batch(0))
     first = trainer.train_step(images)["l2"]
     for _ in range(100):
@@ -185,14 +188,13 @@ def test_training_lowers_the_error_and_revives_dead_codes():
 
 def test_adversarial_training_runs_and_touches_the_discriminator():
     c = _config(tokenizer=TokenizerConfig(**{**vars(SMALL), "image_size": 64}), adversarial=0.1, adversarial_start=0)
-    trainer = TokenizerTrainer(c, torch.device("cpu"), torch.float32)
-    trainer.batch_of = _batch
+    trainer = _trainer(c)
     before = [p.detach().clone() for p in trainer.discriminator.parameters()]
     trainer.train_step(torch.rand(4, 3, 64, 64) * 2 - 1)
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.discriminator.parameters(), strict=True))
 
 
-def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
+def test_a_checkpoint_of_another_tokenizer_is_rejected(tmp_path):
     _fit(tmp_path, steps=6)
     other = TokenizerConfig(**{**vars(SMALL), "codebook_size": 64})
     with pytest.raises(
@@ -201,21 +203,16 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
         _fit(tmp_path, tokenizer=other, steps=6)
 
 
-def test_training_goes_on_from_a_file(tmp_path):
+def test_training_continues_from_a_file(tmp_path):
     trainer, _ = _fit(tmp_path / "a")
     save_tokenizer(trainer.average, tmp_path / "tok.safetensors", {}, torch.float32)
-    more = TokenizerTrainer(
-        _config(init=str(tmp_path / "tok.safetensors"), continuous_steps=0), torch.device("cpu"), torch.float32
-    )
+    more = _trainer(_config(init=str(tmp_path / "tok.safetensors"), continuous_steps=0))
     assert more.score(_batch(99)) == trainer.score(_batch(99))
-    more.batch_of = _batch
     more.train_step(to_images(_batch(0)))
     assert not torch.equal(more.model.encoder.conv_in.weight, trainer.average.encoder.conv_in.weight)
     other = TokenizerConfig(**{**vars(SMALL), "codebook_size": 64})
-    with pytest.raises(UserError, match="another architecture .codebook_size: 32 there, 64 here"):
-        TokenizerTrainer(
-            _config(init=str(tmp_path / "tok.safetensors"), tokenizer=other), torch.device("cpu"), torch.float32
-        )
+    with pytest.raises(UserError, match="another architecture .codebook_size: 32, not 64"):
+        _trainer(_config(init=str(tmp_path / "tok.safetensors"), tokenizer=other))
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -225,7 +222,7 @@ def test_learning_rate_warms_up_and_decays():
     assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
 
 
-def test_files_round_trip_and_refuse(tmp_path):
+def test_files_round_trip_and_bad_files_are_rejected(tmp_path):
     torch.manual_seed(1)
     model = VQModel(SMALL).half().float().eval()  # so that half precision on disk loses nothing
     path = tmp_path / "deep" / "tok.safetensors"

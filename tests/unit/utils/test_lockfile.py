@@ -89,7 +89,7 @@ def test_the_file_servers_clock_counts(tmp_path, monkeypatch):
 
 
 def test_claims_are_renewed(tmp_path):
-    with Claims(tmp_path, beat=0.05) as claims:
+    with Claims(tmp_path, renew_every=0.05) as claims:
         assert claims.take("a")
         os.utime(tmp_path / "a.claim", (1, 1))
         deadline = time.monotonic() + 20
@@ -100,7 +100,7 @@ def test_claims_are_renewed(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])
 def test_a_claim_that_was_never_filled(tmp_path, content):
-    claims = Claims(tmp_path, beat=5)
+    claims = Claims(tmp_path, renew_every=5)
     (tmp_path / "a.claim").write_text(content)
     assert not claims.take("a")  # it may still be
     os.utime(tmp_path / "a.claim", (time.time() - 10,) * 2)

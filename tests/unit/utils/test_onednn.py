@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megastar.model.layers import Linear
-from megastar.utils import device, onednn
+from megastar.utils import onednn
 
 
 @pytest.fixture(params=[True, False])
@@ -57,8 +57,24 @@ def test_only_the_gradients_asked_for(mkl_slow: bool) -> None:
 def test_a_torch_without_the_operator_is_no_error(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    monkeypatch.setattr(device.Path, "read_text", lambda _: "vendor_id : AuthenticAMD")
-    assert device.mkl_is_slow.__wrapped__() is False
+    monkeypatch.setattr(onednn.Path, "read_text", lambda _: "vendor_id : AuthenticAMD")
+    assert onednn.mkl_is_slow.__wrapped__() is False
     monkeypatch.undo()
-    monkeypatch.setattr(device.Path, "read_text", lambda _: "vendor_id : GenuineIntel")
-    assert device.mkl_is_slow.__wrapped__() is False
+    monkeypatch.setattr(onednn.Path, "read_text", lambda _: "vendor_id : GenuineIntel")
+    assert onednn.mkl_is_slow.__wrapped__() is False
+
+
+def test_the_switch_selects_torchs_own_implementations(mkl_slow: bool, monkeypatch) -> None:
+    x, weight = torch.randn(64, 48), torch.randn(130, 48)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)  # calling it fails
+    monkeypatch.setattr(onednn, "_enabled", True)
+    onednn.set_enabled(False)
+    assert torch.equal(onednn.product(x, weight), x @ weight.t())
+    assert torch.equal(onednn.linear(x, weight), F.linear(x, weight))
+    torch.manual_seed(3)
+    ours = onednn.dropout(x, 0.3)
+    torch.manual_seed(3)
+    assert torch.equal(ours, F.dropout(x, 0.3))
+    onednn.set_enabled(True)
+    torch.manual_seed(3)
+    assert not torch.equal(onednn.dropout(x, 0.3), ours)

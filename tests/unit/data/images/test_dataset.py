@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megastar.data.images.dataset import PictureError, PictureSet, center_crop, decode, random_crop, ten_crop
+from megastar.data.images.dataset import ImageError, ImageSet, center_crop, decode, random_crop, ten_crop
 from megastar.errors import UserError
 
 EMBEDDED = Path(__file__).parents[4] / "assets" / "emoji64" / "emoji64.tar"
@@ -25,7 +25,7 @@ def png(value: int = 0, size=(20, 16), mode: str = "RGB") -> bytes:
 
 
 def gigantic(width: int, height: int) -> bytes:
-    """A PNG whose header promises a picture that is not there."""
+    """A PNG whose header declares an image without data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -63,41 +63,41 @@ LAYOUT = {
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_class_folders(tmp_path, kind):
     source = make_folder(tmp_path / "f", LAYOUT) if kind == "folder" else make_tar(tmp_path / "p.tar", LAYOUT)
-    train = PictureSet(source, "train")
+    train = ImageSet(source, "train")
     assert train.class_names == ["cat", "dog"]
-    assert [(p.key, p.label) for p in train.pictures] == [
+    assert [(p.key, p.label) for p in train.images] == [
         ("train/cat/0.a", 0),
         ("train/cat/0.b", 0),
         ("train/cat/1", 0),
         ("train/dog/2", 1),
     ]
     assert [np.asarray(train.read(i))[0, 0, 0] for i in range(4)] == [11, 12, 10, 20]
-    val = PictureSet(source, "val")
-    assert val.class_names == ["cat", "dog"] and val.pictures[0].label == 1  # numbered as in train
-    test = PictureSet(source, "test")  # no class folders: one class, named by the folder
-    assert [test.class_names[p.label] for p in test.pictures] == ["test"]
+    val = ImageSet(source, "val")
+    assert val.class_names == ["cat", "dog"] and val.images[0].label == 1  # numbered as in train
+    test = ImageSet(source, "test")  # no class folders: one class, named by the folder
+    assert [test.class_names[p.label] for p in test.images] == ["test"]
 
 
 def test_webdataset_tars(tmp_path):
     make_tar(tmp_path / "b.tar", {"x.1.png": png(1), "x.cls": b"7\n", "y.jpg": png(2), "y.cls": b"0"})
     make_tar(tmp_path / "a.tar", {"z.cls": b"2", "z.webp": png(3)})
-    pictures = PictureSet(tmp_path)
-    assert [(p.key, p.label, p.file.name) for p in pictures.pictures] == [
+    images = ImageSet(tmp_path)
+    assert [(p.key, p.label, p.file.name) for p in images.images] == [
         ("x.1", 7, "b.tar"),
         ("y", 0, "b.tar"),
         ("z", 2, "a.tar"),
     ]
-    assert pictures.class_names == [str(i) for i in range(8)]
-    assert [np.asarray(pictures.read(i))[0, 0, 0] for i in range(3)] == [1, 2, 3]
+    assert images.class_names == [str(i) for i in range(8)]
+    assert [np.asarray(images.read(i))[0, 0, 0] for i in range(3)] == [1, 2, 3]
 
 
 def test_the_embedded_pictures():
-    sets = {s: PictureSet(EMBEDDED, s) for s in ("train", "val", "test")}
+    sets = {s: ImageSet(EMBEDDED, s) for s in ("train", "val", "test")}
     assert sum(map(len, sets.values())) == 8939
     assert all(s.class_names == sets["train"].class_names and len(s.class_names) == 9 for s in sets.values())
-    concepts = {n: {p.key.split("/")[-1].split("__")[0] for p in s.pictures} for n, s in sets.items()}
+    concepts = {n: {p.key.split("/")[-1].split("__")[0] for p in s.images} for n, s in sets.items()}
     assert not concepts["train"] & (concepts["val"] | concepts["test"]) and not concepts["val"] & concepts["test"]
-    assert {p.key.split("__")[1] for p in sets["test"].pictures} == {
+    assert {p.key.split("__")[1] for p in sets["test"].images} == {
         "noto", "noto-v1", "twemoji", "emojione", "fluent-flat", "fluent3d",
     }  # fmt: skip
     assert sets["test"].read(0).size == (64, 64)
@@ -105,34 +105,34 @@ def test_the_embedded_pictures():
 
 # Wrong sources -------------------------------------------------------------------------------------------------
 def test_missing_and_empty_sources(tmp_path):
-    with pytest.raises(UserError, match="picture source .*none does not exist: give a folder of pictures"):
-        PictureSet(tmp_path / "none")
-    with pytest.raises(UserError, match="no pictures in .*: expected .png, .jpg"):
-        PictureSet(tmp_path)
+    with pytest.raises(UserError, match="image source .*none does not exist: give a folder of images"):
+        ImageSet(tmp_path / "none")
+    with pytest.raises(UserError, match="no images in .*: expected .png, .jpg"):
+        ImageSet(tmp_path)
     make_folder(tmp_path, {"notes.md": b"", "train/cat/0.png": png()})
     with pytest.raises(UserError, match="neither a folder nor a .tar file"):
-        PictureSet(tmp_path / "notes.md")
-    with pytest.raises(UserError, match=r"no pictures in .* \(subset 'trian'\)"):
-        PictureSet(tmp_path, "trian")
+        ImageSet(tmp_path / "notes.md")
+    with pytest.raises(UserError, match=r"no images in .* \(subset 'trian'\)"):
+        ImageSet(tmp_path, "trian")
 
 
 def test_mixed_layouts(tmp_path):
     make_folder(tmp_path / "a", {"cat/0.png": png(), "1.png": png()})
-    with pytest.raises(UserError, match="picture '1' lies outside any class folder"):
-        PictureSet(tmp_path / "a")
+    with pytest.raises(UserError, match="image '1' is not in a class folder"):
+        ImageSet(tmp_path / "a")
     make_folder(tmp_path / "b", {"train/cat/0.png": png(), "train/1.png": png()})
-    with pytest.raises(UserError, match="picture 'train/1' lies outside any class folder"):
-        PictureSet(tmp_path / "b", "train")
+    with pytest.raises(UserError, match="image 'train/1' is not in a class folder"):
+        ImageSet(tmp_path / "b", "train")
     make_folder(tmp_path / "c", {"0.png": png(), "0.cls": b"1", "1.png": png()})
-    with pytest.raises(UserError, match="1 of 2 pictures have no .cls, the first is '1': label all or none"):
-        PictureSet(tmp_path / "c")
+    with pytest.raises(UserError, match="1 of 2 images have no .cls, the first is '1': label all or none"):
+        ImageSet(tmp_path / "c")
 
 
 @pytest.mark.parametrize("label", [b"cat", b"-1", b"1000000", b""])
 def test_class_outside_the_range(tmp_path, label):
     make_tar(tmp_path / "a.tar", {"0.png": png(), "0.cls": label})
-    with pytest.raises(UserError, match="a.tar:0.cls holds .* a class is an integer from 0 to 999999"):
-        PictureSet(tmp_path)
+    with pytest.raises(UserError, match="a.tar:0.cls holds .* write an integer class from 0 to 999999"):
+        ImageSet(tmp_path)
 
 
 def test_broken_tars(tmp_path):
@@ -142,73 +142,73 @@ def test_broken_tars(tmp_path):
     for broken in (
         whole[: offsets[3]],  # cut at a member boundary: tarfile sees nothing
         whole[: offsets[3] + 100],  # inside a header
-        whole[: offsets[3] + 600],  # inside a picture
+        whole[: offsets[3] + 600],  # inside an image
         whole[: offsets[2]] + b"\xff" * 512 + whole[offsets[2] + 512 :],  # a header overwritten
     ):
         (tmp_path / "a.tar").write_bytes(broken)
         with pytest.raises(
-            UserError, match=r"a.tar is (broken or cut at byte \d+, after \d pictures|not a readable tar)"
+            UserError, match=r"a.tar is (broken or truncated at byte \d+, after \d images|not a readable tar)"
         ):
-            PictureSet(tmp_path / "a.tar")
+            ImageSet(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(b"no tar")
     with pytest.raises(UserError, match="a.tar is not a readable tar"):
-        PictureSet(tmp_path / "a.tar")
+        ImageSet(tmp_path / "a.tar")
     make_tar(tmp_path / "b.tar.gz", {"cat/0.png": png()}, "w:gz")
-    with pytest.raises(UserError, match="is compressed, so pictures cannot be read by position: gunzip it first"):
-        PictureSet(tmp_path / "b.tar.gz")
+    with pytest.raises(UserError, match="is compressed and cannot be read by position: gunzip it first"):
+        ImageSet(tmp_path / "b.tar.gz")
 
 
-# Wrong pictures ------------------------------------------------------------------------------------------------
+# Bad images ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"", "x: unreadable"),
         (b"not a picture", "x: unreadable"),
         (png()[:45], "x: unreadable"),
-        (gigantic(8000, 6000), "x: 8000 x 6000 is over 40 megapixels"),
-        (gigantic(40000, 40000), "x: over 40 megapixels"),  # Pillow itself refuses
-        (gigantic(6000, 10), "x: 6000 x 10 is over 100 times as long as wide"),
+        (gigantic(8000, 6000), "x: 8000 x 6000 exceeds 40 megapixels"),
+        (gigantic(40000, 40000), "x: exceeds 40 megapixels"),  # Pillow itself refuses
+        (gigantic(6000, 10), "x: 6000 x 10 has an aspect ratio over 100"),
     ],
 )
-def test_unusable_pictures(data, message, monkeypatch):
+def test_unusable_images(data, message, monkeypatch):
     decoded = []
     load = Image.Image.load
     monkeypatch.setattr(Image.Image, "load", lambda self: decoded.append(self.size) or load(self))
-    with pytest.raises(PictureError, match=message):
+    with pytest.raises(ImageError, match=message):
         decode(data, "x")
     assert (8000, 6000) not in decoded and (6000, 10) not in decoded
 
 
 def test_a_picture_that_vanished(tmp_path):
-    pictures = PictureSet(make_folder(tmp_path, {"cat/0.png": png()}))
+    images = ImageSet(make_folder(tmp_path, {"cat/0.png": png()}))
     (tmp_path / "cat/0.png").unlink()
-    with pytest.raises(PictureError, match="cat/0: .*No such file"):
-        pictures.read(0)
-    (tmp_path / "cat").rmdir()  # as when a disk goes away: every other picture would be skipped in silence
-    with pytest.raises(UserError, match="cat is gone: run the same command again once it is back"):
-        pictures.read(0)
+    with pytest.raises(ImageError, match="cat/0: .*No such file"):
+        images.read(0)
+    (tmp_path / "cat").rmdir()  # as when a disk goes away: all images would be skipped
+    with pytest.raises(UserError, match="cat no longer exists: run the same command again once it does"):
+        images.read(0)
 
 
 def test_a_gigantic_file(tmp_path):
     folder = make_folder(tmp_path / "tree", {"cat/0.png": png()})
     os.truncate(folder / "cat/0.png", 1 << 34)  # a hole
-    with pytest.raises(PictureError, match="cat/0: its 17179869184 bytes are over 512 MiB"):
-        PictureSet(folder).read(0)
+    with pytest.raises(ImageError, match="cat/0: its 17179869184 bytes exceed 512 MiB"):
+        ImageSet(folder).read(0)
     with (tmp_path / "a.tar").open("wb") as f:
         member = tarfile.TarInfo("cat/0.png")
         member.size = 1 << 34
         f.write(member.tobuf(tarfile.GNU_FORMAT))
         f.truncate(512 + member.size + 1024)
-    with pytest.raises(PictureError, match="cat/0: its 17179869184 bytes are over 512 MiB"):
-        PictureSet(tmp_path / "a.tar").read(0)
+    with pytest.raises(ImageError, match="cat/0: its 17179869184 bytes exceed 512 MiB"):
+        ImageSet(tmp_path / "a.tar").read(0)
 
 
 def test_a_tar_that_vanished(tmp_path):
     make_tar(tmp_path / "a.tar", {"cat/0.png": png()})
-    pictures = PictureSet(tmp_path)
+    images = ImageSet(tmp_path)
     (tmp_path / "a.tar").unlink()
-    with pytest.raises(UserError, match="a.tar is gone"):
-        pictures.read(0)
+    with pytest.raises(UserError, match="a.tar no longer exists"):
+        images.read(0)
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -282,7 +282,7 @@ def test_a_palette_with_a_transparent_colour():
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff", "bmp"])
 def test_truncated_files_are_refused(kind):
     data = encoded(some("RGB", (64, 64)), kind)
-    with pytest.raises(PictureError, match="x: unreadable"):
+    with pytest.raises(ImageError, match="x: unreadable"):
         decode(data[: len(data) * 2 // 3], "x")
 
 

@@ -1,4 +1,4 @@
-"""Sources: the same pictures give the same keys, classes and pixels, however they are packed."""
+"""Sources: the same images give the same keys, classes and pixels, however they are packed."""
 
 import io
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megastar.data.images.dataset import PictureSet
+from megastar.data.images.dataset import ImageSet
 from megastar.data.images.listing import Listing
 from megastar.errors import UserError
 from tests.unit.data.images.test_dataset import make_folder, make_tar, png
@@ -44,37 +44,37 @@ def write_source(kind: str, at: Path) -> Path:
         return make_tar(at / "train.tar", {p.name: p.read_bytes() for p in tars.iterdir()})
     assert kind == "list"
     make_folder(at, PICTURES)
-    (at / "list.txt").write_text("# pictures\n\n" + "".join(f"{k}\n" for k in PICTURES))
+    (at / "list.txt").write_text("# images\n\n" + "".join(f"{k}\n" for k in PICTURES))
     return at / "list.txt"
 
 
 def look(source: Path, **options) -> list[tuple[str, str, int]]:
-    """(key, class, a pixel) of every picture."""
-    s = PictureSet(source, **options)
-    assert len(s) == len(s.pictures)
-    return [(p.key, s.class_names[p.label], int(np.asarray(s.read(i))[0, 0, 0])) for i, p in enumerate(s.pictures)]
+    """(key, class, a pixel) of every image."""
+    s = ImageSet(source, **options)
+    assert len(s) == len(s.images)
+    return [(p.key, s.class_names[p.label], int(np.asarray(s.read(i))[0, 0, 0])) for i, p in enumerate(s.images)]
 
 
 EXPECTED = sorted((k.removesuffix(".JPEG"), k.split("/")[0], 10 * int(k[8]) + int(k[-6])) for k in PICTURES)
 
 
 @pytest.mark.parametrize("kind", ["tree", "links", "tar", "class tars", "nested", "list"])
-def test_the_same_pictures_from_every_source(tmp_path, kind):
+def test_the_same_images_from_every_source(tmp_path, kind):
     source = write_source(kind, tmp_path)
     assert look(source) == EXPECTED
-    assert PictureSet(source).class_names == CLASSES  # sorted, as ImageFolder does
+    assert ImageSet(source).class_names == CLASSES  # sorted, as ImageFolder does
     tree = make_folder(tmp_path / "again", PICTURES)
-    assert PictureSet(source).digest() == PictureSet(tree).digest()
+    assert ImageSet(source).digest() == ImageSet(tree).digest()
 
 
 def test_class_tars_below_subsets(tmp_path):
     (tmp_path / "root").mkdir()
     class_tars(tmp_path / "root" / "train")
     source = make_folder(tmp_path / "root", {})
-    found = PictureSet(source, "train")
-    assert found.class_names == CLASSES and len(found) == 12 and found.pictures[0].key.startswith("train/n00000001/")
-    with pytest.raises(UserError, match=r"no pictures in .* \(subset 'val'\)"):
-        PictureSet(source, "val")
+    found = ImageSet(source, "train")
+    assert found.class_names == CLASSES and len(found) == 12 and found.images[0].key.startswith("train/n00000001/")
+    with pytest.raises(UserError, match=r"no images in .* \(subset 'val'\)"):
+        ImageSet(source, "val")
 
 
 def test_a_tar_of_webdataset_tars(tmp_path):
@@ -95,25 +95,25 @@ def test_a_tar_of_webdataset_tars(tmp_path):
 def test_lists(tmp_path, lines, names, labels):
     make_folder(tmp_path, {"a b.png": png(1), "c.png": png(2), "d.png": png(3)})
     (tmp_path / "val.tsv").write_text(lines)
-    found = PictureSet(tmp_path / "val.tsv")
-    assert found.class_names == names and [p.label for p in found.pictures] == labels
+    found = ImageSet(tmp_path / "val.tsv")
+    assert found.class_names == names and [p.label for p in found.images] == labels
     assert found.read(0).size == (20, 16)
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("a.png 1\nb.png", "1 of 2 lines name no class, the first is 'b.png': all or none"),
-        ("a.png 1\nreadme", "val.txt, line 2: 'readme' is not a picture's path, or one and its class"),
-        ("\tcat", "val.txt, line 1: '.tcat' is not a picture's path"),
-        ("a.png 1000000", "val.txt holds b'1000000': a class is an integer from 0 to 999999"),
-        ("", "no pictures in"),
+        ("a.png 1\nb.png", "1 of 2 lines have no class, the first is 'b.png': give one on all lines or none"),
+        ("a.png 1\nreadme", "val.txt, line 2: 'readme' is not an image path with or without a class"),
+        ("\tcat", "val.txt, line 1: '.tcat' is not an image path"),
+        ("a.png 1000000", "val.txt holds b'1000000': write an integer class from 0 to 999999"),
+        ("", "no images in"),
     ],
 )
 def test_wrong_lists(tmp_path, lines, message):
     (tmp_path / "val.txt").write_text(lines)
     with pytest.raises(UserError, match=message):
-        PictureSet(tmp_path / "val.txt")
+        ImageSet(tmp_path / "val.txt")
 
 
 # Tars --------------------------------------------------------------------------------------------------------------
@@ -124,8 +124,8 @@ def test_a_broken_inner_tar_is_named(tmp_path):
         cut = [m.offset for m in tar][2]
     files = {p.name: p.read_bytes() for p in sorted(tars.iterdir())} | {"n00000002.tar": whole[:cut]}
     make_tar(tmp_path / "train.tar", files)
-    with pytest.raises(UserError, match=r"train.tar:n00000002.tar is broken or cut at byte \d+, after 2 pictures"):
-        PictureSet(tmp_path / "train.tar")
+    with pytest.raises(UserError, match=r"train.tar:n00000002.tar is broken or truncated at byte \d+, after 2 images"):
+        ImageSet(tmp_path / "train.tar")
 
 
 def test_other_members_are_passed_over(tmp_path):
@@ -147,9 +147,9 @@ def test_other_members_are_passed_over(tmp_path):
 
 def test_a_tar_that_was_cut_after_it_was_listed(tmp_path):
     source = write_source("tar", tmp_path)
-    found = PictureSet(source)
-    os.truncate(source, found.pictures[3].offset + 10)
-    with pytest.raises(UserError, match="all.tar ends inside n.*: it was cut since it was listed"):
+    found = ImageSet(source)
+    os.truncate(source, found.images[3].offset + 10)
+    with pytest.raises(UserError, match="all.tar ends inside n.*: it was truncated after it was listed"):
         [found.read(i) for i in range(12)]
 
 
@@ -165,7 +165,7 @@ def test_a_listing_is_used_while_the_source_is_the_same(tmp_path, kind, monkeypa
     file = source if source.is_file() else next(source.iterdir())
     os.utime(file, ns=(1, 1))  # as a new tar, list or folder would have another time
     again: list[int] = []
-    found = PictureSet(source, cache=cache, report=again.append)
+    found = ImageSet(source, cache=cache, report=again.append)
     assert again or kind == "list"
     assert len(found) == 12
     cache.write_bytes(cache.read_bytes()[:-30])

@@ -10,7 +10,7 @@ import pytest
 
 from megastar.config.schema import TokenizerConfig
 from megastar.data.loader import validation_batches
-from megastar.data.shards.import_webdataset import index_foreign
+from megastar.data.shards.import_webdataset import index_webdataset
 from megastar.data.shards.manifest import load_manifest
 from megastar.data.shards.reader import ShardSet
 from megastar.data.shards.verify import verify
@@ -49,7 +49,7 @@ def foreign(folder, sizes=(7, 5), dtype="uint16", name="npy", shape=(VIEWS, T), 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "int32", "int64", "uint8", "uint32", "uint64"])
 def test_every_dtype_reads_back_equal(tmp_path, dtype):
     folder = foreign(tmp_path / "f", dtype=dtype)
-    manifest = index_foreign(folder, codebook_size=V)
+    manifest = index_webdataset(folder, codebook_size=V)
     assert (manifest.samples, manifest.views, manifest.tokens, manifest.grid) == (12, VIEWS, T, 4)
     assert manifest.dtype == dtype and manifest.classes == ["0", "1", "2", "3"]
     assert [s.name for s in manifest.shards] == ["train-000.tar", "train-001.tar"]
@@ -61,7 +61,7 @@ def test_every_dtype_reads_back_equal(tmp_path, dtype):
         np.testing.assert_array_equal(codes, np.stack([codes_of(i)[[2, 0]] for i in ids]))
         assert codes.dtype == np.uint16 and labels.tolist() == [i % CLASSES for i in ids]
         np.testing.assert_array_equal(shards.read(1, 2)[0], codes_of(9))
-    assert shards.sources(1)[0] == "n01/sample000007"  # no other name is known
+    assert shards.sources(1)[0] == "n01/sample000007"  # the set records no other name
 
 
 @pytest.mark.parametrize("shape", [(T,), (1, T), (VIEWS, T), (1, VIEWS, T)])
@@ -70,7 +70,7 @@ def test_every_dtype_reads_back_equal(tmp_path, dtype):
 def test_every_shape_and_name_reads_back_equal(tmp_path, shape, name, label):
     folder = foreign(tmp_path / "f", shape=shape, name=name, label=label)
     views = 1 if shape[0] != VIEWS and len(shape) < 3 else VIEWS
-    assert index_foreign(folder, codebook_size=V, crops="center").views == views
+    assert index_webdataset(folder, codebook_size=V, crops="center").views == views
     shards = ShardSet(folder)
     codes, labels = shards.gather(np.arange(12), np.full((12, 1), views - 1))
     np.testing.assert_array_equal(codes[:, 0], np.stack([codes_of(i)[views - 1] for i in range(12)]))
@@ -82,9 +82,9 @@ def test_every_shape_and_name_reads_back_equal(tmp_path, shape, name, label):
 def test_it_trains_as_it_is(tmp_path):
     """Through the loader: over two epochs each sample comes twice, with its own codes and class."""
     folder = foreign(tmp_path / "f", dtype="int64")
-    index_foreign(folder, codebook_size=V)
-    about = {"seed": 3, "global_batch": 6, "views": 2, "class_dropout_prob": 0.1, "num_classes": CLASSES}
-    loader = make_loader(folder, vocab_size=V, tokens=T, **about)
+    index_webdataset(folder, codebook_size=V)
+    settings = {"seed": 3, "global_batch": 6, "views": 2, "class_dropout_prob": 0.1, "num_classes": CLASSES}
+    loader = make_loader(folder, vocab_size=V, tokens=T, **settings)
     batches = iter(loader)
     seen = []
     for _ in range(4):
@@ -102,14 +102,14 @@ def test_it_trains_as_it_is(tmp_path):
 
 def test_indexed_again_and_never_over_pretokenize(tmp_path):
     folder = foreign(tmp_path / "f")
-    first = index_foreign(folder, codebook_size=V)
-    assert index_foreign(folder, codebook_size=V) == first
-    assert index_foreign(folder, codebook_size=V, classes=list("abcde")).classes == list("abcde")
-    assert index_foreign(folder, codebook_size=V, classes=6).classes == ["0", "1", "2", "3", "4", "5"]
+    first = index_webdataset(folder, codebook_size=V)
+    assert index_webdataset(folder, codebook_size=V) == first
+    assert index_webdataset(folder, codebook_size=V, classes=list("abcde")).classes == list("abcde")
+    assert index_webdataset(folder, codebook_size=V, classes=6).classes == ["0", "1", "2", "3", "4", "5"]
     own = write_set(tmp_path / "own")
     before = (own / "manifest.json").read_bytes()
-    with pytest.raises(UserError, match="has a manifest.json that pretokenize wrote: there is nothing to index"):
-        index_foreign(own, codebook_size=V)
+    with pytest.raises(UserError, match="has a manifest.json written by pretokenize and needs no index"):
+        index_webdataset(own, codebook_size=V)
     assert (own / "manifest.json").read_bytes() == before
 
 
@@ -119,7 +119,7 @@ def test_own_shards_that_lost_their_manifest(tmp_path, layout):
     there = load_manifest(folder)
     for path in [folder / "manifest.json", *folder.glob("*.idx")]:
         path.unlink()
-    made = index_foreign(folder, codebook_size=V, layout=layout, tokenizer_sha256="ab" * 32, crops="center-flip")
+    made = index_webdataset(folder, codebook_size=V, layout=layout, tokenizer_sha256="ab" * 32, crops="center-flip")
     assert (made.shards, made.tokenizer_sha256, made.centre_view) == (there.shards, there.tokenizer_sha256, 0)
     assert load_manifest(folder) == made and verify(folder) == []
 
@@ -141,15 +141,15 @@ def test_a_tokenizer_gives_hash_and_code_book(tmp_path):
     side, size = model.config.grid, model.config.codebook_size
     with wds.TarWriter(str(folder / "a.tar")) as writer:
         writer.write({"__key__": "a", "npy": np.full(side**2, size - 1), "cls": 0})
-    manifest = index_foreign(folder, tokenizer=path)
+    manifest = index_webdataset(folder, tokenizer=path)
     assert (manifest.tokenizer_sha256, manifest.codebook_size) == (tokenizer_hash(path), size)
     assert (manifest.grid, manifest.image_size) == (side, model.config.image_size)
-    with pytest.raises(UserError, match="codebook_size 7 is not the"):
-        index_foreign(folder, tokenizer=path, codebook_size=7)
+    with pytest.raises(UserError, match="codebook_size 7 differs from the"):
+        index_webdataset(folder, tokenizer=path, codebook_size=7)
     with wds.TarWriter(str(folder / "a.tar")) as writer:
         writer.write({"__key__": "a", "npy": np.zeros((side + 1) ** 2, np.int64), "cls": 0})
     with pytest.raises(UserError, match=rf"a.tar: a.npy has {(side + 1) ** 2} codes a view, not {side} x {side}"):
-        index_foreign(folder, tokenizer=path)
+        index_webdataset(folder, tokenizer=path)
 
 
 # What cannot be trained on ---------------------------------------------------------------------------------------
@@ -167,17 +167,17 @@ GOOD = [("a.npy", npy(np.zeros((2, 16), np.uint16))), ("a.cls", b"0")]
     [
         ([], r"holds no samples in 1 tars: members must be named KEY.codes.npy, or KEY.npy"),
         ([("a.jpg", b"x"), ("b.txt", b"y")], "holds no samples in 1 tars"),
-        ([*GOOD, ("b.npy", GOOD[0][1]), ("a.npy", GOOD[0][1])], "x.tar holds a.npy twice, or beside a.npy: a key must"),
+        ([*GOOD, ("b.npy", GOOD[0][1]), ("a.npy", GOOD[0][1])], "x.tar holds a.npy twice, or beside a.npy: keys must"),
         ([*GOOD, ("a.codes.npy", GOOD[0][1])], "x.tar holds a.codes.npy twice, or beside a.npy"),
         ([*GOOD, ("a.cls", b"1")], "x.tar holds a.cls twice"),
-        ([*GOOD, ("b.npy", GOOD[0][1])], "x.tar: b.npy has no class, b.cls: write one"),
-        ([*GOOD, ("b.npy", GOOD[0][1]), ("b.json", b"{}")], r"x.tar: b.json has no class: write a member .cls"),
+        ([*GOOD, ("b.npy", GOOD[0][1])], "x.tar: b.npy has no class: write b.cls"),
+        ([*GOOD, ("b.npy", GOOD[0][1]), ("b.json", b"{}")], r"x.tar: b.json has no class: write a .cls member"),
         ([*GOOD, ("b.npy", GOOD[0][1]), ("b.json", b'{"label": true}')], "x.tar: b.json has no class"),
         ([*GOOD, ("b.npy", GOOD[0][1]), ("b.json", b"{")], "x.tar: b.json is not JSON"),
         ([*GOOD, ("b.npy", GOOD[0][1]), ("b.json", b"[" * 100_000)], "x.tar: b.json is not JSON"),
         ([*GOOD, ("b.cls", b"1")], "x.tar: b.cls has no codes, b.codes.npy"),
-        ([GOOD[0], ("a.cls", b"cat")], "x.tar: a.cls is not the number of a class: write it in digits"),
-        ([GOOD[0], ("a.cls", b"9" * 60)], "x.tar: a.cls is not the number of a class"),
+        ([GOOD[0], ("a.cls", b"cat")], "x.tar: a.cls is not a class number: write it in decimal digits"),
+        ([GOOD[0], ("a.cls", b"9" * 60)], "x.tar: a.cls is not a class number"),
         ([GOOD[0], ("a.cls", b"9" * 16)], "x.tar: a has class 9999999999999999, outside 0 to 1048575"),
         ([GOOD[0], ("a.cls", b"-1")], "x.tar: a has class -1, outside 0 to"),
         ([("a.npy", npy(np.full((2, 16), 50))), ("a.cls", b"0")], "a.npy holds code 50, outside the code book of 50"),
@@ -191,7 +191,10 @@ GOOD = [("a.npy", npy(np.zeros((2, 16), np.uint16))), ("a.cls", b"0")]
             "not 2 views of 16 codes in uint16 as in",
         ),
         ([*GOOD, ("b.npy", npy(np.zeros((2, 16), np.int64))), ("b.cls", b"0")], "b.npy is int64 of shape"),
-        ([("a.npy", npy(np.zeros((2, 15), np.uint16))), ("a.cls", b"0")], "a.npy has 15 codes a view, not the square"),
+        (
+            [("a.npy", npy(np.zeros((2, 15), np.uint16))), ("a.cls", b"0")],
+            "a.npy has 15 codes a view, not a square number",
+        ),
         (
             [("a.npy", npy(np.zeros((2, 2, 16), np.uint16))), ("a.cls", b"0")],
             r"of shape \(2, 2, 16\), not \(views, T\)",
@@ -205,14 +208,14 @@ GOOD = [("a.npy", npy(np.zeros((2, 16), np.uint16))), ("a.cls", b"0")]
             [("a.npy", GOOD[0][1][:-1]), ("a.cls", b"0")],
             r"a.npy has 191 bytes, an array of uint16 of shape \(2, 16\) has 192",
         ),
-        ([("a.npy", b"not an array"), ("a.cls", b"0")], "a.npy is not an array of numpy"),
-        ([("a.npy", b""), ("a.cls", b"0")], "a.npy is not an array of numpy"),
+        ([("a.npy", b"not an array"), ("a.cls", b"0")], "a.npy is not a numpy array"),
+        ([("a.npy", b""), ("a.cls", b"0")], "a.npy is not a numpy array"),
     ],
 )
 def test_one_sentence_names_file_and_member(tmp_path, members, message):
     (tmp_path / "x.tar").write_bytes(tar_of(members))
     with pytest.raises(UserError, match=message):
-        index_foreign(tmp_path, codebook_size=V)
+        index_webdataset(tmp_path, codebook_size=V)
     assert not (tmp_path / "manifest.json").exists()
 
 
@@ -223,26 +226,26 @@ def test_shards_of_different_shapes(tmp_path):
     with pytest.raises(
         UserError, match=r"zoo.tar: n00/sample000000.npy is uint16 of shape \(2, 16\), not 3 views of 16"
     ):
-        index_foreign(tmp_path, codebook_size=V)
+        index_webdataset(tmp_path, codebook_size=V)
 
 
 def test_settings_and_folders_that_cannot_be(tmp_path):
     with pytest.raises(UserError, match="does not exist: name the folder that holds the tars"):
-        index_foreign(tmp_path / "none", codebook_size=V)
+        index_webdataset(tmp_path / "none", codebook_size=V)
     (tmp_path / "a.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"holds no .tar: give the folder"):
-        index_foreign(tmp_path, codebook_size=V)
+        index_webdataset(tmp_path, codebook_size=V)
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(UserError, match="a.tar is empty: copy it again, or remove it"):
-        index_foreign(tmp_path, codebook_size=V)
-    with pytest.raises(UserError, match="the code book of .* is unknown: name its tokenizer, or codebook_size"):
-        index_foreign(tmp_path)
+        index_webdataset(tmp_path, codebook_size=V)
+    with pytest.raises(UserError, match="the code book of .* is unknown: give its tokenizer, or codebook_size"):
+        index_webdataset(tmp_path)
     with pytest.raises(UserError, match="codebook_size 70000 must be 1 to 65536"):
-        index_foreign(tmp_path, codebook_size=70000)
+        index_webdataset(tmp_path, codebook_size=70000)
     with pytest.raises(UserError, match="grid 0 must be 1 to 1024"):
-        index_foreign(tmp_path, codebook_size=V, grid=0)
+        index_webdataset(tmp_path, codebook_size=V, grid=0)
     with pytest.raises(UserError, match="train-000.tar: n00/sample000003 has class 3, outside 0 to 2"):
-        index_foreign(foreign(tmp_path / "f"), codebook_size=V, classes=3)
+        index_webdataset(foreign(tmp_path / "f"), codebook_size=V, classes=3)
 
 
 def test_a_tar_that_was_cut_is_found(tmp_path):
@@ -254,23 +257,23 @@ def test_a_tar_that_was_cut_is_found(tmp_path):
     for end in ends:
         path.write_bytes(whole[:end])  # where webdataset sees nothing wrong
         with pytest.raises(UserError, match="train-000.tar ends at byte .* without tar's end mark: it was cut"):
-            index_foreign(folder, codebook_size=V)
+            index_webdataset(folder, codebook_size=V)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(path, data):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("megastar.data.shards.import_webdataset.write_atomic", refuse)
+    monkeypatch.setattr("megastar.data.storage.store.write_atomic", refuse)
     with pytest.raises(
-        UserError, match=r"cannot write .*manifest.json \(Permission denied\): make the folder writable"
+        UserError, match=r"cannot write .*train-000.idx \(Permission denied\): make the folder writable"
     ):
-        index_foreign(foreign(tmp_path / "f"), codebook_size=V)
+        index_webdataset(foreign(tmp_path / "f"), codebook_size=V)
 
 
 def test_codes_that_changed_since_are_found_by_training(tmp_path):
     folder = foreign(tmp_path / "f", (4,), dtype="int64")
-    data = json.loads(index_foreign(folder, codebook_size=V).to_json())
+    data = json.loads(index_webdataset(folder, codebook_size=V).to_json())
     tar = bytearray((folder / "train-000.tar").read_bytes())
     at = ShardSet(folder).index(0).offsets[1]
     tar[at : at + 8] = (-3).to_bytes(8, "little", signed=True)

@@ -8,6 +8,7 @@ import pytest
 
 from megastar.data.shards.index import ShardIndex, pack_index
 from megastar.data.shards.reader import ShardSet
+from megastar.data.shards.sample_parser import Expected
 from megastar.data.shards.verify import verify
 from tests.unit.data.shards.test_shards import VIEWS, T, layouts, sample, write_set
 
@@ -88,9 +89,9 @@ def test_verify_finds_an_index_that_lies(tmp_path):
     shards = ShardSet(folder)
     info, true = shards.manifest.shards[0], shards.index(0)
     lie = ShardIndex(true.offsets[::-1].copy(), true.labels)
-    (folder / "shard-00000.idx").write_bytes(pack_index(lie, info, "plain", "uint16", VIEWS, T))
+    (folder / "shard-00000.idx").write_bytes(pack_index(lie, info, "plain", Expected("uint16", VIEWS, T)))
     assert list(map(str, verify(folder))) == [
-        "shard-00000.tar: its index shard-00000.idx tells of other samples: remove that file, it is made again"
+        "shard-00000.tar: its index shard-00000.idx does not match its samples: remove that file, it is rebuilt"
     ]
     (folder / "shard-00000.idx").write_bytes(b"not an index at all")  # which no reader would use
     assert verify(folder) == []

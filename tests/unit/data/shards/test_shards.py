@@ -33,7 +33,7 @@ def write_set(folder, sizes=(5, 0, 4), layout="plain", **changes):
                 writer.add(f"{i:09d}", *sample(i), f"a/picture.{i}")
                 i += 1
         shards.append(writer.info())
-    about = {
+    fields = {
         "classes": list("abcd"),
         "grid": 4,
         "tokens": T,
@@ -42,7 +42,7 @@ def write_set(folder, sizes=(5, 0, 4), layout="plain", **changes):
         "crops": "center-flip",
         "image_size": 32,
     }
-    manifest = Manifest(samples=i, tokenizer_sha256="ab" * 32, shards=shards, layout=layout, **about)
+    manifest = Manifest(samples=i, tokenizer_sha256="ab" * 32, shards=shards, layout=layout, **fields)
     write_atomic(folder / "manifest.json", (manifest.to_json()).encode())
     if changes:
         data = json.loads((folder / "manifest.json").read_text()) | changes
@@ -99,9 +99,9 @@ def test_large_samples(tmp_path, resident):
     with open_writer(tmp_path / "shard-00000.tar", "packed") as writer:
         for i, codes in enumerate(every):
             writer.add(f"{i}", codes, i, "a")
-    about = {"classes": list("abc"), "grid": 64, "tokens": tokens, "views": views, "codebook_size": 2**16}
-    about |= {"crops": "ten:1.1", "image_size": 64, "tokenizer_sha256": "", "layout": "packed"}
-    (tmp_path / "manifest.json").write_text(Manifest(samples=3, shards=[writer.info()], **about).to_json())
+    fields = {"classes": list("abc"), "grid": 64, "tokens": tokens, "views": views, "codebook_size": 2**16}
+    fields |= {"crops": "ten:1.1", "image_size": 64, "tokenizer_sha256": "", "layout": "packed"}
+    (tmp_path / "manifest.json").write_text(Manifest(samples=3, shards=[writer.info()], **fields).to_json())
     shards, chosen = ShardSet(tmp_path, resident=resident), np.array([[4, 0], [2, 2], [1, 3], [0, 1]])
     codes, _ = shards.gather([2, 0, 1, 2], chosen)
     for row, i in enumerate([2, 0, 1, 2]):
@@ -114,7 +114,7 @@ def test_a_shard_cut_under_a_reader_is_an_error(tmp_path):
         shards = ShardSet(folder, resident=resident)
         shards.open(0)
         os.truncate(folder / "shard-00000.tar", 512)
-        with pytest.raises(UserError, match=r"shard-00000.tar has 512 bytes, the manifest says \d+: it was cut"):
+        with pytest.raises(UserError, match=r"shard-00000.tar has 512 bytes, the manifest records \d+: it was cut"):
             shards.gather([1], np.zeros((1, 1), np.int64))
 
 
@@ -128,9 +128,9 @@ def test_memory_does_not_grow_with_the_shards(tmp_path):
             for i in range(n):
                 writer.add(f"{i}", codes, 0, "a")
         infos.append(writer.info())
-    about = {"classes": ["a"], "grid": 32, "tokens": tokens, "views": views, "codebook_size": 2, "crops": "ten:1.1"}
-    about |= {"image_size": 64, "tokenizer_sha256": "", "layout": "packed"}
-    (tmp_path / "manifest.json").write_text(Manifest(samples=2 * n, shards=infos, **about).to_json())
+    fields = {"classes": ["a"], "grid": 32, "tokens": tokens, "views": views, "codebook_size": 2, "crops": "ten:1.1"}
+    fields |= {"image_size": 64, "tokenizer_sha256": "", "layout": "packed"}
+    (tmp_path / "manifest.json").write_text(Manifest(samples=2 * n, shards=infos, **fields).to_json())
     shards = ShardSet(tmp_path, resident=20 << 20)
     shards.gather([0], np.zeros((1, 1), np.int64))
     before = resident_bytes()
@@ -239,7 +239,7 @@ def test_cut_at_a_member_boundary(tmp_path):
         assert len(tar.getmembers()) == 9
     shards = ShardSet(folder)
     assert shards.read(0, 0)[2] == 0  # the other shards can be read
-    with pytest.raises(UserError, match=r"shard-00002.tar has \d+ bytes, the manifest says \d+: it was cut"):
+    with pytest.raises(UserError, match=r"shard-00002.tar has \d+ bytes, the manifest records \d+: it was cut"):
         shards.read(2, 0)
     cut(folder, boundary, honest=True)
     with pytest.raises(UserError, match=f"shard-00002.tar ends at byte {boundary} without tar's end mark: it was cut"):
@@ -247,7 +247,7 @@ def test_cut_at_a_member_boundary(tmp_path):
     with (folder / "shard-00002.tar").open("r+b") as f:
         f.truncate(boundary + 1024)
     cut(folder, boundary + 1024, honest=True)
-    with pytest.raises(UserError, match="shard-00002.tar holds 3 samples, the manifest says 4"):
+    with pytest.raises(UserError, match="shard-00002.tar holds 3 samples, the manifest records 4"):
         ShardSet(folder).read(2, 0)
 
 
@@ -275,7 +275,7 @@ def test_flipped_bit_is_found_by_verify(tmp_path):
         f.seek(member_ends(folder / "shard-00000.tar")[1] - 512 + 200)
         f.write(b"\x07")
     (problem,) = verify(folder)
-    assert str(problem).startswith("shard-00000.tar: has SHA-256 ") and "the manifest says" in problem.reason
+    assert str(problem).startswith("shard-00000.tar: has SHA-256 ") and "the manifest records" in problem.reason
 
 
 def test_missing_shard(tmp_path):
@@ -288,6 +288,6 @@ def test_missing_shard(tmp_path):
 def test_other_shape_than_the_manifest(tmp_path):
     folder = write_set(tmp_path / "s", grid=8, tokens=64)
     with pytest.raises(
-        UserError, match=r"uint16 of shape \(3, 16\), not 3 views of 64 codes in uint16 as the manifest says"
+        UserError, match=r"uint16 of shape \(3, 16\), not 3 views of 64 codes in uint16 as the manifest records"
     ):
         ShardSet(folder).read(0, 0)

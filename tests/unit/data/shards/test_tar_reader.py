@@ -11,13 +11,13 @@ from megastar.data.shards.tar_reader import walk
 from megastar.errors import UserError
 
 
-def tar_of(members, format=tarfile.USTAR_FORMAT, **about) -> bytes:
+def tar_of(members, format=tarfile.USTAR_FORMAT, **fields) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=format) as tar:
         for name, data in members:
             member = tarfile.TarInfo(name)
             member.size = len(data)
-            for key, value in about.items():
+            for key, value in fields.items():
                 setattr(member, key, value)
             tar.addfile(member, io.BytesIO(data))
     return out.getvalue()
@@ -88,7 +88,7 @@ def test_a_nul_or_endless_name_is_refused():
 
 
 def header(data: bytearray, **fields: bytes) -> bytes:
-    """Change fields of the first header and mend its check sum."""
+    """Change fields of the first header and fix its checksum."""
     places = {"size": (124, 12), "type": (156, 1), "name": (0, 100)}
     for key, value in fields.items():
         at, length = places[key]

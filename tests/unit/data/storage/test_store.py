@@ -1,4 +1,4 @@
-"""Stores: the cache's protocol, the clock of a stall, which answers are final, what is read ahead."""
+"""Stores: the cache's protocol, stalls, permanent errors, the shards to read ahead."""
 
 import os
 import threading
@@ -29,10 +29,10 @@ def info(number: int, size: int = 1000) -> ShardInfo:
 
 def put(cache: ShardCache, shard: ShardInfo) -> None:
     part = cache.claim(shard)
-    assert part is not None and cache.reserve(part, shard, must=True)
+    assert part is not None and cache.reserve(part, shard, required=True)
     part.write(bytes(shard.bytes))
     part.flush()
-    cache.keep(part, shard).close()
+    cache.commit(part, shard).close()
 
 
 def names(cache: ShardCache) -> list[str]:
@@ -54,14 +54,14 @@ def test_the_shards_ahead_are_those_the_order_touches(window):
 
 
 # The cache ---------------------------------------------------------------------------------------------------------
-def test_one_claims_and_the_others_wait_and_find_it(tmp_path):
+def test_one_process_claims_a_shard_and_the_others_find_it(tmp_path):
     cache, other = ShardCache(tmp_path / "c", 10_000), ShardCache(tmp_path / "c", 10_000)
     assert cache.open(info(1)) is None
     part = cache.claim(info(1))
     assert part is not None and other.claim(info(1)) is None and other.open(info(1)) is None
     assert cache.activity(info(1)) > 0 and cache.activity(info(2)) == 0
-    assert cache.reserve(part, info(1), must=False)
-    held = cache.keep(part, info(1))
+    assert cache.reserve(part, info(1), required=False)
+    held = cache.commit(part, info(1))
     assert other.claim(info(1)) is None
     with other.open(info(1)) as f:
         assert len(f.read()) == 1000
@@ -69,7 +69,7 @@ def test_one_claims_and_the_others_wait_and_find_it(tmp_path):
     assert names(cache) == ["1.tar"]
 
 
-def test_the_least_recently_used_goes_and_what_is_held_stays(tmp_path):
+def test_the_least_recently_used_is_removed_and_what_is_in_use_stays(tmp_path):
     cache = ShardCache(tmp_path / "c", 3000)
     for number in (1, 2, 3):
         put(cache, info(number))
@@ -80,8 +80,8 @@ def test_the_least_recently_used_goes_and_what_is_held_stays(tmp_path):
     put(cache, info(4))
     assert names(cache) == ["1.tar", "3.tar", "4.tar"]
     part = cache.claim(info(5))
-    assert cache.reserve(part, info(5, 2500), must=False) is False  # 3 is held: no room for what can wait
-    assert cache.reserve(part, info(5, 2500), must=True)
+    assert cache.reserve(part, info(5, 2500), required=False) is False  # 3 is in use
+    assert cache.reserve(part, info(5, 2500), required=True)
     cache.discard(part, info(5))
     assert names(cache) == ["3.tar"]
     held.close()
@@ -95,7 +95,7 @@ def test_a_cut_shard_of_the_cache_is_dropped(tmp_path):
 
 
 def test_a_cut_shard_that_somebody_reads_is_replaced_beside_it(tmp_path):
-    """Else nobody could fetch it again while that reader lives."""
+    """Otherwise it could not be fetched again while that reader exists."""
     cache, shard = ShardCache(tmp_path, 10_000), info(1)
     put(cache, shard)
     reader = cache.open(shard)
@@ -106,14 +106,14 @@ def test_a_cut_shard_that_somebody_reads_is_replaced_beside_it(tmp_path):
     assert (again := cache.open(shard)) is not None and os.fstat(again.fileno()).st_size == shard.bytes
 
 
-def test_left_overs_are_swept_and_claims_are_not(tmp_path):
+def test_leftovers_are_swept_and_claims_are_not(tmp_path):
     cache = ShardCache(tmp_path / "c", 10_000)
     (cache.folder / f"{7:064x}.part").write_bytes(b"left")
     part = cache.claim(info(8))
     ShardCache(tmp_path / "c", 10_000)
     assert names(cache) == ["8.part"]
     (cache.folder / f"{9:064x}.part").write_bytes(b"left")
-    taken = cache.claim(info(9))  # no need to wait for a sweep
+    taken = cache.claim(info(9))  # without a sweep
     assert os.fstat(taken.fileno()).st_size == 0
     for f, shard in ((part, info(8)), (taken, info(9))):
         cache.discard(f, shard)
@@ -131,11 +131,13 @@ def test_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
     assert mine == tmp_path / f"megastar-{os.getuid()}" and mine.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr("os.getuid", lambda: 12345)
     (tmp_path / "megastar-12345").mkdir()
-    with pytest.raises(UserError, match="megastar-12345 belongs to another user: name a folder of your own"):
+    with pytest.raises(
+        UserError, match="megastar-12345 belongs to another user: set data.cache to a folder of your own"
+    ):
         ShardCache("", 1)
 
 
-def test_a_full_disk_and_a_hash_that_is_none(tmp_path, monkeypatch):
+def test_a_full_disk_and_an_invalid_hash(tmp_path, monkeypatch):
     cache = ShardCache(tmp_path / "c", 10_000)
     part = cache.claim(info(1))
 
@@ -146,9 +148,9 @@ def test_a_full_disk_and_a_hash_that_is_none(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"shard-00001.tar \(1000 bytes\) cannot be written to the cache .*\(No space left"
     ):
-        cache.reserve(part, info(1), must=True)
+        cache.reserve(part, info(1), required=True)
     cache.discard(part, info(1))
-    with pytest.raises(UserError, match="the manifest says '../x' is the SHA-256 of a.tar: pretokenize again"):
+    with pytest.raises(UserError, match="the manifest records '../x' is the SHA-256 of a.tar: pretokenize again"):
         cache.open(ShardInfo("a.tar", 1, 1, "../x"))
 
 
@@ -194,61 +196,61 @@ def test_a_folder_keeps_indexes_beside_the_shards_where_it_may(tmp_path, monkeyp
 
 
 # A stall -----------------------------------------------------------------------------------------------------------
-def test_a_stall_speaks_every_ten_seconds_and_ends_with_the_last_error(monkeypatch):
+def test_a_stall_is_reported_every_ten_seconds_and_ends_with_the_last_error(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("megastar.data.storage.stall_timer.time.monotonic", lambda: now[0])
-    said: list[str] = []
+    messages: list[str] = []
     stop = threading.Event()
-    stall = StallTimer("s3://b/x.tar", "http://store", 35.0, said.append, stop)
+    timer = StallTimer("s3://b/x.tar", "http://store", 35.0, messages.append, stop)
     for now[0] in np.arange(0, 30.1, 0.5):
-        stall.tick()
-        stall.failed(OSError("no route"))
-    assert len(said) == 3 and said[0].startswith(
-        "stalled for 10 s: s3://b/x.tar does not come from http://store (no route)"
+        timer.tick()
+        timer.failed(OSError("no route"))
+    assert len(messages) == 3 and messages[0].startswith(
+        "stalled for 10 s: no data for s3://b/x.tar from http://store (no route); retrying until data.patience = 35 s"
     )
-    stall.moved()
-    assert said[3:] == ["s3://b/x.tar comes again from http://store after 30 s"]
+    timer.progress()
+    assert messages[3:] == ["reading s3://b/x.tar from http://store resumed after 30 s"]
     now[0] = 100.0
-    stall.tick()  # bytes may be on the way
-    assert said.pop().startswith("stalled for 70 s: s3://b/x.tar does not come from http://store (no answer yet)")
-    stall.failed(ValueError())
+    timer.tick()  # bytes may be on the way
+    assert messages.pop().startswith("stalled for 70 s: no data for s3://b/x.tar from http://store (no answer yet)")
+    timer.failed(ValueError())
     with pytest.raises(
         UserError,
-        match=r"x.tar did not come from http://store for 70 s \(data.patience = 35\), the last error: ValueError:",
+        match=r"no data for s3://b/x.tar from http://store for 70 s \(data.patience = 35\), last error: ValueError; run",
     ):
-        stall.tick()
-    stall.problem, now[0] = "", 125.5
-    with pytest.raises(UserError, match=r"did not come from http://store for 96 s .*, the last error: no answer: once"):
-        stall.tick()
+        timer.tick()
+    timer.last_error, now[0] = "", 125.5
+    with pytest.raises(UserError, match=r"from http://store for 96 s .*, last error: no answer; run the same"):
+        timer.tick()
     stop.set()
     with pytest.raises(Stopped):
-        stall.tick()
+        timer.tick()
 
 
-def test_what_comes_slowly_is_told_and_waited_for(monkeypatch):
+def test_slow_progress_is_reported_and_not_limited(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("megastar.data.storage.stall_timer.time.monotonic", lambda: now[0])
-    said: list[str] = []
-    stall = StallTimer("s3://b/x.tar", "http://store", 5.0, said.append, threading.Event())
+    messages: list[str] = []
+    timer = StallTimer("s3://b/x.tar", "http://store", 5.0, messages.append, threading.Event())
     for now[0] in np.arange(0, 95, 1.0):
-        stall.tick()
-        stall.moved(2000)
-    assert len(said) == 9
-    assert said[1] == "slow: waiting for s3://b/x.tar from http://store for 20 s: 0.04 MB so far, 2 kB/s"
+        timer.tick()
+        timer.progress(2000)
+    assert len(messages) == 9
+    assert messages[1] == "slow: reading s3://b/x.tar from http://store for 20 s: 0.04 MB so far, 2 kB/s"
 
 
 def test_the_first_error_of_several_threads_comes_out_and_ends_them():
-    stall = StallTimer("x", "y", 10, print, threading.Event())
+    timer = StallTimer("x", "y", 10, print, threading.Event())
 
     def wait() -> None:
-        stall.over.wait(30)
+        timer.cancelled.wait(30)
 
     def fail() -> None:
         raise UserError("no")
 
     with pytest.raises(UserError, match="^no$"):
-        run_in_threads([wait, fail, wait], stall)
-    assert stall.over.is_set()
+        run_in_threads([wait, fail, wait], timer)
+    assert timer.cancelled.is_set()
 
 
 # Answers -----------------------------------------------------------------------------------------------------------
@@ -266,7 +268,7 @@ def remote() -> Iterator[S3Folder]:
 
 def answer(status: int, code: str) -> ClientError:
     return ClientError(
-        {"Error": {"Code": code, "Message": "told"}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject"
+        {"Error": {"Code": code, "Message": "reason"}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject"
     )
 
 
@@ -276,18 +278,18 @@ def answer(status: int, code: str) -> ClientError:
         (404, "NoSuchBucket", "bucket bucket of s3://bucket/some/prefix/a.tar does not exist at http://store:1: correct"),
         (404, "NoSuchKey", "s3://bucket/some/prefix/a.tar does not exist at http://store:1: upload the whole folder"),
         (403, "AccessDenied", r"denies access to s3://bucket/some/prefix/a.tar \(AccessDenied\) and no credentials were found"),
-        (412, "PreconditionFailed", "s3://bucket/some/prefix/a.tar was changed while it was read"),
-        (301, "PermanentRedirect", r"refuses s3://bucket/some/prefix/a.tar \(PermanentRedirect, told\): correct the URL, the region"),
-        (400, "ExpiredToken", r"refuses s3://bucket/some/prefix/a.tar \(ExpiredToken, told\)"),
+        (412, "PreconditionFailed", "s3://bucket/some/prefix/a.tar changed while it was read"),
+        (301, "PermanentRedirect", r"refuses s3://bucket/some/prefix/a.tar \(PermanentRedirect, reason\): correct the URL, the region"),
+        (400, "ExpiredToken", r"refuses s3://bucket/some/prefix/a.tar \(ExpiredToken, reason\)"),
     ],
 )  # fmt: skip
-def test_answers_that_no_retry_mends(remote, monkeypatch, status, code, sentence):
+def test_permanent_errors(remote, monkeypatch, status, code, sentence):
     with pytest.raises(UserError, match=sentence):
-        remote.passing(answer(status, code), "a.tar")
+        remote.raise_if_permanent(answer(status, code), "a.tar")
     if status == 403:
         monkeypatch.setattr(remote, "signed", True)
         with pytest.raises(UserError, match=r"\(AccessDenied\): use credentials that may read it"):
-            remote.passing(answer(status, code), "a.tar")
+            remote.raise_if_permanent(answer(status, code), "a.tar")
 
 
 @pytest.mark.parametrize(
@@ -298,25 +300,25 @@ def test_answers_that_no_retry_mends(remote, monkeypatch, status, code, sentence
         ConnectTimeoutError(endpoint_url="x"), IncompleteReadError(actual_bytes=1, expected_bytes=2),
     ],
 )  # fmt: skip
-def test_errors_that_pass(remote, error):
-    assert remote.passing(error, "a.tar") is error
+def test_errors_worth_a_retry_are_not_raised(remote, error):
+    remote.raise_if_permanent(error, "a.tar")
 
 
-def test_a_mistake_of_ours_is_not_waited_out(remote):
+def test_a_bug_is_not_retried(remote):
     with pytest.raises(ZeroDivisionError):
-        remote.passing(ZeroDivisionError(), "a.tar")
+        remote.raise_if_permanent(ZeroDivisionError(), "a.tar")
 
 
 def test_a_server_without_ranges_or_if_match(remote, monkeypatch):
-    stall = StallTimer("x", "y", 10, print, threading.Event())
+    timer = StallTimer("x", "y", 10, print, threading.Event())
     monkeypatch.setattr(remote.client, "get_object", lambda **_: {"ETag": "a"})
     with pytest.raises(
-        UserError, match=r"http://store:1 does not answer ranged GETs \(s3://bucket/some/prefix/a.tar\)"
+        UserError, match=r"http://store:1 does not support ranged GETs \(s3://bucket/some/prefix/a.tar\)"
     ):
-        remote.head("a.tar", stall)
+        remote.head("a.tar")
     monkeypatch.setattr(remote.client, "get_object", lambda **_: {"ETag": "b", "ContentRange": "bytes 0-1/2"})
-    with pytest.raises(UserError, match="was changed while it was read"):
-        remote._part("a.tar", "a", 0, 2, None, stall)
+    with pytest.raises(UserError, match="changed while it was read"):
+        remote._read_part("a.tar", "a", 0, 2, None, timer)
 
 
 def test_requests_without_credentials_are_unsigned(remote):
