@@ -28,7 +28,8 @@ def block_attention(block: TransformerBlock, x: Tensor, rope: Tensor, mask: Mask
     q, k = apply_rope(qkv[:, :, :2].permute(2, 0, 3, 1, 4), rope).unbind()  # (B, H, S, d) each
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     logits = q.to(wide) @ k.to(wide).transpose(-1, -2) * attention.head_dim**-0.5  # (B, H, S, S)
-    return logits.masked_fill(~mask.dense(x.shape[1], x.device), float("-inf")).softmax(-1)
+    weights: Tensor = logits.masked_fill(~mask.dense(x.shape[1], x.device), float("-inf")).softmax(-1)
+    return weights
 
 
 @torch.no_grad()
@@ -45,6 +46,7 @@ def attention_maps(
     kind = torch.complex128 if h.dtype == torch.float64 else torch.complex64
     rope = rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, h.device, kind)[: h.shape[1]]
     for block in model.layers:
+        assert isinstance(block, TransformerBlock)
         yield block_attention(block, h, rope, mask)
         h = block(h, rope=rope, mask=mask)
 

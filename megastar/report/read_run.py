@@ -165,7 +165,9 @@ def origin_of(run: ReportRun, status: Status | None, folder: Path) -> list[tuple
         ranks = next((f"{e['ranks']} rank(s)" for e in reversed(starts) if "ranks" in e), "")
         device = next((str(e["device"]) for e in reversed(starts) if e.get("device")), "")
         found.append(("hosts", ", ".join(filter(None, [*hosts[-8:], ranks, device]))))
-    packages = next((e["packages"] for e in reversed(starts) if isinstance(e.get("packages"), dict)), {})
+    packages: dict[str, Any] = next(
+        (e["packages"] for e in reversed(starts) if isinstance(e.get("packages"), dict)), {}
+    )
     if packages:
         found.append(("packages", ", ".join(f"{k} {v}" for k, v in packages.items())))
     if status is not None and status.restarts:
