@@ -34,6 +34,7 @@ LEVEL = {
     "report": 7,
     "experiments": 7,
     "cli": 8,
+    "version": -2,
 }
 # Attributes in which DeepSpeed keeps partitions: reading or writing one is the business of engine/zero alone.
 ZERO_ATTRIBUTES = {
