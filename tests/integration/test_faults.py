@@ -109,7 +109,7 @@ def test_when_nothing_helps_it_stops_and_says_why(runs):
     assert [s["step"] for s in skips] == [10, 11, 12, 14, 15, 17]
     (sentence,) = {line for line in said.splitlines() if line.startswith("megastar: error: ")}  # the same on each rank
     for part in (
-        "step 17: 3 steps were skipped within 8", "after 1 roll-backs (faults.max_rollbacks 1)", "step 14: the loss is not",
+        "step 17: 3 steps were skipped within 8", "after 1 rollbacks (faults.max_rollbacks 1)", "step 14: the loss is not",
         "before, the loss was ", "came from rank 1 (", "megastar doctor", str(run / "skipped.jsonl"),
         "step-00000012 is the last good checkpoint",
     ):  # fmt: skip

@@ -76,7 +76,7 @@ def a_read_only_disk(disk: Path) -> None:
     assert not out.append(row(1)) and not out.append(row(2))
     assert out.error is not None and out.error.strerror == "Read-only file system"
     events.append_event(disk, "warning", 1, "one")
-    assert TensorBoardWriter(disk / "board", 0).problem.count("Read-only") == 1
+    assert TensorBoardWriter(disk / "board", 0).take_problem().count("Read-only") == 1
     remount(disk, "rw")
     assert out.append(row(3)) and numbers(path) == [0, 1, 2, 3]
     events.append_event(disk, "warning", 2, "two")
@@ -123,9 +123,9 @@ def a_save_is_tried_again(disk: Path) -> None:
     filler = fill(disk)
     saver.save(6, {})
     assert saver.thread is None and "it needs 1.0 MiB, 0.0 MiB are free" in saver.problem, saver.problem
-    assert "step-00000005 stays valid: free some space" in saver.problem
+    assert "step-00000005 stays valid: free some disk space" in saver.problem
     ((text, more),) = saver.take_events()
-    assert text.startswith(saver.problem) and "tried again within 60 s" in text and more == {"situation": "save"}
+    assert text.startswith(saver.problem) and "retried within 60 s" in text and more == {"situation": "save"}
     # Enough as it seems, and full in the middle of the files.
     saver.need = 0
     saver.save(7, {})
@@ -158,7 +158,7 @@ def a_save_is_tried_again(disk: Path) -> None:
     assert saver.save_with_retry(12, {}, 0) == "" and checkpoint_dir.latest(saver.folder).name == "step-00000012"
     checkpoint_dir.verify(saver.folder / "step-00000012")
     remount(disk, "ro")
-    assert "Read-only file system" in saver.save_with_retry(13, {}, 0) and "see that" in saver.problem
+    assert "Read-only file system" in saver.save_with_retry(13, {}, 0) and "writable on every node" in saver.problem
     remount(disk, "rw")
     # Little room is told at the start, and by megastar status.
     assert health_of_disk(Status("x", "running", ""), disk, {"files": {"a": {"bytes": 1 << 20}}}) == []
