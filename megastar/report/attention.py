@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +45,8 @@ def attention_maps(
     kind = torch.complex128 if h.dtype == torch.float64 else torch.complex64
     rope = rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, h.device, kind)[: h.shape[1]]
     for block in model.layers:
-        yield block_attention(cast(TransformerBlock, block), h, rope, mask)
+        assert isinstance(block, TransformerBlock)
+        yield block_attention(block, h, rope, mask)
         h = block(h, rope=rope, mask=mask)
 
 
