@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from megastar.config.load import flatten
+
 ABSENT = "not set"
 
 
@@ -13,15 +15,6 @@ class Difference(NamedTuple):
     baseline: str
     values: list[str]  # of each run
     changed: list[bool]  # whether the value differs from the baseline
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}"""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        out |= flatten(value, name + ".") if isinstance(value, Mapping) else {name: value}
-    return out
 
 
 def differences(baseline: Mapping[str, Any], configs: Sequence[Mapping[str, Any] | None]) -> list[Difference]:

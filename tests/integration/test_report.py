@@ -255,7 +255,7 @@ def test_maps_respond_to_the_query(opened):
         "(() => { const s = document.getElementById('map-run'); s.value = 1; s.dispatchEvent(new Event('change')); })()"
     )
     opened.settle()
-    assert "as in training" in opened.run("document.getElementById('map-about').textContent")
+    assert "as in training" in opened.run("document.getElementById('map-caption').textContent")
 
 
 @pytest.mark.browser

@@ -88,7 +88,7 @@ class Maps {
     image.src = info.image;
     const [plain, masked] = await Promise.all([unpack(info.plain), unpack(info.masked), ready]);
     Object.assign(this, { info, image, plain, masked, hidden: new Set(info.hidden) });
-    this.get("map-about").textContent = info.caption;
+    this.get("map-caption").textContent = info.caption;
     const block = this.get("map-block"), before = Number(block.value) || info.block;
     block.replaceChildren();
     for (const b of info.blocks) make("option", { value: b }, block, b === info.block ? `${b} (contrastive)` : String(b));

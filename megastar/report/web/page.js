@@ -72,7 +72,7 @@ if (find("charts")) { legend(); controls(); buildCharts(find("charts"), report, 
 if (find("distances")) buildDistances(find("distances"), report, state);
 if (find("grids")) buildGrids(report, state);
 if (find("map-run")) {
-  if (typeof DecompressionStream === "undefined") find("map-about").textContent = "This browser is too old to show the maps (no DecompressionStream).";
+  if (typeof DecompressionStream === "undefined") find("map-caption").textContent = "This browser is too old to show the maps (no DecompressionStream).";
   else { const maps = new Maps(report); state.onTheme.push(() => maps.draw()); }
 }
 for (const plot of Plot.all) plot.draw();
