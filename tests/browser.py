@@ -1,7 +1,7 @@
-"""A headless chromium, driven by its DevTools protocol over a pipe: no other package, no port.
+"""A headless chromium, controlled by its DevTools protocol over a pipe: needs no other package and no port.
 
-https://chromedevtools.github.io/devtools-protocol; with --remote-debugging-pipe the browser reads JSON messages, each ended by
-a zero byte, from file descriptor 3 and writes its own to 4.
+https://chromedevtools.github.io/devtools-protocol; with --remote-debugging-pipe the browser reads JSON messages, each
+terminated by a zero byte, from file descriptor 3 and writes its own to 4.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Browser:
 
     def __init__(self, profile: Path):
         found = next((path for name in NAMES if (path := shutil.which(name))), None)
-        assert found, "no chromium here: apt-get install -y --no-install-recommends chromium"
-        there, self.to = os.pipe()
-        self.back, here = os.pipe()
-        # Above 10, so that giving the child its 3 and 4 overwrites neither.
-        ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (there, here)]
+        assert found, "no chromium found: apt-get install -y --no-install-recommends chromium"
+        child_in, self.to = os.pipe()
+        self.back, child_out = os.pipe()
+        # Above 10, so that the redirections to 3 and 4 overwrite neither.
+        ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (child_in, child_out)]
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         flags += ["--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe"]
         self.process = subprocess.Popen(
@@ -37,7 +37,7 @@ class Browser:
             pass_fds=ends, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        for fd in (there, here, *ends):
+        for fd in (child_in, child_out, *ends):
             os.close(fd)
         self.number, self.buffer, self.session = 0, b"", None
         self.problems: list[str] = []
@@ -55,36 +55,36 @@ class Browser:
 
     # Protocol --------------------------------------------------------------------------------------------------------
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The result of a command; what happens meanwhile is noted."""
+        """The result of a command; events that arrive meanwhile are recorded."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters}
         if self.session:
             message["sessionId"] = self.session
         os.write(self.to, json.dumps(message).encode() + b"\0")
         while True:
-            told = self.receive()
-            if told.get("id") == self.number:
-                assert "error" not in told, f"{method}: {told['error']}"
-                return told["result"]
+            reply = self.receive()
+            if reply.get("id") == self.number:
+                assert "error" not in reply, f"{method}: {reply['error']}"
+                return reply["result"]
 
     def receive(self, timeout: float = 60) -> dict[str, Any]:
         end = time.monotonic() + timeout
         while b"\0" not in self.buffer:
             ready, _, _ = select.select([self.back], [], [], max(0.0, end - time.monotonic()))
-            assert ready, "the browser says nothing"
+            assert ready, "the browser does not respond"
             piece = os.read(self.back, 1 << 20)
-            assert piece, "the browser is gone"
+            assert piece, "the browser has ended"
             self.buffer += piece
         line, _, self.buffer = self.buffer.partition(b"\0")
-        told = json.loads(line)
-        self.note(told)
-        return told
+        message = json.loads(line)
+        self.record(message)
+        return message
 
-    def note(self, told: dict[str, Any]) -> None:
-        method, p = told.get("method"), told.get("params", {})
+    def record(self, message: dict[str, Any]) -> None:
+        method, p = message.get("method"), message.get("params", {})
         if method == "Runtime.exceptionThrown":
-            about = p["exceptionDetails"]
-            self.problems.append(f"exception: {about.get('exception', {}).get('description', about['text'])}")
+            details = p["exceptionDetails"]
+            self.problems.append(f"exception: {details.get('exception', {}).get('description', details['text'])}")
         elif method == "Runtime.consoleAPICalled" and p["type"] in ("error", "warning", "assert"):
             self.problems.append(f"console: {[a.get('value', a.get('description')) for a in p['args']]}")
         elif method == "Log.entryAdded" and p["entry"]["level"] in ("error", "warning"):
@@ -92,9 +92,9 @@ class Browser:
         elif method == "Network.requestWillBeSent" and not p["request"]["url"].startswith(("file:", "data:", "about:")):
             self.problems.append(f"request: {p['request']['url']}")
         elif method == "Page.loadEventFired":
-            self.events.append(told)
+            self.events.append(message)
 
-    # A person's doings -----------------------------------------------------------------------------------------------
+    # Actions of a user -----------------------------------------------------------------------------------------------
     def open(self, file: Path) -> None:
         self.events.clear()
         self.call("Page.navigate", url=file.resolve().as_uri())
@@ -103,13 +103,13 @@ class Browser:
         self.settle()
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression, awaited."""
-        told = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in told, (script, told["exceptionDetails"])
-        return told["result"].get("value")
+        """The awaited value of a JavaScript expression."""
+        reply = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in reply, (script, reply["exceptionDetails"])
+        return reply["result"].get("value")
 
     def settle(self) -> None:
-        """Two frames and a moment: what was asked for is drawn."""
+        """Wait for two frames and 50 ms, until changes are drawn."""
         self.run("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(r, 50))))")
 
     def view(
@@ -126,7 +126,7 @@ class Browser:
         """Middle of an element, scrolled into view."""
         element = f"document.querySelector({selector!r})"
         self.run(f"{element}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
-        self.settle()  # the place that a click finds follows a frame later
+        self.settle()  # clicks use the new position one frame later
         box = f"(() => {{ const b = {element}.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; }})()"
         x, y = self.run(box)
         return x, y
@@ -148,5 +148,5 @@ class Browser:
         self.settle()
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        told = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(told["data"]))
+        reply = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(reply["data"]))

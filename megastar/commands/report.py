@@ -52,24 +52,24 @@ def main(words: list[str]) -> int:
     a = parser().parse(words)
     from megastar.report.differences import differences
     from megastar.report.page import page
-    from megastar.report.read_run import expand, names_of, read_run
-    from megastar.report.render_samples import Wanted, add_attention, add_grids
+    from megastar.report.read_run import find_runs, read_run, run_names
+    from megastar.report.render_samples import RenderOptions, add_attention, add_grids
     from megastar.utils.files import write_atomic
     from megastar.utils.logs import shared_console
     from megastar.version import __version__
 
     console = shared_console()
-    folders = [f for source in a.runs for f in expand(Path(source))]
-    names = names_of(folders, a.names)
+    folders = [f for source in a.runs for f in find_runs(Path(source))]
+    names = run_names(folders, a.names)
     out = a.out or Path(a.runs[0]) / "report.html"
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: name the file, {out / 'report.html'}")
-    runs, wanted = [], Wanted(a.weights, a.tokenizer, a.shards, a.device, a.per_class, a.picture)
+    runs, options = [], RenderOptions(a.weights, a.tokenizer, a.shards, a.device, a.per_class, a.picture)
     for folder, name in zip(folders, names, strict=True):
         run, cfg = read_run(folder, name)
-        add_grids(run, cfg, folder, wanted, console, draw=not a.no_samples)
+        add_grids(run, cfg, folder, options, console, draw=not a.no_samples)
         if not a.no_attention:
-            add_attention(run, cfg, folder, wanted, console, blocks_for=len(folders))
+            add_attention(run, cfg, folder, options, console, blocks_for=len(folders))
         runs.append(run)
     baseline, config = baseline_of(a.baseline, runs)
     html = page(
@@ -93,7 +93,7 @@ def baseline_of(given: str | None, runs: list[ReportRun]) -> tuple[str, dict[str
     """The configuration to compare with: its name on the page, and its fields. Raises ``UserError``."""
     from megastar.config.load import load_config
     from megastar.config.schema import RunConfig
-    from megastar.report.read_run import config_of
+    from megastar.report.read_run import read_config
 
     if given is None:
         first = next((run for run in runs if run.config), None)
@@ -102,7 +102,7 @@ def baseline_of(given: str | None, runs: list[ReportRun]) -> tuple[str, dict[str
         return "megastar's defaults", asdict(RunConfig())
     if not Path(given).is_dir():
         return given, asdict(load_config(given))
-    _, config, problem = config_of(Path(given))
+    _, config, problem = read_config(Path(given))
     if config is None:
         raise UserError(f"--baseline {given}: {problem}; name a run folder or a configuration file")
     return given, config

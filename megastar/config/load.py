@@ -344,7 +344,7 @@ def diff_configs(a: Any, b: Any, ignore: Collection[str] = ()) -> list[str]:
 
     ``ignore`` contains fields (``train.log_every``) or sections (``data``) that may differ.
     """
-    one, other = _flat(asdict(a)), _flat(asdict(b))
+    one, other = flatten(asdict(a)), flatten(asdict(b))
     return [
         f"{name}: {one.get(name)} -> {other.get(name)}"
         for name in dict.fromkeys([*one, *other])
@@ -352,8 +352,9 @@ def diff_configs(a: Any, b: Any, ignore: Collection[str] = ()) -> list[str]:
     ]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}"""
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return out

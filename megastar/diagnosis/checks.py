@@ -197,10 +197,7 @@ def lead(ranks: Rendezvous, options: DoctorOptions, progress: Callable[[str], No
 
 def make_mark(run: str) -> str:
     """An empty file in the run folder, or in its nearest existing parent; "" if it cannot be made."""
-    folder = Path(run).absolute()
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
-    path = folder / f".megastar-doctor-{secrets.token_hex(6)}.mark"
+    path = node.existing_parent(Path(run).absolute()) / f".megastar-doctor-{secrets.token_hex(6)}.mark"
     try:
         path.touch()
     except OSError:  # reported by the check of the folder

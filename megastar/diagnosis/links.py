@@ -133,31 +133,31 @@ def findings(results: dict[int, dict[str, Any]], nodes: list[str], network: floa
             inside[nodes[i]] = min(result["inside"], inside.get(nodes[i], float("inf")))
     if inside:
         ranks = max(nodes.count(n) for n in inside)
-        want = expected_bandwidth(gpu, ranks, 1, None) if known and some["gpu"] else None
-        found.append(_bandwidth_finding(INSIDE, inside, want, some["backend"], f"{ranks} ranks"))
+        expected = expected_bandwidth(gpu, ranks, 1, None) if known and some["gpu"] else None
+        found.append(_bandwidth_finding(INSIDE, inside, expected, some["backend"], f"{ranks} ranks"))
     among = [r["among"] for r in results.values() if r["among"] is not None]
     if among:
-        want = expected_bandwidth(gpu, len(nodes), len(set(nodes)), network) if known else None
+        expected = expected_bandwidth(gpu, len(nodes), len(set(nodes)), network) if known else None
         what = f"{len(nodes)} ranks on {len(set(nodes))} nodes"
-        found.append(_bandwidth_finding(AMONG, {"": min(among)}, want, some["backend"], what))
+        found.append(_bandwidth_finding(AMONG, {"": min(among)}, expected, some["backend"], what))
     return found
 
 
-def _bandwidth_finding(name: str, rates: dict[str, float], want: float | None, backend: str, what: str) -> Finding:
+def _bandwidth_finding(name: str, rates: dict[str, float], expected: float | None, backend: str, what: str) -> Finding:
     node = min(rates, key=lambda n: rates[n])
     slowest = f", the slowest on {node}" if len(rates) > 1 else ""
     text = f"{backend}, {what}: {rates[node] / 1e9:.3g} GB/s{slowest}"
-    if want is None:
+    if expected is None:
         return Finding(name, OK, f"{text}; no expected value is known")
-    text += f", {rates[node] / want:.0%} of the expected {want / 1e9:.3g} GB/s"
-    if rates[node] >= WEAK * want:
+    text += f", {rates[node] / expected:.0%} of the expected {expected / 1e9:.3g} GB/s"
+    if rates[node] >= WEAK * expected:
         return Finding(name, OK, text)
     remedy = "run the check on fewer nodes to find the slow one; "
     if backend == "nccl":
         remedy += "NCCL_DEBUG=INFO prints which network NCCL uses (NCCL_SOCKET_IFNAME, NCCL_IB_HCA)"
     else:
         remedy += "GLOO_SOCKET_IFNAME selects the network card"
-    return Finding(name, FAILURE if rates[node] < BROKEN * want else WARNING, text, remedy)
+    return Finding(name, FAILURE if rates[node] < BROKEN * expected else WARNING, text, remedy)
 
 
 def network_hint(environ: Mapping[str, str] = os.environ) -> str:

@@ -100,22 +100,25 @@ def name_lookup(lookup: Callable[..., Any] = socket.getnameinfo) -> list[Finding
     return [Finding("names", OK, "the lookup of addresses is fast")]
 
 
+def existing_parent(path: Path) -> Path:
+    """``path``, or its nearest parent that exists."""
+    return next((p for p in (path, *path.parents) if p.exists()), path)
+
+
 def disk(what: str, folder: Path, sample: int = SAMPLE) -> list[Finding]:
     """Write permission, free space and speed of the disk of ``folder``; the files written to measure it are removed."""
     name = f"{what} folder"
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        return [Finding(name, FAILURE, f"{there} is a file, not a folder", f"choose another folder for the {what}")]
-    path = there / f".megastar-doctor-{secrets.token_hex(6)}"
+    existing = existing_parent(folder)
+    if not existing.is_dir():
+        return [Finding(name, FAILURE, f"{existing} is a file, not a folder", f"choose another folder for the {what}")]
+    path = existing / f".megastar-doctor-{secrets.token_hex(6)}"
     try:
         write, read = _speed(path, sample)
-        usage = shutil.disk_usage(there)
+        usage = shutil.disk_usage(existing)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full else f"give this user write permission for {there}"
-        return [Finding(name, FAILURE, f"cannot write to {there} ({error.strerror})", remedy)]
+        remedy = "free some space" if full else f"give this user write permission for {existing}"
+        return [Finding(name, FAILURE, f"cannot write to {existing} ({error.strerror})", remedy)]
     found = []
     text = f"{folder}: writes {write / 1e6:.0f} MB/s, reads {read / 1e6:.0f} MB/s, {usage.free / GIB:.0f} GiB free"
     if write < SLOW_DISK or read < SLOW_DISK:

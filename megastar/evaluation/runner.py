@@ -228,7 +228,7 @@ def _score(
         "real": reference.metadata,
         "features": made.network.describe(),
         "settings": asdict(o.settings),
-        "versions": _versions(),
+        "versions": package_versions(),
         "device": str(made.network.device),
         "seconds": round(time.perf_counter() - start, 1),
         "provenance": provenance,
@@ -285,6 +285,6 @@ def _class_counts(labels: np.ndarray | None) -> dict[str, int] | None:
     return {"classes": len(counts), "fewest": int(counts.min()), "most": int(counts.max())}
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     ours = {"megastar": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return ours | {package: version(package) for package in ("numpy", "pillow")}

@@ -153,7 +153,7 @@ class Comparison:
     # Results ---------------------------------------------------------------------------------------------------
     def write(self) -> tuple[Results, dict[str, Any]]:
         """Write results.json, table.md and the figures of the results so far."""
-        from megastar.evaluation.runner import _versions
+        from megastar.evaluation.runner import package_versions
 
         times = self.times()
         rows = {run.name: gather(run, self.evaluation, times, self.digests[run.name]) for run in self.runs}
@@ -162,7 +162,7 @@ class Comparison:
         content = {
             "command": self.command,
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": _versions(),
+            "versions": package_versions(),
             "gpus": self.gpus,
             "config": asdict(self.cfg),
             "times": times,

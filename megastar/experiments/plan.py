@@ -96,7 +96,7 @@ def plan_runs(cfg: CompareConfig, gpus: int) -> list[PlannedRun]:
             }
             if conflicts := [text for text in variant.overrides if text.partition("=")[0] in fixed]:
                 raise UserError(
-                    f"variants.{name}.overrides: the comparison itself sets {conflicts[0]}: remove it there"
+                    f"variants.{name}.overrides contains {conflicts[0]}, which the comparison sets itself: remove it"
                 )
             overrides = [*variant.overrides, *(f"{field}={value}" for field, value in fixed.items())]
             runs.append(PlannedRun(label, name, seed, override_config(cfg.base, overrides, f"variant {name}")))

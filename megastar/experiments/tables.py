@@ -65,7 +65,7 @@ def changes_table(results: Results) -> Rows:
 def markdown(results: Results, summary: Mapping[str, Any], command: str) -> str:
     """table.md."""
     c = results.cfg
-    out = [f"`{command}`", about(results)]
+    out = [f"`{command}`", description(results)]
     for weights in c.weights:
         out += [f"## {weights} weights", as_markdown(quantities_table(results, summary, weights))]
         if len(pairs := differences_table(results, summary, weights)) > 1:
@@ -84,10 +84,10 @@ def show(results: Results, summary: Mapping[str, Any], console: Console) -> None
             print_rows(pairs, console)
     console.print("\n[bold]cost[/]", highlight=False)
     print_rows(cost_table(results, summary), console)
-    console.print(about(results), cost_note(results), sep="\n", highlight=False, markup=False)
+    console.print(description(results), cost_note(results), sep="\n", highlight=False, markup=False)
 
 
-def about(results: Results) -> str:
+def description(results: Results) -> str:
     """How the quantities are measured."""
     c = results.cfg
     return (

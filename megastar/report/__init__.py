@@ -1,4 +1,1 @@
-"""Run folders -> one HTML page that needs nothing else: curves, sample grids, attention, configuration.
-
-Reading run folders is the command's part (commands/report.py); this package takes what it read.
-"""
+"""Run folders -> one self-contained HTML page: curves, sample grids, attention, configuration, events."""

@@ -1,16 +1,16 @@
-"""Which values of metrics.jsonl are drawn, and how; a value that no chart knows gets one of its own."""
+"""Which values of metrics.jsonl are drawn, and how; a value without a chart gets its own."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class ChartLine:
     name: str  # in metrics.jsonl
-    label: str = ""  # beside the run's name, where a chart has several lines
+    label: str = ""  # beside the run's name, in a chart with several lines
     style: str = "line"  # line, dashed, or points
 
 
@@ -18,102 +18,85 @@ class ChartLine:
 class Chart:
     title: str
     lines: tuple[ChartLine, ...]
-    about: str = ""  # what a reader should look for
-    unit: str = ""  # appended to numbers; "%" shows shares of one
-    log: bool = False  # the axis at first
-    zero: bool = False  # the axis reaches down to 0
-    smooth: bool = True  # noise that the page may smooth away
-    reference: str = ""  # "chance": a line at the share that guessing would get
-    references: tuple[tuple[float, str], ...] = field(default=())
+    note: str = ""  # what to look for
+    unit: str = ""  # appended to numbers; "%" shows fractions as percentages
+    log: bool = False  # initial scale of the axis
+    zero: bool = False  # the axis includes 0
+    smooth: bool = True  # noisy: may be smoothed
+    reference: str = ""  # "chance": a line at the accuracy of guessing
+    references: tuple[tuple[float, str], ...] = ()
 
 
-def one(name: str, title: str, about: str = "", **more: Any) -> Chart:
-    return Chart(title, (ChartLine(name),), about, **more)
+def single(name: str, title: str, note: str = "", **options: Any) -> Chart:
+    """A chart of one value."""
+    return Chart(title, (ChartLine(name),), note, **options)
 
 
+def points(name: str, title: str, note: str = "", **options: Any) -> Chart:
+    return Chart(title, (ChartLine(name, style="points"),), note, zero=True, **options)
+
+
+def accuracy(name: str, what: str) -> Chart:
+    note = "at chance: nothing is learned from this loss"
+    return single(name, f"Contrastive accuracy, {what}", note, unit="%", zero=True, reference="chance")
+
+
+SPREAD = (ChartLine("spread_student", "student"), ChartLine("spread_teacher", "teacher", "dashed"))
+SPREAD_NOTE = "1: features in all directions; near 0: collapsed to one"
+DISTANCE_NOTE = "of the weights, relative; stays 0: the teacher is a copy; keeps growing: it hardly follows"
 GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
     (
         "Losses",
         (
-            one(
-                "loss_ar", "Next-token loss", "of training: with dropout, and for ST-AR with hidden keys", unit=" nats"
+            single("loss_ar", "Next-token loss", "in training: dropout and, for ST-AR, hidden keys", unit=" nats"),
+            single(
+                "val_loss_ar", "Validation loss", "next token, no hidden keys or dropout", unit=" nats", smooth=False
             ),
-            one(
-                "val_loss_ar",
-                "Validation loss",
-                "next token, without hidden keys or dropout",
-                unit=" nats",
-                smooth=False,
+            single("loss", "Total loss", "weighted sum of all terms: comparable only between runs with equal terms"),
+            single(
+                "loss_mim", "Masked-image loss", "1 - cosine to the teacher's last features; near 0: nothing to learn"
             ),
-            one("loss", "Total loss", "of all terms with their weights: compare only runs that have the same terms"),
-            one("loss_mim", "Masked-image loss", "1 - cosine to the teacher's last features; near 0: nothing to learn"),
-            one("loss_step", "Contrastive loss between positions", "falls when features of one image agree"),
-            one("loss_view", "Contrastive loss between views", "falls when two crops of one image agree"),
+            single("loss_step", "Contrastive loss between positions", "falls as features of one image agree"),
+            single("loss_view", "Contrastive loss between views", "falls as two crops of one image agree"),
         ),
     ),
     (
         "Self-guidance",
         (
-            one(
-                "acc_step",
-                "Contrastive accuracy, positions",
-                "at chance: nothing is learned from it",
-                unit="%",
-                zero=True,
-                reference="chance",
-            ),
-            one(
-                "acc_view",
-                "Contrastive accuracy, views",
-                "at chance: nothing is learned from it",
-                unit="%",
-                zero=True,
-                reference="chance",
-            ),
-            Chart(
-                "Feature spread",
-                (ChartLine("spread_student", "student"), ChartLine("spread_teacher", "teacher", "dashed")),
-                "1: features point everywhere; near 0: they collapsed onto one",
-                zero=True,
-                references=((0.0, "collapsed"),),
-            ),
-            one(
-                "teacher_distance",
-                "Teacher-student distance",
-                "of the weights, relative; stays 0: the teacher is a copy, grows on: it hardly moves",
-                zero=True,
-                smooth=False,
-            ),
+            accuracy("acc_step", "positions"),
+            accuracy("acc_view", "views"),
+            Chart("Feature spread", SPREAD, SPREAD_NOTE, zero=True, references=((0.0, "collapsed"),)),
+            single("teacher_distance", "Teacher-student distance", DISTANCE_NOTE, zero=True, smooth=False),
         ),
     ),
     (
         "Optimizer",
         (
-            one("lr", "Learning rate", zero=True, smooth=False),
-            one("grad_norm", "Gradient norm", "before clipping"),
-            Chart("Skipped steps", (ChartLine("skipped", style="points"),), "since the row before", zero=True),
+            single("lr", "Learning rate", zero=True, smooth=False),
+            single("grad_norm", "Gradient norm", "before clipping"),
+            points("skipped", "Skipped steps", "since the previous row"),
         ),
     ),
     (
         "Machine",
         (
-            one("images_per_s", "Throughput", "images, not views", unit=" images/s", zero=True),
-            one("mfu", "MFU", "model FLOPs as a share of the device's peak", unit="%", zero=True),
-            one("memory_gib", "Memory", "peak of the fullest rank", unit=" GiB", zero=True, smooth=False),
-            one("step_s", "Time of a step", unit=" s", zero=True),
-            one("data_wait_s", "Wait for data", "of a step, slowest rank", unit=" s", zero=True),
-            Chart("Wait for checkpoints", (ChartLine("save_blocked_s", style="points"),), unit=" s", zero=True),
-            one("slowest_ratio", "Slowest rank", "its time over the median's", zero=True, references=((1.0, "even"),)),
+            single("images_per_s", "Throughput", "images, not views", unit=" images/s", zero=True),
+            single("mfu", "MFU", "model FLOPs relative to the device's peak", unit="%", zero=True),
+            single("memory_gib", "Memory", "peak of the rank with the largest", unit=" GiB", zero=True, smooth=False),
+            single("step_s", "Step time", unit=" s", zero=True),
+            single("data_wait_s", "Data wait", "per step, slowest rank", unit=" s", zero=True),
+            points("save_blocked_s", "Checkpoint wait", unit=" s"),
+            single("slowest_ratio", "Slowest rank", "its time / the median", zero=True, references=((1.0, "equal"),)),
         ),
     ),
 )
-SILENT = {"slowest_rank"}  # a number that is a name
+HIDDEN = {"slowest_rank"}  # a rank, not a quantity
 
 
 def charts_for(names: Collection[str]) -> list[dict[str, Any]]:
-    """The groups that have something to show of ``names``, as the page's script takes them."""
-    known = {line.name for _, charts in GROUPS for chart in charts for line in chart.lines} | SILENT
-    others = tuple(one(name, name) for name in sorted(set(names) - known))
+    """The groups of charts that have a value in ``names``, as input of the page's script."""
+    known = {line.name for _, charts in GROUPS for chart in charts for line in chart.lines} | HIDDEN
+    others = tuple(single(name, name) for name in sorted(set(names) - known))
     out = []
     for title, charts in (*GROUPS, ("Other values", others)):
         shown = [c for c in charts if any(line.name in names for line in c.lines)]

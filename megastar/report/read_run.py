@@ -1,4 +1,4 @@
-"""What ``megastar report`` reads from a run folder. A folder that is half written or damaged tells what it can."""
+"""What ``megastar report`` reads from a run folder, complete or not."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from megastar.config.load import config_from_dict, resolve_batch
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.report.page import ReportRun
-from megastar.report.series import Column, best, hours, read_columns
+from megastar.report.series import Column, best, read_columns, training_hours
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.events import NAME as EVENTS
 from megastar.run_dir.events import STARTED, read_events
-from megastar.run_dir.status import Status, status_of
+from megastar.run_dir.layout import CHECKPOINTS, CONFIG, METRICS
+from megastar.run_dir.status import Status, duration, status_of
 
-METRICS = "metrics.jsonl"
-LONGEST = 200_000  # characters of a configuration that are shown
-WARNINGS = 20
+MAX_CONFIG = 200_000  # characters of a configuration that are shown
+MAX_WARNINGS = 20
 
 
-def expand(source: Path) -> list[Path]:
-    """A run folder -> itself; the folder of a comparison -> the runs in its ``runs/``. Raises ``UserError``."""
+def find_runs(source: Path) -> list[Path]:
+    """A run folder itself, or the runs of a comparison's folder (``runs/*``). Raises ``UserError``."""
     if not source.is_dir():
-        raise UserError(f"{source} is no folder: name a run folder, the `run` of its configuration")
+        raise UserError(f"{source} is not a folder: name a run folder, the `run` of its configuration")
     if is_run(source):
         return [source]
     below = sorted(p for p in (source / "runs").glob("*") if p.is_dir() and is_run(p))
     if not below:
         raise UserError(
-            f"{source} is no run folder: it holds neither config.yaml nor {METRICS}, and no runs/*; name the `run` of a "
+            f"{source} is not a run folder: it contains neither {CONFIG} nor {METRICS}, and no runs/*; name the `run` of a "
             "configuration"
         )
     return below
 
 
 def is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.yaml", METRICS, EVENTS))
+    return any((folder / name).is_file() for name in (CONFIG, METRICS, EVENTS))
 
 
-def names_of(paths: list[Path], given: str | None) -> list[str]:
-    """A different name for each run: those given, or the ends of the paths, as long as they must be."""
+def run_names(paths: list[Path], given: str | None) -> list[str]:
+    """A unique name for each run: the given ones (comma-separated), or the shortest unique ends of the paths."""
     if given is not None:
         names = [n.strip() for n in given.split(",")]
         if len(names) != len(paths) or len(set(names)) != len(names) or not all(names):
-            raise UserError(f"--names {given}: {len(paths)} runs need as many different names")
+            raise UserError(f"--names {given}: give {len(paths)} different names for {len(paths)} runs")
         return names
     whole = [p.resolve().parts for p in paths]
     if len(set(whole)) != len(whole):
-        raise UserError("one run is named twice: name each once")
+        raise UserError("a run is named twice: name each run once")
     for count in range(1, max(map(len, whole))):
         names = ["/".join(parts[-count:]) for parts in whole]
         if len(set(names)) == len(names):
@@ -61,9 +61,9 @@ def names_of(paths: list[Path], given: str | None) -> list[str]:
     return ["/".join(parts) for parts in whole]
 
 
-def config_of(folder: Path) -> tuple[RunConfig | None, dict[str, Any] | None, str]:
-    """The configuration of a run, its fields, and what is wrong with it: an old one still has fields."""
-    path = folder / "config.yaml"
+def read_config(folder: Path) -> tuple[RunConfig | None, dict[str, Any] | None, str]:
+    """The configuration of a run, its fields (an invalid one has some too), and its problem or ""."""
+    path = folder / CONFIG
     if not path.is_file():
         return None, None, f"{path} is missing"
     try:
@@ -78,31 +78,31 @@ def config_of(folder: Path) -> tuple[RunConfig | None, dict[str, Any] | None, st
 
 
 def read_run(folder: Path, name: str) -> tuple[ReportRun, RunConfig | None]:
-    """All but pictures and attention, and the configuration where it can be read."""
-    cfg, fields, problem = config_of(folder)
+    """All but samples and attention, and the configuration if it is valid."""
+    cfg, fields, problem = read_config(folder)
     run = ReportRun(name, config=fields, columns=read_columns(folder / METRICS), events=read_events(folder))
     if problem:
         run.notes.append(f"configuration: {problem}")
     status = None
-    with suppress(UserError):  # of the configuration: told above
+    with suppress(UserError):  # an invalid configuration, already in the notes
         status = status_of(folder)
     if status is not None:
         run.state, run.why, run.health = status.state, status.why, list(status.health)
     warnings = {
         str(e.get("text")): e.get("step") for e in run.events if e["event"] == "warning"
-    }  # the last of its kind
-    told = [f"step {step}: {text}" for text, step in reversed(warnings.items()) if text not in run.health]
-    run.health += told[:WARNINGS]
+    }  # the last of equal ones
+    past = [f"step {step}: {text}" for text, step in reversed(warnings.items()) if text not in run.health]
+    run.health += past[:MAX_WARNINGS]
     with suppress(OSError):
-        run.config_text = (folder / "config.yaml").read_text(errors="replace")[:LONGEST]
+        run.config_text = (folder / CONFIG).read_text(errors="replace")[:MAX_CONFIG]
     if cfg is not None:
-        run.global_batch, run.chance = cfg.train.global_batch, chance_of(cfg, run.events)
-    run.facts, run.origin = facts_of(run, cfg, status), origin_of(run, status, folder)
+        run.global_batch, run.chance = cfg.train.global_batch, chance_accuracy(cfg, run.events)
+    run.facts, run.origin = find_facts(run, cfg, status), find_origin(run, status, folder)
     return run, cfg
 
 
-def chance_of(cfg: RunConfig, events: list[dict[str, Any]]) -> float | None:
-    """The contrastive accuracy of guessing: one over the images that are compared, those of a pass over all ranks."""
+def chance_accuracy(cfg: RunConfig, events: list[dict[str, Any]]) -> float | None:
+    """The contrastive accuracy of guessing: 1 / the images of a forward pass over all ranks; None if unknown."""
     if not cfg.self_guided.enabled:
         return None
     if not cfg.train.micro_batch:
@@ -114,7 +114,7 @@ def chance_of(cfg: RunConfig, events: list[dict[str, Any]]) -> float | None:
     return None
 
 
-def facts_of(run: ReportRun, cfg: RunConfig | None, status: Status | None) -> list[tuple[str, str]]:
+def find_facts(run: ReportRun, cfg: RunConfig | None, status: Status | None) -> list[tuple[str, str]]:
     """The lines of a run's card."""
     step = max([c.steps[-1] for c in run.columns.values()], default=0)
     total = status.steps if status else None
@@ -122,23 +122,21 @@ def facts_of(run: ReportRun, cfg: RunConfig | None, status: Status | None) -> li
     found = [("step", f"{step:,} of {total:,} ({step / total:.0%})" if total else f"{step:,}")]
     if cfg is not None:
         m = cfg.model
-        kind = "ST-AR (self-guided)" if cfg.self_guided.enabled else "next token (AR baseline)"
-        found.append(("objective", kind))
-        found.append(
-            ("network", f"{m.name}: {m.n_layer} blocks, width {m.dim}, {m.image_tokens} tokens of {m.vocab_size}")
-        )
+        found.append(("objective", "ST-AR (self-guided)" if cfg.self_guided.enabled else "next token (AR baseline)"))
+        size = f"{m.n_layer} blocks, width {m.dim}, {m.image_tokens} tokens, vocabulary of {m.vocab_size}"
+        found.append(("network", f"{m.name}: {size}"))
     if (lowest := best(run.columns.get("val_loss_ar"))) is not None:
         found.append(("best validation loss", f"{lowest[0]:.4f} at step {lowest[1]:,}"))
     for name, label in (("loss_ar", "last next-token loss"), ("loss", "last loss")):
-        if (last := ending(run.columns.get(name))) is not None:
+        if (last := last_finite(run.columns.get(name))) is not None:
             found.append((label, f"{last:.4f}"))
             break
     if run.global_batch:
         found.append(("images seen", f"{step * run.global_batch:,}"))
-    if spent := hours(run.columns)["y"]:
-        found.append(("time trained", duration(3600 * spent[-1])))
-    if (speed := ending(run.columns.get("images_per_s"))) is not None:
-        found.append(("speed", f"{speed:.4g} images/s"))
+    if spent := training_hours(run.columns)["y"]:
+        found.append(("training time", duration(3600 * spent[-1])))
+    if (speed := last_finite(run.columns.get("images_per_s"))) is not None:
+        found.append(("throughput", f"{speed:.4g} images/s"))
     if status is not None:
         if status.left_s is not None:
             found.append(("time left", duration(status.left_s)))
@@ -149,14 +147,14 @@ def facts_of(run: ReportRun, cfg: RunConfig | None, status: Status | None) -> li
     return found
 
 
-def origin_of(run: ReportRun, status: Status | None, folder: Path) -> list[tuple[str, str]]:
-    """Command, hosts and versions, as the newest start tells them; the command also as a checkpoint does."""
+def find_origin(run: ReportRun, status: Status | None, folder: Path) -> list[tuple[str, str]]:
+    """Command, hosts and versions of the newest start; the command also from the newest checkpoint."""
     found = [("folder", str(folder))]
     starts = [e for e in run.events if e["event"] in STARTED]
     command = next((str(e["command"]) for e in reversed(starts) if e.get("command")), "")
     if not command:
         with suppress(UserError, OSError, ValueError, KeyError, TypeError):
-            if (newest := checkpoint_dir.latest(folder / "checkpoints")) is not None:
+            if (newest := checkpoint_dir.latest(folder / CHECKPOINTS)) is not None:
                 command = str(checkpoint_dir.parse_manifest(newest).get("command") or "")
     if command:
         found.append(("command", command))
@@ -175,24 +173,18 @@ def origin_of(run: ReportRun, status: Status | None, folder: Path) -> list[tuple
     return found
 
 
-def ending(column: Column | None) -> float | None:
+def last_finite(column: Column | None) -> float | None:
     """The newest finite value."""
     if column is None:
         return None
     return next((v for v in reversed(column.values) if math.isfinite(v)), None)
 
 
-def duration(seconds: float) -> str:
-    from megastar.run_dir.status import duration as words
-
-    return words(seconds) if seconds > 0 else "0 s"
-
-
-def provenance_of(png: Path) -> dict[str, Any]:
-    """What a grid's PNG says of itself; nothing for one that is not ours."""
+def read_provenance(png: Path) -> dict[str, Any]:
+    """The metadata that ``megastar sample`` stores in a grid's PNG; empty for other images."""
     from PIL import Image
 
     with suppress(OSError, ValueError, SyntaxError, TypeError), Image.open(png) as image:
-        told = json.loads(getattr(image, "text", {}).get("megastar", "null"))
-        return told if isinstance(told, dict) else {}
+        provenance = json.loads(getattr(image, "text", {}).get("megastar", "null"))
+        return provenance if isinstance(provenance, dict) else {}
     return {}

@@ -1,4 +1,4 @@
-"""What ``megastar report`` draws and computes: sample grids of the kept checkpoints, attention of the newest one."""
+"""What ``megastar report`` computes: sample grids of the kept checkpoints, attention of the newest one."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from megastar.config.files import find_file
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.report.page import Grid, ReportRun, embedded
-from megastar.report.read_run import provenance_of
+from megastar.report.read_run import read_provenance
+from megastar.run_dir.checkpoint_dir import MANIFEST, complete, latest, name_of, step_in
+from megastar.run_dir.layout import CHECKPOINTS, CONFIG, SAMPLES
+from megastar.utils.files import sha256
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
 NAME = re.compile(r"step-(\d{8})\.png")
-GRIDS = 24  # of one run on the page
-CLASSES = 12  # rows of a grid when there are more
-SAMPLING = {"seed": 0, "cfg_scale": 3.0, "temperature": 0.9}  # what megastar sample takes for pictures to look at
-ATTENDED = 16  # pictures whose attention distances are averaged
-MAP_BYTES = 3 << 20  # of all attention maps, before they are packed
-PATIENCE = 20.0  # seconds for shards on s3://: a report does not wait for an outage to end
+GRIDS = 24  # maximum of one run
+CLASSES = 12  # maximum rows of a grid
+SAMPLING = {"seed": 0, "cfg_scale": 3.0, "temperature": 0.9}  # as suggested for megastar sample
+DISTANCE_IMAGES = 16  # images over which attention distances are averaged
+MAP_BYTES = 3 << 20  # of all attention maps before compression
+PATIENCE = 20.0  # seconds without data from s3:// before attention is given up
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The command's options."""
+class RenderOptions:
+    """The options of the command; ``picture``: index of the image for attention maps."""
 
     weights: str
     tokenizer: str | None
@@ -39,156 +42,157 @@ class Wanted:
 
 
 def add_grids(
-    run: ReportRun, cfg: RunConfig | None, folder: Path, wanted: Wanted, console: Console, *, draw: bool
+    run: ReportRun, cfg: RunConfig | None, folder: Path, options: RenderOptions, console: Console, *, draw: bool
 ) -> None:
-    """The grids of RUN/samples; with ``draw`` first those of the checkpoints that have none of this kind there."""
+    """Add the grids of RUN/samples to ``run``; with ``draw`` missing grids of checkpoints are sampled first."""
     if draw and cfg is not None:
         try:
-            draw_missing(cfg, folder, wanted, console, run.name)
+            draw_missing(cfg, folder, options, console, run.name)
         except UserError as error:
             run.notes.append(f"samples: {' '.join(str(error).split())}")
     from PIL import Image
 
-    found = sorted((int(m[1]), p) for p in (folder / "samples").glob("step-*.png") if (m := NAME.fullmatch(p.name)))
-    for step, path in evenly(found, GRIDS):
+    found = sorted((int(m[1]), p) for p in (folder / SAMPLES).glob("step-*.png") if (m := NAME.fullmatch(p.name)))
+    for step, path in evenly_spaced(found, GRIDS):
         try:
             with Image.open(path) as image:
                 source = embedded(image)
         except (OSError, ValueError, SyntaxError) as error:
-            run.notes.append(f"samples: {path.name} cannot be read ({error})")
+            run.notes.append(f"samples: cannot read {path.name} ({error})")
             continue
-        told = provenance_of(path)
-        run.grids.append(Grid(step, source, caption_of(told)))
+        run.grids.append(Grid(step, source, grid_caption(read_provenance(path))))
 
 
-def caption_of(told: dict[str, Any]) -> str:
-    """How a grid was drawn, from what its PNG says; nothing for one that is not ours."""
-    if "weights" not in told:
+def grid_caption(provenance: dict[str, Any]) -> str:
+    """How a grid was sampled; empty without ``provenance``."""
+    if "weights" not in provenance:
         return ""
-    which = "averaged" if told["weights"] == "ema" else told["weights"]
-    return f"{which} weights, guidance {told.get('cfg_scale', 1):g}, temperature {told.get('temperature', 1):g}"
+    p, weights = provenance, "averaged" if provenance["weights"] == "ema" else provenance["weights"]
+    return f"{weights} weights, guidance {p.get('cfg_scale', 1):g}, temperature {p.get('temperature', 1):g}"
 
 
-def evenly(items: list[Any], most: int) -> list[Any]:
-    """At most ``most`` (2 or more) of them, the first and the last among them."""
+def evenly_spaced(items: list[Any], most: int) -> list[Any]:
+    """At most ``most`` (2 or more) items, including the first and the last."""
     if len(items) <= most:
         return items
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def draw_missing(cfg: RunConfig, folder: Path, wanted: Wanted, console: Console, name: str) -> None:
-    """RUN/samples/step-*.png of the kept checkpoints: the same classes and random numbers at each. A PNG that is not
-    from here stays."""
-    from megastar.run_dir.checkpoint_dir import MANIFEST, complete, step_in
-    from megastar.utils.files import sha256
-
-    checkpoints = evenly(complete(folder / "checkpoints"), GRIDS)
+def draw_missing(cfg: RunConfig, folder: Path, options: RenderOptions, console: Console, name: str) -> None:
+    """Sample RUN/samples/step-*.png for the kept checkpoints, with the same classes and random numbers for each. PNGs
+    without our metadata are kept."""
+    checkpoints = evenly_spaced(complete(folder / CHECKPOINTS), GRIDS)
     if not checkpoints:
         return
-    tokenizer, classes = tokenizer_of(cfg, folder, wanted), classes_of(cfg.model.num_classes)
-    same = SAMPLING | {"weights": wanted.weights, "per_class": wanted.per_class, "classes": classes}
-    same["tokenizer_sha256"] = sha256(tokenizer)
+    tokenizer, classes = find_tokenizer(cfg, folder, options), grid_classes(cfg.model.num_classes)
+    common = SAMPLING | {"weights": options.weights, "per_class": options.per_class, "classes": classes}
+    common["tokenizer_sha256"] = sha256(tokenizer)
     for checkpoint in checkpoints:
-        out = folder / "samples" / f"step-{step_in(checkpoint):08d}.png"
-        told = same | {"checkpoint": sha256(checkpoint / MANIFEST)}
-        if out.is_file() and provenance_of(out) in ({}, told):
+        out = folder / SAMPLES / f"{name_of(step_in(checkpoint))}.png"
+        provenance = common | {"checkpoint": sha256(checkpoint / MANIFEST)}
+        if out.is_file() and read_provenance(out) in ({}, provenance):
             continue
         console.print(f"{name}: samples of step {step_in(checkpoint)}", markup=False, highlight=False)
-        draw_grid(checkpoint, tokenizer, out, told, wanted.device, console)
+        draw_grid(checkpoint, tokenizer, out, provenance, options.device, console)
 
 
 def draw_grid(
-    checkpoint: Path, tokenizer: Path, out: Path, told: dict[str, Any], device: str, console: Console
+    checkpoint: Path, tokenizer: Path, out: Path, provenance: dict[str, Any], device: str, console: Console
 ) -> None:
     from megastar.checkpoint.find_weights import class_names, find_weights
     from megastar.model.io import read_model_metadata
     from megastar.sampling.grid import Block, image_grid, save_grid
     from megastar.sampling.pipeline import sample_images
 
-    weights = find_weights(checkpoint, told["weights"]).file
-    labels = [c for c in told["classes"] for _ in range(told["per_class"])]
-    pictures = sample_images(weights, tokenizer, labels, device=device, console=console, **SAMPLING)
-    model, about = read_model_metadata(weights)
-    names = class_names(model.num_classes, about)
-    save_grid(image_grid([Block("", pictures, labels)], names, columns=told["per_class"]), out, told)
+    weights, columns = find_weights(checkpoint, provenance["weights"]).file, provenance["per_class"]
+    labels = [c for c in provenance["classes"] for _ in range(columns)]
+    images = sample_images(weights, tokenizer, labels, device=device, console=console, **SAMPLING)
+    model, metadata = read_model_metadata(weights)
+    names = class_names(model.num_classes, metadata)
+    save_grid(image_grid([Block("", images, labels)], names, columns=columns), out, provenance)
 
 
-def classes_of(count: int) -> list[int]:
-    """Which classes a grid shows: all, or some over the whole range."""
-    return evenly(list(range(count)), CLASSES)
+def grid_classes(count: int) -> list[int]:
+    """The classes of a grid: all, or some, evenly spaced."""
+    return evenly_spaced(list(range(count)), CLASSES)
 
 
-def tokenizer_of(cfg: RunConfig, folder: Path, wanted: Wanted) -> Path:
-    given = wanted.tokenizer or cfg.data.tokenizer
+def find_tokenizer(cfg: RunConfig, folder: Path, options: RenderOptions) -> Path:
+    given = options.tokenizer or cfg.data.tokenizer
     if not given:
-        raise UserError("the run names no tokenizer: name it with --tokenizer")
-    if (found := find_file(given, folder / "config.yaml")) is None:
-        raise UserError(f"the tokenizer {given} is not here: name it with --tokenizer")
+        raise UserError("the run has no tokenizer: give one with --tokenizer")
+    if (found := find_file(given, folder / CONFIG)) is None:
+        raise UserError(f"the tokenizer {given} does not exist: give its location with --tokenizer")
     return found
 
 
-def shards_of(cfg: RunConfig, folder: Path, wanted: Wanted) -> str:
+def find_shards(cfg: RunConfig, folder: Path, options: RenderOptions) -> str:
     from megastar.data.storage.protocol import is_remote
+    from megastar.data.storage.shard_info import MANIFEST as SHARDS
 
-    names = [wanted.shards] if wanted.shards else [cfg.data.val_shards, cfg.data.shards]
+    names = [options.shards] if options.shards else [cfg.data.val_shards, cfg.data.shards]
     for name in filter(None, names):
         if is_remote(name):
             return name
-        if (found := find_file(Path(name) / "manifest.json", folder / "config.yaml")) is not None:
+        if (found := find_file(Path(name) / SHARDS, folder / CONFIG)) is not None:
             return str(found.parent)
-    raise UserError(f"the token shards {' and '.join(filter(None, names))} are not here: name some with --shards")
+    raise UserError(f"the token shards {' and '.join(filter(None, names))} do not exist: give a location with --shards")
 
 
 def add_attention(
-    run: ReportRun, cfg: RunConfig | None, folder: Path, wanted: Wanted, console: Console, *, blocks_for: int
+    run: ReportRun, cfg: RunConfig | None, folder: Path, options: RenderOptions, console: Console, *, blocks_for: int
 ) -> None:
-    """Attention distances and the masked picture of the newest checkpoint; ``blocks_for`` runs share the page's room."""
-    from megastar.run_dir.checkpoint_dir import latest
-
-    if cfg is None or not (folder / "checkpoints").is_dir() or latest(folder / "checkpoints") is None:
+    """Add attention distances and maps of the newest checkpoint to ``run``; ``blocks_for`` runs share ``MAP_BYTES``."""
+    if cfg is None or latest(folder / CHECKPOINTS) is None:
         return
     try:
         with console.status(f"attention of {run.name}"):
-            attend(run, cfg, folder, wanted, blocks_for)
+            run.distances, run.attention = compute_attention(cfg, folder, options, MAP_BYTES // blocks_for)
     except UserError as error:
         run.notes.append(f"attention: {' '.join(str(error).split())}")
 
 
-def attend(run: ReportRun, cfg: RunConfig, folder: Path, wanted: Wanted, blocks_for: int) -> None:
-
+def compute_attention(
+    cfg: RunConfig, folder: Path, options: RenderOptions, map_bytes: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``ReportRun.distances`` and ``ReportRun.attention``. Raises ``UserError``."""
     from megastar.checkpoint.find_weights import class_names, find_weights
     from megastar.model.io import load_model
     from megastar.model.masks import draw_hidden
-    from megastar.report.attention import masked_picture, reach_of
+    from megastar.report.attention import attention_distances, masked_attention, uniform_distance
     from megastar.utils.device import pick_device
 
-    shards, device = shards_of(cfg, folder, wanted), pick_device(wanted.device)
-    codes, labels = centre_codes(shards, cfg, wanted.picture)
-    model, about = load_model(find_weights(folder, wanted.weights).file, device)
+    shards, device = find_shards(cfg, folder, options), pick_device(options.device)
+    codes, labels = centre_codes(shards, cfg, options.picture)
+    model, metadata = load_model(find_weights(folder, options.weights).file, device)
     if codes.shape[1] != model.cfg.image_tokens or int(codes.max()) >= model.cfg.vocab_size:
-        raise UserError(f"{shards} holds other codes than this network's: name its own with --shards")
+        raise UserError(f"the codes in {shards} do not fit this network: give its shards with --shards")
     tokens, classes = codes[:, :-1].to(device), labels.to(device)
-    which = f"{'averaged' if wanted.weights == 'ema' else 'student'} weights of step {about['step']:,}"
-    reach = reach_of(model, classes, tokens)
-    told = f"All keys visible, {reach.pictures} pictures of {Path(shards).name}, {which}"
-    run.reach = {"means": reach.means, "heads": reach.distances, "uniform": reach.uniform, "about": told}
+    which = f"{'averaged' if options.weights == 'ema' else 'student'} weights of step {metadata['step']:,}"
+    heads = attention_distances(model, classes, tokens)  # (L, H)
+    distances = {
+        "means": heads.mean(1).tolist(),
+        "heads": heads.tolist(),
+        "uniform": uniform_distance(model.cfg.grid, codes.shape[1]),
+        "caption": f"All keys visible, {len(codes)} images of {Path(shards).name}, {which}",
+    }
     ratio, trained = cfg.self_guided.mask_ratio, cfg.self_guided.enabled and cfg.self_guided.mask_ratio > 0
-    hidden = draw_hidden(cfg.train.seed, [0], [wanted.picture], model.cfg.image_tokens, ratio if trained else 0.25)[0]
-    most = max(2, MAP_BYTES // (2 * hidden.numel() ** 2 * blocks_for))
+    hidden = draw_hidden(cfg.train.seed, [0], [options.picture], model.cfg.image_tokens, ratio if trained else 0.25)[0]
+    most = max(2, map_bytes // (2 * hidden.numel() ** 2))
     block = min(cfg.self_guided.contrastive_block, model.cfg.n_layer)
-    found = masked_picture(model, int(classes[0]), tokens[0], hidden, most, block)
-    label = class_names(model.cfg.num_classes, about)[int(classes[0])]
-    how = "hidden in every block, as in training" if trained else "hidden here; this run trains with all keys visible"
-    found["about"] = (
-        f"Picture {wanted.picture} of {Path(shards).name} (class {label}), {which}, mean of the heads. "
-        f"{len(found['hidden'])} of {len(hidden) - 1} keys are {how}."
+    maps = masked_attention(model, int(classes[0]), tokens[0], hidden, most, block)
+    label = class_names(model.cfg.num_classes, metadata)[int(classes[0])]
+    how = "in every block, as in training" if trained else "here only; this run trains with all keys visible"
+    maps["caption"] = (
+        f"Image {options.picture} of {Path(shards).name} (class {label}), {which}, mean of the heads. "
+        f"{len(maps['hidden'])} of {len(hidden) - 1} keys are hidden {how}."
     )
-    found["trained"] = trained
-    run.attention = found | {"block": block, "picture": decoded(cfg, folder, wanted, codes[0], device)}
+    image = decode_image(cfg, folder, options, codes[0], device)
+    return distances, maps | {"trained": trained, "block": block, "image": image}
 
 
 def centre_codes(shards: str, cfg: RunConfig, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (B, T) and classes (B,) of the centre crops of picture ``first`` and those after it."""
+    """Codes (B, T) and classes (B,) of the centre crops of image ``first`` and the following ones."""
     import numpy as np
     import torch
 
@@ -196,21 +200,23 @@ def centre_codes(shards: str, cfg: RunConfig, first: int) -> tuple[torch.Tensor,
 
     tokens = ShardSet(shards, data=replace(cfg.data, patience=PATIENCE))
     if first >= len(tokens):
-        raise UserError(f"--picture {first}: {shards} holds {len(tokens)}, numbered from 0")
-    chosen = np.arange(first, min(len(tokens), first + ATTENDED))
+        raise UserError(f"--picture {first}: {shards} contains {len(tokens)} images, numbered from 0")
+    chosen = np.arange(first, min(len(tokens), first + DISTANCE_IMAGES))
     codes, labels = tokens.gather(chosen, np.full((len(chosen), 1), tokens.manifest.centre_view))
     return torch.from_numpy(codes[:, 0].astype(np.int64)), torch.from_numpy(np.asarray(labels, np.int64))
 
 
-def decoded(cfg: RunConfig, folder: Path, wanted: Wanted, codes: torch.Tensor, device: torch.device) -> str:
-    """The picture of codes (T,), or an empty one where the tokenizer is not known."""
+def decode_image(
+    cfg: RunConfig, folder: Path, options: RenderOptions, codes: torch.Tensor, device: torch.device
+) -> str:
+    """The image of codes (T,), or a white one if the tokenizer is missing."""
     from PIL import Image
 
     from megastar.sampling.sampler import decode_images
     from megastar.tokenizer.io import load_tokenizer
 
     try:
-        vq = load_tokenizer(tokenizer_of(cfg, folder, wanted), device)
+        vq = load_tokenizer(find_tokenizer(cfg, folder, options), device)
     except UserError:
         return embedded(Image.new("RGB", (8, 8), "white"))
     return embedded(Image.fromarray(decode_images(vq, codes[None])[0]), lossless=True)

@@ -1,4 +1,4 @@
-"""metrics.jsonl as columns, thinned out for a page: memory and size are bounded, spikes stay."""
+"""metrics.jsonl as columns, downsampled for the page: bounded memory and size, spikes are kept."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import numpy as np
 
 from megastar.run_dir.jsonl import iter_jsonl
 
-POINTS = 1000  # of one value on the page; a screen has no more columns
-MOST_BAD = 100  # steps whose value is not finite that are marked
-WORDS = {"nan", "inf", "-inf"}  # JSON has no numbers for these: the writer makes words of them
+POINTS = 1000  # of one value on the page
+MAX_NON_FINITE = 100  # marked steps with a non-finite value
+NON_FINITE = {"nan", "inf", "-inf"}  # written as strings, since JSON has no such numbers
 
 
 @dataclass
 class Column:
-    """One value over the steps: ``steps`` rise, ``values`` may hold NaN and infinities."""
+    """One value by step: ``steps`` increase, ``values`` may contain NaN and infinities."""
 
-    steps: array = field(default_factory=lambda: array("q"))
-    values: array = field(default_factory=lambda: array("d"))
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    values: array[float] = field(default_factory=lambda: array("d"))
 
-    def put(self, step: int, value: float) -> None:
-        """A later row of the same step wins, and takes back what an earlier process wrote past it."""
-        self.cut(step)
+    def append(self, step: int, value: float) -> None:
+        """Add a value; it replaces those of this and later steps, which an earlier process wrote."""
+        self.truncate(step)
         self.steps.append(step)
         self.values.append(value)
 
-    def cut(self, step: int) -> None:
-        """Forget ``step`` and all later ones."""
+    def truncate(self, step: int) -> None:
+        """Remove ``step`` and all later ones."""
         while self.steps and self.steps[-1] >= step:
             self.steps.pop()
             self.values.pop()
@@ -41,10 +41,10 @@ class Column:
 
 
 def read_columns(path: Path) -> dict[str, Column]:
-    """The numbers of metrics.jsonl by name, read a line at a time; without the file, none.
+    """The numbers of metrics.jsonl by name; empty without the file.
 
-    Lines that a crash cut and values that are no numbers are passed over. Rows of a step that was done again, after a
-    resume or a roll-back, replace the earlier ones.
+    Truncated lines and values that are not numbers are skipped. Rows of a step that was repeated, after a resume or a
+    rollback, replace the earlier ones.
     """
     columns: dict[str, Column] = {}
     newest = -1
@@ -54,18 +54,18 @@ def read_columns(path: Path) -> dict[str, Column]:
             continue
         if step < newest:
             for column in columns.values():
-                column.cut(step)
+                column.truncate(step)
         newest = step
         for name, value in row.items():
             if (number := _number(value)) is not None:
-                columns.setdefault(name, Column()).put(step, number)
+                columns.setdefault(name, Column()).append(step, number)
     return {name: column for name, column in columns.items() if len(column)}
 
 
 def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
-    if isinstance(value, str) and value.strip().lower() not in WORDS:
+    if isinstance(value, str) and value.strip().lower() not in NON_FINITE:
         return None
     try:
         return float(value)
@@ -73,15 +73,14 @@ def _number(value: Any) -> float | None:
         return math.inf
 
 
-def thin(column: Column, points: int = POINTS) -> dict[str, list]:
-    """At most ``points`` of a column: ``x`` steps, ``y`` values (5 digits), and ``bad`` steps whose value is not finite.
+def thin(column: Column, points: int = POINTS) -> dict[str, list[Any]]:
+    """At most ``points`` of a column: ``x`` steps, ``y`` values (5 digits), ``bad`` steps with a non-finite value.
 
-    The first and the last point stay, and of each of as many equal stretches the smallest and the largest one, in
-    their order: a spike of one step is still there.
+    Keeps the first and the last point, and the minimum and maximum of equal intervals: a spike of one step is kept.
     """
     steps, values = np.asarray(column.steps, np.int64), np.asarray(column.values, np.float64)
     finite = np.isfinite(values)
-    bad = steps[~finite][:MOST_BAD].tolist()
+    bad = steps[~finite][:MAX_NON_FINITE].tolist()
     steps, values = steps[finite], values[finite]
     if len(steps) > points:
         assert points >= 4, points
@@ -91,16 +90,11 @@ def thin(column: Column, points: int = POINTS) -> dict[str, list]:
             keep |= {low + int(values[low:high].argmin()), low + int(values[low:high].argmax())}
         chosen = np.array(sorted(keep))
         steps, values = steps[chosen], values[chosen]
-    return {"x": steps.tolist(), "y": [short(v) for v in values.tolist()], "bad": bad}
+    return {"x": steps.tolist(), "y": [float(f"{v:.5g}") for v in values.tolist()], "bad": bad}
 
 
-def short(value: float) -> float:
-    """Five significant digits: more than a curve shows."""
-    return float(f"{value:.5g}")
-
-
-def hours(columns: dict[str, Column], points: int = 200) -> dict[str, list]:
-    """Hours of training until a step, as ``x`` steps and ``y`` hours, from 0 on; pauses between resumes do not count.
+def training_hours(columns: dict[str, Column], points: int = 200) -> dict[str, list[float]]:
+    """Hours of training until a step: ``x`` steps, ``y`` hours, from 0; pauses between resumes are excluded.
 
     A row's ``step_s`` is the mean over the steps since the row before.
     """
@@ -111,7 +105,7 @@ def hours(columns: dict[str, Column], points: int = 200) -> dict[str, list]:
     seconds = np.nan_to_num(np.asarray(column.values, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     since = np.diff(steps, prepend=0.0)
     if len(since) > 1:
-        since[0] = min(since[0], since[1])  # rows that begin in the middle know nothing of what was before
+        since[0] = min(since[0], since[1])  # the rows may not begin at step 0
     total = np.cumsum(since * seconds) / 3600
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(points, len(steps))).astype(np.int64))
     first = [0.0] if not len(since) or steps[0] == since[0] else [float(steps[0] - since[0])]

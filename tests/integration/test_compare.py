@@ -29,14 +29,14 @@ def write_comparison(world, folder: Path) -> Path:
     base = yaml.safe_load(world.write_config(folder / "run.yaml", folder / "run").read_text())
     base["train"] |= {"steps": STEPS, "save_every": 20, "val_every": STEPS}
     file = folder / "compare.yaml"
-    about = {
+    fields = {
         "out": str(folder / "out"), "pictures": str(world.pictures), "codes": str(world.folder / "codes"),
         "seeds": [0, 1], "weights": ["ema"], "jobs": 2,
         "variants": {"ar": {"label": "AR", "overrides": ["self_guided.enabled=false"]}, "star": {"label": "ST-AR"}},
         "probe": {"score_on": "val", "block": 1, "positions": 4, "epochs": 3, "optimizer": "sgd"},
         "sample": {"count": 12}, "score": {"against": ["val"]}, "curve": {"every": 20, "count": 8}, "base": base,
     }  # fmt: skip
-    file.write_text(yaml.safe_dump(about))
+    file.write_text(yaml.safe_dump(fields))
     return file
 
 

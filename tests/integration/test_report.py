@@ -1,4 +1,4 @@
-"""`megastar report` on runs with checkpoints, and its page in a real browser."""
+"""`megastar report` of runs with checkpoints, and its page in a real browser."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from megastar import cli
 from megastar.config.load import load_config, save_config
-from megastar.report.read_run import provenance_of
+from megastar.report.read_run import read_provenance
 from megastar.run_dir.events import append_event
 from tests.browser import Browser
 from tests.checkpoints import write_checkpoint
@@ -25,7 +25,7 @@ SEEN = {"ar": {"self_guided.enabled=false", "optim.lr=0.001"}, "st-ar": set()}
 
 
 def write_run(world, folder: Path, name: str) -> None:
-    """A run of two kept checkpoints, with rows, events, and a grid of an earlier step that is not ours."""
+    """A run of two kept checkpoints, with rows, events, and a grid of an earlier step without metadata."""
     run = folder / name
     config = world.write_config(folder / f"{name}.yaml", run, steps=STEPS)
     cfg = load_config(config, sorted(SEEN[name]))
@@ -66,7 +66,7 @@ def runs(world, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(runs) -> Path:
-    """Of both runs."""
+    """The page of both runs."""
     assert cli.main(["report", str(runs.parent), "--per-class", "2", "--device", "cpu"]) == 0
     return runs.parent / "report.html"
 
@@ -76,7 +76,7 @@ def data_of(page: Path) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
 
 
-def test_what_the_page_holds(page, runs):
+def test_contents_of_the_page(page, runs):
     ar, star = data_of(page)["runs"]
     assert (ar["name"], star["name"]) == ("ar", "st-ar")
     assert [g["step"] for g in star["grids"]] == [100, 200, 400]
@@ -84,8 +84,8 @@ def test_what_the_page_holds(page, runs):
     assert star["values"]["grad_norm"]["bad"] == [250] and star["values"]["loss"]["x"][-1] == STEPS
     assert star["chance"] == 1 / 8 and ar["chance"] is None
     assert star["attention"]["blocks"] == [1, 2] and len(star["attention"]["hidden"]) == round(0.25 * 15)
-    assert np.shape(star["reach"]["heads"]) == (2, 2) and "val" in star["reach"]["about"]
-    assert "as in training" in star["attention"]["about"] and "all keys visible" in ar["attention"]["about"]
+    assert np.shape(star["distances"]["heads"]) == (2, 2) and "val" in star["distances"]["caption"]
+    assert "as in training" in star["attention"]["caption"] and "all keys visible" in ar["attention"]["caption"]
     text = page.read_text()
     assert "Differences from ar" in text and "self_guided.enabled" in text and "a warning with a remedy" in text
     assert "<b>step-00000200</b>" not in text
@@ -95,9 +95,11 @@ def test_grids_are_drawn_once_and_alike(page, runs, capsys, monkeypatch):
     folder = runs / "st-ar" / "samples"
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()}
     assert sorted(before) == ["step-00000100.png", "step-00000200.png", "step-00000400.png"]
-    told = provenance_of(folder / "step-00000200.png")
-    assert told["per_class"] == 2 and told["seed"] == 0 and provenance_of(folder / "step-00000100.png") == {}
-    # The checkpoints hold the same weights: the same seeds give the same pictures.
+    provenance = read_provenance(folder / "step-00000200.png")
+    assert (
+        provenance["per_class"] == 2 and provenance["seed"] == 0 and read_provenance(folder / "step-00000100.png") == {}
+    )
+    # Both checkpoints have the same weights, so their samples are equal.
     grids = [np.asarray(Image.open(folder / f"step-{s:08d}.png")) for s in (200, 400)]
     assert np.array_equal(*grids)
     words = ["report", str(runs / "st-ar"), "--out", str(runs / "again.html"), "--device", "cpu", "--no-attention"]
@@ -108,15 +110,15 @@ def test_grids_are_drawn_once_and_alike(page, runs, capsys, monkeypatch):
     assert data_of(runs / "again.html")["runs"][0]["attention"] is None
 
 
-def test_what_cannot_be_drawn_is_said(runs, tmp_path, capsys):
+def test_problems_are_notes(runs, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(runs / "st-ar", run, ignore=shutil.ignore_patterns("samples", "weights"))
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(re.sub(r"(tokenizer|shards|val_shards): /.*", r"\1: gone/away", text))
     assert cli.main(["report", str(run)]) == 0
     out = capsys.readouterr().out
-    assert "samples: the tokenizer gone/away is not here: name it with --tokenizer" in out
-    assert "attention: the token shards gone/away and gone/away are not here: name some with --shards" in out
+    assert "samples: the tokenizer gone/away does not exist: give its location with --tokenizer" in out
+    assert "attention: the token shards gone/away and gone/away do not exist: give a location with --shards" in out
     assert cli.main(["report", str(run), "--no-samples", "--no-attention"]) == 0
     assert "gone" not in capsys.readouterr().out
     (run / "config.yaml").unlink()
@@ -145,7 +147,7 @@ def opened(browser, page):
 @pytest.mark.browser
 def test_every_chart_is_drawn(opened):
     charts = opened.run(
-        "[...document.querySelectorAll('#charts .chart, #reach .chart')].map(c => [c.querySelector('h4').textContent,"
+        "[...document.querySelectorAll('#charts .chart, #distances .chart')].map(c => [c.querySelector('h4').textContent,"
         " [...c.querySelectorAll('.series')].map(s => s.dataset.run).sort().join(),"
         " [...c.querySelectorAll('.series path')].every(p => p.getAttribute('d').length > 8 && !p.getAttribute('d').includes('NaN'))])"
     )
@@ -155,7 +157,7 @@ def test_every_chart_is_drawn(opened):
     assert drawn == {
         "Total loss": both, "Next-token loss": both, "Validation loss": both, "Contrastive accuracy, positions": one, "Feature spread": "1,1",
         "Teacher-student distance": one, "Learning rate": both, "Gradient norm": both, "Throughput": both, "MFU": both,
-        "Memory": both, "Time of a step": both, "Attention distance per block": both,
+        "Memory": both, "Step time": both, "Attention distance per block": both,
     }  # fmt: skip
     assert opened.run("document.querySelectorAll('#charts .mark').length") > 20
     assert opened.run("[...document.querySelectorAll('.chart')].filter(c => c.querySelector('.nan')).length") == 1
@@ -193,7 +195,7 @@ def test_pointer_and_keys_show_values(opened):
     lines = opened.run(
         "[...document.querySelectorAll('#charts .cross')].filter(c => c.getAttribute('visibility') === 'visible').length"
     )
-    assert lines == 12  # the others show the same step
+    assert lines == 12  # all charts show the same step
     opened.move(5, 5)
     assert opened.run("document.querySelector('#charts .chart .tip').hidden")
     opened.run("document.querySelector('#charts .chart svg').focus()")
@@ -235,8 +237,10 @@ def test_controls(opened):
 
 
 @pytest.mark.browser
-def test_the_maps_answer(opened):
-    pixels = "['plain-picture', 'masked-picture', 'plain-map', 'masked-map'].map(n => document.getElementById(n).toDataURL())"
+def test_maps_respond_to_the_query(opened):
+    pixels = (
+        "['plain-image', 'masked-image', 'plain-map', 'masked-map'].map(n => document.getElementById(n).toDataURL())"
+    )
     first = opened.run(pixels)
     assert len(set(first)) == 4
     opened.run("document.getElementById('map-query').focus()")
@@ -245,13 +249,13 @@ def test_the_maps_answer(opened):
     assert all(a != b for a, b in zip(first, second, strict=True))
     assert opened.run("document.getElementById('map-now').textContent") == "the class, predicts token 0"
     assert opened.run("document.getElementById('plain-class').textContent") == "on the class: 100%"
-    opened.click("#masked-picture")  # the middle of 4 x 4 tokens
+    opened.click("#masked-image")  # the middle of 4 x 4 tokens
     assert re.match("token (5|6|9|10),", opened.run("document.getElementById('map-now').textContent"))
     opened.run(
         "(() => { const s = document.getElementById('map-run'); s.value = 1; s.dispatchEvent(new Event('change')); })()"
     )
     opened.settle()
-    assert "as in training" in opened.run("document.getElementById('map-about').textContent")
+    assert "as in training" in opened.run("document.getElementById('map-caption').textContent")
 
 
 @pytest.mark.browser
@@ -264,7 +268,7 @@ def test_dark_light_and_print(opened):
     assert brightness[0] > 600 > 200 > brightness[1] and brightness[2] < 200 < 600 < brightness[3]
     assert light[8] != dark[8]
     opened.click("#theme")  # dark
-    opened.click("#theme")  # light, whatever the system says
+    opened.click("#theme")  # light, independent of the system
     assert opened.run(colours) == light and opened.run("document.getElementById('theme').textContent") == "Theme: light"
     opened.click("#theme")
     assert opened.run(colours) == dark
@@ -283,7 +287,7 @@ def test_nothing_is_wider_than_the_screen(opened, page, width):
     opened.run("document.querySelectorAll('details').forEach(d => d.open = true)")
     opened.settle()
     assert opened.run("document.documentElement.scrollWidth") <= width
-    # Only what scrolls by itself may be wider than its place.
+    # Only scrollable elements may be wider than their container.
     wide = opened.run(
         f"[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > {width} + 1 && "
         "!e.closest('.scroll, pre, .chips, svg')).map(e => e.tagName + '.' + e.className)"

@@ -1,6 +1,6 @@
-// One chart: lines over a numeric axis as SVG, with a crosshair for mouse, finger and keyboard.
+// One chart: lines over a numeric axis as SVG, with a crosshair for mouse, touch and keyboard.
 const SVG = "http://www.w3.org/2000/svg";
-const DASHES = ["", "7 3", "2 3", "9 3 2 3"]; // runs beyond the eight colours, and the second line of a chart
+const DASHES = ["", "7 3", "2 3", "9 3 2 3"]; // for runs beyond the eight colours, and for the second line of a chart
 
 function make(name, attributes, parent, text) {
   const node = ["svg", "path", "line", "circle", "text", "g", "title"].includes(name) && parent !== null && name !== "title"
@@ -46,14 +46,14 @@ function logTicks(low, high) {
     }
   return out.length > 1 ? out : ticks(low, high, 4);
 }
-function nearest(xs, x) { // index of the sorted numbers' nearest
+function nearest(xs, x) { // index of the nearest of sorted numbers
   let a = 0, b = xs.length - 1;
   while (b - a > 1) { const m = (a + b) >> 1; if (xs[m] < x) a = m; else b = m; }
   return Math.abs(xs[a] - x) <= Math.abs(xs[b] - x) ? a : b;
 }
 
 class Plot {
-  // options: title, about, unit, log, zero, height, xFormat(x), and data() -> {lines, refs, marks, xLabel, xWhole}.
+  // options: title, note, unit, log, zero, height, xFormat(x), and data() -> {lines, refs, marks, xLabel, xWhole}.
   // A line: {run, name, style: line|dashed|points, x, y, raw: {x, y}, bad: [x], spots: [[x, y]]}.
   static all = [];
 
@@ -65,7 +65,7 @@ class Plot {
     this.which = make("span", { class: "which" }, caption);
     this.button = make("button", { type: "button", class: "log", "aria-pressed": String(this.log), "aria-label": `${this.title}: logarithmic axis` }, caption, "log");
     this.button.addEventListener("click", () => { this.log = !this.log; this.draw(); });
-    if (this.about) make("p", { class: "about" }, caption, this.about);
+    if (this.note) make("p", { class: "about" }, caption, this.note);
     this.box = make("div", { class: "plot" }, this.figure);
     this.svg = make("svg", { tabindex: "0", role: "img" }, this.box);
     this.tip = make("div", { class: "tip", hidden: "" }, this.box);

@@ -1,13 +1,13 @@
-// The charts of metrics.jsonl: every run a colour, every value an axis of its own.
+// The charts of metrics.jsonl: one colour per run, one chart per value.
 const MARKS = { // event -> shape, tone, word
   saved: ["tick", "quiet", "saved"], resumed: ["up", "", "resumed"], skipped: ["cross", "loud", "step skipped"], error: ["cross", "loud", "error"],
   rolled_back: ["back", "loud", "rolled back"],
 };
 const OTHER = ["diamond", "loud", "warning, signal, hang, lost, slow"];
 const AXES = {
-  step: { label: "steps", of: (run, step) => step, tell: (x) => `step ${format(x)}` },
-  images: { label: "images", of: (run, step) => (run.batch ? step * run.batch : null), tell: (x) => `${format(x)} images` },
-  hours: { label: "hours", of: hoursAt, tell: (x) => `${format(x)} h` },
+  step: { label: "steps", value: (run, step) => step, text: (x) => `step ${format(x)}` },
+  images: { label: "images", value: (run, step) => (run.batch ? step * run.batch : null), text: (x) => `${format(x)} images` },
+  hours: { label: "hours", value: hoursAt, text: (x) => `${format(x)} h` },
 };
 
 function hoursAt(run, step) {
@@ -21,8 +21,8 @@ function hoursAt(run, step) {
   return y[a] + ((y[b] - y[a]) * (step - x[a])) / (x[b] - x[a]);
 }
 
-// A mean over the neighbours on both sides that fades over a share of the axis: it lags behind nothing, and thinned-out
-// points weigh as many would.
+// Exponentially weighted mean over both sides, so without lag; weights depend on the distance along the axis, so they
+// hold for downsampled points too.
 function smoothed(x, y, amount) {
   const tau = (amount / 100) ** 2 * 0.25 * (x[x.length - 1] - x[0]);
   if (!tau) return y;
@@ -38,10 +38,10 @@ function smoothed(x, y, amount) {
       before = i;
     }
   };
-  const there = y.map((_, i) => i);
-  pass(there);
-  pass(there.slice().reverse());
-  return y.map((v, i) => (sums[i] - v) / (weights[i] - 1)); // each counted itself twice
+  const indices = y.map((_, i) => i);
+  pass(indices);
+  pass(indices.slice().reverse());
+  return y.map((v, i) => (sums[i] - v) / (weights[i] - 1)); // both passes include the point itself
 }
 
 function seriesOf(report, state, chart) {
@@ -51,7 +51,7 @@ function seriesOf(report, state, chart) {
     for (const spec of chart.lines) {
       const value = run.values[spec.name];
       if (!value) continue;
-      const place = (s) => axis.of(run, s), x = value.x.map(place);
+      const place = (s) => axis.value(run, s), x = value.x.map(place);
       if (x.some((v) => v === null)) continue;
       const many = chart.lines.filter((l) => report.names.has(l.name)).length > 1;
       const name = many && spec.label ? `${run.name}, ${spec.label}` : run.name;
@@ -64,11 +64,11 @@ function seriesOf(report, state, chart) {
   if (state.marks)
     report.runs.forEach((run, index) => {
       if (state.hidden.has(index)) return;
-      const whose = report.runs.length > 1 ? `${run.name}: ` : "";
+      const prefix = report.runs.length > 1 ? `${run.name}: ` : "";
       for (const e of run.events) {
         if (["started", "finished"].includes(e.event)) continue;
-        const x = axis.of(run, e.step), [shape, tone] = MARKS[e.event] || OTHER;
-        if (x !== null) marks.push({ x, run: index, shape, tone, text: `${whose}${e.event} at step ${e.step}${e.event === "saved" ? "" : `: ${e.text || ""}`}` });
+        const x = axis.value(run, e.step), [shape, tone] = MARKS[e.event] || OTHER;
+        if (x !== null) marks.push({ x, run: index, shape, tone, text: `${prefix}${e.event} at step ${e.step}${e.event === "saved" ? "" : `: ${e.text || ""}`}` });
       }
     });
   const styles = chart.lines.filter((l) => l.label && report.names.has(l.name)).map((l) => ({ dashed: "dashed: ", points: "points: ", line: "line: " })[l.style] + l.label);
@@ -80,22 +80,21 @@ function buildCharts(parent, report, state) {
     make("h3", {}, parent, group.title);
     const box = make("div", { class: "group" }, parent);
     for (const chart of group.charts)
-      new Plot(box, { title: chart.title, about: chart.about, unit: chart.unit, log: chart.log, zero: chart.zero, family: "metrics", fromZero: true,
-        xFormat: (x) => AXES[state.x].tell(x), data: () => seriesOf(report, state, chart) });
+      new Plot(box, { title: chart.title, note: chart.note, unit: chart.unit, log: chart.log, zero: chart.zero, family: "metrics", fromZero: true,
+        xFormat: (x) => AXES[state.x].text(x), data: () => seriesOf(report, state, chart) });
   }
 }
 
-function buildReach(parent, report, state) {
-  const blocks = (run) => run.reach.means.map((_, i) => i + 1);
-  const about = report.runs.find((run) => run.reach).reach.about;
-  const away = [...new Set(report.runs.filter((r) => r.reach).map((r) => r.reach.uniform))];
-  new Plot(parent, { title: "Attention distance per block", unit: "", zero: true, family: "reach", height: 260, xFormat: (x) => `block ${x}`,
-    about: `Mean distance, in tokens, from a query to what it attends to; line: mean of the heads, faint dots: each head. ${about}`,
+function buildDistances(parent, report, state) {
+  const shown = report.runs.filter((run) => run.distances);
+  const uniform = [...new Set(shown.map((run) => run.distances.uniform))];
+  new Plot(parent, { title: "Attention distance per block", unit: "", zero: true, family: "distances", height: 260, xFormat: (x) => `block ${x}`,
+    note: `Mean distance, in tokens, between a query and the keys it attends to; line: mean of the heads, faint dots: each head. ${shown[0].distances.caption}`,
     data: () => ({
-      xLabel: "block", xWhole: true, refs: away.map((y) => ({ y, label: "attending to all alike" })),
-      lines: report.runs.map((run, index) => ({ run, index })).filter(({ run, index }) => run.reach && !state.hidden.has(index)).map(({ run, index }) => ({
-        run: index, name: run.name, style: "line", dots: true, x: blocks(run), y: run.reach.means,
-        spots: run.reach.heads.flatMap((heads, i) => heads.map((d) => [i + 1, d])),
+      xLabel: "block", xWhole: true, refs: uniform.map((y) => ({ y, label: "uniform attention" })),
+      lines: report.runs.map((run, index) => ({ run, index })).filter(({ run, index }) => run.distances && !state.hidden.has(index)).map(({ run, index }) => ({
+        run: index, name: run.name, style: "line", dots: true, x: run.distances.means.map((_, i) => i + 1), y: run.distances.means,
+        spots: run.distances.heads.flatMap((heads, i) => heads.map((d) => [i + 1, d])),
       })),
     }) });
 }

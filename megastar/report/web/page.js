@@ -1,14 +1,14 @@
-// Puts the page together: controls, theme, and redrawing.
+// Builds the page: controls, theme, and redrawing.
 const report = JSON.parse(document.getElementById("data").textContent);
 report.names = new Set(report.runs.flatMap((run) => Object.keys(run.values)));
-const state = { x: "step", smooth: 20, marks: true, hidden: new Set(), watch: [] };
+const state = { x: "step", smooth: 20, marks: true, hidden: new Set(), onHide: [], onTheme: [] };
 const find = (name) => document.getElementById(name);
 
-let asked = false;
+let scheduled = false;
 function redraw() {
-  if (asked) return;
-  asked = true;
-  requestAnimationFrame(() => { asked = false; for (const plot of Plot.all) plot.draw(); });
+  if (scheduled) return;
+  scheduled = true;
+  requestAnimationFrame(() => { scheduled = false; for (const plot of Plot.all) plot.draw(); });
 }
 
 function legend() {
@@ -22,7 +22,7 @@ function legend() {
       if (!state.hidden.delete(index)) state.hidden.add(index);
       chip.setAttribute("aria-pressed", String(!state.hidden.has(index)));
       redraw();
-      for (const tell of state.watch) tell();
+      for (const callback of state.onHide) callback();
     });
   });
 }
@@ -31,7 +31,7 @@ function controls() {
   const buttons = [...find("axis").children];
   const press = () => { for (const b of buttons) b.setAttribute("aria-pressed", String(b.dataset.x === state.x)); };
   for (const b of buttons) {
-    b.disabled = !report.runs.some((run) => AXES[b.dataset.x].of(run, 1) !== null);
+    b.disabled = !report.runs.some((run) => AXES[b.dataset.x].value(run, 1) !== null);
     b.addEventListener("click", () => { state.x = b.dataset.x; press(); redraw(); });
   }
   press();
@@ -48,33 +48,32 @@ function controls() {
 }
 
 function theme() {
-  const button = find("theme"), order = ["system", "dark", "light"], words = { system: "as the system", dark: "dark", light: "light" };
+  const button = find("theme"), order = ["system", "dark", "light"], words = { system: "system", dark: "dark", light: "light" };
   let now = "system";
-  try { now = localStorage.getItem("megastar-theme") || now; } catch { /* a browser may keep nothing for files */ }
+  try { now = localStorage.getItem("megastar-theme") || now; } catch { /* some browsers have no storage for files */ }
   const apply = () => {
     if (now === "system") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = now;
     button.textContent = `Theme: ${words[now]}`;
-    for (const tell of state.themed || []) tell();
+    for (const callback of state.onTheme) callback();
   };
   button.hidden = false;
   button.addEventListener("click", () => {
     now = order[(order.indexOf(now) + 1) % order.length];
-    try { localStorage.setItem("megastar-theme", now); } catch { /* then it holds until the page is closed */ }
+    try { localStorage.setItem("megastar-theme", now); } catch { /* lasts until the page is closed */ }
     apply();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", apply);
-  state.themed = [];
   apply();
 }
 
 theme();
 if (find("charts")) { legend(); controls(); buildCharts(find("charts"), report, state); }
-if (find("reach")) buildReach(find("reach"), report, state);
+if (find("distances")) buildDistances(find("distances"), report, state);
 if (find("grids")) buildGrids(report, state);
 if (find("map-run")) {
-  if (typeof DecompressionStream === "undefined") find("map-about").textContent = "This browser is too old for the maps: it cannot unpack them.";
-  else { const maps = new Maps(report); state.themed.push(() => maps.draw()); }
+  if (typeof DecompressionStream === "undefined") find("map-caption").textContent = "This browser is too old to show the maps (no DecompressionStream).";
+  else { const maps = new Maps(report); state.onTheme.push(() => maps.draw()); }
 }
 for (const plot of Plot.all) plot.draw();
 new ResizeObserver(() => redraw()).observe(document.querySelector("main"));

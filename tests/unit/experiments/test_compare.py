@@ -190,7 +190,7 @@ def test_mistakes_are_told(tmp_path, override, sentence):
 @pytest.mark.parametrize(
     ("overrides", "gpus", "sentence"),
     [
-        (["variants.star.overrides=[train.seed=3]"], 0, "variants.star.overrides: the comparison itself sets train.seed=3: remove it there"),
+        (["variants.star.overrides=[train.seed=3]"], 0, "variants.star.overrides contains train.seed=3, which the comparison sets itself: remove it"),
         (["variants.star.overrides=[self_guided.alfa=3]"], 0, "variant star: unknown key self_guided.alfa"),
         (["variants.star.overrides=[train.steps=12]"], 0, "variant star trains on 48 images, ar on 32: use equal train.steps"),
         (["variants.star.overrides=[train.steps=16,train.global_batch=2]"], 0, "trains on 16 steps, ar on 8"),
@@ -219,9 +219,9 @@ def test_the_command_tells_mistakes_in_one_sentence(tmp_path, capsys, monkeypatc
     ):
         assert main(["compare", *words]) == 2 and message in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "compare.yaml"), "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "4 runs, 1 at a time, 128 images and 192 sequences in total" in told and "star-seed1" in told
-    assert max(map(len, told.splitlines()[:8])) <= 80 and not (tmp_path / "out").exists()
+    printed = capsys.readouterr().out
+    assert "4 runs, 1 at a time, 128 images and 192 sequences in total" in printed and "star-seed1" in printed
+    assert max(map(len, printed.splitlines()[:8])) <= 80 and not (tmp_path / "out").exists()
 
 
 # What is kept --------------------------------------------------------------------------------------------------------

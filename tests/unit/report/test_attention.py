@@ -1,4 +1,4 @@
-"""The attention of `megastar report` against a brute-force computation in fp64."""
+"""The attention maps of `megastar report` against a brute-force computation in fp64."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from megastar.model.masks import MaskSpec, draw_hidden
 from megastar.model.rope import rope_table
 from megastar.model.transformer import Transformer
 from megastar.report.attention import (
+    attention_distances,
     attention_maps,
-    masked_picture,
+    block_attention,
+    masked_attention,
     mean_distances,
     pack_maps,
-    reach_of,
     shown_blocks,
     uniform_distance,
 )
@@ -97,12 +98,10 @@ def test_maps_equal_brute_force(model, batch):
         torch.testing.assert_close(maps.sum(-1), torch.ones(3, 3, 2, T, dtype=torch.float64))
 
 
-def test_the_maps_go_on_from_what_the_model_computes(model, batch):
+def test_maps_follow_from_the_features_of_the_model(model, batch):
     """The last block's map follows from the model's own features."""
     labels, tokens = batch
     before = model(labels, tokens, features_at=2).features
-    from megastar.report.attention import block_attention
-
     rope = rope_table(GRID, CFG.head_dim, CFG.rope_base, torch.device("cpu"), torch.complex128)[:T]
     expected = block_attention(model.layers[2], before, rope, MaskSpec.causal())
     torch.testing.assert_close(list(attention_maps(model, labels, tokens))[2], expected)
@@ -111,52 +110,47 @@ def test_the_maps_go_on_from_what_the_model_computes(model, batch):
 def test_distances_equal_brute_force(model, batch):
     labels, tokens = batch
     for weights in attention_maps(model, labels, tokens):
-        found, shares = mean_distances(weights, GRID)
+        found = mean_distances(weights, GRID)
         w = weights.numpy()
         for h in range(CFG.n_head):
-            away, on_class = [], []
+            distances = []
             for b in range(3):
                 for i in range(1, T):
                     rest = w[b, h, i, 1:].sum()
                     places = [(divmod(i - 1, GRID), divmod(j - 1, GRID)) for j in range(1, T)]
-                    away.append(
+                    distances.append(
                         sum(p * math.dist(*pair) for p, pair in zip(w[b, h, i, 1:], places, strict=True)) / rest
                     )
-                    on_class.append(w[b, h, i, 0])
-            assert float(found[h]) == pytest.approx(np.mean(away)) and float(shares[h]) == pytest.approx(
-                np.mean(on_class)
-            )
+            assert float(found[h]) == pytest.approx(np.mean(distances))
 
 
 def test_distances_of_known_maps():
     own = torch.eye(T)[None, None]
-    assert mean_distances(own, GRID)[0].tolist() == [0.0]
+    assert mean_distances(own, GRID).tolist() == [0.0]
     before = torch.zeros(1, 1, T, T)  # each token looks at the one above it, those of the first row at themselves
     for i in range(T):
         before[0, 0, i, i - GRID if i > GRID else i] = 1
-    assert mean_distances(before, GRID)[0].tolist() == [pytest.approx((T - 1 - GRID) / (T - 1))]
+    assert mean_distances(before, GRID).tolist() == [pytest.approx((T - 1 - GRID) / (T - 1))]
     mixed = 0.5 * before
-    mixed[..., 0] += 0.5  # half of it goes to the class, which is nowhere
-    distance, share = mean_distances(mixed, GRID)
-    assert distance.tolist() == [pytest.approx((T - 1 - GRID) / (T - 1))] and share.tolist() == [pytest.approx(0.5)]
+    mixed[..., 0] += 0.5  # half of it on the class, which has no position
+    assert mean_distances(mixed, GRID).tolist() == [pytest.approx((T - 1 - GRID) / (T - 1))]
     pairs = [
         np.mean([math.dist(divmod(i, GRID), divmod(j, GRID)) for j in range(i + 1)]) for i in range(T - 1)
     ]  # the class aside, a query sees itself and what was before
     assert uniform_distance(GRID, T) == pytest.approx(np.mean(pairs))
 
 
-def test_reach_does_not_depend_on_the_batch(model, batch):
-    labels, tokens = batch
-    whole, parts = reach_of(model, labels, tokens, batch=3), reach_of(model, labels, tokens, batch=2)
-    np.testing.assert_allclose(whole.distances, parts.distances)
-    np.testing.assert_allclose(whole.class_shares, parts.class_shares)
-    assert whole.pictures == 3 and np.shape(whole.distances) == (3, 2) and whole.means == pytest.approx(parts.means)
+def test_distances_do_not_depend_on_the_batch_size(model, batch):
+    expected = torch.stack([mean_distances(weights, GRID) for weights in attention_maps(model, *batch)])
+    assert expected.shape == (3, 2)
+    for size in (1, 2, 3):
+        torch.testing.assert_close(attention_distances(model, *batch, batch=size), expected)
 
 
-def test_the_page_gets_what_the_maps_hold(model, batch):
+def test_packed_maps(model, batch):
     labels, tokens = batch
     hidden = draw_hidden(0, [0], [1], T, 0.25)[0]
-    found = masked_picture(model, int(labels[1]), tokens[1], hidden, 2, 2)
+    found = masked_attention(model, int(labels[1]), tokens[1], hidden, 2, 2)
     assert found["blocks"] == [2, 3]
     assert found["hidden"] == hidden.nonzero().flatten().tolist() and (found["size"], found["grid"]) == (T, GRID)
     for name, mask in (("plain", None), ("masked", MaskSpec.hidden(hidden[None]))):
@@ -170,7 +164,7 @@ def test_the_page_gets_what_the_maps_hold(model, batch):
     assert len(pack_maps([torch.zeros(T, T)])) > 0
 
 
-def test_some_blocks_are_shown():
+def test_shown_blocks():
     assert shown_blocks(6, 6, 3) == [1, 2, 3, 4, 5, 6] and shown_blocks(36, 4, 18) == [1, 18, 24, 36]
     for count, most, always in ((36, 5, 18), (12, 2, 6), (48, 7, 48), (24, 3, 1)):
         blocks = shown_blocks(count, most, always)

@@ -1,4 +1,4 @@
-"""The pieces of `megastar report`: reading, thinning, differences, the page's text."""
+"""The parts of `megastar report`: reading, downsampling, differences, the text of the page."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megastar.config.load import load_config, save_config
 from megastar.errors import UserError
 from megastar.report.charts import charts_for
 from megastar.report.differences import ABSENT, differences
-from megastar.report.page import MOST_EVENTS, Grid, ReportRun, as_json, embedded, page, shown_events
-from megastar.report.read_run import chance_of, config_of, expand, names_of, read_run
-from megastar.report.render_samples import classes_of, evenly
-from megastar.report.series import Column, best, hours, read_columns, thin
+from megastar.report.page import MAX_EVENTS, Grid, ReportRun, as_json, embedded, page, shown_events
+from megastar.report.read_run import chance_accuracy, find_runs, read_config, read_run, run_names
+from megastar.report.render_samples import evenly_spaced, grid_classes
+from megastar.report.series import Column, best, read_columns, thin, training_hours
 from megastar.run_dir.events import append_event
 
 NASTY = """<script>alert("1")</script>'&\u2028</title>"""
@@ -29,12 +29,12 @@ NASTY = """<script>alert("1")</script>'&\u2028</title>"""
 def column(values, every=1):
     found = Column()
     for i, value in enumerate(values, 1):
-        found.put(i * every, value)
+        found.append(i * every, value)
     return found
 
 
 # metrics.jsonl ------------------------------------------------------------------------------------------------------
-def test_rows_that_are_none_are_passed_over(tmp_path):
+def test_damaged_rows_are_skipped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(
         b'{"step": 1, "loss": 3.5, "on": true, "text": "x", "list": [1]}\n\n[1]\nnull\n{"loss": 1}\n{"step": "2", "loss": 1}\n'
@@ -55,7 +55,7 @@ def test_rows_that_are_none_are_passed_over(tmp_path):
     assert read_columns(tmp_path / "none.jsonl") == {}
 
 
-def test_steps_that_were_done_again_replace_the_earlier_ones(tmp_path):
+def test_repeated_steps_replace_the_earlier_ones(tmp_path):
     rows = [{"step": s, "loss": s} for s in range(1, 9)] + [{"step": 8, "val_loss_ar": 1.0}]
     rows += [{"step": 5, "loss": 50}, {"step": 5, "val_loss_ar": 0.5}, {"step": 6, "loss": 60}]
     path = tmp_path / "metrics.jsonl"
@@ -75,7 +75,7 @@ def test_thinning_keeps_ends_and_spikes():
     assert (found["x"][0], found["x"][-1]) == (10, 250_000)
     there = dict(zip(found["x"], found["y"], strict=True))
     assert there[123_460] == 900.0 and there[77_780] == -3.0
-    # Every stretch of the run shows its own extremes: the envelope of the thinned curve is the whole curve's.
+    # Every interval keeps its minimum and maximum.
     for low in range(0, 25_000, 1000):
         part = [v for v in values[low : low + 1000] if math.isfinite(v)]
         shown = [y for x, y in there.items() if low < x / 10 <= low + 1000]
@@ -84,21 +84,21 @@ def test_thinning_keeps_ends_and_spikes():
     assert few == {"x": [1, 2, 3], "y": [1.0, 2.0, 3.0], "bad": []}
 
 
-def test_hours_count_the_steps_between_rows():
+def test_training_hours_count_the_steps_between_rows():
     steps = Column()
     for step, seconds in ((10, 3.6), (20, 7.2), (40, 1.8)):  # means over 10, 10 and 20 steps
-        steps.put(step, seconds)
-    assert hours({"step_s": steps}) == {"x": [0.0, 10, 20, 40], "y": [0.0, 0.01, 0.03, 0.04]}
-    assert hours({}) == {"x": [], "y": []}
+        steps.append(step, seconds)
+    assert training_hours({"step_s": steps}) == {"x": [0.0, 10, 20, 40], "y": [0.0, 0.01, 0.03, 0.04]}
+    assert training_hours({}) == {"x": [], "y": []}
     late = Column()
     for step in (1000, 1010):
-        late.put(step, 3.6)
-    assert hours({"step_s": late}) == {"x": [990.0, 1000, 1010], "y": [0.0, 0.01, 0.02]}
-    long = hours({"step_s": column([1.0] * 100_000)})
+        late.append(step, 3.6)
+    assert training_hours({"step_s": late}) == {"x": [990.0, 1000, 1010], "y": [0.0, 0.01, 0.02]}
+    long = training_hours({"step_s": column([1.0] * 100_000)})
     assert len(long["x"]) <= 201 and long["y"][-1] == pytest.approx(100_000 / 3600, rel=1e-5)
 
 
-def test_a_value_that_no_chart_knows_gets_one():
+def test_a_value_without_a_chart_gets_its_own():
     groups = charts_for({"loss_ar", "val_loss_ar", "some_value", "slowest_rank"})
     assert [g["title"] for g in groups] == ["Losses", "Other values"]
     assert [c["title"] for g in groups for c in g["charts"]] == ["Next-token loss", "Validation loss", "some_value"]
@@ -106,7 +106,7 @@ def test_a_value_that_no_chart_knows_gets_one():
 
 # The page -----------------------------------------------------------------------------------------------------------
 class Reader(HTMLParser):
-    """Tags and what stands outside script and style."""
+    """Tags, and the text outside of script and style."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ def nasty_run():
     event = {"time": NASTY, "host": NASTY, "event": "warning", "step": 1, "text": NASTY}
     return ReportRun(
         NASTY, NASTY, NASTY, [(NASTY, NASTY)], [(NASTY, NASTY)], [NASTY], [NASTY], {NASTY: column([1.0, 2.0])}, 4, 0.5,
-        [event], {NASTY: 1}, NASTY, [Grid(1, "data:,", NASTY)], None, {"means": [1.0], "heads": [[1.0]], "uniform": 1.0, "about": NASTY},
+        [event], {NASTY: 1}, NASTY, [Grid(1, "data:,", NASTY)], None, {"means": [1.0], "heads": [[1.0]], "uniform": 1.0, "caption": NASTY},
     )  # fmt: skip
 
 
@@ -169,14 +169,14 @@ def test_a_long_run_makes_a_small_page():
     events += [{"event": "skipped", "step": i, "text": "y"} for i in range(5000)]
     html = page([ReportRun("a", columns=columns, events=events)], "none", [], title="a", made="now")
     assert len(html) < 300_000
-    assert len(shown_events(events)) == MOST_EVENTS and {e["event"] for e in shown_events(events)} == {"skipped"}
+    assert len(shown_events(events)) == MAX_EVENTS and {e["event"] for e in shown_events(events)} == {"skipped"}
     assert shown_events([{"event": "saved", "step": "x"}, {"event": "saved"}]) == []
     many = [ReportRun(str(i), columns=columns) for i in range(40)]
     _, data = read(page(many, "none", [], title="a", made="now"))
     assert all(len(r["values"]["value_0"]["x"]) <= 400 for r in data["runs"])
 
 
-def test_pictures_are_embedded_and_bounded():
+def test_images_are_embedded_and_bounded():
     assert embedded(Image.new("RGB", (10, 10))).startswith("data:image/webp;base64,")
     assert len(embedded(Image.effect_noise((4000, 400), 50))) < 400_000
 
@@ -204,33 +204,33 @@ def cfg(tmp_path):
     return found
 
 
-def test_names_tell_runs_apart(tmp_path):
+def test_run_names_are_unique(tmp_path):
     a, b, c = tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / "y" / "other"
-    assert names_of([a], None) == ["run"] and names_of([b, c], None) == ["run", "other"]
-    assert names_of([a, b], None) == ["x/run", "y/run"] and names_of([a, b], "A, B") == ["A", "B"]
+    assert run_names([a], None) == ["run"] and run_names([b, c], None) == ["run", "other"]
+    assert run_names([a, b], None) == ["x/run", "y/run"] and run_names([a, b], "A, B") == ["A", "B"]
     for given in ("A", "A,A", "A,"):
-        with pytest.raises(UserError, match=f"--names {given}: 2 runs need as many different names"):
-            names_of([a, b], given)
-    with pytest.raises(UserError, match="one run is named twice"):
-        names_of([a, a], None)
+        with pytest.raises(UserError, match=f"--names {given}: give 2 different names for 2 runs"):
+            run_names([a, b], given)
+    with pytest.raises(UserError, match="a run is named twice"):
+        run_names([a, a], None)
 
 
 def test_a_comparison_is_its_runs(tmp_path, cfg):
     for name in ("b", "a"):
         save_config(cfg, tmp_path / "out" / "runs" / name / "config.yaml")
     (tmp_path / "out" / "runs" / "empty").mkdir()
-    assert [p.name for p in expand(tmp_path / "out")] == ["a", "b"]
-    assert expand(tmp_path / "run") == [tmp_path / "run"]
+    assert [p.name for p in find_runs(tmp_path / "out")] == ["a", "b"]
+    assert find_runs(tmp_path / "run") == [tmp_path / "run"]
 
 
 def test_chance_is_one_over_the_images_that_are_compared(cfg):
-    assert chance_of(cfg, []) is None  # how many ranks shared a pass, nothing says
-    assert chance_of(cfg, [{"ranks": 2}]) == 1 / 4  # two ranks of two images
-    assert chance_of(cfg, [{"ranks": 3}]) is None  # no run of these can have had so many
+    assert chance_accuracy(cfg, []) is None  # the number of ranks is unknown
+    assert chance_accuracy(cfg, [{"ranks": 2}]) == 1 / 4  # two ranks of two images
+    assert chance_accuracy(cfg, [{"ranks": 3}]) is None  # 8 images cannot be divided among them
     cfg.train.micro_batch = 0
-    assert chance_of(cfg, []) == 1 / 8
+    assert chance_accuracy(cfg, []) == 1 / 8
     cfg.self_guided.enabled = False
-    assert chance_of(cfg, []) is None
+    assert chance_accuracy(cfg, []) is None
 
 
 def test_a_run_without_a_configuration_is_shown(tmp_path):
@@ -243,20 +243,20 @@ def test_a_run_without_a_configuration_is_shown(tmp_path):
     )
     assert found.notes == [f"configuration: {run / 'config.yaml'} is missing"]
     (run / "config.yaml").write_text("train: {stepps: 4}")
-    cfg, fields, problem = config_of(run)
+    cfg, fields, problem = read_config(run)
     assert cfg is None and fields == {"train": {"stepps": 4}} and "stepps" in problem
 
 
 def test_the_card_of_a_run(tmp_path, cfg):
     run = tmp_path / "run"
-    about = {
+    fields = {
         "steps": 8,
         "ranks": 2,
         "command": "megastar train x.yaml",
         "packages": {"torch": "2.13.0"},
         "device": "H100",
     }
-    append_event(run, "started", 0, "begun", **about)
+    append_event(run, "started", 0, "begun", **fields)
     append_event(run, "warning", 2, "mind the gap")
     append_event(run, "warning", 4, "mind the gap")
     rows = [{"step": s, "loss": 9.0 - s, "step_s": 1800.0, "images_per_s": 4.0} for s in range(1, 5)]
@@ -265,13 +265,13 @@ def test_the_card_of_a_run(tmp_path, cfg):
     found, _ = read_run(run, "run")
     facts, origin = dict(found.facts), dict(found.origin)
     assert facts["step"] == "4 of 8 (50%)" and facts["best validation loss"] == "3.2500 at step 4"
-    assert facts["images seen"] == "32" and facts["time trained"] == "2 h" and facts["speed"] == "4 images/s"
+    assert facts["images seen"] == "32" and facts["training time"] == "2 h" and facts["throughput"] == "4 images/s"
     assert origin["command"] == "megastar train x.yaml" and origin["packages"] == "torch 2.13.0"
     assert origin["hosts"].endswith("2 rank(s), H100") and found.state in ("running", "starting")
     assert [line for line in found.health if "gap" in line] == ["step 4: mind the gap"] and found.config == asdict(cfg)
 
 
-def test_mistakes_are_told_in_one_sentence(tmp_path, cfg, capsys):
+def test_user_errors_are_one_sentence(tmp_path, cfg, capsys):
     def error(*words):
         assert cli.main(["report", *map(str, words)]) == 2
         out = capsys.readouterr()
@@ -281,8 +281,8 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, cfg, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     run, bare = tmp_path / "run", ("--no-samples", "--no-attention")
-    assert error(tmp_path / "none").endswith("is no folder: name a run folder, the `run` of its configuration")
-    assert "is no run folder: it holds neither config.yaml nor metrics.jsonl, and no runs/*" in error(empty)
+    assert error(tmp_path / "none").endswith("is not a folder: name a run folder, the `run` of its configuration")
+    assert "is not a run folder: it contains neither config.yaml nor metrics.jsonl, and no runs/*" in error(empty)
     assert "--baseline" in error(run, *bare, "--baseline", empty) and "name a run folder" in error(
         run, *bare, "--baseline", empty
     )
@@ -290,13 +290,14 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, cfg, capsys):
     assert "required: RUN" in error()
 
 
-def test_a_run_with_nothing_in_it_has_a_page(tmp_path, cfg, capsys):
+def test_an_empty_run_has_a_page(tmp_path, cfg, capsys):
     assert cli.main(["report", str(tmp_path / "run")]) == 0
     assert str(tmp_path / "run" / "report.html") in capsys.readouterr().out.replace("\n", "")
     reader, data = read((tmp_path / "run" / "report.html").read_text())
-    assert data["groups"] == [] and "none on record" in "".join(reader.text)
+    assert data["groups"] == [] and "no events" in "".join(reader.text)
 
 
-def test_evenly():
-    assert evenly([1, 2, 3], 3) == [1, 2, 3] and evenly(list(range(100)), 4) == [0, 33, 66, 99]
-    assert classes_of(9) == list(range(9)) and classes_of(1000)[::11] == [0, 999] and len(classes_of(1000)) == 12
+def test_evenly_spaced():
+    assert evenly_spaced([1, 2, 3], 3) == [1, 2, 3] and evenly_spaced(list(range(100)), 4) == [0, 33, 66, 99]
+    assert grid_classes(9) == list(range(9))
+    assert grid_classes(1000)[::11] == [0, 999] and len(grid_classes(1000)) == 12

@@ -1,4 +1,4 @@
-// Sample grids by step, and the attention of one picture's tokens.
+// Sample grids by step, and attention maps of one image.
 function buildGrids(report, state) {
   const box = document.getElementById("grids"), slider = document.getElementById("grid-step"), now = document.getElementById("grid-now");
   const play = document.getElementById("grid-play");
@@ -36,19 +36,19 @@ function buildGrids(report, state) {
     timer = setInterval(next, 700);
     next();
   });
-  state.watch.push(show);
+  state.onHide.push(show);
   show();
 }
 
-async function unpack(text) { // base64 of deflated bytes round(255 sqrt(weight))
+async function unpack(text) { // base64 of compressed bytes round(255 sqrt(weight))
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
 function isDark() {
-  const asked = document.documentElement.dataset.theme;
-  return asked ? asked === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  const theme = document.documentElement.dataset.theme;
+  return theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
 class Maps {
@@ -64,31 +64,31 @@ class Maps {
     this.get("map-block").addEventListener("change", () => this.draw());
     this.get("map-query").addEventListener("input", () => this.draw());
     for (const kind of ["plain", "masked"]) {
-      this.get(`${kind}-picture`).addEventListener("click", (e) => { const { grid } = this.info, [x, y] = this.place(e, grid); this.ask(y * grid + x + 1); });
-      this.get(`${kind}-map`).addEventListener("click", (e) => this.ask(this.place(e, this.info.size)[1]));
+      this.get(`${kind}-image`).addEventListener("click", (e) => { const { grid } = this.info, [x, y] = this.cellAt(e, grid); this.select(y * grid + x + 1); });
+      this.get(`${kind}-map`).addEventListener("click", (e) => this.select(this.cellAt(e, this.info.size)[1]));
     }
-    const first = Math.max(0, this.runs.findIndex((run) => run.attention.trained)); // one that trains with hidden keys
+    const first = Math.max(0, this.runs.findIndex((run) => run.attention.trained)); // a run that trains with hidden keys
     select.value = first;
     this.load(first);
   }
 
-  place(e, cells) {
+  cellAt(e, cells) {
     const box = e.target.getBoundingClientRect(), at = (v) => Math.min(cells - 1, Math.max(0, Math.floor(v * cells)));
     return [at((e.clientX - box.left) / box.width), at((e.clientY - box.top) / box.height)];
   }
-  ask(query) {
+  select(query) {
     this.get("map-query").value = Math.min(query, this.info.size - 1);
     this.draw();
   }
 
   async load(index) {
     const info = this.runs[index].attention;
-    const picture = new Image();
-    const ready = new Promise((done) => { picture.onload = done; picture.onerror = done; });
-    picture.src = info.picture;
+    const image = new Image();
+    const ready = new Promise((done) => { image.onload = done; image.onerror = done; });
+    image.src = info.image;
     const [plain, masked] = await Promise.all([unpack(info.plain), unpack(info.masked), ready]);
-    Object.assign(this, { info, picture, plain, masked, hidden: new Set(info.hidden) });
-    this.get("map-about").textContent = info.about;
+    Object.assign(this, { info, image, plain, masked, hidden: new Set(info.hidden) });
+    this.get("map-caption").textContent = info.caption;
     const block = this.get("map-block"), before = Number(block.value) || info.block;
     block.replaceChildren();
     for (const b of info.blocks) make("option", { value: b }, block, b === info.block ? `${b} (contrastive)` : String(b));
@@ -104,24 +104,24 @@ class Maps {
     if (!this.info) return;
     const { size, grid, blocks } = this.info, query = Number(this.get("map-query").value);
     const block = blocks.indexOf(Number(this.get("map-block").value));
-    const tell = query === 0 ? "the class, predicts token 0" : `token ${query - 1}, predicts token ${query}`;
-    this.get("map-now").textContent = query === size - 1 && query === grid * grid - 1 ? `${tell} (the last)` : tell;
-    this.get("map-query").setAttribute("aria-valuetext", tell);
+    const text = query === 0 ? "the class, predicts token 0" : `token ${query - 1}, predicts token ${query}`;
+    this.get("map-now").textContent = query === size - 1 && query === grid * grid - 1 ? `${text} (the last)` : text;
+    this.get("map-query").setAttribute("aria-valuetext", text);
     for (const kind of ["plain", "masked"]) {
       const at = block * size * size, bytes = this[kind].subarray(at, at + size * size), hidden = kind === "masked" ? this.hidden : new Set();
-      this.drawPicture(this.get(`${kind}-picture`), bytes, query, hidden);
+      this.drawImage(this.get(`${kind}-image`), bytes, query, hidden);
       this.drawMap(this.get(`${kind}-map`), bytes, query, hidden);
-      const own = (bytes[query * size] / 255) ** 2;
-      this.get(`${kind}-class`).textContent = `on the class: ${format(own, "%")}`;
+      const share = (bytes[query * size] / 255) ** 2;
+      this.get(`${kind}-class`).textContent = `on the class: ${format(share, "%")}`;
     }
   }
 
-  drawPicture(canvas, bytes, query, hidden) {
+  drawImage(canvas, bytes, query, hidden) {
     const { size, grid } = this.info, side = Maps.SIDE, cell = side / grid, pen = canvas.getContext("2d");
     pen.imageSmoothingEnabled = false;
     pen.fillStyle = "#fff";
     pen.fillRect(0, 0, side, side);
-    pen.drawImage(this.picture, 0, 0, side, side);
+    pen.drawImage(this.image, 0, 0, side, side);
     const row = Array.from(bytes.subarray(query * size, query * size + size), (b) => (b / 255) ** 2), largest = Math.max(...row.slice(1), 1e-6);
     for (let token = 0; token < grid * grid; token++) {
       const x = (token % grid) * cell, y = Math.floor(token / grid) * cell, key = token + 1;
