@@ -33,7 +33,7 @@ class ShardProgress:
     def advance(self, images: int) -> None:
         self.current += images
         self.here += images
-        self.bar.update(self.finished + self.current, f"images, {self.rate:.3g}/s here")
+        self.bar.update(self.finished + self.current, f"{self.rate:.3g} images/s here")
 
 
 @contextmanager
