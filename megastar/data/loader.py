@@ -23,13 +23,13 @@ from megastar.data.storage.protocol import is_remote
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
 
-_ROWS = 2048  # that are read together at most
+_ROWS = 2048  # that are read at once at most
 
 
 def check_manifest(manifest: Manifest, model: ModelConfig, tokenizer_sha256: str | None, views: int) -> None:
-    """Raise one ``UserError`` that names everything in which the shards do not fit the model, tokenizer and views.
+    """Raise one ``UserError`` with all differences between the shards and the model, the tokenizer and the views.
 
-    Shards that others made may not name their tokenizer: that it fits is taken on trust.
+    Shards written by other tools may record no tokenizer hash: it is then assumed to match.
     """
     problems = []
     if tokenizer_sha256 is not None and manifest.tokenizer_sha256 not in ("", tokenizer_sha256):
@@ -40,12 +40,12 @@ def check_manifest(manifest: Manifest, model: ModelConfig, tokenizer_sha256: str
         problems.append(f"the shards have {manifest.codebook_size} codes, model.vocab_size is {model.vocab_size}")
     if manifest.tokens != model.image_tokens:
         problems.append(
-            f"the shards have {manifest.tokens} tokens a picture, a grid of {manifest.grid}, model.image_tokens is {model.image_tokens}"
+            f"the shards have {manifest.tokens} tokens per image, a grid of {manifest.grid}, model.image_tokens is {model.image_tokens}"
         )
     if len(manifest.classes) > model.num_classes:
         problems.append(f"the shards have {len(manifest.classes)} classes, model.num_classes is {model.num_classes}")
     if views > manifest.views:
-        problems.append(f"{views} views are asked for, the shards store {manifest.views} (crops {manifest.crops})")
+        problems.append(f"{views} views are requested, the shards store {manifest.views} (crops {manifest.crops})")
     if problems:
         raise UserError("; ".join(problems) + ": change the configuration, or pretokenize again")
 
@@ -54,7 +54,7 @@ def check_enough(shards: str | Path, manifest: Manifest, global_batch: int) -> N
     """Raise ``UserError`` for fewer samples than one global batch."""
     if manifest.samples < global_batch:
         raise UserError(
-            f"{shards} holds {manifest.samples} samples, fewer than one global batch of {global_batch}: lower the batch or add pictures"
+            f"{shards} holds {manifest.samples} samples, fewer than one global batch of {global_batch}: lower the batch or add images"
         )
 
 
@@ -116,29 +116,31 @@ class TokenLoader:
 
     # The position is state -------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, int]:
-        """The samples consumed by the whole steps that were handed out, over all ranks: the batch that follows them
-        comes next. What was read ahead does not count; in the middle of a step's micro-batches that step begins again.
+        """The samples of all whole steps returned so far, over all ranks; the next batch follows them. Batches read ahead do
+        not count, and a step whose micro-batches were returned in part starts again.
         """
         return {"samples": self.step * self.global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind ``state``, which any number of ranks and micro-batches may have left. Raises ``UserError``."""
+        """Continue after ``state``, saved with any number of ranks and micro-batches. Raises ``UserError``."""
         samples = state.get("samples")
         if not isinstance(samples, int) or samples < 0:
-            raise UserError(f"the loader's state {state!r} is none: it must read {{'samples': N}}, samples consumed")
+            raise UserError(
+                f"{state!r} is not a state of the loader: it must be {{'samples': N}}, the samples consumed"
+            )
         if samples % self.global_batch:
             raise UserError(
-                f"the loader's state stands behind {samples} samples, inside a batch of {self.global_batch}: go on with the global batch it was saved with, or one that divides {samples}"
+                f"the loader's state is at {samples} samples, inside a batch of {self.global_batch}: continue with the global batch it was saved with, or one that divides {samples}"
             )
         self.close()
         self.step, self._micro = samples // self.global_batch, 0
 
-    def said(self) -> tuple[str, str]:
-        """What the shards' store last said about a wait, and what makes the reading slow now; empty: nothing."""
+    def messages(self) -> tuple[str, str]:
+        """The store's last message about a wait, and the cause of slow reading; empty: none."""
         return self.shards.store.last_message, self.shards.store.degraded
 
     def waited(self) -> float:
-        """Seconds that the consumer has waited for batches since this was last asked."""
+        """Seconds that the consumer has waited for batches since the last call."""
         total = self._waited + (self._reader.waited if self._reader else 0.0)
         self._waited -= total
         return total
@@ -154,7 +156,7 @@ class TokenLoader:
         return sample_ids(self.order, step * self.global_batch + (micro * self.world + self.rank) * b, b)
 
     def _read(self, micros: Sequence[tuple[int, int]]) -> list[Batch]:
-        """Some micro-batches, (step, micro) each, at once: what a batch costs beside its rows is paid once."""
+        """Some micro-batches, (step, micro) each, at once, which shares the fixed cost of a read."""
         rows = [self._rows(step, micro) for step, micro in micros]
         ids, epochs = (np.concatenate(column) for column in zip(*rows, strict=True))
         views = draw_views(self.seed, epochs, ids, self.shards.manifest.views, self.views)

@@ -47,7 +47,9 @@ def test_an_outage_is_told_and_the_next_upload_goes_through(s3, use_s3, tmp_path
     use_s3(f"http://127.0.0.1:{free_port()}")  # nobody listens there
     uploader.put(checkpoint)
     problem = uploader.finish()
-    assert f"{checkpoint.name} was not uploaded to s3://runs/b" in problem and f"it is whole in {checkpoint}" in problem
+    assert (
+        f"{checkpoint.name} was not uploaded to s3://runs/b" in problem and f"it is complete in {checkpoint}" in problem
+    )
     use_s3(s3)
     uploader.put(other)
     assert uploader.finish() == "" and uploader.uploaded == [other.name]
@@ -80,7 +82,7 @@ def test_an_outage_is_sat_out(s3, use_s3, tmp_path, monkeypatch):
         until = time.monotonic() + 60
         while not uploader.problem and time.monotonic() < until:
             time.sleep(0.05)
-        ((text, more),) = uploader.news()
+        ((text, more),) = uploader.take_events()
         assert "was not uploaded to s3://runs/d" in text and more == {"situation": "upload"}
         if at_the_end:
             threading.Timer(0.5, lambda: use_s3(s3)).start()
@@ -89,8 +91,8 @@ def test_an_outage_is_sat_out(s3, use_s3, tmp_path, monkeypatch):
             while not uploader.uploaded and time.monotonic() < until:
                 time.sleep(0.05)
         assert uploader.finish() == "" and uploader.uploaded == [checkpoint.name]
-        ((text, more),) = uploader.news()
-        assert "was uploaded to s3://runs/d after all" in text and more["over"]
+        ((text, more),) = uploader.take_events()
+        assert "was uploaded to s3://runs/d after retries" in text and more["over"]
     # Nothing helps against wrong credentials: no minute is spent on them.
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # which keeps those it found first

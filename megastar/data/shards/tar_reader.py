@@ -175,4 +175,4 @@ def _only_zeros(data: Buffer, position: int, where: str) -> None:
     """Check that nothing follows the end mark: of two concatenated tars only the first would be read."""
     for at in range(position, len(data), _STEP):
         if any(part := data[at : at + _STEP]) and part.strip(b"\0"):
-            raise UserError(f"token shard {where} goes on after its end mark at byte {position}: {AGAIN}")
+            raise UserError(f"token shard {where} has data after its end mark at byte {position}: {AGAIN}")

@@ -92,7 +92,7 @@ class Saver:
     def take_events(self) -> list[tuple[str, dict[str, Any]]]:
         """(message, fields) of the events since the last call. Main rank only."""
         events, self._events = self._events, []
-        return events + (self.uploader.news() if self.uploader else [])
+        return events + (self.uploader.take_events() if self.uploader else [])
 
     def save(self, step: int, metadata: dict[str, Any]) -> float:
         """Save after ``step`` steps; ``metadata`` goes into the manifest. Returns the seconds that training stood still.

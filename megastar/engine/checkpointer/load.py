@@ -33,7 +33,7 @@ def newest_checkpoint(ctx: Context, folder: Path) -> Path | None:
 def load_checkpoint(cfg: RunConfig, ctx: Context, engines: Engines, checkpoint: Path) -> dict[str, Any]:
     """Restore everything from ``checkpoint``, whatever ranks and ZeRO stage wrote it; returns its manifest.
 
-    With another number of data ranks dropout draws other numbers from here on; all else goes on as it was. Raises
+    With another number of data ranks, dropout draws different numbers from here on; nothing else changes. Raises
     ``UserError`` for another network and for files that are not what was written.
     """
     metadata = checkpoint_dir.read_manifest(checkpoint)

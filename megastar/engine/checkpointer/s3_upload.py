@@ -1,6 +1,6 @@
-"""Copies of complete checkpoints in S3, made while training goes on. boto3 does the talking and the retries.
+"""Uploads of complete checkpoints to S3 while training continues. boto3 sends and retries the requests.
 
-Credentials, region and endpoint come from where boto3 looks for them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL_S3, ...).
+Credentials, region and endpoint are those that boto3 finds (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL_S3, ...).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 from megastar.data.storage.s3_client import split_url
 from megastar.run_dir.layout import MANIFEST
 
-RETRY_FIRST, RETRY_MOST = 5.0, 120.0  # seconds between tries; doubled from the first to the last
+RETRY_FIRST, RETRY_MOST = 5.0, 120.0  # seconds between attempts; doubled from the first to the last
 OVER = {"situation": "upload", "over": True}
 
 
 class Uploader:
     """One upload at a time, in a thread. A newer checkpoint replaces one that still waits its turn.
 
-    The manifest goes last and then the object ``latest``, so what a reader finds complete is complete. An outage never
-    stops the training: the newest checkpoint is tried again until it is there, and ``problem`` holds the last failure
+    The manifest goes last and then the object ``latest``, so a checkpoint that a reader finds is complete. An outage never
+    stops the training: the upload of the newest checkpoint is retried until it succeeds, and ``problem`` holds the last failure
     until then. Nothing in S3 is ever removed.
     """
 
@@ -35,7 +35,7 @@ class Uploader:
         self.problem = ""
         self._woken = threading.Event()  # something new to upload, or the end of patience
         self._until: float | None = None  # when an outage is waited for no longer; None: without end
-        self._news: list[tuple[str, dict[str, Any]]] = []
+        self._events: list[tuple[str, dict[str, Any]]] = []
 
     def put(self, checkpoint: Path) -> None:
         """Upload ``checkpoint`` as soon as the upload under way, if any, has ended."""
@@ -49,16 +49,16 @@ class Uploader:
     def finish(self) -> str:
         """Wait for what was put; returns the last problem, or the empty string."""
         self._until = time.monotonic() + self.patience
-        self._woken.set()  # one more try, at once
+        self._woken.set()  # one more attempt, at once
         while thread := self.thread:
             thread.join()
         self._until = None
         return self.problem
 
-    def news(self) -> list[tuple[str, dict[str, Any]]]:
-        """Sentences about an outage, and about its end, since this was last asked."""
-        news, self._news = self._news, []
-        return news
+    def take_events(self) -> list[tuple[str, dict[str, Any]]]:
+        """Messages about an outage and its end since the last call."""
+        events, self._events = self._events, []
+        return events
 
     def _work(self) -> None:
         pause = RETRY_FIRST
@@ -74,16 +74,16 @@ class Uploader:
                 self._upload(checkpoint)
                 self.uploaded.append(checkpoint.name)
                 if self.problem:
-                    self._news.append((f"{checkpoint.name} was uploaded to {self.url} after all", OVER))
+                    self._events.append((f"{checkpoint.name} was uploaded to {self.url} after retries", OVER))
                 self.problem, pause = "", RETRY_FIRST
                 continue
             except Exception as error:  # whatever it is, the run and its local checkpoints are fine
-                text = f"{checkpoint.name} was not uploaded to {self.url} ({error}); it is whole in {checkpoint}"
+                text = f"{checkpoint.name} was not uploaded to {self.url} ({error}); it is complete in {checkpoint}"
                 if not self.problem:
-                    self._news.append((text, {"situation": "upload"}))
+                    self._events.append((text, {"situation": "upload"}))
                 self.problem = text
-                passes = may_pass(error) and (checkpoint / MANIFEST).is_file()
-            if last or not passes:
+                retryable = is_retryable(error) and (checkpoint / MANIFEST).is_file()
+            if last or not retryable:
                 continue
             self._woken.wait(pause if self._until is None else min(pause, max(0.0, self._until - time.monotonic())))
             pause = min(2 * pause, RETRY_MOST)
@@ -111,8 +111,8 @@ class Uploader:
         return f"{self.prefix}/{name}" if self.prefix else name
 
 
-def may_pass(error: BaseException | None) -> bool:
-    """Whether it is worth while to try again: not after a refusal, such as wrong credentials or no such bucket."""
+def is_retryable(error: BaseException | None) -> bool:
+    """Whether another attempt can succeed: not after a refusal, such as wrong credentials or a missing bucket."""
     from botocore.exceptions import ClientError, NoCredentialsError
 
     while error is not None:

@@ -43,7 +43,7 @@ class WaitReporter:
             return
         self._polled, self._reports = True, self._first(f"wait/{self.step}")
         if self._reports:
-            why = self.loader.said()[0] or f"they are read from {self.loader.shards.folder}"
+            why = self.loader.messages()[0] or f"they are read from {self.loader.shards.folder}"
             text = (
                 f"has waited {REPORT_AFTER:.0f} s for its batch of step {self.step}, and all other ranks with it: {why}"
             )
@@ -54,7 +54,7 @@ class WaitReporter:
         if self._reports:
             waited = time.monotonic() - self._since
             self._report(f"the batch of step {self.step} arrived after {waited:.0f} s", "data", over=True)
-        trouble = self.loader.said()[1]
+        trouble = self.loader.messages()[1]
         if trouble != self._trouble:  # lasts longer than a batch: one rank of each host reports it
             over, self._trouble = not trouble, trouble
             if self._first(f"trouble/{self.host}/{self.step}/{over}"):

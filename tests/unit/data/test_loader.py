@@ -110,9 +110,9 @@ def test_resume_is_exact(folder):
     third.load_state_dict(state)  # a whole number of its batches
     assert third.step == 2
     for state, message in [
-        ({"samples": 20}, "stands behind 20 samples, inside a batch of 12: go on with the global batch it was saved"),
-        ({"step": 3}, r"the loader's state {'step': 3} is none: it must read {'samples': N}"),
-        ({"samples": -12}, "is none"),
+        ({"samples": 20}, "is at 20 samples, inside a batch of 12: continue with the global batch it was saved"),
+        ({"step": 3}, "{'step': 3} is not a state of the loader: it must be {'samples': N}"),
+        ({"samples": -12}, "is not a state"),
     ]:
         with pytest.raises(UserError, match=message):
             third.load_state_dict(state)
@@ -260,9 +260,9 @@ def test_waiting_is_counted_and_can_be_given_up(folder):
         ({"global_batch": 9, "world": 2}, "global batch 9 cannot be divided among 2 ranks x 1 accumulation steps: make it a multiple of 2"),
         ({"accumulation": 3}, "global batch 8 cannot be divided among 1 ranks x 3"),
         ({"global_batch": 32}, "holds 26 samples, fewer than one global batch of 32"),
-        ({"views": 4}, "4 views are asked for, the shards store 3"),
+        ({"views": 4}, "4 views are requested, the shards store 3"),
         ({"vocab_size": 20}, "the shards have 50 codes, model.vocab_size is 20"),
-        ({"tokens": 64}, "the shards have 16 tokens a picture, a grid of 4, model.image_tokens is 64"),
+        ({"tokens": 64}, "the shards have 16 tokens per image, a grid of 4, model.image_tokens is 64"),
         ({"num_classes": 3}, "the shards have 4 classes, model.num_classes is 3"),
         ({"window": 0}, "window 0 must be at least 1"),
     ],

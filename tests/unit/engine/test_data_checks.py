@@ -36,11 +36,11 @@ def test_what_fits_is_opened(folder, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.image_tokens=64"], "the shards have 16 tokens a picture, a grid of 4, model.image_tokens is 64"),
+        (["model.image_tokens=64"], "the shards have 16 tokens per image, a grid of 4, model.image_tokens is 64"),
         (["model.vocab_size=64"], "the shards have 50 codes, model.vocab_size is 64"),
         (["model.num_classes=3"], "the shards have 4 classes, model.num_classes is 3"),
         (["train.global_batch=32"], "holds 26 samples, fewer than one global batch of 32: lower the batch or add"),
-        (["self_guided.views=4"], r"4 views are asked for, the shards store 3 \(crops center-flip\)"),
+        (["self_guided.views=4"], r"4 views are requested, the shards store 3 \(crops center-flip\)"),
         (["data.tokenizer=nowhere.safetensors"], "data.tokenizer=nowhere.safetensors does not exist"),
     ],
 )
@@ -51,7 +51,7 @@ def test_what_does_not_fit(folder, overrides, message):
 
 def test_one_stored_view_and_the_view_loss(tmp_path):
     single = write_set(tmp_path / "one", SIZES, views=1, crops="center")
-    with pytest.raises(UserError, match=r"2 views are asked for, the shards store 1 \(crops center\)"):
+    with pytest.raises(UserError, match=r"2 views are requested, the shards store 1 \(crops center\)"):
         open_data(run_config(single))
     with pytest.raises(UserError, match=r"self_guided.views = 1: the view loss compares two crops; set views to 2"):
         run_config(single, "self_guided.views=1", "self_guided.student_views=1")

@@ -51,7 +51,7 @@ def test_a_long_wait_is_told_once_while_it_lasts_and_when_it_is_over(tmp_path, m
 
 
 def test_what_ails_the_store_is_told_by_one_rank_of_a_host(tmp_path):
-    source = SimpleNamespace(step=4, said=lambda: ("", trouble))
+    source = SimpleNamespace(step=4, messages=lambda: ("", trouble))
     trouble = ""
     ranks = [WaitReporter(source, SimpleNamespace(rank=r), tmp_path) for r in range(2)]
     ranks[1].store = ranks[0].store

@@ -165,7 +165,7 @@ def test_cut_at_any_place():
 
 
 def test_two_tars_in_one_file_are_refused():
-    with pytest.raises(UserError, match="goes on after its end mark"):
+    with pytest.raises(UserError, match="has data after its end mark"):
         found(tar_of(NAMES) + tar_of(NAMES))
 
 
