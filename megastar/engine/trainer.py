@@ -54,7 +54,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False, stop: StopFlag | None = None
 
     ``stop``: a flag that has caught signals since the process began.
     """
-    trainer = Trainer(cfg, stop=stop or StopFlag(), watchdog=True)
+    trainer = Trainer(cfg, stop=stop, watchdog=True)
     if dry_run:
         trainer.dry_run()
     elif trainer.fit().signal:
@@ -162,7 +162,7 @@ class Trainer:
             check_same_data(cfg, restored, self.data.digests, found)
             check_same_order(cfg, manifest, restored, found)
         else:
-            origin = load_initial(cfg, ctx, self.engines) if cfg.train.init else None
+            self.step, origin = 0, load_initial(cfg, ctx, self.engines) if cfg.train.init else None
             seed_dropout(cfg.train.seed, ctx.mesh.data_rank, 0)
         self.steps = total_steps(cfg, manifest.samples)
         self.found, self.first = found, self.step  # first: steps done at the start, or at the last rollback
