@@ -31,7 +31,11 @@ def processor() -> str:
 def start(words: list[str], checkout: Path) -> subprocess.CompletedProcess:
     """`python WORDS` with the megastar of that checkout. Raises ``CalledProcessError`` where it fails."""
     environment = os.environ | {"PYTHONPATH": str(checkout)}
-    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=True)
+    # -m looks in the working directory first: it must hold no megastar.
+    where = tempfile.gettempdir()
+    return subprocess.run(
+        [sys.executable, *words], env=environment, cwd=where, capture_output=True, text=True, check=True
+    )
 
 
 def imports_torch(words: list[str], checkout: Path) -> bool:
