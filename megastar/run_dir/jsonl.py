@@ -20,13 +20,19 @@ MAX_PENDING = 100_000  # rows buffered in memory; beyond that the oldest are dro
 
 class JsonlWriter:
     """Append rows to ``path``. A disk error is not raised but kept in ``error``, and the rows stay in ``pending`` until a
-    later ``append`` or ``flush`` writes them. The file is synced at most every ``sync_every`` seconds."""
+    later ``append`` or ``flush`` writes them.
+
+    The file is synced at most every ``sync_every`` seconds. A network disk may report only at a sync that it is full: the
+    rows since the last one are then written again, unless ``sync_every`` is 0, for files with several writers."""
 
     def __init__(self, path: Path, sync_every: float = 10.0):
         self.path, self.sync_every = path, sync_every
         self.pending: deque[bytes] = deque()
         self.dropped = 0  # rows
         self.error: OSError | None = None
+        self._unsynced: deque[bytes] = deque()  # in the file since the last sync
+        self._good: int | None = None  # bytes of the file that are synced; None: not known yet
+        self._rewrite = False  # after an error, cut the file to those
         self._synced = time.monotonic()
         self._lock = threading.Lock()
 
@@ -40,18 +46,28 @@ class JsonlWriter:
         with self._lock:
             try:
                 with self.path.open("a+b", buffering=0) as f:
+                    size = f.seek(0, os.SEEK_END)
+                    self._good = size if self._good is None else min(self._good, size)
+                    if self._rewrite:
+                        f.truncate(self._good)
                     while self.pending:
                         line = (b"\n" if _ends_within_line(f) else b"") + self.pending[0]
                         if (written := f.write(line)) < len(line):
                             f.truncate(f.tell() - written)
                             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                        self.pending.popleft()
-                    if sync or time.monotonic() - self._synced >= self.sync_every:
+                        self._unsynced.append(self.pending.popleft())
+                    if sync or self._rewrite or time.monotonic() - self._synced >= self.sync_every:
                         os.fsync(f.fileno())
-                        self._synced = time.monotonic()
+                        self._synced, self._good = time.monotonic(), f.seek(0, os.SEEK_END)
+                        self._unsynced.clear()
+                        self._rewrite = False
                 self.error = None
             except OSError as error:
                 self.error = error
+                if self.sync_every and (self._rewrite or not self.pending):  # not the write failed, but a sync
+                    self.pending.extendleft(reversed(self._unsynced))
+                    self._unsynced.clear()
+                    self._rewrite = True
                 while len(self.pending) > MAX_PENDING:
                     self.pending.popleft()
                     self.dropped += 1
@@ -60,13 +76,17 @@ class JsonlWriter:
     def cut_after(self, step: int) -> None:
         """Remove the rows of steps after ``step``, and damaged lines. Needs no free space where they are the last ones.
         Raises ``OSError``."""
+        self.flush(sync=True)
         self.pending = deque(line for line in self.pending if _step(line) <= step)
         data = self.path.read_bytes() if self.path.is_file() else b""
-        kept = b"".join(line + b"\n" for line in data.splitlines() if _step(line) <= step)
+        good = data[: self._good] if self._rewrite else data  # the rest is pending
+        kept = b"".join(line + b"\n" for line in good.splitlines() if _step(line) <= step)
         if kept != data and data.startswith(kept):
             os.truncate(self.path, len(kept))
         elif kept != data:
             write_atomic(self.path, kept)
+        self._good = len(kept)
+        self._unsynced.clear()
 
 
 def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
