@@ -114,9 +114,9 @@ class Trainer:
         and rolling back do not help, ``CorruptReplica`` for ranks that disagree. Never ends the interpreter.
         """
         cfg, own = self.cfg, self._stop is None
-        self.data = open_data(cfg)
         if cfg.train.init and not checkpoint_dir.latest(checkpoint_dir.folder_of(cfg)):
             read_model_metadata(cfg.train.init)  # it exists, before anything is built
+        self.data = open_data(cfg)
         self.stop = self._stop or StopFlag()
         PHASE.reset()
         try:
@@ -142,7 +142,7 @@ class Trainer:
 
         cfg, shards = self.cfg, self.cfg.data.shards
         data = open_data(cfg) if is_remote(shards) or Path(shards).exists() else None
-        if cfg.train.init:
+        if cfg.train.init and not checkpoint_dir.latest(checkpoint_dir.folder_of(cfg)):
             read_model_metadata(cfg.train.init)
         ctx = start(cfg)
         describe(cfg, ctx, build(cfg, ctx), data.train.manifest if data else None)
