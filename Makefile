@@ -1,5 +1,6 @@
 # make demo    from images to scores on this machine   make test   run the tests   make lint   run ruff and mypy
 # make test-browser   test the page of megastar report in a headless chromium
+# make test-nullgpu   test on a device that computes nothing: torch's CUDA build (5 GB, in .venv-nullgpu), no GPU needed
 # make clean   remove .venv, builds and caches   make test-slurm   test the batch scripts on a local SLURM cluster (root, Debian)
 #
 # PYTHON selects the interpreter (3.10 to 3.12). TORCH_INDEX selects the package index for torch, for example PyTorch's index
@@ -13,7 +14,7 @@ GPU := command -v nvidia-smi >/dev/null
 # DeepSpeed's operators are compiled at first use, not during installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-slurm test-browser lint clean install
+.PHONY: demo test test-slurm test-browser test-nullgpu lint clean install
 
 install: $(STAMP)
 
@@ -29,13 +30,27 @@ demo: $(STAMP)
 	$(BIN)/megastar demo
 
 test: $(STAMP)
-	$(BIN)/pytest -m 'not gpu and not slow and not slurm and not browser'
+	$(BIN)/pytest -m 'not gpu and not nullgpu and not slow and not slurm and not browser'
 
 test-slurm: $(STAMP)
 	$(BIN)/pytest -m slurm tests/slurm
 
 test-browser: $(STAMP)
 	$(BIN)/pytest -m browser tests/integration
+
+# In its own environment: the CUDA build of the oldest supported torch, which is also the one measured on GPUs.
+NULLGPU := .venv-nullgpu
+NULLGPU_TORCH ?= 2.11.0
+
+$(NULLGPU)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(NULLGPU)
+	$(NULLGPU)/bin/pip install torch==$(NULLGPU_TORCH) nvidia-cuda-crt==13.0.*
+	grep -v '^torch' constraints.txt > $(NULLGPU)/constraints.txt
+	$(NULLGPU)/bin/pip install -c $(NULLGPU)/constraints.txt -e '.[eval,dev]'
+	touch $@
+
+test-nullgpu: $(NULLGPU)/.installed
+	$(NULLGPU)/bin/pytest -m nullgpu tests/nullgpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
