@@ -34,7 +34,8 @@ def folder(tmp_path_factory) -> Path:
 def run(folder: Path, *words: object, limit: float = 600, gpu: bool = True) -> str:
     """The output of ``megastar WORDS``, which must end with status 0 and write no traceback."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    env.pop("MEGASTAR_TEST_GPU", None)
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):  # set by tests/conftest.py, or by the caller
+        env.pop(name, None)
     if gpu:
         env |= device.environment() | {"PYTHONPATH": f"{device.HERE / 'site'}{os.pathsep}{ROOT}"}
     else:
@@ -61,6 +62,8 @@ def train(folder: Path, shards: Path, name: str, *more: str) -> tuple[Path, str]
     text = run(folder, *words, *SMALL, *more)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] in (6, 9) and any("memory_gib" in row for row in rows)
+    started = json.loads((run_dir / "events.jsonl").read_text().splitlines()[0])
+    assert started["event"] == "started" and started["device"] == "NVIDIA H200"
     return run_dir, text
 
 
@@ -110,8 +113,8 @@ def test_sampling_evaluation_and_report(folder: Path, trained: Path) -> None:
     assert all((folder / name).stat().st_size for name in ("samples.png", "report.html", "weights.safetensors"))
 
 
-def test_linear_probe(folder: Path, trained: Path) -> None:
-    run(folder, "probe", trained, "--block", 1, "--epochs", 1)
+def test_linear_probe(folder: Path, shards: Path, trained: Path) -> None:
+    run(folder, "probe", trained, "--block", 1, "--epochs", 1, "--val-shards", shards, "--limit", 64)
 
 
 def test_doctor(folder: Path) -> None:
