@@ -92,21 +92,24 @@ def check(a: argparse.Namespace) -> None:
 def main(words: list[str]) -> int:
     a = parser().parse(words)
     check(a)
+    from megastar.checkpoint.inspect import inspect, inspect_weights, read_weights_header
     from megastar.utils.logs import shared_console
 
     console = shared_console()
     dtype = a.dtype or "fp32"
     if a.source.is_file() or a.source.suffix in (".safetensors", ".pt", ".pth"):
-        from megastar.checkpoint.convert_weights import convert_file, inspect_file, open_weights
-
         options = {"config": a.config, "image_tokens": a.image_tokens, "image_size": a.image_size or 256}
-        if a.inspect:
-            return 0 if inspect_file(a.source, a.verify, console, **options) else 1
+        if a.inspect and a.source.suffix == ".safetensors":  # without torch
+            header = read_weights_header(a.source)
+            return 0 if inspect_weights(a.source, header, a.verify, console) else 1
+        from megastar.checkpoint.convert_weights import convert_file, open_weights
+
         source = open_weights(a.source, **options)
+        if a.inspect:
+            header = source.cfg, source.provenance, source.shapes
+            return 0 if inspect_weights(a.source, header, a.verify, console) else 1
         result = convert_file(source, a.to, a.out, dtype=dtype, tokenizer=a.tokenizer, force=a.force, console=console)
     elif a.inspect:
-        from megastar.checkpoint.inspect import inspect
-
         return 0 if inspect(a.source, a.verify, console) else 1
     else:
         from megastar.checkpoint.convert import convert

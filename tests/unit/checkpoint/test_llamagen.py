@@ -111,7 +111,7 @@ def test_a_network_goes_back_as_it_came(network, tmp_path, yaml_file, capsys):
     own.write_bytes(data)
     assert convert(own, "--inspect", "--verify") == 1
     (tmp_path / "w.json").unlink()
-    assert "w.json is missing" in refused(capsys, own, "--inspect", "--verify")
+    assert "w.json does not exist" in refused(capsys, own, "--inspect", "--verify")
 
 
 def meta(**sizes) -> dict[str, torch.Tensor]:
