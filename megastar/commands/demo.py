@@ -14,6 +14,7 @@ from megastar.config.files import REPOSITORY
 from megastar.config.load import diff_configs, load_config
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
+from megastar.run_dir import layout
 
 CONFIG = "configs/run/demo.yaml"
 PICTURES = "assets/emoji64/emoji64.tar"
@@ -104,7 +105,7 @@ class Demo:
         from megastar.commands._launch import launch
         from megastar.run_dir.checkpoint_dir import folder_of, latest, name_of
 
-        saved, newest = Path(self.cfg.run) / "config.yaml", latest(folder_of(self.cfg))
+        saved, newest = Path(self.cfg.run) / layout.CONFIG, latest(folder_of(self.cfg))
         unchanged = saved.is_file() and not diff_configs(load_config(saved), self.cfg)
         if unchanged and newest is not None and newest.name == name_of(self.cfg.train.steps):
             self.console.print(f"{self.cfg.run} is complete: {self.cfg.train.steps} steps", highlight=False)
@@ -130,7 +131,7 @@ class Demo:
         blocks, made = [], []
         for name, weights in sources.items():
             model, provenance = read_model_metadata(weights)
-            file = self.folder / "samples" / f"{weights.stem}-{fingerprint(weights)}-{self.samples}.npz"
+            file = self.folder / layout.SAMPLES / f"{weights.stem}-{fingerprint(weights)}-{self.samples}.npz"
             if not file.is_file():
                 self.console.print(f"{name}: {weights}", highlight=False)
                 images = sample_images(
@@ -171,7 +172,7 @@ class Demo:
     def report(self, scores: dict[str, Any]) -> None:
         from rich.table import Table
 
-        first, last = ends_of(Path(self.cfg.run) / "metrics.jsonl")
+        first, last = ends_of(Path(self.cfg.run) / layout.METRICS)
         training = Table("this run", "step", *SHOWN, title="training")
         for name, row in (("first", first), ("last", last)):
             training.add_row(name, str(row.get("step", "")), *(f"{row[k]:.4g}" if k in row else "" for k in SHOWN))

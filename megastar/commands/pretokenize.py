@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 from typing import TYPE_CHECKING
 
-from megastar.commands._common import Parser, is_launched, main_console, natural, positive
+from megastar.commands._common import Parser, is_launched, main_console, natural, own_device, place_of, positive
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,34 +63,15 @@ def main(words: list[str]) -> int:
         from megastar.commands._launch import launch
 
         return launch(a.nproc, ["pretokenize", *words])
-    from megastar.data.pretokenize.runner import pretokenize
+    from megastar.data.pretokenize import runner
 
-    pretokenize(
-        a.source,
-        a.subset,
-        a.tokenizer,
-        a.out,
-        crops=a.crops,
-        shard_size=a.shard_size,
-        layout=a.layout,
-        workers=a.workers,
-        device=own_device(a.device),
-        dtype=a.dtype,
-        batch=a.batch,
-        seed=a.seed,
-        console=console,
-    )
+    if place_of(os.environ)[0]:  # rank 0 reports the result
+        runner.logger.setLevel(logging.ERROR)
+    names = ("crops", "shard_size", "layout", "workers", "dtype", "batch", "seed")
+    options = {name: getattr(a, name) for name in names}
+    device = own_device(a.device)
+    runner.pretokenize(a.source, a.subset, a.tokenizer, a.out, device=device, console=console, **options)
     return 0
-
-
-def own_device(name: str) -> str:
-    """Under a launcher, "auto" and "cuda" select the GPU of this process's local rank."""
-    import torch
-
-    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    if name in ("auto", "cuda") and local is not None and torch.cuda.is_available():
-        return f"cuda:{int(local) % torch.cuda.device_count()}"
-    return name
 
 
 def verify(out: str, console: Console) -> int:

@@ -14,6 +14,7 @@ from megastar.config.help import fields_text
 from megastar.config.load import config_yaml, load_tokenizer_config, save_config
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
+from megastar.run_dir import layout
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     provenance |= {"pictures": len(pictures), "scores": scores}
     if cfg.init:
         provenance["init"] = read_tokenizer_metadata(cfg.init)[1]  # provenance of the initial weights
-    save_config(cfg, out / "config.yaml")
+    save_config(cfg, out / layout.CONFIG)
     result = out / "tokenizer.safetensors"
     save_tokenizer(trainer.average, result, provenance | {"config": asdict(cfg)})
     (out / "scores.json").write_text(json.dumps(provenance, indent=1) + "\n")
