@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megastar.checkpoint.find_weights import SHIPPED_WEIGHTS
 from megastar.commands._common import Parser, config_and_overrides, positive
-from megastar.config.files import REPOSITORY
+from megastar.config.files import REPOSITORY, find_file
 from megastar.config.load import diff_configs, load_config
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
@@ -93,7 +94,7 @@ class Demo:
             return None
         scores = json.loads(self.scores_file.read_text())
         same = scores["config"] == asdict(self.cfg) and scores["samples"] == self.samples
-        return scores if same and scores["shipped"] == fingerprint(shipped_weights()) else None
+        return scores if same and scores["shipped"] == fingerprint(find_file(SHIPPED_WEIGHTS)) else None
 
     def pretokenize(self) -> None:
         from megastar.data.pretokenize.runner import pretokenize
@@ -102,6 +103,8 @@ class Demo:
             pretokenize(PICTURES, subset, self.cfg.data.tokenizer, out, console=self.console)
 
     def train(self) -> int:
+        import torch
+
         from megastar.commands._launch import launch
         from megastar.run_dir.checkpoint_dir import folder_of, latest, name_of
 
@@ -110,7 +113,7 @@ class Demo:
         if unchanged and newest is not None and newest.name == name_of(self.cfg.train.steps):
             self.console.print(f"{self.cfg.run} is complete: {self.cfg.train.steps} steps", highlight=False)
             return 0
-        return launch(self.nproc or default_processes(), ["train", CONFIG, *self.overrides])
+        return launch(self.nproc or min(2, torch.cuda.device_count()) or 2, ["train", CONFIG, *self.overrides])
 
     def sample(self) -> list[tuple[str, Path, dict[str, Any]]]:
         """(name, .npz of images, provenance) of this run and of the shipped weights; writes the grid of both."""
@@ -126,7 +129,7 @@ class Demo:
         rng = np.random.default_rng([seed, 1])
         labels = rng.choice(labels_of(self.cfg.data.shards), self.samples).tolist()
         sources = {"this run": find_weights(self.cfg.run).file}
-        if shipped := shipped_weights():
+        if shipped := find_file(SHIPPED_WEIGHTS):
             sources["shipped weights"] = shipped
         blocks, made = [], []
         for name, weights in sources.items():
@@ -165,7 +168,7 @@ class Demo:
             result = json.loads(out.read_text())
             rows[name] = {k: result[k] for k in ("metric", "value", "floor")} | {"step": provenance["step"]}
         scores = {"rows": rows, "samples": self.samples, "config": asdict(self.cfg)}
-        scores["shipped"] = fingerprint(shipped_weights())
+        scores["shipped"] = fingerprint(find_file(SHIPPED_WEIGHTS))
         write_atomic(self.scores_file, (json.dumps(scores, indent=1) + "\n").encode())
         return scores
 
@@ -196,20 +199,6 @@ def ends_of(metrics: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     rows = [r for r in read_jsonl(metrics) if "loss" in r] or [{}]
     return rows[0], rows[-1]
-
-
-def default_processes() -> int:
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return min(2, gpus) if gpus else 2
-
-
-def shipped_weights() -> Path | None:
-    from megastar.checkpoint.find_weights import SHIPPED_WEIGHTS
-
-    path = Path(SHIPPED_WEIGHTS)
-    return path if path.is_file() else None
 
 
 def fingerprint(path: Path | None) -> str:

@@ -40,9 +40,8 @@ def parser() -> Parser:
     p.add_argument("--upload", default="", metavar="URL", help="train.upload: write a small object and remove it")
     p.add_argument("--nproc", type=positive, default=1, help="local processes (default 1); ignored under a launcher")
     p.add_argument(
-        "--patience", type=seconds(1, 3600), default=60.0, metavar="SECONDS",
-        help="time limit of each check",
-    )  # fmt: skip
+        "--patience", type=seconds(1, 3600), default=60.0, metavar="SECONDS", help="time limit of each check"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return p
 
@@ -92,11 +91,8 @@ def show(report: Report) -> None:
     console.print(table_of(report))
     levels = [a.finding.level for a in report.answers]
     count = {level: levels.count(level) for level in ("failure", "warning")}
-    if not any(count.values()):
-        console.print(f"{len(report.nodes)} node(s), nothing wrong")
-        return
     summary = ", ".join(f"{n} {level}{'s' * (n > 1)}" for level, n in count.items() if n)
-    console.print(f"{len(report.nodes)} node(s): {summary}")
+    console.print(f"{len(report.nodes)} node(s): {summary or 'no problems'}")
 
 
 def table_of(report: Report) -> Table:
@@ -118,12 +114,7 @@ def table_of(report: Report) -> Table:
         f = answer.finding
         where = [Text("" if answer.everywhere else compact(answer.nodes))] if differing else []
         name = f.name if f.name != before else ""
-        table.add_row(
-            Text(name),
-            Text(f.level, colours[f.level]),
-            *where,
-            Text(f.finding),
-            *([Text(f.remedy)] if has_remedies else []),
-        )
+        remedy = [Text(f.remedy)] if has_remedies else []
+        table.add_row(Text(name), Text(f.level, colours[f.level]), *where, Text(f.finding), *remedy)
         before = f.name
     return table

@@ -257,14 +257,9 @@ def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], bes
     from megastar.parallel.cost import ASSUMPTIONS, step_flops
 
     def one(p: Plan) -> dict[str, Any]:
-        fields = {k: v for k, v in dataclasses.asdict(p).items() if k != "zero"}
-        derived = {"total": p.total, "fits": p.fits, "seconds": p.seconds}
-        return (
-            {"zero": p.zero.label, "deepspeed": p.zero.file}
-            | derived
-            | fields
-            | {"images_per_s": cfg.train.global_batch / p.seconds, "overrides": p.overrides}
-        )
+        derived = {"total": p.total, "fits": p.fits, "seconds": p.seconds, "overrides": p.overrides}
+        derived |= {"images_per_s": cfg.train.global_batch / p.seconds}
+        return dataclasses.asdict(p) | derived | {"zero": p.zero.label, "deepspeed": p.zero.file}
 
     return {
         "model": cfg.model.name,

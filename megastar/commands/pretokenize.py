@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
-from typing import TYPE_CHECKING
 
-from megastar.commands._common import Parser, is_launched, main_console, natural, own_device, place_of, positive
+from megastar.commands import data
+from megastar.commands._common import (
+    Parser,
+    is_launched,
+    logging_options,
+    main_console,
+    natural,
+    own_device,
+    place_of,
+    positive,
+)
 from megastar.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 EXAMPLES = """
 megastar pretokenize assets/emoji64/emoji64.tar --subset train --tokenizer assets/tokenizer/emoji64-vq.safetensors \\
@@ -48,15 +53,18 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the encoder")
     p.add_argument("--batch", type=natural, default=0, help="crops per encoder call; 0: by device and size")
     p.add_argument("--seed", type=natural, default=0, help="seed of the order of the images")
-    p.add_argument("--verify", action="store_true", help="only verify the finished set in --out")
+    p.add_argument(
+        "--verify",
+        action="store_true",
+        help="only run megastar data verify on --out; exit status 2 if a shard is damaged",
+    )
     return p
 
 
 def main(words: list[str]) -> int:
     a = parser().parse(words)
-    console = main_console()
     if a.verify:
-        return verify(a.out, console)
+        return 2 if data.main(["verify", a.out, *logging_options()]) else 0
     if a.source is None or a.tokenizer is None:
         raise UserError("pretokenize needs SOURCE and --tokenizer; see megastar pretokenize --help")
     if a.nproc > 1 and not is_launched(os.environ):
@@ -67,28 +75,7 @@ def main(words: list[str]) -> int:
 
     if place_of(os.environ)[0]:  # rank 0 reports the result
         runner.logger.setLevel(logging.ERROR)
-    names = ("crops", "shard_size", "layout", "workers", "dtype", "batch", "seed")
-    options = {name: getattr(a, name) for name in names}
-    device = own_device(a.device)
-    runner.pretokenize(a.source, a.subset, a.tokenizer, a.out, device=device, console=console, **options)
+    options = {k: getattr(a, k) for k in ("crops", "shard_size", "layout", "workers", "dtype", "batch", "seed")}
+    options |= {"device": own_device(a.device), "console": main_console()}
+    runner.pretokenize(a.source, a.subset, a.tokenizer, a.out, **options)
     return 0
-
-
-def verify(out: str, console: Console) -> int:
-    """Report the damaged shards of a finished set and how to restore them; returns the exit status."""
-    from megastar.data.shards import verify as check
-    from megastar.data.shards.manifest import load_manifest
-
-    m = load_manifest(out)
-    if not (problems := check.verify(out, progress=console)):
-        text = f"{out}: {m.samples} images in {len(m.shards)} shards match the manifest"
-        console.print(text, markup=False, soft_wrap=True)
-        return 0
-    for problem in problems:
-        console.print(str(problem), markup=False, soft_wrap=True)
-    broken = list(dict.fromkeys(problem.shard for problem in problems))
-    names = " ".join(map(shlex.quote, broken))
-    raise UserError(
-        f"{out}: {len(broken)} of {len(m.shards)} shards are damaged: remove them (cd {shlex.quote(str(out))} && rm -f "
-        f"{names}) and repeat the command that wrote them, which writes missing shards only"
-    )

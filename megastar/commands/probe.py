@@ -96,26 +96,11 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
     if not shards:
         raise UserError(f"--shards is missing: {source} is a weights file, which records no training shards")
     model, _ = load_model(found.file, pick_device(a.device))
-    result = linear_probe(
-        model,
-        *centre_codes(shards, a.limit),
-        *centre_codes(a.val_shards, a.limit),
-        block=a.block,
-        positions=a.positions,
-        epochs=a.epochs,
-        batch=a.batch,
-        lr=a.lr,
-        optimizer=a.optimizer,
-        seed=a.seed,
-        cache=a.cache,
-        console=console,
-    )
-    return result | {
-        "weights": str(found.file),
-        "weights_sha256": sha256(found.file),
-        "shards": str(shards),
-        "val_shards": a.val_shards,
-    }
+    options = {k: getattr(a, k) for k in ("block", "positions", "epochs", "batch", "lr", "optimizer", "seed", "cache")}
+    train, val = centre_codes(shards, a.limit), centre_codes(a.val_shards, a.limit)
+    result = linear_probe(model, *train, *val, console=console, **options)
+    weights = {"weights": str(found.file), "weights_sha256": sha256(found.file)}
+    return result | weights | {"shards": str(shards), "val_shards": a.val_shards}
 
 
 def read_probe(path: str) -> dict[str, Any]:
