@@ -43,13 +43,11 @@ class Parser(argparse.ArgumentParser):
         )
         level = self.add_argument_group("logging").add_mutually_exclusive_group()
         level.add_argument("-v", "--verbose", action="store_true", help="log debug messages too (level DEBUG)")
-        level.add_argument(
-            "-q",
-            "--quiet",
-            action="store_true",
-            help="log warnings and errors only, show no progress bars (level WARNING); without -v and -q the level is "
-            "$MEGASTAR_LOG_LEVEL, one of DEBUG, INFO, WARNING, ERROR (default INFO)",
+        quiet = (
+            "log warnings and errors only, show no progress bars (level WARNING); without -v and -q the level is "
+            "$MEGASTAR_LOG_LEVEL, one of DEBUG, INFO, WARNING, ERROR (default INFO)"
         )
+        level.add_argument("-q", "--quiet", action="store_true", help=quiet)
 
     def parse(self, words: list[str], console: Console | None = None) -> argparse.Namespace:
         """Parse ``words`` and configure logging to ``console`` (default: standard output, with --json standard error)."""

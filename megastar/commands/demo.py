@@ -157,7 +157,7 @@ class Demo:
     def evaluate(self, made: list[tuple[str, Path, dict[str, Any]]]) -> dict[str, Any]:
         from megastar.evaluation.runner import evaluate
         from megastar.utils.device import pick_device
-        from megastar.utils.files import write_atomic
+        from megastar.utils.files import write_json
 
         rows = {}
         for name, file, provenance in made:
@@ -169,7 +169,7 @@ class Demo:
             rows[name] = {k: result[k] for k in ("metric", "value", "floor")} | {"step": provenance["step"]}
         scores = {"rows": rows, "samples": self.samples, "config": asdict(self.cfg)}
         scores["shipped"] = fingerprint(find_file(SHIPPED_WEIGHTS))
-        write_atomic(self.scores_file, (json.dumps(scores, indent=1) + "\n").encode())
+        write_json(self.scores_file, scores)
         return scores
 
     def report(self, scores: dict[str, Any]) -> None:

@@ -28,9 +28,9 @@ megastar doctor --json                                      for scripts
 def parser() -> Parser:
     p = Parser(
         "doctor",
-        "Check versions, driver, GPUs, memory, limits, disks and S3 of this node; under srun or torchrun those of all "
-        "nodes, their clocks, equal versions and all-reduce bandwidth. Exit status 1 if a check fails. Changes "
-        "nothing; files written to measure a disk are removed.",
+        "Check versions, driver, GPUs, memory, limits, disks and S3 of this node. Under srun or torchrun, check all "
+        "nodes, compare their clocks and versions, and measure the all-reduce bandwidth. Exit status 1 if a check fails. "
+        "Changes nothing: files written to measure a disk are removed.",
         EXAMPLES,
     )
     # A positional, because torchrun parses --run as an abbreviation of its own --run-path.
@@ -69,7 +69,9 @@ def main(words: list[str]) -> int:
     if report is not None:
         status = int(report.failed)
         if args.json:
-            print(json.dumps(as_json(report), indent=1))
+            checks = [a.as_dict() for a in report.answers]
+            content = {"ok": not report.failed, "nodes": report.nodes, "ranks": report.ranks, "checks": checks}
+            print(json.dumps(content, indent=1))
         else:
             show(report)
     if hung:  # a thread that waits for a disk or a GPU would keep the process alive
@@ -77,11 +79,6 @@ def main(words: list[str]) -> int:
         sys.stderr.flush()
         os._exit(status)
     return status
-
-
-def as_json(report: Report) -> dict[str, object]:
-    answers = [a.as_dict() for a in report.answers]
-    return {"ok": not report.failed, "nodes": report.nodes, "ranks": report.ranks, "checks": answers}
 
 
 def show(report: Report) -> None:

@@ -27,10 +27,10 @@ megastar pretokenize val.txt --tokenizer data/tokenizer/vq16.safetensors --out d
 sbatch --array=0-15 slurm/pretokenize.sh s3://bucket/images --tokenizer ... --out ...
 megastar pretokenize --verify --out data/imagenet256/train
 SOURCE: a folder with one subfolder per class (ImageFolder); a list (.txt, .tsv) with path<TAB>class on each line; or a
-tar, a folder of tars or s3://bucket/prefix of tars that hold one folder per class, KEY.jpg and KEY.cls (WebDataset), one
-class per tar, or such tars themselves (ILSVRC2012_img_train.tar).
+tar, a folder of tars or s3://bucket/prefix of tars. A tar holds one folder per class, KEY.jpg and KEY.cls (WebDataset),
+the images of one class, or one tar per class (ILSVRC2012_img_train.tar).
 Any number of processes may run the same command at the same time: --nproc, torchrun, srun, a job array, or several
-machines. Each takes the next unfinished shard; the output is identical to the byte. Repeating a command resumes it.
+machines. Each takes the next unfinished shard; the output is byte-identical. Repeating a command resumes it.
 """
 
 
@@ -40,11 +40,8 @@ def parser() -> Parser:
     p.add_argument("--tokenizer", help="tokenizer .safetensors")
     p.add_argument("--out", required=True, help="output folder for the shards and manifest.json")
     p.add_argument("--subset", help="use only images in this top-level folder, for example train")
-    p.add_argument(
-        "--crops",
-        default="ten:1.1",
-        help="ten:SCALE (10 crops as in LlamaGen), center-flip, center, or several joined by +",
-    )
+    crops = "ten:SCALE (10 crops as in LlamaGen), center-flip, center, or several joined by +"
+    p.add_argument("--crops", default="ten:1.1", help=crops)
     p.add_argument("--shard-size", type=positive, default=1000, help="images per shard")
     p.add_argument("--layout", default="plain", help="shard layout: plain or packed")
     p.add_argument("--workers", type=natural, default=0, help="decoding threads; 0: one per core")
@@ -53,11 +50,7 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the encoder")
     p.add_argument("--batch", type=natural, default=0, help="crops per encoder call; 0: by device and size")
     p.add_argument("--seed", type=natural, default=0, help="seed of the order of the images")
-    p.add_argument(
-        "--verify",
-        action="store_true",
-        help="only run megastar data verify on --out; exit status 2 if a shard is damaged",
-    )
+    p.add_argument("--verify", action="store_true", help="only verify --out; exit status 2 if a shard is damaged")
     return p
 
 

@@ -96,7 +96,7 @@ def choose_labels(
         return plan_labels(plan, count, chosen, seed)
     pool = np.array([c for c in like if c in set(chosen)])
     if not len(pool):
-        raise UserError(f"--like holds no image of the classes {classes}")
+        raise UserError(f"--like holds no image of the classes {classes}: give classes that it holds")
     order = np.random.default_rng([seed, 1]).permutation(len(pool))
     return [int(c) for c in pool[order[np.arange(count) % len(pool)]]]
 
@@ -109,7 +109,7 @@ def main(words: list[str]) -> int:
         raise UserError("--plan random draws the classes of --count images: give --count, and no --like")
     rank, world, _ = place_of(os.environ)
     if max(world, a.nproc) > 1 and not (a.npz or a.folder or a.score):
-        raise UserError("several processes share a folder: give --npz or --folder, or --score")
+        raise UserError("several processes need a shared output: give --npz, --folder or --score")
     if bool(a.score) != bool(a.real):
         raise UserError("--score (the output file) and --real (the reference images) must be given together")
     if a.score and (a.npz or a.out):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -70,6 +69,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     from megastar.tokenizer.io import read_tokenizer_metadata, save_tokenizer
     from megastar.tokenizer.train import TokenizerTrainer
     from megastar.utils.device import pick_device, pick_dtype
+    from megastar.utils.files import write_json
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -95,7 +95,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     save_config(cfg, out / layout.CONFIG)
     result = out / "tokenizer.safetensors"
     save_tokenizer(trainer.average, result, provenance | {"config": asdict(cfg)})
-    (out / "scores.json").write_text(json.dumps(provenance, indent=1) + "\n")
+    write_json(out / "scores.json", provenance)
     return result, scores
 
 

@@ -219,7 +219,7 @@ def test_other_contents_are_told(tmp_path, capsys):
         assert sentence in refused(capsys, *words, *more)
     assert "needs a run's checkpoint" in refused(capsys, path, "--to", "universal", "--out", tmp_path / "u")
     told = refused(capsys, tmp_path, "--to", "safetensors", "--out", tmp_path / "u", "--config", path)
-    assert "--config applies to a .pt file of LlamaGen" in told
+    assert "--config applies only to a .pt file of LlamaGen" in told
 
 
 # Tokenizers --------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_train_help_shows_the_fields(capsys):
         (["convert", "nowhere", "--inspect"], "no complete checkpoint in nowhere: name a run folder or a folder"),
         (["sample", "--like", "codes"], "--like sets the class frequencies of --count images: give --count too"),
         (["sample", "--plan", "random"], "--plan random draws the classes of --count images: give --count, and no"),
-        (["sample", "--nproc", "2"], "several processes share a folder: give --npz or --folder"),
+        (["sample", "--nproc", "2"], "several processes need a shared output: give --npz, --folder or"),
         (["sample", "no.safetensors"], "weights no.safetensors do not exist"),
         (["evaluate", "--real", "x"], "give either images to score or --tokenizer; see megastar evaluate --help"),
         (["evaluate", "a", "--tokenizer", "t", "--real", "x"], "give either images to score or --tokenizer"),
