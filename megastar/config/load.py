@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Collection, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,7 +17,10 @@ from megastar.config.files import find_file, read_yaml, require_file
 from megastar.config.schema import RunConfig, TokenizerTrainConfig
 from megastar.config.validate import Problem, divisors, find_problems, words
 from megastar.errors import UserError
+from megastar.utils.files import write_atomic
 
+T = TypeVar("T")
+AnyConfig = RunConfig | TokenizerTrainConfig | CompareConfig
 NOT_IN_METHOD = ("base", "method", "run", "model", "data")  # they belong to one run
 
 
@@ -32,22 +33,22 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     ``method=FILE`` removes the file's method and, like any override, wins over the file's own fields. Named files are
     found from the working directory or a parent of the YAML file. Raises one ``UserError`` that lists every problem.
     """
-    return cast(RunConfig, _load_file(path, overrides, RunConfig))
+    return _load_file(path, overrides, RunConfig)
 
 
 def load_tokenizer_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TokenizerTrainConfig:
     """``load_config`` for ``megastar train-tokenizer``."""
-    return cast(TokenizerTrainConfig, _load_file(path, overrides, TokenizerTrainConfig))
+    return _load_file(path, overrides, TokenizerTrainConfig)
 
 
 def load_compare_config(path: str | Path | None, overrides: Sequence[str] = ()) -> CompareConfig:
     """``load_config`` for ``megastar compare``."""
-    return cast(CompareConfig, _load_file(path, overrides, CompareConfig))
+    return _load_file(path, overrides, CompareConfig)
 
 
 def override_config(cfg: RunConfig, overrides: Sequence[str], where: str) -> RunConfig:
     """``cfg`` with ``a.b=c`` overrides, checked; ``where`` begins the sentence about a problem."""
-    return cast(RunConfig, _load(asdict(cfg), overrides, RunConfig, where, None))
+    return _load(asdict(cfg), overrides, RunConfig, where, None)
 
 
 def config_from_dict(data: dict[str, Any], near: Path | None = None) -> RunConfig:
@@ -55,10 +56,10 @@ def config_from_dict(data: dict[str, Any], near: Path | None = None) -> RunConfi
 
     ``near`` is the file that ``data`` is from, if any.
     """
-    return cast(RunConfig, _load(data, (), RunConfig, near or "saved configuration", near, files=False))
+    return _load(data, (), RunConfig, near or "saved configuration", near, files=False)
 
 
-def _load_file(path: str | Path | None, overrides: Sequence[str], schema: type) -> Any:
+def _load_file(path: str | Path | None, overrides: Sequence[str], schema: type[T]) -> T:
     near = None if path is None else require_file(path, "configuration")
     return _load({} if near is None else read_yaml(near), overrides, schema, path, near)
 
@@ -68,7 +69,7 @@ def as_run_config(config: RunConfig | str | Path | Mapping[str, Any]) -> RunConf
     if isinstance(config, (str, Path)):
         return load_config(config)
     if isinstance(config, Mapping):
-        return cast(RunConfig, _load(deepcopy(dict(config)), (), RunConfig, "configuration", None))
+        return _load(dict(config), (), RunConfig, "configuration", None)
     if isinstance(config, RunConfig):
         return override_config(config, (), "configuration")
     raise UserError(f"configuration {config!r}: give a RunConfig, the path of a YAML file, or a dict of its sections")
@@ -77,11 +78,11 @@ def as_run_config(config: RunConfig | str | Path | Mapping[str, Any]) -> RunConf
 def _load(
     data: dict[str, Any],
     overrides: Sequence[str],
-    schema: type,
+    schema: type[T],
     where: str | Path | None,
     near: Path | None,
     files: bool = True,
-) -> Any:
+) -> T:
     problems: list[Problem] = []
     includes = _Includes(schema, near, problems, [text.partition("=")[0] for text in overrides])
     data = includes.expand(data, schema)
@@ -92,7 +93,7 @@ def _load(
 
     config = OmegaConf.structured(schema)
     _fill(config, data, schema, "", _leaves(schema), problems)
-    cfg = OmegaConf.to_object(config)
+    cfg = cast(T, OmegaConf.to_object(config))
     invalid = {name for problem in problems for name in problem.fields}
     problems += [p for p in find_problems(cfg) if not any(_concerns(p, b) for b in invalid)]
     run = cfg.base if isinstance(cfg, CompareConfig) else cfg
@@ -322,21 +323,15 @@ def resolve_batch(cfg: RunConfig, world_size: int) -> tuple[int, int]:
     return micro, per_rank // micro
 
 
-def config_yaml(cfg: RunConfig | TokenizerTrainConfig | CompareConfig) -> str:
+def config_yaml(cfg: AnyConfig) -> str:
     """Every field, so that the text means the same under later defaults."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))
 
 
-def save_config(cfg: RunConfig | TokenizerTrainConfig | CompareConfig, path: str | Path) -> None:
-    """Write ``config_yaml`` atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as f:
-        f.write(config_yaml(cfg))
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+def save_config(cfg: AnyConfig, path: str | Path) -> None:
+    """Write ``config_yaml`` atomically; parent folders are created."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(Path(path), config_yaml(cfg).encode())
 
 
 def diff_configs(a: Any, b: Any, ignore: Collection[str] = ()) -> list[str]:

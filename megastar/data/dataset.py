@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import Dataset
 
 from megastar.config.schema import DataConfig
-from megastar.data.loader import read_checked
 from megastar.data.shards.manifest import Manifest, load_manifest
 from megastar.data.shards.reader import ShardSet
 from megastar.errors import UserError
@@ -72,15 +71,15 @@ class TokenDataset(Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Some samples at once: how ``DataLoader`` asks for a batch."""
-        n, m = len(self), self.manifest
+        n = len(self)
         for i in indices:
             if not -n <= i < n:
                 raise IndexError(f"sample {i} is outside the {n} samples of {self.path}")
         ids = np.asarray([i % n for i in indices], np.int64)
         views = np.tile(self._views, (len(ids), 1))
         if self._drawn:
-            views = torch.rand(len(ids), m.views).argsort(1)[:, : self._drawn].numpy()
-        codes, labels = read_checked(self._open(), ids, views, m.codebook_size, len(m.classes))
+            views = torch.rand(len(ids), self.manifest.views).argsort(1)[:, : self._drawn].numpy()
+        codes, labels = self._open().gather(ids, views)
         rows = torch.from_numpy(codes.astype(np.int64))
         return [{"codes": c, "label": int(y), "id": int(i)} for c, y, i in zip(rows, labels, ids, strict=True)]
 

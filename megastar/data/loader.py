@@ -19,7 +19,7 @@ from megastar.data.order import OrderSpec, sample_ids, shards_from, slot_of
 from megastar.data.prefetch import Batch, ReadAhead, ToDevice
 from megastar.data.shards.manifest import Manifest
 from megastar.data.shards.reader import ShardSet
-from megastar.data.storage.protocol import is_remote
+from megastar.data.storage.store import is_remote
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
 
@@ -92,8 +92,8 @@ class TokenLoader:
     ):
         self.shards, self.views, self.seed = shards, cfg.views, cfg.train.seed
         self.global_batch, self.accumulation, self.rank, self.world = cfg.train.global_batch, accumulation, rank, world
-        self.num_classes, self.vocab_size = cfg.model.num_classes, cfg.model.vocab_size
-        self.class_dropout_prob, window = cfg.model.class_dropout_prob, cfg.data.window
+        self.num_classes, self.class_dropout_prob = cfg.model.num_classes, cfg.model.class_dropout_prob
+        window = cfg.data.window
         manifest = shards.manifest
         check_manifest(manifest, cfg.model, None, cfg.views)
         if self.global_batch < 1 or self.global_batch % (world * accumulation):
@@ -160,7 +160,7 @@ class TokenLoader:
         rows = [self._rows(step, micro) for step, micro in micros]
         ids, epochs = (np.concatenate(column) for column in zip(*rows, strict=True))
         views = draw_views(self.seed, epochs, ids, self.shards.manifest.views, self.views)
-        codes, true_labels = read_checked(self.shards, ids, views, self.vocab_size, self.num_classes)
+        codes, true_labels = self.shards.gather(ids, views)
         dropped = draw_label_drop(self.seed, epochs, ids, self.class_dropout_prob)
         columns = {
             "codes": codes.view(np.int16),  # (n * b, M, T)
@@ -264,26 +264,7 @@ def validation_batches(
     batches = []
     shards.store.read_ahead(m.shards[: int(np.searchsorted(shards.starts, n))])
     for ids in np.array_split(np.arange(n), pieces)[rank::world]:
-        codes, labels = read_checked(shards, ids, np.full((len(ids), 1), chosen), m.codebook_size, len(m.classes))
+        codes, labels = shards.gather(ids, np.full((len(ids), 1), chosen))
         row = {"codes": torch.from_numpy(codes.astype(np.int64)), "labels": torch.from_numpy(labels)}
         batches.append(row | {"ids": torch.from_numpy(ids)})
     return batches
-
-
-def read_checked(
-    shards: ShardSet, ids: np.ndarray, views: np.ndarray, vocab_size: int, num_classes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """ids (b,), views (b, M) -> codes (b, M, T) uint16, labels (b,) int64. Raises ``UserError`` for one out of range."""
-    codes, labels = shards.gather(ids, views)
-    if codes.size and codes.max() >= vocab_size:
-        row = int(np.argmax(codes.max(axis=(1, 2))))
-        raise UserError(
-            f"{shards.where(int(ids[row]))} of {shards.folder} holds code {codes[row].max()}, outside the vocabulary of {vocab_size}: pretokenize again"
-        )
-    outside = (labels < 0) | (labels >= num_classes)
-    if outside.any():
-        row = int(np.argmax(outside))
-        raise UserError(
-            f"{shards.where(int(ids[row]))} of {shards.folder} has class {labels[row]}, outside 0 to {num_classes - 1}: correct its class, or set model.num_classes"
-        )
-    return codes, labels

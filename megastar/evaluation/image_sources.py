@@ -16,8 +16,8 @@ import torch
 
 from megastar.data.images.dataset import ImageError, ImageSet, center_crop
 from megastar.data.shards.reader import ShardSet
-from megastar.data.storage.protocol import is_remote
 from megastar.data.storage.shard_info import MANIFEST
+from megastar.data.storage.store import is_remote
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.utils.files import sha256

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from megastar.data.images import sources
 from megastar.data.images.listing import SUFFIXES, Listing, key_of
 from megastar.data.images.tars import RemoteTars, Report
-from megastar.data.storage.protocol import is_remote
+from megastar.data.storage.store import is_remote
 from megastar.errors import UserError
 
 MAX_PIXELS = 40_000_000  # checked in the header, before decoding

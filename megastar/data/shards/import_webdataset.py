@@ -19,9 +19,8 @@ from megastar.data.shards.index import ShardIndex, pack_index
 from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, is_plain_name, parse_manifest
 from megastar.data.shards.sample_parser import Expected, Samples, check_classes, check_codes, check_layout, find_samples
 from megastar.data.shards.tar_reader import shown
-from megastar.data.storage.protocol import Store
 from megastar.data.storage.shard_info import MANIFEST, ShardInfo, index_name
-from megastar.data.storage.store import open_store
+from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
 from megastar.tokenizer.io import read_tokenizer_metadata, tokenizer_hash
 from megastar.utils.progress_bar import progress_bar
@@ -51,7 +50,7 @@ def index_webdataset(
         crops: how the views were cut, if known (``ten:1.1``, ...); it determines the centre view.
 
     A set that was indexed before is indexed again. Raises ``UserError``, naming file and member, for a set that cannot
-    be trained on (no shards or samples, arrays of different shapes, codes outside the code book, a missing or unknown
+    be trained on (no shards or samples, arrays of different shapes, codes outside the codebook, a missing or unknown
     class, a duplicate key, a cut tar), and for a set written by pretokenize.
     """
     check_layout(layout)
@@ -66,7 +65,7 @@ def index_webdataset(
         codebook_size, image_size = config.codebook_size, config.image_size
         tokenizer_sha256, grid = tokenizer_hash(tokenizer), grid or config.grid
     if codebook_size is None:
-        raise UserError(f"the code book of {where} is unknown: give its tokenizer, or codebook_size")
+        raise UserError(f"the codebook of {where} is unknown: give its tokenizer, or codebook_size")
     if not 1 <= codebook_size <= MAX_CODEBOOK:
         raise UserError(f"codebook_size {codebook_size} must be 1 to {MAX_CODEBOOK}")
     if grid is not None and not 1 <= grid <= 1024:

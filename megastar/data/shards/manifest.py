@@ -11,9 +11,8 @@ import numpy as np
 
 from megastar.config.schema import DataConfig
 from megastar.data.shards.sample_parser import DTYPES, LAYOUTS, Expected
-from megastar.data.storage.protocol import Store
 from megastar.data.storage.shard_info import MANIFEST, ShardInfo
-from megastar.data.storage.store import open_store
+from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
 
 FORMAT = 1
@@ -116,7 +115,7 @@ def _problem(m: Manifest) -> str:
     if not 1 <= m.views <= MAX_VIEWS or m.tokens > 2**20:
         return f"declares {m.views} views of {m.tokens} tokens"
     if not 1 <= m.codebook_size <= MAX_CODEBOOK:
-        return f"has a code book of {m.codebook_size}, not of 1 to {MAX_CODEBOOK} codes"
+        return f"has a codebook of {m.codebook_size}, not of 1 to {MAX_CODEBOOK} codes"
     if m.samples != sum(m.shard_sizes):
         return f"declares {m.samples} samples, its shards {sum(m.shard_sizes)}"
     if m.samples < 1:

@@ -21,9 +21,8 @@ from megastar.data.shards.index import ShardIndex, pack_index, unpack_index
 from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, parse_manifest
 from megastar.data.shards.sample_parser import DTYPES, find_samples
 from megastar.data.shards.tar_reader import AGAIN
-from megastar.data.storage.protocol import is_remote
 from megastar.data.storage.shard_info import ShardInfo
-from megastar.data.storage.store import open_store
+from megastar.data.storage.store import is_remote, open_store
 from megastar.errors import UserError
 
 RESIDENT = 128 << 20  # bytes of shards to read through maps, which count as memory of this process
@@ -87,7 +86,10 @@ class ShardSet:
         return self._as_codes(codes.reshape(m.views, m.tokens)), int(index.labels[sample]), sample_id
 
     def gather(self, ids: Sequence[int] | np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """ids (B,), view numbers (B, M) -> codes (B, M, T) uint16, classes (B,) int64."""
+        """ids (B,), view numbers (B, M) -> codes (B, M, T) uint16, classes (B,) int64.
+
+        Raises ``UserError`` for a code outside the codebook and a class outside those of the manifest.
+        """
         m, (B, M) = self.manifest, views.shape
         ids = np.asarray(ids, np.int64)
         assert ids.shape == (B,) and M, (ids.shape, views.shape)
@@ -105,7 +107,18 @@ class ShardSet:
             ends = cuts[group : group + self._max_open + 1].tolist()
             part = rows[ends[0] : ends[-1]]
             self._gather(part, ordered, ends, ids[part], views[part], codes, labels)
-        return self._as_codes(codes.view(self._dtype).reshape(B, M, m.tokens)), labels
+        found = self._as_codes(codes.view(self._dtype).reshape(B, M, m.tokens))
+        if found.max() >= m.codebook_size:
+            row = int(np.argmax(found.max(axis=(1, 2))))
+            raise self._invalid(ids[row], f"holds code {found[row].max()}, outside the codebook of {m.codebook_size}")
+        if labels.min() < 0 or labels.max() >= len(m.classes):
+            row = int(np.argmax((labels < 0) | (labels >= len(m.classes))))
+            raise self._invalid(ids[row], f"has class {labels[row]}, outside 0 to {len(m.classes) - 1}")
+        return found, labels
+
+    def _invalid(self, sample_id: int, what: str) -> UserError:
+        command = f"`megastar data verify {self.folder}`"
+        return UserError(f"{self.where(sample_id)} of {self.folder} {what}: find all such samples with {command}")
 
     def _gather(
         self,

@@ -125,14 +125,14 @@ def find_samples(
 
 
 def check_codes(tar: mmap.mmap, found: Samples, where: str, codebook_size: int) -> None:
-    """Raise ``UserError`` for a code outside the code book. Reads the whole tar."""
+    """Raise ``UserError`` for a code outside the codebook. Reads the whole tar."""
     held = 0
     for array in found.arrays:
         codes = np.frombuffer(tar, DTYPES[array.dtype], math.prod(array.shape), array.start)
         if codes.max() >= codebook_size or codes.min() < 0:
             wrong = codes.min() if codes.min() < 0 else codes.max()
             raise UserError(
-                f"token shard {where}: {shown(array.name)} holds code {wrong}, outside the code book of {codebook_size}: give the tokenizer that made it"
+                f"token shard {where}: {shown(array.name)} holds code {wrong}, outside the codebook of {codebook_size}: give the tokenizer that made it"
             )
         held += codes.nbytes
         if held > _MAX_RESIDENT:

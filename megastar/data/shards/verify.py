@@ -19,9 +19,8 @@ from megastar.data.shards.manifest import Manifest, parse_manifest
 from megastar.data.shards.reader import walk_shard
 from megastar.data.shards.sample_parser import DTYPES
 from megastar.data.storage.errors import StoreUnreachable
-from megastar.data.storage.protocol import Store
 from megastar.data.storage.shard_info import ShardInfo, index_name
-from megastar.data.storage.store import open_store
+from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
 from megastar.utils.progress_bar import progress_bar
 
@@ -120,4 +119,4 @@ def _contents(data: mmap.mmap, index: ShardIndex, manifest: Manifest) -> Iterato
             bad += int(rows.sum())
         data.madvise(mmap.MADV_DONTNEED)
     if bad:
-        yield f"{first}, outside the code book of {manifest.codebook_size} ({bad} such samples)"
+        yield f"{first}, outside the codebook of {manifest.codebook_size} ({bad} such samples)"

@@ -32,7 +32,7 @@ def available_memory() -> int:
 
 
 class S3Store:
-    """``s3://bucket/prefix`` through a cache on the node.
+    """``s3://bucket/prefix`` through a cache on the node, with the methods of ``FolderStore``.
 
     A shard is fetched once a node, however many processes read it. During an outage the readers wait; the first rank
     logs that every ten seconds, and after ``data.patience`` seconds the wait ends with a ``UserError``. While the

@@ -20,7 +20,7 @@ from torch import nn
 from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
 from megastar.config.schema import FaultsConfig, RunConfig
-from megastar.data.storage.protocol import is_remote
+from megastar.data.storage.store import is_remote
 from megastar.engine.context import Context
 from megastar.engine.phase import DATA_EXTRA
 from megastar.engine.student import Student

@@ -116,13 +116,13 @@ def test_codes_and_classes_out_of_range(folder, capsys):
     code = next(int(c) for c in expected[bad[0]][0].ravel() if c >= 45)
     assert reasons == [
         "sample 3 has class 3, outside 0 to 2 (1 such samples)",
-        f"sample {bad[0]} has code {code}, outside the code book of 45 ({len(bad)} such samples)",
+        f"sample {bad[0]} has code {code}, outside the codebook of 45 ({len(bad)} such samples)",
     ]
     assert "holds code" in error(capsys, "data", "stats", str(folder))
     data |= {"codebook_size": V}
     (folder / "manifest.json").write_text(json.dumps(data))
     assert "shard-00000.tar, sample 3 of" in (text := error(capsys, "data", "stats", str(folder)))
-    assert "has class 3, outside 0 to 2: see `megastar data verify" in text
+    assert "has class 3, outside 0 to 2: find all such samples with `megastar data verify" in text
 
 
 # stats -------------------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_what_cannot_be_read(folder, tmp_path):
     with pytest.raises(UserError, match="token shards folder .*none does not exist"):
         TokenDataset(tmp_path / "none")
     narrow = TokenDataset(write_set(tmp_path / "narrow", codebook_size=20))
-    with pytest.raises(UserError, match="outside the vocabulary of 20"):
+    with pytest.raises(UserError, match="outside the codebook of 20"):
         narrow[0]
-    with pytest.raises(UserError, match="outside the vocabulary of 20"):
+    with pytest.raises(UserError, match="outside the codebook of 20"):
         next(iter(DataLoader(narrow, num_workers=1)))

@@ -180,8 +180,8 @@ GOOD = [("a.npy", npy(np.zeros((2, 16), np.uint16))), ("a.cls", b"0")]
         ([GOOD[0], ("a.cls", b"9" * 60)], "x.tar: a.cls is not a class number"),
         ([GOOD[0], ("a.cls", b"9" * 16)], "x.tar: a has class 9999999999999999, outside 0 to 1048575"),
         ([GOOD[0], ("a.cls", b"-1")], "x.tar: a has class -1, outside 0 to"),
-        ([("a.npy", npy(np.full((2, 16), 50))), ("a.cls", b"0")], "a.npy holds code 50, outside the code book of 50"),
-        ([("a.npy", npy(np.full((2, 16), -1))), ("a.cls", b"0")], "a.npy holds code -1, outside the code book of 50"),
+        ([("a.npy", npy(np.full((2, 16), 50))), ("a.cls", b"0")], "a.npy holds code 50, outside the codebook of 50"),
+        ([("a.npy", npy(np.full((2, 16), -1))), ("a.cls", b"0")], "a.npy holds code -1, outside the codebook of 50"),
         (
             [*GOOD, ("b.npy", npy(np.zeros((3, 16), np.uint16))), ("b.cls", b"0")],
             r"b.npy is uint16 of shape \(3, 16\), not",
@@ -238,7 +238,7 @@ def test_settings_and_folders_that_cannot_be(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(UserError, match="a.tar is empty: copy it again, or remove it"):
         index_webdataset(tmp_path, codebook_size=V)
-    with pytest.raises(UserError, match="the code book of .* is unknown: give its tokenizer, or codebook_size"):
+    with pytest.raises(UserError, match="the codebook of .* is unknown: give its tokenizer, or codebook_size"):
         index_webdataset(tmp_path)
     with pytest.raises(UserError, match="codebook_size 70000 must be 1 to 65536"):
         index_webdataset(tmp_path, codebook_size=70000)

@@ -10,17 +10,17 @@ import pytest
 from botocore.exceptions import ClientError, ConnectTimeoutError, IncompleteReadError
 
 from megastar.config.schema import DataConfig
-from megastar.data.order import OrderSpec, epoch_order, shards_from
+from megastar.data.order import OrderSpec, shards_from
 from megastar.data.storage import s3_client
 from megastar.data.storage.errors import Stopped
-from megastar.data.storage.protocol import is_remote
 from megastar.data.storage.s3_client import S3Folder, split_url
 from megastar.data.storage.shard_cache import ShardCache
 from megastar.data.storage.shard_info import ShardInfo
 from megastar.data.storage.stall_timer import StallTimer, run_in_threads
-from megastar.data.storage.store import FolderStore, open_store
+from megastar.data.storage.store import FolderStore, is_remote, open_store
 from megastar.errors import UserError
 from megastar.utils.files import sha256
+from tests.loaders import epoch_order
 
 
 def info(number: int, size: int = 1000) -> ShardInfo:
