@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megastar.config.comparison import CompareConfig
 from megastar.config.deepspeed import deepspeed_problems
 from megastar.config.files import find_file, read_yaml, require_file
-from megastar.config.schema import RunConfig, TokenizerTrainConfig
+from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
 from megastar.config.validate import Problem, divisors, find_problems, words
 from megastar.errors import UserError
 from megastar.utils.files import write_atomic
@@ -293,12 +293,12 @@ def _type_name(hint: Any) -> str:
     return names[hint]
 
 
-def resolve_batch(cfg: RunConfig, world_size: int) -> tuple[int, int]:
+def resolve_batch(train: TrainConfig, tensor_parallel: int, world_size: int) -> tuple[int, int]:
     """(images per rank and forward pass, forward passes per optimizer step) on ``world_size`` ranks.
 
     Raises ``UserError`` when the world size does not divide the batch, naming values that would.
     """
-    tp, batch, micro = cfg.parallel.tensor_parallel, cfg.train.global_batch, cfg.train.micro_batch
+    tp, batch, micro = tensor_parallel, train.global_batch, train.micro_batch
     if world_size % tp:
         raise UserError(
             f"world size {world_size} is not a multiple of parallel.tensor_parallel {tp}: "

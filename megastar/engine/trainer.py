@@ -122,7 +122,7 @@ class Trainer:
         try:
             self.ctx = start(cfg)
             self._leave_if_stopped()
-            resolve_batch(cfg, self.ctx.world)  # before the run folder exists
+            resolve_batch(cfg.train, cfg.parallel.tensor_parallel, self.ctx.world)  # before the run folder exists
             claim_run_folder(cfg, write=self.ctx.main)
             with watch(cfg, self.ctx.rank, self.ctx.world) if self.watchdog else nullcontext():
                 self._build()

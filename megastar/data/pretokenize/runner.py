@@ -262,7 +262,7 @@ class PretokenizeRun:
             with open_writer(tar, self.template.layout) as writer:
                 for batch in encode(places):
                     for (place, i), codes in zip(batch.places, batch.data, strict=True):
-                        image = images.images[i]
+                        image = images[i]
                         writer.add(f"{place:09d}", codes, image.label, image.key)
                     skipped += [{**s, "shard": tar.name} for s in batch.skipped]
                     bar.advance(batch.images)

@@ -20,13 +20,7 @@ from megastar.errors import UserError
 
 LAYOUTS = ("plain", "packed")  # the index stores the position in this tuple
 DTYPES = {
-    "uint16": "<u2",
-    "uint8": "|u1",
-    "int16": "<i2",
-    "int32": "<i4",
-    "int64": "<i8",
-    "uint32": "<u4",
-    "uint64": "<u8",
+    n: np.dtype(n).newbyteorder("<").str for n in ["uint16", "uint8", "int16", "int32", "int64", "uint32", "uint64"]
 }
 _NPY = re.compile(
     rb"\{\s*'descr':\s*'([<|][ui]\d)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d, ]*)\),?\s*\}[ ]*\n?"

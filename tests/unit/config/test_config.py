@@ -200,35 +200,35 @@ def test_bad_files(tmp_path, base):
 # The batch ---------------------------------------------------------------------------------------------------------
 def test_batch_is_split_over_ranks_and_accumulation():
     cfg = RunConfig()
-    assert resolve_batch(cfg, 8) == (32, 1)
+    assert resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 8) == (32, 1)
     cfg.train.micro_batch = 8
-    assert resolve_batch(cfg, 8) == (8, 4)
+    assert resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 8) == (8, 4)
     cfg.parallel.tensor_parallel = 4
-    assert resolve_batch(cfg, 8) == (8, 16)
+    assert resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 8) == (8, 16)
 
 
 def test_world_sizes_that_do_not_fit():
     cfg = RunConfig()
     cfg.train.global_batch = 12
     with pytest.raises(UserError) as caught:
-        resolve_batch(cfg, 5)
+        resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 5)
     assert str(caught.value) == (
         "world size 5 does not divide train.global_batch 12: start 1, 2, 3, 4, 6 or 12 processes, "
         "or set train.global_batch to 10 or 15"
     )
     cfg.train.micro_batch = 4
     with pytest.raises(UserError, match="train.micro_batch 4 does not divide the 6 images .* to 1, 2, 3 or 6"):
-        resolve_batch(cfg, 2)
+        resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 2)
     cfg.parallel.tensor_parallel = 2
     with pytest.raises(
         UserError, match="world size 3 is not a multiple of parallel.tensor_parallel 2: start 2, 4 or 8"
     ):
-        resolve_batch(cfg, 3)
+        resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 3)
     cfg.train.micro_batch = 0
     with pytest.raises(
         UserError, match=r"world size 10 / tensor_parallel 2 = 5 data ranks does not .* start 2, 4, 6, 8, 12 or 24"
     ):
-        resolve_batch(cfg, 10)
+        resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 10)
 
 
 # The tokenizer's configuration -------------------------------------------------------------------------------------
