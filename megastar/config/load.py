@@ -240,7 +240,7 @@ def _fill(
             if isinstance(value, dict):
                 _fill(config, value, cast(type, hint), name + ".", leaves, problems)
             elif value is not None:
-                problems.append(Problem(f"{name} = {value!r}: is a section, write {name}.field: value", (name,)))
+                problems.append(Problem(f"{name} = {value!r}: is a section; write {name}.field: value", (name,)))
         elif get_origin(hint) is dict:
             _fill_named(config, value, get_args(hint)[1], name, leaves, problems)
         else:
@@ -260,14 +260,14 @@ def _fill_named(
     """Sections that the user names; an empty value means no sections."""
     value = {} if value is None else value
     if not isinstance(value, dict):
-        problems.append(Problem(f"{name} = {value!r}: holds sections, write {name}.NAME.field: value", (name,)))
+        problems.append(Problem(f"{name} = {value!r}: contains sections; write {name}.NAME.field: value", (name,)))
         return
     for key, section in value.items():
         OmegaConf.select(config, name)[str(key)] = schema()
         if isinstance(section, dict):
             _fill(config, section, schema, f"{name}.{key}.", leaves, problems)
         elif section is not None:
-            problems.append(Problem(f"{name}.{key} = {section!r}: is a section, write {name}.{key}.field: value", ()))
+            problems.append(Problem(f"{name}.{key} = {section!r}: is a section; write {name}.{key}.field: value", ()))
 
 
 def _unknown(key: str, prefix: str, siblings: list[str], leaves: list[str]) -> str:

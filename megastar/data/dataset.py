@@ -50,11 +50,9 @@ class TokenDataset(Dataset[dict[str, Any]]):
         self._drawn = views if isinstance(views, int) else 0
         self._views = np.arange(stored) if views is None or isinstance(views, int) else np.array(views, np.int64)
         if isinstance(views, int) and not 1 <= views <= stored:
-            raise UserError(
-                f"views is {views}: the shards in {path} store {stored} views of an image, draw 1 to {stored}"
-            )
+            raise UserError(f"views = {views}: the shards in {path} store {stored} views per image; give 1 to {stored}")
         if not self._views.size or self._views.min() < 0 or self._views.max() >= stored:
-            raise UserError(f"views are {views}: name at least one of the views 0 to {stored - 1} that {path} stores")
+            raise UserError(f"views = {views}: select at least one of the views 0 to {stored - 1} stored in {path}")
         self._shards: ShardSet | None = None
         self._process = 0  # that opened them
 

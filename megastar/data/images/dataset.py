@@ -98,7 +98,7 @@ class ImageSet:
         loose = rows[np.isin(listing.folder[rows], outside)]
         if 0 < len(loose) < len(rows):
             raise UserError(
-                f"{self.source}: image {key_of(listing.name(int(loose[0])))!r} is not in a class folder, others are: move or remove it"
+                f"{self.source}: image {key_of(listing.name(int(loose[0])))!r} is not in a class folder, but other images are: move or remove it"
             )
         # With a subset, the name of a top folder of images (an unlabelled test set) is not a class.
         paths = [PurePosixPath(f) for f in listing.folders]

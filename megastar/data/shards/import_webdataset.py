@@ -93,7 +93,7 @@ def index_webdataset(
             bar.advance()
     if expected is None:
         raise UserError(
-            f"{where} holds no samples in {len(names)} tars: members must be named KEY.codes.npy, or KEY.npy"
+            f"{where} contains no samples in {len(names)} tars: members must be named KEY.codes.npy, or KEY.npy"
         )
     side = math.isqrt(expected.tokens)
     manifest = Manifest(
@@ -122,13 +122,13 @@ def _tars(store: Store, where: str | Path) -> list[str]:
         raise UserError(f"{where} has a {MANIFEST} written by pretokenize and needs no index")
     names = sorted(name for name in files if is_plain_name(name))
     if not names:
-        raise UserError(f"{where} holds no .tar: give the folder that holds the shards themselves, uncompressed")
+        raise UserError(f"{where} contains no .tar: give the folder that contains the shards, uncompressed")
     return names
 
 
 def _map(f: BinaryIO, where: str) -> mmap.mmap:
     if not os.fstat(f.fileno()).st_size:
-        raise UserError(f"token shard {where} is empty: copy it again, or remove it")
+        raise UserError(f"token shard {where} is empty: copy it again or remove it")
     return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -137,5 +137,5 @@ def _check_grid(found: Samples, tokens: int, where: str, grid: int | None) -> No
     if side * side != tokens or grid not in (None, side):
         wanted = "a square number" if grid is None else f"{grid} x {grid}"
         raise UserError(
-            f"token shard {where}: {shown(found.arrays[0].name)} has {tokens} codes a view, not {wanted}: correct the grid or the shards"
+            f"token shard {where}: {shown(found.arrays[0].name)} has {tokens} codes per view, not {wanted}: correct the grid or the shards"
         )

@@ -73,7 +73,7 @@ def parse_manifest(store: Store) -> Manifest:
         data = json.loads(text)
         if (version := data["format"]) != FORMAT:
             raise UserError(
-                f"{path} has format {version!r:.80}, this version of megastar reads {FORMAT}: pretokenize again"
+                f"{path} has format {version!r:.80}, but this version of megastar reads format {FORMAT}: pretokenize again"
             )
         names = {f.name for f in fields(Manifest)}
         data = {k: v for k, v in data.items() if k in names}
@@ -99,9 +99,9 @@ def _check_types(manifest: Manifest) -> None:
             if type(value := getattr(entry, f.name)) is not kind:  # isinstance would accept True as an int
                 raise TypeError(f"{f.name} is {value!r}, not of type {kind.__name__}")
     if not all(isinstance(c, str) for c in manifest.classes):
-        raise TypeError("classes must be names")
+        raise TypeError("classes must be strings")
     if not all(isinstance(s, dict) for s in manifest.skipped):
-        raise TypeError("skipped must name images")
+        raise TypeError("skipped must contain mappings")
 
 
 def _problem(m: Manifest) -> str:
@@ -130,7 +130,7 @@ def _problem(m: Manifest) -> str:
         if s.name in names:
             return f"names the shard {s.name} twice"
         if not re.fullmatch("[0-9a-f]{64}", s.sha256):
-            return f"says {s.sha256[:80]!r} is the SHA-256 of {s.name}"
+            return f"records the SHA-256 {s.sha256[:80]!r} for {s.name}, not 64 hexadecimal digits"
         if not (0 <= s.bytes <= _MAX_BYTES and 0 <= s.samples * sample <= s.bytes):
             return f"declares {s.samples} samples of {sample} bytes in the {s.bytes} bytes of {s.name}"
         names.add(s.name)

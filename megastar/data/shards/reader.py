@@ -1,5 +1,5 @@
 """Random access to the samples of token shards, a batch at a time. A truncated tar is found by the manifest's numbers,
-even if it was cut at a member boundary, where tar readers see a clean end.
+even if it was truncated at a member boundary, where tar readers see a clean end.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class ShardSet:
 
     def _cut(self, info: ShardInfo, size: int) -> UserError:
         return UserError(
-            f"token shard {self.store.where(info.name)} has {size} bytes, the manifest records {info.bytes}: it was cut or changed, {AGAIN}"
+            f"token shard {self.store.where(info.name)} has {size} bytes, the manifest records {info.bytes}: it was truncated or changed, {AGAIN}"
         )
 
     def _index(self, data: mmap.mmap, info: ShardInfo) -> ShardIndex:
@@ -267,6 +267,6 @@ def walk_shard(data: mmap.mmap, where: str, manifest: Manifest, info: ShardInfo)
     found = find_samples(data, where, manifest.layout, manifest.expected, info.samples)
     if (n := len(found.offsets)) != info.samples:
         raise UserError(
-            f"token shard {where} holds {n} samples, the manifest records {info.samples}: it was cut or changed, {AGAIN}"
+            f"token shard {where} holds {n} samples, the manifest records {info.samples}: it was truncated or changed, {AGAIN}"
         )
     return ShardIndex(found.offsets, found.labels)

@@ -96,7 +96,7 @@ def find_samples(
         key, table = match[1], tables[kind]
         if key in table:
             raise UserError(
-                f"token shard {where} holds {shown(member.name)} twice, or beside {shown(table[key].name)}: keys must be unique"
+                f"token shard {where} holds {shown(member.name)} and {shown(table[key].name)} for the same key: keys must be unique"
             )
         table[key] = member
         if kind == "codes":
@@ -104,7 +104,7 @@ def find_samples(
             expected = _compare(array, where, layout, expected)
             if limit is not None and len(arrays) > limit:
                 raise UserError(
-                    f"token shard {where} holds more than the {limit} samples of the manifest: it was cut or changed, {AGAIN}"
+                    f"token shard {where} holds more than the {limit} samples of the manifest: it was truncated or changed, {AGAIN}"
                 )
     for key, member in tables["classes"].items():
         if key not in arrays:
@@ -141,7 +141,7 @@ def check_classes(found: Samples, where: str, num_classes: int | None) -> None:
     if outside.any():
         row = int(np.argmax(outside))
         raise UserError(
-            f"token shard {where}: {shown(found.keys[row])} has class {found.labels[row]}, outside 0 to {limit - 1}: correct it, or give all classes"
+            f"token shard {where}: {shown(found.keys[row])} has class {found.labels[row]}, outside 0 to {limit - 1}: correct the class, or raise the number of classes"
         )
 
 
@@ -169,7 +169,7 @@ def _compare(array: Array, where: str, layout: str, expected: Expected | None) -
             return expected
         wanted = f"{expected.views} views of {expected.tokens} codes in {expected.dtype} {expected.why}"
     except ValueError:
-        wanted = f"({'samples, views, T' if layout == 'packed' else 'views, T'}): write that shape"
+        wanted = f"of shape ({'samples, views, T' if layout == 'packed' else 'views, T'}): write that shape"
     raise UserError(f"token shard {where}: {shown(array.name)} is {array.dtype} of shape {array.shape}, not {wanted}")
 
 
@@ -205,7 +205,7 @@ def _packed(
             note = _json(data, notes[key], where) if key in notes else None
             listed = note.get("sources") if isinstance(note, dict) else None
             if not isinstance(listed, list) or len(listed) != n:
-                raise UserError(f"token shard {where}: {shown(key)}.json does not name {n} sources: {AGAIN}")
+                raise UserError(f"token shard {where}: {shown(key)}.json does not list {n} sources: {AGAIN}")
             names += map(str, listed)
     return Samples(np.concatenate(offsets), np.concatenate(labels), keys, list(arrays.values()), expected, names)
 
@@ -226,7 +226,7 @@ def _array(data: Buffer, member: Member, where: str, headers: _Headers) -> Array
         dtype = {v: k for k, v in DTYPES.items()}.get(match[1].decode() if match else "")
         if match is None or dtype is None or (match[2] == b"True" and sum(n > 1 for n in sizes) > 1):
             raise UserError(
-                f"token shard {where}: {shown(member.name)} must hold integers in C order ({', '.join(DTYPES)}), its header says {shown(text[:200].decode(errors='backslashreplace').strip())}"
+                f"token shard {where}: {shown(member.name)} must hold integers in C order ({', '.join(DTYPES)}), its header is {shown(text[:200].decode(errors='backslashreplace').strip())}"
             )
         parsed = headers[bytes(text)] = dtype, tuple(sizes)
     dtype, shape = parsed

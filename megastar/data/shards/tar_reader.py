@@ -42,7 +42,7 @@ class Member(NamedTuple):
 def walk(data: Buffer, where: str) -> Iterator[Member]:
     """The files of the tar ``data`` in order, without directories. ``where`` names the tar in messages.
 
-    Raises ``UserError`` for a broken header, a member that ends beyond the file, a missing end mark (so a tar cut
+    Raises ``UserError`` for a broken header, a member that ends beyond the file, a missing end-of-archive marker (so a tar truncated
     anywhere is found), data after it, a link or device, and a name that is absolute, leaves the folder or holds a NUL.
     """
     position, end = 0, len(data)
@@ -50,7 +50,9 @@ def walk(data: Buffer, where: str) -> Iterator[Member]:
     size: int | None = None
     while True:
         if position + BLOCK > end:
-            raise UserError(f"token shard {where} ends at byte {end} without tar's end mark: it was cut, {AGAIN}")
+            raise UserError(
+                f"token shard {where} ends at byte {end} without an end-of-archive marker: it was truncated, {AGAIN}"
+            )
         block = data[position : position + BLOCK]
         if block[0] == 0 and not any(block):
             if name is not None or size is not None:
@@ -83,16 +85,18 @@ def walk(data: Buffer, where: str) -> Iterator[Member]:
             elif kind != b"K":
                 fields = _pax(body, where, start)
                 if any(k.startswith("GNU.sparse") for k in fields):
-                    raise UserError(f"token shard {where} holds a sparse file at byte {start}: pack plain files")
+                    raise UserError(
+                        f"token shard {where} holds a sparse file at byte {start}: store regular files only"
+                    )
                 if kind == b"x":
                     name, size = fields.get("path", name), _pax_size(fields, where, start)
                 elif "path" in fields or "size" in fields:
                     raise UserError(
-                        f"token shard {where} has one path or size for all members at byte {start}: {AGAIN}"
+                        f"token shard {where} has a global header with a path or size at byte {start}: {AGAIN}"
                     )
         else:
             what = _KINDS.get(kind, f"a member of type {kind!r}")
-            raise UserError(f"token shard {where} holds {what}, {shown(name or found)}: pack plain files")
+            raise UserError(f"token shard {where} holds {what}, {shown(name or found)}: store regular files only")
 
 
 def shown(name: str) -> str:
@@ -134,7 +138,7 @@ def _base_256(field: bytes) -> int:
 def _after(name: str, start: int, size: int, end: int, where: str) -> int:
     """Position of the next header."""
     if start + size > end:
-        raise UserError(f"token shard {where} ends inside {shown(name)}: it was cut, {AGAIN}")
+        raise UserError(f"token shard {where} ends inside {shown(name)}: it was truncated, {AGAIN}")
     return start + -(-size // BLOCK) * BLOCK
 
 
@@ -172,7 +176,7 @@ def _checked(name: str, where: str) -> str:
 
 
 def _only_zeros(data: Buffer, position: int, where: str) -> None:
-    """Check that nothing follows the end mark: of two concatenated tars only the first would be read."""
+    """Check that nothing follows the end-of-archive marker: of two concatenated tars only the first would be read."""
     for at in range(position, len(data), _STEP):
         if any(part := data[at : at + _STEP]) and part.strip(b"\0"):
-            raise UserError(f"token shard {where} has data after its end mark at byte {position}: {AGAIN}")
+            raise UserError(f"token shard {where} has data after its end-of-archive marker at byte {position}: {AGAIN}")

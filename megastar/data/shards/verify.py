@@ -76,10 +76,10 @@ def _check(store: Store, manifest: Manifest, info: ShardInfo) -> list[ShardProbl
 def _reasons(fd: int, found: str, store: Store, manifest: Manifest, info: ShardInfo) -> Iterator[str]:
     size = os.fstat(fd).st_size
     if size != info.bytes:
-        yield f"has {size} bytes, the manifest records {info.bytes}: it was cut or changed"
+        yield f"has {size} bytes, the manifest records {info.bytes}: it was truncated or changed"
         return
     if not size:
-        yield "is empty, not even tar's end mark is there: it was cut or changed"
+        yield "is empty: it was truncated or changed"
         return
     if found != info.sha256:  # go on: the other problems tell where to look
         yield f"has SHA-256 {found}, the manifest records {info.sha256}: it was changed"
@@ -94,7 +94,7 @@ def _reasons(fd: int, found: str, store: Store, manifest: Manifest, info: ShardI
             np.array_equal(a, b) for a, b in ((kept.offsets, index.offsets), (kept.labels, index.labels))
         )
         if not same:
-            yield f"its index {index_name(info.name)} does not match its samples: remove that file, it is rebuilt"
+            yield f"its index {index_name(info.name)} does not match its samples: remove it, and it is rebuilt"
         yield from _contents(data, index, manifest)
 
 
