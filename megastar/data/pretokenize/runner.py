@@ -237,27 +237,23 @@ class PretokenizeRun:
 
     def next(self, bar: ProgressBar) -> int | None:
         """Claim the next shard; None when all are finished. Waits for the shards of other processes."""
-        try:
-            return self._next(bar)
-        except FileNotFoundError:  # another process has finished the set
-            bar.update(self.images)
-            return None
-
-    def _next(self, bar: ProgressBar) -> int | None:
-        while True:
-            there = set(os.listdir(self.progress))
-            todo = [s for s in range(len(self.sizes)) if f"{self.name(s)}.json" not in there]
-            bar.update(self.images - sum(self.sizes[s] for s in todo))
-            if not todo:
-                return None
-            for shard in sorted(todo, key=lambda s: f"{self.name(s)}.claim" in there):
-                if self.claims.take(name := self.name(shard)):
-                    if not (self.progress / f"{name}.json").is_file():
-                        return shard
-                    self.claims.release(name)  # finished since
-                    break
-            else:  # each check reads every claim: limit the load on the file server
-                time.sleep(POLL * min(len(todo), 20))
+        with suppress(FileNotFoundError):  # another process has finished the set
+            while True:
+                there = set(os.listdir(self.progress))
+                todo = [s for s in range(len(self.sizes)) if f"{self.name(s)}.json" not in there]
+                bar.update(self.images - sum(self.sizes[s] for s in todo))
+                if not todo:
+                    return None
+                for shard in sorted(todo, key=lambda s: f"{self.name(s)}.claim" in there):
+                    if self.claims.take(name := self.name(shard)):
+                        if not (self.progress / f"{name}.json").is_file():
+                            return shard
+                        self.claims.release(name)  # finished since
+                        break
+                else:  # each check reads every claim: limit the load on the file server
+                    time.sleep(POLL * min(len(todo), 20))
+        bar.update(self.images)
+        return None
 
     def write(self, shard: int, images: ImageSet, encode: Pipeline, bar: ProgressBar) -> None:
         """Write a shard and its record."""

@@ -20,7 +20,7 @@ from megastar.config.schema import DataConfig
 from megastar.data.shards.index import ShardIndex, pack_index, unpack_index
 from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, parse_manifest
 from megastar.data.shards.sample_parser import DTYPES, find_samples
-from megastar.data.shards.tar_reader import AGAIN
+from megastar.data.shards.tar_reader import damaged
 from megastar.data.storage.shard_info import ShardInfo
 from megastar.data.storage.store import is_remote, open_store
 from megastar.errors import UserError
@@ -235,9 +235,8 @@ class ShardSet:
         return data
 
     def _cut(self, info: ShardInfo, size: int) -> UserError:
-        return UserError(
-            f"token shard {self.store.where(info.name)} has {size} bytes, the manifest records {info.bytes}: it was truncated or changed, {AGAIN}"
-        )
+        what = f"has {size} bytes, the manifest records {info.bytes}: it was truncated or changed"
+        return damaged(self.store.where(info.name), what)
 
     def _index(self, data: mmap.mmap, info: ShardInfo) -> ShardIndex:
         """The stored index, or else one from a walk over the tar."""
@@ -266,7 +265,5 @@ def walk_shard(data: mmap.mmap, where: str, manifest: Manifest, info: ShardInfo)
     """Find every sample of a shard by its headers. Raises ``UserError`` if they differ from the manifest."""
     found = find_samples(data, where, manifest.layout, manifest.expected, info.samples)
     if (n := len(found.offsets)) != info.samples:
-        raise UserError(
-            f"token shard {where} holds {n} samples, the manifest records {info.samples}: it was truncated or changed, {AGAIN}"
-        )
+        raise damaged(where, f"holds {n} samples, the manifest records {info.samples}: it was truncated or changed")
     return ShardIndex(found.offsets, found.labels)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megastar.data.shards.tar_reader import AGAIN, Buffer, Member, shown, walk
+from megastar.data.shards.tar_reader import Buffer, Member, damaged, shown, walk
 from megastar.errors import UserError
 
 LAYOUTS = ("plain", "packed")  # the index stores the position in this tuple
@@ -103,12 +103,12 @@ def find_samples(
             arrays[key] = array = _array(data, member, where, headers)
             expected = _compare(array, where, layout, expected)
             if limit is not None and len(arrays) > limit:
-                raise UserError(
-                    f"token shard {where} holds more than the {limit} samples of the manifest: it was truncated or changed, {AGAIN}"
+                raise damaged(
+                    where, f"holds more than the {limit} samples of the manifest: it was truncated or changed"
                 )
     for key, member in tables["classes"].items():
         if key not in arrays:
-            raise UserError(f"token shard {where}: {shown(member.name)} has no codes, {shown(key)}.codes.npy: {AGAIN}")
+            raise damaged(f"{where}: {shown(member.name)}", f"has no codes, {shown(key)}.codes.npy")
     for key, array in arrays.items():
         if key not in tables["classes"] and (layout == "packed" or key not in tables["notes"]):
             raise UserError(f"token shard {where}: {shown(array.name)} has no class: write {shown(key)}.cls")
@@ -197,15 +197,15 @@ def _packed(
         keys += [key] * n
         found = _array(data, classes[key], where, _Headers({}))
         if found.shape != (n,):
-            raise UserError(
-                f"token shard {where}: {shown(found.name)} has shape {found.shape}, not one class for each of {n} samples: {AGAIN}"
+            raise damaged(
+                f"{where}: {shown(found.name)}", f"has shape {found.shape}, not one class for each of {n} samples"
             )
         labels.append(np.frombuffer(data, DTYPES[found.dtype], n, found.start).astype(np.int64))
         if sources:
             note = _json(data, notes[key], where) if key in notes else None
             listed = note.get("sources") if isinstance(note, dict) else None
             if not isinstance(listed, list) or len(listed) != n:
-                raise UserError(f"token shard {where}: {shown(key)}.json does not list {n} sources: {AGAIN}")
+                raise damaged(f"{where}: {shown(key)}.json", f"does not list {n} sources")
             names += map(str, listed)
     return Samples(np.concatenate(offsets), np.concatenate(labels), keys, list(arrays.values()), expected, names)
 
@@ -232,8 +232,9 @@ def _array(data: Buffer, member: Member, where: str, headers: _Headers) -> Array
     dtype, shape = parsed
     wanted = np.dtype(DTYPES[dtype]).itemsize * math.prod(shape)
     if body + length + wanted != end:
-        raise UserError(
-            f"token shard {where}: {shown(member.name)} has {member.size} bytes, an array of {dtype} of shape {shape} has {body + length - start + wanted}: {AGAIN}"
+        raise damaged(
+            f"{where}: {shown(member.name)}",
+            f"has {member.size} bytes, an array of {dtype} of shape {shape} has {body + length - start + wanted}",
         )
     return Array(dtype, shape, body + length, member.name)
 
@@ -251,7 +252,7 @@ def _json(data: Buffer, member: Member, where: str) -> object:
             raise ValueError(f"{member.size} bytes")
         return json.loads(data[member.start : member.start + member.size])
     except (ValueError, RecursionError) as error:
-        raise UserError(f"token shard {where}: {shown(member.name)} is not JSON ({error}): {AGAIN}") from None
+        raise damaged(f"{where}: {shown(member.name)}", f"is not JSON ({error})") from None
 
 
 def _label(note: object, member: Member, where: str) -> int:

@@ -90,10 +90,7 @@ def _reasons(fd: int, found: str, store: Store, manifest: Manifest, info: ShardI
             yield str(error)
             return
         kept = unpack_index(store.index_uncached(info), info, manifest.layout, manifest.expected, data)
-        same = kept is None or all(
-            np.array_equal(a, b) for a, b in ((kept.offsets, index.offsets), (kept.labels, index.labels))
-        )
-        if not same:
+        if kept and not all(np.array_equal(getattr(kept, k), getattr(index, k)) for k in ("offsets", "labels")):
             yield f"its index {index_name(info.name)} does not match its samples: remove it, and it is rebuilt"
         yield from _contents(data, index, manifest)
 

@@ -202,7 +202,10 @@ GOOD = [("a.npy", npy(np.zeros((2, 16), np.uint16))), ("a.cls", b"0")]
             [("a.npy", npy(np.zeros((2, 2, 16), np.uint16))), ("a.cls", b"0")],
             r"of shape \(2, 2, 16\), not of shape \(views, T\)",
         ),
-        ([("a.npy", npy(np.zeros((0, 16), np.uint16))), ("a.cls", b"0")], r"of shape \(0, 16\), not of shape \(views, T\)"),
+        (
+            [("a.npy", npy(np.zeros((0, 16), np.uint16))), ("a.cls", b"0")],
+            r"of shape \(0, 16\), not of shape \(views, T\)",
+        ),
         ([("a.npy", npy(np.zeros((2, 16)))), ("a.cls", b"0")], "a.npy must hold integers in C order"),
         ([("a.npy", npy(np.zeros((2, 16), ">u2"))), ("a.cls", b"0")], "a.npy must hold integers in C order"),
         ([("a.npy", npy(np.zeros((2, 16), np.uint16, order="F"))), ("a.cls", b"0")], "must hold integers in C order"),
