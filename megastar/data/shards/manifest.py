@@ -36,9 +36,8 @@ class Manifest:
     tokenizer_sha256: str  # empty: unknown, for a set of another writer
     shards: list[ShardInfo]
     skipped: list[dict[str, str]] = field(default_factory=list)  # {"picture": key, "reason": message}
-    made_by: dict[str, object] = field(
-        default_factory=dict
-    )  # subset, seed, shard size, dtype, digest of the image list
+    # subset, seed, shard size, dtype, digest of the image list
+    made_by: dict[str, object] = field(default_factory=dict)
     layout: str = "plain"  # how a shard stores its samples: LAYOUTS
     dtype: str = "uint16"  # of the stored codes: DTYPES
     format: int = FORMAT

@@ -103,9 +103,7 @@ def find_samples(
             arrays[key] = array = _array(data, member, where, headers)
             expected = _compare(array, where, layout, expected)
             if limit is not None and len(arrays) > limit:
-                raise damaged(
-                    where, f"holds more than the {limit} samples of the manifest: it was truncated or changed"
-                )
+                raise damaged(where, f"holds more than the {limit} samples of the manifest: it was changed")
     for key, member in tables["classes"].items():
         if key not in arrays:
             raise damaged(f"{where}: {shown(member.name)}", f"has no codes, {shown(key)}.codes.npy")
@@ -197,9 +195,7 @@ def _packed(
         keys += [key] * n
         found = _array(data, classes[key], where, _Headers({}))
         if found.shape != (n,):
-            raise damaged(
-                f"{where}: {shown(found.name)}", f"has shape {found.shape}, not one class for each of {n} samples"
-            )
+            raise damaged(f"{where}: {shown(found.name)}", f"has shape {found.shape}, not one class per sample ({n})")
         labels.append(np.frombuffer(data, DTYPES[found.dtype], n, found.start).astype(np.int64))
         if sources:
             note = _json(data, notes[key], where) if key in notes else None
