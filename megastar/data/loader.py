@@ -101,6 +101,8 @@ class TokenLoader:
                 f"global batch {self.global_batch} cannot be divided among {world} ranks x {accumulation} accumulation steps: make it a multiple of {world * accumulation}"
             )
         check_enough(shards.folder, manifest, self.global_batch)
+        if window < 1:
+            raise UserError(f"window {window} must be at least 1 shard")
         shards.store.check_room(sorted(manifest.shards, key=lambda s: -s.bytes)[: window + 1])
         self.order = OrderSpec(self.seed, manifest.shard_sizes, window)
         self.step, self._micro, self._prefetch = start_step, 0, prefetch

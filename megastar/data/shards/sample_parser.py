@@ -228,10 +228,9 @@ def _array(data: Buffer, member: Member, where: str, headers: _Headers) -> Array
     dtype, shape = parsed
     wanted = np.dtype(DTYPES[dtype]).itemsize * math.prod(shape)
     if body + length + wanted != end:
-        raise damaged(
-            f"{where}: {shown(member.name)}",
-            f"has {member.size} bytes, an array of {dtype} of shape {shape} has {body + length - start + wanted}",
-        )
+        size = body + length - start + wanted
+        what = f"has {member.size} bytes, an array of {dtype} of shape {shape} has {size}"
+        raise damaged(f"{where}: {shown(member.name)}", what)
     return Array(dtype, shape, body + length, member.name)
 
 
