@@ -59,7 +59,7 @@ def main(words: list[str]) -> int:
     if args.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch
 
-        resolve_batch(cfg, args.nproc)  # raises before processes are started
+        resolve_batch(cfg.train, cfg.parallel.tensor_parallel, args.nproc)  # raises before processes are started
         return launch(args.nproc, ["train", *words])
     from megastar.engine.trainer import train
 

@@ -145,5 +145,5 @@ class Batches:
             try:
                 return self.pictures.read(j)
             except ImageError:
-                self.broken.add(self.pictures.images[j].key)
+                self.broken.add(self.pictures[j].key)
         raise UserError(f"no image of {self.pictures.source} can be read: check the files")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from megastar.config.schema import RunConfig
-from megastar.data.storage.protocol import is_remote
+from megastar.data.storage.store import is_remote
 
 STARTING = "starting"  # building engines, reading a checkpoint
 DATA = "waiting for data"

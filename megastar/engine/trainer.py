@@ -17,7 +17,7 @@ from megastar.config.load import as_run_config, resolve_batch
 from megastar.config.schema import RunConfig
 from megastar.data.loader import TokenLoader
 from megastar.data.order import VERSION as ORDER
-from megastar.data.storage.protocol import is_remote
+from megastar.data.storage.store import is_remote
 from megastar.engine.checkpointer.async_saver import Saver, grace_period
 from megastar.engine.checkpointer.load import load_checkpoint, load_initial, newest_checkpoint
 from megastar.engine.exit_codes import PREEMPTED
@@ -122,7 +122,7 @@ class Trainer:
         try:
             self.ctx = start(cfg)
             self._leave_if_stopped()
-            resolve_batch(cfg, self.ctx.world)  # before the run folder exists
+            resolve_batch(cfg.train, cfg.parallel.tensor_parallel, self.ctx.world)  # before the run folder exists
             claim_run_folder(cfg, write=self.ctx.main)
             with watch(cfg, self.ctx.rank, self.ctx.world) if self.watchdog else nullcontext():
                 self._build()

@@ -16,8 +16,8 @@ import torch
 
 from megastar.data.images.dataset import ImageError, ImageSet, center_crop
 from megastar.data.shards.reader import ShardSet
-from megastar.data.storage.protocol import is_remote
 from megastar.data.storage.shard_info import MANIFEST
+from megastar.data.storage.store import is_remote
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.utils.files import sha256
@@ -121,17 +121,17 @@ class FolderImages:
             logger.warning("%s: skipped %d of %d images: %s", self.path, len(bad), self.count, "; ".join(bad[:3]))
 
     def labels(self) -> np.ndarray:
-        return np.array([p.label for p in self.set.images[: self.count]])
+        return self.set.labels[: self.count]
 
     def sha256(self) -> str:
-        digest, pictures = hashlib.sha256(), self.set.images
-        if pictures[0].offset < 0:
-            for p in pictures:
+        digest = hashlib.sha256()
+        if self.set[0].offset < 0:
+            for p in self.set:
                 digest.update(p.key.encode() + b"\0")
                 _add_file(digest, p.file)
             return digest.hexdigest()
         digest.update((self.subset or "").strip("/").encode() + b"\0")
-        for tar in sorted({p.file for p in pictures}):
+        for tar in sorted({p.file for p in self.set}):
             _add_file(digest, tar)
         return digest.hexdigest()
 

@@ -139,7 +139,7 @@ def evaluate_reconstruction(
 ) -> dict[str, Any]:
     """PSNR (dB, mean over images) and scores of a tokenizer's reconstructions of ``real``, in fp32.
 
-    Use images that are not in the tokenizer's training set. Also reports the share of the code book that they use.
+    Use images that are not in the tokenizer's training set. Also reports the share of the codebook that they use.
     """
     o, start = EvaluationOptions(**options), time.perf_counter()
     config, _ = read_tokenizer_metadata(tokenizer)

@@ -5,7 +5,6 @@ Communication is what a rank sends in ring collectives; arithmetic is computed f
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -284,9 +283,8 @@ def transfers(
 # Plans -------------------------------------------------------------------------------------------------------------
 def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpointing: bool, dtype: str) -> Plan:
     """One plan. Raises ``UserError`` if the data ranks do not divide the batch."""
-    parallel = dataclasses.replace(cfg.parallel, tensor_parallel=tensor)
     data = machine.gpus // tensor
-    micro, accumulation = resolve_batch(dataclasses.replace(cfg, parallel=parallel), machine.gpus)
+    micro, accumulation = resolve_batch(cfg.train, tensor, machine.gpus)
     memory, host = memory_bytes(cfg, zero, tensor, data, micro, checkpointing, dtype)
     need = sum(memory.values()) * (1 + FRAGMENTATION) + RESERVED_GIB * GIB
     sent = transfers(cfg, zero, tensor, data, micro, accumulation, checkpointing, dtype)

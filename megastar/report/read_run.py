@@ -110,7 +110,7 @@ def chance_accuracy(cfg: RunConfig, events: list[dict[str, Any]]) -> float | Non
     ranks = [e["ranks"] for e in events if isinstance(e.get("ranks"), int)]
     with suppress(UserError):
         if ranks:
-            return resolve_batch(cfg, ranks[-1])[1] / cfg.train.global_batch
+            return resolve_batch(cfg.train, cfg.parallel.tensor_parallel, ranks[-1])[1] / cfg.train.global_batch
     return None
 
 

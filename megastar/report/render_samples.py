@@ -127,8 +127,8 @@ def find_tokenizer(cfg: RunConfig, folder: Path, options: RenderOptions) -> Path
 
 
 def find_shards(cfg: RunConfig, folder: Path, options: RenderOptions) -> str:
-    from megastar.data.storage.protocol import is_remote
     from megastar.data.storage.shard_info import MANIFEST as SHARDS
+    from megastar.data.storage.store import is_remote
 
     names = [options.shards] if options.shards else [cfg.data.val_shards, cfg.data.shards]
     for name in filter(None, names):

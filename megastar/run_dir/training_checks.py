@@ -72,7 +72,7 @@ def initial_weight_share(cfg: SelfGuidedConfig, steps: int) -> float:
 
 def contrastive_images(cfg: RunConfig, ranks: int) -> int:
     """Number of images that a contrastive anchor is compared with: those of one forward pass of all data ranks."""
-    micro, _ = resolve_batch(cfg, ranks)
+    micro, _ = resolve_batch(cfg.train, cfg.parallel.tensor_parallel, ranks)
     return micro * (ranks // cfg.parallel.tensor_parallel)
 
 

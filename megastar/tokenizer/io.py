@@ -91,7 +91,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> VQMo
 
 
 def tokenizer_hash(path: str | Path) -> str:
-    """SHA-256 of the tensors that determine the codes: encoder and code book. Token shards record it.
+    """SHA-256 of the tensors that determine the codes: encoder and codebook. Token shards record it.
 
     The decoder is excluded: after further training of the decoder alone, all shards and models remain valid.
     """

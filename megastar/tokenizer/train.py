@@ -141,7 +141,7 @@ class TokenizerTrainer:
         decay = min(self.c.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
-    # The code book -------------------------------------------------------------------------------------------
+    # The codebook -------------------------------------------------------------------------------------------
     def _points(self, z: Tensor) -> Tensor:
         flat = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         return F.normalize(flat, dim=1) if self.c.tokenizer.codebook_l2_norm else flat
@@ -247,7 +247,7 @@ def score(model: VQModel, pixels: Tensor, device: torch.device | str = "cpu", ba
     """Reconstruct uint8 images (N, H, W, 3) in fp32.
 
     Returns ``psnr`` (dB, mean over images), ``psnr_of_mean`` (dB, of the mean squared error over all) and
-    ``codes_used`` (share of the code book used by these images).
+    ``codes_used`` (share of the codebook used by these images).
     """
     ratios, used = [], torch.zeros(model.config.codebook_size, dtype=torch.bool)
     model.eval()

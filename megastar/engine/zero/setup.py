@@ -20,7 +20,7 @@ from torch import nn
 from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
 from megastar.config.schema import FaultsConfig, RunConfig
-from megastar.data.storage.protocol import is_remote
+from megastar.data.storage.store import is_remote
 from megastar.engine.context import Context
 from megastar.engine.phase import DATA_EXTRA
 from megastar.engine.student import Student
@@ -80,7 +80,7 @@ def start(cfg: RunConfig) -> Context:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=collective_timeout(cfg))
     context = Context(rank, world, device, pick_dtype(cfg.train.dtype, device), cfg.parallel.tensor_parallel)
-    resolve_batch(cfg, world)  # validates the world size before groups are created
+    resolve_batch(cfg.train, cfg.parallel.tensor_parallel, world)  # validates the world size before groups are created
     context.data_group = dist.group.WORLD if world > 1 else None
     if context.tensor > 1:
         groups._init_tp_mesh_device(tensor_model_parallel_size=context.tensor)
@@ -123,7 +123,7 @@ def set_timeouts(timeout: timedelta) -> None:
 
 def build(cfg: RunConfig, ctx: Context) -> Engines:
     """Student and teacher with equal weights, created in shards. Raises ``UserError`` for an impossible split."""
-    micro, accumulation = resolve_batch(cfg, ctx.world)
+    micro, accumulation = resolve_batch(cfg.train, cfg.parallel.tensor_parallel, ctx.world)
     config = deepspeed_config(
         cfg, micro, accumulation, world_size=ctx.world, dtype="bf16" if ctx.dtype == torch.bfloat16 else "fp32"
     )

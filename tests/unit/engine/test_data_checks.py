@@ -39,7 +39,10 @@ def test_what_fits_is_opened(folder, tmp_path):
         (["model.image_tokens=64"], "the shards have 16 tokens per image, a grid of 4, model.image_tokens is 64"),
         (["model.vocab_size=64"], "the shards have 50 codes, model.vocab_size is 64"),
         (["model.num_classes=3"], "the shards have 4 classes, model.num_classes is 3"),
-        (["train.global_batch=32"], "holds 26 samples, fewer than one global batch of 32: lower the batch or add"),
+        (
+            ["train.global_batch=32"],
+            "holds 26 samples, fewer than one global batch of 32: lower train.global_batch or add",
+        ),
         (["self_guided.views=4"], r"4 views are requested, the shards store 3 \(crops center-flip\)"),
         (["data.tokenizer=nowhere.safetensors"], "data.tokenizer=nowhere.safetensors does not exist"),
     ],
