@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megastar.config.schema import RunConfig
+from megastar.config.schema import ModelConfig, RunConfig
 from megastar.engine.context import Context
 from megastar.engine.train_step import losses
 from megastar.engine.zero.engines import Engines
@@ -37,7 +37,7 @@ def step_speed(
     engines = build(cfg, ctx)
     try:
         engines.student.train()
-        batch = random_batch(cfg, images)
+        batch = random_batch(cfg.model, cfg.views, images)
         times = []
         loss = torch.zeros(())
         for step in range(steps + 3):
@@ -77,10 +77,10 @@ def one_step(cfg: RunConfig, ctx: Context, engines: Engines, batch: dict[str, An
     return loss.detach()
 
 
-def random_batch(cfg: RunConfig, images: int, seed: int = 0) -> dict[str, Any]:
+def random_batch(model: ModelConfig, views: int, images: int, seed: int = 0) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, cfg.model.num_classes, (images,), generator=g)
+    labels = torch.randint(0, model.num_classes, (images,), generator=g)
     return {
-        "codes": torch.randint(0, cfg.model.vocab_size, (images, cfg.views, cfg.model.image_tokens), generator=g),
+        "codes": torch.randint(0, model.vocab_size, (images, views, model.image_tokens), generator=g),
         "labels": labels, "true_labels": labels, "ids": torch.arange(images), "epochs": torch.zeros(images, dtype=torch.int64),
     }  # fmt: skip

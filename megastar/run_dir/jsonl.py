@@ -28,7 +28,7 @@ class JsonlWriter:
     def __init__(self, path: Path, sync_every: float = 10.0):
         self.path, self.sync_every = path, sync_every
         self.pending: deque[bytes] = deque()
-        self.dropped = 0  # rows
+        self._dropped = 0  # rows, since the last ``take_dropped``
         self.error: OSError | None = None
         self._unsynced: deque[bytes] = deque()  # in the file since the last sync
         self._good: int | None = None  # bytes of the file that are synced; None: not known yet
@@ -70,8 +70,13 @@ class JsonlWriter:
                     self._rewrite = True
                 while len(self.pending) > MAX_PENDING:
                     self.pending.popleft()
-                    self.dropped += 1
+                    self._dropped += 1
         return self.error is None
+
+    def take_dropped(self) -> int:
+        """The number of rows dropped since the last call."""
+        dropped, self._dropped = self._dropped, 0
+        return dropped
 
     def cut_after(self, step: int) -> None:
         """Remove the rows of steps after ``step``, and damaged lines. Needs no free space where they are the last ones.

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megastar.config.load import resolve_batch
-from megastar.config.schema import RunConfig, SelfGuidedConfig
+from megastar.config.schema import OptimConfig, RunConfig, SelfGuidedConfig, TrainConfig
 from megastar.run_dir.jsonl import read_ends
+from megastar.run_dir.layout import METRICS
 
 Rows = Sequence[dict[str, Any]]
 
@@ -43,7 +44,7 @@ def values(rows: Rows, name: str, count: int = RECENT) -> list[float]:
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
     """The rows of a run folder that the checks and `megastar status` use."""
-    return read_ends(run / "metrics.jsonl", FIRST, KEPT)
+    return read_ends(run / METRICS, FIRST, KEPT)
 
 
 def training_rows(rows: Rows) -> list[dict[str, Any]]:
@@ -55,9 +56,9 @@ def mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def past_warmup(cfg: RunConfig, rows: Rows, count: int = RECENT) -> bool:
+def past_warmup(optim: OptimConfig, rows: Rows, count: int = RECENT) -> bool:
     """Whether the newest ``count`` rows are all from steps after which something should have been learned."""
-    return len(rows) >= count and rows[-count]["step"] >= cfg.optim.warmup_steps + SETTLED
+    return len(rows) >= count and rows[-count]["step"] >= optim.warmup_steps + SETTLED
 
 
 def initial_weight_share(cfg: SelfGuidedConfig, steps: int) -> float:
@@ -84,15 +85,11 @@ def uses_teacher(cfg: SelfGuidedConfig) -> bool:
 
 
 # Checks: "" or one sentence ------------------------------------------------------------------------------------------
-def slow_teacher(cfg: RunConfig, steps: int) -> str:
+def slow_teacher(g: SelfGuidedConfig, init: str, steps: int) -> str:
     """Known before the first step. Skipped for a run that starts from trained weights: its teacher is trained too."""
-    g = cfg.self_guided
-    if (
-        not uses_teacher(g)
-        or steps < MIN_STEPS
-        or cfg.train.init
-        or (left := initial_weight_share(g, steps)) <= MAX_INITIAL_SHARE
-    ):
+    if not uses_teacher(g) or steps < MIN_STEPS or init:
+        return ""
+    if (left := initial_weight_share(g, steps)) <= MAX_INITIAL_SHARE:
         return ""
     time = f"follows in about {1 / (1 - g.teacher_decay):,.0f} steps" if g.teacher_decay < 1 else "never moves"
     return (
@@ -102,9 +99,8 @@ def slow_teacher(cfg: RunConfig, steps: int) -> str:
     )
 
 
-def few_negatives(cfg: RunConfig, images: int, steps: int) -> str:
+def few_negatives(g: SelfGuidedConfig, train: TrainConfig, images: int, steps: int) -> str:
     """Also known before the first step."""
-    g = cfg.self_guided
     if not uses_contrastive(g) or steps < MIN_STEPS or images >= FEW_IMAGES:
         return ""
     among = (
@@ -114,19 +110,23 @@ def few_negatives(cfg: RunConfig, images: int, steps: int) -> str:
     )
     return (
         f"the contrastive terms have few negatives: each anchor distinguishes its image from {among} (a forward pass of all data "
-        f"ranks; train.global_batch {cfg.train.global_batch}, train.micro_batch {cfg.train.micro_batch}): raise them or use "
+        f"ranks; train.global_batch {train.global_batch}, train.micro_batch {train.micro_batch}): raise them or use "
         "more ranks, since accumulated micro-batches do not add negatives, or set self_guided.beta=0"
     )
 
 
 def problems_at_start(cfg: RunConfig, images: int, steps: int) -> dict[str, str]:
     """Kind of problem -> message, of what is known before the first of ``steps`` steps."""
-    problems = {"slow_teacher": slow_teacher(cfg, steps), "few_negatives": few_negatives(cfg, images, steps)}
+    g, train = cfg.self_guided, cfg.train
+    problems = {
+        "slow_teacher": slow_teacher(g, train.init, steps),
+        "few_negatives": few_negatives(g, train, images, steps),
+    }
     return {kind: text for kind, text in problems.items() if text}
 
 
 def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
-    if images < FEW_IMAGES or not past_warmup(cfg, rows):
+    if images < FEW_IMAGES or not past_warmup(cfg.optim, rows):
         return ""
     low = {n: mean(v) for n in ("acc_step", "acc_view") if (v := values(rows, n)) and mean(v) < CHANCE / images}
     if not low:
@@ -142,7 +142,7 @@ def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
 
 
 def collapse(cfg: RunConfig, images: int, rows: Rows) -> str:
-    if not past_warmup(cfg, rows):  # an untrained projector returns its biases, the same for all images
+    if not past_warmup(cfg.optim, rows):  # an untrained projector returns its biases, the same for all images
         return ""
     both = {n: mean(v) for n in ("student", "teacher") if (v := values(rows, f"spread_{n}"))}
     low = [f"spread_{n} {v:.2g}" for n, v in both.items() if v < COLLAPSED]
@@ -195,7 +195,7 @@ def trivial_mim(cfg: RunConfig, images: int, rows: Rows) -> str:
 
 def always_clipped(cfg: RunConfig, images: int, rows: Rows) -> str:
     norms, clip = values(rows, "grad_norm", KEPT), cfg.optim.grad_clip
-    if not clip or not norms or min(norms) <= clip or not past_warmup(cfg, rows, KEPT):
+    if not clip or not norms or min(norms) <= clip or not past_warmup(cfg.optim, rows, KEPT):
         return ""
     return (
         f"every gradient is clipped: grad_norm was {min(norms):.2g} to {max(norms):.2g} in {KEPT} rows, optim.grad_clip is "
@@ -205,7 +205,7 @@ def always_clipped(cfg: RunConfig, images: int, rows: Rows) -> str:
 
 def not_learning(cfg: RunConfig, images: int, rows: Rows) -> str:
     now, first = values(rows, "loss_ar"), values(rows[:FIRST], "loss_ar", FIRST)
-    if not now or not past_warmup(cfg, rows):
+    if not now or not past_warmup(cfg.optim, rows):
         return ""
     guess = math.log(cfg.model.vocab_size)
     reference, name = guess, f"guessing gives ln {cfg.model.vocab_size} = {guess:.2f}"

@@ -32,9 +32,8 @@ from megastar.checkpoint.shard_format import KINDS, Piece, state_file, write_pie
 from megastar.config.schema import RunConfig
 from megastar.engine.checkpointer.s3_upload import Uploader
 from megastar.engine.context import Context
-from megastar.engine.rank_sync import agreed, on_main, retry, wait_for
+from megastar.engine.rank_sync import from_main, on_main, retry, wait_for
 from megastar.engine.zero.engines import Engines, elements_of, full_shapes, owned
-from megastar.engine.zero.partitions import publish_masters
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import WRITING, folder_of, name_of
@@ -60,7 +59,7 @@ class Saver:
 
     def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines, step: int = -1):
         self.cfg, self.ctx, self.engines = cfg, ctx, engines
-        self.folder = folder_of(cfg)
+        self.folder = folder_of(cfg.run)
         self.shapes = full_shapes(engines, ctx)
         self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
         self.token = ""  # of the last save: a name that no other save has, in this job or in one that is dying
@@ -87,7 +86,7 @@ class Saver:
     def retry_due(self) -> bool:
         """After a step in which some rank had ``failed``: whether to save now. A collective."""
         self.finish()
-        return agreed(self.ctx, self.failed)
+        return from_main(self.ctx, self.failed)
 
     def take_events(self) -> list[tuple[str, dict[str, Any]]]:
         """(message, fields) of the events since the last call. Main rank only."""
@@ -104,10 +103,7 @@ class Saver:
         self.step, self._due = step, None
         align_replicas(self.engines, self.ctx)
         mine = owned(self.engines, self.ctx)
-        token = [secrets.token_hex(4)]
-        if self.ctx.world > 1:
-            dist.broadcast_object_list(token, src=0, device=self.ctx.device)
-        self.token = token[0]
+        self.token = from_main(self.ctx, secrets.token_hex(4))
         self.written = self.folder / WRITING / self.token / name_of(step)
         if problem := on_main(self.ctx, self._prepare):
             self._settle(problem)
@@ -138,7 +134,7 @@ class Saver:
     ) -> str:
         """Save ``step`` unless that is done, with retries for ``patience`` seconds. Called by all ranks alike.
 
-        Returns the last problem, or the empty string. ``stop``, asked on the main rank, ends the retries.
+        Returns the last problem, or the empty string. ``stop``, called on the main rank, ends the retries.
         """
 
         def attempt() -> str:
@@ -253,7 +249,7 @@ class Saver:
         manifest |= {"files": dict(sorted(files.items()))}
         done = checkpoint_dir.publish(self.folder, name_of(self.step), manifest, self.written)
         try:
-            checkpoint_dir.retire(self.cfg, self.folder)
+            checkpoint_dir.retire(self.cfg.train, self.folder)
         except (OSError, ValueError) as error:  # the checkpoint is complete: no reason to stop
             self._events.append((f"older checkpoints in {self.folder} could not be removed ({error})", {}))
         if self.uploader:
@@ -343,5 +339,4 @@ def align_replicas(engines: Engines, ctx: Context) -> None:
                 dist.broadcast(value, src=source, group=ctx.tensor_group)
                 if value is not view:
                     view.copy_(value)
-    publish_masters(engines.student)
-    engines.refresh_teacher()
+    engines.publish_masters()

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megastar.config.schema import FaultsConfig
@@ -25,6 +24,7 @@ from megastar.data.shards.reader import ShardSet
 from megastar.engine.context import Context
 from megastar.engine.fault_tolerance.loss_spikes import SpikeTest
 from megastar.engine.fault_tolerance.step_consensus import ConsensusResult
+from megastar.engine.rank_sync import gather
 from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import SKIPPED
 from megastar.utils.clock import utc_now
@@ -130,10 +130,7 @@ def record_skip(
     mine: dict[str, Any] = {"rank": ctx.rank, "host": host_name(), "broken": broken}
     if ctx.mesh.tensor_rank == 0:  # the ranks of a tensor group see one batch
         mine["ids"] = torch.cat(record.ids).tolist()
-    every = [mine]
-    if ctx.world > 1:
-        every = [{}] * ctx.world
-        dist.all_gather_object(every, mine)
+    every = gather(ctx, mine)
     reason, ids = record.skip_reason, [i for each in every for i in each.get("ids", [])]
     row: dict[str, Any] = {**time_and_job(), "step": step, "position": step + policy.offset, "why": reason}
     if reason != NONFINITE_LOSS:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megastar.engine.rank_sync import gather
 from megastar.utils.hostname import host_name
 
 if TYPE_CHECKING:  # it imports deepspeed
@@ -124,12 +125,7 @@ class Stragglers:
     def __init__(self, ctx: Context, engines: Engines, fetcher: BatchFetcher, slow_ratio: float):
         self.ctx, self.fetcher = ctx, fetcher
         gpu = int(os.environ.get("SLURM_LOCALID", ctx.device.index or 0)) if ctx.device.type == "cuda" else None
-        mine = Place(host_name(), gpu)
-        places = [mine]
-        if ctx.world > 1:
-            places = [mine] * ctx.world
-            dist.all_gather_object(places, mine)
-        self.tracker = StragglerTracker(places, slow_ratio)
+        self.tracker = StragglerTracker(gather(ctx, Place(host_name(), gpu)), slow_ratio)
         fetcher.timer.sample(comm_free_module(engines, ctx))
         self._news: list[tuple[str, dict[str, Any]]] = []
         self._since = time.perf_counter()
@@ -140,7 +136,7 @@ class Stragglers:
         now = time.perf_counter()
         step_s, self._since = (now - self._since) / steps, now
         host, part = self.fetcher.timer.take()
-        mine = torch.tensor([host / steps, part, self.fetcher.waited() / steps], device=self.ctx.device)
+        mine = torch.tensor([host / steps, part, self.fetcher.loader.waited() / steps], device=self.ctx.device)
         table = mine
         if self.ctx.world > 1:
             table = mine.new_empty(self.ctx.world * len(mine))

@@ -58,14 +58,6 @@ class BatchFetcher:
             PHASE.at("forward")
             yield batch
 
-    def computed(self) -> None:
-        """The losses of the last batch are computed, as far as this rank's own work goes."""
-        self.timer.computed()
-
-    def waited(self) -> float:
-        """Seconds of waiting since the last call."""
-        return self.loader.waited()
-
     def error_of_any_rank(self) -> Exception | None:
         """What kept a rank from its batch, on all ranks alike; None where only a signal did."""
         return error_of_any_rank(self.ctx, self._error)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megastar.engine.context import Context
 from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
-from megastar.engine.zero.partitions import AdamWEMA, Shard, shards
+from megastar.engine.zero.partitions import AdamWEMA, Shard, publish_masters, shards
 from megastar.parallel.plan import split_of
 
 
@@ -22,6 +22,11 @@ class Engines:
     def refresh_teacher(self) -> None:
         if self.teacher is not None:
             self.teacher.refresh()
+
+    def publish_masters(self) -> None:
+        """Copy the fp32 masters and their average to the compute copies of student and teacher on all ranks."""
+        publish_masters(self.student)
+        self.refresh_teacher()
 
     def step(self, skip: bool = False) -> bool:
         """DeepSpeed's step, at the end of each micro-batch. False: the gradient was not finite, or ``skip`` was set (on

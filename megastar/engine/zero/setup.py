@@ -19,7 +19,7 @@ from torch import nn
 
 from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
-from megastar.config.schema import FaultsConfig, RunConfig
+from megastar.config.schema import DataConfig, FaultsConfig, RunConfig
 from megastar.data.storage.protocol import is_remote
 from megastar.engine.context import Context
 from megastar.engine.phase import DATA_EXTRA
@@ -78,7 +78,7 @@ def start(cfg: RunConfig) -> Context:
         set_nccl_timeouts(cfg.faults)
     if not launched and not dist.is_initialized():  # a HashStore needs no free port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=collective_timeout(cfg))
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=collective_timeout(cfg.faults, cfg.data))
     context = Context(rank, world, device, pick_dtype(cfg.train.dtype, device), cfg.parallel.tensor_parallel)
     resolve_batch(cfg, world)  # validates the world size before groups are created
     context.data_group = dist.group.WORLD if world > 1 else None
@@ -100,18 +100,15 @@ def set_nccl_timeouts(faults: FaultsConfig) -> None:
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(faults.hang_timeout + 120)))
 
 
-def collective_timeout(cfg: RunConfig) -> timedelta:
+def collective_timeout(faults: FaultsConfig, data: DataConfig) -> timedelta:
     """Timeout of a collective, longer than that of the watchdogs, which report more.
 
     After it NCCL's own watchdog ends the process (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, torch's default), and gloo raises. A
     rank may wait for S3 while the others wait for it in a collective.
     """
-    if not cfg.faults.hang_timeout:
-        seconds = default_pg_timeout.total_seconds()
-    else:
-        seconds = cfg.faults.hang_timeout + 60
-    if is_remote(cfg.data.shards) or is_remote(cfg.data.val_shards):
-        seconds = max(seconds, cfg.faults.hang_timeout + cfg.data.patience + DATA_EXTRA + 60)
+    seconds = faults.hang_timeout + 60 if faults.hang_timeout else default_pg_timeout.total_seconds()
+    if is_remote(data.shards) or is_remote(data.val_shards):
+        seconds = max(seconds, faults.hang_timeout + data.patience + DATA_EXTRA + 60)
     return timedelta(seconds=seconds)
 
 
