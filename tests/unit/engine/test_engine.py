@@ -23,7 +23,6 @@ from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
 from megastar.utils.device import pick_dtype
 from megastar.utils.files import sha256
-from megastar.utils.signals import StopFlag
 
 
 def test_learning_rate_scales_with_the_batch_and_follows_its_schedule():
@@ -153,23 +152,6 @@ def test_a_loss_that_is_not_finite_is_seen_before_the_step():
     assert agreed(torch.tensor(1.25), 10, out_of_data=True) == (True, 10, False, True, 1.25)
     assert agreed(torch.tensor(7.123456789), 2).loss == pytest.approx(torch.tensor(7.123456789).item(), abs=2**-32)
     assert agreed(torch.tensor(-3e38), 0).loss == -(2**17)  # bounded, so that any number of ranks can be summed
-
-
-def test_a_signal_sets_the_flag_and_a_second_interrupt_ends_at_once():
-    import signal
-
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        flag = StopFlag()
-        assert flag.signal == 0
-        signal.raise_signal(signal.SIGUSR1)
-        assert flag.signal == signal.SIGUSR1
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def test_a_resumed_run_holds_each_step_once(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
@@ -74,6 +75,20 @@ def test_metrics_go_back_too(tmp_path):
     metrics.close()
     assert [(r["step"], r["loss"]) for r in read_jsonl(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 30)]
     assert not (tmp_path / "events.jsonl").exists()
+
+
+def test_rows_that_cannot_be_cut_are_a_warning(tmp_path, monkeypatch, caplog):
+    metrics = MetricsLogger(tmp_path, 0, 6, 1, True)
+    metrics.step(1, 4, {"loss": 1.0})
+
+    def refuse(step):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(metrics.rows, "cut_after", refuse)
+    with caplog.at_level("WARNING"):
+        metrics.rewind(0, tmp_path / "step-00000000")
+    metrics.close()
+    assert "metrics.jsonl keeps rows of steps after 0: [Errno 30] Read-only file system" in caplog.text
 
 
 def test_whose_loss_it_was():
