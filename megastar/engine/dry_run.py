@@ -13,8 +13,7 @@ from megastar.data.shards.manifest import Manifest
 from megastar.engine.context import Context
 from megastar.engine.lr_schedule import learning_rate, total_steps
 from megastar.engine.metrics.step_metrics import peak_bytes
-from megastar.engine.step_benchmark import random_batch
-from megastar.engine.train_step import losses
+from megastar.engine.step_benchmark import one_step, random_batch
 from megastar.engine.zero.engines import Engines, full_shapes
 from megastar.engine.zero.state_memory import state_bytes
 from megastar.teacher.schedule import decay_at
@@ -32,11 +31,7 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest 
     engines.student.train()
     for _ in range(3):  # ZeRO-3 prefetches from the second step on, when it knows the order of the layers
         start = time.perf_counter()
-        for _ in range(engines.accumulation):
-            loss, _ = losses(cfg, engines, ctx, batch, 0)
-            engines.student.backward(loss)
-            engines.student.step()
-        engines.refresh_teacher()
+        loss = one_step(cfg, ctx, engines, batch, 0)
         seconds = time.perf_counter() - start
     if not ctx.main:
         return

@@ -32,6 +32,12 @@ def step_speed(
         parallel=dataclasses.replace(cfg.parallel, tensor_parallel=1),
     )
     cuda = ctx.device.type == "cuda"
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize(ctx.device)
+        return time.perf_counter()
+
     if cuda:
         torch.cuda.reset_peak_memory_stats(ctx.device)
     engines = build(cfg, ctx)
@@ -42,13 +48,9 @@ def step_speed(
         loss = torch.zeros(())
         for step in range(steps + 3):
             batch["epochs"].fill_(step)  # new hidden keys
-            if cuda:
-                torch.cuda.synchronize(ctx.device)
-            start = time.perf_counter()
+            start = now()
             loss = one_step(cfg, ctx, engines, batch, step)
-            if cuda:
-                torch.cuda.synchronize(ctx.device)
-            times.append(time.perf_counter() - start)
+            times.append(now() - start)
         seconds = statistics.median(times[3:])
         flops = step_flops(cfg)
         heads = flops["student"] - 3 * flops["recompute"]
@@ -70,9 +72,11 @@ def step_speed(
 
 
 def one_step(cfg: RunConfig, ctx: Context, engines: Engines, batch: dict[str, Any], step: int) -> torch.Tensor:
-    loss, _ = losses(cfg, engines, ctx, batch, step)
-    engines.student.backward(loss)
-    engines.student.step()
+    """An optimizer step in which each micro-batch is ``batch``; returns the last loss."""
+    for _ in range(engines.accumulation):
+        loss, _ = losses(cfg, engines, ctx, batch, step)
+        engines.student.backward(loss)
+        engines.student.step()
     engines.refresh_teacher()
     return loss.detach()
 

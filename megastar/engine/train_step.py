@@ -24,12 +24,10 @@ from megastar.teacher.schedule import decay_at
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for: from pinned memory, or none on a CPU."""
-    return (
-        x.pin_memory().to(device, non_blocking=True)
-        if x.device.type == "cpu" and device.type == "cuda"
-        else x.to(device)
-    )
+    """``x`` on ``device``; a copy to a GPU is made from pinned memory, and the host does not wait for it."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def hidden_mask(cfg: RunConfig, batch: dict[str, Any], views: int, device: torch.device) -> MaskSpec | None:

@@ -296,7 +296,7 @@ class Trainer:
         PHASE.at(SAVING)
         self.metrics.saved(self.saver.finish())
         PHASE.at(STARTING)  # a checkpoint is read
-        plan = plan_rollback(self.cfg, self.ctx, self.policy, self.step)
+        plan = plan_rollback(self.run, self.cfg.optim.lr, self.ctx, self.policy, self.step)
         restored = load_checkpoint(self.ctx, self.engines, plan.target, self.cfg.train.seed)
         commit_rollback(self.run, self.ctx, plan, self.cfg.faults.save_patience)  # only now: the target is intact
         left, self.step = self.step, int(restored["step"])
@@ -311,18 +311,19 @@ class Trainer:
     # Hooks -------------------------------------------------------------------------------------------------------
     def _log(self, record: StepRecord) -> None:
         row: dict[str, float] = {}
+        slow: list[tuple[str, dict[str, Any]]] = []  # events
         if row_due(self.cfg.train, self.step - 1, self.steps):
             PHASE.at("averaging the metrics")
             if not record.skip_reason:
                 row = average_over_ranks(self.ctx, record.means()) | {"grad_norm": self.engines.grad_norm()}
             lr = learning_rate(self.cfg.optim, self.cfg.train.global_batch, self.step - 1, self.steps)
             row |= step_metrics(self.ctx, self.engines) | {"lr": lr}
-            row |= self.stragglers.row(self.step - self.metrics.last_step)
-            row |= {"skipped": self.skipped} if self.skipped else {}
+            waits, slow = self.stragglers.row(self.step - self.metrics.last_step)
+            row |= waits | ({"skipped": self.skipped} if self.skipped else {})
             self.skipped = 0
         self.metrics.step(self.step, self.cfg.train.global_batch, row)
         self.health.update(self.step, row)
-        self.metrics.warn(self.stragglers.news(), "slow")
+        self.metrics.warn(slow, "slow")
 
     def _validate(self, record: StepRecord) -> None:
         if self.validation and (self.step == self.steps or self.step % self.cfg.train.val_every == 0):

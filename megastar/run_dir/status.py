@@ -65,10 +65,8 @@ def status_of(run: Path, now: float | None = None) -> Status:
     try:
         cfg = config_from_dict(read_yaml(path))
     except UserError as error:
-        first = " ".join(str(error).split())
-        raise UserError(
-            f"{path} cannot be used ({first}): restore it as the `megastar train` command wrote it"
-        ) from error
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be used ({problem}): restore the file that `megastar train` wrote") from error
     rows = [r for r in training_checks.read_rows(run) if isinstance(r.get("step"), int)]
     past = events.read_events(run)
     checkpoint, manifest = read_checkpoint(run, now)
@@ -187,9 +185,8 @@ def describe_heartbeats(run: Path, now: float) -> str:
     if not beats:
         return ""
     (youngest, _), (age, oldest) = min(beats, key=lambda b: b[0]), max(beats, key=lambda b: b[0])
-    where = (
-        f'rank {oldest.get("rank")} on {oldest.get("host")}, at "{oldest.get("phase")}" of step {oldest.get("step")}'
-    )
+    rank, host, phase, step = (oldest.get(name) for name in ("rank", "host", "phase", "step"))
+    where = f'rank {rank} on {host}, at "{phase}" of step {step}'
     return f"{len(beats)} rank(s), last heartbeat {duration(youngest)} ago; the oldest {duration(age)} ago: {where}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 from megastar.config.load import resolve_batch
@@ -50,10 +51,6 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
 def training_rows(rows: Rows) -> list[dict[str, Any]]:
     """Without the rows of validations and saves."""
     return [r for r in rows if "loss_ar" in r and isinstance(r.get("step"), int)]
-
-
-def mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers)
 
 
 def past_warmup(optim: OptimConfig, rows: Rows, count: int = RECENT) -> bool:
@@ -103,11 +100,8 @@ def few_negatives(g: SelfGuidedConfig, train: TrainConfig, images: int, steps: i
     """Also known before the first step."""
     if not uses_contrastive(g) or steps < MIN_STEPS or images >= FEW_IMAGES:
         return ""
-    among = (
-        f"{images - 1} others"
-        if images > 2
-        else ("1 other" if images == 2 else "no other, so nothing is learned from it")
-    )
+    few = {1: "no other, so nothing is learned from it", 2: "1 other"}
+    among = few.get(images, f"{images - 1} others")
     return (
         f"the contrastive terms have few negatives: each anchor distinguishes its image from {among} (a forward pass of all data "
         f"ranks; train.global_batch {train.global_batch}, train.micro_batch {train.micro_batch}): raise them or use "
@@ -136,7 +130,7 @@ def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
     if not_learning(cfg, images, rows):
         remedy = "change optim.lr: the next-token loss does not fall either"
     return (
-        f"contrastive accuracy sits at chance: {what} over {RECENT} rows, guessing gives {1 / images:.2g} (1 of {images} "
+        f"contrastive accuracy is at chance level: {what} over {RECENT} rows, guessing gives {1 / images:.2g} (1 of {images} "
         f"images): check that the stored views of a sample show the same image (megastar data stats), then {remedy}"
     )
 
@@ -199,7 +193,7 @@ def always_clipped(cfg: RunConfig, images: int, rows: Rows) -> str:
         return ""
     return (
         f"every gradient is clipped: grad_norm was {min(norms):.2g} to {max(norms):.2g} in {KEPT} rows, optim.grad_clip is "
-        f"{clip:g}: no harm while the loss falls, else lower optim.lr or lengthen optim.warmup_steps"
+        f"{clip:g}: harmless while the loss falls, else lower optim.lr or lengthen optim.warmup_steps"
     )
 
 
@@ -219,21 +213,15 @@ def not_learning(cfg: RunConfig, images: int, rows: Rows) -> str:
     )
 
 
-CHECKS: dict[str, Callable[[RunConfig, int, Rows], str]] = {
-    "accuracy_at_chance": accuracy_at_chance,
-    "collapse": collapse,
-    "far_teacher": far_teacher,
-    "growing_teacher": growing_teacher,
-    "trivial_mim": trivial_mim,
-    "always_clipped": always_clipped,
-    "not_learning": not_learning,
-}
+CHECKS: tuple[Callable[[RunConfig, int, Rows], str], ...] = (
+    accuracy_at_chance, collapse, far_teacher, growing_teacher, trivial_mim, always_clipped, not_learning,
+)  # fmt: skip
 
 
 def find_problems(cfg: RunConfig, images: int, rows: Rows) -> dict[str, str]:
     """Kind of problem -> message with the remedy. rows: of metrics.jsonl, oldest first; images: ``contrastive_images``."""
     rows = training_rows(rows)
-    found = {kind: text for kind, check in CHECKS.items() if (text := check(cfg, images, rows))}
+    found = {check.__name__: text for check in CHECKS if (text := check(cfg, images, rows))}
     if "collapse" in found:
         found.pop("accuracy_at_chance", None)  # a consequence, for which a higher learning rate is no remedy
     return found

@@ -21,7 +21,6 @@ from megastar.engine.fault_tolerance.errors import CorruptReplica
 from megastar.engine.fault_tolerance.postmortem import record_lost_rank
 from megastar.engine.fault_tolerance.skip_policy import name_ranks
 from megastar.engine.rank_sync import gather
-from megastar.engine.zero.ema_teacher import ReplicatedTeacher
 from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.partitions import is_persistent
 from megastar.parallel.plan import split_of
@@ -53,7 +52,6 @@ def replicas(engines: Engines, ctx: Context) -> Iterator[tuple[str, str, Tensor]
                 if stage < 3 or is_persistent(p):
                     yield "data", name, p
         if stage < 3 and engines.teacher is not None:
-            assert isinstance(engines.teacher, ReplicatedTeacher)
             for name, p in engines.teacher.module.named_parameters():
                 yield "data", f"teacher's {name}", p
     if ctx.tensor_group is not None:
@@ -84,9 +82,7 @@ def compare(run: Path, engines: Engines, ctx: Context, step: int, drift: float) 
     differ = torch.zeros_like(hashes, dtype=torch.bool)
     for scope in dict.fromkeys(scopes):
         mine = torch.tensor([s == scope for s in scopes], device=ctx.device)
-        extremes = torch.stack(
-            [hashes[mine], ~hashes[mine]]
-        )  # ~x reverses the order: one reduction gives maximum and minimum
+        extremes = torch.stack([hashes[mine], ~hashes[mine]])  # ~x reverses the order: one reduction gives both
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=groups[scope])
         differ[mine] = extremes[0] != ~extremes[1]
     anywhere = differ.to(torch.int32)

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megastar.config.schema import FaultsConfig, RunConfig
+from megastar.config.schema import FaultsConfig
 from megastar.engine.context import Context
 from megastar.engine.fault_tolerance.errors import NonFiniteLoss
-from megastar.engine.fault_tolerance.skip_policy import SkipPolicy, name_ranks, read_skips, time_and_job
+from megastar.engine.fault_tolerance.skip_policy import SkipPolicy, name_ranks
 from megastar.engine.rank_sync import on_main, retry, run_on_main
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.events import time_and_job
 from megastar.run_dir.jsonl import read_ends, read_jsonl
 from megastar.run_dir.layout import METRICS, ROLLBACKS, SKIPPED
 from megastar.utils.files import append_line, write_atomic
@@ -56,8 +57,7 @@ def finish_rollback(run: Path, ctx: Context) -> list[dict[str, Any]]:
 
 def rollbacks_before(path: Path) -> int:
     """The number of rollbacks before a checkpoint was written."""
-    number: int = checkpoint_dir.parse_manifest(path).get("guard", {}).get("rollbacks", 0)
-    return number
+    return int(checkpoint_dir.parse_manifest(path).get("guard", {}).get("rollbacks", 0))
 
 
 def discard_after(target: Path) -> None:
@@ -84,17 +84,17 @@ def choose_checkpoint(folder: Path, first: int) -> tuple[Path | None, str]:
     return None, ""
 
 
-def plan_rollback(cfg: RunConfig, ctx: Context, policy: SkipPolicy, step: int) -> RollbackPlan:
+def plan_rollback(run: Path, lr: float, ctx: Context, policy: SkipPolicy, step: int) -> RollbackPlan:
     """Choose the last good checkpoint, after the skipped ``step``; the data continues after this step's batch.
 
-    A collective. Raises ``NonFiniteLoss`` with a diagnosis when there is no checkpoint, or after
+    A collective. Raises ``NonFiniteLoss`` with a diagnosis, which names ``lr``, when there is no checkpoint, or after
     ``faults.max_rollbacks``.
     """
 
     def choose() -> tuple[Path | None, str, str]:
-        target, shortcoming = choose_checkpoint(checkpoint_dir.folder_of(cfg.run), policy.skips[0])
-        exhausted = policy.rollbacks >= cfg.faults.max_rollbacks
-        return target, shortcoming, diagnosis(cfg, policy, step, target) if exhausted or not target else ""
+        target, shortcoming = choose_checkpoint(checkpoint_dir.folder_of(run), policy.skips[0])
+        exhausted = policy.rollbacks >= policy.faults.max_rollbacks
+        return target, shortcoming, diagnosis(run, lr, policy, step, target) if exhausted or not target else ""
 
     target, shortcoming, end = run_on_main(ctx, choose)
     if end:
@@ -103,8 +103,8 @@ def plan_rollback(cfg: RunConfig, ctx: Context, policy: SkipPolicy, step: int) -
     position, number = step + policy.offset + 1, policy.rollbacks + 1
     record = {**time_and_job(), "step": step, "to": target.name, "position": position, "skipped": policy.skips}
     text = (
-        f"step {step}: {len(policy.skips)} steps were skipped within {cfg.faults.spike_window}; rolled back to {target}"
-        f"{', ' + shortcoming if shortcoming else ''}; the data continues after this step (rollback {number} of {cfg.faults.max_rollbacks})"
+        f"step {step}: {len(policy.skips)} steps were skipped within {policy.faults.spike_window}; rolled back to {target}"
+        f"{', ' + shortcoming if shortcoming else ''}; the data continues after this step (rollback {number} of {policy.faults.max_rollbacks})"
     )
     return RollbackPlan(target, record, number, text)
 
@@ -126,10 +126,10 @@ def commit_rollback(run: Path, ctx: Context, plan: RollbackPlan, patience: float
         )
 
 
-def diagnosis(cfg: RunConfig, policy: SkipPolicy, step: int, target: Path | None) -> str:
+def diagnosis(run: Path, lr: float, policy: SkipPolicy, step: int, target: Path | None) -> str:
     """What happened, the likely cause, what to do."""
-    run, faults = Path(cfg.run), cfg.faults
-    rows = read_skips(run)
+    faults = policy.faults
+    rows = [r for r in read_jsonl(run / SKIPPED) if "step" in r]
     recent = [r for r in rows if r["step"] in policy.skips][-len(policy.skips) :]
     losses = ", ".join(f"step {r['step']}: {r['why']}" for r in recent[-4:])
     why = (
@@ -144,7 +144,7 @@ def diagnosis(cfg: RunConfig, policy: SkipPolicy, step: int, target: Path | None
         losses += f", the last gradient norms {', '.join(str(n)[:6] for n in norms)}"
     return (
         f"step {step}: {len(policy.skips)} steps were skipped within {faults.spike_window} {why} ({losses}); "
-        f"{advice(faults, cfg.optim.lr, rows)}; {run / SKIPPED} names the batches"
+        f"{advice(faults, lr, rows)}; {run / SKIPPED} names the batches"
         + (f", {target} is the last good checkpoint" if target else "")
     )
 

@@ -60,7 +60,7 @@ class WaitReporter:
         if trouble != self._trouble:  # lasts longer than a batch: one rank of each host reports it
             over, self._trouble = not trouble, trouble
             if self._first(f"trouble/{self.host}/{self.step}/{over}"):
-                text = "the cache accepts shards again" if over else trouble
+                text = "shards are cached again" if over else trouble
                 self._report(f"{self.host}: {text}", f"cache {self.host}", over=over)
 
     def _first(self, what: str) -> bool:

@@ -24,9 +24,9 @@ SHOWN = {"loss": "loss", "loss_ar": "ar", "acc_step": "acc_step", "acc_view": "a
 class MetricsLogger:
     """``step`` after each optimizer step; a row is written every ``every`` steps and at the end.
 
-    A resumed run cuts rows after its checkpoint, so that metrics.jsonl holds each step once. Rows that the disk refuses
-    wait in memory; a TensorBoard that fails is switched off. ``ideal``: seconds of a step at the devices' peak; its share
-    of the measured time is the row's ``mfu``. Raises ``OSError`` where rows must be cut and cannot be.
+    A resumed run cuts rows after its checkpoint, so that metrics.jsonl holds each step once. Rows that cannot be written
+    are buffered in memory; a TensorBoard that fails is switched off. ``ideal``: seconds of a step at the devices' peak; its share
+    of the measured time is the row's ``mfu``. Raises ``OSError`` if rows cannot be cut.
     """
 
     def __init__(self, folder: Path, start: int, total: int, every: int, active: bool, ideal: float | None = None):
@@ -131,12 +131,11 @@ class MetricsLogger:
         flush_events(self.folder)
         error = self.rows.error
         if error and not self.disk_fails:
-            self.event(
-                "warning",
+            text = (
                 f"{self.rows.path} cannot be written ({error.strerror}): training continues, rows and events are buffered "
-                "in memory; free disk space, or make the file writable",
-                situation="disk",
+                "in memory; free disk space, or make the file writable"
             )
+            self.event("warning", text, situation="disk")
         elif self.disk_fails and not error:
             dropped = self.rows.take_dropped()
             lost = f", {dropped} older ones were dropped" if dropped else ""

@@ -42,7 +42,7 @@ class Engines:
             group["lr"], group["ema_decay"] = lr, ema_decay
 
     def set_step(self, step: int) -> None:
-        """Continue DeepSpeed's count of steps after a resume."""
+        """Set DeepSpeed's count of steps, on a resume."""
         self.student.global_steps = step
 
     def updates(self) -> int:

@@ -46,7 +46,7 @@ def found(cfg: RunConfig, some: list[dict], images: int = 64) -> dict[str, str]:
 CASES = {
     "accuracy_at_chance": (
         {"acc_view": 0.02},
-        "contrastive accuracy sits at chance: acc_view 0.02 over 10 rows, guessing gives 0.016 (1 of 64 images): check that",
+        "contrastive accuracy is at chance level: acc_view 0.02 over 10 rows, guessing gives 0.016 (1 of 64 images): check that",
     ),
     "collapse": (
         {"spread_student": 0.03},
@@ -64,7 +64,7 @@ CASES = {
     ),
     "always_clipped": (
         {"grad_norm": 3.0},
-        "every gradient is clipped: grad_norm was 3 to 3 in 50 rows, optim.grad_clip is 1: no harm while the loss falls",
+        "every gradient is clipped: grad_norm was 3 to 3 in 50 rows, optim.grad_clip is 1: harmless while the loss falls",
     ),
     "not_learning": (
         {"loss_ar": 7.7},
