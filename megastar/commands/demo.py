@@ -108,7 +108,7 @@ class Demo:
         from megastar.commands._launch import launch
         from megastar.run_dir.checkpoint_dir import folder_of, latest, name_of
 
-        saved, newest = Path(self.cfg.run) / layout.CONFIG, latest(folder_of(self.cfg))
+        saved, newest = Path(self.cfg.run) / layout.CONFIG, latest(folder_of(self.cfg.run))
         unchanged = saved.is_file() and not diff_configs(load_config(saved), self.cfg)
         if unchanged and newest is not None and newest.name == name_of(self.cfg.train.steps):
             self.console.print(f"{self.cfg.run} is complete: {self.cfg.train.steps} steps", highlight=False)

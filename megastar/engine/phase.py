@@ -37,15 +37,11 @@ class Phase:
         self.moves += 1
 
     def finish(self, steps: int) -> None:
-        """``steps`` are done."""
         self.done = steps
 
     def at(self, phase: str) -> None:
         self.phase = phase
         self.moves += 1
-
-    def __str__(self) -> str:
-        return describe(self.phase, self.step)
 
 
 PHASE = Phase()

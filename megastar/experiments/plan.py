@@ -154,7 +154,7 @@ def check_folder(cfg: CompareConfig, runs: Iterable[PlannedRun]) -> None:
 
 def is_trained(run: PlannedRun) -> bool:
     """Whether its last checkpoint exists; ``check_folder`` verifies its configuration."""
-    newest = latest(folder_of(run.cfg))
+    newest = latest(folder_of(run.cfg.run))
     return newest is not None and newest.name == name_of(run.steps)
 
 

@@ -40,10 +40,17 @@ def write_json(path: Path, content: object) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append ``line`` durably; if a crash truncated the last line, start a new one first."""
     with path.open("a+b") as f:
-        cut = f.seek(0, os.SEEK_END) > 0 and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
-        f.write((b"\n" if cut else b"") + line.encode() + b"\n")
+        f.write((b"\n" if ends_within_line(f) else b"") + line.encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())
+
+
+def ends_within_line(f: BinaryIO) -> bool:
+    """Whether the last line lacks its newline, as after a crash or on a full disk."""
+    if not f.seek(0, os.SEEK_END):
+        return False
+    f.seek(-1, os.SEEK_END)
+    return f.read(1) != b"\n"
 
 
 def read_small(path: Path, most: int) -> bytes | None:

@@ -94,20 +94,20 @@ def test_a_run_goes_on_with_its_shards_wherever_they_lie(folder, tmp_path):
     assert digests[0] == digests[1] != digests[2] and open_data(run_config(folder)).digests["val_data"] == ""
     cfg, found = run_config(other, f"data.val_shards={other}"), tmp_path / "step-1"
     was = {"data": digests[0], "val_data": digests[0]}
-    check_same_data(cfg, was, was, found)
-    check_same_data(cfg, {"data": digests[0]}, was, found)  # a checkpoint that does not say
+    check_same_data(cfg.data, was, was, found)
+    check_same_data(cfg.data, {"data": digests[0]}, was, found)  # a checkpoint that does not say
     with pytest.raises(UserError, match=r"data.shards = .*other holds different shards than .*step-1 was trained on"):
-        check_same_data(cfg, was, was | {"data": digests[2]}, found)
+        check_same_data(cfg.data, was, was | {"data": digests[2]}, found)
     with pytest.raises(
         UserError, match=r"data.val_shards = .*other holds different shards than .*step-1 was validated on"
     ):
-        check_same_data(cfg, was, was | {"val_data": digests[2]}, found)
+        check_same_data(cfg.data, was, was | {"val_data": digests[2]}, found)
 
 
 def test_a_checkpoint_in_another_order_of_the_samples(folder, tmp_path):
     cfg, found = run_config(folder, "data.window=3"), tmp_path / "step-4"
     manifest = open_data(cfg).train.manifest
-    check_same_order(cfg, manifest, {"order": VERSION}, found)
+    check_same_order(cfg.data.window, manifest, {"order": VERSION}, found)
     with pytest.raises(UserError, match=f"step-4 was trained in sample order 1, this .* order {VERSION}: finish"):
-        check_same_order(cfg, manifest, {}, found)  # from before it was written down
-    check_same_order(run_config(folder, "data.window=4"), manifest, {}, found)  # four shards, all mixed: the same
+        check_same_order(cfg.data.window, manifest, {}, found)  # from before it was written down
+    check_same_order(4, manifest, {}, found)  # four shards, all mixed: the same
