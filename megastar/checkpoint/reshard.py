@@ -18,7 +18,7 @@ from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
 from megastar.checkpoint.rng_state import random_file, seed_dropout
 from megastar.checkpoint.shard_format import KINDS, OPEN_FILES, Piece, StateReader, piece_writer, state_file
 from megastar.checkpoint.source import Source, elements_of, same_bits
-from megastar.config.schema import RunConfig
+from megastar.config.schema import ModelConfig
 from megastar.config.validate import divisors, tensor_parallel_degrees, words
 from megastar.errors import UserError
 from megastar.parallel.mesh import Mesh
@@ -49,9 +49,8 @@ def pieces_of(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[Piece]:
     return out
 
 
-def check_mesh(cfg: RunConfig, data: int, tensor: int) -> None:
-    """Raise ``UserError`` for a mesh that this configuration cannot run on."""
-    m, batch = cfg.model, cfg.train.global_batch
+def check_mesh(m: ModelConfig, batch: int, data: int, tensor: int) -> None:
+    """Raise ``UserError`` for a mesh that cannot run this network with this global batch."""
     legal = tensor_parallel_degrees(m)
     if tensor not in legal:
         raise UserError(
@@ -67,7 +66,7 @@ def check_mesh(cfg: RunConfig, data: int, tensor: int) -> None:
 
 def to_checkpoint(source: Source, out: Path, data: int, tensor: int, force: bool) -> str:
     """Write the run folder ``out`` with one checkpoint; returns what was written and how it was checked."""
-    check_mesh(source.cfg, data, tensor)
+    check_mesh(source.cfg.model, source.cfg.train.global_batch, data, tensor)
     if source.folder.resolve().is_relative_to(out.resolve()):
         raise UserError(f"--out {out} contains the source {source.folder}: name another folder")
     reader, name = source.reader, name_of(source.manifest["step"])
