@@ -14,17 +14,16 @@ import torch
 
 from megastar import cli
 from megastar.checkpoint import atomic_output, convert
-from megastar.checkpoint.convert import full_weights
 from megastar.checkpoint.llamagen_writer import how_to_load
 from megastar.checkpoint.rng_state import random_file
 from megastar.checkpoint.safetensors_stream import TensorWriter
 from megastar.checkpoint.shard_format import KINDS, StateReader
 from megastar.errors import UserError
-from megastar.model.io import load_model, save_model
+from megastar.model.io import load_model
 from megastar.parallel.mesh import Mesh
 from megastar.run_dir import checkpoint_dir
 from megastar.utils.files import sha256
-from tests.checkpoints import shapes_of, whole_of, write_checkpoint
+from tests.checkpoints import full_weights, save_model, shapes_of, whole_of, write_checkpoint
 from tests.dist.reference import config
 
 ROOT = Path(__file__).resolve().parents[3]
