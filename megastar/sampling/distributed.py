@@ -237,7 +237,7 @@ def remove_leftovers(folder: Path) -> None:
             claim.unlink(missing_ok=True)
     for temporary in folder.glob("part-*.tmp"):
         host, pid = temporary.name.removesuffix(".tmp").split(".npz.")[1].rsplit(".", 1)
-        if host == socket.gethostname() and not is_running(int(pid)):
+        if host == socket.gethostname() and not is_running(int(pid.partition("-")[0])):
             temporary.unlink(missing_ok=True)
 
 

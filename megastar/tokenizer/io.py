@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from megastar.config.schema import TokenizerConfig
 from megastar.errors import UserError
 from megastar.tokenizer.vq import VQModel
+from megastar.utils.files import atomic_file
 
 FORMAT = "megastar-tokenizer"
 
@@ -24,12 +25,10 @@ def save_tokenizer(
     model: VQModel, path: str | Path, provenance: dict[str, Any], dtype: torch.dtype = torch.float16
 ) -> None:
     """Write weights in ``dtype`` (default fp16: half the size; codes are computed in fp32 after loading)."""
-    path = Path(path)
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata=tokenizer_metadata(model.config, provenance))
-    temporary.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata=tokenizer_metadata(model.config, provenance))
 
 
 def tokenizer_metadata(config: TokenizerConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
