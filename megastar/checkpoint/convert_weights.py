@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,38 +36,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass
 class WeightsFile:
-    """The weights of a network or a tokenizer; ``tensors`` are read on access."""
+    """The weights of a network or a tokenizer; ``read`` returns one tensor."""
 
     path: Path
     cfg: ModelConfig | TokenizerConfig
-    tensors: Mapping[str, Tensor]
+    shapes: Shapes
+    read: Callable[[str], Tensor]
     provenance: dict[str, Any]
-
-    @property
-    def shapes(self) -> Shapes:
-        return self.tensors.shapes if isinstance(self.tensors, _Lazy) else shapes_in(self.tensors)
-
-
-class _Lazy(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, read one at a time."""
-
-    def __init__(self, path: Path):
-        self.file = safe_open(path, "pt")
-        self.shapes = {k: tuple(self.file.get_slice(k).get_shape()) for k in self.file.keys()}  # noqa: SIM118
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self.file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def shapes_in(tensors: Mapping[str, Tensor]) -> Shapes:
-    return {k: tuple(v.shape) for k, v in tensors.items()}
 
 
 def open_weights(
@@ -85,7 +60,7 @@ def open_weights(
         return _open_safetensors(path)
     content = load_pickled(path)
     weights = weights_in(path, content)
-    shapes, digest = shapes_in(weights), sha256(path)
+    shapes, digest = {k: tuple(v.shape) for k, v in weights.items()}, sha256(path)
     if isinstance(content.get("megastar"), dict):  # written by megastar convert
         provenance = content["megastar"] | {"source": path.name, "source_sha256": digest}
     else:
@@ -98,7 +73,7 @@ def open_weights(
         expected = read_architecture(config) if config else None
         cfg = model_config(path, weights, expected, tokens_in(path, content), image_tokens)
         check_fits(path, shapes, cfg)
-    return WeightsFile(path, cfg, weights, provenance)
+    return WeightsFile(path, cfg, shapes, weights.__getitem__, provenance)
 
 
 def read_architecture(path: Path) -> ModelConfig:
@@ -116,13 +91,14 @@ def _open_safetensors(path: Path) -> WeightsFile:
             kind = (f.metadata() or {}).get("format")
     except Exception as error:  # its own type, or an OSError
         raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from error
+    file = safe_open(path, "pt")
+    shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
     if kind == TOKENIZER_FORMAT:
         tokenizer, provenance = read_tokenizer_metadata(path)
-        return WeightsFile(path, tokenizer, _Lazy(path), provenance)
+        return WeightsFile(path, tokenizer, shapes, file.get_tensor, provenance)
     model, provenance = read_model_metadata(path)
-    opened = WeightsFile(path, model, _Lazy(path), provenance)
-    check_fits(path, opened.shapes, model)
-    return opened
+    check_fits(path, shapes, model)
+    return WeightsFile(path, model, shapes, file.get_tensor, provenance)
 
 
 def convert_file(
@@ -144,7 +120,7 @@ def convert_file(
     what = "network" if isinstance(source.cfg, ModelConfig) else "tokenizer"
     provenance = source.provenance | ({"tokenizer": tokenizer_hash(tokenizer)} if tokenizer is not None else {})
     checked = write_weights(
-        out, to, source.cfg, provenance, source.shapes, source.tensors.__getitem__,
+        out, to, source.cfg, provenance, source.shapes, source.read,
         dtype=dtype, force=force, console=console,
     )  # fmt: skip
     seconds, mb = time.perf_counter() - start, out.stat().st_size / 1e6

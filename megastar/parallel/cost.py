@@ -340,10 +340,6 @@ def make_plans(
     return out
 
 
-def simplicity(plan: Plan) -> tuple[int, bool, bool, int]:
-    return plan.tensor, bool(plan.zero.offload), plan.checkpointing, plan.zero.stage
-
-
 def recommend(plans: Sequence[Plan]) -> Plan | None:
     """The simplest of the fastest plans that fit: few tensor ranks, no offload, no recomputation, low stage; None if none.
 
@@ -354,4 +350,5 @@ def recommend(plans: Sequence[Plan]) -> Plan | None:
         return None
     fitting = [p for p in fitting if p.need <= (1 - SPARE) * p.limit] or fitting
     best = min(p.seconds for p in fitting)
-    return min((p for p in fitting if p.seconds <= best * (1 + NEAR)), key=simplicity)
+    near = [p for p in fitting if p.seconds <= best * (1 + NEAR)]
+    return min(near, key=lambda p: (p.tensor, bool(p.zero.offload), p.checkpointing, p.zero.stage))

@@ -16,7 +16,7 @@ from megastar.sampling.decoder import CachedDecoder
 from megastar.sampling.guidance import null_until, scales
 from megastar.sampling.logits import draw, probabilities
 from megastar.sampling.options import SamplingOptions
-from megastar.tokenizer.vq import VQModel
+from megastar.tokenizer.vq import VQModel, to_pixels
 from megastar.utils.progress_bar import ProgressBar
 
 ProgressCallback = Callable[[float], None]  # called with the share of the tokens sampled so far
@@ -118,6 +118,5 @@ def decode_images(tokenizer: VQModel, codes: Tensor, batch: int = 64, size: int 
         images = tokenizer.decode_codes(codes[first : first + batch].to(device))  # (B, 3, H, W)
         if side != tokenizer.config.image_size:
             images = F.interpolate(images.float(), size=(side, side), mode="bicubic")
-        pixels = images.float().add(1).mul(127.5).round().clamp(0, 255).byte()
-        out[first : first + batch] = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        out[first : first + batch] = to_pixels(images)
     return out

@@ -247,7 +247,7 @@ def test_another_format_or_network_is_told(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("mesh", "sentence"),
     [
-        (["--data", "2", "--tensor", "4"], "--tensor 4 does not divide the 2 heads, the ffn width 48 and the vocabulary 32: use 1 or 2"),
+        (["--data", "2", "--tensor", "4"], "tensor parallel degree 4: must divide 2 heads, the ffn width 48 and 32 codes; use 1 or 2"),
         (["--data", "3"], "--data 3 does not divide train.global_batch 8, which a resumed run keeps: use 1, 2, 4 or 8"),
     ],
 )  # fmt: skip
