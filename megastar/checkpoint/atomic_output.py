@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from megastar.errors import UserError
-from megastar.utils.files import sync_folder
+from megastar.utils.files import check_regular, sync_folder
 from megastar.utils.lockfile import is_running
 
 SLACK = 1 << 20  # bytes, for headers and folder entries
@@ -61,10 +61,10 @@ def remove(path: Path) -> None:
 
 def check_free(out: Path, need: int, force: bool, holds: Sequence[str] = ()) -> None:
     """Raise ``UserError`` unless ``out`` may be written and fits; see ``staged``."""
-    if not holds and out.is_dir():
-        raise UserError(f"{out} is a folder: name the file to write")
-    if holds and out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: name the folder to write")
+    if not holds:
+        check_regular(out)
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder: name the folder to write")
     if out.exists() and (not holds or any(out.iterdir())):
         if not force:
             raise UserError(f"{out} exists: name another place, or replace it with --force")

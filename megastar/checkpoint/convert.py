@@ -10,24 +10,14 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from torch import Tensor
 
 from megastar.checkpoint.convert_weights import write_weights
 from megastar.checkpoint.deepspeed_universal import to_universal
 from megastar.checkpoint.reshard import to_checkpoint
-from megastar.checkpoint.shard_format import PREFIX, StateReader
-from megastar.checkpoint.source import kind_of, open_source
+from megastar.checkpoint.source import open_source
 from megastar.model.io import check_fits
-from megastar.run_dir.checkpoint_dir import read_manifest
 
 TARGETS = ("safetensors", "llamagen", "universal", "checkpoint")
-
-
-def full_weights(folder: Path, weights: str) -> dict[str, Tensor]:
-    """Name -> fp32 tensor of the student (``student``) or its average (``ema``), transformer only, all in memory."""
-    reader = StateReader(folder, read_manifest(folder))
-    names = [n for n in reader.shapes if n.startswith(PREFIX)]
-    return {n.removeprefix(PREFIX): reader.whole(n, kind_of(weights)) for n in names}
 
 
 def convert(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,30 +35,13 @@ USED = 65536  # size of the buffer in which LlamaGen's tokenizer keeps the last 
 
 @dataclass
 class WeightsFile:
-    """The weights of a network or a tokenizer; ``tensors`` are read on access."""
+    """The weights of a network or a tokenizer; ``read`` returns one tensor."""
 
     path: Path
     cfg: ModelConfig | TokenizerConfig
-    tensors: Mapping[str, Tensor]
-    provenance: dict[str, Any]
     shapes: Shapes
-
-
-class _Lazy(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, read one at a time."""
-
-    def __init__(self, path: Path, names: Iterable[str]):
-        self.file, self.names = safe_open(path, "pt"), tuple(names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self.file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+    read: Callable[[str], Tensor]
+    provenance: dict[str, Any]
 
 
 def open_weights(
@@ -72,7 +55,7 @@ def open_weights(
     path = Path(path)
     if path.suffix == ".safetensors":
         cfg, provenance, shapes = read_weights_header(path)
-        return WeightsFile(path, cfg, _Lazy(path, shapes), provenance, shapes)
+        return WeightsFile(path, cfg, shapes, safe_open(path, "pt").get_tensor, provenance)
     require_weights(path)
     content = load_pickled(path)
     weights = weights_in(path, content)
@@ -88,7 +71,7 @@ def open_weights(
         expected = read_architecture(config) if config else None
         cfg = model_config(path, weights, expected, tokens_in(path, content), image_tokens)
         check_fits(path, shapes, cfg)
-    return WeightsFile(path, cfg, weights, provenance, shapes)
+    return WeightsFile(path, cfg, shapes, weights.__getitem__, provenance)
 
 
 def read_architecture(path: Path) -> ModelConfig:
@@ -119,7 +102,7 @@ def convert_file(
     what = "network" if isinstance(source.cfg, ModelConfig) else "tokenizer"
     provenance = source.provenance | ({"tokenizer": tokenizer_hash(tokenizer)} if tokenizer is not None else {})
     checked = write_weights(
-        out, to, source.cfg, provenance, source.shapes, source.tensors.__getitem__,
+        out, to, source.cfg, provenance, source.shapes, source.read,
         dtype=dtype, force=force, console=console,
     )  # fmt: skip
     seconds, mb = time.perf_counter() - start, out.stat().st_size / 1e6

@@ -209,7 +209,7 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     # Not a terminal: use the width that the table needs.
     width = None if sys.stdout.isatty() else max(118, terminal_width())
     console = Console(width=width, highlight=False, markup=False)
-    counts, g, gpu = elements(cfg), cfg.self_guided, machine.gpu
+    counts, g, gpu = elements(cfg.model, cfg.self_guided), cfg.self_guided, machine.gpu
     P, extra = trunk(counts), sum(counts.values()) - trunk(counts)
     views = f" x {cfg.student_views} views (teacher {g.views})" if g.enabled else ""
     data = "network" if machine.nodes > 1 else "NVLink"

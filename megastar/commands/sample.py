@@ -12,6 +12,7 @@ from megastar.commands._sample_output import SHOWN_CLASSES, sample_and_score, sa
 from megastar.commands._score_options import add_options
 from megastar.errors import UserError
 from megastar.sampling.pipeline import open_pipeline
+from megastar.utils.files import check_regular
 
 EXAMPLES = """
 megastar sample                                                 the shipped weights, all classes -> samples.png
@@ -84,21 +85,18 @@ def choose_labels(
 
     Raises ``UserError`` for an unknown class.
     """
-    import numpy as np
-
     chosen = [class_number(c.strip(), names) for c in classes.split(",")] if classes else list(range(len(names)))
     if count is None:
         shown = chosen if classes else chosen[:SHOWN_CLASSES]
         return [c for c in shown for _ in range(per_class)]
-    if like is None:
-        from megastar.sampling.distributed import plan_labels
+    from megastar.sampling.distributed import labels_like, plan_labels
 
+    if like is None:
         return plan_labels(plan, count, chosen, seed)
-    pool = np.array([c for c in like if c in set(chosen)])
-    if not len(pool):
+    pool = [c for c in like if c in set(chosen)]
+    if not pool:
         raise UserError(f"--like holds no image of the classes {classes}: give classes that it holds")
-    order = np.random.default_rng([seed, 1]).permutation(len(pool))
-    return [int(c) for c in pool[order[np.arange(count) % len(pool)]]]
+    return labels_like(pool, count, seed)
 
 
 def main(words: list[str]) -> int:
@@ -114,6 +112,8 @@ def main(words: list[str]) -> int:
         raise UserError("--score (the output file) and --real (the reference images) must be given together")
     if a.score and (a.npz or a.out):
         raise UserError("--score keeps no images: leave out --npz and --out, or score an .npz with megastar evaluate")
+    if a.out:
+        check_regular(a.out)
     if a.nproc > 1 and world == 1:
         from megastar.commands._launch import launch
 

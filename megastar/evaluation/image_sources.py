@@ -20,6 +20,7 @@ from megastar.data.storage.shard_info import MANIFEST
 from megastar.data.storage.store import is_remote
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
+from megastar.tokenizer.vq import to_pixels
 from megastar.utils.files import sha256
 
 logger = logging.getLogger(__name__)
@@ -214,12 +215,6 @@ class TokenImages:
         digest = hashlib.sha256("".join(s.sha256 for s in self.shards.manifest.shards).encode())
         _add_file(digest, self.tokenizer)
         return digest.hexdigest()
-
-
-def to_pixels(images: torch.Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
-    pixels = images.float().add(1).mul(127.5).round().clamp(0, 255).byte()
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from megastar.evaluation.features import Network
 from megastar.evaluation.frechet import Statistics
 from megastar.evaluation.image_sources import NPZ_NAMES, ImageSource, npz_names, open_images, read_arrays
 from megastar.evaluation.inception import POOL, SPATIAL
-from megastar.utils.files import sha256
+from megastar.utils.files import atomic_file, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +125,7 @@ def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write the cache; a failure costs only time, so it is a warning."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary)
-        temporary.replace(file)
+        with atomic_file(file) as temporary:
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary)
     except OSError as error:
         logger.warning("cannot cache the features of the real set in %s: %s", file, error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,14 +22,15 @@ from rich.table import Table
 from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector, collect
 from megastar.evaluation.features import Network, open_network
-from megastar.evaluation.image_sources import ImageSource, open_images, to_pixels
+from megastar.evaluation.image_sources import ImageSource, open_images
 from megastar.evaluation.reference import Reference, read_reference
 from megastar.evaluation.scores import Settings, check_count, check_real, choose_metrics, compute, needs
 from megastar.sampling.distributed import SamplingPipeline, iterate_images
 from megastar.sampling.npz import record_of
 from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, tokenizer_hash
 from megastar.tokenizer.losses import psnr
-from megastar.tokenizer.train import to_images
+from megastar.tokenizer.train import summary_of
+from megastar.tokenizer.vq import to_images, to_pixels
 from megastar.utils.files import write_atomic
 from megastar.version import __version__
 
@@ -148,13 +148,8 @@ def evaluate_reconstruction(
     reference = _reference(real, config.image_size, metrics, made.network, o, limit)
     reconstructions = Reconstructions(tokenizer, images, o.device)
     collect(made, reconstructions.batches(o.batch), images.count, "reconstructions", o.console)
-    ratios = np.concatenate(reconstructions.ratios)
-    summary = {
-        "psnr": float(ratios.mean()),
-        "psnr_of_mean": -10 * math.log10(float((10 ** (-ratios / 10)).mean())),
-        "codes_used": float(reconstructions.used.double().mean()),
-        "tokenizer": {"source": str(tokenizer), "sha256": tokenizer_hash(tokenizer)},
-    }
+    summary: dict[str, Any] = {**summary_of(torch.cat(reconstructions.ratios), reconstructions.used)}
+    summary["tokenizer"] = {"source": str(tokenizer), "sha256": tokenizer_hash(tokenizer)}
     return _score(made, reference, metrics, o, summary, dict(o.provenance), start)
 
 
@@ -163,7 +158,7 @@ class Reconstructions:
 
     def __init__(self, tokenizer: str | Path, source: ImageSource, device: torch.device | str = "cpu"):
         self.model, self.source, self.device = load_tokenizer(tokenizer, device), source, device
-        self.ratios: list[np.ndarray] = []
+        self.ratios: list[torch.Tensor] = []
         self.used = torch.zeros(self.model.config.codebook_size, dtype=torch.bool)
 
     @torch.no_grad()
@@ -173,15 +168,13 @@ class Reconstructions:
             codes = self.model.encode(images)
             self.used[codes.flatten().cpu()] = True
             decoded = self.model.decode_codes(codes)
-            self.ratios.append(psnr(images, decoded).double().cpu().numpy())
+            self.ratios.append(psnr(images, decoded).double().cpu())
             yield to_pixels(decoded)
 
 
 def _prepare(o: EvaluationOptions, count: int, source: object) -> tuple[Sequence[str], Collector]:
     """The metrics, and a collector for ``count`` images of ``source``."""
-    network = open_network(
-        o.features, o.device, inception=o.inception, inception_sha256=o.inception_sha256
-    )  # fmt: skip
+    network = open_network(o.features, o.device, inception=o.inception, inception_sha256=o.inception_sha256)
     metrics = choose_metrics(o.metrics, network)
     check_count(metrics, network, o.settings, count, source)
     return metrics, Collector(network, **needs(metrics, real=False))

@@ -199,7 +199,8 @@ def write_files(folder: Path, content: Mapping[str, Any], results: Results) -> N
     """results.json first, since the others can be made from it."""
     write_atomic(folder / "results.json", (json.dumps(content, indent=1) + "\n").encode())
     write_atomic(folder / "table.md", tables.markdown(results, content["summary"], content["command"]).encode())
-    figures.draw(results, folder, content["majority"])
+    figures.draw_probe(results, folder / "probe.png", content["majority"])
+    figures.draw_score(results, folder / "score.png")
 
 
 def print_files(folder: Path, console: Console) -> None:

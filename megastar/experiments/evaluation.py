@@ -155,13 +155,13 @@ class Evaluation:
         from megastar.evaluation.features import open_network
         from megastar.evaluation.runner import evaluate_collected
         from megastar.evaluation.scores import Settings, choose_metrics, needs
-        from megastar.sampling.distributed import iterate_images
+        from megastar.sampling.distributed import iterate_images, labels_like
         from megastar.sampling.pipeline import open_pipeline
         from megastar.utils.device import pick_device
 
         c, s = self.cfg, self.cfg.sample
         weights, device = find_weights(part.checkpoint, part.weights).file, pick_device("auto")
-        labels = sample_labels(labels_of(codes_folder(c, s.like)), part.count, s.seed)
+        labels = labels_like(labels_of(codes_folder(c, s.like)), part.count, s.seed)
         pipeline = open_pipeline(
             weights, find_tokenizer(c), labels, seed=s.seed, batch=s.batch, cfg_scale=s.cfg_scale,
             temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
@@ -192,14 +192,6 @@ def find_tokenizer(cfg: CompareConfig) -> str:
     if found is None:
         raise UserError(f"base.data.tokenizer = {name!r} does not exist: name the tokenizer of the codes")
     return str(found)
-
-
-def sample_labels(pool: list[int], count: int, seed: int) -> list[int]:
-    """The classes of ``count`` images, as frequent as in ``pool``; the same for all runs."""
-    import numpy as np
-
-    order = np.random.default_rng([seed, 1]).permutation(len(pool))
-    return [pool[i] for i in order[np.arange(count) % len(pool)]]
 
 
 def load_crops(shards: str, count: int) -> tuple[Any, Any]:

@@ -6,7 +6,6 @@ Torch is imported only where tensors are read or written.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -21,38 +20,10 @@ from megastar.parallel.budget import parameter_shapes
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from megastar.model.transformer import Transformer
 
 FORMAT = "megastar-model"
-
-
-def save_model(
-    path: str | Path,
-    state_dict: Mapping[str, Tensor],
-    cfg: ModelConfig,
-    provenance: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write weights atomically, in ``dtype`` if given, with the configuration and the provenance (JSON values).
-
-    Raises ``UserError`` if names or shapes do not match the configuration.
-    """
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    check_fits(path, {k: tuple(v.shape) for k, v in state_dict.items()}, cfg)
-    tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state_dict.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file(tensors, temporary, metadata=metadata_of(cfg, provenance))
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def metadata_of(cfg: ModelConfig, provenance: Mapping[str, Any]) -> dict[str, str]:

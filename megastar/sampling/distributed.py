@@ -60,6 +60,12 @@ def plan_labels(plan: str, count: int, classes: list[int], seed: int) -> list[in
     return [classes[int(u * 2.0**-53 * len(classes))] for u in numbers]
 
 
+def labels_like(pool: list[int], count: int, seed: int) -> list[int]:
+    """The classes of ``count`` images, as frequent as in ``pool``; a larger count keeps the first labels."""
+    order = np.random.default_rng([seed, 1]).permutation(len(pool))
+    return [pool[i] for i in order[np.arange(count) % len(pool)]]
+
+
 class SamplingPipeline:
     """Samples any chunk of a plan: ``labels`` (N,), image i from ``seed`` and i.
 
@@ -237,7 +243,7 @@ def remove_leftovers(folder: Path) -> None:
             claim.unlink(missing_ok=True)
     for temporary in folder.glob("part-*.tmp"):
         host, pid = temporary.name.removesuffix(".tmp").split(".npz.")[1].rsplit(".", 1)
-        if host == socket.gethostname() and not is_running(int(pid)):
+        if host == socket.gethostname() and not is_running(int(pid.partition("-")[0])):
             temporary.unlink(missing_ok=True)
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from megastar.errors import UserError
+from megastar.utils.files import atomic_file
 
 GAP = 2  # pixels between images
 INK, PAPER, RULE = (30, 30, 30), (255, 255, 255), (210, 210, 210)
@@ -65,14 +66,12 @@ def image_grid(
 
 def save_grid(image: Image.Image, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
     """Write the PNG atomically; the provenance goes into its text chunk ``megastar`` as JSON."""
-    path = Path(path)
     info = PngInfo()
     if provenance:
         info.add_text("megastar", json.dumps(provenance))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG", pnginfo=info, optimize=True)
-    temporary.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(Path(path)) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info, optimize=True)
 
 
 def _rows(block: Block, class_names: Sequence[str], columns: int) -> dict[int, list[int]]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from megastar.config.schema import TokenizerConfig
 from megastar.errors import UserError
+from megastar.utils.files import atomic_file
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +33,10 @@ def save_tokenizer(
     import torch
     from safetensors.torch import save_file
 
-    path = Path(path)
     tensors = {k: v.detach().to("cpu", dtype or torch.float16).contiguous() for k, v in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata=tokenizer_metadata(model.config, provenance))
-    temporary.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata=tokenizer_metadata(model.config, provenance))
 
 
 def tokenizer_metadata(config: TokenizerConfig, provenance: Mapping[str, Any]) -> dict[str, str]:

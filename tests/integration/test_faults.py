@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megastar.checkpoint.convert import full_weights
 from megastar.data.order import sample_ids
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.events import read_events
 from megastar.run_dir.jsonl import read_jsonl
 from tests import forker
+from tests.checkpoints import full_weights
 from tests.integration.conftest import environment
 from tests.integration.test_train import rows
 

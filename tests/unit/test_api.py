@@ -18,11 +18,12 @@ from megastar.checkpoint import find_weights
 from megastar.config.load import as_run_config
 from megastar.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from megastar.evaluation.linear_probe import probe_features
-from megastar.model.io import save_model
 from megastar.model.transformer import Transformer
-from megastar.sampling.sampler import decode_images, sample_seeds, sample_tokens
+from megastar.sampling.sampler import decode_images, sample_seeds
 from megastar.tokenizer.io import save_tokenizer
 from megastar.tokenizer.vq import VQModel
+from tests.checkpoints import save_model
+from tests.sampling import sample_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["circle", "square", "stroke"]

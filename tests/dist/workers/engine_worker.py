@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 
-from megastar.checkpoint.convert import full_weights
 from megastar.checkpoint.rng_state import seed_dropout
 from megastar.engine.checkpointer import load
 from megastar.engine.checkpointer.async_saver import Saver
@@ -23,9 +22,9 @@ from megastar.engine.metrics.step_metrics import step_metrics
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.zero.setup import build, start
 from megastar.engine.zero.state_memory import state_bytes
-from megastar.model.io import save_model
 from megastar.run_dir import checkpoint_dir
 from tests.dist.reference import BATCH, STEPS, batch_of, config, initial_weights
+from tests.checkpoints import full_weights, save_model
 
 
 def forget_mesh() -> None:

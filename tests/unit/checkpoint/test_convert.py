@@ -14,17 +14,16 @@ import torch
 
 from megastar import cli
 from megastar.checkpoint import atomic_output, convert
-from megastar.checkpoint.convert import full_weights
 from megastar.checkpoint.llamagen_writer import how_to_load
 from megastar.checkpoint.rng_state import random_file
 from megastar.checkpoint.safetensors_stream import TensorWriter
 from megastar.checkpoint.shard_format import KINDS, StateReader
 from megastar.errors import UserError
-from megastar.model.io import load_model, save_model
+from megastar.model.io import load_model
 from megastar.parallel.mesh import Mesh
 from megastar.run_dir import checkpoint_dir
 from megastar.utils.files import sha256
-from tests.checkpoints import shapes_of, whole_of, write_checkpoint
+from tests.checkpoints import full_weights, save_model, shapes_of, whole_of, write_checkpoint
 from tests.dist.reference import config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -248,7 +247,7 @@ def test_another_format_or_network_is_told(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("mesh", "sentence"),
     [
-        (["--data", "2", "--tensor", "4"], "--tensor 4 does not divide the 2 heads, the ffn width 48 and the vocabulary 32: use 1 or 2"),
+        (["--data", "2", "--tensor", "4"], "tensor parallel degree 4: must divide 2 heads, the ffn width 48 and 32 codes; use 1 or 2"),
         (["--data", "3"], "--data 3 does not divide train.global_batch 8, which a resumed run keeps: use 1, 2, 4 or 8"),
     ],
 )  # fmt: skip
@@ -286,7 +285,7 @@ def test_force_removes_only_what_a_conversion_wrote(runs, run, tmp_path, capsys)
         [runs / "1x1", "--to", "llamagen", "--out", run], capsys
     )
     told = refused([runs / "1x1", "--to", "universal", "--out", run / "metrics.jsonl"], capsys)
-    assert "metrics.jsonl is a file: name the folder to write" in told
+    assert "metrics.jsonl is not a folder: name the folder to write" in told
     told = refused([runs / "1x1", "--to", "universal", "--out", run / "metrics.jsonl" / "deep"], capsys)
     assert f"{run / 'metrics.jsonl'} is a file, not a folder: name another place" in told
 

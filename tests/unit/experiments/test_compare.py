@@ -24,10 +24,11 @@ from megastar.engine.student import Student
 from megastar.engine.train_step import hidden_mask, losses
 from megastar.errors import UserError
 from megastar.experiments.comparison import Comparison, exclusive_lock
-from megastar.experiments.evaluation import Evaluation, sample_labels
+from megastar.experiments.evaluation import Evaluation
 from megastar.experiments.job_queue import Attempt, Job, Steady
 from megastar.experiments.plan import check_folder, check_order, is_trained, order_digest, plan_runs
 from megastar.run_dir.checkpoint_dir import MANIFEST, name_of
+from megastar.sampling.distributed import labels_like
 from tests.unit.data.shards.test_shards import VIEWS, T, V, write_set
 
 SMALL = """
@@ -359,9 +360,9 @@ def test_a_missing_checkpoint_is_an_error_with_remedy(measured):
 
 def test_sampled_labels_are_as_frequent_as_in_the_split():
     pool = [0] * 6 + [1] * 3 + [2]
-    labels = sample_labels(pool, 20, 0)
+    labels = labels_like(pool, 20, 0)
     assert np.bincount(labels).tolist() == [12, 6, 2]
-    assert sample_labels(pool, 7, 0) == labels[:7] and sample_labels(pool, 20, 1) != labels
+    assert labels_like(pool, 7, 0) == labels[:7] and labels_like(pool, 20, 1) != labels
 
 
 def test_each_job_has_its_own_gpus_if_there_are_enough(tmp_path, monkeypatch):
