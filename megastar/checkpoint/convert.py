@@ -1,7 +1,7 @@
 """`megastar convert`: a checkpoint -> weights files, DeepSpeed's universal format, another number of files.
 
-Needs no DeepSpeed and no process group, and memory for a few tensors only. Each output is written beside its place, read
-back and compared before it gets its name (atomic_output.py).
+Needs no DeepSpeed and no process group, and memory for a few tensors only. Each output is written to a temporary path,
+read back and compared, then renamed (atomic_output.py).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def convert(
         checked = to_checkpoint(source, out, data, tensor, force)
     mb, seconds = size_of(out) / 1e6, time.perf_counter() - start
     rate = f"{mb:.1f} MB in {seconds:.1f} s, {mb / seconds:.0f} MB/s"
-    return f"{out}: {what}, of step {source.manifest['step']} ({rate}); {checked}"
+    return f"{out}: {what}, step {source.manifest['step']} ({rate}); {checked}"
 
 
 def size_of(path: Path) -> int:

@@ -171,11 +171,6 @@ def write_weights(
 def write_json(out: Path, cfg: ModelConfig | TokenizerConfig, provenance: dict[str, Any], digest: str) -> None:
     """``OUT.json`` beside ``OUT.safetensors``: configuration, provenance, and the SHA-256 of the file."""
     section = "model" if isinstance(cfg, ModelConfig) else "config"
-    head = {
-        "file": out.name,
-        "sha256": digest,
-        "step": provenance.get("step"),
-        "tokenizer": provenance.get("tokenizer"),
-    }
+    head = {"file": out.name, "sha256": digest} | {k: provenance.get(k) for k in ("step", "tokenizer")}
     text = json.dumps(head | {section: asdict(cfg), "provenance": provenance}, indent=1)
     write_atomic(out.with_suffix(".json"), (text + "\n").encode())

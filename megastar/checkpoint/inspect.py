@@ -39,30 +39,25 @@ def inspect(path: Path, verify: bool, console: Console) -> bool:
         for name, entry in manifest["files"].items():
             health[name] = health_of(folder / name, entry, verify)
             bar.advance(entry["bytes"])
-    problem = ""
+    problem = "damaged: see the files below; restore them, or resume from an earlier checkpoint"
     if all(h.startswith("ok") for h in health.values()):
         try:
             StateReader(folder, manifest).close()
+            problem = ""
         except UserError as error:
             problem = str(error)
     head = Table("", "", show_header=False, box=None)
     head.columns[1].overflow = "fold"  # do not shorten paths
     for name, value in summary(folder, manifest).items():
         head.add_row(name, value)
-    complete = not problem and all(h.startswith("ok") for h in health.values())
-    if not complete:
-        diagnosis = problem or "damaged: see the files below; restore them, or resume from an earlier checkpoint"
-    else:
-        diagnosis = "complete: names and sizes match" + (
-            ", SHA-256 too" if verify else "; --verify compares hashes too"
-        )
-    head.add_row("health", diagnosis)
+    checked = ", SHA-256 too" if verify else "; --verify compares hashes too"
+    head.add_row("health", problem or f"complete: names and sizes match{checked}")
     console.print(head)
     files = Table("file", "written by", "MB", "health", title="files")
     for name, entry in manifest["files"].items():
         files.add_row(name, entry["whose"], f"{entry['bytes'] / 1e6:.2f}", health[name])
     console.print(files)
-    return complete
+    return not problem
 
 
 def health_of(file: Path, entry: dict[str, Any], verify: bool) -> str:

@@ -11,7 +11,6 @@ from megastar.commands._common import Parser, natural, positive
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
 
 EXAMPLES = """
@@ -84,7 +83,7 @@ def main(words: list[str]) -> int:
 def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Probe one run or weights file; returns the result with its provenance."""
     from megastar.checkpoint.find_weights import find_weights
-    from megastar.evaluation.linear_probe import linear_probe
+    from megastar.evaluation.linear_probe import linear_probe, load_crops
     from megastar.model.io import load_model
     from megastar.utils.device import pick_device
     from megastar.utils.files import sha256
@@ -95,7 +94,7 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
         raise UserError(f"{source} is a weights file, which records no training shards: give --shards")
     model, _ = load_model(found.file, pick_device(a.device))
     options = {k: getattr(a, k) for k in ("block", "positions", "epochs", "batch", "lr", "optimizer", "seed", "cache")}
-    train, val = centre_codes(shards, a.limit), centre_codes(a.val_shards, a.limit)
+    train, val = load_crops(shards, limit=a.limit), load_crops(a.val_shards, limit=a.limit)
     result = linear_probe(model, *train, *val, console=console, **options)
     weights = {"weights": str(found.file), "weights_sha256": sha256(found.file)}
     return result | weights | {"shards": str(shards), "val_shards": a.val_shards}
@@ -123,15 +122,3 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
         at = [dict(zip(r["positions"], r["accuracy"], strict=True)).get(position) for r in results.values()]
         table.add_row(str(position), *("" if v is None else f"{v:.2%}" for v in at))
     console.print(table)
-
-
-def centre_codes(shards: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (N, T) of each image's centre crop, and classes (N,)."""
-    import numpy as np
-
-    from megastar.data.shards.reader import ShardSet
-
-    tokens = ShardSet(shards)
-    count = min(len(tokens), limit or len(tokens))
-    codes, labels = tokens.gather(np.arange(count), np.full((count, 1), tokens.manifest.centre_view))
-    return codes[:, 0], labels

@@ -36,15 +36,12 @@ class ImageSource(Protocol):
 
     def batches(self, batch: int) -> Iterator[np.ndarray]:
         """uint8 (B, H, W, 3), each image once, in order."""
-        ...
 
     def labels(self) -> np.ndarray | None:
         """Classes (N,), or None if the source has none."""
-        ...
 
     def sha256(self) -> str:
         """Hash of what ``batches`` reads: the bytes of the files and the keys, not their dates or folder."""
-        ...
 
 
 def open_images(
@@ -142,17 +139,14 @@ class NpzImages:
 
     def __init__(self, path: Path, limit: int | None = None):
         self.path = path
-        if not path.is_file():
-            raise UserError(f"images {path} do not exist: name a folder, a .tar, or an .npz with arr_0 or images")
-        with _readable(path), zipfile.ZipFile(path) as archive:
-            self.names = [n.removesuffix(".npy") for n in archive.namelist()]
-            name = next((n for n in NPZ_NAMES if n in self.names), None)
-            if name is None:
-                raise UserError(f"{path} contains {', '.join(self.names) or 'nothing'}: expected arr_0 or images")
-            self.name = name
-            with archive.open(f"{name}.npy") as member:
-                shape, fortran, dtype = _header(member)
-                actual_bytes = archive.getinfo(f"{name}.npy").file_size - member.tell()
+        names = npz_names(path)
+        name = next((n for n in NPZ_NAMES if n in names), None)
+        if name is None:
+            raise UserError(f"{path} contains {', '.join(names) or 'nothing'}: expected arr_0 or images")
+        self.name = name
+        with _readable(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+            shape, fortran, dtype = _header(member)
+            actual_bytes = archive.getinfo(f"{name}.npy").file_size - member.tell()
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
             raise UserError(f"{path}: {name} is {dtype} {shape}, expected uint8 (N, H, W, 3) with N above 0")
         if fortran:

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from megastar.config.schema import ModelConfig
+from megastar.data.shards.reader import ShardSet
 from megastar.errors import UserError
 from megastar.evaluation.lars import LARS, learning_rate
 from megastar.model.transformer import Transformer
@@ -33,6 +34,19 @@ MIN_LARS_IMAGES = 10_000_000  # over all epochs; with fewer, LARS at MAE's rate 
 def probe_positions(tokens: int, count: int = 8) -> list[int]:
     """Evenly spaced sequence positions counted from 1: for T = 256 and 8, 32, 64 ... 256."""
     return [tokens * (i + 1) // count for i in range(count)]
+
+
+def load_crops(shards: str | Path, count: int = 1, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (N * count, T) of ``count`` stored crops per image, the centre crop first, and classes (N * count,).
+
+    ``limit``: only the first images.
+    """
+    tokens = ShardSet(shards)
+    centre, stored = tokens.manifest.centre_view, tokens.manifest.views
+    views = [centre, *(v for v in range(stored) if v != centre)][:count]
+    images = np.arange(min(len(tokens), limit or len(tokens)))
+    codes, labels = tokens.gather(images, np.tile(views, (len(images), 1)))  # (N, count, T)
+    return codes.reshape(-1, codes.shape[-1]), np.repeat(labels, count)
 
 
 @torch.no_grad()
@@ -181,7 +195,6 @@ def fit_probes(
     epochs: int = 90,
     batch: int = 512,
     lr: float = 0.2,
-    momentum: float = 0.9,
     optimizer: str = "lars",
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -196,7 +209,7 @@ def fit_probes(
     generator = torch.Generator().manual_seed(seed)
     weight = torch.nn.init.trunc_normal_(torch.empty(P, D, classes), std=0.01, generator=generator).to(device)
     bias = torch.zeros(P, classes, device=device)
-    descent = LARS([weight], [bias], momentum=momentum, adaptive=optimizer == "lars")
+    descent = LARS([weight], [bias], adaptive=optimizer == "lars")
     running_mean, running_var = torch.zeros(P, D, device=device), torch.ones(P, D, device=device)
     batch = min(batch, N)
     per_epoch, step = N // batch, 0

@@ -6,9 +6,9 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector, collect
 from megastar.evaluation.features import Network, open_network
 from megastar.evaluation.image_sources import ImageSource, open_images
+from megastar.evaluation.options import EvaluationOptions
 from megastar.evaluation.reference import Reference, read_reference
-from megastar.evaluation.scores import Settings, check_count, check_real, choose_metrics, compute, needs
+from megastar.evaluation.scores import check_count, check_real, choose_metrics, compute, needs
 from megastar.sampling.distributed import SamplingPipeline, iterate_images
 from megastar.sampling.npz import record_of
 from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, tokenizer_hash
@@ -38,26 +39,6 @@ logger = logging.getLogger(__name__)
 SAMPLED = "drawn while scoring"  # a result's source without a file
 # Provenance that generated images should have, under the sampler's names. A result lists what is missing.
 EXPECTED = ("label_plan", "cfg_scale", "weights", "dtype", "seed")
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """How to score; the same for images from files, from a sampler and from a tokenizer."""
-
-    metrics: Sequence[str] | None = None
-    features: str = "efflite0"
-    inception: str | Path | None = None
-    inception_sha256: str | None = None
-    real_subset: str | None = None
-    real_sha256: str | None = None
-    real_tokenizer: str | Path | None = None
-    settings: Settings = field(default_factory=Settings)
-    device: torch.device | str = "cpu"
-    batch: int = 32
-    cache: str | Path | None = None
-    out: str | Path | None = None
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    console: Console | None = None
 
 
 def evaluate(
@@ -189,10 +170,7 @@ def _reference(
     limit: int | None = None,
 ) -> Reference:
     """The real set, read and checked before the generated one."""
-    reference = read_reference(
-        real, size, network, **needs(metrics, real=True), subset=o.real_subset, tokenizer=o.real_tokenizer,
-        expected_sha256=o.real_sha256, limit=limit, batch=o.batch, console=o.console, cache=o.cache,
-    )  # fmt: skip
+    reference = read_reference(real, size, network, o, **needs(metrics, real=True), limit=limit)
     check_real(metrics, network, o.settings, reference)
     return reference
 

@@ -45,9 +45,7 @@ def read_model_metadata(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         ) from error
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "none")
-        raise UserError(
-            f"{path}: format {found!r}, not megastar weights ({FORMAT!r}); convert them with megastar convert"
-        )
+        raise UserError(f"{path}: format {found!r}, not megastar weights ({FORMAT!r}): run megastar convert")
     content = json.loads(metadata["megastar"])
     unknown = sorted(set(content["model"]) - {f.name for f in fields(ModelConfig)})
     if unknown:
@@ -88,12 +86,12 @@ def check_fits(path: Path, found: Mapping[str, tuple[int, ...]], cfg: ModelConfi
     actual, wanted = shape_fields(found), shape_fields(expected)
     differ = [f"{k} {actual[k]}, not {wanted[k]}" for k in actual if actual[k] != wanted[k]]
     if differ:
-        raise UserError(f"weights {path} are of another architecture: {'; '.join(differ)}")
+        raise UserError(f"weights {path} have a different architecture: {'; '.join(differ)}")
     missing = [k for k in expected if k not in found]
     extra = [k for k in found if k not in expected]
     shapes = [f"{k} is {found[k]}, not {s}" for k, s in expected.items() if k in found and found[k] != s]
     problems = []
-    for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", shapes)):
+    for kind, names in (("missing", missing), ("unexpected", extra), ("with a different shape", shapes)):
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             problems.append(f"{len(names)} {kind} ({shown})")

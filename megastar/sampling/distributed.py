@@ -16,6 +16,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +171,8 @@ def open_folder(folder: Path, identity: Mapping[str, Any], metadata: Mapping[str
         temporary = folder / f"{PLAN}.{socket.gethostname()}.{os.getpid()}"  # nodes may share process ids
         write_record(temporary, identity, metadata or {})
         try:
-            os.link(temporary, path)  # the first rank's file stays; the others compare theirs with it below
-        except FileExistsError:
-            pass
+            with suppress(FileExistsError):  # the first rank's file stays; the others compare theirs with it below
+                os.link(temporary, path)
         finally:
             temporary.unlink()
     check_plan(path, identity)

@@ -53,7 +53,7 @@ def check_tokenizer_fits(path: Path, found: Mapping[str, tuple[int, ...]], confi
     with torch.device("meta"):
         wanted = {k: tuple(v.shape) for k, v in VQModel(config).state_dict().items()}
     wrong = [f"{k} is missing" for k in wanted if k not in found]
-    wrong += [f"{k} is not of this network" for k in found if k not in wanted]
+    wrong += [f"{k} is unexpected" for k in found if k not in wanted]
     wrong += [f"{k} is {found[k]}, not {s}" for k, s in wanted.items() if k in found and found[k] != s]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

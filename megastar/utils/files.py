@@ -22,6 +22,11 @@ def check_regular(path: Path) -> None:
         raise UserError(f"{path} is {kind}: name the file to write")
 
 
+def existing_parent(path: Path) -> Path:
+    """``path``, or its nearest parent that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; at the end of the block it is synced and renamed to ``path``.

@@ -203,8 +203,8 @@ def test_other_contents_are_told(tmp_path, capsys):
     path = tmp_path / "w.pt"
     words = [path, "--to", "safetensors", "--out", tmp_path / "w.safetensors"]
     for content, sentence in [
-        ([1, 2], "holds a list, not a dictionary of weights"),
-        ({"epoch": 3}, "holds epoch: expected weights at the top level or under model, module, state_dict"),
+        ([1, 2], "contains a list, not a dictionary of weights: use a file with named tensors"),
+        ({"epoch": 3}, "contains epoch: expected weights at the top level or under model, module, state_dict"),
         ({"a.weight": torch.zeros(1)}, "is not an AR network of LlamaGen: its first names are a.weight"),
         ({"quantize.embedding.weight": torch.zeros(2, 2)}, "is not a VQ tokenizer of LlamaGen"),
     ]:
@@ -249,7 +249,7 @@ def test_a_tokenizer_is_read_and_goes_back(tmp_path, capsys):
     state["stray"] = state.pop("quant_conv.bias")
     torch.save(state, path)
     told = refused(capsys, path, *words, "--image-size", 16, "--force")
-    assert "does not fit its architecture: quant_conv.bias is missing, stray is not of this network" in told
+    assert "does not fit its architecture: quant_conv.bias is missing, stray is unexpected" in told
 
 
 def test_released_tokenizers_are_known_by_their_shapes():

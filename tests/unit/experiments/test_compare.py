@@ -125,7 +125,7 @@ def test_runs_of_one_seed_see_the_same_images(tmp_path):
     assert seen["ar-seed0"] == seen["star-seed0"]
     other = replace(runs[1], cfg=replace(runs[1].cfg, data=replace(runs[1].cfg.data, window=1)))
     assert order_digest(other) != digests["star-seed0"]
-    with pytest.raises(UserError, match="star-seed0 would see other images than ar-seed0, or in another order"):
+    with pytest.raises(UserError, match="star-seed0 would train on other images than ar-seed0, or in another order"):
         check_order([runs[0], other])
     assert VIEWS >= 2
 

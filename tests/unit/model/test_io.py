@@ -92,16 +92,16 @@ def test_weights_that_do_not_fit_are_named(model, tmp_path):
         load_model(path)
     about = {"model": small(dim=24).__dict__, "provenance": {}}
     save_file(dict(model.state_dict()), path, metadata={"format": "megastar-model", "megastar": json.dumps(about)})
-    wanted = "are of another architecture: dim 16, not 24; ffn_dim 48, not 64; qkv_dim 48, not 72$"
+    wanted = "have a different architecture: dim 16, not 24; ffn_dim 48, not 64; qkv_dim 48, not 72$"
     with pytest.raises(UserError, match=wanted):
         load_model(path)
     about = {"model": small(n_layer=3, num_classes=9).__dict__, "provenance": {}}
     save_file(dict(model.state_dict()), path, metadata={"format": "megastar-model", "megastar": json.dumps(about)})
-    with pytest.raises(UserError, match="are of another architecture: n_layer 2, not 3; num_classes 3, not 9$"):
+    with pytest.raises(UserError, match="have a different architecture: n_layer 2, not 3; num_classes 3, not 9$"):
         load_model(path)
     state = dict(model.state_dict()) | {"norm.weight": torch.ones(17)}
     save_model(path, state, model.cfg, {})
-    with pytest.raises(UserError, match=r"1 of another shape \(norm.weight is \(17,\), not \(16,\)\)"):
+    with pytest.raises(UserError, match=r"1 with a different shape \(norm.weight is \(17,\), not \(16,\)\)"):
         load_model(path)
 
 
