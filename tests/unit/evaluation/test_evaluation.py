@@ -123,7 +123,7 @@ def test_unreadable_images_are_skipped_with_a_warning(tmp_path, caplog):
 
 
 def test_bad_npz_files_have_their_sentence(tmp_path):
-    with pytest.raises(UserError, match="do not exist"):
+    with pytest.raises(UserError, match="none.npz does not exist: name a folder, a .tar, an .npz or token shards"):
         load_images(tmp_path / "none.npz")
     path = tmp_path / "x.npz"
     path.write_bytes(b"no zip")
