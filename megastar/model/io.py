@@ -82,7 +82,7 @@ def check_fits(path: Path, found: Mapping[str, tuple[int, ...]], cfg: ModelConfi
 
     The ``UserError`` lists the fields of the architecture that differ, or each kind of mismatch with three examples.
     """
-    expected = {k.removeprefix("transformer."): shape for k, shape in parameter_shapes(cfg, None).items()}
+    expected = {k.removeprefix("transformer."): shape for k, shape in parameter_shapes(cfg).items()}
     actual, wanted = shape_fields(found), shape_fields(expected)
     differ = [f"{k} {actual[k]}, not {wanted[k]}" for k in actual if actual[k] != wanted[k]]
     if differ:

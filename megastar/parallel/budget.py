@@ -74,7 +74,7 @@ def has_projector(guided: SelfGuidedConfig) -> bool:
     return guided.enabled and guided.beta > 0 and (guided.step_loss or guided.view_loss)
 
 
-def parameter_shapes(model: ModelConfig, guided: SelfGuidedConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: ModelConfig, guided: SelfGuidedConfig | None = None) -> dict[str, tuple[int, ...]]:
     """Every weight of the student by its name, in the module's order: ``transformer.*``, then ``projector.*``."""
     D, F, V = model.dim, model.ffn_dim, model.vocab_size
     shapes: dict[str, tuple[int, ...]] = {
@@ -93,7 +93,7 @@ def parameter_shapes(model: ModelConfig, guided: SelfGuidedConfig) -> dict[str, 
         }
         shapes |= {f"transformer.layers.{i}.{name}": shape for name, shape in block.items()}
     shapes |= {"transformer.norm.weight": (D,), "transformer.output.weight": (V, D)}
-    if has_projector(guided):
+    if guided is not None and has_projector(guided):
         P = guided.projector_dim
         for name, rows, columns in (("w1", P, D), ("w2", P, P), ("w3", D, P)):
             shapes |= {f"projector.{name}.weight": (rows, columns), f"projector.{name}.bias": (rows,)}
