@@ -1,7 +1,11 @@
-# make demo    from images to scores on this machine   make test   run the tests   make lint   run ruff and mypy
+# make install        set up .venv
+# make demo           run the whole pipeline, from images to scores, on this machine
+# make test           run the tests
+# make test-slurm     test the batch scripts on a local SLURM cluster (requires root and Debian)
 # make test-browser   test the page of megastar report in a headless chromium
 # make test-nullgpu   test on a device that computes nothing: torch's CUDA build (5 GB, in .venv-nullgpu), no GPU needed
-# make clean   remove .venv, builds and caches   make test-slurm   test the batch scripts on a local SLURM cluster (root, Debian)
+# make lint           run ruff and mypy
+# make clean          remove .venv, builds and caches
 #
 # PYTHON selects the interpreter (3.10 to 3.12). TORCH_INDEX selects the package index for torch, for example PyTorch's index
 # of CPU builds; without it pip installs its default build, which includes several GB of CUDA libraries.

@@ -16,6 +16,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 from common import random_batch, relaunch, report, run_config, seconds
 
@@ -97,7 +98,7 @@ def main() -> None:
         )
     if args.checksum:
         engines = build(cfg, ctx)
-        times = seconds(lambda: replica_checksum.compare(cfg, engines, ctx, 1, 1), 7)
+        times = seconds(lambda: replica_checksum.compare(Path(cfg.run), engines, ctx, 1, cfg.optim.lr), 7)
         if ctx.main:
             elements = sum(x.numel() for *_, x in replica_checksum.replicas(engines, ctx))
             print(f"checksum of {elements / 1e6:.1f} M elements: {sorted(times)[3] * 1e3:.1f} ms")

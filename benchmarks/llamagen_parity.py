@@ -22,8 +22,8 @@ from benchmarks.sampling import llamagen, networks
 from megastar.checkpoint.convert_weights import convert_file, open_weights
 from megastar.config.schema import ModelConfig
 from megastar.model.io import load_model
-from megastar.sampling.sampler import sample_tokens
 from megastar.tokenizer.io import load_tokenizer
+from tests.sampling import sample_tokens
 
 CFG = ModelConfig(
     name="t", n_layer=4, n_head=4, dim=128, multiple_of=32, vocab_size=512, num_classes=10, image_tokens=64

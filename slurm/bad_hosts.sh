@@ -28,8 +28,8 @@ start_log() { sed -n "/^megastar: job $JOB (.*), start $1, on /,/^megastar: job 
 
 # find_failed_host START NODES: print "HOST WHY" for the job's START-th start, or nothing if the cause is unknown.
 # Sources, in order: the first error of srun (a task ended by a signal, a failed node); the ranks' record in RUN/lost.jsonl.
-# An exit code is not evidence: a program error ends a task on any host. Nor is SIGABRT, with which NCCL ends ranks that wait
-# for the failed one, nor any error after SLURM itself has cancelled the step.
+# These do not identify a host: an exit code, because a program error ends a task on any host; SIGABRT, with which NCCL ends
+# ranks that wait for the failed one; any error after SLURM itself has cancelled the step.
 find_failed_host() {
     local found host why
     found=$(start_log "$1" | awk '
@@ -107,8 +107,8 @@ choose_excluded() {
     BAD=$(bad_hosts)
 }
 
-# update_excluded: set the job's ExcNodeList. SLURM rejects this for a running job. After the requeue, while this script still
-# runs, the job is completing: the change is accepted, and the next start cannot begin before it.
+# update_excluded: set the job's ExcNodeList. SLURM rejects this for a running job. After the requeue request, while this script
+# still runs, the job is in the state COMPLETING: SLURM accepts the change, and the next start cannot begin before it.
 update_excluded() {
     local all now excluded
     # The update replaces the whole list, so the user's hosts must be known.

@@ -16,7 +16,7 @@ MEGASTAR_MAX_REQUEUES=${MEGASTAR_MAX_REQUEUES:-50} MEGASTAR_MAX_CRASHES=${MEGAST
 MEGASTAR_MAX_SIGNALS=${MEGASTAR_MAX_SIGNALS:-10} MEGASTAR_RETRY=${MEGASTAR_RETRY:-10}
 source slurm/bad_hosts.sh || exit 2
 
-JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # for an array: SLURM_JOB_ID of its first task is the array's id
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # not SLURM_JOB_ID: that of an array's first task is the array's id
 JOB=${JOB:-${SLURM_JOB_ID:-}}
 ATTEMPT=${SLURM_RESTART_COUNT:-0}
 PREEMPTED=85 # exit status of megastar train after a stop signal and a completed save
@@ -30,7 +30,7 @@ if [ -z "$JOB" ]; then
 else
     NODES=$(with_retry scontrol show hostnames "$SLURM_JOB_NODELIST") || fail "scontrol cannot expand SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST"
     MASTER_ADDR=${NODES%%$'\n'*}
-    # Below the kernel's ephemeral ports, and different for each start: processes of the previous start may still hold its port.
+    # Below the kernel's ephemeral ports, and different for each start, since processes of the previous start may still use its port.
     MASTER_PORT=$((20000 + (SLURM_JOB_ID + 997 * ATTEMPT) % 12000))
     LOG=$(with_retry scontrol show job "$JOB" | sed -n 's/^ *\(StdOut\|StdErr\)=//p' | sort -u)
     [[ $LOG != *$'\n'* ]] || LOG=$(with_retry scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p') SEPARATE_STDERR=1
@@ -54,8 +54,8 @@ run_step() {
 }
 
 # train DEFAULT [CONFIG] [section.field=value ...]: one task per GPU, one process group; does not return.
-# --wait ends the remaining ranks if one has exited and the others have not detected it, after twice the timeout of their
-# watchdogs (faults.lost_timeout).
+# If one rank has exited and the others have not detected it, --wait ends them after twice the timeout of their watchdogs
+# (faults.lost_timeout).
 # --kill-on-bad-exit=1 would end them immediately, during the save requested by a signal, and hide status 85.
 train() {
     local config="" run="" word cache=${MEGASTAR_SCRATCH:+data.cache=$MEGASTAR_SCRATCH/megastar} default=$1
@@ -92,9 +92,9 @@ run_group() {
 
 last_checkpoint() { cat "${REQUEUE_LOG%/*}/checkpoints/latest" 2>/dev/null || echo none; }
 
-# prepare_start: called before a training starts. Warns if the time limit is too short to train, records the host of a start
-# whose batch script ended without a message (its own node failed), and requeues the job if its allocation contains excluded
-# hosts, which are unknown when a new job is submitted.
+# prepare_start: called before training starts. Warns if the time limit is too short to train; records the failed host if the batch
+# script of the previous start ended without a message, because its own node failed; requeues the job if its allocation contains
+# hosts that must be excluded, which SLURM does not know when a new job is submitted.
 prepare_start() {
     local lead limit before bad lost=""
     lead=$(sed -n 's/^#SBATCH --signal=.*@//p' "$0") limit=$(seconds_of "$(job_field TimeLimit)")
@@ -105,7 +105,7 @@ prepare_start() {
     before=$(last_line)
     if [ "$ATTEMPT" -gt 0 ] && [[ $before != *" job $JOB start $ATTEMPT on "* ]]; then
         before=$(grep -F "megastar: job $JOB (" "$LOG" 2>/dev/null | sed -n "s/.*, start $ATTEMPT, on \(.*\) at [-0-9]* [:0-9]*$/\1/p" | tail -n 1)
-        # If the node of the batch script failed, the log ends abruptly: SLURM reports nothing there.
+        # If the node of the batch script failed, the log ends abruptly, without a message of SLURM.
         [ -n "$SEPARATE_STDERR" ] || start_log "$ATTEMPT" | grep -c -e ' CANCELLED AT ' -e '^megastar: ended by' >/dev/null || lost=${before%% *}
         [ -z "$before" ] || record_failed_host "$ATTEMPT" "$(tr ' ' ',' <<<"$before")" "$lost"
         [ -z "$HOST" ] || info "start $ATTEMPT failed on $HOST, see ${REQUEUE_LOG%/*}/bad_hosts.log"
@@ -167,7 +167,7 @@ requeue() {
     *crash*) limit=$MEGASTAR_MAX_CRASHES ;;
     *signal*) [ -z "$REQUEUE_LOG" ] || limit=$MEGASTAR_MAX_SIGNALS ;; # without a run folder, progress between signals is unknown
     esac
-    # Do not requeue a cancelled job: scontrol would restart it. If the controller does not respond, assume that the job runs.
+    # Do not requeue a cancelled job: scontrol would restart it. If the controller does not respond, assume that the job is running.
     if state=$(with_retry scontrol -o show job "$JOB") && [[ $state != *JobState=RUNNING* ]]; then
         info "ended by $why; not requeued: SLURM is ending the job"
         return

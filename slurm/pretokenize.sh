@@ -12,7 +12,7 @@
 #SBATCH --output=%x-%A_%a.log
 # sbatch slurm/pretokenize.sh SOURCE --tokenizer FILE --out FOLDER [...]   (megastar pretokenize --help)
 # Each task of each job takes the next unfinished shard, so any --array and any number of tasks work, and jobs may start late,
-# end early or be requeued. A time limit loses only the shards in progress; the requeued job creates them again.
+# end early or be requeued. At the time limit only the shards in progress are lost; the requeued job creates them again.
 source slurm/common.sh || exit 2
 [ $# -gt 0 ] || fail "usage: sbatch slurm/pretokenize.sh SOURCE --tokenizer FILE --out FOLDER [options]"
 run_independent megastar pretokenize "$@"

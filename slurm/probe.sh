@@ -11,7 +11,7 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --kill-on-invalid-dep=yes
 # sbatch [--dependency=afterok:JOB] slurm/probe.sh RUN|WEIGHTS ... --val-shards FOLDER [options of megastar probe]
-# One process on one GPU. With --cache FOLDER the features are kept across a requeue.
+# One process on one GPU. With --cache FOLDER a requeued job reuses the features.
 source slurm/common.sh || exit 2
 [ $# -gt 0 ] || fail "usage: sbatch slurm/probe.sh RUN|WEIGHTS ... --val-shards FOLDER [options]"
 run_independent megastar probe "$@"

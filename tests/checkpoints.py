@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megastar.checkpoint.rng_state import random_file
 from megastar.checkpoint.shard_format import KINDS, Piece, state_file, write_pieces
-from megastar.config.schema import RunConfig
+from megastar.checkpoint.source import open_source
+from megastar.config.schema import ModelConfig, RunConfig
 from megastar.engine.student import Student
+from megastar.model.io import metadata_of
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.layout import FORMAT
 from megastar.utils.files import sha256
 
 Whole = dict[str, dict[str, Tensor]]  # name -> kind -> the whole tensor
+
+
+def full_weights(folder: Path, weights: str) -> dict[str, Tensor]:
+    """Name -> fp32 tensor of the student (``student``) or its average (``ema``), transformer only."""
+    source = open_source(folder)
+    return {name: source.weight(name, weights) for name in source.weights}
+
+
+def save_model(path: str | Path, state_dict: Mapping[str, Tensor], cfg: ModelConfig, provenance: Any) -> None:
+    """A weights file, as ``megastar convert`` writes it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in state_dict.items()}, path, metadata=metadata_of(cfg, provenance))
 
 
 def shapes_of(cfg: RunConfig) -> dict[str, tuple[int, ...]]:

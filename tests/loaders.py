@@ -1,4 +1,4 @@
-"""A ``TokenLoader`` over a folder, from the values that matter in a test."""
+"""A ``TokenLoader`` over a folder, from the values that matter in a test, and the order of an epoch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megastar.config.schema import DataConfig, ModelConfig, RunConfig, SelfGuidedConfig, TrainConfig
 from megastar.data.loader import TokenLoader, open_shards
+from megastar.data.order import OrderSpec, sample_ids
 
 
 def make_loader(
@@ -37,3 +40,8 @@ def make_loader(
         train=TrainConfig(seed=seed, global_batch=global_batch),
     )
     return TokenLoader(open_shards(shards, cfg.data), cfg, **place)
+
+
+def epoch_order(spec: OrderSpec, epoch: int) -> np.ndarray:
+    """Every sample id once, (N,) int64."""
+    return sample_ids(spec, epoch * spec.samples, spec.samples)[0]

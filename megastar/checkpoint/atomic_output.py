@@ -12,27 +12,26 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from megastar.errors import UserError
-from megastar.utils.files import sync_folder
+from megastar.utils.files import check_regular, existing_parent, sync_folder
 from megastar.utils.lockfile import is_running
 
 SLACK = 1 << 20  # bytes, for headers and folder entries
-READS_BACK = "does not read back as it was written: check the disk"  # after a path
+READS_BACK = "differs from what was written: check the disk"  # after a path
 
 
 @contextmanager
 def staged(out: Path, need: int, force: bool, holds: Sequence[str] = ()) -> Iterator[Path]:
     """A path to write ``out`` (``need`` bytes) to; it is renamed to ``out`` when the block succeeds.
 
-    ``holds`` is empty for a file; for a folder it lists patterns of what such a folder holds: ``force`` removes nothing
-    else. Raises ``UserError`` for an existing output, and for a disk with too little free space.
+    ``holds``: empty for a file; for a folder, patterns of its expected content: ``force`` removes nothing else.
+    Raises ``UserError`` for an existing output without ``force``, and for a disk with too little free space.
     """
     check_free(out, need, force, holds)
     out.parent.mkdir(parents=True, exist_ok=True)
     mark = f".{out.name}.writing-{socket.gethostname()}-"
     for left in out.parent.glob(f"{mark}*"):  # left by a killed conversion on this machine
-        if not is_running(
-            int(re.split(r"\D", left.name.removeprefix(mark), maxsplit=1)[0] or 0)
-        ):  # 7, 7-former or 7.tmp
+        pid = re.sub(r"\D.*", "", left.name.removeprefix(mark))  # 7, 7-former or 7.tmp
+        if not is_running(int(pid or 0)):
             remove(left)
     temporary, former = out.with_name(f"{mark}{os.getpid()}"), out.with_name(f"{mark}{os.getpid()}-former")
     remove(temporary)
@@ -61,24 +60,26 @@ def remove(path: Path) -> None:
 
 def check_free(out: Path, need: int, force: bool, holds: Sequence[str] = ()) -> None:
     """Raise ``UserError`` unless ``out`` may be written and fits; see ``staged``."""
-    if not holds and out.is_dir():
-        raise UserError(f"{out} is a folder: name the file to write")
-    if holds and out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: name the folder to write")
+    if not holds:
+        check_regular(out)
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder: name the folder to write")
     if out.exists() and (not holds or any(out.iterdir())):
         if not force:
-            raise UserError(f"{out} exists: name another place, or replace it with --force")
+            raise UserError(f"{out} exists: choose another path, or pass --force to replace it")
         others = [p.name for p in sorted(out.iterdir()) if not any(fnmatch(p.name, h) for h in holds)] if holds else []
         if others:
-            raise UserError(f"{out} also holds {', '.join(others[:3])}, which --force would remove: name another place")
-    there = next(p for p in (out.parent, *out.absolute().parents) if p.exists())
+            raise UserError(
+                f"{out} also contains {', '.join(others[:3])}, which --force would remove: choose another path"
+            )
+    there = existing_parent(out.parent)
     if not there.is_dir():
-        raise UserError(f"{out}: {there} is a file, not a folder: name another place")
+        raise UserError(f"{out}: {there} is a file, not a folder: choose another path")
     free = shutil.disk_usage(there).free
     if free < need + SLACK:
         raise UserError(
             f"{out} needs {(need + SLACK) / 1e6:.0f} MB and {there} has {free / 1e6:.0f} MB free: "
-            "free space or name another place"
+            "free space or choose another path"
         )
 
 

@@ -1,7 +1,7 @@
 """`megastar convert`: a checkpoint -> weights files, DeepSpeed's universal format, another number of files.
 
-Needs no DeepSpeed and no process group, and memory for a few tensors only. Each output is written beside its place, read
-back and compared before it gets its name (atomic_output.py).
+Needs no DeepSpeed and no process group, and memory for a few tensors only. Each output is written to a temporary path,
+read back and compared, then renamed (atomic_output.py).
 """
 
 from __future__ import annotations
@@ -10,24 +10,14 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from torch import Tensor
 
 from megastar.checkpoint.convert_weights import write_weights
 from megastar.checkpoint.deepspeed_universal import to_universal
 from megastar.checkpoint.reshard import to_checkpoint
-from megastar.checkpoint.shard_format import PREFIX, StateReader
-from megastar.checkpoint.source import kind_of, open_source
+from megastar.checkpoint.source import open_source
 from megastar.model.io import check_fits
-from megastar.run_dir.checkpoint_dir import read_manifest
 
 TARGETS = ("safetensors", "llamagen", "universal", "checkpoint")
-
-
-def full_weights(folder: Path, weights: str) -> dict[str, Tensor]:
-    """Name -> fp32 tensor of the student (``student``) or its average (``ema``), transformer only, all in memory."""
-    reader = StateReader(folder, read_manifest(folder))
-    names = [n for n in reader.shapes if n.startswith(PREFIX)]
-    return {n.removeprefix(PREFIX): reader.whole(n, kind_of(weights)) for n in names}
 
 
 def convert(
@@ -66,7 +56,7 @@ def convert(
         checked = to_checkpoint(source, out, data, tensor, force)
     mb, seconds = size_of(out) / 1e6, time.perf_counter() - start
     rate = f"{mb:.1f} MB in {seconds:.1f} s, {mb / seconds:.0f} MB/s"
-    return f"{out}: {what}, of step {source.manifest['step']} ({rate}); {checked}"
+    return f"{out}: {what}, step {source.manifest['step']} ({rate}); {checked}"
 
 
 def size_of(path: Path) -> int:

@@ -41,25 +41,27 @@ def load_pickled(path: Path) -> dict[str, Any]:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"an object of {found.group(1)}" if found else "unexpected objects"
         raise UserError(
-            f"{path} holds {what}, which can run code when loaded: refused; "
+            f"{path} contains {what}, which can run code when loaded: "
             "ask its author for a file with tensors only, or for safetensors"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         message = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path} is truncated or not a torch.save file ({message}): download it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+        raise UserError(
+            f"{path} contains a {type(content).__name__}, not a dictionary of weights: use a file with named tensors"
+        )
     return content
 
 
 def weights_in(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     """Name -> tensor, stored flat or under model, module or state_dict, without name prefixes and computed buffers."""
     inner: Any = content
-    while not _is_flat(inner):
+    while not any(isinstance(v, Tensor) and "." in str(k) for k, v in inner.items()):
         name = next((n for n in WRAPPERS if isinstance(inner.get(n), dict)), None)
         if name is None:
             keys = ", ".join(map(str, list(inner)[:6])) or "nothing"
-            raise UserError(f"{path} holds {keys}: expected weights at the top level or under {', '.join(WRAPPERS)}")
+            raise UserError(f"{path} contains {keys}: expected weights at the top level or under {', '.join(WRAPPERS)}")
         inner = inner[name]
     out = {}
     for name, tensor in inner.items():
@@ -68,10 +70,6 @@ def weights_in(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
         if name not in IGNORED and not name.endswith(("k_cache", "v_cache")):
             out[name] = tensor
     return out
-
-
-def _is_flat(content: Mapping[str, Any]) -> bool:
-    return any(isinstance(v, Tensor) and "." in str(k) for k, v in content.items())
 
 
 def tokens_in(path: Path, content: Mapping[str, Any]) -> int | None:
@@ -106,7 +104,9 @@ def model_config(
         raise UserError(f"{path} has fewer key/value heads than query heads, which megastar does not support")
     del found["qkv_dim"]
     if expected is not None:
-        check_architecture(path, found | ({} if tokens is None else {"image_tokens": tokens}), expected)
+        actual = found | ({} if tokens is None else {"image_tokens": tokens})
+        if differ := [f"{k} {v}, not {getattr(expected, k)}" for k, v in actual.items() if v != getattr(expected, k)]:
+            raise UserError(f"{path} has a different architecture: {'; '.join(differ)}")
         return expected
     T = image_tokens or tokens
     if T is None:
@@ -131,13 +131,6 @@ def model_config(
     if made.ffn_dim != ffn:
         made.multiple_of = ffn
     return made
-
-
-def check_architecture(path: Path, found: Mapping[str, int], expected: ModelConfig) -> None:
-    """Raise ``UserError`` with every field in which the file and the configuration differ."""
-    differ = [f"{k} {v}, not {getattr(expected, k)}" for k, v in found.items() if v != getattr(expected, k)]
-    if differ:
-        raise UserError(f"{path} has a different architecture: {'; '.join(differ)}")
 
 
 def tokenizer_config(path: Path, weights: Mapping[str, Tensor], image_size: int) -> TokenizerConfig:

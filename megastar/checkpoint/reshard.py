@@ -18,17 +18,18 @@ from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
 from megastar.checkpoint.rng_state import random_file, seed_dropout
 from megastar.checkpoint.shard_format import KINDS, OPEN_FILES, Piece, StateReader, piece_writer, state_file
 from megastar.checkpoint.source import Source, elements_of, same_bits
-from megastar.config.schema import RunConfig
-from megastar.config.validate import divisors, tensor_parallel_degrees, words
+from megastar.config.validate import divisors, words
 from megastar.errors import UserError
+from megastar.parallel.budget import check_tensor
 from megastar.parallel.mesh import Mesh
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import name_of, publish, read_manifest, verify
+from megastar.run_dir.layout import CHECKPOINTS
 from megastar.utils.files import sha256
 from megastar.utils.progress_bar import ProgressBar, progress_bar
 
-HOLDS = ("checkpoints",)
+HOLDS = (CHECKPOINTS,)
 
 
 def pieces_of(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[Piece]:
@@ -49,25 +50,15 @@ def pieces_of(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[Piece]:
     return out
 
 
-def check_mesh(cfg: RunConfig, data: int, tensor: int) -> None:
-    """Raise ``UserError`` for a mesh that this configuration cannot run on."""
-    m, batch = cfg.model, cfg.train.global_batch
-    legal = tensor_parallel_degrees(m)
-    if tensor not in legal:
-        raise UserError(
-            f"--tensor {tensor} does not divide the {m.n_head} heads, the ffn width {m.ffn_dim} and the vocabulary "
-            f"{m.vocab_size}: use {words(legal)}"
-        )
+def to_checkpoint(source: Source, out: Path, data: int, tensor: int, force: bool) -> str:
+    """Write the run folder ``out`` with one checkpoint; returns what was written and how it was checked."""
+    check_tensor(source.cfg.model, tensor)
+    batch = source.cfg.train.global_batch
     if batch % data:
         raise UserError(
             f"--data {data} does not divide train.global_batch {batch}, which a resumed run keeps: "
             f"use {words(divisors(batch))}"
         )
-
-
-def to_checkpoint(source: Source, out: Path, data: int, tensor: int, force: bool) -> str:
-    """Write the run folder ``out`` with one checkpoint; returns what was written and how it was checked."""
-    check_mesh(source.cfg, data, tensor)
     if source.folder.resolve().is_relative_to(out.resolve()):
         raise UserError(f"--out {out} contains the source {source.folder}: name another folder")
     reader, name = source.reader, name_of(source.manifest["step"])
@@ -75,7 +66,7 @@ def to_checkpoint(source: Source, out: Path, data: int, tensor: int, force: bool
     headers = data * tensor * (600 * len(reader.shapes) + (1 << 14))
     with staged(out, size + headers, force, HOLDS) as root:
         source.verify()
-        folder = root / "checkpoints"
+        folder = root / CHECKPOINTS
         written = folder / checkpoint_dir.WRITING / name
         written.mkdir(parents=True)
         with progress_bar(source.console, "writing", size, bytes=True, transient=True) as bar:

@@ -165,11 +165,9 @@ class StateReader:
         """
         import torch
 
-        split = split_of(name) if max(tensor, self.tensor) > 1 else None
-        if split is None:
-            return self._range(name, kind, 0, start, stop)
-        if tensor == self.tensor:
-            return self._range(name, kind, rank, start, stop)
+        split = self._split(name, max(tensor, self.tensor))
+        if split is None or tensor == self.tensor:
+            return self._range(name, kind, rank if split else 0, start, stop)
         width = self.local_shape(name, tensor)[1]
         first, last = start // width, -(-stop // width)  # rows of the requested part
         if split.partition == "row":

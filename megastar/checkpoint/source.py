@@ -45,7 +45,7 @@ class Source:
 
     def weight(self, name: str, weights: str) -> Tensor:
         """One of them, fp32, of the student (``student``) or its average (``ema``)."""
-        return self.reader.whole(PREFIX + name, kind_of(weights))
+        return self.reader.whole(PREFIX + name, "ema" if weights == "ema" else "fp32")
 
     def provenance(self, weights: str) -> dict[str, Any]:
         """The provenance that a weights file records."""
@@ -67,10 +67,6 @@ def open_source(path: Path, console: Console | None = None) -> Source:
     folder = find_checkpoint(Path(path))
     manifest = read_manifest(folder)
     return Source(folder, manifest, config_from_dict(manifest["config"]), StateReader(folder, manifest), console)
-
-
-def kind_of(weights: str) -> str:
-    return {"ema": "ema", "student": "fp32"}[weights]
 
 
 def elements_of(shapes: dict[str, tuple[int, ...]]) -> int:

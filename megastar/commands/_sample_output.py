@@ -101,9 +101,11 @@ def check_free_space(pipeline: SamplingPipeline, folder: Path, copies: int) -> N
     import math
     import shutil
 
+    from megastar.utils.files import existing_parent
+
     have = sum(p.stat().st_size for p in folder.glob("part-*.npz")) if folder.is_dir() else 0
     need = copies * math.prod(pipeline.shape) - have
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    existing = existing_parent(folder)
     if (free := shutil.disk_usage(existing).free) < need:
         raise UserError(
             f"the images need {need / 1e6:.0f} MB and {existing} has {free / 1e6:.0f} MB free: "

@@ -32,7 +32,7 @@ def add_options(p: Any, *, required: bool) -> None:
 
 def options_of(a: argparse.Namespace, seed: int = 0) -> dict[str, Any]:
     """Keyword arguments of ``evaluation.runner``; ``seed`` selects KID's subsets. Raises ``UserError``."""
-    from megastar.evaluation.scores import Settings
+    from megastar.evaluation.options import Settings
 
     if a.inception is not None and a.features not in ("efflite0", "inception"):
         raise UserError(f"--inception and --features {a.features} select different networks: give one")

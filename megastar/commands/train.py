@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TextIO, cast
 
 from megastar.commands._common import (
     FaultTolerantStream,
@@ -58,11 +59,12 @@ def main(words: list[str]) -> int:
     if args.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch
 
-        resolve_batch(cfg, args.nproc)  # raises before processes are started
+        resolve_batch(cfg.train, cfg.parallel.tensor_parallel, args.nproc)  # raises before processes are started
         return launch(args.nproc, ["train", *words])
     from megastar.engine.trainer import train
 
     if not isinstance(sys.stdout, FaultTolerantStream):  # the log may be on a full disk
-        sys.stdout, sys.stderr = FaultTolerantStream(sys.stdout), FaultTolerantStream(sys.stderr)
+        sys.stdout = cast("TextIO", FaultTolerantStream(sys.stdout))
+        sys.stderr = cast("TextIO", FaultTolerantStream(sys.stderr))
     train(cfg, dry_run=args.dry_run, stop=stop)
     return 0

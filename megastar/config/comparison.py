@@ -114,7 +114,7 @@ def rules(cfg: CompareConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "seeds is empty: give at least one", ("seeds",)
     for name, values in [("seeds", cfg.seeds), *((f"variants.{n}.seeds", v.seeds) for n, v in cfg.variants.items())]:
         if len(set(values)) != len(values):
-            yield f"{name} = {values}: one seed occurs twice", (name,)
+            yield f"{name} = {values}: a seed occurs twice; list each seed once", (name,)
     for name in cfg.variants:
         if not NAME.fullmatch(name):
             yield f"variants.{name}: use only a-z, 0-9 and _ in a name", (f"variants.{name}",)
@@ -122,7 +122,7 @@ def rules(cfg: CompareConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield f"variants.{name}.label = {cfg.variants[name].label!r}: must be one line", (f"variants.{name}.label",)
     labels = [v.label or name for name, v in cfg.variants.items()]
     if twice := [x for x in labels if labels.count(x) > 1]:
-        yield f"variants: two have the label {twice[0]!r}", ("variants",)
+        yield f"variants: two variants have the label {twice[0]!r}; give each its own", ("variants",)
     for name, texts, known in (("weights", cfg.weights, WEIGHTS), ("score.against", cfg.score.against, SPLITS)):
         if not texts or len(set(texts)) != len(texts) or set(texts) - set(known):
             yield f"{name} = {texts}: must contain one or more of {', '.join(known)}, each once", (name,)

@@ -16,14 +16,9 @@ from megastar.errors import UserError
 
 KNOWN = (
     *("zero_optimization", "tensor_parallel", "aio", "checkpoint", "data_types", "sparse_gradients", "steps_per_print"),
-    *(
-        "communication_data_type",
-        "seq_parallel_communication_data_type",
-        "gradient_predivide_factor",
-        "prescale_gradients",
-    ),
+    *("communication_data_type", "seq_parallel_communication_data_type", "gradient_predivide_factor"),
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "comms_logger", "flops_profiler", "dump_state"),
-    *("wall_clock_breakdown", "memory_breakdown"),
+    *("prescale_gradients", "wall_clock_breakdown", "memory_breakdown"),
     # fields of the run, allowed if they agree with it
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("bf16", "fp16"),
@@ -77,24 +72,18 @@ def deepspeed_problems(cfg: RunConfig) -> list[str]:
     out += _disagreement(section, file, "autotp_size", "parallel.tensor_parallel", tp)
     if t.dtype != "auto":
         out += _dtype_problems(data, file, t.dtype)
-    return out + _zero_problems(data.get("zero_optimization"), file) + _compile_problems(cfg, data, file)
-
-
-def _compile_problems(cfg: RunConfig, data: dict[str, Any], file: str) -> list[str]:
-    """Compiled blocks need whole weights and must not contain collectives."""
     zero = data.get("zero_optimization")
-    if not cfg.train.compile:
-        return []
-    if isinstance(zero, dict) and zero.get("stage") == 3:
-        return [
-            f"train.compile with ZeRO stage 3 ({file}): its hooks gather weights inside each block; use stage 0 to 2"
-        ]
-    if cfg.parallel.tensor_parallel > 1:
-        return [
-            f"train.compile with parallel.tensor_parallel {cfg.parallel.tensor_parallel}: compiled blocks must not "
-            "contain collectives; use tensor_parallel 1"
-        ]
-    return []
+    out += _zero_problems(zero, file)
+    # Compiled blocks need whole weights and must not contain collectives.
+    if t.compile and isinstance(zero, dict) and zero.get("stage") == 3:
+        out.append(
+            f"train.compile with ZeRO stage 3 ({file}): its hooks gather weights in each block; use stage 0 to 2"
+        )
+    elif t.compile and tp > 1:
+        out.append(
+            f"train.compile with parallel.tensor_parallel {tp}: compiled blocks must not contain collectives; use tensor_parallel 1"
+        )
+    return out
 
 
 def deepspeed_config(
@@ -145,15 +134,11 @@ def _dtype_problems(data: dict[str, Any], file: str, dtype: str) -> list[str]:
                 "remove it from the JSON"
             )
     zero = data.get("zero_optimization")
-    if dtype == "bf16" and isinstance(zero, dict) and zero.get("stage", 0) == 0:
+    if dtype != "bf16" or not isinstance(zero, dict):
+        return out
+    if zero.get("stage", 0) == 0:
         out.append(f"{file}: ZeRO stage 0 with train.dtype bf16 loses precision (no fp32 masters): use stage 1 to 3")
-    kinds = data.get("data_types") or {}
-    if (
-        dtype == "bf16"
-        and isinstance(zero, dict)
-        and zero.get("stage") == 1
-        and kinds.get("grad_accum_dtype") == "fp32"
-    ):
+    if zero.get("stage") == 1 and (data.get("data_types") or {}).get("grad_accum_dtype") == "fp32":
         out.append(
             f"{file}: data_types.grad_accum_dtype fp32 at stage 1 makes DeepSpeed use another optimizer, which "
             "does not update the EMA teacher: use stage 2 or 3"

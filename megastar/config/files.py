@@ -23,10 +23,7 @@ def find_file(name: str | Path, near: Path | None = None) -> Path | None:
     Returns the first that exists, or None.
     """
     path = Path(name).expanduser()
-    roots = [Path()]
-    if near is not None:
-        roots += near.resolve().parents
-    for root in [*roots, REPOSITORY, INSTALLED]:
+    for root in [Path(), *(near.resolve().parents if near else ()), REPOSITORY, INSTALLED]:
         if (root / path).is_file():
             return root / path
     return None

@@ -26,14 +26,9 @@ def rows(schema: type, prefix: str = "") -> list[Row]:
             out.append(Row(f"{name}.NAME.", "", f.metadata["help"]))
             out += rows(get_args(hint)[1], f"{name}.NAME.")
         else:
-            out.append(Row(name, _show(_default(f)), f.metadata["help"] + _bounds(f)))
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            out.append(Row(name, _show(default), f.metadata["help"] + _bounds(f)))
     return out
-
-
-def _default(f: Field[Any]) -> Any:
-    if f.default_factory is not MISSING:
-        return f.default_factory()
-    return f.default
 
 
 def _show(value: Any) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Collection, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,10 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 from megastar.config.comparison import CompareConfig
 from megastar.config.deepspeed import deepspeed_problems
 from megastar.config.files import find_file, read_yaml, require_file
-from megastar.config.schema import RunConfig, TokenizerTrainConfig
+from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
 from megastar.config.validate import Problem, divisors, find_problems, words
 from megastar.errors import UserError
+from megastar.utils.files import write_atomic
 
+T = TypeVar("T")
+AnyConfig = RunConfig | TokenizerTrainConfig | CompareConfig
 NOT_IN_METHOD = ("base", "method", "run", "model", "data")  # they belong to one run
 
 
@@ -32,22 +33,22 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     ``method=FILE`` removes the file's method and, like any override, wins over the file's own fields. Named files are
     found from the working directory or a parent of the YAML file. Raises one ``UserError`` that lists every problem.
     """
-    return cast(RunConfig, _load_file(path, overrides, RunConfig))
+    return _load_file(path, overrides, RunConfig)
 
 
 def load_tokenizer_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TokenizerTrainConfig:
     """``load_config`` for ``megastar train-tokenizer``."""
-    return cast(TokenizerTrainConfig, _load_file(path, overrides, TokenizerTrainConfig))
+    return _load_file(path, overrides, TokenizerTrainConfig)
 
 
 def load_compare_config(path: str | Path | None, overrides: Sequence[str] = ()) -> CompareConfig:
     """``load_config`` for ``megastar compare``."""
-    return cast(CompareConfig, _load_file(path, overrides, CompareConfig))
+    return _load_file(path, overrides, CompareConfig)
 
 
 def override_config(cfg: RunConfig, overrides: Sequence[str], where: str) -> RunConfig:
     """``cfg`` with ``a.b=c`` overrides, checked; ``where`` begins the sentence about a problem."""
-    return cast(RunConfig, _load(asdict(cfg), overrides, RunConfig, where, None))
+    return _load(asdict(cfg), overrides, RunConfig, where, None)
 
 
 def config_from_dict(data: dict[str, Any], near: Path | None = None) -> RunConfig:
@@ -55,10 +56,10 @@ def config_from_dict(data: dict[str, Any], near: Path | None = None) -> RunConfi
 
     ``near`` is the file that ``data`` is from, if any.
     """
-    return cast(RunConfig, _load(data, (), RunConfig, near or "saved configuration", near, files=False))
+    return _load(data, (), RunConfig, near or "saved configuration", near, files=False)
 
 
-def _load_file(path: str | Path | None, overrides: Sequence[str], schema: type) -> Any:
+def _load_file(path: str | Path | None, overrides: Sequence[str], schema: type[T]) -> T:
     near = None if path is None else require_file(path, "configuration")
     return _load({} if near is None else read_yaml(near), overrides, schema, path, near)
 
@@ -68,7 +69,7 @@ def as_run_config(config: RunConfig | str | Path | Mapping[str, Any]) -> RunConf
     if isinstance(config, (str, Path)):
         return load_config(config)
     if isinstance(config, Mapping):
-        return cast(RunConfig, _load(deepcopy(dict(config)), (), RunConfig, "configuration", None))
+        return _load(dict(config), (), RunConfig, "configuration", None)
     if isinstance(config, RunConfig):
         return override_config(config, (), "configuration")
     raise UserError(f"configuration {config!r}: give a RunConfig, the path of a YAML file, or a dict of its sections")
@@ -77,11 +78,11 @@ def as_run_config(config: RunConfig | str | Path | Mapping[str, Any]) -> RunConf
 def _load(
     data: dict[str, Any],
     overrides: Sequence[str],
-    schema: type,
+    schema: type[T],
     where: str | Path | None,
     near: Path | None,
     files: bool = True,
-) -> Any:
+) -> T:
     problems: list[Problem] = []
     includes = _Includes(schema, near, problems, [text.partition("=")[0] for text in overrides])
     data = includes.expand(data, schema)
@@ -92,7 +93,7 @@ def _load(
 
     config = OmegaConf.structured(schema)
     _fill(config, data, schema, "", _leaves(schema), problems)
-    cfg = OmegaConf.to_object(config)
+    cfg = cast(T, OmegaConf.to_object(config))
     invalid = {name for problem in problems for name in problem.fields}
     problems += [p for p in find_problems(cfg) if not any(_concerns(p, b) for b in invalid)]
     run = cfg.base if isinstance(cfg, CompareConfig) else cfg
@@ -239,7 +240,7 @@ def _fill(
             if isinstance(value, dict):
                 _fill(config, value, cast(type, hint), name + ".", leaves, problems)
             elif value is not None:
-                problems.append(Problem(f"{name} = {value!r}: is a section, write {name}.field: value", (name,)))
+                problems.append(Problem(f"{name} = {value!r}: is a section; write {name}.field: value", (name,)))
         elif get_origin(hint) is dict:
             _fill_named(config, value, get_args(hint)[1], name, leaves, problems)
         else:
@@ -259,14 +260,14 @@ def _fill_named(
     """Sections that the user names; an empty value means no sections."""
     value = {} if value is None else value
     if not isinstance(value, dict):
-        problems.append(Problem(f"{name} = {value!r}: holds sections, write {name}.NAME.field: value", (name,)))
+        problems.append(Problem(f"{name} = {value!r}: contains sections; write {name}.NAME.field: value", (name,)))
         return
     for key, section in value.items():
         OmegaConf.select(config, name)[str(key)] = schema()
         if isinstance(section, dict):
             _fill(config, section, schema, f"{name}.{key}.", leaves, problems)
         elif section is not None:
-            problems.append(Problem(f"{name}.{key} = {section!r}: is a section, write {name}.{key}.field: value", ()))
+            problems.append(Problem(f"{name}.{key} = {section!r}: is a section; write {name}.{key}.field: value", ()))
 
 
 def _unknown(key: str, prefix: str, siblings: list[str], leaves: list[str]) -> str:
@@ -292,12 +293,12 @@ def _type_name(hint: Any) -> str:
     return names[hint]
 
 
-def resolve_batch(cfg: RunConfig, world_size: int) -> tuple[int, int]:
+def resolve_batch(train: TrainConfig, tensor_parallel: int, world_size: int) -> tuple[int, int]:
     """(images per rank and forward pass, forward passes per optimizer step) on ``world_size`` ranks.
 
     Raises ``UserError`` when the world size does not divide the batch, naming values that would.
     """
-    tp, batch, micro = cfg.parallel.tensor_parallel, cfg.train.global_batch, cfg.train.micro_batch
+    tp, batch, micro = tensor_parallel, train.global_batch, train.micro_batch
     if world_size % tp:
         raise UserError(
             f"world size {world_size} is not a multiple of parallel.tensor_parallel {tp}: "
@@ -322,21 +323,15 @@ def resolve_batch(cfg: RunConfig, world_size: int) -> tuple[int, int]:
     return micro, per_rank // micro
 
 
-def config_yaml(cfg: RunConfig | TokenizerTrainConfig | CompareConfig) -> str:
+def config_yaml(cfg: AnyConfig) -> str:
     """Every field, so that the text means the same under later defaults."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))
 
 
-def save_config(cfg: RunConfig | TokenizerTrainConfig | CompareConfig, path: str | Path) -> None:
-    """Write ``config_yaml`` atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as f:
-        f.write(config_yaml(cfg))
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+def save_config(cfg: AnyConfig, path: str | Path) -> None:
+    """Write ``config_yaml`` atomically; parent folders are created."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(Path(path), config_yaml(cfg).encode())
 
 
 def diff_configs(a: Any, b: Any, ignore: Collection[str] = ()) -> list[str]:

@@ -169,6 +169,11 @@ class SelfGuidedConfig:
     teacher_decay: float = knob(0.9999, "EMA decay of the teacher [P]", low=0, high=1)
     teacher_warmup: bool = knob(False, "use the decay min(teacher_decay, (1+t)/(10+t)), for short runs [C]")
 
+    @property
+    def sequences(self) -> int:
+        """Crops of an image that the student processes per step."""
+        return self.student_views if self.enabled else self.baseline_views
+
 
 @dataclass
 class AttentionConfig:
@@ -317,4 +322,4 @@ class RunConfig:
     @property
     def student_views(self) -> int:
         """Sequences of an image that the student processes per step."""
-        return self.self_guided.student_views if self.self_guided.enabled else self.self_guided.baseline_views
+        return self.self_guided.sequences

@@ -97,7 +97,7 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
             ("train.micro_batch", "train.global_batch"),
         )
     if t.upload and not (t.upload.startswith("s3://") and t.upload.removeprefix("s3://").split("/")[0]):
-        yield Problem(f"train.upload = {t.upload}: must read s3://bucket/prefix", ("train.upload",))
+        yield Problem(f"train.upload = {t.upload}: must have the form s3://bucket/prefix", ("train.upload",))
     if not cfg.run:
         yield Problem("run is empty: name the run folder", ("run",))
     if not cfg.data.shards:
@@ -108,7 +108,8 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
         scheme, mark, rest = getattr(cfg.data, name).partition("://")
         if mark and (scheme != "s3" or not rest.split("/")[0]):
             yield Problem(
-                f"data.{name} = {scheme}://{rest}: must be a folder or read s3://bucket/prefix", (f"data.{name}",)
+                f"data.{name} = {scheme}://{rest}: must be a folder or have the form s3://bucket/prefix",
+                (f"data.{name}",),
             )
     if "://" in cfg.data.cache:
         yield Problem(f"data.cache = {cfg.data.cache}: must be a local folder", ("data.cache",))

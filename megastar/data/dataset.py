@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import Dataset
 
 from megastar.config.schema import DataConfig
-from megastar.data.loader import read_checked
 from megastar.data.shards.manifest import Manifest, load_manifest
 from megastar.data.shards.reader import ShardSet
 from megastar.errors import UserError
@@ -51,11 +50,9 @@ class TokenDataset(Dataset[dict[str, Any]]):
         self._drawn = views if isinstance(views, int) else 0
         self._views = np.arange(stored) if views is None or isinstance(views, int) else np.array(views, np.int64)
         if isinstance(views, int) and not 1 <= views <= stored:
-            raise UserError(
-                f"views is {views}: the shards in {path} store {stored} views of an image, draw 1 to {stored}"
-            )
+            raise UserError(f"views = {views}: the shards in {path} store {stored} views per image; give 1 to {stored}")
         if not self._views.size or self._views.min() < 0 or self._views.max() >= stored:
-            raise UserError(f"views are {views}: name at least one of the views 0 to {stored - 1} that {path} stores")
+            raise UserError(f"views = {views}: select at least one of the views 0 to {stored - 1} stored in {path}")
         self._shards: ShardSet | None = None
         self._process = 0  # that opened them
 
@@ -72,15 +69,15 @@ class TokenDataset(Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Some samples at once: how ``DataLoader`` asks for a batch."""
-        n, m = len(self), self.manifest
+        n = len(self)
         for i in indices:
             if not -n <= i < n:
                 raise IndexError(f"sample {i} is outside the {n} samples of {self.path}")
         ids = np.asarray([i % n for i in indices], np.int64)
         views = np.tile(self._views, (len(ids), 1))
         if self._drawn:
-            views = torch.rand(len(ids), m.views).argsort(1)[:, : self._drawn].numpy()
-        codes, labels = read_checked(self._open(), ids, views, m.codebook_size, len(m.classes))
+            views = torch.rand(len(ids), self.manifest.views).argsort(1)[:, : self._drawn].numpy()
+        codes, labels = self._open().gather(ids, views)
         rows = torch.from_numpy(codes.astype(np.int64))
         return [{"codes": c, "label": int(y), "id": int(i)} for c, y, i in zip(rows, labels, ids, strict=True)]
 

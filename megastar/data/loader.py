@@ -19,11 +19,11 @@ from megastar.data.order import OrderSpec, sample_ids, shards_from, slot_of
 from megastar.data.prefetch import Batch, ReadAhead, ToDevice
 from megastar.data.shards.manifest import Manifest
 from megastar.data.shards.reader import ShardSet
-from megastar.data.storage.protocol import is_remote
+from megastar.data.storage.store import is_remote
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
 
-_ROWS = 2048  # that are read at once at most
+_ROWS = 2048  # maximum rows of one read
 
 
 def check_manifest(manifest: Manifest, model: ModelConfig, tokenizer_sha256: str | None, views: int) -> None:
@@ -54,7 +54,7 @@ def check_enough(shards: str | Path, manifest: Manifest, global_batch: int) -> N
     """Raise ``UserError`` for fewer samples than one global batch."""
     if manifest.samples < global_batch:
         raise UserError(
-            f"{shards} holds {manifest.samples} samples, fewer than one global batch of {global_batch}: lower the batch or add images"
+            f"{shards} holds {manifest.samples} samples, fewer than one global batch of {global_batch}: lower train.global_batch or add images"
         )
 
 
@@ -75,7 +75,7 @@ class TokenLoader:
     ``shards`` come from ``open_shards``; the loader closes their files when it is closed. Of ``cfg`` it uses the
     model's sizes and class dropout, the number of views, ``data.window``, ``train.seed`` and ``train.global_batch``.
     The shards of this window and as many behind it are fetched in the background from s3://. Raises ``UserError`` for
-    shards or sizes that do not fit, here or when the row is read.
+    shards or sizes that do not match, here or when a row is read.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class TokenLoader:
     ):
         self.shards, self.views, self.seed = shards, cfg.views, cfg.train.seed
         self.global_batch, self.accumulation, self.rank, self.world = cfg.train.global_batch, accumulation, rank, world
-        self.num_classes, self.vocab_size = cfg.model.num_classes, cfg.model.vocab_size
-        self.class_dropout_prob, window = cfg.model.class_dropout_prob, cfg.data.window
+        self.num_classes, self.class_dropout_prob = cfg.model.num_classes, cfg.model.class_dropout_prob
+        window = cfg.data.window
         manifest = shards.manifest
         check_manifest(manifest, cfg.model, None, cfg.views)
         if self.global_batch < 1 or self.global_batch % (world * accumulation):
@@ -107,7 +107,7 @@ class TokenLoader:
         self.order = OrderSpec(self.seed, manifest.shard_sizes, window)
         self.step, self._micro, self._prefetch = start_step, 0, prefetch
         b = self.global_batch // (accumulation * world)
-        # From S3 one by one: a batch that is there must not wait for a shard that is not.
+        # From S3 one by one: a batch whose shards are cached must not wait for another shard.
         self._together = 1 if shards.store.remote else max(1, min(prefetch, _ROWS // b))
         self._to_device = ToDevice(device)
         self._reader: ReadAhead | None = None
@@ -160,7 +160,7 @@ class TokenLoader:
         rows = [self._rows(step, micro) for step, micro in micros]
         ids, epochs = (np.concatenate(column) for column in zip(*rows, strict=True))
         views = draw_views(self.seed, epochs, ids, self.shards.manifest.views, self.views)
-        codes, true_labels = read_checked(self.shards, ids, views, self.vocab_size, self.num_classes)
+        codes, true_labels = self.shards.gather(ids, views)
         dropped = draw_label_drop(self.seed, epochs, ids, self.class_dropout_prob)
         columns = {
             "codes": codes.view(np.int16),  # (n * b, M, T)
@@ -176,10 +176,10 @@ class TokenLoader:
         return self.batches()
 
     def batches(self, give_up: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
-        """Go on at ``step``. One iterator at a time: a new one ends the former's reading.
+        """The batches from ``step`` on. One iterator at a time: a new one stops the thread of the previous one.
 
-        ``give_up`` is asked, ten times a second, while no batch is there; when it says yes, ``GaveUp`` is raised.
-        However the iteration ends, its thread ends with it.
+        ``give_up`` is called ten times a second while no batch is ready; ``GaveUp`` is raised when it returns true.
+        The thread ends with the iteration.
         """
         self.close()
         self._micro = 0
@@ -199,11 +199,11 @@ class TokenLoader:
                 self.close()
 
     def _from(self, step: int) -> Iterator[list[Batch]]:
-        """All from ``step`` on. The shards of the first batch are fetched before any other: it is waited for."""
+        """All from ``step`` on. The shards of the first batch are fetched first, because the caller waits for it."""
         if self.shards.store.remote:
             self._fetch(np.unique(self.shards.starts.searchsorted(self._rows(step, 0)[0], side="right") - 1))
         micros = ((k, micro) for k in count(step) for micro in range(self.accumulation))
-        together = 1  # the first is not held up by those behind it
+        together = 1  # the first batch does not wait for later ones
         while True:
             group = list(islice(micros, together))
             try:
@@ -211,7 +211,7 @@ class TokenLoader:
             except UserError:
                 if len(group) == 1:
                     raise
-                for one in group:  # those before the one that cannot be read are good
+                for one in group:  # return the batches before the one that cannot be read
                     yield self._send([one])
             if self.shards.store.remote:
                 self._announce(group[-1][0])
@@ -231,7 +231,7 @@ class TokenLoader:
         self.shards.store.read_ahead(self.shards.manifest.shards[s] for s in shards)
 
     def close(self) -> None:
-        """End the reading thread and the reading ahead. The loader can be iterated again."""
+        """Stop the reading thread and the background fetches. The loader can be iterated again."""
         atexit.unregister(self.close)
         if self._reader is not None:
             self._reader.close()
@@ -248,7 +248,7 @@ def validation_batches(
 
     The shards hold a random draw, so the first ones are one too. ``view`` is by default the centre crop. Every rank
     gets the same number of batches, of at most ``batch`` rows, as ZeRO's gathers need; up to ``world`` - 1 samples
-    are left out where there are too few to go round. A batch has ``codes`` (b, 1, T), ``labels`` and ``ids`` (b,).
+    are left out if ``n_images`` is too small to divide evenly. A batch has ``codes`` (b, 1, T), ``labels`` and ``ids`` (b,).
     """
     m = shards.manifest
     n = min(n_images, m.samples)
@@ -264,26 +264,7 @@ def validation_batches(
     batches = []
     shards.store.read_ahead(m.shards[: int(np.searchsorted(shards.starts, n))])
     for ids in np.array_split(np.arange(n), pieces)[rank::world]:
-        codes, labels = read_checked(shards, ids, np.full((len(ids), 1), chosen), m.codebook_size, len(m.classes))
+        codes, labels = shards.gather(ids, np.full((len(ids), 1), chosen))
         row = {"codes": torch.from_numpy(codes.astype(np.int64)), "labels": torch.from_numpy(labels)}
         batches.append(row | {"ids": torch.from_numpy(ids)})
     return batches
-
-
-def read_checked(
-    shards: ShardSet, ids: np.ndarray, views: np.ndarray, vocab_size: int, num_classes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """ids (b,), views (b, M) -> codes (b, M, T) uint16, labels (b,) int64. Raises ``UserError`` for one out of range."""
-    codes, labels = shards.gather(ids, views)
-    if codes.size and codes.max() >= vocab_size:
-        row = int(np.argmax(codes.max(axis=(1, 2))))
-        raise UserError(
-            f"{shards.where(int(ids[row]))} of {shards.folder} holds code {codes[row].max()}, outside the vocabulary of {vocab_size}: pretokenize again"
-        )
-    outside = (labels < 0) | (labels >= num_classes)
-    if outside.any():
-        row = int(np.argmax(outside))
-        raise UserError(
-            f"{shards.where(int(ids[row]))} of {shards.folder} has class {labels[row]}, outside 0 to {num_classes - 1}: correct its class, or set model.num_classes"
-        )
-    return codes, labels

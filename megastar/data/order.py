@@ -124,11 +124,6 @@ def _places(spec: OrderSpec, plan: _Epoch, slot: int) -> tuple[int, int]:
     return max(0, slot - spec.window + 1), min(slot + 1, len(plan.shards))
 
 
-def epoch_order(spec: OrderSpec, epoch: int) -> np.ndarray:
-    """Every sample id once, (N,) int64. Its length is that of the data set: for tests and tools."""
-    return np.concatenate([_slot(spec, epoch, k) for k in range(len(_epoch(spec, epoch).ends))])
-
-
 def slot_of(spec: OrderSpec, position: int) -> tuple[int, int]:
     """(epoch, slot) of sample ``position`` of the run."""
     epoch, place = divmod(position, spec.samples)
@@ -162,8 +157,3 @@ def sample_ids(spec: OrderSpec, position: int, count: int) -> tuple[np.ndarray, 
         ids[filled : filled + len(piece)], epochs[filled : filled + len(piece)] = piece, epoch
         filled += len(piece)
     return ids, epochs
-
-
-def batch_ids(spec: OrderSpec, step: int, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sample ids (B,) and their epochs (B,) of step ``step``. A batch may span epochs; no sample is dropped."""
-    return sample_ids(spec, step * global_batch, global_batch)

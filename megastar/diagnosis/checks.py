@@ -15,6 +15,7 @@ from typing import Any
 from megastar.diagnosis import gpus, links, node, packages
 from megastar.diagnosis.finding import FAILURE, OK, Answer, Finding, merge, with_timeout
 from megastar.diagnosis.rendezvous import Rendezvous, missing_ranks, slurm_hosts
+from megastar.utils.files import existing_parent
 from megastar.utils.hostname import host_name
 
 
@@ -197,7 +198,7 @@ def lead(ranks: Rendezvous, options: DoctorOptions, progress: Callable[[str], No
 
 def make_mark(run: str) -> str:
     """An empty file in the run folder, or in its nearest existing parent; "" if it cannot be made."""
-    path = node.existing_parent(Path(run).absolute()) / f".megastar-doctor-{secrets.token_hex(6)}.mark"
+    path = existing_parent(Path(run)) / f".megastar-doctor-{secrets.token_hex(6)}.mark"
     try:
         path.touch()
     except OSError:  # reported by the check of the folder

@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,9 @@ def nic_bandwidth(interfaces: Path = Path("/sys/class/net")) -> float | None:
     """Bytes/s of the fastest network card that is up; None if no card reports its speed (virtual ones do not)."""
     rates = []
     for card in interfaces.glob("*"):
-        try:
+        with suppress(OSError, ValueError):
             if card.name != "lo" and (card / "operstate").read_text().strip() == "up":
                 rates.append(int((card / "speed").read_text()) * 1e6 / 8)
-        except (OSError, ValueError):
-            continue
     return max((r for r in rates if r > 0), default=None)
 
 

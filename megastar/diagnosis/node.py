@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding
+from megastar.utils.files import existing_parent
 
 GIB = 2**30
 FILES = 1024  # minimum limit of open files
@@ -98,11 +99,6 @@ def name_lookup(lookup: Callable[..., Any] = socket.getnameinfo) -> list[Finding
         )
         return [Finding("names", WARNING, f"looking up the name of {address} took {seconds:.1f} s", remedy)]
     return [Finding("names", OK, "the lookup of addresses is fast")]
-
-
-def existing_parent(path: Path) -> Path:
-    """``path``, or its nearest parent that exists."""
-    return next((p for p in (path, *path.parents) if p.exists()), path)
 
 
 def disk(what: str, folder: Path, sample: int = SAMPLE) -> list[Finding]:

@@ -53,9 +53,8 @@ class Rendezvous:
         self.rank, self.world, self.patience = rank, world, patience
         self.node = host_name(environ)
         host, port = master_address(environ)
-        listens = (
-            rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        )  # else torchrun's own process does
+        # Otherwise a process of torchrun listens.
+        listens = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             store = dist.TCPStore(
                 host, port, is_master=listens, timeout=timedelta(seconds=patience), wait_for_workers=False

@@ -13,8 +13,7 @@ from megastar.data.shards.manifest import Manifest
 from megastar.engine.context import Context
 from megastar.engine.lr_schedule import learning_rate, total_steps
 from megastar.engine.metrics.step_metrics import peak_bytes
-from megastar.engine.step_benchmark import random_batch
-from megastar.engine.train_step import losses
+from megastar.engine.step_benchmark import one_step, random_batch
 from megastar.engine.zero.engines import Engines, full_shapes
 from megastar.engine.zero.state_memory import state_bytes
 from megastar.teacher.schedule import decay_at
@@ -24,19 +23,15 @@ IMAGENET = 1_281_167  # training images of ImageNet-1k, assumed where there are 
 
 def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest | None) -> None:
     """Three steps on random codes with a learning rate of 0; prints parameters, memory per rank, batch and schedule."""
-    batch = random_batch(cfg, engines.micro_batch, seed=ctx.mesh.data_rank)
+    batch = random_batch(cfg.model, cfg.views, engines.micro_batch, seed=ctx.mesh.data_rank)
     samples = manifest.samples if manifest else IMAGENET
-    steps = total_steps(cfg, samples)
+    steps = total_steps(cfg.train, samples)
     for group in engines.optimizer.param_groups:
         group["lr"] = 0.0
     engines.student.train()
     for _ in range(3):  # ZeRO-3 prefetches from the second step on, when it knows the order of the layers
         start = time.perf_counter()
-        for _ in range(engines.accumulation):
-            loss, _ = losses(cfg, engines, ctx, batch, 0)
-            engines.student.backward(loss)
-            engines.student.step()
-        engines.refresh_teacher()
+        loss = one_step(cfg, ctx, engines, batch, 0)
         seconds = time.perf_counter() - start
     if not ctx.main:
         return
@@ -46,6 +41,7 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest 
     extra = sum(sizes.values()) - trunk
     states = state_bytes(engines)
     o = cfg.optim
+    rates = [learning_rate(o, cfg.train.global_batch, s, steps) for s in (0, o.warmup_steps, steps - 1)]
     rows = {
         "transformer": f"{cfg.model.name}, {trunk / 1e6:.1f} M parameters"
         + (f", projector {extra / 1e6:.1f} M" if extra else ""),
@@ -60,8 +56,7 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest 
         if manifest
         else f"{cfg.data.shards} does not exist; assuming the {IMAGENET} images of ImageNet",
         "length": f"{steps} steps = {steps * cfg.train.global_batch / samples:.1f} epochs",
-        "learning rate": f"{learning_rate(cfg, 0, steps):.2e} -> {max(learning_rate(cfg, s, steps) for s in {o.warmup_steps, 0}):.2e}"
-        f" -> {learning_rate(cfg, steps - 1, steps):.2e} ({o.schedule}, {o.warmup_steps} warm-up)",
+        "learning rate": f"{rates[0]:.2e} -> {max(rates[:2]):.2e} -> {rates[2]:.2e} ({o.schedule}, {o.warmup_steps} warm-up)",
         "teacher": f"decay {decay_at(0, cfg.self_guided):.4f} -> {decay_at(steps - 1, cfg.self_guided):.4f}"
         if engines.teacher
         else "none (AR baseline)",

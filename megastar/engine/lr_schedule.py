@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import math
 
-from megastar.config.schema import RunConfig
+from megastar.config.schema import OptimConfig, TrainConfig
 
 
-def total_steps(cfg: RunConfig, samples: int) -> int:
+def total_steps(train: TrainConfig, samples: int) -> int:
     """Optimizer steps of the run: ``train.steps``, or epochs over ``samples`` images."""
-    if cfg.train.steps:
-        return cfg.train.steps
-    return max(1, round(cfg.train.epochs * samples / cfg.train.global_batch))
+    return train.steps or max(1, round(train.epochs * samples / train.global_batch))
 
 
-def row_due(cfg: RunConfig, step: int, steps: int) -> bool:
+def row_due(train: TrainConfig, step: int, steps: int) -> bool:
     """Whether the step after ``step`` finished ones is written to metrics.jsonl."""
-    return (step + 1) % cfg.train.log_every == 0 or step + 1 == steps
+    return (step + 1) % train.log_every == 0 or step + 1 == steps
 
 
-def peak_rate(cfg: RunConfig) -> float:
-    """The maximum rate of the run."""
-    return cfg.optim.lr * (cfg.train.global_batch / 256 if cfg.optim.scale_lr else 1.0)
+def peak_rate(optim: OptimConfig, global_batch: int) -> float:
+    """The maximum rate of the run; scaled with global_batch / 256 when ``scale_lr`` [P]."""
+    return optim.lr * (global_batch / 256 if optim.scale_lr else 1.0)
 
 
-def learning_rate(cfg: RunConfig, step: int, steps: int) -> float:
-    """Rate of the step after ``step`` finished ones; scaled with global_batch / 256 when ``scale_lr`` [P]."""
-    o = cfg.optim
-    peak = peak_rate(cfg)
+def learning_rate(optim: OptimConfig, global_batch: int, step: int, steps: int) -> float:
+    """Rate of the step after ``step`` finished ones."""
+    o, peak = optim, peak_rate(optim, global_batch)
     if step < o.warmup_steps:
         return peak * (step + 1) / o.warmup_steps
     progress = min(1.0, (step - o.warmup_steps) / max(1, steps - o.warmup_steps))

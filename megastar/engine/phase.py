@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from megastar.config.schema import RunConfig
-from megastar.data.storage.protocol import is_remote
+from megastar.data.storage.store import is_remote
 
 STARTING = "starting"  # building engines, reading a checkpoint
 DATA = "waiting for data"
@@ -37,15 +37,11 @@ class Phase:
         self.moves += 1
 
     def finish(self, steps: int) -> None:
-        """``steps`` are done."""
         self.done = steps
 
     def at(self, phase: str) -> None:
         self.phase = phase
         self.moves += 1
-
-    def __str__(self) -> str:
-        return describe(self.phase, self.step)
 
 
 PHASE = Phase()

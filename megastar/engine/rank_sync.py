@@ -1,4 +1,4 @@
-"""Decisions that all ranks take alike. Every function but ``wait_for`` is a collective."""
+"""Values and decisions that are the same on all ranks. Every function but ``wait_for`` is a collective."""
 
 from __future__ import annotations
 
@@ -18,37 +18,43 @@ T = TypeVar("T")
 PATIENCE = 3600.0  # seconds that ranks wait for each other's files
 
 
-def agreed(ctx: Context, yes: bool) -> bool:
-    """The main rank's answer, on all ranks."""
-    answer = [yes]
+def from_main(ctx: Context, value: T) -> T:
+    """The main rank's ``value``, on all ranks."""
+    values = [value]
     if ctx.world > 1:
-        dist.broadcast_object_list(answer, src=0, device=ctx.device)
-    return answer[0]
+        dist.broadcast_object_list(values, src=0, device=ctx.device)
+    return values[0]
+
+
+def gather(ctx: Context, value: T) -> list[T]:
+    """The ``value`` of each rank, on all ranks."""
+    values = [value] * ctx.world
+    if ctx.world > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def on_main(ctx: Context, work: Callable[[], None]) -> str:
-    """Run ``work`` on rank 0; every rank learns what went wrong on its disk, or the empty string."""
-    problem = [""]
+    """Run ``work`` on rank 0. Returns the message of its ``OSError``, or the empty string, on all ranks."""
+    problem = ""
     if ctx.main:
         try:
             work()
         except OSError as error:
-            problem = [str(error)]
-    if ctx.world > 1:
-        dist.broadcast_object_list(problem, src=0, device=ctx.device)
-    return problem[0]
+            problem = str(error)
+    return from_main(ctx, problem)
 
 
 def retry(ctx: Context, attempt: Callable[[], str], patience: float, stop: Callable[[], bool] = lambda: False) -> str:
     """Call ``attempt`` on all ranks until it returns no problem, for ``patience`` seconds, at least once.
 
-    Returns the last problem, or the empty string. ``stop``, asked on the main rank, ends the retries.
+    Returns the last problem, or the empty string. ``stop``, called on the main rank, ends the retries.
     """
     until, pause = time.monotonic() + patience, 1.0
     while True:
         PHASE.at(SAVING)  # the watchdog's limit starts anew with each attempt
         problem, left = attempt(), until - time.monotonic()
-        if not problem or not agreed(ctx, left > 0 and not stop()):
+        if not problem or not from_main(ctx, left > 0 and not stop()):
             return problem
         if ctx.main and pause == 1.0:
             logger.warning("%s; retrying for %.0f s", problem, left)
@@ -68,7 +74,7 @@ def wait_for(store: Any, key: str, otherwise: str, patience: float = PATIENCE) -
 
 
 def on_all_ranks(ctx: Context, make: Callable[[], T]) -> T:
-    """The result of ``make``. Where it fails on some rank it fails on all: none is left behind in a collective."""
+    """The result of ``make``. If it fails on some rank it fails on all, so that none waits in a collective."""
     try:
         made, error = make(), None
     except Exception as failure:
@@ -79,26 +85,20 @@ def on_all_ranks(ctx: Context, make: Callable[[], T]) -> T:
 
 
 def error_of_any_rank(ctx: Context, error: Exception | None) -> Exception | None:
-    """This rank's own error, or else the first rank's that has one, with its message. Called by all ranks alike.
+    """This rank's own error, or else that of the first rank that has one. Called by all ranks alike.
 
-    It is a ``UserError`` on the other ranks too only where it was one: what no user can fix is requeued.
+    A ``UserError`` is one on the other ranks too; any other error is a ``RuntimeError`` there, and the job is requeued.
     """
     is_user_error = isinstance(error, UserError)
-    mine = (f"{error}" if is_user_error else repr(error) if error else "", is_user_error)
-    every = [mine]
-    if ctx.world > 1:
-        every = [("", False)] * ctx.world
-        dist.all_gather_object(every, mine)
+    every = gather(ctx, (f"{error}" if is_user_error else repr(error) if error else "", is_user_error))
     if error is not None:
         return error
-    return next(
-        (UserError(t) if user else RuntimeError(f"rank {r}: {t}") for r, (t, user) in enumerate(every) if t), None
-    )
+    for rank, (text, user) in enumerate(every):
+        if text:
+            return UserError(text) if user else RuntimeError(f"rank {rank}: {text}")
+    return None
 
 
 def run_on_main(ctx: Context, work: Callable[[], T]) -> T:
-    """The result of ``work`` on rank 0, on all ranks; where it fails it fails on all."""
-    result = [on_all_ranks(ctx, lambda: work() if ctx.main else None)]
-    if ctx.world > 1:
-        dist.broadcast_object_list(result, src=0, device=ctx.device)
-    return cast(T, result[0])
+    """The result of ``work`` on rank 0, on all ranks; if it fails it fails on all."""
+    return cast(T, from_main(ctx, on_all_ranks(ctx, lambda: work() if ctx.main else None)))

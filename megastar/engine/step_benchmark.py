@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megastar.config.schema import RunConfig
+from megastar.config.schema import ModelConfig, RunConfig
 from megastar.engine.context import Context
 from megastar.engine.train_step import losses
 from megastar.engine.zero.engines import Engines
@@ -32,23 +32,25 @@ def step_speed(
         parallel=dataclasses.replace(cfg.parallel, tensor_parallel=1),
     )
     cuda = ctx.device.type == "cuda"
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize(ctx.device)
+        return time.perf_counter()
+
     if cuda:
         torch.cuda.reset_peak_memory_stats(ctx.device)
     engines = build(cfg, ctx)
     try:
         engines.student.train()
-        batch = random_batch(cfg, images)
+        batch = random_batch(cfg.model, cfg.views, images)
         times = []
         loss = torch.zeros(())
         for step in range(steps + 3):
             batch["epochs"].fill_(step)  # new hidden keys
-            if cuda:
-                torch.cuda.synchronize(ctx.device)
-            start = time.perf_counter()
+            start = now()
             loss = one_step(cfg, ctx, engines, batch, step)
-            if cuda:
-                torch.cuda.synchronize(ctx.device)
-            times.append(time.perf_counter() - start)
+            times.append(now() - start)
         seconds = statistics.median(times[3:])
         flops = step_flops(cfg)
         heads = flops["student"] - 3 * flops["recompute"]
@@ -70,17 +72,19 @@ def step_speed(
 
 
 def one_step(cfg: RunConfig, ctx: Context, engines: Engines, batch: dict[str, Any], step: int) -> torch.Tensor:
-    loss, _ = losses(cfg, engines, ctx, batch, step)
-    engines.student.backward(loss)
-    engines.student.step()
+    """An optimizer step in which each micro-batch is ``batch``; returns the last loss."""
+    for _ in range(engines.accumulation):
+        loss, _ = losses(cfg, engines, ctx, batch, step)
+        engines.student.backward(loss)
+        engines.student.step()
     engines.refresh_teacher()
     return loss.detach()
 
 
-def random_batch(cfg: RunConfig, images: int, seed: int = 0) -> dict[str, Any]:
+def random_batch(model: ModelConfig, views: int, images: int, seed: int = 0) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, cfg.model.num_classes, (images,), generator=g)
+    labels = torch.randint(0, model.num_classes, (images,), generator=g)
     return {
-        "codes": torch.randint(0, cfg.model.vocab_size, (images, cfg.views, cfg.model.image_tokens), generator=g),
+        "codes": torch.randint(0, model.vocab_size, (images, views, model.image_tokens), generator=g),
         "labels": labels, "true_labels": labels, "ids": torch.arange(images), "epochs": torch.zeros(images, dtype=torch.int64),
     }  # fmt: skip

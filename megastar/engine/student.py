@@ -10,6 +10,7 @@ from megastar.config.schema import RunConfig
 from megastar.model.masks import MaskSpec
 from megastar.model.projector import Projector
 from megastar.model.transformer import Transformer
+from megastar.run_dir.training_checks import uses_contrastive
 
 
 class StudentOutput(NamedTuple):
@@ -23,11 +24,10 @@ class Student(nn.Module):
 
     def __init__(self, cfg: RunConfig):
         super().__init__()
-        self.transformer = Transformer(cfg.model)
         guided = cfg.self_guided
-        self.block = guided.contrastive_block
-        self.checkpointing = cfg.parallel.activation_checkpointing
-        self.contrastive = guided.enabled and guided.beta > 0 and (guided.step_loss or guided.view_loss)
+        self.transformer = Transformer(cfg.model)
+        self.block, self.checkpointing = guided.contrastive_block, cfg.parallel.activation_checkpointing
+        self.contrastive = uses_contrastive(guided)
         if self.contrastive:
             self.projector = Projector(cfg.model.dim, guided.projector_dim)
 

@@ -24,23 +24,18 @@ from megastar.teacher.schedule import decay_at
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for: from pinned memory, or none on a CPU."""
-    return (
-        x.pin_memory().to(device, non_blocking=True)
-        if x.device.type == "cpu" and device.type == "cuda"
-        else x.to(device)
-    )
+    """``x`` on ``device``; a copy to a GPU is made from pinned memory, and the host does not wait for it."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def hidden_mask(cfg: RunConfig, batch: dict[str, Any], views: int, device: torch.device) -> MaskSpec | None:
     """One set of hidden keys a sequence, a function of (seed, epoch, sample, view): (B * views, S)."""
-    if cfg.self_guided.mask_ratio == 0:
+    seed, T, ratio = cfg.train.seed, cfg.model.image_tokens, cfg.self_guided.mask_ratio
+    if ratio == 0:
         return None
-    T = cfg.model.image_tokens
-    draws = [
-        draw_hidden(cfg.train.seed, batch["epochs"], batch["ids"], T, cfg.self_guided.mask_ratio, view=m)
-        for m in range(views)
-    ]
+    draws = [draw_hidden(seed, batch["epochs"], batch["ids"], T, ratio, view=m) for m in range(views)]
     return MaskSpec.hidden(to_device(torch.stack(draws, dim=1).flatten(0, 1), device))
 
 
@@ -134,8 +129,8 @@ def teacher_pass(
 
 
 @torch.no_grad()
-def validation_loss(cfg: RunConfig, engines: Engines, ctx: Context, batches: list[dict[str, Any]]) -> float:
-    """Mean next-token loss of the student on fixed pictures: one view, no mask, no dropout, true classes."""
+def validation_loss(engines: Engines, ctx: Context, batches: list[dict[str, Any]]) -> float:
+    """Mean next-token loss of the student on fixed images: one view, no mask, no dropout, true classes."""
     engines.student.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
     for batch in batches:
@@ -150,7 +145,9 @@ def validation_loss(cfg: RunConfig, engines: Engines, ctx: Context, batches: lis
 
 
 def set_schedules(cfg: RunConfig, engines: Engines, step: int, steps: int) -> None:
-    engines.set_schedules(learning_rate(cfg, step, steps), decay_at(step, cfg.self_guided))
+    engines.set_schedules(
+        learning_rate(cfg.optim, cfg.train.global_batch, step, steps), decay_at(step, cfg.self_guided)
+    )
 
 
 def average_over_ranks(ctx: Context, sums: dict[str, torch.Tensor]) -> dict[str, float]:

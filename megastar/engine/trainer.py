@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from megastar.config.load import as_run_config, resolve_batch
 from megastar.config.schema import RunConfig
 from megastar.data.loader import TokenLoader
 from megastar.data.order import VERSION as ORDER
-from megastar.data.storage.protocol import is_remote
+from megastar.data.storage.store import is_remote
 from megastar.engine.checkpointer.async_saver import Saver, grace_period
-from megastar.engine.checkpointer.load import load_checkpoint, load_initial, newest_checkpoint
+from megastar.engine.checkpointer.load import load_checkpoint, load_initial
+from megastar.engine.dry_run import describe
 from megastar.engine.exit_codes import PREEMPTED
 from megastar.engine.fault_tolerance import replica_checksum
 from megastar.engine.fault_tolerance.errors import CorruptReplica
@@ -30,13 +30,13 @@ from megastar.engine.fault_tolerance.stragglers import Stragglers
 from megastar.engine.fault_tolerance.watchdog import watch
 from megastar.engine.input_pipeline.batch_fetcher import BatchFetcher, OutOfData
 from megastar.engine.input_pipeline.data_checks import check_same_data, check_same_order, open_data
-from megastar.engine.lr_schedule import learning_rate, row_due, total_steps
-from megastar.engine.metrics.environment import process_environment
+from megastar.engine.lr_schedule import learning_rate, peak_rate, row_due, total_steps
+from megastar.engine.metrics.environment import command_line, process_environment
 from megastar.engine.metrics.health_monitor import HealthMonitor
 from megastar.engine.metrics.logger import MetricsLogger
 from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
-from megastar.engine.rank_sync import on_all_ranks
+from megastar.engine.rank_sync import on_all_ranks, run_on_main
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.zero.setup import build, collective_timeout, set_timeouts, start
 from megastar.errors import UserError
@@ -52,12 +52,15 @@ logger = logging.getLogger(__name__)
 def train(cfg: RunConfig, *, dry_run: bool = False, stop: StopFlag | None = None) -> None:
     """Train to the end, resuming from the run folder's newest checkpoint. Exits with 85 after a stop signal.
 
-    ``stop``: a flag that has caught signals since the process began.
+    ``stop``: a flag that has caught signals since the process began. Signal handlers are not restored.
     """
-    trainer = Trainer(cfg, stop=stop, watchdog=True)
+    flag = stop or StopFlag()
+    trainer = Trainer(cfg, stop=flag, watchdog=True)
     if dry_run:
+        flag.release()  # there is nothing to save
         trainer.dry_run()
     elif trainer.fit().signal:
+        flag.ignore()  # a further signal must not replace the exit status
         raise SystemExit(PREEMPTED)
 
 
@@ -103,6 +106,7 @@ class Trainer:
         watchdog: bool = False,
     ):
         self.cfg, self.watchdog, self._stop = as_run_config(config), watchdog, stop
+        self.run, self.checkpoints = Path(self.cfg.run), checkpoint_dir.folder_of(self.cfg.run)
         self.step = self.steps = 0  # done; in all
         self.hooks: list[Callable[[StepRecord], None]] = [self._log, self._validate, self._save]
 
@@ -113,16 +117,15 @@ class Trainer:
         Raises ``UserError`` for a configuration, data or a checkpoint that does not fit, ``NonFiniteLoss`` when skipping
         and rolling back do not help, ``CorruptReplica`` for ranks that disagree. Never ends the interpreter.
         """
-        cfg, own = self.cfg, self._stop is None
-        if cfg.train.init and not checkpoint_dir.latest(checkpoint_dir.folder_of(cfg)):
-            read_model_metadata(cfg.train.init)  # it exists, before anything is built
+        cfg = self.cfg
+        self._check_init()
         self.data = open_data(cfg)
         self.stop = self._stop or StopFlag()
         PHASE.reset()
         try:
             self.ctx = start(cfg)
             self._leave_if_stopped()
-            resolve_batch(cfg, self.ctx.world)  # before the run folder exists
+            resolve_batch(cfg.train, cfg.parallel.tensor_parallel, self.ctx.world)  # before the run folder exists
             claim_run_folder(cfg, write=self.ctx.main)
             with watch(cfg, self.ctx.rank, self.ctx.world) if self.watchdog else nullcontext():
                 self._build()
@@ -132,39 +135,41 @@ class Trainer:
             return TrainResult(self.step, saver.done if saver else None, leaving.signal)
         finally:
             self.data.close()
-            if own:
+            if self._stop is None:
                 self.stop.restore()
-        return TrainResult(self.step, checkpoint_dir.latest(checkpoint_dir.folder_of(cfg)))
+        return TrainResult(self.step, checkpoint_dir.latest(self.checkpoints))
 
     def dry_run(self) -> None:
         """Build everything, run steps on random tokens, and print memory, batch and schedule. Writes nothing."""
-        from megastar.engine.dry_run import describe
-
         cfg, shards = self.cfg, self.cfg.data.shards
-        data = open_data(cfg) if is_remote(shards) or Path(shards).exists() else None
-        if cfg.train.init and not checkpoint_dir.latest(checkpoint_dir.folder_of(cfg)):
-            read_model_metadata(cfg.train.init)
-        ctx = start(cfg)
-        describe(cfg, ctx, build(cfg, ctx), data.train.manifest if data else None)
+        self._check_init()
+        with closing(open_data(cfg)) if is_remote(shards) or Path(shards).exists() else nullcontext() as data:
+            ctx = start(cfg)
+            describe(cfg, ctx, build(cfg, ctx), data.train.manifest if data else None)
+
+    def _check_init(self) -> None:
+        """``train.init``, where it will be read, is a model file; raised before anything is built."""
+        if self.cfg.train.init and not checkpoint_dir.latest(self.checkpoints):
+            read_model_metadata(self.cfg.train.init)
 
     def _build(self) -> None:
         """Engines, and their state from the newest checkpoint, ``train.init`` or nothing."""
         cfg, ctx, manifest = self.cfg, self.ctx, self.data.train.manifest
         self.engines = build(cfg, ctx)
-        set_timeouts(collective_timeout(cfg))
-        rollbacks = finish_rollback(cfg, ctx)
+        set_timeouts(collective_timeout(cfg.faults, cfg.data))
+        rollbacks = finish_rollback(self.run, ctx)
         self.policy = SkipPolicy(cfg.faults, len(rollbacks))
-        found = newest_checkpoint(ctx, checkpoint_dir.folder_of(cfg))
+        found = run_on_main(ctx, lambda: checkpoint_dir.latest(self.checkpoints))  # views of a shared disk may differ
         if found:
-            restored = load_checkpoint(cfg, ctx, self.engines, found)
+            restored = load_checkpoint(ctx, self.engines, found, cfg.train.seed)
             self.step, origin = restored["step"], restored.get("init")
             self.policy.restore(restored, len(rollbacks), rollbacks[-1]["position"] if rollbacks else 0)
-            check_same_data(cfg, restored, self.data.digests, found)
-            check_same_order(cfg, manifest, restored, found)
+            check_same_data(cfg.data, restored, self.data.digests, found)
+            check_same_order(cfg.data.window, manifest, restored, found)
         else:
-            self.step, origin = 0, load_initial(cfg, ctx, self.engines) if cfg.train.init else None
+            self.step, origin = 0, load_initial(cfg.train.init, ctx, self.engines) if cfg.train.init else None
             seed_dropout(cfg.train.seed, ctx.mesh.data_rank, 0)
-        self.steps = total_steps(cfg, manifest.samples)
+        self.steps = total_steps(cfg.train, manifest.samples)
         self.found, self.first = found, self.step  # first: steps done at the start, or at the last rollback
         self.metadata: dict[str, Any] = {  # of each checkpoint
             "steps": self.steps,
@@ -172,7 +177,7 @@ class Trainer:
             "order": ORDER,
             "classes": manifest.classes,
             "init": origin,
-            "command": " ".join(["megastar", *sys.argv[1:]]),
+            "command": command_line(),
         }
 
     def _train(self) -> None:
@@ -183,16 +188,16 @@ class Trainer:
                 logger.info("%s is done: %d of %d steps; raise train.steps to continue", cfg.run, self.step, self.steps)
             return
         self._leave_if_stopped()
-        self.loader = on_all_ranks(ctx, self._open_loader)
-        self.metrics = on_all_ranks(ctx, self._open_metrics)
-        try:
-            self.fetcher = BatchFetcher(self.loader, ctx, lambda: bool(self.stop.signal), Path(cfg.run))
+        with ExitStack() as opened:
+            self.loader = on_all_ranks(ctx, lambda: opened.enter_context(closing(self._open_loader())))
+            self.metrics = on_all_ranks(ctx, lambda: self._open_metrics(opened))
+            self.fetcher = BatchFetcher(self.loader, ctx, lambda: bool(self.stop.signal), self.run)
             self.saver = Saver(cfg, ctx, self.engines, self.step)
             self.stragglers = Stragglers(ctx, self.engines, self.fetcher, cfg.faults.slow_ratio)
             if ctx.main and (shortfall := self.saver.disk_shortfall(self.steps)):
                 self.metrics.event("warning", shortfall)
             micro_batch = self.engines.micro_batch
-            self.validation = on_all_ranks(ctx, lambda: self.data.validation_batches(cfg, ctx, micro_batch))
+            self.validation = on_all_ranks(ctx, lambda: self.data.validation_batches(cfg.train, ctx, micro_batch))
             self.health = HealthMonitor(cfg, ctx.world, self.steps, self.metrics)
             self.engines.student.train()
             self.skipped = 0  # steps since the last row
@@ -205,28 +210,22 @@ class Trainer:
                 PHASE.at(SAVING)
                 self.metrics.saved(self.saver.finish())  # the save under way is good
                 raise
-        finally:
-            self.loader.close()
-            self.metrics.close()
 
     def _open_loader(self) -> TokenLoader:
-        cfg, mesh = self.cfg, self.ctx.mesh
+        mesh, position = self.ctx.mesh, self.step + self.policy.offset
         place = {"rank": mesh.data_rank, "world": mesh.data, "accumulation": self.engines.accumulation}
-        position = self.step + self.policy.offset
-        return TokenLoader(self.data.train, cfg, start_step=position, device=self.ctx.device, **place)
+        return TokenLoader(self.data.train, self.cfg, start_step=position, device=self.ctx.device, **place)
 
-    def _open_metrics(self) -> MetricsLogger:
+    def _open_metrics(self, opened: ExitStack) -> MetricsLogger:
         cfg, ctx = self.cfg, self.ctx
-        metrics = MetricsLogger(
-            Path(cfg.run), self.step, self.steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx)
-        )
-        text = f"{cfg.run}: {self.steps} steps on {ctx.world} rank(s)"
+        metrics = MetricsLogger(self.run, self.step, self.steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx))
+        opened.callback(metrics.close)  # at once: what follows, or another rank, may fail
+        kind, text = "started", f"{cfg.run}: {self.steps} steps on {ctx.world} rank(s)"
         if self.found:
-            text = f"resumed {self.found} at step {self.step}"
-        facts = process_environment(ctx.device)
-        metrics.event("resumed" if self.found else "started", text, steps=self.steps, ranks=ctx.world, **facts)
-        if not self.data.train.manifest.tokenizer_sha256:
-            metrics.note(f"{cfg.data.shards} records no tokenizer hash; assuming it matches data.tokenizer")
+            kind, text = "resumed", f"resumed {self.found} at step {self.step}"
+        metrics.event(kind, text, steps=self.steps, ranks=ctx.world, **process_environment(ctx.device))
+        if ctx.main and not self.data.train.manifest.tokenizer_sha256:
+            logger.warning("%s records no tokenizer hash; assuming it matches data.tokenizer", cfg.data.shards)
         return metrics
 
     # The loop ----------------------------------------------------------------------------------------------------
@@ -265,9 +264,9 @@ class Trainer:
                 hook(record)
 
     def _forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        spreads = row_due(self.cfg, self.step, self.steps)
-        found = losses(self.cfg, self.engines, self.ctx, batch, self.step, spreads=spreads)
-        self.fetcher.computed()
+        due = row_due(self.cfg.train, self.step, self.steps)
+        found = losses(self.cfg, self.engines, self.ctx, batch, self.step, spreads=due)
+        self.fetcher.timer.computed()
         return found
 
     def _ask_all_ranks(self, loss: Tensor) -> StepConsensus:
@@ -277,9 +276,10 @@ class Trainer:
     def _before_update(self, record: StepRecord) -> None:
         """All gradients of the step are there: compare replicas, set the schedules, decide whether to skip."""
         cfg, saves = self.cfg, bool(record.signal) or record.save_failed or self.step + 1 == self.steps
-        if replica_checksum.due(cfg, self.step, saves=saves):
+        if replica_checksum.due(cfg.faults, cfg.train, self.step, saves=saves):
             PHASE.at("comparing checksums")
-            replica_checksum.compare(cfg, self.engines, self.ctx, self.step, self.step - self.saver.step)
+            drift = (self.step - self.saver.step) * peak_rate(cfg.optim, cfg.train.global_batch)
+            replica_checksum.compare(self.run, self.engines, self.ctx, self.step, drift)
         set_schedules(cfg, self.engines, self.step, self.steps)
         record.skip(self.policy.reason_to_skip(record))
 
@@ -287,7 +287,7 @@ class Trainer:
         """Record a skipped step; whether it is one too many."""
         self.skipped += 1
         PHASE.at("recording a skipped step")
-        row, text = record_skip(self.ctx, Path(self.cfg.run), self.policy, self.loader.shards, record, self.step)
+        row, text = record_skip(self.ctx, self.run, self.policy, self.loader.shards, record, self.step)
         self.metrics.event("skipped", text, skipped=self.step, why=row["why"], suspects=row["suspects"])
         return self.policy.skip(self.step)
 
@@ -296,11 +296,9 @@ class Trainer:
         PHASE.at(SAVING)
         self.metrics.saved(self.saver.finish())
         PHASE.at(STARTING)  # a checkpoint is read
-        plan = plan_rollback(self.cfg, self.ctx, self.policy, self.step)
-        restored = load_checkpoint(
-            self.cfg, self.ctx, self.engines, plan.target
-        )  # complete: only now leave the old way
-        commit_rollback(self.cfg, self.ctx, plan)
+        plan = plan_rollback(self.run, self.cfg.optim.lr, self.ctx, self.policy, self.step)
+        restored = load_checkpoint(self.ctx, self.engines, plan.target, self.cfg.train.seed)
+        commit_rollback(self.run, self.ctx, plan, self.cfg.faults.save_patience)  # only now: the target is intact
         left, self.step = self.step, int(restored["step"])
         self.first, self.skipped = self.step, 0
         self.policy.restore(restored, plan.number, plan.record["position"])
@@ -313,22 +311,24 @@ class Trainer:
     # Hooks -------------------------------------------------------------------------------------------------------
     def _log(self, record: StepRecord) -> None:
         row: dict[str, float] = {}
-        if row_due(self.cfg, self.step - 1, self.steps):
+        slow: list[tuple[str, dict[str, Any]]] = []  # events
+        if row_due(self.cfg.train, self.step - 1, self.steps):
             PHASE.at("averaging the metrics")
             if not record.skip_reason:
                 row = average_over_ranks(self.ctx, record.means()) | {"grad_norm": self.engines.grad_norm()}
-            row |= step_metrics(self.ctx, self.engines) | {"lr": learning_rate(self.cfg, self.step - 1, self.steps)}
-            row |= self.stragglers.row(self.step - self.metrics.last_step)
-            row |= {"skipped": self.skipped} if self.skipped else {}
+            lr = learning_rate(self.cfg.optim, self.cfg.train.global_batch, self.step - 1, self.steps)
+            row |= step_metrics(self.ctx, self.engines) | {"lr": lr}
+            waits, slow = self.stragglers.row(self.step - self.metrics.last_step)
+            row |= waits | ({"skipped": self.skipped} if self.skipped else {})
             self.skipped = 0
         self.metrics.step(self.step, self.cfg.train.global_batch, row)
         self.health.update(self.step, row)
-        self.metrics.warn(self.stragglers.news(), "slow")
+        self.metrics.warn(slow, "slow")
 
     def _validate(self, record: StepRecord) -> None:
         if self.validation and (self.step == self.steps or self.step % self.cfg.train.val_every == 0):
             PHASE.at(VALIDATION)
-            value = validation_loss(self.cfg, self.engines, self.ctx, self.validation)
+            value = validation_loss(self.engines, self.ctx, self.validation)
             self.metadata["val_loss_ar"] = value
             self.metrics.write(self.step, {"val_loss_ar": value})
             self.metrics.note(f"step {self.step}: validation next-token loss {value:.4f}")
@@ -375,7 +375,7 @@ class Trainer:
         if signal_number:
             self._stop_for(signal_number, kept, " while waiting for data")
         assert error is not None
-        self.metrics.note(f"no batch for step {self.step + 1}: {kept}")
+        self.metrics.note(f"no batch for step {self.step + 1}: {kept}", logging.WARNING)
         raise error
 
     def _stop_for(self, signal_number: int, kept: str, when: str = "") -> None:
@@ -387,10 +387,10 @@ class Trainer:
         if not (signal_number := any_stop_signal(self.ctx, self.stop.signal)):
             return
         if self.ctx.main:
-            found = checkpoint_dir.latest(checkpoint_dir.folder_of(self.cfg))
+            found = checkpoint_dir.latest(self.checkpoints)
             text = f"signal {signal_number} before the first step: nothing to save; the same command starts again"
-            append_event(Path(self.cfg.run), "signal", checkpoint_dir.step_in(found) if found else 0, text)
-            logger.info(text)
+            append_event(self.run, "signal", checkpoint_dir.step_in(found) if found else 0, text)
+            logger.warning(text)
         raise _Preempted(signal_number)
 
     def _checkpoint_metadata(self) -> dict[str, Any]:

@@ -40,15 +40,12 @@ class Network(Protocol):
 
     def name(self, metric: str) -> str:
         """The name of a metric's result (fid, fd, kid, precision ...) with this network's features."""
-        ...
 
     def logits(self, features: Tensor) -> Tensor | None:
         """Logits for the Inception Score."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """What a result must record to be reproducible."""
-        ...
 
 
 def open_network(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megastar.errors import UserError
+from megastar.utils.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,9 +115,9 @@ def draw_lines(
         left = axes.get_xlim()[0]
         axes.annotate(level[0], (left, level[1]), (4, 4), textcoords="offset points", fontsize=8.5, color="#555555")
     name_ends(axes, ends)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:

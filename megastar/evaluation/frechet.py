@@ -65,10 +65,8 @@ class Statistics:
         self.count = total
         return self
 
-    def all_reduce(self, group: dist.ProcessGroup | None, dim: int, device: torch.device | str = "cpu") -> Statistics:
+    def all_reduce(self, group: dist.ProcessGroup, dim: int, device: torch.device | str = "cpu") -> Statistics:
         """Combine the vectors of all ranks of ``group``, on each rank. ``dim`` is F: a rank may have no vectors."""
-        if group is None:
-            return self
         mean = self.mean if self.count else np.zeros(dim)
         scatter = self.scatter if self.count else np.zeros((dim, dim))
         first = torch.tensor([*(mean * self.count), self.count], dtype=torch.float64, device=device)
@@ -80,11 +78,6 @@ class Statistics:
         dist.all_reduce(second, group=group)
         self.count, self.mean, self.scatter = count, total, second.cpu().numpy()
         return self
-
-
-def statistics(features: np.ndarray) -> Statistics:
-    """Features (N, F) -> their statistics."""
-    return Statistics().update(features)
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -113,5 +106,5 @@ def finite_sample_floor(features: np.ndarray, seed: int = 0) -> tuple[float, int
     """
     order = np.random.default_rng(seed).permutation(len(features))
     half = len(features) // 2
-    first, second = (statistics(features[order[i * half : (i + 1) * half]]) for i in range(2))
+    first, second = (Statistics().update(features[order[i * half : (i + 1) * half]]) for i in range(2))
     return frechet_distance(first, second), half

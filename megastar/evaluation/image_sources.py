@@ -16,10 +16,11 @@ import torch
 
 from megastar.data.images.dataset import ImageError, ImageSet, center_crop
 from megastar.data.shards.reader import ShardSet
-from megastar.data.storage.protocol import is_remote
 from megastar.data.storage.shard_info import MANIFEST
+from megastar.data.storage.store import is_remote
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
+from megastar.tokenizer.vq import to_pixels
 from megastar.utils.files import sha256
 
 logger = logging.getLogger(__name__)
@@ -35,15 +36,12 @@ class ImageSource(Protocol):
 
     def batches(self, batch: int) -> Iterator[np.ndarray]:
         """uint8 (B, H, W, 3), each image once, in order."""
-        ...
 
     def labels(self) -> np.ndarray | None:
         """Classes (N,), or None if the source has none."""
-        ...
 
     def sha256(self) -> str:
         """Hash of what ``batches`` reads: the bytes of the files and the keys, not their dates or folder."""
-        ...
 
 
 def open_images(
@@ -121,17 +119,17 @@ class FolderImages:
             logger.warning("%s: skipped %d of %d images: %s", self.path, len(bad), self.count, "; ".join(bad[:3]))
 
     def labels(self) -> np.ndarray:
-        return np.array([p.label for p in self.set.images[: self.count]])
+        return self.set.labels[: self.count]
 
     def sha256(self) -> str:
-        digest, pictures = hashlib.sha256(), self.set.images
-        if pictures[0].offset < 0:
-            for p in pictures:
+        digest = hashlib.sha256()
+        if self.set[0].offset < 0:
+            for p in self.set:
                 digest.update(p.key.encode() + b"\0")
                 _add_file(digest, p.file)
             return digest.hexdigest()
         digest.update((self.subset or "").strip("/").encode() + b"\0")
-        for tar in sorted({p.file for p in pictures}):
+        for tar in sorted({p.file for p in self.set}):
             _add_file(digest, tar)
         return digest.hexdigest()
 
@@ -141,17 +139,14 @@ class NpzImages:
 
     def __init__(self, path: Path, limit: int | None = None):
         self.path = path
-        if not path.is_file():
-            raise UserError(f"images {path} do not exist: name a folder, a .tar, or an .npz with arr_0 or images")
-        with _readable(path), zipfile.ZipFile(path) as archive:
-            self.names = [n.removesuffix(".npy") for n in archive.namelist()]
-            name = next((n for n in NPZ_NAMES if n in self.names), None)
-            if name is None:
-                raise UserError(f"{path} contains {', '.join(self.names) or 'nothing'}: expected arr_0 or images")
-            self.name = name
-            with archive.open(f"{name}.npy") as member:
-                shape, fortran, dtype = _header(member)
-                actual_bytes = archive.getinfo(f"{name}.npy").file_size - member.tell()
+        names = npz_names(path)
+        name = next((n for n in NPZ_NAMES if n in names), None)
+        if name is None:
+            raise UserError(f"{path} contains {', '.join(names) or 'nothing'}: expected arr_0 or images")
+        self.name = name
+        with _readable(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+            shape, fortran, dtype = _header(member)
+            actual_bytes = archive.getinfo(f"{name}.npy").file_size - member.tell()
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
             raise UserError(f"{path}: {name} is {dtype} {shape}, expected uint8 (N, H, W, 3) with N above 0")
         if fortran:
@@ -214,12 +209,6 @@ class TokenImages:
         digest = hashlib.sha256("".join(s.sha256 for s in self.shards.manifest.shards).encode())
         _add_file(digest, self.tokenizer)
         return digest.hexdigest()
-
-
-def to_pixels(images: torch.Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
-    pixels = images.float().add(1).mul(127.5).round().clamp(0, 255).byte()
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:

@@ -58,9 +58,8 @@ class InceptionA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat(
-            [self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(mean3(x))], 1
-        )
+        single = self.branch5x5_2(self.branch5x5_1(x))
+        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(mean3(x))], 1)
 
 
 class InceptionB(nn.Module):
@@ -131,15 +130,9 @@ class InceptionE(nn.Module):
         single = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.pool_by_maximum else mean3(x)
-        return torch.cat(
-            [
-                self.branch1x1(x),
-                *(self.branch3x3_2a(single), self.branch3x3_2b(single)),
-                *(self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)),
-                self.branch_pool(pooled),
-            ],
-            1,
-        )
+        singles = [self.branch3x3_2a(single), self.branch3x3_2b(single)]
+        doubles = [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
+        return torch.cat([self.branch1x1(x), *singles, *doubles, self.branch_pool(pooled)], 1)
 
 
 class FIDInceptionV3(nn.Module):
@@ -220,12 +213,12 @@ def load_inception(path: str | Path | None, expected: str | None = None) -> tupl
     """
     if path is None or not Path(path).is_file():
         problem = "FID requires --inception FILE" if path is None else f"--inception {path} does not exist"
-        raise UserError(f"{problem}: get {PUBLISHED}; SHA-256 {SHA256}")
+        raise UserError(f"{problem}: download {PUBLISHED}; SHA-256 {SHA256}")
     path = Path(path)
     digest = sha256(path)
     if digest != (expected or SHA256):
         raise UserError(
-            f"{path} has the SHA-256 {digest}, not {expected or SHA256}: get {PUBLISHED}; or pass the hash of your own "
+            f"{path} has the SHA-256 {digest}, not {expected or SHA256}: download {PUBLISHED}; or pass the hash of your own "
             "file with --inception-sha256 (the names of its scores then contain the hash)"
         )
     return from_state(_read(path), path), digest
@@ -240,14 +233,14 @@ def _read(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} contains other objects than tensors ({str(error).splitlines()[0]}): get {PUBLISHED}"
+            f"{path} contains objects other than tensors ({str(error).splitlines()[0]}): download {PUBLISHED}"
         ) from error
     except Exception as error:  # torch.load raises many types for truncated files
-        raise UserError(f"{path} is damaged ({type(error).__name__}): get it again, {PUBLISHED}") from error
+        raise UserError(f"{path} is damaged ({type(error).__name__}): download {PUBLISHED}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} is not a dictionary of tensors: get {PUBLISHED}")
+        raise UserError(f"{path} is not a dictionary of tensors: download {PUBLISHED}")
     return state
 
 
@@ -258,9 +251,9 @@ def from_state(state: dict[str, Tensor], source: str | Path = "state") -> FIDInc
     wanted = {k: v.shape for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     missing = [k for k in wanted if k not in state]
     wrong = [f"{k} {tuple(state[k].shape)}" for k, shape in wanted.items() if k in state and state[k].shape != shape]
-    kinds = {"missing": missing, "of another shape": wrong}
+    kinds = {"missing": missing, "with a different shape": wrong}
     if parts := [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds.items() if names]:
-        raise UserError(f"{source} is not FID's Inception, {' and '.join(parts)}: get {PUBLISHED}")
+        raise UserError(f"{source} is not FID's Inception, {' and '.join(parts)}: download {PUBLISHED}")
     kept = {k: state[k].float() for k in wanted}
     counters = {k: torch.zeros((), dtype=torch.long) for k in net.state_dict() if k not in wanted}
     net.load_state_dict(kept | counters, assign=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from rich.console import Console
 from torch import Tensor
 
 from megastar.config.schema import ModelConfig
+from megastar.data.shards.reader import ShardSet
 from megastar.errors import UserError
 from megastar.evaluation.lars import LARS, learning_rate
 from megastar.model.transformer import Transformer
+from megastar.utils.files import atomic_file
 from megastar.utils.progress_bar import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,19 @@ MIN_LARS_IMAGES = 10_000_000  # over all epochs; with fewer, LARS at MAE's rate 
 def probe_positions(tokens: int, count: int = 8) -> list[int]:
     """Evenly spaced sequence positions counted from 1: for T = 256 and 8, 32, 64 ... 256."""
     return [tokens * (i + 1) // count for i in range(count)]
+
+
+def load_crops(shards: str | Path, count: int = 1, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (N * count, T) of ``count`` stored crops per image, the centre crop first, and classes (N * count,).
+
+    ``limit``: only the first images.
+    """
+    tokens = ShardSet(shards)
+    centre, stored = tokens.manifest.centre_view, tokens.manifest.views
+    views = [centre, *(v for v in range(stored) if v != centre)][:count]
+    images = np.arange(min(len(tokens), limit or len(tokens)))
+    codes, labels = tokens.gather(images, np.tile(views, (len(images), 1)))  # (N, count, T)
+    return codes.reshape(-1, codes.shape[-1]), np.repeat(labels, count)
 
 
 @torch.no_grad()
@@ -51,33 +66,31 @@ def probe_features(
     The input of position p (counted from 1) is the null class and the first p - 1 codes. With a folder ``cache``, the
     features are stored there, under a hash of the model's weights, the codes and the positions, and reused.
     """
-    c = model.cfg
-    shape = (len(codes), len(positions), c.dim)
-    file = None
-    if cache is not None:
-        file = Path(cache) / f"probe-{_fingerprint(model, codes, block, positions)}.npy"
-        if file.is_file():
-            return np.load(file, mmap_mode="r")
-        file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp") if file else None
-    out: np.ndarray = np.empty(shape, np.float32)  # not touched if replaced by a file
-    if temporary:
-        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-    device = next(model.parameters()).device
-    index = torch.tensor(positions, device=device) - 1
-    was_training = model.training
-    model.eval()
-    with progress_bar(console, f"features {title}", len(codes)) as bar:
+    shape = (len(codes), len(positions), model.cfg.dim)
+    with ExitStack() as stack:
+        if cache is None:
+            out: np.ndarray = np.empty(shape, np.float32)
+        else:
+            file = Path(cache) / f"probe-{_fingerprint(model, codes, block, positions)}.npy"
+            if file.is_file():
+                return np.load(file, mmap_mode="r")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(atomic_file(file))
+            out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        device = next(model.parameters()).device
+        index = torch.tensor(positions, device=device) - 1
+        was_training = model.training
+        model.eval()
+        bar = stack.enter_context(progress_bar(console, f"features {title}", len(codes)))
         for first in range(0, len(codes), batch):
             tokens = torch.from_numpy(codes[first : first + batch].astype(np.int64)).to(device)  # (B, T)
-            null = torch.full((len(tokens),), c.num_classes, device=device)
+            null = torch.full((len(tokens),), model.cfg.num_classes, device=device)
             output = model(null, tokens[:, :-1], features_at=block, last_block=block, need_logits=False)
             out[first : first + batch] = output.features[:, index].float().cpu().numpy()
             bar.advance(len(tokens))
-    model.train(was_training)
-    if file and temporary and isinstance(out, np.memmap):
-        out.flush()
-        temporary.replace(file)
+        model.train(was_training)
+        if isinstance(out, np.memmap):
+            out.flush()
     return out
 
 
@@ -182,7 +195,6 @@ def fit_probes(
     epochs: int = 90,
     batch: int = 512,
     lr: float = 0.2,
-    momentum: float = 0.9,
     optimizer: str = "lars",
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -197,7 +209,7 @@ def fit_probes(
     generator = torch.Generator().manual_seed(seed)
     weight = torch.nn.init.trunc_normal_(torch.empty(P, D, classes), std=0.01, generator=generator).to(device)
     bias = torch.zeros(P, classes, device=device)
-    descent = LARS([weight], [bias], momentum=momentum, adaptive=optimizer == "lars")
+    descent = LARS([weight], [bias], adaptive=optimizer == "lars")
     running_mean, running_var = torch.zeros(P, D, device=device), torch.ones(P, D, device=device)
     batch = min(batch, N)
     per_epoch, step = N // batch, 0

@@ -14,14 +14,14 @@ from torch import Tensor
 BYTES = 1 << 28  # of one block of distances
 
 
-def precision_recall(real: Tensor, made: Tensor, k: int = 3, dtype: torch.dtype = torch.float64) -> tuple[float, float]:
+def precision_recall(real: Tensor, made: Tensor, k: int = 3) -> tuple[float, float]:
     """Features (N, F), (M, F) -> share of ``made`` inside the real manifold, share of ``real`` inside the made one.
 
     A manifold is the union of the balls around its points whose radius is the distance to the k-th nearest other point.
     Both sets must have more than ``k`` points. Memory: one block of distances, not N x M.
     """
     assert min(len(real), len(made)) > k, f"{k} neighbours of {len(real)} and {len(made)} points"
-    real, made = real.to(dtype), made.to(dtype)
+    real, made = real.double(), made.double()
     real_radii, made_radii = manifold_radii(real, k), manifold_radii(made, k)
     inside_real = torch.zeros(len(made), dtype=torch.bool, device=made.device)
     inside_made = torch.zeros(len(real), dtype=torch.bool, device=real.device)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -19,7 +18,8 @@ from megastar.evaluation.features import Network
 from megastar.evaluation.frechet import Statistics
 from megastar.evaluation.image_sources import NPZ_NAMES, ImageSource, npz_names, open_images, read_arrays
 from megastar.evaluation.inception import POOL, SPATIAL
-from megastar.utils.files import sha256
+from megastar.evaluation.options import EvaluationOptions
+from megastar.utils.files import atomic_file, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +40,16 @@ def read_reference(
     real: str | Path,
     size: int | None,
     network: Network,
+    o: EvaluationOptions,
     *,
     keep: bool,
     spatial: bool,
-    subset: str | None = None,
-    tokenizer: str | Path | None = None,
-    expected_sha256: str | None = None,
     limit: int | None = None,
-    batch: int = 32,
-    console: Console | None = None,
-    cache: str | Path | None = None,
 ) -> Reference:
     """Statistics (and features, ``keep``) of the real set at the generated images' ``size``.
 
     For FID and sFID, the published mu and sigma (mu_s and sigma_s) of an .npz are used, as in ADM's evaluator; its images
-    are then read only for precision, recall and KID. Otherwise the results are cached in ``cache`` (default
+    are then read only for precision, recall and KID. Otherwise the results are cached in ``o.cache`` (default
     ``$MEGASTAR_CACHE`` or ~/.cache/megastar) under the hash of their source. Raises ``UserError``.
     """
     names = npz_names(Path(real)) if Path(real).suffix == ".npz" else []
@@ -63,15 +58,16 @@ def read_reference(
         raise UserError(f"{real} contains only Inception's statistics: pass --inception FILE, or use images")
     images: ImageSource | None = None
     if not names or set(names) & set(NPZ_NAMES):  # opened even if only mu and sigma are used, to check the resolution
-        images = open_images(real, subset=subset, size=size, limit=limit, tokenizer=tokenizer)
+        images = open_images(real, subset=o.real_subset, size=size, limit=limit, tokenizer=o.real_tokenizer)
     elif keep:
         raise UserError(f"{real} contains only statistics: precision, recall and KID also require images (arr_0)")
     digest = images.sha256() if images else sha256(Path(real))
-    if expected_sha256 and digest != expected_sha256.lower():
-        raise UserError(f"--real {real} has the SHA-256 {digest}, not the expected {expected_sha256}: get it again")
-    metadata: dict[str, Any] = {"source": str(real), "subset": subset, "pictures": None, "size": size, "sha256": digest}
-    if tokenizer is not None:
-        metadata["tokenizer"] = str(tokenizer)
+    if o.real_sha256 and digest != o.real_sha256.lower():
+        raise UserError(f"--real {real} has the SHA-256 {digest}, not the expected {o.real_sha256}: download it again")
+    metadata: dict[str, Any] = {"source": str(real), "subset": o.real_subset, "pictures": None, "size": size}
+    metadata["sha256"] = digest
+    if o.real_tokenizer is not None:
+        metadata["tokenizer"] = str(o.real_tokenizer)
     collector = Collector(network, keep=keep, spatial=spatial and not published)
     if published:
         stats = _given(Path(real), "mu", "sigma", POOL)
@@ -79,15 +75,15 @@ def read_reference(
         if images is None:
             metadata["size"] = "not recorded in the file"
         elif keep:
-            collect(collector, images.batches(batch), images.count, "real", console)
+            collect(collector, images.batches(o.batch), images.count, "real", o.console)
         metadata["statistics"] = "mu and sigma of the file"
     else:
         assert images is not None
         contents = f"{'f' if keep else ''}{'s' if spatial else ''}-{limit or 'all'}"
-        folder = Path(cache or os.environ.get("MEGASTAR_CACHE") or Path.home() / ".cache" / "megastar")
+        folder = Path(o.cache or os.environ.get("MEGASTAR_CACHE") or Path.home() / ".cache" / "megastar")
         file = folder / f"{network.key}-{size}-{digest[:32]}-{contents}.safetensors"
         if not _restore(collector, file):
-            collect(collector, images.batches(batch), images.count, "real", console)
+            collect(collector, images.batches(o.batch), images.count, "real", o.console)
             _save(file, collector.arrays())
         stats, spatial_stats = collector.stats, collector.spatial_stats if spatial else None
     metadata["pictures"] = collector.count or None
@@ -106,7 +102,7 @@ def _given(path: Path, mean: str, covariance: str, dim: int) -> Statistics:
             f"({dim}, {dim})"
         )
     if not (np.isfinite(m).all() and np.isfinite(c).all()):
-        raise UserError(f"{path}: {mean} or {covariance} contains NaN or infinity: get it again")
+        raise UserError(f"{path}: {mean} or {covariance} contains NaN or infinity: download it again")
     return Statistics.given(m, c)
 
 
@@ -125,8 +121,7 @@ def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write the cache; a failure costs only time, so it is a warning."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary)
-        temporary.replace(file)
+        with atomic_file(file) as temporary:
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary)
     except OSError as error:
         logger.warning("cannot cache the features of the real set in %s: %s", file, error)

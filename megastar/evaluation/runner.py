@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,16 @@ from rich.table import Table
 from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector, collect
 from megastar.evaluation.features import Network, open_network
-from megastar.evaluation.image_sources import ImageSource, open_images, to_pixels
+from megastar.evaluation.image_sources import ImageSource, open_images
+from megastar.evaluation.options import EvaluationOptions
 from megastar.evaluation.reference import Reference, read_reference
-from megastar.evaluation.scores import Settings, check_count, check_real, choose_metrics, compute, needs
+from megastar.evaluation.scores import check_count, check_real, choose_metrics, compute, needs
 from megastar.sampling.distributed import SamplingPipeline, iterate_images
 from megastar.sampling.npz import record_of
 from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, tokenizer_hash
 from megastar.tokenizer.losses import psnr
-from megastar.tokenizer.train import to_images
+from megastar.tokenizer.train import summary_of
+from megastar.tokenizer.vq import to_images, to_pixels
 from megastar.utils.files import write_atomic
 from megastar.version import __version__
 
@@ -38,26 +39,6 @@ logger = logging.getLogger(__name__)
 SAMPLED = "drawn while scoring"  # a result's source without a file
 # Provenance that generated images should have, under the sampler's names. A result lists what is missing.
 EXPECTED = ("label_plan", "cfg_scale", "weights", "dtype", "seed")
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """How to score; the same for images from files, from a sampler and from a tokenizer."""
-
-    metrics: Sequence[str] | None = None
-    features: str = "efflite0"
-    inception: str | Path | None = None
-    inception_sha256: str | None = None
-    real_subset: str | None = None
-    real_sha256: str | None = None
-    real_tokenizer: str | Path | None = None
-    settings: Settings = field(default_factory=Settings)
-    device: torch.device | str = "cpu"
-    batch: int = 32
-    cache: str | Path | None = None
-    out: str | Path | None = None
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    console: Console | None = None
 
 
 def evaluate(
@@ -139,7 +120,7 @@ def evaluate_reconstruction(
 ) -> dict[str, Any]:
     """PSNR (dB, mean over images) and scores of a tokenizer's reconstructions of ``real``, in fp32.
 
-    Use images that are not in the tokenizer's training set. Also reports the share of the code book that they use.
+    Use images that are not in the tokenizer's training set. Also reports the share of the codebook that they use.
     """
     o, start = EvaluationOptions(**options), time.perf_counter()
     config, _ = read_tokenizer_metadata(tokenizer)
@@ -148,13 +129,8 @@ def evaluate_reconstruction(
     reference = _reference(real, config.image_size, metrics, made.network, o, limit)
     reconstructions = Reconstructions(tokenizer, images, o.device)
     collect(made, reconstructions.batches(o.batch), images.count, "reconstructions", o.console)
-    ratios = np.concatenate(reconstructions.ratios)
-    summary = {
-        "psnr": float(ratios.mean()),
-        "psnr_of_mean": -10 * math.log10(float((10 ** (-ratios / 10)).mean())),
-        "codes_used": float(reconstructions.used.double().mean()),
-        "tokenizer": {"source": str(tokenizer), "sha256": tokenizer_hash(tokenizer)},
-    }
+    summary: dict[str, Any] = {**summary_of(torch.cat(reconstructions.ratios), reconstructions.used)}
+    summary["tokenizer"] = {"source": str(tokenizer), "sha256": tokenizer_hash(tokenizer)}
     return _score(made, reference, metrics, o, summary, dict(o.provenance), start)
 
 
@@ -163,7 +139,7 @@ class Reconstructions:
 
     def __init__(self, tokenizer: str | Path, source: ImageSource, device: torch.device | str = "cpu"):
         self.model, self.source, self.device = load_tokenizer(tokenizer, device), source, device
-        self.ratios: list[np.ndarray] = []
+        self.ratios: list[torch.Tensor] = []
         self.used = torch.zeros(self.model.config.codebook_size, dtype=torch.bool)
 
     @torch.no_grad()
@@ -173,15 +149,13 @@ class Reconstructions:
             codes = self.model.encode(images)
             self.used[codes.flatten().cpu()] = True
             decoded = self.model.decode_codes(codes)
-            self.ratios.append(psnr(images, decoded).double().cpu().numpy())
+            self.ratios.append(psnr(images, decoded).double().cpu())
             yield to_pixels(decoded)
 
 
 def _prepare(o: EvaluationOptions, count: int, source: object) -> tuple[Sequence[str], Collector]:
     """The metrics, and a collector for ``count`` images of ``source``."""
-    network = open_network(
-        o.features, o.device, inception=o.inception, inception_sha256=o.inception_sha256
-    )  # fmt: skip
+    network = open_network(o.features, o.device, inception=o.inception, inception_sha256=o.inception_sha256)
     metrics = choose_metrics(o.metrics, network)
     check_count(metrics, network, o.settings, count, source)
     return metrics, Collector(network, **needs(metrics, real=False))
@@ -196,10 +170,7 @@ def _reference(
     limit: int | None = None,
 ) -> Reference:
     """The real set, read and checked before the generated one."""
-    reference = read_reference(
-        real, size, network, **needs(metrics, real=True), subset=o.real_subset, tokenizer=o.real_tokenizer,
-        expected_sha256=o.real_sha256, limit=limit, batch=o.batch, console=o.console, cache=o.cache,
-    )  # fmt: skip
+    reference = read_reference(real, size, network, o, **needs(metrics, real=True), limit=limit)
     check_real(metrics, network, o.settings, reference)
     return reference
 

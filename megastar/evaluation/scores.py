@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from megastar.evaluation.frechet import finite_sample_floor, frechet_distance
 from megastar.evaluation.inception import POOL
 from megastar.evaluation.inception_score import inception_score
 from megastar.evaluation.kid import kernel_distance
+from megastar.evaluation.options import Settings
 from megastar.evaluation.prdc import precision_recall
 from megastar.evaluation.reference import Reference
 
@@ -22,18 +23,6 @@ METRICS = ("fid", "sfid", "is", "pr", "kid", "fd")
 REPORTABLE = 5000  # with fewer, FD of 1280 features is too noisy to compare with runs of another count
 USUAL = 50_000  # in papers
 FLOOR_SEED = 0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a score depends on besides images and network; part of the result."""
-
-    is_split: int = 5000
-    k: int = 3
-    kid_subsets: int = 100
-    kid_size: int = 1000
-    seed: int = 0
-    allow_few: bool = False  # score fewer images than a metric requires, with a warning: for tests
 
 
 def choose_metrics(words: Sequence[str] | None, network: Network) -> tuple[str, ...]:
@@ -90,7 +79,7 @@ def check_real(metrics: Sequence[str], network: Network, s: Settings, real: Refe
 
 
 def compute(
-    made: Collector, real: Reference, metrics: Sequence[str], s: Settings = Settings()
+    made: Collector, real: Reference, metrics: Sequence[str], s: Settings
 ) -> tuple[dict[str, float], dict[str, Any], list[str]]:
     """Named scores, details of them (standard deviations, floor), and warnings."""
     network, features = made.network, made.features if made.keep else None

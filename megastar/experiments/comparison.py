@@ -56,7 +56,7 @@ class Comparison:
                 JobQueue(self.environments(), self.console).run(jobs, self.job_ended)
             except QueueStopped as stopped:
                 self.write()
-                self.console.print("stopped; repeat the command to continue", highlight=False)
+                self.console.print("stopped; repeat the command to resume", highlight=False)
                 return 128 + stopped.signal
             results, summary = self.write()
         tables.show(results, summary, self.console)
@@ -111,7 +111,7 @@ class Comparison:
         self.console.print(f"{job.title} done in {attempt.seconds / 60:.1f} min", highlight=False)
         following = self.next_job(self.by_name[job.run])
         if following and following.stage == job.stage:
-            return self.fail(attempt, "ended with status 0 but left no result")
+            return self.fail(attempt, "ended with status 0 but wrote no result")
         return [following] if following else []
 
     def fail(self, attempt: Attempt, how: str) -> list[Job]:
@@ -199,7 +199,8 @@ def write_files(folder: Path, content: Mapping[str, Any], results: Results) -> N
     """results.json first, since the others can be made from it."""
     write_atomic(folder / "results.json", (json.dumps(content, indent=1) + "\n").encode())
     write_atomic(folder / "table.md", tables.markdown(results, content["summary"], content["command"]).encode())
-    figures.draw(results, folder, content["majority"])
+    figures.draw_probe(results, folder / "probe.png", content["majority"])
+    figures.draw_score(results, folder / "score.png")
 
 
 def print_files(folder: Path, console: Console) -> None:

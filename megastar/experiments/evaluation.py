@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.config.comparison import CompareConfig
+from megastar.config.files import require_file
 from megastar.errors import UserError
 from megastar.experiments.plan import PlannedRun, codes_folder
 from megastar.run_dir.checkpoint_dir import name_of
@@ -132,7 +133,7 @@ class Evaluation:
 
     def probe(self, part: Part, console: Console) -> dict[str, Any]:
         from megastar.checkpoint.find_weights import find_weights
-        from megastar.evaluation.linear_probe import linear_probe
+        from megastar.evaluation.linear_probe import linear_probe, load_crops
         from megastar.model.io import load_model
         from megastar.utils.device import pick_device
 
@@ -153,15 +154,16 @@ class Evaluation:
         from megastar.checkpoint.find_weights import find_weights, labels_of
         from megastar.evaluation.feature_statistics import Collector
         from megastar.evaluation.features import open_network
+        from megastar.evaluation.options import Settings
         from megastar.evaluation.runner import evaluate_collected
-        from megastar.evaluation.scores import Settings, choose_metrics, needs
-        from megastar.sampling.distributed import iterate_images
+        from megastar.evaluation.scores import choose_metrics, needs
+        from megastar.sampling.distributed import iterate_images, labels_like
         from megastar.sampling.pipeline import open_pipeline
         from megastar.utils.device import pick_device
 
         c, s = self.cfg, self.cfg.sample
         weights, device = find_weights(part.checkpoint, part.weights).file, pick_device("auto")
-        labels = sample_labels(labels_of(codes_folder(c, s.like)), part.count, s.seed)
+        labels = labels_like(labels_of(codes_folder(c, s.like)), part.count, s.seed)
         pipeline = open_pipeline(
             weights, find_tokenizer(c), labels, seed=s.seed, batch=s.batch, cfg_scale=s.cfg_scale,
             temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
@@ -185,31 +187,4 @@ class Evaluation:
 
 def find_tokenizer(cfg: CompareConfig) -> str:
     """The file ``base.data.tokenizer``. Raises ``UserError``."""
-    from megastar.config.files import find_file
-
-    name = cfg.base.data.tokenizer
-    found = find_file(name) if name else None
-    if found is None:
-        raise UserError(f"base.data.tokenizer = {name!r} does not exist: name the tokenizer of the codes")
-    return str(found)
-
-
-def sample_labels(pool: list[int], count: int, seed: int) -> list[int]:
-    """The classes of ``count`` images, as frequent as in ``pool``; the same for all runs."""
-    import numpy as np
-
-    order = np.random.default_rng([seed, 1]).permutation(len(pool))
-    return [pool[i] for i in order[np.arange(count) % len(pool)]]
-
-
-def load_crops(shards: str, count: int) -> tuple[Any, Any]:
-    """Codes (N * count, T) of ``count`` stored crops per image, the centre crop first, and the classes (N * count,)."""
-    import numpy as np
-
-    from megastar.data.shards.reader import ShardSet
-
-    tokens = ShardSet(shards)
-    centre, stored = tokens.manifest.centre_view, tokens.manifest.views
-    views = [centre, *(v for v in range(stored) if v != centre)][:count]
-    codes, labels = tokens.gather(np.arange(len(tokens)), np.tile(views, (len(tokens), 1)))  # (N, count, T)
-    return codes.reshape(-1, codes.shape[-1]), np.repeat(labels, count)
+    return str(require_file(cfg.base.data.tokenizer, "base.data.tokenizer"))

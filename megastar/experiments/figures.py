@@ -1,4 +1,4 @@
-"""probe.png and score.png."""
+"""probe.png and score.png, of the first weights in ``cfg.weights``; a figure without data is not drawn."""
 
 from __future__ import annotations
 
@@ -9,12 +9,6 @@ from typing import Any
 
 from megastar.evaluation.figure import Curve, draw_lines
 from megastar.experiments.results import HIGHER, Results
-
-
-def draw(results: Results, folder: Path, majority: Mapping[str, Any] | None) -> None:
-    """Both figures of the first weights in ``cfg.weights``; a figure without data is not drawn."""
-    draw_probe(results, folder / "probe.png", majority)
-    draw_score(results, folder / "score.png")
 
 
 def draw_probe(results: Results, path: Path, majority: Mapping[str, Any] | None) -> None:

@@ -137,10 +137,8 @@ class JobQueue:
         if self.stop_signal:
             text, forwarded = "killing the runs: they resume from their last checkpoint", signal.SIGKILL
         else:
-            text, forwarded = (
-                "stopping: the runs save a checkpoint first; repeat the signal to kill them",
-                signal.SIGTERM,
-            )
+            text = "stopping: the runs save a checkpoint first; repeat the signal to kill them"
+            forwarded = signal.SIGTERM
         self.stop_signal = number
         for one in self.running.values():
             send_signal(one.process, forwarded)
@@ -190,12 +188,10 @@ def cpu_seconds(pid: int) -> float:
     import psutil
 
     total = 0.0
-    try:
+    with suppress(psutil.Error):
         process = psutil.Process(pid)
         for one in [process, *process.children(recursive=True)]:
             total += sum(one.cpu_times()[:4])  # user, system, and both of its ended children
-    except psutil.Error:
-        pass
     return total
 
 
@@ -205,13 +201,11 @@ def send_signal(process: subprocess.Popen[bytes], number: int) -> None:
 
     if process.returncode is not None:
         return
-    try:
+    with suppress(psutil.Error):  # it has ended
         children = psutil.Process(process.pid).children(recursive=True) if number == signal.SIGKILL else []
         process.send_signal(number)
         for one in children:
             one.send_signal(number)
-    except psutil.Error:  # it has ended
-        pass
 
 
 def die_with_parent() -> None:

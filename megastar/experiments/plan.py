@@ -154,7 +154,7 @@ def check_folder(cfg: CompareConfig, runs: Iterable[PlannedRun]) -> None:
 
 def is_trained(run: PlannedRun) -> bool:
     """Whether its last checkpoint exists; ``check_folder`` verifies its configuration."""
-    newest = latest(folder_of(run.cfg))
+    newest = latest(folder_of(run.cfg.run))
     return newest is not None and newest.name == name_of(run.steps)
 
 
@@ -198,7 +198,7 @@ def check_order(runs: Iterable[PlannedRun]) -> dict[str, str]:
         first = firsts.setdefault(run.seed, run)
         if digests[first.name] != digests[run.name]:
             raise UserError(
-                f"{run.name} would see other images than {first.name}, or in another order: use equal data.window and "
+                f"{run.name} would train on other images than {first.name}, or in another order: use equal data.window and "
                 "model.class_dropout_prob in all variants"
             )
     return digests

@@ -18,7 +18,6 @@ class Cache(Protocol):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         """Store k, v (B, H, S, d) at positions start..start + S - 1; causal attention of q (B, H, S, d) over all."""
-        ...
 
 
 class Attention(nn.Module):

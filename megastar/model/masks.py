@@ -246,13 +246,6 @@ PATTERNS: dict[str, Callable[..., MaskSpec]] = {
 }
 
 
-def pattern(name: str, *args: Any, **options: Any) -> MaskSpec:
-    """The mask of that name; other arguments are its constructor's. Raises ``UserError`` for an unknown name."""
-    if name not in PATTERNS:
-        raise UserError(f"unknown attention pattern {name!r}: use {', '.join(PATTERNS)}")
-    return PATTERNS[name](*args, **options)
-
-
 def draw_hidden(seed: int, epochs: ArrayLike, ids: ArrayLike, tokens: int, ratio: float, view: int = 0) -> Tensor:
     """Random hidden keys of one view of each sample: (B, T) bool, on CPU, exactly round(ratio * (T - 1)) true per row.
 

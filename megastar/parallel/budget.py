@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig
+from megastar.config.schema import ModelConfig, SelfGuidedConfig
 from megastar.config.validate import tensor_parallel_degrees, words
 from megastar.errors import UserError
 from megastar.parallel.plan import chunk_rows, split_of
@@ -69,9 +69,9 @@ class Zero:
 
 
 # Shapes ------------------------------------------------------------------------------------------------------------
-def has_projector(guided: SelfGuidedConfig | None) -> bool:
+def has_projector(guided: SelfGuidedConfig) -> bool:
     """Whether a contrastive loss is enabled, so that the student has a projector (engine/student.py)."""
-    return bool(guided and guided.enabled and guided.beta > 0 and (guided.step_loss or guided.view_loss))
+    return guided.enabled and guided.beta > 0 and (guided.step_loss or guided.view_loss)
 
 
 def parameter_shapes(model: ModelConfig, guided: SelfGuidedConfig | None = None) -> dict[str, tuple[int, ...]]:
@@ -110,10 +110,10 @@ def check_tensor(model: ModelConfig, tensor: int) -> None:
         )
 
 
-def elements(cfg: RunConfig, tensor: int = 1) -> dict[str, int]:
+def elements(model: ModelConfig, guided: SelfGuidedConfig, tensor: int = 1) -> dict[str, int]:
     """Elements of each weight on one tensor rank: split weights divided by ``tensor``, others replicated."""
-    check_tensor(cfg.model, tensor)
-    counts = {name: math.prod(shape) for name, shape in parameter_shapes(cfg.model, cfg.self_guided).items()}
+    check_tensor(model, tensor)
+    counts = {name: math.prod(shape) for name, shape in parameter_shapes(model, guided).items()}
     return {name: n // tensor if split_of(name) else n for name, n in counts.items()}
 
 
@@ -129,7 +129,13 @@ def block_elements(counts: Mapping[str, int]) -> int:
 
 # States ------------------------------------------------------------------------------------------------------------
 def state_bytes(
-    cfg: RunConfig, stage: int, tensor: int = 1, data: int = 1, dtype: str = "bf16", offload: Collection[str] = ()
+    model: ModelConfig,
+    guided: SelfGuidedConfig,
+    stage: int,
+    tensor: int = 1,
+    data: int = 1,
+    dtype: str = "bf16",
+    offload: Collection[str] = (),
 ) -> tuple[dict[str, int], int]:
     """Bytes on one rank's device between steps, and in its host memory. By cause: weights, gradients, optimizer (fp32
     masters and two moments), ema (in the optimizer), teacher (its compute copy, transformer only).
@@ -146,7 +152,7 @@ def state_bytes(
         raise UserError(f"ZeRO stage 0 with dtype {dtype} loses precision (no fp32 masters): use stage 1 to 3")
     if offload and stage != 3:
         raise UserError(f"offload of {words(sorted(offload))} with ZeRO stage {stage}: use stage 3")
-    e, counts = ELEMENT[dtype], elements(cfg, tensor)
+    e, counts = ELEMENT[dtype], elements(model, guided, tensor)
     whole = sum(counts.values())
     if stage == 3:
         split = {name: -(-n // data) for name, n in counts.items()}
@@ -158,7 +164,7 @@ def state_bytes(
         "gradients": e * (part if stage >= 2 else whole),
         "optimizer": part * (8 if stage == 0 else 12),  # at stage 0 the weights are the masters
         "ema": part * 4,
-        "teacher": e * teacher_part if cfg.self_guided.enabled else 0,
+        "teacher": e * teacher_part if guided.enabled else 0,
     }
     host: dict[str, int] = {}
     if "optimizer" in offload:
@@ -211,14 +217,7 @@ def backward_working_bytes(model: ModelConfig, sequences: int, tensor: int = 1, 
     return tokens * (e * model.ffn_dim // tensor + (2 * e + 4) * model.dim)
 
 
-def mask_bytes(cfg: RunConfig, sequences: int, dtype: str = "bf16") -> int:
-    """The student's additive attention mask, once for all blocks, as used by sdpa (model/masks.py); 0 without hidden keys."""
-    if not cfg.self_guided.enabled or cfg.self_guided.mask_ratio == 0:
-        return 0
-    return sequences * cfg.model.image_tokens * cfg.model.image_tokens * ELEMENT[dtype]
-
-
-def loss_bytes(cfg: RunConfig, micro: int, tensor: int = 1, data: int = 1, dtype: str = "bf16") -> dict[str, int]:
+def loss_bytes(m: ModelConfig, g: SelfGuidedConfig, micro: int, tensor: int, data: int, dtype: str) -> dict[str, int]:
     """Memory of the losses of ``micro`` images: the head's gradients, kept for the backward pass; features of L_MIM; the
     contrastive losses over ``data`` ranks.
 
@@ -226,9 +225,8 @@ def loss_bytes(cfg: RunConfig, micro: int, tensor: int = 1, data: int = 1, dtype
     Contrastive: the gathered targets, their fp32 unit vectors and copies for each pair of views, and four copies of
     the logits (product, selection, log-softmax, gradient).
     """
-    e, m, g = ELEMENT[dtype], cfg.model, cfg.self_guided
-    N = micro * cfg.student_views
-    out = {"head": _head_bytes(cfg, N, tensor, dtype)[0], "features": 0, "contrastive": 0}
+    e, N = ELEMENT[dtype], micro * g.sequences
+    out = {"head": _head_bytes(m, N, tensor, dtype)[0], "features": 0, "contrastive": 0}
     if g.enabled and g.alpha:
         out["features"] = N * m.image_tokens * m.dim * (2 * e + 4 + (4 if e < 4 else 0))
     if has_projector(g):
@@ -239,13 +237,13 @@ def loss_bytes(cfg: RunConfig, micro: int, tensor: int = 1, data: int = 1, dtype
     return out
 
 
-def _head_bytes(cfg: RunConfig, sequences: int, tensor: int, dtype: str) -> tuple[int, int]:
+def _head_bytes(model: ModelConfig, sequences: int, tensor: int, dtype: str) -> tuple[int, int]:
     """(gradients kept by the loss, its temporary memory): parallel/cross_entropy.py.
 
     Temporary: a chunk of logits, in their type and in fp32 (twice: torch widens bf16 first on a CPU); or a chunk of
     their gradient with its part of the weight's; or, in the backward pass, both gradients again, scaled.
     """
-    e, D, V, rows = ELEMENT[dtype], cfg.model.dim, cfg.model.vocab_size // tensor, sequences * cfg.model.image_tokens
+    e, D, V, rows = ELEMENT[dtype], model.dim, model.vocab_size // tensor, sequences * model.image_tokens
     size = chunk_rows(rows, V)
     wide = e if size >= rows else 4  # of the weight's gradient, summed over chunks
     kept = rows * D * e + V * D * wide
@@ -267,20 +265,22 @@ def kept_elements(counts: Mapping[str, int], zero: Zero) -> int:
     return min(sum(counts.values()), zero.max_reuse // 2, zero.max_live)
 
 
-def buffer_bytes(cfg: RunConfig, zero: Zero, tensor: int = 1, dtype: str = "bf16") -> dict[str, int]:
+def buffer_bytes(
+    model: ModelConfig, guided: SelfGuidedConfig, zero: Zero, tensor: int = 1, dtype: str = "bf16"
+) -> dict[str, int]:
     """gather: weights that stage 3 has gathered at once; buckets: of the gradients' reduction.
 
     Student: the weights kept for the backward pass, or one block, and the prefetched ones, at most all; teacher: one
     block, or its largest weight, and the prefetched ones. Two buckets: with ``overlap_comm`` one is filled while the
     other is sent (stages 1 and 2), and stage 3's reduce-scatter copies its bucket; a sum in fp32 requires a wide copy.
     """
-    e, counts = ELEMENT[dtype], elements(cfg, tensor)
+    e, counts = ELEMENT[dtype], elements(model, guided, tensor)
     gather = 0
     if zero.stage == 3:
         largest = max(block_elements(counts), *counts.values())
         small = sum(n for n in counts.values() if n <= zero.persistence)
         student = min(sum(counts.values()), max(kept_elements(counts, zero), largest + small) + zero.prefetch)
-        teacher = min(trunk(counts), largest + zero.prefetch) if cfg.self_guided.enabled else 0
+        teacher = min(trunk(counts), largest + zero.prefetch) if guided.enabled else 0
         gather = e * (student + teacher)
     buckets = 0 if zero.stage == 0 else e * zero.reduce_bucket * (2 if zero.stage == 3 or zero.overlap else 1)
     if zero.stage and zero.wide and e < 4:
@@ -290,7 +290,14 @@ def buffer_bytes(cfg: RunConfig, zero: Zero, tensor: int = 1, dtype: str = "bf16
 
 # Everything --------------------------------------------------------------------------------------------------------
 def memory_bytes(
-    cfg: RunConfig, zero: Zero, tensor: int, data: int, micro: int, checkpointing: bool, dtype: str = "bf16"
+    model: ModelConfig,
+    guided: SelfGuidedConfig,
+    zero: Zero,
+    tensor: int,
+    data: int,
+    micro: int,
+    checkpointing: bool,
+    dtype: str = "bf16",
 ) -> tuple[dict[str, int], int]:
     """Peak bytes of one rank's device by cause, and bytes of its host memory. The sum of the former is the peak of a step
     of ``micro`` images per pass.
@@ -299,20 +306,22 @@ def memory_bytes(
     losses; ``working`` is the excess over the last two in another phase: the head, the teacher's forward pass, a
     recomputed block and its backward pass, or the optimizer's step, when the activations are freed.
     """
-    m, N = cfg.model, micro * cfg.student_views
-    out, host = state_bytes(cfg, zero.stage, tensor, data, dtype, zero.offload)
-    out["activations"] = kept_activation_bytes(m, N, tensor, dtype, checkpointing) + mask_bytes(cfg, N, dtype)
-    losses = loss_bytes(cfg, micro, tensor, data, dtype)
+    N = micro * guided.sequences
+    out, host = state_bytes(model, guided, zero.stage, tensor, data, dtype, zero.offload)
+    out["activations"] = kept_activation_bytes(model, N, tensor, dtype, checkpointing)
+    if guided.enabled and guided.mask_ratio:  # sdpa's additive mask, once for all blocks (model/masks.py)
+        out["activations"] += N * model.image_tokens**2 * ELEMENT[dtype]
+    losses = loss_bytes(model, guided, micro, tensor, data, dtype)
     out |= losses
-    backward = backward_working_bytes(m, N, tensor, dtype)
+    backward = backward_working_bytes(model, N, tensor, dtype)
     if checkpointing:
-        backward += block_activation_bytes(m, N, tensor, dtype)
+        backward += block_activation_bytes(model, N, tensor, dtype)
     teacher = 0
-    if cfg.self_guided.enabled:
-        teacher = forward_working_bytes(m, micro * cfg.self_guided.views, tensor, dtype)
-    shard = sum(elements(cfg, tensor).values()) // (data if zero.stage else 1)
+    if guided.enabled:
+        teacher = forward_working_bytes(model, micro * guided.views, tensor, dtype)
+    shard = sum(elements(model, guided, tensor).values()) // (data if zero.stage else 1)
     step = 0 if "optimizer" in zero.offload else STEP_BYTES * shard
-    head = _head_bytes(cfg, N, tensor, dtype)[1]
+    head = _head_bytes(model, N, tensor, dtype)[1]
     peak = max(head, backward, teacher, step - out["activations"] - losses["head"])
     out["working"] = max(0, peak - losses["features"] - losses["contrastive"])
-    return out | buffer_bytes(cfg, zero, tensor, dtype), host
+    return out | buffer_bytes(model, guided, zero, tensor, dtype), host

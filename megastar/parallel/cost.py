@@ -5,13 +5,12 @@ Communication is what a rank sends in ring collectives; arithmetic is computed f
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megastar.config.load import resolve_batch
-from megastar.config.schema import RunConfig
+from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig
 from megastar.config.validate import tensor_parallel_degrees, words
 from megastar.errors import UserError
 from megastar.parallel.budget import (
@@ -181,13 +180,12 @@ class Plan:
 
 
 # Arithmetic --------------------------------------------------------------------------------------------------------
-def teacher_blocks(cfg: RunConfig) -> int:
+def teacher_blocks(model: ModelConfig, g: SelfGuidedConfig) -> int:
     """Blocks that the teacher runs on an image's views: those without a student end at the contrastive block."""
-    g, m = cfg.self_guided, cfg.model
     if not g.enabled:
         return 0
     others = (g.views - g.student_views) * g.contrastive_block if has_projector(g) else 0
-    return g.student_views * m.n_layer + others
+    return g.student_views * model.n_layer + others
 
 
 def step_flops(cfg: RunConfig) -> dict[str, int]:
@@ -197,18 +195,16 @@ def step_flops(cfg: RunConfig) -> dict[str, int]:
     A weight that multiplies each token costs 2 per token in a forward pass; attention 4 S D per token and block (logits
     and values, the causal half not deducted, as in PaLM's MFU). Embeddings cost nothing.
     """
-    m, B, T = cfg.model, cfg.train.global_batch, cfg.model.image_tokens
-    shapes = {n: math.prod(s) for n, s in parameter_shapes(m, cfg.self_guided).items() if len(s) == 2}
+    m, g, B, T = cfg.model, cfg.self_guided, cfg.train.global_batch, cfg.model.image_tokens
+    shapes = {n: math.prod(s) for n, s in parameter_shapes(m, g).items() if len(s) == 2}
     block = 2 * T * (block_elements(shapes) + 2 * T * m.dim)  # one block, one sequence, forward
     N = B * cfg.student_views
     head = N * 2 * T * shapes["transformer.output.weight"]
-    projector = (
-        N * 2 * cfg.self_guided.positions * sum(n for name, n in shapes.items() if name.startswith("projector."))
-    )
+    projector = N * 2 * g.positions * sum(n for name, n in shapes.items() if name.startswith("projector."))
     blocks = N * m.n_layer * block
     return {
         "student": (1 + BACKWARD) * (blocks + head + projector),
-        "teacher": B * teacher_blocks(cfg) * block,
+        "teacher": B * teacher_blocks(m, g) * block,
         "recompute": blocks,
     }
 
@@ -219,7 +215,7 @@ def compute_seconds(cfg: RunConfig, machine: Machine, tensor: int, checkpointing
     operations = flops["student"] + flops["teacher"] + checkpointing * flops["recompute"]
     peak = machine.gpu.tflops * 1e12 / (FP32_SLOWDOWN if dtype == "fp32" else 1)
     images = cfg.train.global_batch * tensor / machine.gpus  # per rank
-    passes = cfg.student_views * m.n_layer * (1 + BACKWARD + checkpointing) + teacher_blocks(cfg)
+    passes = cfg.student_views * m.n_layer * (1 + BACKWARD + checkpointing) + teacher_blocks(m, cfg.self_guided)
     moved = passes * (STREAM_BYTES * m.dim + (SPLIT_BYTES * m.dim + FFN_BYTES * m.ffn_dim) / tensor) * e / 2
     moved += cfg.student_views * (SPLIT_LOGIT_BYTES if tensor > 1 else LOGIT_BYTES) * m.vocab_size / tensor
     traffic = images * m.image_tokens * moved / (machine.gpu.hbm * 1e9 * MEMORY_EFFICIENCY)
@@ -228,7 +224,15 @@ def compute_seconds(cfg: RunConfig, machine: Machine, tensor: int, checkpointing
 
 # Communication -----------------------------------------------------------------------------------------------------
 def transfers(
-    cfg: RunConfig, zero: Zero, tensor: int, data: int, micro: int, accumulation: int, checkpointing: bool, dtype: str
+    m: ModelConfig,
+    g: SelfGuidedConfig,
+    zero: Zero,
+    tensor: int,
+    data: int,
+    micro: int,
+    accumulation: int,
+    checkpointing: bool,
+    dtype: str,
 ) -> list[Transfer]:
     """The collectives of an optimizer step on ``tensor`` x ``data`` ranks, without small reductions of metrics.
 
@@ -236,12 +240,12 @@ def transfers(
     DeepSpeed's stages 1 and 2 reduce gradients by all-reduce (use_multi_rank_bucket_allreduce), stage 3 by
     reduce-scatter; from stage 2 on for each micro-batch. Stages 1 and 2 gather new weights, and the teacher's, once.
     """
-    e, m, g, A = ELEMENT[dtype], cfg.model, cfg.self_guided, accumulation
-    counts = elements(cfg, tensor)
+    e, A, ran = ELEMENT[dtype], accumulation, teacher_blocks(m, g)
+    counts = elements(m, g, tensor)
     P, teacher, L = sum(counts.values()), trunk(counts), m.n_layer
     out: list[Transfer] = []
     if tensor > 1:
-        sequences, ring = micro * cfg.student_views, 2 * (tensor - 1) / tensor
+        sequences, ring = micro * g.sequences, 2 * (tensor - 1) / tensor
         sequence = m.image_tokens * m.dim * e * ring
 
         def reduce(name: str, calls: int, size: float) -> None:
@@ -251,8 +255,8 @@ def transfers(
         reduce("all-reduce input gradients", 3 * L + 1, sequences * sequence)
         reduce("all-reduce loss", 2, sequences * m.image_tokens * 1.5 * 4 * ring)
         if g.enabled:
-            calls = 2 * (L + (teacher_blocks(cfg) > g.student_views * L) * g.contrastive_block)
-            size = micro * teacher_blocks(cfg) * 2 * sequence / calls
+            calls = 2 * (L + (ran > g.student_views * L) * g.contrastive_block)
+            size = micro * ran * 2 * sequence / calls
             reduce("all-reduce outputs, teacher", calls, size)
     if data > 1:
         ring = (data - 1) / data
@@ -268,7 +272,7 @@ def transfers(
             share("reduce-scatter gradients", wide * P, A, zero.reduce_bucket or P)
             if g.enabled:
                 used = teacher - counts["transformer.output.weight"] - counts["transformer.norm.weight"]
-                again = (teacher_blocks(cfg) > g.student_views * L) * g.contrastive_block * block_elements(counts)
+                again = (ran > g.student_views * L) * g.contrastive_block * block_elements(counts)
                 share("all-gather teacher", used + again, A, ahead)
         else:
             share("all-reduce gradients", wide * 2 * P, A if zero.stage == 2 else 1, zero.reduce_bucket or 2 * P)
@@ -284,19 +288,18 @@ def transfers(
 # Plans -------------------------------------------------------------------------------------------------------------
 def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpointing: bool, dtype: str) -> Plan:
     """One plan. Raises ``UserError`` if the data ranks do not divide the batch."""
-    parallel = dataclasses.replace(cfg.parallel, tensor_parallel=tensor)
     data = machine.gpus // tensor
-    micro, accumulation = resolve_batch(dataclasses.replace(cfg, parallel=parallel), machine.gpus)
-    memory, host = memory_bytes(cfg, zero, tensor, data, micro, checkpointing, dtype)
+    micro, accumulation = resolve_batch(cfg.train, tensor, machine.gpus)
+    memory, host = memory_bytes(cfg.model, cfg.self_guided, zero, tensor, data, micro, checkpointing, dtype)
     need = sum(memory.values()) * (1 + FRAGMENTATION) + RESERVED_GIB * GIB
-    sent = transfers(cfg, zero, tensor, data, micro, accumulation, checkpointing, dtype)
+    sent = transfers(cfg.model, cfg.self_guided, zero, tensor, data, micro, accumulation, checkpointing, dtype)
     compute = compute_seconds(cfg, machine, tensor, checkpointing, dtype)
     exposed, hidden = 0.0, 0.0
     for t in sent:
         rate = machine.tensor_rate() if t.link == "tensor" else machine.data_rate(tensor)
         seconds = t.bytes / rate + t.count * LATENCY
         exposed, hidden = exposed + seconds * (not t.hidden), hidden + seconds * t.hidden
-    shard = sum(elements(cfg, tensor).values()) / (data if zero.stage else 1)
+    shard = sum(elements(cfg.model, cfg.self_guided, tensor).values()) / (data if zero.stage else 1)
     e = ELEMENT[dtype]
     if "optimizer" in zero.offload:  # gradients to the host, new weights back, unless they are offloaded too
         optimizer = shard * (e * (accumulation + 1) / HOST_LINK + OPTIMIZER_TRAFFIC / HOST_MEMORY)
@@ -335,10 +338,6 @@ def make_plans(
     return out
 
 
-def simplicity(plan: Plan) -> tuple[int, bool, bool, int]:
-    return plan.tensor, bool(plan.zero.offload), plan.checkpointing, plan.zero.stage
-
-
 def recommend(plans: Sequence[Plan]) -> Plan | None:
     """The simplest of the fastest plans that fit: few tensor ranks, no offload, no recomputation, low stage; None if none.
 
@@ -349,4 +348,5 @@ def recommend(plans: Sequence[Plan]) -> Plan | None:
         return None
     fitting = [p for p in fitting if p.need <= (1 - SPARE) * p.limit] or fitting
     best = min(p.seconds for p in fitting)
-    return min((p for p in fitting if p.seconds <= best * (1 + NEAR)), key=simplicity)
+    near = [p for p in fitting if p.seconds <= best * (1 + NEAR)]
+    return min(near, key=lambda p: (p.tensor, bool(p.zero.offload), p.checkpointing, p.zero.stage))

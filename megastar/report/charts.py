@@ -43,7 +43,9 @@ def accuracy(name: str, what: str) -> Chart:
 
 SPREAD = (ChartLine("spread_student", "student"), ChartLine("spread_teacher", "teacher", "dashed"))
 SPREAD_NOTE = "1: features in all directions; near 0: collapsed to one"
-DISTANCE_NOTE = "of the weights, relative; stays 0: the teacher is a copy; keeps growing: it hardly follows"
+DISTANCE_NOTE = (
+    "relative distance of the weights; constant 0: the teacher equals the student; steady growth: it lags behind"
+)
 GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
     (
         "Losses",

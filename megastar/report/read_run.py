@@ -88,9 +88,8 @@ def read_run(folder: Path, name: str) -> tuple[ReportRun, RunConfig | None]:
         status = status_of(folder)
     if status is not None:
         run.state, run.why, run.health = status.state, status.why, list(status.health)
-    warnings = {
-        str(e.get("text")): e.get("step") for e in run.events if e["event"] == "warning"
-    }  # the last of equal ones
+    # The last of equal ones.
+    warnings = {str(e.get("text")): e.get("step") for e in run.events if e["event"] == "warning"}
     past = [f"step {step}: {text}" for text, step in reversed(warnings.items()) if text not in run.health]
     run.health += past[:MAX_WARNINGS]
     with suppress(OSError):
@@ -110,7 +109,7 @@ def chance_accuracy(cfg: RunConfig, events: list[dict[str, Any]]) -> float | Non
     ranks = [e["ranks"] for e in events if isinstance(e.get("ranks"), int)]
     with suppress(UserError):
         if ranks:
-            return resolve_batch(cfg, ranks[-1])[1] / cfg.train.global_batch
+            return resolve_batch(cfg.train, cfg.parallel.tensor_parallel, ranks[-1])[1] / cfg.train.global_batch
     return None
 
 
@@ -163,11 +162,9 @@ def find_origin(run: ReportRun, status: Status | None, folder: Path) -> list[tup
         ranks = next((f"{e['ranks']} rank(s)" for e in reversed(starts) if "ranks" in e), "")
         device = next((str(e["device"]) for e in reversed(starts) if e.get("device")), "")
         found.append(("hosts", ", ".join(filter(None, [*hosts[-8:], ranks, device]))))
-    packages: dict[str, Any] = next(
-        (e["packages"] for e in reversed(starts) if isinstance(e.get("packages"), dict)), {}
-    )
-    if packages:
-        found.append(("packages", ", ".join(f"{k} {v}" for k, v in packages.items())))
+    packages = [e["packages"] for e in starts if isinstance(e.get("packages"), dict)]
+    if packages and packages[-1]:
+        found.append(("packages", ", ".join(f"{k} {v}" for k, v in packages[-1].items())))
     if status is not None and status.restarts:
         found.append(("last restart", status.restarts[-1]))
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.config.files import find_file
-from megastar.config.schema import RunConfig
+from megastar.config.schema import DataConfig, RunConfig
 from megastar.errors import UserError
 from megastar.report.page import Grid, ReportRun, embedded
 from megastar.report.read_run import read_provenance
@@ -47,7 +47,7 @@ def add_grids(
     """Add the grids of RUN/samples to ``run``; with ``draw`` missing grids of checkpoints are sampled first."""
     if draw and cfg is not None:
         try:
-            draw_missing(cfg, folder, options, console, run.name)
+            draw_missing(cfg.data, cfg.model.num_classes, folder, options, console, run.name)
         except UserError as error:
             run.notes.append(f"samples: {' '.join(str(error).split())}")
     from PIL import Image
@@ -78,15 +78,17 @@ def evenly_spaced(items: list[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def draw_missing(cfg: RunConfig, folder: Path, options: RenderOptions, console: Console, name: str) -> None:
+def draw_missing(
+    data: DataConfig, classes: int, folder: Path, options: RenderOptions, console: Console, name: str
+) -> None:
     """Sample RUN/samples/step-*.png for the kept checkpoints, with the same classes and random numbers for each. PNGs
     without our metadata are kept."""
     checkpoints = evenly_spaced(complete(folder / CHECKPOINTS), GRIDS)
     if not checkpoints:
         return
-    tokenizer, classes = find_tokenizer(cfg, folder, options), grid_classes(cfg.model.num_classes)
-    common = SAMPLING | {"weights": options.weights, "per_class": options.per_class, "classes": classes}
-    common["tokenizer_sha256"] = sha256(tokenizer)
+    tokenizer = find_tokenizer(data, folder, options)
+    common = SAMPLING | {"weights": options.weights, "per_class": options.per_class}
+    common |= {"classes": evenly_spaced(list(range(classes)), CLASSES), "tokenizer_sha256": sha256(tokenizer)}
     for checkpoint in checkpoints:
         out = folder / SAMPLES / f"{name_of(step_in(checkpoint))}.png"
         provenance = common | {"checkpoint": sha256(checkpoint / MANIFEST)}
@@ -112,13 +114,8 @@ def draw_grid(
     save_grid(image_grid([Block("", images, labels)], names, columns=columns), out, provenance)
 
 
-def grid_classes(count: int) -> list[int]:
-    """The classes of a grid: all, or some, evenly spaced."""
-    return evenly_spaced(list(range(count)), CLASSES)
-
-
-def find_tokenizer(cfg: RunConfig, folder: Path, options: RenderOptions) -> Path:
-    given = options.tokenizer or cfg.data.tokenizer
+def find_tokenizer(data: DataConfig, folder: Path, options: RenderOptions) -> Path:
+    given = options.tokenizer or data.tokenizer
     if not given:
         raise UserError("the run has no tokenizer: give one with --tokenizer")
     if (found := find_file(given, folder / CONFIG)) is None:
@@ -126,11 +123,11 @@ def find_tokenizer(cfg: RunConfig, folder: Path, options: RenderOptions) -> Path
     return found
 
 
-def find_shards(cfg: RunConfig, folder: Path, options: RenderOptions) -> str:
-    from megastar.data.storage.protocol import is_remote
+def find_shards(data: DataConfig, folder: Path, options: RenderOptions) -> str:
     from megastar.data.storage.shard_info import MANIFEST as SHARDS
+    from megastar.data.storage.store import is_remote
 
-    names = [options.shards] if options.shards else [cfg.data.val_shards, cfg.data.shards]
+    names = [options.shards] if options.shards else [data.val_shards, data.shards]
     for name in filter(None, names):
         if is_remote(name):
             return name
@@ -162,8 +159,8 @@ def compute_attention(
     from megastar.report.attention import attention_distances, masked_attention, uniform_distance
     from megastar.utils.device import pick_device
 
-    shards, device = find_shards(cfg, folder, options), pick_device(options.device)
-    codes, labels = centre_codes(shards, cfg, options.picture)
+    shards, device = find_shards(cfg.data, folder, options), pick_device(options.device)
+    codes, labels = centre_codes(shards, cfg.data, options.picture)
     model, metadata = load_model(find_weights(folder, options.weights).file, device)
     if codes.shape[1] != model.cfg.image_tokens or int(codes.max()) >= model.cfg.vocab_size:
         raise UserError(f"the codes in {shards} do not fit this network: give its shards with --shards")
@@ -187,18 +184,18 @@ def compute_attention(
         f"Image {options.picture} of {Path(shards).name} (class {label}), {which}, mean of the heads. "
         f"{len(maps['hidden'])} of {len(hidden) - 1} keys are hidden {how}."
     )
-    image = decode_image(cfg, folder, options, codes[0], device)
+    image = decode_image(cfg.data, folder, options, codes[0], device)
     return distances, maps | {"trained": trained, "block": block, "image": image}
 
 
-def centre_codes(shards: str, cfg: RunConfig, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+def centre_codes(shards: str, data: DataConfig, first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (B, T) and classes (B,) of the centre crops of image ``first`` and the following ones."""
     import numpy as np
     import torch
 
     from megastar.data.shards.reader import ShardSet
 
-    tokens = ShardSet(shards, data=replace(cfg.data, patience=PATIENCE))
+    tokens = ShardSet(shards, data=replace(data, patience=PATIENCE))
     if first >= len(tokens):
         raise UserError(f"--picture {first}: {shards} contains {len(tokens)} images, numbered from 0")
     chosen = np.arange(first, min(len(tokens), first + DISTANCE_IMAGES))
@@ -207,7 +204,7 @@ def centre_codes(shards: str, cfg: RunConfig, first: int) -> tuple[torch.Tensor,
 
 
 def decode_image(
-    cfg: RunConfig, folder: Path, options: RenderOptions, codes: torch.Tensor, device: torch.device
+    data: DataConfig, folder: Path, options: RenderOptions, codes: torch.Tensor, device: torch.device
 ) -> str:
     """The image of codes (T,), or a white one if the tokenizer is missing."""
     from PIL import Image
@@ -216,7 +213,7 @@ def decode_image(
     from megastar.tokenizer.io import load_tokenizer
 
     try:
-        vq = load_tokenizer(find_tokenizer(cfg, folder, options), device)
+        vq = load_tokenizer(find_tokenizer(data, folder, options), device)
     except UserError:
         return embedded(Image.new("RGB", (8, 8), "white"))
     return embedded(Image.fromarray(decode_images(vq, codes[None])[0]), lossless=True)

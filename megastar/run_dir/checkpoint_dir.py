@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megastar.config.schema import RunConfig
+from megastar.config.schema import TrainConfig
 from megastar.errors import UserError
-from megastar.run_dir.layout import FORMAT, MANIFEST
+from megastar.run_dir.layout import CHECKPOINTS, FORMAT, MANIFEST
 from megastar.utils.files import sha256, sync_folder, write_atomic
 
 WRITING = ".writing"
@@ -28,8 +28,8 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def folder_of(cfg: RunConfig) -> Path:
-    return Path(cfg.run) / "checkpoints"
+def folder_of(run: str | Path) -> Path:
+    return Path(run) / CHECKPOINTS
 
 
 def complete(folder: Path) -> list[Path]:
@@ -60,7 +60,7 @@ def find_checkpoint(path: Path) -> Path:
     """A run folder, its checkpoints folder, or one checkpoint -> the checkpoint."""
     if (path / MANIFEST).is_file():
         return path
-    for folder in (path / "checkpoints", path):
+    for folder in (folder_of(path), path):
         if folder.is_dir() and (found := latest(folder)):
             return found
     raise UserError(f"no complete checkpoint in {path}: name a run folder or a folder step-*")
@@ -84,14 +84,14 @@ def publish(folder: Path, name: str, manifest: dict[str, Any], written: Path | N
     return folder / name
 
 
-def retire(cfg: RunConfig, folder: Path) -> None:
+def retire(train: TrainConfig, folder: Path) -> None:
     """Remove all but the last ``keep_last`` checkpoints, each ``keep_every``-th step, the best by validation loss, and the
     one that ``latest`` names."""
     found = complete(folder)
-    keep = set(found[-max(1, cfg.train.keep_last) :]) | {latest(folder)}
-    if cfg.train.keep_every:
-        keep |= {p for p in found if step_in(p) % cfg.train.keep_every == 0}
-    if cfg.train.keep_best:
+    keep = set(found[-max(1, train.keep_last) :]) | {latest(folder)}
+    if train.keep_every:
+        keep |= {p for p in found if step_in(p) % train.keep_every == 0}
+    if train.keep_best:
         scores = {p: json.loads((p / MANIFEST).read_text()).get("val_loss_ar") for p in found}
         scored = [p for p in found if scores[p] is not None]
         keep |= set(sorted(scored, key=lambda p: scores[p])[:1])

@@ -29,23 +29,27 @@ def append_event(folder: Path, event: str, step: int, text: str, **fields: Any) 
     """Append one line, synced to the disk when this returns.
 
     On a disk error the line stays in memory and the next call, or ``flush_events``, retries. The fields ``situation`` and
-    ``over`` mark the begin and the end of something that lasts: see ``open_situations``.
+    ``over`` mark the beginning and the end of a lasting condition: see ``open_situations``.
     """
     assert event in KINDS, event
-    row: dict[str, Any] = {"time": utc_now(), "host": host_name()}
-    if job := os.environ.get("SLURM_JOB_ID"):
-        row["job"] = job
     writer = _writers.setdefault(folder, JsonlWriter(folder / NAME, sync_every=0.0))
-    writer.append({**row, "event": event, "step": step, "text": text, **fields})
+    row = time_and_job() | {"host": host_name(), "event": event, "step": step, "text": text}
+    writer.append({**row, **fields})
+
+
+def time_and_job() -> dict[str, Any]:
+    """The fields ``time`` and, under SLURM, ``job`` of a row."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return {"time": utc_now()} | ({"job": job} if job else {})
 
 
 def flush_events(folder: Path) -> bool:
-    """Retry the lines that the disk did not take; whether all are written."""
+    """Write the lines that are still pending after a disk error; whether all are written."""
     return folder not in _writers or not _writers[folder].pending or _writers[folder].flush()
 
 
 def open_situations(happened: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest event of each situation that has begun and is not over."""
+    """The newest event of each situation that is not over."""
     lasting: dict[str, dict[str, Any]] = {}
     for event in happened:
         if event["event"] in (*STARTED, *ENDED):

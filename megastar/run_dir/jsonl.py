@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from megastar.utils.files import write_atomic
+from megastar.utils.files import ends_within_line, write_atomic
 
 MAX_PENDING = 100_000  # rows buffered in memory; beyond that the oldest are dropped
 
@@ -28,11 +28,11 @@ class JsonlWriter:
     def __init__(self, path: Path, sync_every: float = 10.0):
         self.path, self.sync_every = path, sync_every
         self.pending: deque[bytes] = deque()
-        self.dropped = 0  # rows
+        self._dropped = 0  # rows, since the last ``take_dropped``
         self.error: OSError | None = None
         self._unsynced: deque[bytes] = deque()  # in the file since the last sync
-        self._good: int | None = None  # bytes of the file that are synced; None: not known yet
-        self._rewrite = False  # after an error, cut the file to those
+        self._good: int | None = None  # synced bytes of the file; None: unknown
+        self._rewrite = False  # truncate the file to the synced bytes first
         self._synced = time.monotonic()
         self._lock = threading.Lock()
 
@@ -51,7 +51,7 @@ class JsonlWriter:
                     if self._rewrite:
                         f.truncate(self._good)
                     while self.pending:
-                        line = (b"\n" if _ends_within_line(f) else b"") + self.pending[0]
+                        line = (b"\n" if ends_within_line(f) else b"") + self.pending[0]
                         if (written := f.write(line)) < len(line):
                             f.truncate(f.tell() - written)
                             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -64,14 +64,19 @@ class JsonlWriter:
                 self.error = None
             except OSError as error:
                 self.error = error
-                if self.sync_every and (self._rewrite or not self.pending):  # not the write failed, but a sync
+                if self.sync_every and (self._rewrite or not self.pending):  # a sync failed, not a write
                     self.pending.extendleft(reversed(self._unsynced))
                     self._unsynced.clear()
                     self._rewrite = True
                 while len(self.pending) > MAX_PENDING:
                     self.pending.popleft()
-                    self.dropped += 1
+                    self._dropped += 1
         return self.error is None
+
+    def take_dropped(self) -> int:
+        """The number of rows dropped since the last call."""
+        dropped, self._dropped = self._dropped, 0
+        return dropped
 
     def cut_after(self, step: int) -> None:
         """Remove the rows of steps after ``step``, and damaged lines. Needs no free space where they are the last ones.
@@ -90,7 +95,7 @@ class JsonlWriter:
 
 
 def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; lines that are none, such as one that a crash cut, are skipped. Raises ``OSError``."""
+    """The objects of a JSONL file; other lines, such as one truncated by a crash, are skipped. Raises ``OSError``."""
     with path.open("rb") as f:
         yield from _objects(f)
 
@@ -130,11 +135,3 @@ def _step(line: bytes) -> float:
     """The step of a row; infinite for a damaged line."""
     step = next((row.get("step") for row in _objects([line])), None)
     return step if isinstance(step, int) else float("inf")
-
-
-def _ends_within_line(f: BinaryIO) -> bool:
-    """Whether the last line lacks its newline, as after a crash or on a full disk."""
-    if not f.seek(0, os.SEEK_END):
-        return False
-    f.seek(-1, os.SEEK_END)
-    return f.read(1) != b"\n"

@@ -16,7 +16,7 @@ from megastar.config.schema import RunConfig, TrainConfig
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir, events, training_checks
 from megastar.run_dir.jsonl import read_jsonl
-from megastar.run_dir.layout import HEARTBEATS, MANIFEST
+from megastar.run_dir.layout import CHECKPOINTS, CONFIG, HEARTBEATS, MANIFEST, METRICS
 
 RECENT = 20  # rows of metrics whose median is the run's speed
 STARTING = 900.0  # seconds without a row that a start may take: imports, engines, the first steps
@@ -59,16 +59,14 @@ def status_of(run: Path, now: float | None = None) -> Status:
     now = time.time() if now is None else now
     if not run.is_dir():
         raise UserError(f"{run} is not a folder: name a run folder, the `run` of its configuration")
-    path = run / "config.yaml"
+    path = run / CONFIG
     if not path.is_file():
-        raise UserError(f"{run} is not a run folder: it contains no config.yaml; name the `run` of a configuration")
+        raise UserError(f"{run} is not a run folder: it contains no {CONFIG}; name the `run` of a configuration")
     try:
         cfg = config_from_dict(read_yaml(path))
     except UserError as error:
-        first = " ".join(str(error).split())
-        raise UserError(
-            f"{path} cannot be used ({first}): restore it as the `megastar train` command wrote it"
-        ) from error
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be used ({problem}): restore the file that `megastar train` wrote") from error
     rows = [r for r in training_checks.read_rows(run) if isinstance(r.get("step"), int)]
     past = events.read_events(run)
     checkpoint, manifest = read_checkpoint(run, now)
@@ -76,7 +74,7 @@ def status_of(run: Path, now: float | None = None) -> Status:
         str(run),
         "new",
         "nothing was trained yet",
-        steps=total_of(cfg, past, manifest),
+        steps=total_of(cfg.train, past, manifest),
         last_sign_s=last_sign(run, now),
         ranks=describe_heartbeats(run, now),
         upload=describe_upload(cfg.train, past),
@@ -131,7 +129,7 @@ def read_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def read_checkpoint(run: Path, now: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of ``Status`` about the newest complete checkpoint, and its manifest."""
-    folder = run / "checkpoints"
+    folder = run / CHECKPOINTS
     fields: dict[str, Any] = {"saving": (folder / checkpoint_dir.WRITING).is_dir()}
     manifest: dict[str, Any] = {}
     try:
@@ -144,15 +142,15 @@ def read_checkpoint(run: Path, now: float) -> tuple[dict[str, Any], dict[str, An
     return fields, manifest
 
 
-def total_of(cfg: RunConfig, past: list[dict[str, Any]], manifest: dict[str, Any]) -> int | None:
+def total_of(train: TrainConfig, past: list[dict[str, Any]], manifest: dict[str, Any]) -> int | None:
     """Steps of the whole run: from the configuration, or as the run computed them from its number of samples."""
     recorded = [e["steps"] for e in past if isinstance(e.get("steps"), int)]
-    return cfg.train.steps or (recorded[-1] if recorded else manifest.get("steps"))
+    return train.steps or (recorded[-1] if recorded else manifest.get("steps"))
 
 
 def last_sign(run: Path, now: float) -> float | None:
     """The age of the newest row or event, in seconds."""
-    times = [p.stat().st_mtime for p in (run / "metrics.jsonl", run / events.NAME) if p.is_file()]
+    times = [p.stat().st_mtime for p in (run / METRICS, run / events.NAME) if p.is_file()]
     return max(0.0, now - max(times)) if times else None
 
 
@@ -166,7 +164,7 @@ def find_state(status: Status, train: TrainConfig, run: Path, past: list[dict[st
     if status.last_sign_s is None:
         return status.state, status.why
     began = max((events.seconds_of(e) for e in past if e["event"] in events.STARTED), default=0.0)
-    row = run / "metrics.jsonl"
+    row = run / METRICS
     # The writer opens (and cuts) metrics.jsonl just before it records the start.
     rows_since = row.is_file() and row.stat().st_mtime > began + 1.0
     due = train.log_every * status.step_s if status.step_s else 0.0
@@ -187,9 +185,8 @@ def describe_heartbeats(run: Path, now: float) -> str:
     if not beats:
         return ""
     (youngest, _), (age, oldest) = min(beats, key=lambda b: b[0]), max(beats, key=lambda b: b[0])
-    where = (
-        f'rank {oldest.get("rank")} on {oldest.get("host")}, at "{oldest.get("phase")}" of step {oldest.get("step")}'
-    )
+    rank, host, phase, step = (oldest.get(name) for name in ("rank", "host", "phase", "step"))
+    where = f'rank {rank} on {host}, at "{phase}" of step {step}'
     return f"{len(beats)} rank(s), last heartbeat {duration(youngest)} ago; the oldest {duration(age)} ago: {where}"
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 from megastar.config.load import resolve_batch
-from megastar.config.schema import RunConfig, SelfGuidedConfig
+from megastar.config.schema import OptimConfig, RunConfig, SelfGuidedConfig, TrainConfig
 from megastar.run_dir.jsonl import read_ends
+from megastar.run_dir.layout import METRICS
 
 Rows = Sequence[dict[str, Any]]
 
@@ -43,7 +45,7 @@ def values(rows: Rows, name: str, count: int = RECENT) -> list[float]:
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
     """The rows of a run folder that the checks and `megastar status` use."""
-    return read_ends(run / "metrics.jsonl", FIRST, KEPT)
+    return read_ends(run / METRICS, FIRST, KEPT)
 
 
 def training_rows(rows: Rows) -> list[dict[str, Any]]:
@@ -51,13 +53,9 @@ def training_rows(rows: Rows) -> list[dict[str, Any]]:
     return [r for r in rows if "loss_ar" in r and isinstance(r.get("step"), int)]
 
 
-def mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers)
-
-
-def past_warmup(cfg: RunConfig, rows: Rows, count: int = RECENT) -> bool:
+def past_warmup(optim: OptimConfig, rows: Rows, count: int = RECENT) -> bool:
     """Whether the newest ``count`` rows are all from steps after which something should have been learned."""
-    return len(rows) >= count and rows[-count]["step"] >= cfg.optim.warmup_steps + SETTLED
+    return len(rows) >= count and rows[-count]["step"] >= optim.warmup_steps + SETTLED
 
 
 def initial_weight_share(cfg: SelfGuidedConfig, steps: int) -> float:
@@ -71,7 +69,7 @@ def initial_weight_share(cfg: SelfGuidedConfig, steps: int) -> float:
 
 def contrastive_images(cfg: RunConfig, ranks: int) -> int:
     """Number of images that a contrastive anchor is compared with: those of one forward pass of all data ranks."""
-    micro, _ = resolve_batch(cfg, ranks)
+    micro, _ = resolve_batch(cfg.train, cfg.parallel.tensor_parallel, ranks)
     return micro * (ranks // cfg.parallel.tensor_parallel)
 
 
@@ -84,15 +82,11 @@ def uses_teacher(cfg: SelfGuidedConfig) -> bool:
 
 
 # Checks: "" or one sentence ------------------------------------------------------------------------------------------
-def slow_teacher(cfg: RunConfig, steps: int) -> str:
+def slow_teacher(g: SelfGuidedConfig, init: str, steps: int) -> str:
     """Known before the first step. Skipped for a run that starts from trained weights: its teacher is trained too."""
-    g = cfg.self_guided
-    if (
-        not uses_teacher(g)
-        or steps < MIN_STEPS
-        or cfg.train.init
-        or (left := initial_weight_share(g, steps)) <= MAX_INITIAL_SHARE
-    ):
+    if not uses_teacher(g) or steps < MIN_STEPS or init:
+        return ""
+    if (left := initial_weight_share(g, steps)) <= MAX_INITIAL_SHARE:
         return ""
     time = f"follows in about {1 / (1 - g.teacher_decay):,.0f} steps" if g.teacher_decay < 1 else "never moves"
     return (
@@ -102,31 +96,31 @@ def slow_teacher(cfg: RunConfig, steps: int) -> str:
     )
 
 
-def few_negatives(cfg: RunConfig, images: int, steps: int) -> str:
+def few_negatives(g: SelfGuidedConfig, train: TrainConfig, images: int, steps: int) -> str:
     """Also known before the first step."""
-    g = cfg.self_guided
     if not uses_contrastive(g) or steps < MIN_STEPS or images >= FEW_IMAGES:
         return ""
-    among = (
-        f"{images - 1} others"
-        if images > 2
-        else ("1 other" if images == 2 else "no other, so nothing is learned from it")
-    )
+    few = {1: "no other, so nothing is learned from it", 2: "1 other"}
+    among = few.get(images, f"{images - 1} others")
     return (
         f"the contrastive terms have few negatives: each anchor distinguishes its image from {among} (a forward pass of all data "
-        f"ranks; train.global_batch {cfg.train.global_batch}, train.micro_batch {cfg.train.micro_batch}): raise them or use "
+        f"ranks; train.global_batch {train.global_batch}, train.micro_batch {train.micro_batch}): raise them or use "
         "more ranks, since accumulated micro-batches do not add negatives, or set self_guided.beta=0"
     )
 
 
 def problems_at_start(cfg: RunConfig, images: int, steps: int) -> dict[str, str]:
     """Kind of problem -> message, of what is known before the first of ``steps`` steps."""
-    problems = {"slow_teacher": slow_teacher(cfg, steps), "few_negatives": few_negatives(cfg, images, steps)}
+    g, train = cfg.self_guided, cfg.train
+    problems = {
+        "slow_teacher": slow_teacher(g, train.init, steps),
+        "few_negatives": few_negatives(g, train, images, steps),
+    }
     return {kind: text for kind, text in problems.items() if text}
 
 
 def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
-    if images < FEW_IMAGES or not past_warmup(cfg, rows):
+    if images < FEW_IMAGES or not past_warmup(cfg.optim, rows):
         return ""
     low = {n: mean(v) for n in ("acc_step", "acc_view") if (v := values(rows, n)) and mean(v) < CHANCE / images}
     if not low:
@@ -136,13 +130,13 @@ def accuracy_at_chance(cfg: RunConfig, images: int, rows: Rows) -> str:
     if not_learning(cfg, images, rows):
         remedy = "change optim.lr: the next-token loss does not fall either"
     return (
-        f"contrastive accuracy sits at chance: {what} over {RECENT} rows, guessing gives {1 / images:.2g} (1 of {images} "
+        f"contrastive accuracy is at chance level: {what} over {RECENT} rows, guessing gives {1 / images:.2g} (1 of {images} "
         f"images): check that the stored views of a sample show the same image (megastar data stats), then {remedy}"
     )
 
 
 def collapse(cfg: RunConfig, images: int, rows: Rows) -> str:
-    if not past_warmup(cfg, rows):  # an untrained projector returns its biases, the same for all images
+    if not past_warmup(cfg.optim, rows):  # an untrained projector returns its biases, the same for all images
         return ""
     both = {n: mean(v) for n in ("student", "teacher") if (v := values(rows, f"spread_{n}"))}
     low = [f"spread_{n} {v:.2g}" for n, v in both.items() if v < COLLAPSED]
@@ -195,17 +189,17 @@ def trivial_mim(cfg: RunConfig, images: int, rows: Rows) -> str:
 
 def always_clipped(cfg: RunConfig, images: int, rows: Rows) -> str:
     norms, clip = values(rows, "grad_norm", KEPT), cfg.optim.grad_clip
-    if not clip or not norms or min(norms) <= clip or not past_warmup(cfg, rows, KEPT):
+    if not clip or not norms or min(norms) <= clip or not past_warmup(cfg.optim, rows, KEPT):
         return ""
     return (
         f"every gradient is clipped: grad_norm was {min(norms):.2g} to {max(norms):.2g} in {KEPT} rows, optim.grad_clip is "
-        f"{clip:g}: no harm while the loss falls, else lower optim.lr or lengthen optim.warmup_steps"
+        f"{clip:g}: harmless while the loss falls, else lower optim.lr or lengthen optim.warmup_steps"
     )
 
 
 def not_learning(cfg: RunConfig, images: int, rows: Rows) -> str:
     now, first = values(rows, "loss_ar"), values(rows[:FIRST], "loss_ar", FIRST)
-    if not now or not past_warmup(cfg, rows):
+    if not now or not past_warmup(cfg.optim, rows):
         return ""
     guess = math.log(cfg.model.vocab_size)
     reference, name = guess, f"guessing gives ln {cfg.model.vocab_size} = {guess:.2f}"
@@ -219,21 +213,15 @@ def not_learning(cfg: RunConfig, images: int, rows: Rows) -> str:
     )
 
 
-CHECKS: dict[str, Callable[[RunConfig, int, Rows], str]] = {
-    "accuracy_at_chance": accuracy_at_chance,
-    "collapse": collapse,
-    "far_teacher": far_teacher,
-    "growing_teacher": growing_teacher,
-    "trivial_mim": trivial_mim,
-    "always_clipped": always_clipped,
-    "not_learning": not_learning,
-}
+CHECKS: tuple[Callable[[RunConfig, int, Rows], str], ...] = (
+    accuracy_at_chance, collapse, far_teacher, growing_teacher, trivial_mim, always_clipped, not_learning,
+)  # fmt: skip
 
 
 def find_problems(cfg: RunConfig, images: int, rows: Rows) -> dict[str, str]:
     """Kind of problem -> message with the remedy. rows: of metrics.jsonl, oldest first; images: ``contrastive_images``."""
     rows = training_rows(rows)
-    found = {kind: text for kind, check in CHECKS.items() if (text := check(cfg, images, rows))}
+    found = {check.__name__: text for check in CHECKS if (text := check(cfg, images, rows))}
     if "collapse" in found:
         found.pop("accuracy_at_chance", None)  # a consequence, for which a higher learning rate is no remedy
     return found

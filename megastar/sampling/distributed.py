@@ -16,6 +16,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def plan_labels(plan: str, count: int, classes: list[int], seed: int) -> list[in
         return [classes[i % len(classes)] for i in range(count)]
     numbers = np.random.Philox(key=[seed, _STREAM]).random_raw(count) >> np.uint64(11)
     return [classes[int(u * 2.0**-53 * len(classes))] for u in numbers]
+
+
+def labels_like(pool: list[int], count: int, seed: int) -> list[int]:
+    """The classes of ``count`` images, as frequent as in ``pool``; a larger count keeps the first labels."""
+    order = np.random.default_rng([seed, 1]).permutation(len(pool))
+    return [pool[i] for i in order[np.arange(count) % len(pool)]]
 
 
 class SamplingPipeline:
@@ -164,9 +171,8 @@ def open_folder(folder: Path, identity: Mapping[str, Any], metadata: Mapping[str
         temporary = folder / f"{PLAN}.{socket.gethostname()}.{os.getpid()}"  # nodes may share process ids
         write_record(temporary, identity, metadata or {})
         try:
-            os.link(temporary, path)  # the first rank's file stays; the others compare theirs with it below
-        except FileExistsError:
-            pass
+            with suppress(FileExistsError):  # the first rank's file stays; the others compare theirs with it below
+                os.link(temporary, path)
         finally:
             temporary.unlink()
     check_plan(path, identity)
@@ -237,7 +243,7 @@ def remove_leftovers(folder: Path) -> None:
             claim.unlink(missing_ok=True)
     for temporary in folder.glob("part-*.tmp"):
         host, pid = temporary.name.removesuffix(".tmp").split(".npz.")[1].rsplit(".", 1)
-        if host == socket.gethostname() and not is_running(int(pid)):
+        if host == socket.gethostname() and not is_running(int(pid.partition("-")[0])):
             temporary.unlink(missing_ok=True)
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from megastar.errors import UserError
+from megastar.utils.files import atomic_file
 
 GAP = 2  # pixels between images
 INK, PAPER, RULE = (30, 30, 30), (255, 255, 255), (210, 210, 210)
@@ -25,19 +26,16 @@ class Block(NamedTuple):
     labels: Sequence[int]  # (N,)
 
 
-def image_grid(
-    blocks: Sequence[Block], class_names: Sequence[str], *, columns: int = 12, cell: int | None = None
-) -> Image.Image:
+def image_grid(blocks: Sequence[Block], class_names: Sequence[str], *, columns: int = 12) -> Image.Image:
     """Blocks below each other, each with one row per class of its first ``columns`` images.
 
-    ``cell`` is the displayed side of an image in pixels; by default 64, or the images' size if larger. Classes without
-    images are left out. Raises ``UserError`` for an empty grid or a label without a name.
+    An image is shown with a side of at least 64 pixels. Classes without images are left out. Raises ``UserError`` for an empty grid or a label without a name.
     """
     rows = [_rows(block, class_names, columns) for block in blocks]
     shown = sorted({label for row in rows for label in row})
     if not shown:
         raise UserError("no images for the grid: sample at least one class")
-    cell = cell or max(64, blocks[0].images.shape[1])
+    cell = max(64, blocks[0].images.shape[1])
     caption_size = max(15, cell // 4)
     font, bold = ImageFont.load_default(max(12, cell // 5)), ImageFont.load_default(caption_size)
     widest = max(font.getlength(class_names[label]) for label in shown)
@@ -65,14 +63,12 @@ def image_grid(
 
 def save_grid(image: Image.Image, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
     """Write the PNG atomically; the provenance goes into its text chunk ``megastar`` as JSON."""
-    path = Path(path)
     info = PngInfo()
     if provenance:
         info.add_text("megastar", json.dumps(provenance))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG", pnginfo=info, optimize=True)
-    temporary.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(Path(path)) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info, optimize=True)
 
 
 def _rows(block: Block, class_names: Sequence[str], columns: int) -> dict[int, list[int]]:

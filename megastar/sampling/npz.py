@@ -7,8 +7,6 @@ and classes. Source of the layout: guided-diffusion's evaluations/evaluator.py, 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megastar.errors import UserError
-from megastar.utils.files import sync_folder, write_atomic
+from megastar.utils.files import atomic_file, write_atomic
 
 
 def record_of(npz: Path) -> Path:
@@ -34,29 +32,19 @@ def write_record(path: Path, identity: Mapping[str, Any], metadata: Mapping[str,
 
 def save_npz(path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], labels: np.ndarray) -> None:
     """Write images of ``shape`` (N, H, W, 3), given in ``parts``, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as f:
-            with zipfile.ZipFile(f, "w") as archive:
-                with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(member, header)
-                    written = 0
-                    for part in parts:
-                        assert part.dtype == np.uint8 and part.shape[1:] == shape[1:], (part.dtype, part.shape)
-                        member.write(np.ascontiguousarray(part).data.cast("B"))
-                        written += len(part)
-                assert written == shape[0] == len(labels), (written, shape, len(labels))
-                with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
-                    np.lib.format.write_array(member, np.asarray(labels, "<i8"), version=(1, 0), allow_pickle=False)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            written = 0
+            for part in parts:
+                assert part.dtype == np.uint8 and part.shape[1:] == shape[1:], (part.dtype, part.shape)
+                member.write(np.ascontiguousarray(part).data.cast("B"))
+                written += len(part)
+        assert written == shape[0] == len(labels), (written, shape, len(labels))
+        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+            np.lib.format.write_array(member, np.asarray(labels, "<i8"), version=(1, 0), allow_pickle=False)
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:

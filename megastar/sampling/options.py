@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from megastar.config.schema import ModelConfig
-from megastar.errors import UserError
 from megastar.sampling.guidance import SCHEDULES
 
 
@@ -44,20 +40,3 @@ class SamplingOptions:
         if not 0 < self.top_p <= 1:
             out.append(f"top_p {self.top_p} must be above 0 and at most 1 (all codes)")
         return out
-
-
-def check_request(c: ModelConfig, labels: Tensor, seeds: Sequence[int], options: SamplingOptions, batch: int) -> None:
-    """Raises ``UserError`` with every problem of a request, one per line."""
-    problems = []
-    outside = labels[(labels < 0) | (labels >= c.num_classes)]
-    if len(outside):
-        problems.append(f"class {int(outside[0])} is outside 0..{c.num_classes - 1}, the classes of the model")
-    if len(seeds) != len(labels):
-        problems.append(f"{len(seeds)} seeds for {len(labels)} labels: pass one seed per label")
-    if any(not 0 <= s < 2**128 for s in seeds):
-        problems.append("seeds must be integers from 0 to 2^128 - 1")
-    problems += options.problems(c)
-    if batch < 1:
-        problems.append(f"batch {batch} must be at least 1")
-    if problems:
-        raise UserError("\n".join(problems))

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
-ROWS = (
-    32  # hint for the layout; the same for every batch, so that the order of a row's sum does not depend on the batch
-)
+# Hint for the layout; the same for every batch, so that the order of a row's sum does not depend on the batch.
+ROWS = 32
 
 
 class PackedLinear(nn.Module):

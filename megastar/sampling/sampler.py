@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
 from megastar.config.schema import ModelConfig
@@ -17,9 +15,9 @@ from megastar.model.transformer import Transformer
 from megastar.sampling.decoder import CachedDecoder
 from megastar.sampling.guidance import null_until, scales
 from megastar.sampling.logits import draw, probabilities
-from megastar.sampling.options import SamplingOptions, check_request
-from megastar.tokenizer.vq import VQModel
-from megastar.utils.progress_bar import ProgressBar, progress_bar
+from megastar.sampling.options import SamplingOptions
+from megastar.tokenizer.vq import VQModel, to_pixels
+from megastar.utils.progress_bar import ProgressBar
 
 ProgressCallback = Callable[[float], None]  # called with the share of the tokens sampled so far
 
@@ -30,11 +28,11 @@ def progress_callback(bar: ProgressBar, count: int) -> ProgressCallback:
     return lambda share: bar.update(done + share * count, f"{bar.rate:.3g} images/s")
 
 
-def sample_seeds(seed: int, count: int, start: int = 0) -> list[int]:
-    """Seeds of samples start..start+count-1 of the run ``seed``, distinct from any other run's. Raises ``UserError``."""
+def sample_seeds(seed: int, count: int) -> list[int]:
+    """Seeds of the samples of the run ``seed``, distinct from any other run's. Raises ``UserError``."""
     if not 0 <= seed < 2**64:
         raise UserError(f"seed {seed} must be an integer from 0 to 2^64 - 1")
-    return [(seed << 64) + i for i in range(start, start + count)]
+    return [(seed << 64) + i for i in range(count)]
 
 
 def uniform_noise(seeds: Sequence[int], tokens: int) -> Tensor:
@@ -97,38 +95,6 @@ class Sampler:
         return tokens.cpu()
 
 
-def sample_tokens(
-    model: Transformer,
-    labels: Tensor | Sequence[int],
-    *,
-    seeds: Sequence[int],
-    batch: int = 64,
-    passes: int = 1,
-    rank: int = 0,
-    progress: Console | None = None,
-    **options: Any,
-) -> Tensor:
-    """Sample one image's codes for each label: labels (N,) -> codes (N, T) int64 on the CPU.
-
-    ``options`` are the fields of ``SamplingOptions``. Sample i depends on labels[i] and seeds[i] only, not on ``batch``,
-    other samples or ``passes``, up to the rounding of matrix products of another size (negligible in fp32; in bf16 a
-    code may change). With ``cfg_scale`` 1 no null rows are computed. ``progress`` is the console that shows a bar.
-    Raises ``UserError`` (see check_request).
-    """
-    labels = torch.as_tensor(labels, dtype=torch.long).cpu()
-    settings = SamplingOptions(**options)
-    check_request(model.cfg, labels, seeds, settings, batch)
-    out = torch.empty(len(labels), model.cfg.image_tokens, dtype=torch.long)
-    if not len(labels):
-        return out
-    sampler = Sampler(model, settings, min(batch, len(labels)), passes=passes, rank=rank)
-    with progress_bar(progress, "sampling", len(labels)) as bar:
-        for first in range(0, len(labels), batch):
-            rows = slice(first, first + batch)
-            out[rows] = sampler.draw(labels[rows], seeds[rows], progress_callback(bar, len(labels[rows])))
-    return out
-
-
 def check_tokenizer(c: ModelConfig, tokenizer: VQModel) -> None:
     """Raises ``UserError`` if the tokenizer cannot decode this model's codes."""
     t = tokenizer.config
@@ -152,6 +118,5 @@ def decode_images(tokenizer: VQModel, codes: Tensor, batch: int = 64, size: int 
         images = tokenizer.decode_codes(codes[first : first + batch].to(device))  # (B, 3, H, W)
         if side != tokenizer.config.image_size:
             images = F.interpolate(images.float(), size=(side, side), mode="bicubic")
-        pixels = images.float().add(1).mul(127.5).round().clamp(0, 255).byte()
-        out[first : first + batch] = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        out[first : first + batch] = to_pixels(images)
     return out

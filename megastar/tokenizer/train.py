@@ -18,9 +18,11 @@ from torch import Tensor
 
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
+from megastar.run_dir.layout import METRICS
 from megastar.tokenizer.io import load_tokenizer
 from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
-from megastar.tokenizer.vq import VQModel
+from megastar.tokenizer.vq import VQModel, to_images
+from megastar.utils.files import atomic_file
 from megastar.utils.progress_bar import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -140,7 +142,7 @@ class TokenizerTrainer:
         decay = min(self.c.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
-    # The code book -------------------------------------------------------------------------------------------
+    # The codebook -------------------------------------------------------------------------------------------
     def _points(self, z: Tensor) -> Tensor:
         flat = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         return F.normalize(flat, dim=1) if self.c.tokenizer.codebook_l2_norm else flat
@@ -183,9 +185,8 @@ class TokenizerTrainer:
     def save(self, path: Path) -> None:
         state = {k: getattr(self, k).state_dict() for k in NETWORKS if getattr(self, k)}
         state |= {"step": self.step, "uses": self.uses, "rng": torch.get_rng_state(), "config": asdict(self.c)}
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        with atomic_file(path) as temporary:
+            torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -210,7 +211,7 @@ class TokenizerTrainer:
             logger.info("resumed %s at step %d", last, self.step)
         scores: dict[str, float] = {}
         with (
-            (out / "metrics.jsonl").open("a") as log,
+            (out / METRICS).open("a") as log,
             progress_bar(console, "tokenizer", c.steps, done=self.step) as bar,
         ):
             while self.step < c.steps:
@@ -236,17 +237,12 @@ class TokenizerTrainer:
         return scores
 
 
-def to_images(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
-    return pixels.to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
-
-
 @torch.no_grad()
 def score(model: VQModel, pixels: Tensor, device: torch.device | str = "cpu", batch: int = 128) -> dict[str, float]:
     """Reconstruct uint8 images (N, H, W, 3) in fp32.
 
     Returns ``psnr`` (dB, mean over images), ``psnr_of_mean`` (dB, of the mean squared error over all) and
-    ``codes_used`` (share of the code book used by these images).
+    ``codes_used`` (share of the codebook used by these images).
     """
     ratios, used = [], torch.zeros(model.config.codebook_size, dtype=torch.bool)
     model.eval()
@@ -255,9 +251,13 @@ def score(model: VQModel, pixels: Tensor, device: torch.device | str = "cpu", ba
         codes = model.encode(images)
         used[codes.flatten().cpu()] = True
         ratios.append(psnr(images, model.decode_codes(codes)).double().cpu())
-    r = torch.cat(ratios)
+    return summary_of(torch.cat(ratios), used)
+
+
+def summary_of(ratios: Tensor, used: Tensor) -> dict[str, float]:
+    """The mean PSNR (dB) of images with ``ratios``, the PSNR of their mean squared error, and the share of codes used."""
     return {
-        "psnr": r.mean().item(),
-        "psnr_of_mean": -10 * math.log10((10 ** (-r / 10)).mean().item()),
-        "codes_used": used.float().mean().item(),
+        "psnr": ratios.mean().item(),
+        "psnr_of_mean": -10 * math.log10((10 ** (-ratios / 10)).mean().item()),
+        "codes_used": used.double().mean().item(),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -235,6 +236,13 @@ class VQModel(nn.Module):
         latents = F.embedding(codes, self.quantize.codebook()).view(len(codes), side, side, -1)
         return self.decode(latents.permute(0, 3, 1, 2)).clamp(-1, 1)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
-        quantized = self.quantize(self.latents(images))
-        return self.decode(quantized.latents), quantized
+
+def to_images(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
+    return pixels.to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
+    pixels = images.float().add(1).mul(127.5).round().clamp(0, 255).byte()
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()

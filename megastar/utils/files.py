@@ -3,40 +3,80 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from megastar.errors import UserError
+
+
+def check_regular(path: Path) -> None:
+    """Raise ``UserError`` if ``path`` exists and is not a file that a rename may replace."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or pipe"
+        raise UserError(f"{path} is {kind}: name the file to write")
+
+
+def existing_parent(path: Path) -> Path:
+    """``path``, or its nearest parent that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; at the end of the block it is synced and renamed to ``path``.
+
+    If the block fails, ``path`` is unchanged. Raises ``UserError`` if ``path`` is a folder, a device or a pipe.
+    """
+    check_regular(path)
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside, fsync, rename: after a crash the file has all of ``data`` or its former content.
+    """After a crash the file has all of ``data`` or its former content. A device or pipe is written to directly.
 
-    Several processes may write the same file: the last one wins. A device or pipe is written to directly.
+    Several processes may write the same file: the last one wins.
     """
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, content: object) -> None:
+    """``write_atomic`` of indented JSON; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def append_line(path: Path, line: str) -> None:
     """Append ``line`` durably; if a crash truncated the last line, start a new one first."""
     with path.open("a+b") as f:
-        cut = f.seek(0, os.SEEK_END) > 0 and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
-        f.write((b"\n" if cut else b"") + line.encode() + b"\n")
+        f.write((b"\n" if ends_within_line(f) else b"") + line.encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())
+
+
+def ends_within_line(f: BinaryIO) -> bool:
+    """Whether the last line lacks its newline, as after a crash or on a full disk."""
+    if not f.seek(0, os.SEEK_END):
+        return False
+    f.seek(-1, os.SEEK_END)
+    return f.read(1) != b"\n"
 
 
 def read_small(path: Path, most: int) -> bytes | None:

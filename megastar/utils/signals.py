@@ -22,9 +22,22 @@ class StopFlag:
                 self._former[number] = signal.signal(number, self._set)
 
     def restore(self) -> None:
-        """Install the handlers that were there before."""
+        """Install the former handlers; the default one for a signal whose handler was not installed by Python."""
         while self._former:
-            signal.signal(*self._former.popitem())
+            number, former = self._former.popitem()
+            signal.signal(number, signal.SIG_DFL if former is None else former)
+
+    def release(self) -> None:
+        """``restore``, for work that a signal may end at any time; a signal caught before is raised again."""
+        self.restore()
+        if self.signal:
+            signal.raise_signal(self.signal)
+
+    def ignore(self) -> None:
+        """Ignore signals from here on: the process exits."""
+        for number in self._former:
+            signal.signal(number, signal.SIG_IGN)
+        self._former.clear()
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:

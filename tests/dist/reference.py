@@ -80,7 +80,8 @@ def train(cfg: RunConfig, accumulation: int, initial: dict[str, torch.Tensor] | 
     rest = [p for p in student.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": cfg.optim.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        betas=(cfg.optim.beta1, cfg.optim.beta2), eps=cfg.optim.eps,
+        betas=(cfg.optim.beta1, cfg.optim.beta2),
+        eps=cfg.optim.eps,
     )
     history = []
     for step in range(STEPS):
@@ -98,7 +99,7 @@ def train(cfg: RunConfig, accumulation: int, initial: dict[str, torch.Tensor] | 
                 sums[k] = sums.get(k, 0.0) + v.item() / accumulation
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.optim.grad_clip).item()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step, STEPS)
+            group["lr"] = learning_rate(cfg.optim, cfg.train.global_batch, step, STEPS)
         optimizer.step()
         optimizer.zero_grad()
         decay = decay_at(step, guided)

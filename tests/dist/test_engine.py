@@ -65,7 +65,9 @@ CASES: dict[int, list[dict]] = {
     1: [case("t1_resumed", "3", resume="saved"), case("t1_resumed_stage0", "0", resume="saved1")]
     + [case("t1_compiled", "2", **COMPILED)],
 }
-COUNTED = [(r, c["name"]) for r in (2, 4) for c in CASES[r] if c in CUT or (c in BOTH and not c["name"].endswith("_stage3"))]
+COUNTED = [
+    (r, c["name"]) for r in (2, 4) for c in CASES[r] if c in CUT or (c in BOTH and not c["name"].endswith("_stage3"))
+]
 COMPARED = [
     pytest.param(ranks, c, id=f"{ranks}ranks-{c['name']}")
     for ranks, some in CASES.items()
@@ -143,7 +145,9 @@ def test_dropout_agrees_within_a_tensor_group(runs):
     four = json.loads((runs / "4/t2_dropout.json").read_text())["history"]  # 2 data x 2 tensor ranks
     plain = json.loads((runs / "4/t2_stage3.json").read_text())["history"]
     for a, b, c in zip(two, four, plain, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-4
+        )
         assert abs(a["loss"] - c["loss"]) > 1e-4  # it did drop
 
 
@@ -153,7 +157,7 @@ def test_a_shard_is_a_shard(runs, ranks, name):
     c = next(c for c in CASES[ranks] if c["name"] == name)
     got = json.loads((runs / f"{ranks}" / f"{name}.json").read_text())["bytes"]
     cfg, stage = config(**c["changes"]), int(name[-1])
-    want, _ = state_bytes(cfg, stage, c["tensor"], ranks // c["tensor"], "fp32")
+    want, _ = state_bytes(cfg.model, cfg.self_guided, stage, c["tensor"], ranks // c["tensor"], "fp32")
     want["optimizer"] += want["ema"]
     for cause in ("weights", "optimizer", "teacher"):
         assert got[cause] == pytest.approx(want[cause], rel=0.05), cause

@@ -27,7 +27,7 @@ self_guided: {{contrastive_block: 1, projector_dim: 8}}
 train: {{global_batch: 8, micro_batch: 2, steps: 2, dtype: fp32, val_every: 1, val_images: 8}}
 """)
     done = forker.run(["-m", "megastar", "train", str(config)], environment(), 2)
-    sentence = f"sample 2 of {folder} holds code {V}, outside the vocabulary of {V}"
+    sentence = f"sample 2 of {folder} holds code {V}, outside the codebook of {V}"
     # The one rank may be ended before it has spoken, but the other says the whole of it.
     assert done.returncode == 2 and sentence in done.stderr, done.stderr
     assert "Connection" not in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 
-from megastar.checkpoint.convert import full_weights
 from megastar.cli import main
 from megastar.experiments.job_queue import last_step
 from megastar.run_dir.checkpoint_dir import latest
+from tests.checkpoints import full_weights
 from tests.integration.conftest import ROOT, environment
 
 pytestmark = pytest.mark.dist

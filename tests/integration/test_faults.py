@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megastar.checkpoint.convert import full_weights
-from megastar.data.order import batch_ids
+from megastar.data.order import sample_ids
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.events import read_events
 from megastar.run_dir.jsonl import read_jsonl
 from tests import forker
+from tests.checkpoints import full_weights
 from tests.integration.conftest import environment
 from tests.integration.test_train import rows
 
@@ -76,7 +76,7 @@ def test_bad_batches_are_skipped_and_named(runs, world):
     manifest = load_manifest(world.codes("train"))
     order = OrderSpec(0, manifest.shard_sizes, 2)
     for skip in skips:
-        assert sorted(skip["ids"]) == sorted(batch_ids(order, skip["position"], 8)[0].tolist())
+        assert sorted(skip["ids"]) == sorted(sample_ids(order, skip["position"] * 8, 8)[0].tolist())
         assert set(skip["shards"]) <= {s.name for s in manifest.shards}
 
 

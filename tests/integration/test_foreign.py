@@ -33,5 +33,5 @@ def test_a_foreign_set_on_s3(s3, use_s3, tmp_path, monkeypatch):
     settings |= {"vocab_size": V, "tokens": T}
     here, there = make_loader(folder, **settings), make_loader(url, data=data, **settings)
     assert all(same(a, b) for a, b in zip(take(here, 6), take(there, 6), strict=True))
-    with pytest.raises(UserError, match=r"s3://codes/none holds no .tar"):
+    with pytest.raises(UserError, match=r"s3://codes/none contains no .tar"):
         index_webdataset("s3://codes/none", codebook_size=V, data=data)

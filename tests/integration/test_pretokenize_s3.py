@@ -71,7 +71,7 @@ def test_a_tar_that_changes_is_found(tars, tokenizer, tmp_path, s3, use_s3):  # 
     client_of(s3).put_object(Bucket="public", Key=key, Body=(folder / "n00000002.tar").read_bytes())
     with pytest.raises(UserError, match=r"n00000001.tar changed while it was read"):
         pictures.read(0)
-    assert ImageSet(url, cache=cache).images[0].key == "n00000001/n00000002_0"  # listed anew
+    assert ImageSet(url, cache=cache)[0].key == "n00000001/n00000002_0"  # listed anew
 
 
 def test_what_is_not_there(tokenizer, tmp_path, s3, use_s3):  # noqa: F811

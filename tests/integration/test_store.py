@@ -290,7 +290,10 @@ def test_cut_changed_and_missing_objects_are_named(spoilt, data):
     other = bytearray(good)
     other[512 * 5 + 200] ^= 1  # a bit of a code: the tar stays readable
     for body, message in [
-        (good[:-512], rf"shard-00001.tar has {len(good) - 512} bytes, the manifest records {len(good)}: it was cut"),
+        (
+            good[:-512],
+            rf"shard-00001.tar has {len(good) - 512} bytes, the manifest records {len(good)}: it was truncated",
+        ),
         (good + b"\0" * 512, rf"shard-00001.tar has {len(good) + 512} bytes, the manifest records {len(good)}"),
         (b"", rf"shard-00001.tar has 0 bytes, the manifest records {len(good)}"),
         (bytes(other), r"shard-00001.tar has SHA-256 [0-9a-f]{64}, the manifest records .* it was changed"),

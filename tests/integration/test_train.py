@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from megastar import cli
-from megastar.checkpoint.convert import full_weights
 from megastar.model.io import load_model
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.events import read_events
+from tests.checkpoints import full_weights
 from tests.integration.conftest import ROOT, environment, megastar
 
 pytestmark = pytest.mark.dist

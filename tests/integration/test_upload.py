@@ -104,7 +104,7 @@ def test_an_outage_is_sat_out(s3, use_s3, tmp_path, monkeypatch):
 def test_urls():
     assert split_url("s3://bucket/a/b/") == ("bucket", "a/b") and split_url("s3://bucket") == ("bucket", "")
     for wrong in ("bucket/a", "s3:///a", "https://bucket/a"):
-        with pytest.raises(UserError, match="must read s3://bucket/prefix"):
+        with pytest.raises(UserError, match="must have the form s3://bucket/prefix"):
             split_url(wrong)
 
 

@@ -18,11 +18,12 @@ from megastar.checkpoint import find_weights
 from megastar.config.load import as_run_config
 from megastar.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from megastar.evaluation.linear_probe import probe_features
-from megastar.model.io import save_model
 from megastar.model.transformer import Transformer
-from megastar.sampling.sampler import decode_images, sample_seeds, sample_tokens
+from megastar.sampling.sampler import decode_images, sample_seeds
 from megastar.tokenizer.io import save_tokenizer
 from megastar.tokenizer.vq import VQModel
+from tests.checkpoints import save_model
+from tests.sampling import sample_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["circle", "square", "stroke"]
@@ -240,12 +241,12 @@ def test_features_are_those_of_the_probe(model, images):
         (lambda m, x: m.decode(np.zeros((2, 16))), "codes have dtype float64: give integers"),
         (
             lambda m, x: m.decode(np.full((2, 16), 32)),
-            "codes go from 32 to 32, the code book of this model from 0 to 31",
+            "codes range from 32 to 32: the codebook of this model has codes 0 to 31",
         ),
-        (lambda m, x: m.decode(np.full((2, 16), -1)), "codes go from -1 to -1"),
+        (lambda m, x: m.decode(np.full((2, 16), -1)), "codes range from -1 to -1"),
         (lambda m, x: m.features(x, block=0), "block 0 is outside 1..2, the blocks of this model"),
         (lambda m, x: m.features(x, block=3), "block 3 is outside 1..2"),
-        (lambda m, x: m.features(np.full((2, 16), 32), block=1), "codes go from 32 to 32"),
+        (lambda m, x: m.features(np.full((2, 16), 32), block=1), "codes range from 32 to 32"),
         (lambda m, x: m.features(x[0], block=1), r"images have shape \(16, 16, 3\)"),
     ],
 )

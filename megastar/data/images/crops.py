@@ -21,10 +21,11 @@ def parse_crops(text: str) -> tuple[Crops, int]:
     ``ten:1.1+ten:1.05``, LlamaGen's two sets, gives 20 views: ten of the first, then ten of the second.
     """
     sets = [_one(part, text) for part in text.split("+")]
-    makers = [make for make, _ in sets]
-    if len(makers) == 1:
-        return sets[0]
-    return partial(_joined, makers), sum(views for _, views in sets)
+
+    def make(image: Image.Image, size: int) -> np.ndarray:
+        return np.concatenate([crop(image, size) for crop, _ in sets])
+
+    return make, sum(views for _, views in sets)
 
 
 def _one(part: str, text: str) -> tuple[Crops, int]:
@@ -41,10 +42,6 @@ def _one(part: str, text: str) -> tuple[Crops, int]:
     raise UserError(
         f"crops {text!r} is unknown: use ten:1.1 (scale 1 to 4), center-flip or center, or several joined by +"
     )
-
-
-def _joined(makers: list[Crops], image: Image.Image, size: int) -> np.ndarray:
-    return np.concatenate([make(image, size) for make in makers])
 
 
 def _center(image: Image.Image, size: int) -> np.ndarray:

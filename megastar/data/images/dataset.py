@@ -11,10 +11,9 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import overload
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -22,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from megastar.data.images import sources
 from megastar.data.images.listing import SUFFIXES, Listing, key_of
 from megastar.data.images.tars import RemoteTars, Report
-from megastar.data.storage.protocol import is_remote
+from megastar.data.storage.store import is_remote
 from megastar.errors import UserError
 
 MAX_PIXELS = 40_000_000  # checked in the header, before decoding
@@ -48,30 +47,8 @@ class ImageError(ValueError):
     """An image that cannot be used; the caller skips and counts it."""
 
 
-class ImageList(Sequence[ImageEntry]):
-    """The selected rows of a listing, converted on access."""
-
-    def __init__(self, root: Path, listing: Listing, rows: np.ndarray, labels: np.ndarray):
-        self.root, self.listing, self.rows, self.labels = root, listing, rows, labels
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, i: int) -> ImageEntry: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[ImageEntry]: ...
-    def __getitem__(self, i: int | slice) -> ImageEntry | list[ImageEntry]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        columns, row = self.listing, int(self.rows[i])
-        name, file = columns.name(row), int(columns.tar[row])
-        path = self.root / (os.fsdecode(name) if file < 0 else columns.files[file])
-        return ImageEntry(key_of(name), int(self.labels[i]), path, int(columns.offset[row]), int(columns.size[row]))
-
-
 class ImageSet:
-    """All images of a source (see sources.py), with their class names.
+    """All images of a source (see sources.py), with their class names; ``images[i]`` is the location of image i.
 
     ``cache`` is a file that stores the listing; it is used while the source's sizes and times are unchanged. Raises
     ``UserError`` for a source that is missing, holds no image, or mixes labelled and unlabelled ones.
@@ -100,9 +77,9 @@ class ImageSet:
             raise UserError(
                 f"no images in {where}: expected {', '.join(SUFFIXES)} files in one folder per class, or tars of them"
             )
-        labels, self.class_names = self._label(listing, rows)
+        self.labels, self.class_names = self._label(listing, rows)
         root = Path() if self.remote is not None else Path(source)
-        self.images = ImageList(root.parent if root.is_file() else root, listing, rows, labels)
+        self.root, self.listing, self.rows = root.parent if root.is_file() else root, listing, rows
         if cache and not current:
             listing.save(cache)
 
@@ -121,7 +98,7 @@ class ImageSet:
         loose = rows[np.isin(listing.folder[rows], outside)]
         if 0 < len(loose) < len(rows):
             raise UserError(
-                f"{self.source}: image {key_of(listing.name(int(loose[0])))!r} is not in a class folder, others are: move or remove it"
+                f"{self.source}: image {key_of(listing.name(int(loose[0])))!r} is not in a class folder, but other images are: move or remove it"
             )
         # With a subset, the name of a top folder of images (an unlabelled test set) is not a class.
         paths = [PurePosixPath(f) for f in listing.folders]
@@ -132,18 +109,27 @@ class ImageSet:
 
     def digest(self) -> str:
         """SHA-256 of the sorted keys and classes, which identifies the set of images."""
-        images, found = self.images, hashlib.sha256()
-        for row, label in zip(images.rows.tolist(), images.labels.tolist(), strict=True):
-            found.update(f"{key_of(images.listing.name(row))}\t{label}\n".encode())
+        found = hashlib.sha256()
+        for row, label in zip(self.rows.tolist(), self.labels.tolist(), strict=True):
+            found.update(f"{key_of(self.listing.name(row))}\t{label}\n".encode())
         return found.hexdigest()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> ImageEntry:
+        columns, row = self.listing, int(self.rows[i])
+        name, file = columns.name(row), int(columns.tar[row])
+        path = self.root / (os.fsdecode(name) if file < 0 else columns.files[file])
+        return ImageEntry(key_of(name), int(self.labels[i]), path, int(columns.offset[row]), int(columns.size[row]))
+
+    def __iter__(self) -> Iterator[ImageEntry]:
+        return map(self.__getitem__, range(len(self)))
 
     def read(self, i: int) -> Image.Image:
         """Image i as RGB. Raises ``ImageError`` for an image that is broken, missing or too large (which is not
         decoded), and ``UserError`` for a failing source, where the image itself may be good."""
-        p = self.images[i]
+        p = self[i]
         if self.remote is not None:
             _check_size(p.key, p.size)
             return decode(self.remote.read(str(p.file), p.offset, p.offset + p.size), p.key)

@@ -118,7 +118,7 @@ def _add_list(found: ListingBuilder, path: Path) -> None:
     without = [name for name, cls in rows if cls is None]
     if 0 < len(without) < len(rows):
         raise UserError(
-            f"{path}: {len(without)} of {len(rows)} lines have no class, the first is {text(without[0])!r}: give one on all lines or none"
+            f"{path}: {len(without)} of {len(rows)} lines have no class, the first is {text(without[0])!r}: give a class on every line or on none"
         )
     given = {cls for _, cls in rows if cls is not None}
     if all(cls.isdigit() for cls in given):

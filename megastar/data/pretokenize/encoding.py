@@ -116,7 +116,7 @@ class Pipeline:
                 made.append(self.crops(self.images.read(i), self.encoder.size))
                 good.append((place, i))
             except ImageError as error:
-                skipped.append({"picture": self.images.images[i].key, "reason": str(error)})
+                skipped.append({"picture": self.images[i].key, "reason": str(error)})
         return ImageBatch(len(places), good, np.stack(made) if made else np.empty(0, np.uint8), skipped)
 
     def _encode(self, batch: ImageBatch, waited: float) -> ImageBatch:

@@ -27,7 +27,6 @@ from megastar.data.images.crops import parse_crops
 from megastar.data.images.dataset import ImageSet
 from megastar.data.order import permutation
 from megastar.data.pretokenize.encoding import Pipeline, ViewEncoder
-from megastar.data.pretokenize.progress import ShardProgress, shard_progress
 from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, load_manifest
 from megastar.data.shards.sample_parser import check_layout
 from megastar.data.shards.writer import open_writer
@@ -37,6 +36,7 @@ from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.utils.device import DTYPES, pick_device
 from megastar.utils.files import write_atomic
 from megastar.utils.lockfile import Claims
+from megastar.utils.progress_bar import ProgressBar, progress_bar
 
 SKIPPED = "skipped.jsonl"
 PROGRESS = ".progress"
@@ -88,7 +88,7 @@ def pretokenize(
     config = model.config
     if config.codebook_size > MAX_CODEBOOK:
         raise UserError(
-            f"tokenizer {tokenizer_path} has {config.codebook_size} codes, shards hold at most {MAX_CODEBOOK}: use a smaller one"
+            f"tokenizer {tokenizer_path} has {config.codebook_size} codes, shards store at most {MAX_CODEBOOK}: use a tokenizer with fewer codes"
         )
 
     def describe(images: ImageSet) -> Manifest:
@@ -167,7 +167,7 @@ def _pretokenize(
         run = PretokenizeRun(out, describe(images), len(images), claims)
         run.join()
         title = f"pretokenize {run.template.made_by['subset']}".strip()
-        with shard_progress(console, title, run.sizes) as bar, pipeline(images) as encode:
+        with progress_bar(console, title, len(images)) as bar, pipeline(images) as encode:
             while (shard := run.next(bar)) is not None:
                 with claims.holding(run.name(shard)):
                     run.write(shard, images, encode, bar)
@@ -177,7 +177,7 @@ def _pretokenize(
         logger.warning("%d images skipped (%s): see %s for the reasons", len(skipped), names, out / SKIPPED)
     logger.info(
         "%s: %d images x %d views in %d shards; %.3g images/s in this process, whose encoder waited %.1f %% of the time "
-        "for images", out, manifest.samples, manifest.views, len(manifest.shards), bar.rate, 100 * encode.waiting,
+        "for images", out, manifest.samples, manifest.views, len(manifest.shards), run.rate, 100 * encode.waiting,
     )  # fmt: skip
     return manifest
 
@@ -210,6 +210,12 @@ class PretokenizeRun:
         self.starts = range(0, self.images, size)
         self.sizes = [min(size, self.images - start) for start in self.starts]
         self.order = permutation(self.images, int(str(self.template.made_by["seed"])))
+        self.written, self.start = 0, time.monotonic()  # images by this process
+
+    @property
+    def rate(self) -> float:
+        """Images per second of this process."""
+        return self.written / max(1e-9, time.monotonic() - self.start)
 
     def name(self, shard: int) -> str:
         return f"shard-{shard:05d}"
@@ -229,31 +235,27 @@ class PretokenizeRun:
             if not _is_complete(self.out, _record(path)[0]):
                 path.unlink(missing_ok=True)
 
-    def next(self, bar: ShardProgress) -> int | None:
+    def next(self, bar: ProgressBar) -> int | None:
         """Claim the next shard; None when all are finished. Waits for the shards of other processes."""
-        try:
-            return self._next(bar)
-        except FileNotFoundError:  # another process has finished the set
-            bar.finish(range(len(self.sizes)))
-            return None
+        with suppress(FileNotFoundError):  # another process has finished the set
+            while True:
+                there = set(os.listdir(self.progress))
+                todo = [s for s in range(len(self.sizes)) if f"{self.name(s)}.json" not in there]
+                bar.update(self.images - sum(self.sizes[s] for s in todo))
+                if not todo:
+                    return None
+                for shard in sorted(todo, key=lambda s: f"{self.name(s)}.claim" in there):
+                    if self.claims.take(name := self.name(shard)):
+                        if not (self.progress / f"{name}.json").is_file():
+                            return shard
+                        self.claims.release(name)  # finished since
+                        break
+                else:  # each check reads every claim: limit the load on the file server
+                    time.sleep(POLL * min(len(todo), 20))
+        bar.update(self.images)
+        return None
 
-    def _next(self, bar: ShardProgress) -> int | None:
-        while True:
-            there = set(os.listdir(self.progress))
-            todo = [s for s in range(len(self.sizes)) if f"{self.name(s)}.json" not in there]
-            bar.finish(set(range(len(self.sizes))).difference(todo))
-            if not todo:
-                return None
-            for shard in sorted(todo, key=lambda s: f"{self.name(s)}.claim" in there):
-                if self.claims.take(name := self.name(shard)):
-                    if not (self.progress / f"{name}.json").is_file():
-                        return shard
-                    self.claims.release(name)  # finished since
-                    break
-            else:  # each check reads every claim: limit the load on the file server
-                time.sleep(POLL * min(len(todo), 20))
-
-    def write(self, shard: int, images: ImageSet, encode: Pipeline, bar: ShardProgress) -> None:
+    def write(self, shard: int, images: ImageSet, encode: Pipeline, bar: ProgressBar) -> None:
         """Write a shard and its record."""
         start, skipped = self.starts[shard], []
         tar, record = self.out / f"{self.name(shard)}.tar", self.progress / f"{self.name(shard)}.json"
@@ -262,10 +264,11 @@ class PretokenizeRun:
             with open_writer(tar, self.template.layout) as writer:
                 for batch in encode(places):
                     for (place, i), codes in zip(batch.places, batch.data, strict=True):
-                        image = images.images[i]
+                        image = images[i]
                         writer.add(f"{place:09d}", codes, image.label, image.key)
                     skipped += [{**s, "shard": tar.name} for s in batch.skipped]
-                    bar.advance(batch.images)
+                    self.written += batch.images
+                    bar.advance(batch.images, f"{self.rate:.3g} images/s here")
             write_atomic(record, json.dumps({**asdict(writer.info()), "skipped": skipped}).encode())
         except OSError:
             if not record.is_file() and self.progress.is_dir():  # else another process has made it

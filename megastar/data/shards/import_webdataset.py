@@ -19,9 +19,8 @@ from megastar.data.shards.index import ShardIndex, pack_index
 from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, is_plain_name, parse_manifest
 from megastar.data.shards.sample_parser import Expected, Samples, check_classes, check_codes, check_layout, find_samples
 from megastar.data.shards.tar_reader import shown
-from megastar.data.storage.protocol import Store
 from megastar.data.storage.shard_info import MANIFEST, ShardInfo, index_name
-from megastar.data.storage.store import open_store
+from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
 from megastar.tokenizer.io import read_tokenizer_metadata, tokenizer_hash
 from megastar.utils.progress_bar import progress_bar
@@ -51,7 +50,7 @@ def index_webdataset(
         crops: how the views were cut, if known (``ten:1.1``, ...); it determines the centre view.
 
     A set that was indexed before is indexed again. Raises ``UserError``, naming file and member, for a set that cannot
-    be trained on (no shards or samples, arrays of different shapes, codes outside the code book, a missing or unknown
+    be trained on (no shards or samples, arrays of different shapes, codes outside the codebook, a missing or unknown
     class, a duplicate key, a cut tar), and for a set written by pretokenize.
     """
     check_layout(layout)
@@ -66,7 +65,7 @@ def index_webdataset(
         codebook_size, image_size = config.codebook_size, config.image_size
         tokenizer_sha256, grid = tokenizer_hash(tokenizer), grid or config.grid
     if codebook_size is None:
-        raise UserError(f"the code book of {where} is unknown: give its tokenizer, or codebook_size")
+        raise UserError(f"the codebook of {where} is unknown: give its tokenizer, or codebook_size")
     if not 1 <= codebook_size <= MAX_CODEBOOK:
         raise UserError(f"codebook_size {codebook_size} must be 1 to {MAX_CODEBOOK}")
     if grid is not None and not 1 <= grid <= 1024:
@@ -94,7 +93,7 @@ def index_webdataset(
             bar.advance()
     if expected is None:
         raise UserError(
-            f"{where} holds no samples in {len(names)} tars: members must be named KEY.codes.npy, or KEY.npy"
+            f"{where} contains no samples in {len(names)} tars: members must be named KEY.codes.npy, or KEY.npy"
         )
     side = math.isqrt(expected.tokens)
     manifest = Manifest(
@@ -123,13 +122,13 @@ def _tars(store: Store, where: str | Path) -> list[str]:
         raise UserError(f"{where} has a {MANIFEST} written by pretokenize and needs no index")
     names = sorted(name for name in files if is_plain_name(name))
     if not names:
-        raise UserError(f"{where} holds no .tar: give the folder that holds the shards themselves, uncompressed")
+        raise UserError(f"{where} contains no .tar: give the folder that contains the shards, uncompressed")
     return names
 
 
 def _map(f: BinaryIO, where: str) -> mmap.mmap:
     if not os.fstat(f.fileno()).st_size:
-        raise UserError(f"token shard {where} is empty: copy it again, or remove it")
+        raise UserError(f"token shard {where} is empty: copy it again or remove it")
     return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -138,5 +137,5 @@ def _check_grid(found: Samples, tokens: int, where: str, grid: int | None) -> No
     if side * side != tokens or grid not in (None, side):
         wanted = "a square number" if grid is None else f"{grid} x {grid}"
         raise UserError(
-            f"token shard {where}: {shown(found.arrays[0].name)} has {tokens} codes a view, not {wanted}: correct the grid or the shards"
+            f"token shard {where}: {shown(found.arrays[0].name)} has {tokens} codes per view, not {wanted}: correct the grid or the shards"
         )

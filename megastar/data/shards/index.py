@@ -49,9 +49,7 @@ def unpack_index(
     if data is None or len(data) != _HEAD.size + 16 * n + _DIGEST:
         return None
     body = data[:-_DIGEST]
-    if not body.startswith(_head(info, layout, expected)):
-        return None
-    if hashlib.sha256(body).digest() != data[-_DIGEST:]:
+    if not body.startswith(_head(info, layout, expected)) or hashlib.sha256(body).digest() != data[-_DIGEST:]:
         return None
     numbers = np.frombuffer(body, "<i8", 2 * n, _HEAD.size).astype(np.int64)
     index = ShardIndex(numbers[:n], numbers[n:])

@@ -11,9 +11,8 @@ import numpy as np
 
 from megastar.config.schema import DataConfig
 from megastar.data.shards.sample_parser import DTYPES, LAYOUTS, Expected
-from megastar.data.storage.protocol import Store
 from megastar.data.storage.shard_info import MANIFEST, ShardInfo
-from megastar.data.storage.store import open_store
+from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
 
 FORMAT = 1
@@ -37,9 +36,8 @@ class Manifest:
     tokenizer_sha256: str  # empty: unknown, for a set of another writer
     shards: list[ShardInfo]
     skipped: list[dict[str, str]] = field(default_factory=list)  # {"picture": key, "reason": message}
-    made_by: dict[str, object] = field(
-        default_factory=dict
-    )  # subset, seed, shard size, dtype, digest of the image list
+    # subset, seed, shard size, dtype, digest of the image list
+    made_by: dict[str, object] = field(default_factory=dict)
     layout: str = "plain"  # how a shard stores its samples: LAYOUTS
     dtype: str = "uint16"  # of the stored codes: DTYPES
     format: int = FORMAT
@@ -74,7 +72,7 @@ def parse_manifest(store: Store) -> Manifest:
         data = json.loads(text)
         if (version := data["format"]) != FORMAT:
             raise UserError(
-                f"{path} has format {version!r:.80}, this version of megastar reads {FORMAT}: pretokenize again"
+                f"{path} has format {version!r:.80}, but this version of megastar reads format {FORMAT}: pretokenize again"
             )
         names = {f.name for f in fields(Manifest)}
         data = {k: v for k, v in data.items() if k in names}
@@ -100,9 +98,9 @@ def _check_types(manifest: Manifest) -> None:
             if type(value := getattr(entry, f.name)) is not kind:  # isinstance would accept True as an int
                 raise TypeError(f"{f.name} is {value!r}, not of type {kind.__name__}")
     if not all(isinstance(c, str) for c in manifest.classes):
-        raise TypeError("classes must be names")
+        raise TypeError("classes must be strings")
     if not all(isinstance(s, dict) for s in manifest.skipped):
-        raise TypeError("skipped must name images")
+        raise TypeError("skipped must contain mappings")
 
 
 def _problem(m: Manifest) -> str:
@@ -116,7 +114,7 @@ def _problem(m: Manifest) -> str:
     if not 1 <= m.views <= MAX_VIEWS or m.tokens > 2**20:
         return f"declares {m.views} views of {m.tokens} tokens"
     if not 1 <= m.codebook_size <= MAX_CODEBOOK:
-        return f"has a code book of {m.codebook_size}, not of 1 to {MAX_CODEBOOK} codes"
+        return f"has a codebook of {m.codebook_size}, not of 1 to {MAX_CODEBOOK} codes"
     if m.samples != sum(m.shard_sizes):
         return f"declares {m.samples} samples, its shards {sum(m.shard_sizes)}"
     if m.samples < 1:
@@ -131,7 +129,7 @@ def _problem(m: Manifest) -> str:
         if s.name in names:
             return f"names the shard {s.name} twice"
         if not re.fullmatch("[0-9a-f]{64}", s.sha256):
-            return f"says {s.sha256[:80]!r} is the SHA-256 of {s.name}"
+            return f"records the SHA-256 {s.sha256[:80]!r} for {s.name}, not 64 hexadecimal digits"
         if not (0 <= s.bytes <= _MAX_BYTES and 0 <= s.samples * sample <= s.bytes):
             return f"declares {s.samples} samples of {sample} bytes in the {s.bytes} bytes of {s.name}"
         names.add(s.name)

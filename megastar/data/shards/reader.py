@@ -1,5 +1,5 @@
 """Random access to the samples of token shards, a batch at a time. A truncated tar is found by the manifest's numbers,
-even if it was cut at a member boundary, where tar readers see a clean end.
+even if it was truncated at a member boundary, where tar readers see a clean end.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from megastar.config.schema import DataConfig
 from megastar.data.shards.index import ShardIndex, pack_index, unpack_index
 from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, parse_manifest
 from megastar.data.shards.sample_parser import DTYPES, find_samples
-from megastar.data.shards.tar_reader import AGAIN
-from megastar.data.storage.protocol import is_remote
+from megastar.data.shards.tar_reader import damaged
 from megastar.data.storage.shard_info import ShardInfo
-from megastar.data.storage.store import open_store
+from megastar.data.storage.store import is_remote, open_store
 from megastar.errors import UserError
 
 RESIDENT = 128 << 20  # bytes of shards to read through maps, which count as memory of this process
@@ -87,7 +86,10 @@ class ShardSet:
         return self._as_codes(codes.reshape(m.views, m.tokens)), int(index.labels[sample]), sample_id
 
     def gather(self, ids: Sequence[int] | np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """ids (B,), view numbers (B, M) -> codes (B, M, T) uint16, classes (B,) int64."""
+        """ids (B,), view numbers (B, M) -> codes (B, M, T) uint16, classes (B,) int64.
+
+        Raises ``UserError`` for a code outside the codebook and a class outside those of the manifest.
+        """
         m, (B, M) = self.manifest, views.shape
         ids = np.asarray(ids, np.int64)
         assert ids.shape == (B,) and M, (ids.shape, views.shape)
@@ -105,7 +107,18 @@ class ShardSet:
             ends = cuts[group : group + self._max_open + 1].tolist()
             part = rows[ends[0] : ends[-1]]
             self._gather(part, ordered, ends, ids[part], views[part], codes, labels)
-        return self._as_codes(codes.view(self._dtype).reshape(B, M, m.tokens)), labels
+        found = self._as_codes(codes.view(self._dtype).reshape(B, M, m.tokens))
+        if found.max() >= m.codebook_size:
+            row = int(np.argmax(found.max(axis=(1, 2))))
+            raise self._invalid(ids[row], f"holds code {found[row].max()}, outside the codebook of {m.codebook_size}")
+        if labels.min() < 0 or labels.max() >= len(m.classes):
+            row = int(np.argmax((labels < 0) | (labels >= len(m.classes))))
+            raise self._invalid(ids[row], f"has class {labels[row]}, outside 0 to {len(m.classes) - 1}")
+        return found, labels
+
+    def _invalid(self, sample_id: int, what: str) -> UserError:
+        command = f"`megastar data verify {self.folder}`"
+        return UserError(f"{self.where(sample_id)} of {self.folder} {what}: find all such samples with {command}")
 
     def _gather(
         self,
@@ -222,9 +235,8 @@ class ShardSet:
         return data
 
     def _cut(self, info: ShardInfo, size: int) -> UserError:
-        return UserError(
-            f"token shard {self.store.where(info.name)} has {size} bytes, the manifest records {info.bytes}: it was cut or changed, {AGAIN}"
-        )
+        what = f"has {size} bytes, the manifest records {info.bytes}: it was truncated or changed"
+        return damaged(self.store.where(info.name), what)
 
     def _index(self, data: mmap.mmap, info: ShardInfo) -> ShardIndex:
         """The stored index, or else one from a walk over the tar."""
@@ -253,7 +265,5 @@ def walk_shard(data: mmap.mmap, where: str, manifest: Manifest, info: ShardInfo)
     """Find every sample of a shard by its headers. Raises ``UserError`` if they differ from the manifest."""
     found = find_samples(data, where, manifest.layout, manifest.expected, info.samples)
     if (n := len(found.offsets)) != info.samples:
-        raise UserError(
-            f"token shard {where} holds {n} samples, the manifest records {info.samples}: it was cut or changed, {AGAIN}"
-        )
+        raise damaged(where, f"holds {n} samples, the manifest records {info.samples}: it was truncated or changed")
     return ShardIndex(found.offsets, found.labels)

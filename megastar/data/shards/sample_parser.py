@@ -15,18 +15,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megastar.data.shards.tar_reader import AGAIN, Buffer, Member, shown, walk
+from megastar.data.shards.tar_reader import Buffer, Member, damaged, shown, walk
 from megastar.errors import UserError
 
 LAYOUTS = ("plain", "packed")  # the index stores the position in this tuple
 DTYPES = {
-    "uint16": "<u2",
-    "uint8": "|u1",
-    "int16": "<i2",
-    "int32": "<i4",
-    "int64": "<i8",
-    "uint32": "<u4",
-    "uint64": "<u8",
+    n: np.dtype(n).newbyteorder("<").str for n in ["uint16", "uint8", "int16", "int32", "int64", "uint32", "uint64"]
 }
 _NPY = re.compile(
     rb"\{\s*'descr':\s*'([<|][ui]\d)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d, ]*)\),?\s*\}[ ]*\n?"
@@ -102,19 +96,17 @@ def find_samples(
         key, table = match[1], tables[kind]
         if key in table:
             raise UserError(
-                f"token shard {where} holds {shown(member.name)} twice, or beside {shown(table[key].name)}: keys must be unique"
+                f"token shard {where} holds {shown(member.name)} and {shown(table[key].name)} for the same key: keys must be unique"
             )
         table[key] = member
         if kind == "codes":
             arrays[key] = array = _array(data, member, where, headers)
             expected = _compare(array, where, layout, expected)
             if limit is not None and len(arrays) > limit:
-                raise UserError(
-                    f"token shard {where} holds more than the {limit} samples of the manifest: it was cut or changed, {AGAIN}"
-                )
+                raise damaged(where, f"holds more than the {limit} samples of the manifest: it was changed")
     for key, member in tables["classes"].items():
         if key not in arrays:
-            raise UserError(f"token shard {where}: {shown(member.name)} has no codes, {shown(key)}.codes.npy: {AGAIN}")
+            raise damaged(f"{where}: {shown(member.name)}", f"has no codes, {shown(key)}.codes.npy")
     for key, array in arrays.items():
         if key not in tables["classes"] and (layout == "packed" or key not in tables["notes"]):
             raise UserError(f"token shard {where}: {shown(array.name)} has no class: write {shown(key)}.cls")
@@ -125,14 +117,14 @@ def find_samples(
 
 
 def check_codes(tar: mmap.mmap, found: Samples, where: str, codebook_size: int) -> None:
-    """Raise ``UserError`` for a code outside the code book. Reads the whole tar."""
+    """Raise ``UserError`` for a code outside the codebook. Reads the whole tar."""
     held = 0
     for array in found.arrays:
         codes = np.frombuffer(tar, DTYPES[array.dtype], math.prod(array.shape), array.start)
         if codes.max() >= codebook_size or codes.min() < 0:
             wrong = codes.min() if codes.min() < 0 else codes.max()
             raise UserError(
-                f"token shard {where}: {shown(array.name)} holds code {wrong}, outside the code book of {codebook_size}: give the tokenizer that made it"
+                f"token shard {where}: {shown(array.name)} holds code {wrong}, outside the codebook of {codebook_size}: give the tokenizer that made it"
             )
         held += codes.nbytes
         if held > _MAX_RESIDENT:
@@ -147,7 +139,7 @@ def check_classes(found: Samples, where: str, num_classes: int | None) -> None:
     if outside.any():
         row = int(np.argmax(outside))
         raise UserError(
-            f"token shard {where}: {shown(found.keys[row])} has class {found.labels[row]}, outside 0 to {limit - 1}: correct it, or give all classes"
+            f"token shard {where}: {shown(found.keys[row])} has class {found.labels[row]}, outside 0 to {limit - 1}: correct the class, or raise the number of classes"
         )
 
 
@@ -175,7 +167,7 @@ def _compare(array: Array, where: str, layout: str, expected: Expected | None) -
             return expected
         wanted = f"{expected.views} views of {expected.tokens} codes in {expected.dtype} {expected.why}"
     except ValueError:
-        wanted = f"({'samples, views, T' if layout == 'packed' else 'views, T'}): write that shape"
+        wanted = f"of shape ({'samples, views, T' if layout == 'packed' else 'views, T'}): write that shape"
     raise UserError(f"token shard {where}: {shown(array.name)} is {array.dtype} of shape {array.shape}, not {wanted}")
 
 
@@ -203,15 +195,13 @@ def _packed(
         keys += [key] * n
         found = _array(data, classes[key], where, _Headers({}))
         if found.shape != (n,):
-            raise UserError(
-                f"token shard {where}: {shown(found.name)} has shape {found.shape}, not one class for each of {n} samples: {AGAIN}"
-            )
+            raise damaged(f"{where}: {shown(found.name)}", f"has shape {found.shape}, not one class per sample ({n})")
         labels.append(np.frombuffer(data, DTYPES[found.dtype], n, found.start).astype(np.int64))
         if sources:
             note = _json(data, notes[key], where) if key in notes else None
             listed = note.get("sources") if isinstance(note, dict) else None
             if not isinstance(listed, list) or len(listed) != n:
-                raise UserError(f"token shard {where}: {shown(key)}.json does not name {n} sources: {AGAIN}")
+                raise damaged(f"{where}: {shown(key)}.json", f"does not list {n} sources")
             names += map(str, listed)
     return Samples(np.concatenate(offsets), np.concatenate(labels), keys, list(arrays.values()), expected, names)
 
@@ -232,15 +222,15 @@ def _array(data: Buffer, member: Member, where: str, headers: _Headers) -> Array
         dtype = {v: k for k, v in DTYPES.items()}.get(match[1].decode() if match else "")
         if match is None or dtype is None or (match[2] == b"True" and sum(n > 1 for n in sizes) > 1):
             raise UserError(
-                f"token shard {where}: {shown(member.name)} must hold integers in C order ({', '.join(DTYPES)}), its header says {shown(text[:200].decode(errors='backslashreplace').strip())}"
+                f"token shard {where}: {shown(member.name)} must hold integers in C order ({', '.join(DTYPES)}), its header is {shown(text[:200].decode(errors='backslashreplace').strip())}"
             )
         parsed = headers[bytes(text)] = dtype, tuple(sizes)
     dtype, shape = parsed
     wanted = np.dtype(DTYPES[dtype]).itemsize * math.prod(shape)
     if body + length + wanted != end:
-        raise UserError(
-            f"token shard {where}: {shown(member.name)} has {member.size} bytes, an array of {dtype} of shape {shape} has {body + length - start + wanted}: {AGAIN}"
-        )
+        size = body + length - start + wanted
+        what = f"has {member.size} bytes, an array of {dtype} of shape {shape} has {size}"
+        raise damaged(f"{where}: {shown(member.name)}", what)
     return Array(dtype, shape, body + length, member.name)
 
 
@@ -257,7 +247,7 @@ def _json(data: Buffer, member: Member, where: str) -> object:
             raise ValueError(f"{member.size} bytes")
         return json.loads(data[member.start : member.start + member.size])
     except (ValueError, RecursionError) as error:
-        raise UserError(f"token shard {where}: {shown(member.name)} is not JSON ({error}): {AGAIN}") from None
+        raise damaged(f"{where}: {shown(member.name)}", f"is not JSON ({error})") from None
 
 
 def _label(note: object, member: Member, where: str) -> int:

@@ -14,7 +14,6 @@ from zlib import adler32
 from megastar.errors import UserError
 
 BLOCK = 512  # tar's unit
-AGAIN = "copy it again or pretokenize again"
 _MAX_EXTENDED = 1 << 20  # bytes of an extended header: usual ones have a few hundred
 _MAX_NAME = 4096
 _STEP = 1 << 20
@@ -42,19 +41,20 @@ class Member(NamedTuple):
 def walk(data: Buffer, where: str) -> Iterator[Member]:
     """The files of the tar ``data`` in order, without directories. ``where`` names the tar in messages.
 
-    Raises ``UserError`` for a broken header, a member that ends beyond the file, a missing end mark (so a tar cut
-    anywhere is found), data after it, a link or device, and a name that is absolute, leaves the folder or holds a NUL.
+    Raises ``UserError`` for a broken header, a member that ends beyond the file, a missing end-of-archive marker (so a
+    tar truncated anywhere is found), data after it, a link or device, and a name that is absolute, leaves the folder or
+    contains a NUL.
     """
     position, end = 0, len(data)
     name: str | None = None  # from an extended header, for the next member
     size: int | None = None
     while True:
         if position + BLOCK > end:
-            raise UserError(f"token shard {where} ends at byte {end} without tar's end mark: it was cut, {AGAIN}")
+            raise damaged(where, f"ends at byte {end} without an end-of-archive marker: it was truncated")
         block = data[position : position + BLOCK]
         if block[0] == 0 and not any(block):
             if name is not None or size is not None:
-                raise UserError(f"token shard {where} has a broken header at byte {position}: {AGAIN}")
+                raise damaged(where, f"has a broken header at byte {position}")
             _only_zeros(data, position, where)
             return
         found, length, kind = _header(block, where, position)
@@ -73,9 +73,7 @@ def walk(data: Buffer, where: str) -> Iterator[Member]:
             position = start
         elif kind in (b"x", b"g", b"L", b"K"):
             if length > _MAX_EXTENDED:
-                raise UserError(
-                    f"token shard {where} has an extended header of {length} bytes at byte {position}: {AGAIN}"
-                )
+                raise damaged(where, f"has an extended header of {length} bytes at byte {position}")
             position = _after("an extended header", start, length, end, where)
             body = bytes(data[start : start + length])
             if kind == b"L":
@@ -83,16 +81,20 @@ def walk(data: Buffer, where: str) -> Iterator[Member]:
             elif kind != b"K":
                 fields = _pax(body, where, start)
                 if any(k.startswith("GNU.sparse") for k in fields):
-                    raise UserError(f"token shard {where} holds a sparse file at byte {start}: pack plain files")
+                    raise UserError(
+                        f"token shard {where} holds a sparse file at byte {start}: store regular files only"
+                    )
                 if kind == b"x":
                     name, size = fields.get("path", name), _pax_size(fields, where, start)
                 elif "path" in fields or "size" in fields:
-                    raise UserError(
-                        f"token shard {where} has one path or size for all members at byte {start}: {AGAIN}"
-                    )
+                    raise damaged(where, f"has a global header with a path or size at byte {start}")
         else:
             what = _KINDS.get(kind, f"a member of type {kind!r}")
-            raise UserError(f"token shard {where} holds {what}, {shown(name or found)}: pack plain files")
+            raise UserError(f"token shard {where} holds {what}, {shown(name or found)}: store regular files only")
+
+
+def damaged(where: str, what: str) -> UserError:
+    return UserError(f"token shard {where} {what}; copy it again or pretokenize again")
 
 
 def shown(name: str) -> str:
@@ -110,7 +112,7 @@ def _header(block: bytes, where: str, position: int) -> tuple[str, int, bytes]:
             raise ValueError
         size = _octal(block[124:136]) if block[124] < 128 else _base_256(block[124:136])
     except ValueError:
-        raise UserError(f"token shard {where} has a broken header at byte {position}: {AGAIN}") from None
+        raise damaged(where, f"has a broken header at byte {position}") from None
     name = block[:100].partition(b"\0")[0]
     if block[345] and block[257:263] == b"ustar\0":
         name = block[345:500].partition(b"\0")[0] + b"/" + name
@@ -134,7 +136,7 @@ def _base_256(field: bytes) -> int:
 def _after(name: str, start: int, size: int, end: int, where: str) -> int:
     """Position of the next header."""
     if start + size > end:
-        raise UserError(f"token shard {where} ends inside {shown(name)}: it was cut, {AGAIN}")
+        raise damaged(where, f"ends inside {shown(name)}: it was truncated")
     return start + -(-size // BLOCK) * BLOCK
 
 
@@ -147,7 +149,7 @@ def _pax(body: bytes, where: str, position: int) -> dict[str, str]:
         record = body[at + len(number) + 1 : at + length]
         key, equals, value = record[:-1].partition(b"=")
         if at + length > len(body) or not equals or record[-1:] != b"\n":
-            raise UserError(f"token shard {where} has a broken header at byte {position + at}: {AGAIN}")
+            raise damaged(where, f"has a broken header at byte {position + at}")
         fields[_text(key)] = _text(value)
         at += length
     return fields
@@ -157,7 +159,7 @@ def _pax_size(fields: dict[str, str], where: str, position: int) -> int | None:
     if (size := fields.get("size")) is None:
         return None
     if not (size.isascii() and size.isdigit() and len(size) <= 20):
-        raise UserError(f"token shard {where} has a broken header at byte {position}: {AGAIN}")
+        raise damaged(where, f"has a broken header at byte {position}")
     return int(size)
 
 
@@ -172,7 +174,7 @@ def _checked(name: str, where: str) -> str:
 
 
 def _only_zeros(data: Buffer, position: int, where: str) -> None:
-    """Check that nothing follows the end mark: of two concatenated tars only the first would be read."""
+    """Check that nothing follows the end-of-archive marker: of two concatenated tars only the first would be read."""
     for at in range(position, len(data), _STEP):
         if any(part := data[at : at + _STEP]) and part.strip(b"\0"):
-            raise UserError(f"token shard {where} has data after its end mark at byte {position}: {AGAIN}")
+            raise damaged(where, f"has data after its end-of-archive marker at byte {position}")

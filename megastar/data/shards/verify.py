@@ -19,9 +19,8 @@ from megastar.data.shards.manifest import Manifest, parse_manifest
 from megastar.data.shards.reader import walk_shard
 from megastar.data.shards.sample_parser import DTYPES
 from megastar.data.storage.errors import StoreUnreachable
-from megastar.data.storage.protocol import Store
 from megastar.data.storage.shard_info import ShardInfo, index_name
-from megastar.data.storage.store import open_store
+from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
 from megastar.utils.progress_bar import progress_bar
 
@@ -77,10 +76,10 @@ def _check(store: Store, manifest: Manifest, info: ShardInfo) -> list[ShardProbl
 def _reasons(fd: int, found: str, store: Store, manifest: Manifest, info: ShardInfo) -> Iterator[str]:
     size = os.fstat(fd).st_size
     if size != info.bytes:
-        yield f"has {size} bytes, the manifest records {info.bytes}: it was cut or changed"
+        yield f"has {size} bytes, the manifest records {info.bytes}: it was truncated or changed"
         return
     if not size:
-        yield "is empty, not even tar's end mark is there: it was cut or changed"
+        yield "is empty: it was truncated or changed"
         return
     if found != info.sha256:  # go on: the other problems tell where to look
         yield f"has SHA-256 {found}, the manifest records {info.sha256}: it was changed"
@@ -91,11 +90,8 @@ def _reasons(fd: int, found: str, store: Store, manifest: Manifest, info: ShardI
             yield str(error)
             return
         kept = unpack_index(store.index_uncached(info), info, manifest.layout, manifest.expected, data)
-        same = kept is None or all(
-            np.array_equal(a, b) for a, b in ((kept.offsets, index.offsets), (kept.labels, index.labels))
-        )
-        if not same:
-            yield f"its index {index_name(info.name)} does not match its samples: remove that file, it is rebuilt"
+        if kept and not all(np.array_equal(getattr(kept, k), getattr(index, k)) for k in ("offsets", "labels")):
+            yield f"its index {index_name(info.name)} does not match its samples: remove it, and it is rebuilt"
         yield from _contents(data, index, manifest)
 
 
@@ -120,4 +116,4 @@ def _contents(data: mmap.mmap, index: ShardIndex, manifest: Manifest) -> Iterato
             bad += int(rows.sum())
         data.madvise(mmap.MADV_DONTNEED)
     if bad:
-        yield f"{first}, outside the code book of {manifest.codebook_size} ({bad} such samples)"
+        yield f"{first}, outside the codebook of {manifest.codebook_size} ({bad} such samples)"

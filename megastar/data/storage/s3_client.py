@@ -36,7 +36,7 @@ def split_url(url: str) -> tuple[str, str]:
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")
     if scheme != "s3" or not bucket:
-        raise UserError(f"{url}: must read s3://bucket/prefix")
+        raise UserError(f"{url}: must have the form s3://bucket/prefix")
     return bucket, prefix.strip("/")
 
 
@@ -69,7 +69,7 @@ class S3Folder:
                 options["signature_version"] = UNSIGNED
             self.client = session.client("s3", config=Config(**options))
         except (BotoCoreError, ValueError) as error:
-            raise UserError(f"{url} cannot be read ({error}): correct the AWS_... settings") from error
+            raise UserError(f"{url} cannot be opened ({error}): correct the AWS_... settings") from error
         self.endpoint: str = self.client.meta.endpoint_url
 
     def url_of(self, name: str) -> str:
@@ -138,7 +138,7 @@ class S3Folder:
         etag, found = self._call(name, timer, lambda: self.head(name))
         if size is not None and found != size:
             raise UserError(
-                f"{self.url_of(name)} has {found} bytes, the manifest records {size}: it was cut or changed, upload it again"
+                f"{self.url_of(name)} has {found} bytes, the manifest records {size}: it was truncated or changed, upload it again"
             )
         sink = _FileSink(out)
         try:
@@ -255,7 +255,7 @@ class S3Folder:
         if status == 412:
             return str(self.changed(name))
         if status < 500 and status not in (408, 429) and code not in ("RequestTimeout", "SlowDown", "Throttling"):
-            return f"{self.endpoint} refuses {url} ({code}, {error.response['Error'].get('Message', '')}): correct the URL, the region (AWS_DEFAULT_REGION) or the endpoint (AWS_ENDPOINT_URL_S3)"
+            return f"{self.endpoint} rejects the request for {url} ({code}, {error.response['Error'].get('Message', '')}): correct the URL, the region (AWS_DEFAULT_REGION) or the endpoint (AWS_ENDPOINT_URL_S3)"
         return ""
 
     def changed(self, name: str) -> UserError:
@@ -295,7 +295,7 @@ class _FileSink:
                 self._pieces[at] = end
             except OSError as error:  # of the disk, not of the network
                 raise CacheFull(
-                    f"the cache cannot be written ({error.strerror}): free some space, or name another data.cache"
+                    f"the cache cannot be written ({error.strerror}): free some space, or set another data.cache"
                 ) from error
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cached_property
 from typing import BinaryIO
 
 from megastar.config.schema import DataConfig
@@ -32,7 +33,7 @@ def available_memory() -> int:
 
 
 class S3Store:
-    """``s3://bucket/prefix`` through a cache on the node.
+    """``s3://bucket/prefix`` through a cache on the node, with the methods of ``FolderStore``.
 
     A shard is fetched once a node, however many processes read it. During an outage the readers wait; the first rank
     logs that every ten seconds, and after ``data.patience`` seconds the wait ends with a ``UserError``. While the
@@ -45,7 +46,6 @@ class S3Store:
         self.last_message = self.degraded = ""
         self.s3 = S3Folder(url, data.patience, self._report)
         self.cache_folder, self.max_bytes = data.cache, int(data.cache_gib * 2**30)
-        self._cache: ShardCache | None = None
         self._changed = threading.Condition()
         self._wanted: deque[ShardInfo] = deque()
         self._first: ShardInfo | None = None  # of ``_wanted``: fetched before, not beside, the others
@@ -56,13 +56,10 @@ class S3Store:
         self.last_message = message
         log_on_first_rank(message)
 
-    @property
+    @cached_property
     def cache(self) -> ShardCache:
-        """Made on first use: reading a manifest needs no cache."""
-        with self._changed:
-            if self._cache is None:
-                self._cache = ShardCache(self.cache_folder, self.max_bytes)
-            return self._cache
+        """Created on first use, because a manifest needs no cache. Threads that race create equal ones."""
+        return ShardCache(self.cache_folder, self.max_bytes)
 
     def where(self, name: str) -> str:
         return self.s3.url_of(name)

@@ -50,7 +50,7 @@ class ShardCache:
                 self._sweep()
         except OSError as error:
             raise UserError(
-                f"data.cache = {self.folder} cannot be used ({error}): name a folder on a disk of this node"
+                f"data.cache = {self.folder} cannot be used ({error}): set it to a folder on a disk of this node"
             ) from error
 
     def open(self, info: ShardInfo) -> BinaryIO | None:
@@ -174,7 +174,9 @@ class ShardCache:
 
     def _path(self, info: ShardInfo) -> Path:
         if not re.fullmatch("[0-9a-f]{64}", info.sha256):  # it names a file and comes from a remote manifest
-            raise UserError(f"the manifest records {info.sha256!r} is the SHA-256 of {info.name}: pretokenize again")
+            raise UserError(
+                f"the manifest records the SHA-256 {info.sha256!r} for {info.name}, not 64 hexadecimal digits: pretokenize again"
+            )
         return self.folder / f"{info.sha256}.tar"
 
     def _part(self, info: ShardInfo) -> Path:

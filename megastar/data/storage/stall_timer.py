@@ -69,7 +69,7 @@ class StallTimer:
         if idle >= REPORT_EVERY:
             self._stalled = True
             self.report(
-                f"stalled for {idle:.0f} s: no data for {self.target} from {self.endpoint} ({self.last_error or 'no answer yet'}); retrying until data.patience = {self.patience:g} s"
+                f"stalled for {idle:.0f} s: no data for {self.target} from {self.endpoint} ({self.last_error or 'no answer yet'}); retrying for up to data.patience = {self.patience:g} s"
             )
             return
         elapsed = now - self._started

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megastar.config.schema import DataConfig
-from megastar.data.storage.protocol import Store, is_remote
 from megastar.data.storage.s3_store import S3Store
 from megastar.data.storage.shard_info import MANIFEST, MAX_MANIFEST_BYTES, ShardInfo, index_name, max_index_bytes
 from megastar.data.storage.stall_timer import NEVER
@@ -22,23 +21,22 @@ from megastar.errors import UserError
 from megastar.utils.files import read_small, sha256_of, write_atomic
 
 
-def open_store(url: str | Path, data: DataConfig | None = None) -> Store:
-    """The store of a folder or ``s3://bucket/prefix``; ``data`` configures cache and patience (None: the defaults)."""
-    return S3Store(str(url), data or DataConfig()) if is_remote(url) else FolderStore(url)
-
-
 class FolderStore:
-    """A folder of this machine; nothing is copied."""
+    """A folder of this machine; nothing is copied. ``S3Store`` has the same methods."""
 
-    remote, last_message, degraded = False, "", ""
+    remote = False  # whether shards are read through the cache
+    last_message = ""  # the last message about a wait; empty if there was none
+    degraded = ""  # why reading is slow at present; empty if it is not
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
     def where(self, name: str) -> str:
+        """Path or URL of a file, for messages."""
         return str(self.folder / name)
 
     def manifest(self) -> bytes:
+        """Content of manifest.json. Raises ``UserError`` if it cannot be read."""
         if not self.folder.is_dir():
             raise UserError(f"token shards folder {self.folder} does not exist: make it with `megastar pretokenize`")
         path = self.folder / MANIFEST
@@ -51,6 +49,11 @@ class FolderStore:
         return data
 
     def open(self, info: ShardInfo, stop: threading.Event = NEVER) -> BinaryIO:
+        """A shard as a local file, which is kept while the file or a map of it exists.
+
+        ``stop`` cancels a wait with ``Stopped``. Raises ``UserError`` for a shard that is missing, changed or
+        unreachable.
+        """
         return self._open(info.name)
 
     def _open(self, name: str) -> BinaryIO:
@@ -67,6 +70,7 @@ class FolderStore:
             ) from error
 
     def index(self, info: ShardInfo) -> bytes | None:
+        """The stored index of a shard, None without one. Unchecked: compare it with the shard."""
         path = self._index(info)
         with suppress(OSError):
             if path.stat().st_mtime_ns >= (self.folder / info.name).stat().st_mtime_ns:  # else of an earlier tar
@@ -74,37 +78,54 @@ class FolderStore:
         return None
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
+        """Store the index of a shard for later readers, where that is possible."""
         if self.index(info) == data:  # another rank has walked the same tar
             return
         with suppress(OSError):  # no permission to write
             write_atomic(self._index(info), data)
 
     def open_uncached(self, name: str) -> tuple[BinaryIO, str]:
+        """A shard as it is in the store now, whatever its size, and its SHA-256. Errors as ``open``."""
         f = self._open(name)
         return f, sha256_of(f)
 
     def index_uncached(self, info: ShardInfo) -> bytes | None:
+        """As ``index``, bypassing the cache."""
         return self.index(info)
 
     def _index(self, info: ShardInfo) -> Path:
         return self.folder / index_name(info.name)
 
     def names(self) -> list[str]:
+        """Names of all files of the store. Raises ``UserError`` for a store that does not exist."""
         if not self.folder.is_dir():
             raise UserError(f"token shards folder {self.folder} does not exist: name the folder that holds the tars")
         return [p.name for p in self.folder.iterdir() if p.is_file()]
 
     def put(self, name: str, data: bytes) -> None:
+        """Write a small file. Raises ``UserError`` where that is not possible."""
         try:
             write_atomic(self.folder / name, data)
         except OSError as error:
             raise UserError(f"cannot write {self.where(name)} ({error.strerror}): make the folder writable") from error
 
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
-        pass
+        """Fetch these shards next, in this order, in the background. Replaces the previous list."""
 
     def check_room(self, shards: Iterable[ShardInfo]) -> None:
-        pass
+        """Raise ``UserError`` unless the cache can hold all of these at once."""
 
     def close(self) -> None:
-        pass
+        """Stop the background threads. The store can be used again."""
+
+
+Store = FolderStore | S3Store
+
+
+def is_remote(url: str | Path) -> bool:
+    return str(url).startswith("s3://")
+
+
+def open_store(url: str | Path, data: DataConfig | None = None) -> Store:
+    """The store of a folder or ``s3://bucket/prefix``; ``data`` configures cache and patience (None: the defaults)."""
+    return S3Store(str(url), data or DataConfig()) if is_remote(url) else FolderStore(url)

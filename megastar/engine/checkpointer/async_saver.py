@@ -32,9 +32,8 @@ from megastar.checkpoint.shard_format import KINDS, Piece, state_file, write_pie
 from megastar.config.schema import RunConfig
 from megastar.engine.checkpointer.s3_upload import Uploader
 from megastar.engine.context import Context
-from megastar.engine.rank_sync import agreed, on_main, retry, wait_for
+from megastar.engine.rank_sync import from_main, on_main, retry, wait_for
 from megastar.engine.zero.engines import Engines, elements_of, full_shapes, owned
-from megastar.engine.zero.partitions import publish_masters
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import WRITING, folder_of, name_of
@@ -45,7 +44,7 @@ UPLOAD_PATIENCE = 86400.0
 RETRY_EVERY = 60.0  # seconds from a failed save to the next attempt, unless a save is due before
 REPORT_EVERY = 600.0  # seconds between reports of saves that keep failing
 SLACK = 1 << 20  # bytes, for headers and the manifest
-SIGNAL_GRACE = {signal.SIGUSR1: 120.0}  # seconds; the batch scripts ask for USR1 three minutes before the end
+USR1_GRACE = 120.0  # seconds; the batch scripts ask for USR1 three minutes before the end
 SHORT_GRACE = 20.0  # seconds; SLURM kills 30 s after TERM
 
 
@@ -60,7 +59,7 @@ class Saver:
 
     def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines, step: int = -1):
         self.cfg, self.ctx, self.engines = cfg, ctx, engines
-        self.folder = folder_of(cfg)
+        self.folder = folder_of(cfg.run)
         self.shapes = full_shapes(engines, ctx)
         self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
         self.token = ""  # of the last save: a name that no other save has, in this job or in one that is dying
@@ -87,7 +86,7 @@ class Saver:
     def retry_due(self) -> bool:
         """After a step in which some rank had ``failed``: whether to save now. A collective."""
         self.finish()
-        return agreed(self.ctx, self.failed)
+        return from_main(self.ctx, self.failed)
 
     def take_events(self) -> list[tuple[str, dict[str, Any]]]:
         """(message, fields) of the events since the last call. Main rank only."""
@@ -95,7 +94,7 @@ class Saver:
         return events + (self.uploader.take_events() if self.uploader else [])
 
     def save(self, step: int, metadata: dict[str, Any]) -> float:
-        """Save after ``step`` steps; ``metadata`` goes into the manifest. Returns the seconds that training stood still.
+        """Save after ``step`` steps; ``metadata`` goes into the manifest. Returns the seconds that it blocked training.
 
         A save that fails, here or while it is written, sets ``problem``; the former checkpoint stays valid.
         """
@@ -104,10 +103,7 @@ class Saver:
         self.step, self._due = step, None
         align_replicas(self.engines, self.ctx)
         mine = owned(self.engines, self.ctx)
-        token = [secrets.token_hex(4)]
-        if self.ctx.world > 1:
-            dist.broadcast_object_list(token, src=0, device=self.ctx.device)
-        self.token = token[0]
+        self.token = from_main(self.ctx, secrets.token_hex(4))
         self.written = self.folder / WRITING / self.token / name_of(step)
         if problem := on_main(self.ctx, self._prepare):
             self._settle(problem)
@@ -117,13 +113,12 @@ class Saver:
         if self.ctx.device.type == "cuda":
             torch.cuda.synchronize()
             random["cuda"] = torch.cuda.get_rng_state(self.ctx.device)
-        manifest = {"format": FORMAT, "step": step, **metadata}
-        manifest |= {
-            "mesh": {
-                "data": self.ctx.mesh.data,
-                "tensor": self.ctx.tensor,
-                "zero_stage": self.engines.student.zero_optimization_stage(),
-            },
+        stage = self.engines.student.zero_optimization_stage()
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            **metadata,
+            "mesh": {"data": self.ctx.mesh.data, "tensor": self.ctx.tensor, "zero_stage": stage},
             "dtype": str(self.ctx.dtype),
             "optimizer_step": self.engines.updates(),
             "parameters": self.shapes,
@@ -138,7 +133,7 @@ class Saver:
     ) -> str:
         """Save ``step`` unless that is done, with retries for ``patience`` seconds. Called by all ranks alike.
 
-        Returns the last problem, or the empty string. ``stop``, asked on the main rank, ends the retries.
+        Returns the last problem, or the empty string. ``stop``, called on the main rank, ends the retries.
         """
 
         def attempt() -> str:
@@ -157,7 +152,7 @@ class Saver:
             self.uploader.put(checkpoint)
 
     def disk_shortfall(self, steps: int) -> str:
-        """At the start of a run of ``steps`` steps: a message if its disk is too small for the checkpoints to be kept."""
+        """At the start of a run of ``steps`` steps: a message if the disk is too small for the checkpoints that it keeps."""
         t = self.cfg.train
         count = t.keep_last + 1 + t.keep_best + (steps // t.keep_every if t.keep_every else 0)
         try:
@@ -202,7 +197,7 @@ class Saver:
         note: dict[str, Any] = {}
         try:
             note = {"files": self._write_files(pieces, random)}
-        except Exception as error:  # whatever it is, it must reach the loop
+        except Exception as error:  # of any kind: the loop must know
             self.error = as_os_error(error)
             note = {"problem": f"rank {self.ctx.rank}: {self.error}"}
             for name in (state_file(self.ctx.rank), state_file(self.ctx.rank) + ".tmp"):
@@ -227,14 +222,13 @@ class Saver:
         files = {state_file(mesh.rank): {"bytes": size, "sha256": digest, "whose": whose}}
         if mesh.tensor_rank == 0:
             file = self.written / random_file(mesh.data_rank)
-            data = io.BytesIO()  # to a disk torch.save would turn what is wrong with it into an error of its own
+            data = io.BytesIO()  # torch.save to a file would hide the disk's error
             torch.save(random, data)
             with file.open("wb") as f:
                 f.write(data.getvalue())
                 f.flush()
                 os.fsync(f.fileno())
-            entry = {"bytes": file.stat().st_size, "sha256": sha256(file), "whose": whose}
-            files[file.name] = entry
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file), "whose": whose}
         return files
 
     def _key(self, whose: int | str) -> str:
@@ -244,7 +238,7 @@ class Saver:
         """Rank 0: wait for every rank's report, then publish."""
         files: dict[str, Any] = {}
         problems = []
-        for rank in range(self.ctx.world):  # of all: none writes any more when their files are removed
+        for rank in range(self.ctx.world):  # of all ranks: none still writes when the files are removed
             report = json.loads(wait_for(self.store, self._key(rank), f"rank {rank} wrote no files"))
             problems += [report["problem"]] if "problem" in report else []
             files |= report.get("files", {})
@@ -253,7 +247,7 @@ class Saver:
         manifest |= {"files": dict(sorted(files.items()))}
         done = checkpoint_dir.publish(self.folder, name_of(self.step), manifest, self.written)
         try:
-            checkpoint_dir.retire(self.cfg, self.folder)
+            checkpoint_dir.retire(self.cfg.train, self.folder)
         except (OSError, ValueError) as error:  # the checkpoint is complete: no reason to stop
             self._events.append((f"older checkpoints in {self.folder} could not be removed ({error})", {}))
         if self.uploader:
@@ -314,7 +308,7 @@ class Saver:
 
 def grace_period(signal_number: int) -> float:
     """Seconds for saving after a stop signal: what is certainly left of the job."""
-    return SIGNAL_GRACE.get(signal_number, SHORT_GRACE)  # type: ignore[call-overload,no-any-return]
+    return USR1_GRACE if signal_number == signal.SIGUSR1 else SHORT_GRACE
 
 
 def gib(n: float) -> str:
@@ -343,5 +337,4 @@ def align_replicas(engines: Engines, ctx: Context) -> None:
                 dist.broadcast(value, src=source, group=ctx.tensor_group)
                 if value is not view:
                     view.copy_(value)
-    publish_masters(engines.student)
-    engines.refresh_teacher()
+    engines.publish_masters()

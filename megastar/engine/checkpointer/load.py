@@ -11,29 +11,19 @@ from safetensors import safe_open
 
 from megastar.checkpoint.rng_state import random_file, seed_dropout
 from megastar.checkpoint.shard_format import KINDS, StateReader
-from megastar.config.schema import RunConfig
 from megastar.engine.context import Context
 from megastar.engine.zero.engines import Engines, full_shapes
-from megastar.engine.zero.partitions import publish_masters
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
 
 
-def newest_checkpoint(ctx: Context, folder: Path) -> Path | None:
-    """``latest`` as rank 0 sees it, on every rank: views of a shared file system may differ for a while."""
-    found = [checkpoint_dir.latest(folder) if ctx.main else None]
-    if ctx.world > 1:
-        dist.broadcast_object_list(found, src=0, device=ctx.device)
-    return found[0]
-
-
 @torch.no_grad()
-def load_checkpoint(cfg: RunConfig, ctx: Context, engines: Engines, checkpoint: Path) -> dict[str, Any]:
+def load_checkpoint(ctx: Context, engines: Engines, checkpoint: Path, seed: int) -> dict[str, Any]:
     """Restore everything from ``checkpoint``, whatever ranks and ZeRO stage wrote it; returns its manifest.
 
-    With another number of data ranks, dropout draws different numbers from here on; nothing else changes. Raises
+    With another number of data ranks, dropout draws different numbers from here on, as ``seed`` determines; nothing else changes. Raises
     ``UserError`` for another network and for files that are not what was written.
     """
     metadata = checkpoint_dir.read_manifest(checkpoint)
@@ -48,8 +38,7 @@ def load_checkpoint(cfg: RunConfig, ctx: Context, engines: Engines, checkpoint: 
         for kind in KINDS:
             shard.view(kind).copy_(reader.range(shard.name, kind, *where))
         engines.optimizer.state[shard.flat]["step"].fill_(reader.optimizer_step)
-    publish_masters(engines.student)
-    engines.refresh_teacher()
+    engines.publish_masters()
     engines.set_step(metadata["step"])
     random = checkpoint / random_file(ctx.mesh.data_rank)
     if metadata["mesh"]["data"] == ctx.mesh.data:
@@ -58,21 +47,21 @@ def load_checkpoint(cfg: RunConfig, ctx: Context, engines: Engines, checkpoint: 
         if "cuda" in state and ctx.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], ctx.device)
     else:
-        seed_dropout(cfg.train.seed, ctx.mesh.data_rank, metadata["step"])
+        seed_dropout(seed, ctx.mesh.data_rank, metadata["step"])
     return metadata
 
 
 @torch.no_grad()
-def load_initial(cfg: RunConfig, ctx: Context, engines: Engines) -> dict[str, Any]:
-    """Put the weights file ``train.init`` into the masters of student and average; returns the file's provenance.
+def load_initial(init: str, ctx: Context, engines: Engines) -> dict[str, Any]:
+    """Put the weights file ``init`` into the masters of student and average; returns the file's provenance.
 
     Every rank reads one whole tensor at a time. Raises ``UserError`` for a file of another network.
     """
-    model, provenance = read_model_metadata(cfg.train.init)
-    with safe_open(cfg.train.init, "pt") as f:
+    model, provenance = read_model_metadata(init)
+    with safe_open(init, "pt") as f:
         theirs = {"transformer." + n: list(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118
         ours = {n: s for n, s in full_shapes(engines, ctx).items() if n.startswith("transformer.")}
-        _same_network(theirs, ours, Path(cfg.train.init))
+        _same_network(theirs, ours, Path(init))
         for shard in engines.shards():
             if shard.name in theirs:
                 value = f.get_tensor(shard.name.removeprefix("transformer.")).float()
@@ -80,9 +69,8 @@ def load_initial(cfg: RunConfig, ctx: Context, engines: Engines) -> dict[str, An
                 local = split.cut(value, ctx.tensor, ctx.mesh.tensor_rank) if split else value
                 for kind in ("fp32", "ema"):
                     shard.view(kind).copy_(local.reshape(-1)[shard.start : shard.stop])
-    publish_masters(engines.student)
-    engines.refresh_teacher()
-    return {"file": cfg.train.init, "model": model.name, **provenance}
+    engines.publish_masters()
+    return {"file": init, "model": model.name, **provenance}
 
 
 def _same_network(theirs: dict[str, list[int]], ours: dict[str, list[int]], checkpoint: Path) -> None:

@@ -18,7 +18,7 @@ OVER = {"situation": "upload", "over": True}
 
 
 class Uploader:
-    """One upload at a time, in a thread. A newer checkpoint replaces one that still waits its turn.
+    """One upload at a time, in a thread. A newer checkpoint replaces one whose upload has not begun.
 
     The manifest goes last and then the object ``latest``, so a checkpoint that a reader finds is complete. An outage never
     stops the training: the upload of the newest checkpoint is retried until it succeeds, and ``problem`` holds the last failure
@@ -34,7 +34,7 @@ class Uploader:
         self.uploaded: list[str] = []
         self.problem = ""
         self._woken = threading.Event()  # something new to upload, or the end of patience
-        self._until: float | None = None  # when an outage is waited for no longer; None: without end
+        self._until: float | None = None  # when to stop waiting for the end of an outage; None: never
         self._events: list[tuple[str, dict[str, Any]]] = []
 
     def put(self, checkpoint: Path) -> None:
@@ -47,7 +47,7 @@ class Uploader:
                 self.thread.start()
 
     def finish(self) -> str:
-        """Wait for what was put; returns the last problem, or the empty string."""
+        """Wait until all uploads are done or given up; returns the last problem, or the empty string."""
         self._until = time.monotonic() + self.patience
         self._woken.set()  # one more attempt, at once
         while thread := self.thread:
@@ -104,7 +104,7 @@ class Uploader:
             client.upload_file(str(file), self.bucket, key, Config=parts)
             there = client.head_object(Bucket=self.bucket, Key=key)["ContentLength"]
             if there != file.stat().st_size:
-                raise OSError(f"{key} has {there} bytes there, {file.stat().st_size} here")
+                raise OSError(f"{key} has {there} bytes in S3, {file} has {file.stat().st_size}")
         client.put_object(Bucket=self.bucket, Key=self._key("latest"), Body=f"{checkpoint.name}\n".encode())
 
     def _key(self, name: str) -> str:

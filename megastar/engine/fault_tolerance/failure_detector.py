@@ -100,9 +100,8 @@ class FailureDetector:
             return None
         if self.clock - self.contact_at > limit * (START_FACTOR if PHASE.phase == STARTING else 1):
             return self.store_loss()
-        silent = [
-            b for b in self.silent_ranks(limit) if b.phase != STARTING or b in self.silent_ranks(START_FACTOR * limit)
-        ]
+        long_silent = self.silent_ranks(START_FACTOR * limit)
+        silent = [b for b in self.silent_ranks(limit) if b.phase != STARTING or b in long_silent]
         if silent and self.clock - self.contact_at < limit / 2:
             return self.loss_of(silent, f"(faults.lost_timeout = {limit:g})")
         return None
@@ -169,9 +168,8 @@ def error_of(beat: Heartbeat) -> Diagnosis | None:
     """The diagnosis for a rank that exited with an error; status 2, a user error, is kept on every rank."""
     if beat.status in CLEAN:
         return None
-    return Diagnosis(
-        "error", f"{beat} exited with an error: {beat.text}", [beat], 2 if beat.status == 2 else RANK_FAILURE
-    )
+    status = 2 if beat.status == 2 else RANK_FAILURE
+    return Diagnosis("error", f"{beat} exited with an error: {beat.text}", [beat], status)
 
 
 def rank_0_hosts_store() -> bool:

@@ -31,14 +31,8 @@ def record_lost_rank(run: Path, rank: int, host: str, why: str) -> None:
     {"time": "2026-01-31T12:00:00+00:00", "job": "417", "attempt": 0, "rank": 3, "host": "node7", "why": "lost"}
     """
     assert why in REASONS, why
-    row = {
-        "time": utc_now(),
-        "job": os.environ.get("SLURM_JOB_ID", ""),
-        "attempt": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        "rank": rank,
-        "host": host,
-        "why": why,
-    }
+    job, attempt = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    row = {"time": utc_now(), "job": job, "attempt": attempt, "rank": rank, "host": host, "why": why}
     with suppress(OSError):
         append_line(run / LOST, json.dumps(row))
 
@@ -80,7 +74,7 @@ def last_collectives() -> list[str]:
     try:
         for dump in filter(None, dumps):
             entries = entries or json.loads(dump()).get("entries") or []
-    except Exception as error:  # a private function of torch must not cost the rest of the file
+    except Exception as error:  # it is private: an error must not lose the rest of the file
         return [f"the flight recorder cannot be read ({type(error).__name__}: {error})"]
     return [_line_of(e) for e in entries[-COLLECTIVES:]] or ["no collectives recorded"]
 

@@ -6,7 +6,7 @@ Runs just before the optimizer step: that step sends what it changes to all rank
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megastar.checkpoint.shard_format import KINDS
-from megastar.config.schema import RunConfig
+from megastar.config.schema import FaultsConfig, TrainConfig
 from megastar.engine.context import Context
 from megastar.engine.fault_tolerance.errors import CorruptReplica
 from megastar.engine.fault_tolerance.postmortem import record_lost_rank
 from megastar.engine.fault_tolerance.skip_policy import name_ranks
-from megastar.engine.lr_schedule import peak_rate
-from megastar.engine.zero.ema_teacher import ReplicatedTeacher
+from megastar.engine.rank_sync import gather
 from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.partitions import is_persistent
 from megastar.parallel.plan import split_of
@@ -29,11 +28,11 @@ from megastar.parallel.tensor_hash import hash_tensor
 from megastar.utils.hostname import host_name
 
 
-def due(cfg: RunConfig, step: int, saves: bool = False) -> bool:
+def due(faults: FaultsConfig, train: TrainConfig, step: int, saves: bool = False) -> bool:
     """Whether to compare in the step that follows ``step`` finished ones: every ``checksum_every`` steps, and before each
     save. ``saves``: this step is followed by a save outside of ``save_every``."""
-    every = cfg.faults.checksum_every
-    return bool(every) and (saves or (step + 1) % every == 0 or (step + 1) % cfg.train.save_every == 0)
+    every = faults.checksum_every
+    return bool(every) and (saves or (step + 1) % every == 0 or (step + 1) % train.save_every == 0)
 
 
 def replicas(engines: Engines, ctx: Context) -> Iterator[tuple[str, str, Tensor]]:
@@ -53,7 +52,6 @@ def replicas(engines: Engines, ctx: Context) -> Iterator[tuple[str, str, Tensor]
                 if stage < 3 or is_persistent(p):
                     yield "data", name, p
         if stage < 3 and engines.teacher is not None:
-            assert isinstance(engines.teacher, ReplicatedTeacher)
             for name, p in engines.teacher.module.named_parameters():
                 yield "data", f"teacher's {name}", p
     if ctx.tensor_group is not None:
@@ -67,12 +65,12 @@ def replicas(engines: Engines, ctx: Context) -> Iterator[tuple[str, str, Tensor]
 
 
 @torch.no_grad()
-def compare(cfg: RunConfig, engines: Engines, ctx: Context, step: int, since: int) -> None:
+def compare(run: Path, engines: Engines, ctx: Context, step: int, drift: float) -> None:
     """Raise ``CorruptReplica`` on all ranks when replicas differ, and record the rank at fault in RUN/lost.jsonl.
 
-    Weights that tensor ranks hold whole may drift apart by rounding; a save aligns them, the last one ``since`` steps ago.
-    Adam moves a weight by at most the learning rate per step, so a distance that two ranks can reach in ``since`` steps is
-    drift, and a larger one is corruption.
+    Weights that tensor ranks hold whole may drift apart by rounding; a save aligns them. Adam moves a weight by at most the
+    learning rate per step: the sum of the rates since the last save is ``drift``. Two ranks that differ by at most twice as
+    much have drifted, a larger distance is corruption.
     """
     if ctx.world == 1:
         return
@@ -84,9 +82,7 @@ def compare(cfg: RunConfig, engines: Engines, ctx: Context, step: int, since: in
     differ = torch.zeros_like(hashes, dtype=torch.bool)
     for scope in dict.fromkeys(scopes):
         mine = torch.tensor([s == scope for s in scopes], device=ctx.device)
-        extremes = torch.stack(
-            [hashes[mine], ~hashes[mine]]
-        )  # ~x reverses the order: one reduction gives maximum and minimum
+        extremes = torch.stack([hashes[mine], ~hashes[mine]])  # ~x reverses the order: one reduction gives both
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=groups[scope])
         differ[mine] = extremes[0] != ~extremes[1]
     anywhere = differ.to(torch.int32)
@@ -98,14 +94,12 @@ def compare(cfg: RunConfig, engines: Engines, ctx: Context, step: int, since: in
     for i in anywhere.nonzero().flatten().tolist():
         value: Any = hashes[i].item()
         if scopes[i] == "tensor" and tensors[i][2].is_floating_point():
-            value = _differs_from_first(ctx, tensors[i][2], 2 * since * peak_rate(cfg))
-        every: list[Any] = [None] * ctx.world
-        dist.all_gather_object(every, (host_name(), value))
-        hosts = [host for host, _ in every]
-        if found := find_outliers([value for _, value in every], _groups(ctx, scopes[i])):
-            faults.append((names[i], *found, hosts))
+            value = _differs_from_first(ctx, tensors[i][2], 2 * drift)
+        hosts, values = zip(*gather(ctx, (host_name(), value)), strict=True)
+        if found := find_outliers(values, _groups(ctx, scopes[i])):
+            faults.append((names[i], *found, list(hosts)))
     if faults:
-        raise CorruptReplica(report(cfg, ctx, step, faults))
+        raise CorruptReplica(report(run, ctx, step, faults))
 
 
 def _differs_from_first(ctx: Context, x: Tensor, bound: float) -> bool:
@@ -124,7 +118,7 @@ def _groups(ctx: Context, scope: str) -> list[list[int]]:
     return [list(range(first, ctx.world, ctx.tensor)) for first in range(ctx.tensor)]
 
 
-def find_outliers(values: list[Any], groups: list[list[int]]) -> tuple[list[int], bool] | None:
+def find_outliers(values: Sequence[Any], groups: list[list[int]]) -> tuple[list[int], bool] | None:
     """The ranks whose value differs from their group's majority, and True; all ranks of the group, and False, where no
     value has a majority. None where nothing differs. ``values``: one per rank."""
     odd: list[int] = []
@@ -139,13 +133,13 @@ def find_outliers(values: list[Any], groups: list[list[int]]) -> tuple[list[int]
     return (odd, certain) if odd else None
 
 
-def report(cfg: RunConfig, ctx: Context, step: int, faults: list[tuple[str, list[int], bool, list[str]]]) -> str:
+def report(run: Path, ctx: Context, step: int, faults: list[tuple[str, list[int], bool, list[str]]]) -> str:
     """The error message; where majorities agree on the ranks at fault, rank 0 records them for the batch script."""
     name, ranks, certain, hosts = faults[0]
     certain = certain and all(f[2] for f in faults)
     if ctx.main and certain:
         for rank in ranks:
-            record_lost_rank(Path(cfg.run), rank, hosts[rank], "corrupt")
+            record_lost_rank(run, rank, hosts[rank], "corrupt")
     more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
     where = name_ranks({"rank": r, "host": hosts[r]} for r in ranks)
     if certain:

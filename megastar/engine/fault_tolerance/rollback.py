@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megastar.config.schema import RunConfig
+from megastar.config.schema import FaultsConfig
 from megastar.engine.context import Context
 from megastar.engine.fault_tolerance.errors import NonFiniteLoss
-from megastar.engine.fault_tolerance.skip_policy import SkipPolicy, name_ranks, read_skips, time_and_job
+from megastar.engine.fault_tolerance.skip_policy import SkipPolicy, name_ranks
 from megastar.engine.rank_sync import on_main, retry, run_on_main
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.events import time_and_job
 from megastar.run_dir.jsonl import read_ends, read_jsonl
-from megastar.run_dir.layout import ROLLBACKS, SKIPPED
+from megastar.run_dir.layout import METRICS, ROLLBACKS, SKIPPED
 from megastar.utils.files import append_line, write_atomic
 
 
@@ -39,13 +40,13 @@ def read_rollbacks(run: Path) -> list[dict[str, Any]]:
     return [r for r in read_jsonl(run / ROLLBACKS) if {"step", "to", "position"} <= r.keys()]
 
 
-def finish_rollback(cfg: RunConfig, ctx: Context) -> list[dict[str, Any]]:
+def finish_rollback(run: Path, ctx: Context) -> list[dict[str, Any]]:
     """Complete a rollback that was interrupted after it was recorded. Returns the run's rollbacks, on all ranks."""
 
     def finish() -> list[dict[str, Any]]:
-        records = read_rollbacks(Path(cfg.run))
+        records = read_rollbacks(run)
         if records:
-            folder = checkpoint_dir.folder_of(cfg)
+            folder = checkpoint_dir.folder_of(run)
             newest, target = checkpoint_dir.latest(folder), folder / records[-1]["to"]
             if newest and rollbacks_before(newest) < len(records) and target in checkpoint_dir.complete(folder):
                 discard_after(target)
@@ -56,8 +57,7 @@ def finish_rollback(cfg: RunConfig, ctx: Context) -> list[dict[str, Any]]:
 
 def rollbacks_before(path: Path) -> int:
     """The number of rollbacks before a checkpoint was written."""
-    number: int = checkpoint_dir.parse_manifest(path).get("guard", {}).get("rollbacks", 0)
-    return number
+    return int(checkpoint_dir.parse_manifest(path).get("guard", {}).get("rollbacks", 0))
 
 
 def discard_after(target: Path) -> None:
@@ -84,17 +84,17 @@ def choose_checkpoint(folder: Path, first: int) -> tuple[Path | None, str]:
     return None, ""
 
 
-def plan_rollback(cfg: RunConfig, ctx: Context, policy: SkipPolicy, step: int) -> RollbackPlan:
+def plan_rollback(run: Path, lr: float, ctx: Context, policy: SkipPolicy, step: int) -> RollbackPlan:
     """Choose the last good checkpoint, after the skipped ``step``; the data continues after this step's batch.
 
-    A collective. Raises ``NonFiniteLoss`` with a diagnosis when there is no checkpoint, or after
+    A collective. Raises ``NonFiniteLoss`` with a diagnosis, which names ``lr``, when there is no checkpoint, or after
     ``faults.max_rollbacks``.
     """
 
     def choose() -> tuple[Path | None, str, str]:
-        target, shortcoming = choose_checkpoint(checkpoint_dir.folder_of(cfg), policy.skips[0])
-        exhausted = policy.rollbacks >= cfg.faults.max_rollbacks
-        return target, shortcoming, diagnosis(cfg, policy, step, target) if exhausted or not target else ""
+        target, shortcoming = choose_checkpoint(checkpoint_dir.folder_of(run), policy.skips[0])
+        exhausted = policy.rollbacks >= policy.faults.max_rollbacks
+        return target, shortcoming, diagnosis(run, lr, policy, step, target) if exhausted or not target else ""
 
     target, shortcoming, end = run_on_main(ctx, choose)
     if end:
@@ -103,34 +103,33 @@ def plan_rollback(cfg: RunConfig, ctx: Context, policy: SkipPolicy, step: int) -
     position, number = step + policy.offset + 1, policy.rollbacks + 1
     record = {**time_and_job(), "step": step, "to": target.name, "position": position, "skipped": policy.skips}
     text = (
-        f"step {step}: {len(policy.skips)} steps were skipped within {cfg.faults.spike_window}; rolled back to {target}"
-        f"{', ' + shortcoming if shortcoming else ''}; the data continues after this step (rollback {number} of {cfg.faults.max_rollbacks})"
+        f"step {step}: {len(policy.skips)} steps were skipped within {policy.faults.spike_window}; rolled back to {target}"
+        f"{', ' + shortcoming if shortcoming else ''}; the data continues after this step (rollback {number} of {policy.faults.max_rollbacks})"
     )
     return RollbackPlan(target, record, number, text)
 
 
-def commit_rollback(cfg: RunConfig, ctx: Context, plan: RollbackPlan) -> None:
+def commit_rollback(run: Path, ctx: Context, plan: RollbackPlan, patience: float) -> None:
     """Record the rollback, then discard later checkpoints. A collective.
 
-    Raises ``UserError`` where the record cannot be written within ``faults.save_patience`` seconds.
+    Raises ``UserError`` where the record cannot be written within ``patience`` seconds.
     """
-    run = Path(cfg.run)
 
     def commit() -> None:
         if plan.record not in read_rollbacks(run):  # an earlier attempt may have written it
             append_line(run / ROLLBACKS, json.dumps(plan.record))
         discard_after(plan.target)
 
-    if problem := retry(ctx, lambda: on_main(ctx, commit), cfg.faults.save_patience):
+    if problem := retry(ctx, lambda: on_main(ctx, commit), patience):
         raise UserError(
             f"the rollback to {plan.target} could not be recorded in {run} ({problem}): free some disk space"
         )
 
 
-def diagnosis(cfg: RunConfig, policy: SkipPolicy, step: int, target: Path | None) -> str:
+def diagnosis(run: Path, lr: float, policy: SkipPolicy, step: int, target: Path | None) -> str:
     """What happened, the likely cause, what to do."""
-    run, faults = Path(cfg.run), cfg.faults
-    rows = read_skips(run)
+    faults = policy.faults
+    rows = [r for r in read_jsonl(run / SKIPPED) if "step" in r]
     recent = [r for r in rows if r["step"] in policy.skips][-len(policy.skips) :]
     losses = ", ".join(f"step {r['step']}: {r['why']}" for r in recent[-4:])
     why = (
@@ -140,17 +139,17 @@ def diagnosis(cfg: RunConfig, policy: SkipPolicy, step: int, target: Path | None
     )
     with suppress(KeyError, IndexError):
         losses += f"; before, the loss was {recent[-1]['mean']:.5g} +- {recent[-1]['sigma']:.2g}"
-    norms = [r["grad_norm"] for r in read_ends(run / "metrics.jsonl", 0, 3) if "grad_norm" in r][-3:]
+    norms = [r["grad_norm"] for r in read_ends(run / METRICS, 0, 3) if "grad_norm" in r][-3:]
     if norms:
         losses += f", the last gradient norms {', '.join(str(n)[:6] for n in norms)}"
     return (
         f"step {step}: {len(policy.skips)} steps were skipped within {faults.spike_window} {why} ({losses}); "
-        f"{advice(cfg, rows)}; {run / SKIPPED} names the batches"
+        f"{advice(faults, lr, rows)}; {run / SKIPPED} names the batches"
         + (f", {target} is the last good checkpoint" if target else "")
     )
 
 
-def advice(cfg: RunConfig, rows: list[dict[str, Any]]) -> str:
+def advice(faults: FaultsConfig, lr: float, rows: list[dict[str, Any]]) -> str:
     """What the skipped steps of the whole run have in common."""
     broken = [r for r in rows if "not finite" in r["why"]]
     places = [{(s["rank"], s["host"]) for s in r.get("suspects", [])} for r in broken]
@@ -160,8 +159,8 @@ def advice(cfg: RunConfig, rows: list[dict[str, Any]]) -> str:
         remedy = "exclude this host" if broken[-1].get("hosts", 1) > 1 else "the GPU or its memory may be faulty"
         return f"every loss that was not finite came from {ranks}: {remedy}, see megastar doctor"
     if broken:
-        return f"the losses that were not finite came from no single host: resume with a lower optim.lr (now {cfg.optim.lr:g})"
+        return f"the losses that were not finite came from no single host: resume with a lower optim.lr (now {lr:g})"
     return (
-        f"all were spikes: resume with a lower optim.lr (now {cfg.optim.lr:g}), or a higher faults.spike_sigma (now "
-        f"{cfg.faults.spike_sigma:g}) if such losses are normal for the data"
+        f"all were spikes: resume with a lower optim.lr (now {lr:g}), or a higher faults.spike_sigma (now "
+        f"{faults.spike_sigma:g}) if such losses are normal for the data"
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megastar.config.schema import FaultsConfig
@@ -25,9 +23,9 @@ from megastar.data.shards.reader import ShardSet
 from megastar.engine.context import Context
 from megastar.engine.fault_tolerance.loss_spikes import SpikeTest
 from megastar.engine.fault_tolerance.step_consensus import ConsensusResult
-from megastar.run_dir.jsonl import read_jsonl
+from megastar.engine.rank_sync import gather
+from megastar.run_dir.events import time_and_job
 from megastar.run_dir.layout import SKIPPED
-from megastar.utils.clock import utc_now
 from megastar.utils.files import append_line
 from megastar.utils.hostname import host_name
 
@@ -36,7 +34,7 @@ NONFINITE_LOSS, NONFINITE_GRADIENT = "the loss is not finite", "the gradient is 
 
 @dataclass
 class StepRecord:
-    """One step's micro-batches on this rank, and what all ranks know of them."""
+    """One step's micro-batches on this rank, and the results that all ranks share."""
 
     results: list[ConsensusResult] = field(default_factory=list)
     metrics: list[dict[str, Tensor]] = field(default_factory=list)
@@ -88,12 +86,8 @@ class SkipPolicy:
     def state(self, step: int) -> dict[str, Any]:
         """After ``step`` steps."""
         self._forget(step)
-        return {
-            "losses": list(self.spikes.losses),
-            "skips": list(self.skips),
-            "rollbacks": self.rollbacks,
-            "offset": self.offset,
-        }
+        losses, skips = list(self.spikes.losses), list(self.skips)
+        return {"losses": losses, "skips": skips, "rollbacks": self.rollbacks, "offset": self.offset}
 
     def restore(self, metadata: dict[str, Any], rollbacks: int = 0, position: int = 0) -> None:
         """Continue after a checkpoint with the manifest ``metadata``. ``rollbacks``: of the run so far, after the last of
@@ -130,10 +124,7 @@ def record_skip(
     mine: dict[str, Any] = {"rank": ctx.rank, "host": host_name(), "broken": broken}
     if ctx.mesh.tensor_rank == 0:  # the ranks of a tensor group see one batch
         mine["ids"] = torch.cat(record.ids).tolist()
-    every = [mine]
-    if ctx.world > 1:
-        every = [{}] * ctx.world
-        dist.all_gather_object(every, mine)
+    every = gather(ctx, mine)
     reason, ids = record.skip_reason, [i for each in every for i in each.get("ids", [])]
     row: dict[str, Any] = {**time_and_job(), "step": step, "position": step + policy.offset, "why": reason}
     if reason != NONFINITE_LOSS:
@@ -143,7 +134,7 @@ def record_skip(
     row |= {"suspects": suspects(every), "hosts": len({each["host"] for each in every})}
     row |= {"shards": shards_of(shards, ids), "ids": ids}
     if ctx.main:
-        with suppress(OSError):  # a disk that takes none is no reason to stop
+        with suppress(OSError):  # a disk error does not stop the run
             append_line(run / SKIPPED, json.dumps(row))
     names = row["shards"]
     places = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -169,13 +160,3 @@ def shards_of(shards: ShardSet, ids: list[int]) -> list[str]:
     """Names of the shards that hold the samples."""
     places = np.unique(np.searchsorted(shards.starts, np.asarray(ids, np.int64), side="right") - 1)
     return [shards.manifest.shards[p].name for p in places]
-
-
-def time_and_job() -> dict[str, Any]:
-    """The fields ``time`` and, under SLURM, ``job`` of a row."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return {"time": utc_now()} | ({"job": job} if job else {})
-
-
-def read_skips(folder: Path) -> list[dict[str, Any]]:
-    return [r for r in read_jsonl(folder / SKIPPED) if "step" in r]

@@ -1,4 +1,4 @@
-"""What may end a run early or skip a step: all ranks know it, and decide alike."""
+"""Agreement of all ranks on what ends a run early or skips a step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ConsensusResult(NamedTuple):
     loss: float  # its mean over the ranks; those that are not finite count as 0
 
 
-ONE = 1 << 32  # a loss travels as a multiple of 1 / ONE: integers add up to the same sum in whatever order
+ONE = 1 << 32  # a loss is sent as a multiple of 1 / ONE: the sum of integers does not depend on their order
 MOST = float(1 << 17)  # a larger loss counts as this: the sum of 8,192 ranks stays within 64 bits
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megastar.engine.rank_sync import gather
+from megastar.parallel.collectives import gather_rows
 from megastar.utils.hostname import host_name
 
 if TYPE_CHECKING:  # it imports deepspeed
@@ -94,28 +96,25 @@ class StragglerTracker:
             place = self.places[rank]
             if self.slow[rank] >= ROWS and place.host not in self.reported:
                 self.reported.add(place.host)
-                news.append((self._message(rank, report), self._fields(rank, report)))
+                news.append(self._event(rank, report))
         for host in sorted(self.reported):
             if all(n >= ROWS for n, place in zip(self.normal, self.places, strict=True) if place.host == host):
                 self.reported.remove(host)
                 news.append((f"{host} is as fast as the others again", {"situation": f"slow {host}", "over": True}))
         return news
 
-    def _message(self, rank: int, report: StragglerReport) -> str:
-        place = self.places[rank]
+    def _event(self, rank: int, report: StragglerReport) -> tuple[str, dict[str, Any]]:
+        place, why = self.places[rank], "compute"
+        what, remedy = "computes slowly", f"run megastar doctor on {place.host}"
         if report.data[rank]:
-            what, remedy = "waits for its data", f"check the disk and network of {place.host} (megastar doctor)"
-        else:
-            what, remedy = "computes slowly", f"run megastar doctor on {place.host}"
-        return (
+            why, what = "data", "waits for its data"
+            remedy = f"check the disk and network of {place.host} (megastar doctor)"
+        text = (
             f"rank {rank} on {place} {what}: {report.own[rank]:.3g} s per step, {report.ratios[rank]:.2g} times the "
             f"others' in {ROWS} consecutive rows, and all ranks wait for it: {remedy}; if that does not help, exclude it"
         )
-
-    def _fields(self, rank: int, report: StragglerReport) -> dict[str, Any]:
-        place, why = self.places[rank], "data" if report.data[rank] else "compute"
         more = {"rank": rank, "slow_host": place.host, "gpu": place.gpu, "why": why}
-        return {"situation": f"slow {place.host}", **more, "ratio": round(report.ratios[rank], 3)}
+        return text, {"situation": f"slow {place.host}", **more, "ratio": round(report.ratios[rank], 3)}
 
 
 class Stragglers:
@@ -124,40 +123,25 @@ class Stragglers:
     def __init__(self, ctx: Context, engines: Engines, fetcher: BatchFetcher, slow_ratio: float):
         self.ctx, self.fetcher = ctx, fetcher
         gpu = int(os.environ.get("SLURM_LOCALID", ctx.device.index or 0)) if ctx.device.type == "cuda" else None
-        mine = Place(host_name(), gpu)
-        places = [mine]
-        if ctx.world > 1:
-            places = [mine] * ctx.world
-            dist.all_gather_object(places, mine)
-        self.tracker = StragglerTracker(places, slow_ratio)
+        self.tracker = StragglerTracker(gather(ctx, Place(host_name(), gpu)), slow_ratio)
         fetcher.timer.sample(comm_free_module(engines, ctx))
-        self._news: list[tuple[str, dict[str, Any]]] = []
         self._since = time.perf_counter()
 
-    def row(self, steps: int) -> dict[str, float]:
-        """The metrics of the last ``steps`` steps; ``news`` has the events."""
+    def row(self, steps: int) -> tuple[dict[str, float], list[tuple[str, dict[str, Any]]]]:
+        """The metrics of the last ``steps`` steps, and the events: sentences, each with further fields."""
         steps = max(1, steps)
         now = time.perf_counter()
         step_s, self._since = (now - self._since) / steps, now
         host, part = self.fetcher.timer.take()
-        mine = torch.tensor([host / steps, part, self.fetcher.waited() / steps], device=self.ctx.device)
-        table = mine
-        if self.ctx.world > 1:
-            table = mine.new_empty(self.ctx.world * len(mine))
-            dist.all_gather_into_tensor(table, mine)
-        rows = table.view(self.ctx.world, len(mine)).tolist()
-        row = {"data_wait_s": max(r[2] for r in rows)}
+        mine = torch.tensor([host / steps, part, self.fetcher.loader.waited() / steps], device=self.ctx.device)
+        rows = gather_rows(mine.view(1, -1), dist.group.WORLD if self.ctx.world > 1 else None).tolist()
+        row, events = {"data_wait_s": max(r[2] for r in rows)}, []
         if self.ctx.world > 1:
             report = compare_ranks(rows, step_s)
-            self._news = self.tracker.update(report)
+            events = self.tracker.update(report)
             slowest = max(range(self.ctx.world), key=report.ratios.__getitem__)
             row |= {"slowest_rank": slowest, "slowest_ratio": report.ratios[slowest]}
-        return row
-
-    def news(self) -> list[tuple[str, dict[str, Any]]]:
-        """The events of the last row: sentences, each with further fields."""
-        news, self._news = self._news, []
-        return news
+        return row, events
 
 
 def comm_free_module(engines: Engines, ctx: Context) -> torch.nn.Module:

@@ -128,7 +128,7 @@ class Watchdog:
     def start(self) -> None:
         if not self.enabled:
             return
-        jobs: list[tuple[str, Callable[[], None], threading.Event, float]] = [
+        jobs = [
             ("diagnose", self._diagnose, self.over, self.tick),
             ("file", self._write_file, self.over, 5 * self.tick),
         ]
@@ -275,8 +275,8 @@ class Watchdog:
     def close(self, status: int, text: str, event: str = "") -> None:
         """Report that this rank exits by itself, with ``text`` where it is an error, and stop the threads.
 
-        ``event``: for events.jsonl, unless another rank was the first. A disk that hangs delays neither the message to the
-        others nor, by more than seconds, the end.
+        ``event``: for events.jsonl, unless another rank was the first. A disk that hangs does not delay the message to
+        the others, and delays the end by seconds at most.
         """
 
         def report() -> None:

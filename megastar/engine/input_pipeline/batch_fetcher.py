@@ -1,4 +1,4 @@
-"""The micro-batches of the loop, and what happens when a rank has none: it must still meet the others in collectives."""
+"""The micro-batches of the loop; a rank without one still takes part in the collectives of the step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BatchFetcher:
 
     A rank whose wait for data is ended by a stop signal, or whose reading failed, must not leave: the others are in the
     step's collectives already. It continues with a substitute of zeros and sets ``out_of_data``, which all ranks learn
-    of in the reduction of each micro-batch. Such a step changes no weight; ``restore_rng`` takes back dropout's draws.
+    of in the reduction of each micro-batch. Such a step changes no weight; ``restore_rng`` resets the generator of dropout.
 
     A long wait is reported in the events of ``run``.
     """
@@ -51,29 +51,18 @@ class BatchFetcher:
 
     def micro_batches(self, count: int) -> Iterator[dict[str, Any]]:
         """Those of one step."""
-        self._save_rng()
+        self._rng = [torch.get_rng_state()]  # a few microseconds
+        if self.ctx.device.type == "cuda":
+            self._rng.append(torch.cuda.get_rng_state(self.ctx.device))
         for _ in range(count):
             PHASE.at(DATA)
             batch = self._next()
             PHASE.at("forward")
             yield batch
 
-    def computed(self) -> None:
-        """The losses of the last batch are computed, as far as this rank's own work goes."""
-        self.timer.computed()
-
-    def waited(self) -> float:
-        """Seconds of waiting since the last call."""
-        return self.loader.waited()
-
     def error_of_any_rank(self) -> Exception | None:
         """What kept a rank from its batch, on all ranks alike; None where only a signal did."""
         return error_of_any_rank(self.ctx, self._error)
-
-    def _save_rng(self) -> None:
-        self._rng = [torch.get_rng_state()]  # a few microseconds
-        if self.ctx.device.type == "cuda":
-            self._rng.append(torch.cuda.get_rng_state(self.ctx.device))
 
     def restore_rng(self) -> None:
         """Reset torch's generators to the start of the step."""
@@ -90,7 +79,7 @@ class BatchFetcher:
                 return batch
         except GaveUp:
             self.out_of_data = True
-        except Exception as error:  # whatever it is, the others must learn of it
+        except Exception as error:  # of any kind: all ranks must know
             self.out_of_data, self._error = True, error
         finally:
             self.timer.arrived()

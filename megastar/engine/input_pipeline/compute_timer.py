@@ -1,4 +1,4 @@
-"""The time of a step that is a rank's own work, measured where the rank waits for no other."""
+"""Time of a rank's own work in a step, without its waiting for other ranks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ComputeTimer:
             self._begun = None
 
     def take(self) -> tuple[float, float]:
-        """Since this was last asked: the host's seconds, and the mean of the part on the GPU (0 on a CPU)."""
+        """Since the last call: the host's seconds, and the mean of the part on the GPU (0 on a CPU)."""
         host, self._host = self._host, 0.0
         done = [begin.elapsed_time(end) / 1e3 for begin, end in self._events if end.query()]
         self._events.clear()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megastar.config.schema import RunConfig
+from megastar.config.schema import DataConfig, RunConfig, TrainConfig
 from megastar.data.loader import check_enough, check_manifest, open_shards, validation_batches
 from megastar.data.order import VERSION as ORDER
 from megastar.data.prefetch import Batch
@@ -30,12 +30,12 @@ class RunData:
         """What a checkpoint records of them."""
         return {"data": digest_of(self.train.manifest), "val_data": digest_of(self.val.manifest) if self.val else ""}
 
-    def validation_batches(self, cfg: RunConfig, ctx: Context, micro_batch: int) -> list[Batch]:
+    def validation_batches(self, train: TrainConfig, ctx: Context, micro_batch: int) -> list[Batch]:
         """This rank's part of the fixed validation images; empty where there is no validation."""
-        if self.val is None or not cfg.train.val_every:
+        if self.val is None or not train.val_every:
             return []
         try:
-            return validation_batches(self.val, cfg.train.val_images, micro_batch, ctx.mesh.data_rank, ctx.mesh.data)
+            return validation_batches(self.val, train.val_images, micro_batch, ctx.mesh.data_rank, ctx.mesh.data)
         finally:
             self.val.close()
 
@@ -70,11 +70,11 @@ def open_data(cfg: RunConfig) -> RunData:
     return RunData(train, val)
 
 
-def check_same_data(cfg: RunConfig, restored: dict[str, Any], digests: dict[str, str], found: Path) -> None:
+def check_same_data(data: DataConfig, restored: dict[str, Any], digests: dict[str, str], found: Path) -> None:
     """Raise ``UserError`` for other shards than the checkpoint's, wherever they lie now."""
     for name, what, where in (
-        ("data", "was trained on", f"data.shards = {cfg.data.shards}"),
-        ("val_data", "was validated on", f"data.val_shards = {cfg.data.val_shards}"),
+        ("data", "was trained on", f"data.shards = {data.shards}"),
+        ("val_data", "was validated on", f"data.val_shards = {data.val_shards}"),
     ):
         if restored.get(name, digests[name]) != digests[name]:
             raise UserError(
@@ -82,13 +82,13 @@ def check_same_data(cfg: RunConfig, restored: dict[str, Any], digests: dict[str,
             )
 
 
-def check_same_order(cfg: RunConfig, manifest: Manifest, restored: dict[str, Any], found: Path) -> None:
+def check_same_order(window: int, manifest: Manifest, restored: dict[str, Any], found: Path) -> None:
     """Raise ``UserError`` where the checkpoint's samples came in another order: some would be read twice, some never.
 
     With no more shards than are mixed, all versions of the order are equal.
     """
     shards, order = sum(n > 0 for n in manifest.shard_sizes), restored.get("order", 1)
-    if order != ORDER and shards > cfg.data.window:
+    if order != ORDER and shards > window:
         raise UserError(
             f"{found} was trained in sample order {order}, this version of megastar has order {ORDER}: finish that run with the version that started it, or start another run=... from it with train.init={found}"
         )

@@ -28,6 +28,8 @@ class WaitReporter:
         self.loader, self.ctx, self.run = loader, ctx, run
         self.host = host_name()
         self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+        # A later run of this process group repeats steps: the keys of its reports contain its number.
+        self.prefix = f"megastar/reported/{self.store.add(f'megastar/starts/{ctx.rank}', 1)}"
         self.step = 0  # whose batch is waited for, counted from 1
         self._since = 0.0  # 0: there is no wait
         self._polled = self._reports = False
@@ -58,12 +60,12 @@ class WaitReporter:
         if trouble != self._trouble:  # lasts longer than a batch: one rank of each host reports it
             over, self._trouble = not trouble, trouble
             if self._first(f"trouble/{self.host}/{self.step}/{over}"):
-                text = "the cache accepts shards again" if over else trouble
+                text = "shards are cached again" if over else trouble
                 self._report(f"{self.host}: {text}", f"cache {self.host}", over=over)
 
     def _first(self, what: str) -> bool:
         """Whether no other rank has reported this."""
-        return bool(self.store.add(f"megastar/reported/{what}", 1) == 1)
+        return bool(self.store.add(f"{self.prefix}/{what}", 1) == 1)
 
     def _report(self, text: str, situation: str, over: bool = False) -> None:
         append_event(self.run, "warning", self.step - 1, text, situation=situation, over=over)

@@ -15,6 +15,10 @@ from megastar.version import __version__
 PACKAGES = ("torch", "deepspeed", "triton", "flash-attn", "liger-kernel", "numpy")
 
 
+def command_line() -> str:
+    return " ".join(["megastar", *sys.argv[1:]])
+
+
 def process_environment(device: torch.device) -> dict[str, Any]:
     """``command``, ``packages`` (name -> version of the installed ones) and ``device`` (its name)."""
     packages = {"megastar": __version__, "python": platform.python_version()}
@@ -22,4 +26,4 @@ def process_environment(device: torch.device) -> dict[str, Any]:
         with suppress(PackageNotFoundError):
             packages[name] = version(name)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"command": " ".join(["megastar", *sys.argv[1:]]), "packages": packages, "device": name}
+    return {"command": command_line(), "packages": packages, "device": name}

@@ -12,6 +12,7 @@ from typing import Any
 from megastar.engine.metrics.tensorboard import TensorBoardWriter
 from megastar.run_dir.events import append_event, flush_events
 from megastar.run_dir.jsonl import JsonlWriter
+from megastar.run_dir.layout import METRICS
 from megastar.utils.logs import shared_console
 from megastar.utils.progress_bar import progress_bar
 
@@ -23,9 +24,9 @@ SHOWN = {"loss": "loss", "loss_ar": "ar", "acc_step": "acc_step", "acc_view": "a
 class MetricsLogger:
     """``step`` after each optimizer step; a row is written every ``every`` steps and at the end.
 
-    A resumed run cuts rows after its checkpoint, so that metrics.jsonl holds each step once. Rows that the disk refuses
-    wait in memory; a TensorBoard that fails is switched off. ``ideal``: seconds of a step at the devices' peak; its share
-    of the measured time is the row's ``mfu``. Raises ``OSError`` where rows must be cut and cannot be.
+    A resumed run cuts rows after its checkpoint, so that metrics.jsonl holds each step once. Rows that cannot be written
+    are buffered in memory; a TensorBoard that fails is switched off. ``ideal``: seconds of a step at the devices' peak; its share
+    of the measured time is the row's ``mfu``. Raises ``OSError`` if rows cannot be cut.
     """
 
     def __init__(self, folder: Path, start: int, total: int, every: int, active: bool, ideal: float | None = None):
@@ -36,7 +37,7 @@ class MetricsLogger:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.rows = JsonlWriter(folder / "metrics.jsonl")
+        self.rows = JsonlWriter(folder / METRICS)
         self.rows.cut_after(start)
         self.rows.flush()  # the file exists, and its time is that of this start
         self.disk_fails = False
@@ -55,7 +56,7 @@ class MetricsLogger:
         try:
             self.rows.cut_after(step)
         except OSError as error:  # the next start cuts them
-            self.note(f"{self.rows.path} keeps rows of steps after {step}: {error}")
+            self.note(f"{self.rows.path} keeps rows of steps after {step}: {error}", logging.WARNING)
         self.board.close()
         self.board = TensorBoardWriter(self.folder / "tensorboard", step)
         self.clock, self.images = time.perf_counter(), 0
@@ -93,10 +94,10 @@ class MetricsLogger:
         self.board.add(row, step)
         self._check_disk()
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, level: int = logging.INFO) -> None:
         """A log line."""
         if self.active:
-            logger.info(text)
+            logger.log(level, text)
 
     def event(self, kind: str, text: str, *, note: bool = True, **more: Any) -> None:
         """A line of events.jsonl, and a log line unless something else prints it."""
@@ -123,22 +124,21 @@ class MetricsLogger:
             self.rows.flush(sync=True)
             self._check_disk()
             if self.rows.error:
-                logger.warning(
-                    "%d rows of %s are lost (%s)", len(self.rows.pending), self.rows.path, self.rows.error.strerror
-                )
+                lost = len(self.rows.pending) + self.rows.take_dropped()
+                logger.warning("%d rows of %s are lost (%s)", lost, self.rows.path, self.rows.error.strerror)
 
     def _check_disk(self) -> None:
         flush_events(self.folder)
         error = self.rows.error
         if error and not self.disk_fails:
-            self.event(
-                "warning",
+            text = (
                 f"{self.rows.path} cannot be written ({error.strerror}): training continues, rows and events are buffered "
-                "in memory; free disk space, or make the file writable",
-                situation="disk",
+                "in memory; free disk space, or make the file writable"
             )
+            self.event("warning", text, situation="disk")
         elif self.disk_fails and not error:
-            lost = f", {self.rows.dropped} older ones were dropped" if self.rows.dropped else ""
+            dropped = self.rows.take_dropped()
+            lost = f", {dropped} older ones were dropped" if dropped else ""
             text = f"{self.rows.path} can be written again: the buffered rows are written{lost}"
             self.event("warning", text, situation="disk", over=True)
         self.disk_fails = error is not None

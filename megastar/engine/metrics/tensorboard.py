@@ -47,14 +47,12 @@ class TensorBoardWriter:
 
     def _drop(self, error: Exception) -> None:
         reason = getattr(error, "strerror", None) or error
-        self._problem = (
-            f"TensorBoard event files receive no more values until the next start ({reason}); metrics.jsonl has all"
-        )
+        self._problem = f"TensorBoard event files receive no more values until the next start ({reason}); metrics.jsonl has all of them"
         self.writer = None
 
 
 def _silence_thread_errors() -> None:
-    """The error of TensorBoard's thread comes out of ``add`` too: no traceback of it."""
+    """Suppress the traceback of TensorBoard's thread: ``add`` raises the same error."""
     before = threading.excepthook
     if getattr(before, "hushed", False):
         return

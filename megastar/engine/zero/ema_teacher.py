@@ -21,8 +21,8 @@ class ShardedTeacher:
     """A second ZeRO-3 engine without an optimizer."""
 
     def __init__(self, engine: Any, student: Any, optimizer: AdamWEMA):
-        self.engine = engine
-        targets = {PREFIX + n: q for n, q in engine.module.named_parameters()}
+        self.engine, self.module = engine, engine.module
+        targets = {PREFIX + n: q for n, q in self.module.named_parameters()}
         self.pairs: list[tuple[Shard, Tensor]] = []
         for shard in shards(student, optimizer):
             if shard.name in targets:
@@ -56,11 +56,8 @@ class ReplicatedTeacher:
         self.buffers: list[tuple[int, Tensor]] = []  # (group, flat)
         self.pairs: list[tuple[Shard, Tensor]] = []
         if self.stage == 0:
-            self.pairs = [
-                (s, mine[s.name.removeprefix(PREFIX)].data)
-                for s in shards(student, optimizer)
-                if s.name.startswith(PREFIX)
-            ]
+            found = [s for s in shards(student, optimizer) if s.name.startswith(PREFIX)]
+            self.pairs = [(s, mine[s.name.removeprefix(PREFIX)].data) for s in found]
             return
         for i, flat in enumerate(self.zero.bit16_groups_flat):
             order = self.zero.round_robin_bit16_groups[i]

@@ -7,7 +7,7 @@ from typing import Any
 
 from megastar.engine.context import Context
 from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
-from megastar.engine.zero.partitions import AdamWEMA, Shard, shards
+from megastar.engine.zero.partitions import AdamWEMA, Shard, publish_masters, shards
 from megastar.parallel.plan import split_of
 
 
@@ -23,6 +23,11 @@ class Engines:
         if self.teacher is not None:
             self.teacher.refresh()
 
+    def publish_masters(self) -> None:
+        """Copy the fp32 masters and their average to the compute copies of student and teacher on all ranks."""
+        publish_masters(self.student)
+        self.refresh_teacher()
+
     def step(self, skip: bool = False) -> bool:
         """DeepSpeed's step, at the end of each micro-batch. False: the gradient was not finite, or ``skip`` was set (on
         all ranks alike), and no weight changed."""
@@ -37,7 +42,7 @@ class Engines:
             group["lr"], group["ema_decay"] = lr, ema_decay
 
     def set_step(self, step: int) -> None:
-        """Continue DeepSpeed's count of steps after a resume."""
+        """Set DeepSpeed's count of steps, on a resume."""
         self.student.global_steps = step
 
     def updates(self) -> int:

@@ -70,20 +70,12 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
     The projector has separate groups: the teacher has none, so a replicated teacher gathers whole groups.
     """
-
-    def dims(p: nn.Parameter) -> int:
-        return len(getattr(p, "ds_shape", p.shape))  # under zero.Init p itself is empty
-
-    def is_projector(name: str) -> bool:
-        return name.startswith("projector.")
-
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    groups = []
-    for projector in (False, True):
-        mine = [p for n, p in named if is_projector(n) == projector]
-        groups.append({"params": [p for p in mine if dims(p) >= 2], "weight_decay": weight_decay})
-        groups.append({"params": [p for p in mine if dims(p) < 2], "weight_decay": 0.0})
-    return [g for g in groups if g["params"]]
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            decays = len(getattr(p, "ds_shape", p.shape)) >= 2  # under zero.Init p itself is empty
+            groups.setdefault((name.startswith("projector."), not decays), []).append(p)
+    return [{"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay} for key in sorted(groups)]
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch import nn
 
 from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
-from megastar.config.schema import FaultsConfig, RunConfig
-from megastar.data.storage.protocol import is_remote
+from megastar.config.schema import DataConfig, FaultsConfig, ModelConfig, RunConfig, SelfGuidedConfig
+from megastar.data.storage.store import is_remote
 from megastar.engine.context import Context
 from megastar.engine.phase import DATA_EXTRA
 from megastar.engine.student import Student
@@ -64,6 +64,7 @@ def start(cfg: RunConfig) -> Context:
                 f"local rank {local} has no GPU, this process sees {torch.cuda.device_count()}: start at most one process per GPU"
             )
         torch.cuda.set_device(device)
+        set_nccl_timeouts(cfg.faults)
         if cfg.train.threads:
             torch.set_num_threads(cfg.train.threads)
     else:
@@ -74,13 +75,11 @@ def start(cfg: RunConfig) -> Context:
         # (import_module, because the attribute deepspeed.comm.torch is torch itself.)
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     backend = "nccl" if cuda else "gloo"
-    if cuda:
-        set_nccl_timeouts(cfg.faults)
     if not launched and not dist.is_initialized():  # a HashStore needs no free port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=collective_timeout(cfg))
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=collective_timeout(cfg.faults, cfg.data))
     context = Context(rank, world, device, pick_dtype(cfg.train.dtype, device), cfg.parallel.tensor_parallel)
-    resolve_batch(cfg, world)  # validates the world size before groups are created
+    resolve_batch(cfg.train, cfg.parallel.tensor_parallel, world)  # validates the world size before groups are created
     context.data_group = dist.group.WORLD if world > 1 else None
     if context.tensor > 1:
         groups._init_tp_mesh_device(tensor_model_parallel_size=context.tensor)
@@ -100,18 +99,15 @@ def set_nccl_timeouts(faults: FaultsConfig) -> None:
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(faults.hang_timeout + 120)))
 
 
-def collective_timeout(cfg: RunConfig) -> timedelta:
+def collective_timeout(faults: FaultsConfig, data: DataConfig) -> timedelta:
     """Timeout of a collective, longer than that of the watchdogs, which report more.
 
     After it NCCL's own watchdog ends the process (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, torch's default), and gloo raises. A
     rank may wait for S3 while the others wait for it in a collective.
     """
-    if not cfg.faults.hang_timeout:
-        seconds = default_pg_timeout.total_seconds()
-    else:
-        seconds = cfg.faults.hang_timeout + 60
-    if is_remote(cfg.data.shards) or is_remote(cfg.data.val_shards):
-        seconds = max(seconds, cfg.faults.hang_timeout + cfg.data.patience + DATA_EXTRA + 60)
+    seconds = faults.hang_timeout + 60 if faults.hang_timeout else default_pg_timeout.total_seconds()
+    if is_remote(data.shards) or is_remote(data.val_shards):
+        seconds = max(seconds, faults.hang_timeout + data.patience + DATA_EXTRA + 60)
     return timedelta(seconds=seconds)
 
 
@@ -123,11 +119,11 @@ def set_timeouts(timeout: timedelta) -> None:
 
 def build(cfg: RunConfig, ctx: Context) -> Engines:
     """Student and teacher with equal weights, created in shards. Raises ``UserError`` for an impossible split."""
-    micro, accumulation = resolve_batch(cfg, ctx.world)
+    micro, accumulation = resolve_batch(cfg.train, cfg.parallel.tensor_parallel, ctx.world)
     config = deepspeed_config(
         cfg, micro, accumulation, world_size=ctx.world, dtype="bf16" if ctx.dtype == torch.bfloat16 else "fp32"
     )
-    choose_attention(cfg, ctx)
+    choose_attention(cfg.attention.backend, cfg.model, cfg.self_guided, ctx)
     set_fused(cfg.train.fused_ops == "auto")
     stage = config["zero_optimization"]["stage"]
     if stage == 0 and not cfg.optim.grad_clip:
@@ -171,12 +167,11 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     return engines
 
 
-def choose_attention(cfg: RunConfig, ctx: Context) -> None:
+def choose_attention(backend: str, model: ModelConfig, guided: SelfGuidedConfig, ctx: Context) -> None:
     """Set the attention kernel of this run. Raises ``UserError`` for a named one that does not support the run."""
-    masked = cfg.self_guided.enabled and round(cfg.self_guided.mask_ratio * (cfg.model.image_tokens - 1)) > 0
-    hidden = torch.zeros(1, cfg.model.image_tokens, dtype=torch.bool)
-    masks = (MaskSpec.hidden(hidden),) if masked else ()
-    set_backend(cfg.attention.backend, device=ctx.device, dtype=ctx.dtype, head_dim=cfg.model.head_dim, masks=masks)
+    masked = guided.enabled and round(guided.mask_ratio * (model.image_tokens - 1)) > 0
+    masks = (MaskSpec.hidden(torch.zeros(1, model.image_tokens, dtype=torch.bool)),) if masked else ()
+    set_backend(backend, device=ctx.device, dtype=ctx.dtype, head_dim=model.head_dim, masks=masks)
 
 
 def compile_blocks(transformer: Transformer) -> None:

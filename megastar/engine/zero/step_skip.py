@@ -2,7 +2,7 @@
 
 DeepSpeed drops a step by itself when the gradient's norm is not finite, at ZeRO stages 1 to 3, with accumulation and
 offload too: it clears what it gathered and counts in ``skipped_steps``. A skipped step takes the same path, so that no state of
-DeepSpeed's has to be put back here (read against DeepSpeed 0.19.8).
+DeepSpeed has to be restored here (read against DeepSpeed 0.19.8).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megastar.model.kernels.select import NAMES, backend
-from megastar.model.masks import PATTERNS, MaskSpec, draw_hidden, pattern
+from megastar.model.masks import PATTERNS, MaskSpec, draw_hidden
 
 RESULTS = ("output", "dq", "dk", "dv")
 
@@ -27,18 +27,18 @@ def example(name: str, batch: int, size: int, seed: int = 0) -> MaskSpec:
     g = torch.Generator().manual_seed(seed)
     width = max(2, round(size**0.5))
     if name == "hidden":
-        return pattern(name, draw_hidden(seed, torch.zeros(batch), torch.arange(batch), size, 0.25))
+        return MaskSpec.hidden(draw_hidden(seed, torch.zeros(batch), torch.arange(batch), size, 0.25))
     if name == "prefix":
-        return pattern(name, torch.randint(1, size // 2, (batch,), generator=g), size)
+        return MaskSpec.prefix(torch.randint(1, size // 2, (batch,), generator=g), size)
     if name == "documents":
-        return pattern(name, (torch.rand(batch, size, generator=g) < 4 / size).cumsum(1))
+        return MaskSpec.documents((torch.rand(batch, size, generator=g) < 4 / size).cumsum(1))
     options: dict[str, dict[str, int]] = {
         "causal": {},
         "sliding_window": {"size": size, "width": size // 4},
         "neighbourhood": {"width": width, "rows": 2, "columns": 3},
         "row_blocks": {"size": size, "width": width, "rows": 2},
     }
-    return pattern(name, **options[name])
+    return PATTERNS[name](**options[name])
 
 
 def draw(batch: int, heads: int, size: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -86,13 +86,9 @@ def _interface_for(spec: MaskSpec, device: torch.device) -> Interface | None:
     return None
 
 
-_plain = MaskSpec()
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> Tensor:
     """As ``sdpa.attention``, with S = L."""
-    spec, d = mask or _plain, q.shape[-1]
-    interface = _interface_for(spec, q.device)
+    interface, d = _interface_for(spec, q.device), q.shape[-1]
     assert interface is not None
     # flash-attn expects (B, S, H, d) with d a multiple of 8: zeros appended to q and k do not change the logits.
     if d % 8:  # F.pad copies even if there is nothing to append

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from megastar.model.masks import MaskSpec
 
-_plain = MaskSpec()
-
 
 @functools.cache
 def _compiled(case: tuple[Any, ...]) -> Any:
@@ -44,8 +42,7 @@ def supports(spec: MaskSpec, dtype: torch.dtype, head_dim: int, device: torch.de
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> Tensor:
     """As ``sdpa.attention``, with S = L."""
-    spec = mask or _plain
     case = (q.shape, q.dtype, q.device, spec.kind, spec.window, torch.is_grad_enabled())
     return _compiled(case)(q, k, v, spec.flex(q.shape[2], q.device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megastar.errors import UserError
+from megastar.errors import UserError, nearest
 from megastar.model.agreement import disagreement
 from megastar.model.kernels import sdpa, table
 from megastar.model.masks import MaskSpec
@@ -32,9 +31,7 @@ def backend(name: str) -> ModuleType:
     and what to use. Importing the module imports no optional package.
     """
     if name not in NAMES:
-        close = difflib.get_close_matches(name, NAMES, 1, 0.5)
-        hint = f"did you mean {close[0]}?" if close else f"use auto, {', '.join(NAMES)}"
-        raise UserError(f"unknown attention backend {name!r}: {hint}")
+        raise UserError(f"unknown attention backend {name!r}: {nearest(name, ('auto', *NAMES))}")
     return importlib.import_module(f"megastar.model.kernels.{name}")
 
 
@@ -95,7 +92,7 @@ def _dispatch(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None) -> Tensor:
     case = (q.device, q.dtype, q.shape[-1], q.shape[2], spec.kind, grad)
     if case not in _chosen:
         _chosen[case] = _choose(q, k, v, spec, grad)
-    return _chosen[case].attention(q, k, v, mask)
+    return _chosen[case].attention(q, k, v, spec)
 
 
 # A graph break: the compiler cannot improve these kernels, and the first use is checked on real numbers.

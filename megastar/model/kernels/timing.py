@@ -75,7 +75,7 @@ def timings(
                 if module.missing() is not None or module.supports(spec, *case) is not None:
                     continue
                 if over():
-                    yield row | {"why": "left out: no time left"}
+                    yield row | {"why": "skipped: no time left"}
                     continue
                 try:
                     ms = milliseconds(forward_backward(name, shape, spec, dtype, device), device, repeats)

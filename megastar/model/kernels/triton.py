@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 from megastar.model.kernels.tiles import tiles
 from megastar.model.masks import MaskSpec
 
-_plain = MaskSpec()
 LOG2E = 1.4426950408889634
 
 
@@ -90,9 +89,9 @@ def mask_options(spec: MaskSpec) -> dict[str, Any]:
     }
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> Tensor:
     """As ``sdpa.attention``, with S = L."""
-    return _Attention.apply(*map(aligned, (q, k, v)), mask or _plain)
+    return _Attention.apply(*map(aligned, (q, k, v)), spec)
 
 
 def aligned(t: Tensor) -> Tensor:

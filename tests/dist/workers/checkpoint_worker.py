@@ -48,7 +48,7 @@ def main(out: Path) -> None:
     ctx = start(cfg)
     engines = build(cfg, ctx)
     engines.student.train()
-    folder = checkpoint_dir.folder_of(cfg)
+    folder = checkpoint_dir.folder_of(cfg.run)
     saver = Saver(cfg, ctx, engines)
     saver.save(1, {})
     saver.finish()
@@ -65,11 +65,11 @@ def main(out: Path) -> None:
         found = checkpoint_dir.latest(folder)
         assert found is not None, f"nothing to resume from after a kill at file operation {event}"
         checkpoint_dir.verify(found)
-        step = load.load_checkpoint(cfg, ctx, engines, found)["step"]
+        step = load.load_checkpoint(ctx, engines, found, cfg.train.seed)["step"]
         again = step_of(engines, cfg, ctx, step)
         results.append({"killed": os.WIFSIGNALED(status), "step": step, "loss": again})
         # The next save clears what the killed one left, and retires the older checkpoint.
-        load.load_checkpoint(cfg, ctx, engines, found)
+        load.load_checkpoint(ctx, engines, found, cfg.train.seed)
         saver.save(1, {})
         left = sorted(p.name for p in saver.finish().parent.iterdir())
         results[-1]["left"] = left

@@ -62,7 +62,7 @@ def pending_rows_are_bounded(disk: Path) -> None:
     out = JsonlWriter(disk / "none" / "rows.jsonl")
     for n in range(25):
         assert not out.append(row(n))
-    assert (len(out.pending), out.dropped) == (10, 15)
+    assert (len(out.pending), out.take_dropped()) == (10, 15)
     (disk / "none").mkdir()
     assert out.flush() and numbers(out.path) == list(range(15, 25))
     shutil.rmtree(disk / "none")

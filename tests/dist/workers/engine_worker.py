@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 
-from megastar.checkpoint.convert import full_weights
 from megastar.checkpoint.rng_state import seed_dropout
 from megastar.engine.checkpointer import load
 from megastar.engine.checkpointer.async_saver import Saver
@@ -23,9 +22,9 @@ from megastar.engine.metrics.step_metrics import step_metrics
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.zero.setup import build, start
 from megastar.engine.zero.state_memory import state_bytes
-from megastar.model.io import save_model
 from megastar.run_dir import checkpoint_dir
 from tests.dist.reference import BATCH, STEPS, batch_of, config, initial_weights
+from tests.checkpoints import full_weights, save_model
 
 
 def forget_mesh() -> None:
@@ -59,14 +58,14 @@ def run_case(
         if ctx.main:
             save_model(cfg.train.init, initial_weights(), cfg.model, {"step": 5})
         dist.barrier()
-        assert load.load_initial(cfg, ctx, engines)["step"] == 5
+        assert load.load_initial(cfg.train.init, ctx, engines)["step"] == 5
     if dropout:
         seed_dropout(cfg.train.seed, ctx.mesh.data_rank, 0)
     engines.student.train()
     done, saver = 0, Saver(cfg, ctx, engines)
     if resume:
         source = checkpoint_dir.latest(out / resume / "checkpoints")
-        done = load.load_checkpoint(cfg, ctx, engines, source)["step"]
+        done = load.load_checkpoint(ctx, engines, source, cfg.train.seed)["step"]
     per, micro = BATCH // accumulation, cfg.train.micro_batch
     history, memory = [], []
     for step in range(done, STEPS):
@@ -89,7 +88,7 @@ def run_case(
         history.append(row)
         if validate:
             first = ctx.mesh.data_rank * micro
-            validation_loss(cfg, engines, ctx, [batch_of(cfg, 100, slice(first, first + micro))])
+            validation_loss(engines, ctx, [batch_of(cfg, 100, slice(first, first + micro))])
         if step + 1 == save_at:
             saver.save(step + 1, {})  # goes on while the next steps run
     path = saver.finish()

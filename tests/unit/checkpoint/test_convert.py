@@ -14,17 +14,16 @@ import torch
 
 from megastar import cli
 from megastar.checkpoint import atomic_output, convert
-from megastar.checkpoint.convert import full_weights
 from megastar.checkpoint.llamagen_writer import how_to_load
 from megastar.checkpoint.rng_state import random_file
 from megastar.checkpoint.safetensors_stream import TensorWriter
 from megastar.checkpoint.shard_format import KINDS, StateReader
 from megastar.errors import UserError
-from megastar.model.io import load_model, save_model
+from megastar.model.io import load_model
 from megastar.parallel.mesh import Mesh
 from megastar.run_dir import checkpoint_dir
 from megastar.utils.files import sha256
-from tests.checkpoints import shapes_of, whole_of, write_checkpoint
+from tests.checkpoints import full_weights, save_model, shapes_of, whole_of, write_checkpoint
 from tests.dist.reference import config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -81,7 +80,7 @@ def test_safetensors_hold_the_weights(runs, tmp_path, mesh, weights, dtype):
         "weights": weights, "step": 3, "of_steps": 8, "images_seen": 24, "seed": 0, "self_guided": True,
         "classes": list("abcde"), "command": "megastar train",
     }  # fmt: skip
-    assert f"{weights} weights, {dtype}, of step 3" in told and "read back as written" in told
+    assert f"{weights} weights, {dtype}, step 3" in told and "read back as written" in told
     assert sorted(p.name for p in out.parent.iterdir()) == ["w.json", "w.safetensors"]
     beside = json.loads((out.parent / "w.json").read_text())
     assert beside["sha256"] == sha256(out) and beside["step"] == 3 and beside["model"]["dim"] == 16
@@ -242,13 +241,13 @@ def test_another_format_or_network_is_told(run, tmp_path, capsys):
     assert "has format 1, this megastar reads 2: use the version that wrote it" in refused(words, capsys)
     about["config"]["model"]["n_layer"] = 4
     path.write_text(json.dumps(about))
-    assert "are of another architecture: n_layer 3, not 4" in refused(words, capsys)
+    assert "have a different architecture: n_layer 3, not 4" in refused(words, capsys)
 
 
 @pytest.mark.parametrize(
     ("mesh", "sentence"),
     [
-        (["--data", "2", "--tensor", "4"], "--tensor 4 does not divide the 2 heads, the ffn width 48 and the vocabulary 32: use 1 or 2"),
+        (["--data", "2", "--tensor", "4"], "tensor parallel degree 4: must divide 2 heads, the ffn width 48 and 32 codes; use 1 or 2"),
         (["--data", "3"], "--data 3 does not divide train.global_batch 8, which a resumed run keeps: use 1, 2, 4 or 8"),
     ],
 )  # fmt: skip
@@ -259,7 +258,7 @@ def test_a_mesh_that_cannot_be_reached(runs, tmp_path, capsys, mesh, sentence):
 @pytest.mark.parametrize("to", convert.TARGETS)
 def test_too_little_disk_is_told_before_the_first_byte(runs, tmp_path, monkeypatch, to):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5000}))
-    with pytest.raises(UserError, match=r"out needs \d+ MB and .* has 0 MB free: free space or name another place"):
+    with pytest.raises(UserError, match=r"out needs \d+ MB and .* has 0 MB free: free space or choose another path"):
         convert.convert(runs / "1x1", to, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -269,7 +268,7 @@ def test_an_existing_output_stays_unless_forced(runs, tmp_path, to):
     out = tmp_path / "out"
     convert.convert(runs / "1x1", to, out)
     before = sorted((p, p.stat().st_ino) for p in [out, *out.rglob("*")])
-    with pytest.raises(UserError, match=r"out exists: name another place, or replace it with --force"):
+    with pytest.raises(UserError, match=r"out exists: choose another path, or pass --force to replace it"):
         convert.convert(runs / "2x2", to, out)
     assert before == sorted((p, p.stat().st_ino) for p in [out, *out.rglob("*")])
     convert.convert(runs / "2x2", to, out, force=True)
@@ -280,15 +279,15 @@ def test_force_removes_only_what_a_conversion_wrote(runs, run, tmp_path, capsys)
     (run / "metrics.jsonl").write_text("{}\n")
     words = ["--to", "checkpoint", "--data", "1", "--force", "--out"]
     told = refused([runs / "1x1", *words, run], capsys)
-    assert "run also holds metrics.jsonl, which --force would remove: name another place" in told
+    assert "run also contains metrics.jsonl, which --force would remove: choose another path" in told
     assert f"--out {run} contains the source {step_of(run)}: name another folder" in refused([run, *words, run], capsys)
     assert "run is a folder: name the file to write" in refused(
         [runs / "1x1", "--to", "llamagen", "--out", run], capsys
     )
     told = refused([runs / "1x1", "--to", "universal", "--out", run / "metrics.jsonl"], capsys)
-    assert "metrics.jsonl is a file: name the folder to write" in told
+    assert "metrics.jsonl is not a folder: name the folder to write" in told
     told = refused([runs / "1x1", "--to", "universal", "--out", run / "metrics.jsonl" / "deep"], capsys)
-    assert f"{run / 'metrics.jsonl'} is a file, not a folder: name another place" in told
+    assert f"{run / 'metrics.jsonl'} is a file, not a folder: choose another path" in told
 
 
 @pytest.mark.parametrize("to", convert.TARGETS)
@@ -322,7 +321,7 @@ def test_what_reads_back_otherwise_is_refused(runs, tmp_path, monkeypatch, to, s
 
     for module in ("convert_weights", "deepspeed_universal", "reshard"):
         monkeypatch.setattr(f"megastar.checkpoint.{module}.settle", settle)
-    with pytest.raises(UserError, match=r"does not read back as it was written|is damaged"):
+    with pytest.raises(UserError, match=r"differs from what was written|is damaged"):
         convert.convert(runs / "2x2", to, tmp_path / "out")
     assert hit and not list(tmp_path.iterdir())
 

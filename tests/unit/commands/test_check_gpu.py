@@ -101,7 +101,7 @@ def test_timings_and_the_ratio_to_their_peer() -> None:
     ]
     assert all(r["ratio"] == r["ms"] / r["peer_ms"] > 0 for r in rows)
     late = list(timing.timings(CPU, torch.float32, [(1, 1, 32, 16)], repeats=1, over=lambda: True))
-    assert [r["why"] for r in late] == ["left out: no time left"] * 2
+    assert [r["why"] for r in late] == ["skipped: no time left"] * 2
     dq, dk, dv = timing.forward_backward("sdpa", (1, 2, 16, 16), MaskSpec(), torch.float32, CPU)()
     assert dq.shape == dk.shape == dv.shape == (1, 2, 16, 16)
 

@@ -42,7 +42,7 @@ def run(capsys, *words: object) -> str:
 def test_inspect(folder, capsys):
     text = run(capsys, "inspect", folder, "--samples", 2)
     size = sum(s.bytes for s in load_manifest(folder).shards)
-    for part in ("9", "0 to 5", f"{size / 1e3:.3g} kB", "4: a, b, c, d", "center-flip", "4 x 4", "ab" * 32):
+    for part in ("9", "0 to 5", f"{size / 1e3:.1f} kB", "4: a, b, c, d", "center-flip", "4 x 4", "ab" * 32):
         assert part in text
     assert "a/picture.1  class 1 b" in text and "a/picture.2" not in text
     about = json.loads(run(capsys, "inspect", folder, "--json"))
@@ -76,7 +76,7 @@ def test_every_broken_shard_is_named(tmp_path, capsys):
     assert {p.shard for p in found} == {p.name for p in shard} - {shard[3].name}
     reasons = {p.shard: p.reason for p in found}
     assert "is missing though the manifest lists it" in reasons[shard[0].name]
-    assert "it was cut or changed" in reasons[shard[1].name]
+    assert "it was truncated or changed" in reasons[shard[1].name]
     assert f"has SHA-256 {sha256(shard[2])}, the manifest records" in reasons[shard[2].name]
     assert [p.reason for p in found if p.shard == shard[4].name][1].endswith("copy it again or pretokenize again")
     assert "holds 2 samples, the manifest records 3" in reasons[shard[5].name]
@@ -103,7 +103,7 @@ def test_a_failing_disk_and_an_empty_shard_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("megastar.data.storage.store.sha256_of", failing)
     assert list(map(str, verify(folder))) == [
         "shard-00001.tar: cannot be read (Input/output error): check the disk or copy it again",
-        "none.tar: is empty, not even tar's end mark is there: it was cut or changed",
+        "none.tar: is empty: it was truncated or changed",
     ]
 
 
@@ -116,13 +116,13 @@ def test_codes_and_classes_out_of_range(folder, capsys):
     code = next(int(c) for c in expected[bad[0]][0].ravel() if c >= 45)
     assert reasons == [
         "sample 3 has class 3, outside 0 to 2 (1 such samples)",
-        f"sample {bad[0]} has code {code}, outside the code book of 45 ({len(bad)} such samples)",
+        f"sample {bad[0]} has code {code}, outside the codebook of 45 ({len(bad)} such samples)",
     ]
     assert "holds code" in error(capsys, "data", "stats", str(folder))
     data |= {"codebook_size": V}
     (folder / "manifest.json").write_text(json.dumps(data))
     assert "shard-00000.tar, sample 3 of" in (text := error(capsys, "data", "stats", str(folder)))
-    assert "has class 3, outside 0 to 2: see `megastar data verify" in text
+    assert "has class 3, outside 0 to 2: find all such samples with `megastar data verify" in text
 
 
 # stats -------------------------------------------------------------------------------------------------------------

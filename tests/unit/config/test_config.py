@@ -117,8 +117,8 @@ def test_all_problems_are_reported_together(base):
         ("train.zzzz=1", "unknown key train.zzzz: the fields here are global_batch, micro_batch, steps,"),
         ("steps", "override 'steps' is not of the form section.field=value"),
         ("=5", "override '=5' is not of the form section.field=value"),
-        ("data=5", "data = 5: is a section, write data.field: value"),
-        ("model=5", "model = 5: is a section, write model.field: value"),
+        ("data=5", "data = 5: is a section; write data.field: value"),
+        ("model=5", "model = 5: is a section; write model.field: value"),
         ("train.steps=1.5", "train.steps = 1.5: must be an integer"),
         ("self_guided.enabled=perhaps", "self_guided.enabled = 'perhaps': must be true or false"),
         ("optim.lr=fast", "optim.lr = 'fast': must be a number"),
@@ -126,8 +126,11 @@ def test_all_problems_are_reported_together(base):
         ("run=", "run is empty: name the run folder"),
         ("train.steps=", "train.steps = None: must be an integer"),
         ("data.shards=''", "data.shards is empty: name a folder of token shards (megastar pretokenize makes it)"),
-        ("data.shards=s3:///a", "data.shards = s3:///a: must be a folder or read s3://bucket/prefix"),
-        ("data.val_shards=gs://b/a", "data.val_shards = gs://b/a: must be a folder or read s3://bucket/prefix"),
+        ("data.shards=s3:///a", "data.shards = s3:///a: must be a folder or have the form s3://bucket/prefix"),
+        (
+            "data.val_shards=gs://b/a",
+            "data.val_shards = gs://b/a: must be a folder or have the form s3://bucket/prefix",
+        ),
         ("data.cache=s3://b/a", "data.cache = s3://b/a: must be a local folder"),
         ("data.cache_gib=0", "data.cache_gib = 0.0: must be above 0"),
         ("data.patience=-1", "data.patience = -1.0: must be at least 0"),
@@ -200,35 +203,35 @@ def test_bad_files(tmp_path, base):
 # The batch ---------------------------------------------------------------------------------------------------------
 def test_batch_is_split_over_ranks_and_accumulation():
     cfg = RunConfig()
-    assert resolve_batch(cfg, 8) == (32, 1)
+    assert resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 8) == (32, 1)
     cfg.train.micro_batch = 8
-    assert resolve_batch(cfg, 8) == (8, 4)
+    assert resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 8) == (8, 4)
     cfg.parallel.tensor_parallel = 4
-    assert resolve_batch(cfg, 8) == (8, 16)
+    assert resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 8) == (8, 16)
 
 
 def test_world_sizes_that_do_not_fit():
     cfg = RunConfig()
     cfg.train.global_batch = 12
     with pytest.raises(UserError) as caught:
-        resolve_batch(cfg, 5)
+        resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 5)
     assert str(caught.value) == (
         "world size 5 does not divide train.global_batch 12: start 1, 2, 3, 4, 6 or 12 processes, "
         "or set train.global_batch to 10 or 15"
     )
     cfg.train.micro_batch = 4
     with pytest.raises(UserError, match="train.micro_batch 4 does not divide the 6 images .* to 1, 2, 3 or 6"):
-        resolve_batch(cfg, 2)
+        resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 2)
     cfg.parallel.tensor_parallel = 2
     with pytest.raises(
         UserError, match="world size 3 is not a multiple of parallel.tensor_parallel 2: start 2, 4 or 8"
     ):
-        resolve_batch(cfg, 3)
+        resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 3)
     cfg.train.micro_batch = 0
     with pytest.raises(
         UserError, match=r"world size 10 / tensor_parallel 2 = 5 data ranks does not .* start 2, 4, 6, 8, 12 or 24"
     ):
-        resolve_batch(cfg, 10)
+        resolve_batch(cfg.train, cfg.parallel.tensor_parallel, 10)
 
 
 # The tokenizer's configuration -------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_the_base_of_a_comparison_names_its_files_likewise(folder):
         ("guided.yaml", "run: there", "guided.yaml: run is not allowed in a method file: set it in the run file"),
         ("guided.yaml", "optim: {betta1: 1}", "guided.yaml: unknown key optim.betta1: did you mean optim.beta1?"),
         ("guided.yaml", "optim: {lr: fast}", "guided.yaml: optim.lr = 'fast': must be a number"),
-        ("guided.yaml", "optim: 5", "guided.yaml: optim = 5: is a section, write optim.field: value"),
+        ("guided.yaml", "optim: 5", "guided.yaml: optim = 5: is a section; write optim.field: value"),
         ("guided.yaml", "- a", "guided.yaml contains a list instead of sections of `field: value`"),
         ("guided.yaml", "optim: {lr: [1", "guided.yaml line 2 is not YAML ("),
         ("net.yaml", "dimm: 3", "net.yaml: unknown key model.dimm: did you mean model.dim?"),

@@ -169,7 +169,7 @@ def test_values_of_the_paper(name, block, epochs):
     assert (m.vocab_size, m.num_classes, m.image_tokens, m.class_dropout_prob) == (16384, 1000, 256, 0.1)
     assert (m.token_dropout_p, m.resid_dropout_p, m.ffn_dropout_p) == (0.1, 0.1, 0.1)
     for world in (8, 16, 32):
-        assert resolve_batch(cfg, world) == (256 // world, 1)
+        assert resolve_batch(cfg.train, 1, world) == (256 // world, 1)
 
 
 def test_batch_scripts_train_files_that_exist():
@@ -180,7 +180,8 @@ def test_batch_scripts_train_files_that_exist():
         nodes = int(text.split("--nodes=")[1].split()[0])
         tasks = int(text.split("--ntasks-per-node=")[1].split()[0])
         default = text.split("\ntrain ")[1].split()[0]
-        resolve_batch(load_config(default), nodes * tasks)
+        cfg = load_config(default)
+        resolve_batch(cfg.train, cfg.parallel.tensor_parallel, nodes * tasks)
     for path in (ROOT / "configs/run").glob("*.yaml"):
         for script, config in re.findall(r"sbatch (slurm/\S+) (\S+)", path.read_text()):
             assert config == f"configs/run/{path.name}" and (ROOT / script).is_file()

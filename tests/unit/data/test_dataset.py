@@ -91,17 +91,17 @@ def test_a_copy_opens_the_shards_itself(folder):
 
 def test_what_cannot_be_read(folder, tmp_path):
     for views, message in (
-        (0, "views is 0: the shards in .*shards store 3 views of an image, draw 1 to 3"),
-        (4, "views is 4: "),
-        ([0, 3], r"views are \[0, 3\]: name at least one of the views 0 to 2 that .*shards stores"),
-        ([], r"views are \[\]: name at least one"),
+        (0, "views = 0: the shards in .*shards store 3 views per image; give 1 to 3"),
+        (4, "views = 4: "),
+        ([0, 3], r"views = \[0, 3\]: select at least one of the views 0 to 2 stored in .*shards"),
+        ([], r"views = \[\]: select at least one"),
     ):
         with pytest.raises(UserError, match=message):
             TokenDataset(folder, views=views)
     with pytest.raises(UserError, match="token shards folder .*none does not exist"):
         TokenDataset(tmp_path / "none")
     narrow = TokenDataset(write_set(tmp_path / "narrow", codebook_size=20))
-    with pytest.raises(UserError, match="outside the vocabulary of 20"):
+    with pytest.raises(UserError, match="outside the codebook of 20"):
         narrow[0]
-    with pytest.raises(UserError, match="outside the vocabulary of 20"):
+    with pytest.raises(UserError, match="outside the codebook of 20"):
         next(iter(DataLoader(narrow, num_workers=1)))

@@ -17,7 +17,7 @@ import torch
 
 from megastar.config.schema import ModelConfig
 from megastar.data.loader import TokenLoader, check_manifest, validation_batches
-from megastar.data.order import OrderSpec, batch_ids
+from megastar.data.order import OrderSpec, sample_ids
 from megastar.data.prefetch import GaveUp
 from megastar.data.shards.manifest import load_manifest
 from megastar.data.shards.reader import ShardSet
@@ -62,7 +62,7 @@ def same(a: dict, b: dict) -> bool:
 def test_rows_are_what_order_and_draws_say(folder):
     spec = OrderSpec(1, SIZES, 2)
     for step, batch in enumerate(take(loader(folder), 8)):  # over two epoch ends
-        ids, epochs = batch_ids(spec, step, 8)
+        ids, epochs = sample_ids(spec, step * 8, 8)
         views = draw_views(1, epochs, ids, VIEWS, 2)
         dropped = draw_label_drop(1, epochs, ids, 0.3)
         assert batch["step"] == step
@@ -135,7 +135,7 @@ def test_the_state_is_right_at_every_batch_whatever_is_read_ahead(folder):
 def test_every_batch_before_a_broken_shard_comes(tmp_path):
     folder = write_set(tmp_path / "s", (16,) * 6)
     spec = OrderSpec(1, (16,) * 6, 2)
-    ids = np.concatenate([batch_ids(spec, k, 4)[0] for k in range(24)])
+    ids = np.concatenate([sample_ids(spec, k * 4, 4)[0] for k in range(24)])
     good = int(np.argmax(ids // 16 == 5)) // 4  # batches before the first that needs the last shard
     assert good % 8 != 1  # it fails in the middle of what is read together
     straight = take(loader(folder, global_batch=4), good)
@@ -282,14 +282,14 @@ def test_missing_and_empty_folder(tmp_path):
 def test_code_outside_the_vocabulary(tmp_path):
     folder = write_set(tmp_path / "s", SIZES, codebook_size=45)  # the samples hold codes up to 49
     with pytest.raises(
-        UserError, match=r"shard-0000\d.tar, sample \d of .* holds code 4[5-9], outside the vocabulary of 45"
+        UserError, match=r"shard-0000\d.tar, sample \d of .* holds code 4[5-9], outside the codebook of 45"
     ):
         take(loader(folder, vocab_size=45), 4)
 
 
 def test_class_outside_the_range(tmp_path):
     folder = write_set(tmp_path / "s", SIZES, classes=["a", "b"])  # the samples have classes 0 to 3
-    with pytest.raises(UserError, match=r"sample \d of .* has class [23], outside 0 to 1: correct its class"):
+    with pytest.raises(UserError, match=r"sample \d of .* has class [23], outside 0 to 1: find all such"):
         take(loader(folder, num_classes=2), 4)
 
 

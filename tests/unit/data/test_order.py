@@ -5,8 +5,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from megastar.data.order import OrderSpec, batch_ids, epoch_order, permutation, sample_ids, slot_of
+from megastar.data.order import OrderSpec, permutation, sample_ids, slot_of
 from megastar.data.views import draw_label_drop, draw_views
+from tests.loaders import epoch_order
 
 SPEC = OrderSpec(seed=3, shard_sizes=(7, 5, 0, 9, 4, 8), window=2)
 N = SPEC.samples
@@ -80,7 +81,7 @@ def test_small_shards_are_mixed_too():
 
 def test_steps_walk_the_epochs_without_a_gap():
     B = 10
-    ids, epochs = zip(*(batch_ids(SPEC, step, B) for step in range(10)), strict=True)
+    ids, epochs = zip(*(sample_ids(SPEC, step * B, B) for step in range(10)), strict=True)
     walked = np.concatenate(ids)
     expected = np.concatenate([epoch_order(SPEC, e) for e in range(-(-10 * B // N))])[: 10 * B]
     np.testing.assert_array_equal(walked, expected)
@@ -88,7 +89,7 @@ def test_steps_walk_the_epochs_without_a_gap():
 
 
 def test_a_batch_may_span_several_epochs():
-    ids, epochs = batch_ids(SPEC, 0, 3 * N)
+    ids, epochs = sample_ids(SPEC, 0, 3 * N)
     assert np.bincount(ids).tolist() == [3] * N and np.bincount(epochs).tolist() == [N] * 3
 
 

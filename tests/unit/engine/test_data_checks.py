@@ -39,7 +39,10 @@ def test_what_fits_is_opened(folder, tmp_path):
         (["model.image_tokens=64"], "the shards have 16 tokens per image, a grid of 4, model.image_tokens is 64"),
         (["model.vocab_size=64"], "the shards have 50 codes, model.vocab_size is 64"),
         (["model.num_classes=3"], "the shards have 4 classes, model.num_classes is 3"),
-        (["train.global_batch=32"], "holds 26 samples, fewer than one global batch of 32: lower the batch or add"),
+        (
+            ["train.global_batch=32"],
+            "holds 26 samples, fewer than one global batch of 32: lower train.global_batch or add",
+        ),
         (["self_guided.views=4"], r"4 views are requested, the shards store 3 \(crops center-flip\)"),
         (["data.tokenizer=nowhere.safetensors"], "data.tokenizer=nowhere.safetensors does not exist"),
     ],
@@ -91,20 +94,20 @@ def test_a_run_goes_on_with_its_shards_wherever_they_lie(folder, tmp_path):
     assert digests[0] == digests[1] != digests[2] and open_data(run_config(folder)).digests["val_data"] == ""
     cfg, found = run_config(other, f"data.val_shards={other}"), tmp_path / "step-1"
     was = {"data": digests[0], "val_data": digests[0]}
-    check_same_data(cfg, was, was, found)
-    check_same_data(cfg, {"data": digests[0]}, was, found)  # a checkpoint that does not say
+    check_same_data(cfg.data, was, was, found)
+    check_same_data(cfg.data, {"data": digests[0]}, was, found)  # a checkpoint that does not say
     with pytest.raises(UserError, match=r"data.shards = .*other holds different shards than .*step-1 was trained on"):
-        check_same_data(cfg, was, was | {"data": digests[2]}, found)
+        check_same_data(cfg.data, was, was | {"data": digests[2]}, found)
     with pytest.raises(
         UserError, match=r"data.val_shards = .*other holds different shards than .*step-1 was validated on"
     ):
-        check_same_data(cfg, was, was | {"val_data": digests[2]}, found)
+        check_same_data(cfg.data, was, was | {"val_data": digests[2]}, found)
 
 
 def test_a_checkpoint_in_another_order_of_the_samples(folder, tmp_path):
     cfg, found = run_config(folder, "data.window=3"), tmp_path / "step-4"
     manifest = open_data(cfg).train.manifest
-    check_same_order(cfg, manifest, {"order": VERSION}, found)
+    check_same_order(cfg.data.window, manifest, {"order": VERSION}, found)
     with pytest.raises(UserError, match=f"step-4 was trained in sample order 1, this .* order {VERSION}: finish"):
-        check_same_order(cfg, manifest, {}, found)  # from before it was written down
-    check_same_order(run_config(folder, "data.window=4"), manifest, {}, found)  # four shards, all mixed: the same
+        check_same_order(cfg.data.window, manifest, {}, found)  # from before it was written down
+    check_same_order(4, manifest, {}, found)  # four shards, all mixed: the same

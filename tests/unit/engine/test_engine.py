@@ -23,26 +23,25 @@ from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
 from megastar.utils.device import pick_dtype
 from megastar.utils.files import sha256
-from megastar.utils.signals import StopFlag
 
 
 def test_learning_rate_scales_with_the_batch_and_follows_its_schedule():
     cfg = RunConfig(optim=OptimConfig(lr=1e-4, warmup_steps=4), train=TrainConfig(global_batch=512))
-    assert learning_rate(cfg, 0, 100) == pytest.approx(2e-4 / 4)
-    assert [learning_rate(cfg, s, 100) for s in (3, 50, 99)] == [2e-4] * 3  # constant
+    assert learning_rate(cfg.optim, cfg.train.global_batch, 0, 100) == pytest.approx(2e-4 / 4)
+    assert [learning_rate(cfg.optim, cfg.train.global_batch, s, 100) for s in (3, 50, 99)] == [2e-4] * 3  # constant
     cfg.optim.scale_lr, cfg.optim.schedule = False, "cosine"
-    assert learning_rate(cfg, 4, 104) == pytest.approx(1e-4)
-    assert learning_rate(cfg, 54, 104) == pytest.approx(1e-4 * (0.01 + 0.99 / 2))
-    assert learning_rate(cfg, 104, 104) == pytest.approx(1e-6)
+    assert learning_rate(cfg.optim, cfg.train.global_batch, 4, 104) == pytest.approx(1e-4)
+    assert learning_rate(cfg.optim, cfg.train.global_batch, 54, 104) == pytest.approx(1e-4 * (0.01 + 0.99 / 2))
+    assert learning_rate(cfg.optim, cfg.train.global_batch, 104, 104) == pytest.approx(1e-6)
     cfg.optim.schedule = "linear"
-    assert learning_rate(cfg, 54, 104) == pytest.approx(1e-4 * (1 - 0.99 / 2))
+    assert learning_rate(cfg.optim, cfg.train.global_batch, 54, 104) == pytest.approx(1e-4 * (1 - 0.99 / 2))
 
 
 def test_run_length_from_steps_or_epochs():
     cfg = RunConfig(train=TrainConfig(global_batch=256, epochs=50))
-    assert total_steps(cfg, 1_281_167) == 250_228  # the paper's 5,004 steps an epoch, up to rounding
+    assert total_steps(cfg.train, 1_281_167) == 250_228  # the paper's 5,004 steps an epoch, up to rounding
     cfg.train.steps = 7
-    assert total_steps(cfg, 1_281_167) == 7
+    assert total_steps(cfg.train, 1_281_167) == 7
 
 
 def test_the_average_follows_the_recursion_from_the_initial_weights():
@@ -110,10 +109,10 @@ def test_retention_keeps_the_last_and_each_nth_and_the_best(tmp_path):
     for step, loss in ((10, 3.0), (20, 1.0), (30, None), (40, 2.0), (50, 1.5)):
         make_checkpoint(tmp_path, step, val_loss_ar=loss)
     cfg.train.keep_best = True
-    checkpoint_dir.retire(cfg, tmp_path)
+    checkpoint_dir.retire(cfg.train, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint_dir.name_of(s) for s in (20, 30, 40, 50)]
     cfg.train.keep_best = False
-    checkpoint_dir.retire(cfg, tmp_path)
+    checkpoint_dir.retire(cfg.train, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint_dir.name_of(s) for s in (30, 40, 50)]
 
 
@@ -155,23 +154,6 @@ def test_a_loss_that_is_not_finite_is_seen_before_the_step():
     assert agreed(torch.tensor(-3e38), 0).loss == -(2**17)  # bounded, so that any number of ranks can be summed
 
 
-def test_a_signal_sets_the_flag_and_a_second_interrupt_ends_at_once():
-    import signal
-
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        flag = StopFlag()
-        assert flag.signal == 0
-        signal.raise_signal(signal.SIGUSR1)
-        assert flag.signal == signal.SIGUSR1
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def test_a_resumed_run_holds_each_step_once(tmp_path):
     first = MetricsLogger(tmp_path, 0, 10, 1, True)
     for step in range(1, 6):
@@ -195,11 +177,11 @@ def test_dtype_auto_is_one_of_the_two():
 
 def test_collectives_time_out_after_the_watchdog_and_after_a_wait_for_data():
     cfg = RunConfig()
-    assert collective_timeout(cfg).total_seconds() == 660
+    assert collective_timeout(cfg.faults, cfg.data).total_seconds() == 660
     cfg.data.shards, cfg.data.patience = "s3://bucket/codes", 5000
-    assert collective_timeout(cfg).total_seconds() > 600 + 5000
+    assert collective_timeout(cfg.faults, cfg.data).total_seconds() > 600 + 5000
     cfg.faults.hang_timeout, cfg.data.shards = 0, "codes"
-    assert collective_timeout(cfg) == default_pg_timeout
+    assert collective_timeout(cfg.faults, cfg.data) == default_pg_timeout
 
 
 def test_an_optimizer_under_zero_does_not_fetch_the_compiler_and_compiling_still_works():

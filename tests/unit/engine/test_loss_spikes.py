@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megastar.config.schema import FaultsConfig, RunConfig
+from megastar.config.schema import FaultsConfig
 from megastar.engine.context import Context
 from megastar.engine.fault_tolerance import replica_checksum
 from megastar.engine.fault_tolerance.loss_spikes import MIN_SIGMA, SpikeTest
@@ -96,13 +96,13 @@ def test_the_rank_at_fault():
 
 def test_a_rank_that_differs_from_a_majority_is_recorded(tmp_path):
     ctx = Context(0, 3, torch.device("cpu"), torch.float32)
-    cfg, hosts = RunConfig(run=str(tmp_path)), ["n0", "n0", "n1"]
+    hosts = ["n0", "n0", "n1"]
     certain, not_certain = ("norm.weight", [2], True, hosts), ("w1.weight", [0, 2], False, hosts)
     assert "differs between rank 2 (n1), and no majority" in replica_checksum.report(
-        cfg, ctx, 7, [certain, not_certain]
+        tmp_path, ctx, 7, [certain, not_certain]
     )
     assert not (tmp_path / "lost.jsonl").exists()
-    text = replica_checksum.report(cfg, ctx, 7, [certain])
+    text = replica_checksum.report(tmp_path, ctx, 7, [certain])
     assert text.startswith("step 7: norm.weight must be equal") and "on rank 2 (n1) alone" in text
     (line,) = read_jsonl(tmp_path / "lost.jsonl")
     assert (line["rank"], line["host"], line["why"], line["attempt"]) == (2, "n1", "corrupt", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
@@ -40,14 +41,16 @@ def test_the_newest_good_checkpoint_from_before_the_first_skip(tmp_path):
 @pytest.mark.parametrize("cut", ["before the pointer", "before the removal", "after it"])
 def test_a_roll_back_that_was_cut_off_is_finished(tmp_path, cut):
     cfg = RunConfig(run=str(tmp_path))
-    folder = checkpoint_dir.folder_of(cfg)
+    folder = checkpoint_dir.folder_of(cfg.run)
     for step in (10, 20, 30):
         make_checkpoint(folder, step, guard={"rollbacks": 1})
     (folder / "latest").write_text(checkpoint_dir.name_of(30) + "\n")
-    assert rollback.finish_rollback(cfg, CTX) == [] and checkpoint_dir.latest(folder).name == checkpoint_dir.name_of(30)
+    assert rollback.finish_rollback(tmp_path, CTX) == [] and checkpoint_dir.latest(
+        folder
+    ).name == checkpoint_dir.name_of(30)
     first = {"step": 5, "to": checkpoint_dir.name_of(1), "position": 6}
     append_line(tmp_path / ROLLBACKS, json.dumps(first))
-    assert rollback.finish_rollback(cfg, CTX) == [first] and checkpoint_dir.latest(
+    assert rollback.finish_rollback(tmp_path, CTX) == [first] and checkpoint_dir.latest(
         folder
     ).name == checkpoint_dir.name_of(30)  # known to it
     second = {"step": 32, "to": checkpoint_dir.name_of(20), "position": 33}
@@ -57,7 +60,7 @@ def test_a_roll_back_that_was_cut_off_is_finished(tmp_path, cut):
     elif cut == "after it":
         rollback.discard_after(folder / checkpoint_dir.name_of(20))
     for _ in range(2):
-        assert rollback.finish_rollback(cfg, CTX) == [first, second]
+        assert rollback.finish_rollback(tmp_path, CTX) == [first, second]
         assert checkpoint_dir.latest(folder).name == checkpoint_dir.name_of(20)
         assert len(checkpoint_dir.complete(folder)) == 2
 
@@ -72,6 +75,20 @@ def test_metrics_go_back_too(tmp_path):
     metrics.close()
     assert [(r["step"], r["loss"]) for r in read_jsonl(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 30)]
     assert not (tmp_path / "events.jsonl").exists()
+
+
+def test_rows_that_cannot_be_cut_are_a_warning(tmp_path, monkeypatch, caplog):
+    metrics = MetricsLogger(tmp_path, 0, 6, 1, True)
+    metrics.step(1, 4, {"loss": 1.0})
+
+    def refuse(step):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(metrics.rows, "cut_after", refuse)
+    with caplog.at_level("WARNING"):
+        metrics.rewind(0, tmp_path / "step-00000000")
+    metrics.close()
+    assert "metrics.jsonl keeps rows of steps after 0: [Errno 30] Read-only file system" in caplog.text
 
 
 def test_whose_loss_it_was():
@@ -90,11 +107,12 @@ def test_the_advice_fits_what_the_skipped_steps_have_in_common():
     def row(why: str, *ranks: int, hosts: int = 4) -> dict:
         return {"why": why, "suspects": [{"rank": r, "host": f"n{r // 2}"} for r in ranks], "hosts": hosts}
 
-    cfg, nan = RunConfig(), "the loss is not finite"
-    assert "from rank 2 (n1), rank 3 (n1): exclude this host" in rollback.advice(cfg, [row(nan, 2), row(nan, 3)])
-    assert "rank 2 (n1): the GPU or its memory may be faulty" in rollback.advice(cfg, [row(nan, 2, hosts=1)])
-    assert "from no single host: resume with a lower optim.lr (now 0.0001)" in rollback.advice(
-        cfg, [row(nan, 0), row(nan, 3)]
-    )
-    assert "from no single host" in rollback.advice(cfg, [row(nan, 2), row(nan)])
-    assert "faults.spike_sigma (now 6)" in rollback.advice(cfg, [row("loss 9 is 8 sigma above 7")])
+    def advice(*rows: dict) -> str:
+        return rollback.advice(RunConfig().faults, 1e-4, list(rows))
+
+    nan = "the loss is not finite"
+    assert "from rank 2 (n1), rank 3 (n1): exclude this host" in advice(row(nan, 2), row(nan, 3))
+    assert "rank 2 (n1): the GPU or its memory may be faulty" in advice(row(nan, 2, hosts=1))
+    assert "from no single host: resume with a lower optim.lr (now 0.0001)" in advice(row(nan, 0), row(nan, 3))
+    assert "from no single host" in advice(row(nan, 2), row(nan))
+    assert "faults.spike_sigma (now 6)" in advice(row("loss 9 is 8 sigma above 7"))

@@ -61,3 +61,17 @@ def test_what_ails_the_store_is_told_by_one_rank_of_a_host(tmp_path):
             rank.end()
     full, over = read_events(tmp_path)
     assert full["text"].endswith(": the cache is full") and not full["over"] and over["over"]
+
+
+def test_a_second_fit_in_one_process_reports_the_same_step_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(waits_module, "REPORT_AFTER", 0.0)
+    store = waits_module.dist.HashStore()
+    monkeypatch.setattr(waits_module.dist, "HashStore", lambda: store)
+    shards = SimpleNamespace(folder="codes")
+    source = SimpleNamespace(step=4, messages=lambda: ("", ""), shards=shards)
+    for _ in range(2):
+        ranks = [WaitReporter(source, SimpleNamespace(rank=r), tmp_path) for r in range(2)]
+        for rank in ranks:
+            rank.begin()
+            rank.poll()
+    assert [e["step"] for e in read_events(tmp_path)] == [4, 4]

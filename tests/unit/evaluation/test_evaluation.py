@@ -20,8 +20,8 @@ from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector
 from megastar.evaluation.features import EffLite0, resize
 from megastar.evaluation.image_sources import load_images, open_images, source_hash
+from megastar.evaluation.options import Settings
 from megastar.evaluation.runner import evaluate, evaluate_collected, evaluate_reconstruction
-from megastar.evaluation.scores import Settings
 from megastar.tokenizer.efficientnet import EfficientNetLite0
 from megastar.tokenizer.io import load_tokenizer, save_tokenizer
 from megastar.tokenizer.train import score
@@ -123,7 +123,7 @@ def test_unreadable_images_are_skipped_with_a_warning(tmp_path, caplog):
 
 
 def test_bad_npz_files_have_their_sentence(tmp_path):
-    with pytest.raises(UserError, match="do not exist"):
+    with pytest.raises(UserError, match="none.npz does not exist: name a folder, a .tar, an .npz or token shards"):
         load_images(tmp_path / "none.npz")
     path = tmp_path / "x.npz"
     path.write_bytes(b"no zip")

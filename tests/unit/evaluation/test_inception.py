@@ -23,6 +23,7 @@ from megastar.evaluation.inception import (
     resize_tf1,
     scale,
 )
+from megastar.evaluation.options import EvaluationOptions
 from megastar.evaluation.reference import read_reference
 
 
@@ -112,9 +113,11 @@ def test_pools_exclude_the_padding_and_the_last_block_uses_a_max_pool():
 
 # File ----------------------------------------------------------------------------------------------------------
 def test_only_a_file_of_the_named_hash_is_opened(tmp_path, weights, digest):
-    with pytest.raises(UserError, match=f"FID requires --inception FILE: get pt_inception.*SHA-256 {SHA256}"):
+    with pytest.raises(UserError, match=f"FID requires --inception FILE: download pt_inception.*SHA-256 {SHA256}"):
         load_inception(None)
-    with pytest.raises(UserError, match="none.pth does not exist: get pt_inception-2015-12-05-6726825d.pth at github"):
+    with pytest.raises(
+        UserError, match="none.pth does not exist: download pt_inception-2015-12-05-6726825d.pth at github"
+    ):
         load_inception(tmp_path / "none.pth")
     with pytest.raises(UserError, match=f"has the SHA-256 {digest}, not {SHA256}.*--inception-sha256"):
         load_inception(weights)
@@ -135,7 +138,7 @@ def test_hostile_truncated_and_other_files_are_rejected(tmp_path, weights):
 
     evil = tmp_path / "evil.pth"
     torch.save({"fc.weight": Evil()}, evil)
-    assert "contains other objects than tensors" in refused(evil) and not (tmp_path / "ran").exists()
+    assert "contains objects other than tensors" in refused(evil) and not (tmp_path / "ran").exists()
     cut = tmp_path / "cut.pth"
     cut.write_bytes(weights.read_bytes()[:100_000])
     assert "is damaged" in refused(cut)
@@ -145,7 +148,7 @@ def test_hostile_truncated_and_other_files_are_rejected(tmp_path, weights):
     state["fc.weight"] = torch.zeros(1000, 2048)
     del state["Mixed_5b.branch1x1.conv.weight"]
     torch.save({"state_dict": state}, cut)
-    expected = "1 missing (Mixed_5b.branch1x1.conv.weight) and 1 of another shape (fc.weight (1000, 2048))"
+    expected = "1 missing (Mixed_5b.branch1x1.conv.weight) and 1 with a different shape (fc.weight (1000, 2048))"
     assert expected in refused(cut)
 
 
@@ -191,7 +194,7 @@ def test_references_without_what_a_metric_needs(tmp_path, weights, digest):
     net, real = Inception(weights, "cpu", digest), tmp_path / "real.npz"
 
     def read(keep=False, spatial=False):
-        return read_reference(real, 16, net, keep=keep, spatial=spatial, cache=tmp_path)
+        return read_reference(real, 16, net, EvaluationOptions(cache=tmp_path), keep=keep, spatial=spatial)
 
     np.savez(real, mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float32))
     assert read().metadata["size"] == "not recorded in the file" and read().stats.covariance.dtype == np.float64
@@ -215,6 +218,6 @@ def test_metrics_of_inception_without_its_file(tmp_path, capsys):
     words = ["evaluate", str(tmp_path / "a.npz"), "--real", str(tmp_path / "a.npz"), "--metrics", "fid,kid"]
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert "FID requires --inception FILE: get pt_inception" in error and SHA256 in error
+    assert "FID requires --inception FILE: download pt_inception" in error and SHA256 in error
     assert main([*words[:-2], "--inception", "x.pth", "--features", "a:b"]) == 2
     assert "--inception and --features a:b select different networks: give one" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megastar.errors import UserError
-from megastar.evaluation.frechet import Statistics, finite_sample_floor, frechet_distance, statistics
+from megastar.evaluation.frechet import Statistics, finite_sample_floor, frechet_distance
 from megastar.evaluation.inception_score import inception_score
 from megastar.evaluation.kid import kernel_distance, mmd2
 from megastar.evaluation.prdc import manifold_radii, precision_recall
@@ -15,7 +15,7 @@ from megastar.evaluation.prdc import manifold_radii, precision_recall
 
 # Frechet distance ----------------------------------------------------------------------------------------------
 def random_statistics(rng: np.random.Generator, f: int, n: int) -> Statistics:
-    return statistics(rng.normal(size=(n, f)) @ rng.normal(size=(f, f)) + rng.normal(size=f))
+    return Statistics().update(rng.normal(size=(n, f)) @ rng.normal(size=(f, f)) + rng.normal(size=f))
 
 
 def test_diagonal_covariances_have_a_closed_form():
@@ -50,14 +50,14 @@ def test_distance_against_a_matrix_square_root():
 
 def test_identical_sets_score_zero_and_statistics_are_numpys():
     x = np.random.default_rng(3).normal(size=(50, 9)).astype(np.float32)
-    s = statistics(x)
+    s = Statistics().update(x)
     np.testing.assert_allclose(s.covariance, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-12)
     assert 0 <= frechet_distance(s, s) < 1e-9
     with pytest.raises(UserError, match="at least 2"):
-        _ = statistics(x[:1]).covariance
+        _ = Statistics().update(x[:1]).covariance
     x[3, 3] = np.nan
     with pytest.raises(UserError, match="NaN"):
-        statistics(x)
+        Statistics().update(x)
 
 
 def test_floor_is_of_disjoint_halves():
@@ -65,7 +65,7 @@ def test_floor_is_of_disjoint_halves():
     floor, half = finite_sample_floor(x, seed=1)
     order = np.random.default_rng(1).permutation(401)
     assert half == 200 and floor > 0
-    assert floor == frechet_distance(statistics(x[order[:200]]), statistics(x[order[200:400]]))
+    assert floor == frechet_distance(Statistics().update(x[order[:200]]), Statistics().update(x[order[200:400]]))
     assert floor != finite_sample_floor(x, seed=2)[0]
 
 

@@ -24,10 +24,11 @@ from megastar.engine.student import Student
 from megastar.engine.train_step import hidden_mask, losses
 from megastar.errors import UserError
 from megastar.experiments.comparison import Comparison, exclusive_lock
-from megastar.experiments.evaluation import Evaluation, sample_labels
+from megastar.experiments.evaluation import Evaluation
 from megastar.experiments.job_queue import Attempt, Job, Steady
 from megastar.experiments.plan import check_folder, check_order, is_trained, order_digest, plan_runs
 from megastar.run_dir.checkpoint_dir import MANIFEST, name_of
+from megastar.sampling.distributed import labels_like
 from tests.unit.data.shards.test_shards import VIEWS, T, V, write_set
 
 SMALL = """
@@ -124,7 +125,7 @@ def test_runs_of_one_seed_see_the_same_images(tmp_path):
     assert seen["ar-seed0"] == seen["star-seed0"]
     other = replace(runs[1], cfg=replace(runs[1].cfg, data=replace(runs[1].cfg.data, window=1)))
     assert order_digest(other) != digests["star-seed0"]
-    with pytest.raises(UserError, match="star-seed0 would see other images than ar-seed0, or in another order"):
+    with pytest.raises(UserError, match="star-seed0 would train on other images than ar-seed0, or in another order"):
         check_order([runs[0], other])
     assert VIEWS >= 2
 
@@ -164,11 +165,11 @@ def test_the_baseline_of_many_crops_is_next_token_loss_on_each(tmp_path, crops):
         ("pictures=", "pictures is empty: name a folder or a tar"),
         ("variants=", "variants is empty: name at least one"),
         ("seeds=[]", "seeds is empty: give at least one"),
-        ("seeds=[0,1,0]", "seeds = [0, 1, 0]: one seed occurs twice"),
+        ("seeds=[0,1,0]", "seeds = [0, 1, 0]: a seed occurs twice; list each seed once"),
         ("seeds=[-1]", "seeds = -1: must be at least 0"),
-        ("variants.star.seeds=[2,2]", "variants.star.seeds = [2, 2]: one seed occurs twice"),
+        ("variants.star.seeds=[2,2]", "variants.star.seeds = [2, 2]: a seed occurs twice; list each seed once"),
         ("variants={'a/../b':{}}", "variants.a/../b: use only a-z, 0-9 and _ in a name"),
-        ("variants.star.label='AR | $1$'", "variants: two have the label 'AR | $1$'"),
+        ("variants.star.label='AR | $1$'", "variants: two variants have the label 'AR | $1$'"),
         ('variants.star.label="a\\nb"', "variants.star.label = 'a\\nb': must be one line"),
         ("variants.star.kind=best", "variants.star.kind = best: must be main or ablation"),
         ("variants.star.overides=[]", "unknown key variants.star.overides: did you mean variants.star.overrides?"),
@@ -359,9 +360,9 @@ def test_a_missing_checkpoint_is_an_error_with_remedy(measured):
 
 def test_sampled_labels_are_as_frequent_as_in_the_split():
     pool = [0] * 6 + [1] * 3 + [2]
-    labels = sample_labels(pool, 20, 0)
+    labels = labels_like(pool, 20, 0)
     assert np.bincount(labels).tolist() == [12, 6, 2]
-    assert sample_labels(pool, 7, 0) == labels[:7] and sample_labels(pool, 20, 1) != labels
+    assert labels_like(pool, 7, 0) == labels[:7] and labels_like(pool, 20, 1) != labels
 
 
 def test_each_job_has_its_own_gpus_if_there_are_enough(tmp_path, monkeypatch):

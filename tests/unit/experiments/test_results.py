@@ -16,7 +16,7 @@ from rich.console import Console
 from megastar.config.load import load_compare_config
 from megastar.evaluation.figure import mean_and_deviation, spaced
 from megastar.experiments import tables
-from megastar.experiments.figures import draw
+from megastar.experiments.figures import draw_probe, draw_score
 from megastar.experiments.job_queue import Attempt, Job, JobQueue, QueueStopped, cpu_seconds, last_step, tail
 from megastar.experiments.plan import baselines, plan_runs
 from megastar.experiments.results import BEST, LAST, LOSS, Results, spread
@@ -147,12 +147,14 @@ def test_columns_are_split_to_fit_the_width():
 
 
 def test_both_figures_are_drawn_of_what_there_is(results, tmp_path):
-    draw(results, tmp_path, {"class": 0, "accuracy": 0.2})
+    draw_probe(results, tmp_path / "probe.png", {"class": 0, "accuracy": 0.2})
+    draw_score(results, tmp_path / "score.png")
     sizes = [(tmp_path / name).stat().st_size for name in ("probe.png", "score.png")]
     assert min(sizes) > 10_000
     for row in results.rows.values():
         row |= {"weights": {}, "curve": {}}
-    draw(results, tmp_path / "none", None)
+    draw_probe(results, tmp_path / "none" / "probe.png", None)
+    draw_score(results, tmp_path / "none" / "score.png")
     assert not (tmp_path / "none").exists()
 
 

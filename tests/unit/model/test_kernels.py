@@ -207,7 +207,7 @@ def test_auto_is_sdpa_on_cpu(monkeypatch) -> None:
     ("name", "kwargs", "sentence"),
     [
         ("flexx", {}, "unknown attention backend 'flexx': did you mean flex?"),
-        ("xyzzy", {}, "unknown attention backend 'xyzzy': use auto, sdpa, flex, flash, triton"),
+        ("xyzzy", {}, "unknown attention backend 'xyzzy': choose one of auto, sdpa, flex, flash, triton"),
         (
             "flash",
             {},
@@ -338,7 +338,7 @@ def test_flash_attn_is_called_in_its_layout(monkeypatch) -> None:
     given = check.draw(2, 3, 48, 64, torch.float32, CPU)[:3]
     one = flash.Interface(3, lambda q, k, v, **_: seen.extend(t.data_ptr() for t in (q, k, v)) or q, False)
     monkeypatch.setattr(flash, "_interface_for", lambda *_: one)
-    flash.attention(*given)
+    flash.attention(*given, MaskSpec())
     assert seen == [t.data_ptr() for t in given]  # no copies where nothing is appended
     start, end = flash.intervals(MaskSpec.sliding_window(6, 2), 2, 6, CPU)
     assert start.tolist() == [[0, 1, 2, 3, 4, 5]] * 2 and end.tolist() == [[2, 3, 4, 5, 6, 6]] * 2

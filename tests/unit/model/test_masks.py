@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megastar.errors import UserError
 from megastar.model.kernels import attention
-from megastar.model.masks import PATTERNS, MaskSpec, Window, draw_hidden, pattern
+from megastar.model.masks import MaskSpec, Window, draw_hidden
 
 
 def rows(n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,13 +171,13 @@ def test_patterns_follow_their_definitions(data) -> None:
         got = spec.dense(size)[0, 0]
         assert all(bool(got[i, j]) == bool(rule(i, j)) for i, j in pairs)
 
-    check(pattern("causal"), lambda i, j: j <= i)
+    check(MaskSpec.causal(), lambda i, j: j <= i)
     hidden = torch.tensor([numbers]) == 0
-    check(pattern("hidden", hidden), lambda i, j: j == i or (j < i and not hidden[0, j]))
-    check(pattern("prefix", torch.tensor([n]), size), lambda i, j: j <= i or j < n)
+    check(MaskSpec.hidden(hidden), lambda i, j: j == i or (j < i and not hidden[0, j]))
+    check(MaskSpec.prefix(torch.tensor([n]), size), lambda i, j: j <= i or j < n)
     same = [[len(set(numbers[min(i, j) : max(i, j) + 1])) == 1 for j in range(size)] for i in range(size)]
-    check(pattern("documents", torch.tensor([numbers])), lambda i, j: j <= i and same[i][j])
-    check(pattern("sliding_window", size, n), lambda i, j: 0 <= i - j < n)
+    check(MaskSpec.documents(torch.tensor([numbers])), lambda i, j: j <= i and same[i][j])
+    check(MaskSpec.sliding_window(size, n), lambda i, j: 0 <= i - j < n)
 
     def row(p: int) -> int:
         return (p - 1) // width
@@ -186,10 +186,10 @@ def test_patterns_follow_their_definitions(data) -> None:
         return (p - 1) % width
 
     check(
-        pattern("neighbourhood", width, n, n - 1),
+        MaskSpec.neighbourhood(width, n, n - 1),
         lambda i, j: j <= i and (j == 0 or (abs(row(i) - row(j)) <= n and abs(column(i) - column(j)) <= n - 1)),
     )
-    check(pattern("row_blocks", size, width, n), lambda i, j: j == 0 or (i > 0 and row(j) // n <= row(i) // n))
+    check(MaskSpec.row_blocks(size, width, n), lambda i, j: j == 0 or (i > 0 and row(j) // n <= row(i) // n))
 
 
 def test_a_mask_is_moved_and_built_once() -> None:
@@ -205,7 +205,6 @@ def test_a_mask_is_moved_and_built_once() -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: pattern("diagonal"), f"unknown attention pattern 'diagonal': use {', '.join(PATTERNS)}"),
         (lambda: MaskSpec(torch.tensor([[1, 0, 3]])), "query 1 of sequence 0 sees no key: set start <= 1 < end"),
         (lambda: MaskSpec(torch.ones(3)), "mask start and end: shapes [(3,)]; pass the same (B, S) for both"),
         (lambda: MaskSpec.sliding_window(8, 0), "sliding window of width 0 contains no key: use at least 1"),

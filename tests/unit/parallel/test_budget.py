@@ -76,7 +76,7 @@ def test_shapes_are_the_modules(size):
         real = {name: tuple(p.shape) for name, p in Student(cfg).named_parameters()}
     assert budget.parameter_shapes(cfg.model, cfg.self_guided) == real
     assert list(budget.parameter_shapes(cfg.model, cfg.self_guided)) == list(real)
-    count = budget.trunk(budget.elements(cfg))
+    count = budget.trunk(budget.elements(cfg.model, cfg.self_guided))
     assert size not in PAPER or round(count / 1e6, 1) == PAPER[size]
 
 
@@ -92,7 +92,8 @@ def test_no_projector_without_contrastive_losses(field):
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_a_tensor_rank_holds_its_parts(tensor):
     cfg = run_of("nano")
-    shapes, counts = budget.parameter_shapes(cfg.model, cfg.self_guided), budget.elements(cfg, tensor)
+    shapes = budget.parameter_shapes(cfg.model, cfg.self_guided)
+    counts = budget.elements(cfg.model, cfg.self_guided, tensor)
     for name, shape in shapes.items():
         split = split_of(name)
         part = split.cut(torch.empty(shape, device="meta"), tensor, 0) if split else torch.empty(shape, device="meta")
@@ -105,12 +106,12 @@ def test_a_tensor_rank_holds_its_parts(tensor):
 @pytest.mark.parametrize("data", [1, 4, 7])
 def test_states_by_brute_force(tensor, data):
     cfg = tiny()
-    counts = budget.elements(cfg, tensor)
+    counts = budget.elements(cfg.model, cfg.self_guided, tensor)
     all_of_it, theirs = sum(counts.values()), sum(n for k, n in counts.items() if k.startswith("transformer"))
     pad = len(counts)  # elements of padding a rank, at most
     for dtype, e in (("bf16", 2), ("fp32", 4)):
         for stage in (1, 2, 3):
-            got, _ = budget.state_bytes(cfg, stage, tensor, data, dtype)
+            got, _ = budget.state_bytes(cfg.model, cfg.self_guided, stage, tensor, data, dtype)
             weights, gradients = (data if stage == 3 else 1), (data if stage >= 2 else 1)
             expected = {
                 "weights": e * all_of_it / weights,
@@ -121,17 +122,18 @@ def test_states_by_brute_force(tensor, data):
             }
             assert got.keys() == expected.keys()
             assert all(0 <= got[k] - expected[k] <= 12 * pad for k in got), (stage, dtype)
-    none, _ = budget.state_bytes(cfg, 0, tensor, data, "fp32")
+    none, _ = budget.state_bytes(cfg.model, cfg.self_guided, 0, tensor, data, "fp32")
     assert sum(none.values()) == all_of_it * (4 + 4 + 8 + 4) + 4 * theirs
     cfg.self_guided = dataclasses.replace(cfg.self_guided, enabled=False)
-    assert budget.state_bytes(cfg, 1, tensor, data)[0]["teacher"] == 0
+    assert budget.state_bytes(cfg.model, cfg.self_guided, 1, tensor, data)[0]["teacher"] == 0
 
 
 def test_offload_moves_states_to_the_host():
     cfg = run_of("l")
-    plain, host = budget.state_bytes(cfg, 3, 2, 4)
+    sections = cfg.model, cfg.self_guided
+    plain, host = budget.state_bytes(*sections, 3, 2, 4)
     assert host == 0
-    results = [budget.state_bytes(cfg, 3, 2, 4, offload=o) for o in (("optimizer",), ("optimizer", "param"))]
+    results = [budget.state_bytes(*sections, 3, 2, 4, offload=o) for o in (("optimizer",), ("optimizer", "param"))]
     assert results[0][0] == plain | {"gradients": 0, "optimizer": 0, "ema": 0} and set(results[1][0].values()) == {0}
     for device, host in results:
         assert host + sum(device.values()) == sum(plain.values()) + plain["ema"]  # ema and fp32 gradient: 4 bytes each
@@ -149,7 +151,7 @@ def test_offload_moves_states_to_the_host():
 )
 def test_invalid_states_are_rejected(arguments, sentence):
     with pytest.raises(UserError, match=sentence):
-        budget.state_bytes(tiny(), **arguments)
+        budget.state_bytes(tiny().model, tiny().self_guided, **arguments)
 
 
 # Activations -------------------------------------------------------------------------------------------------------
@@ -262,8 +264,8 @@ def test_peak_of_a_step(dtype, vocabulary, views, checkpointing, monkeypatch):
     cfg = tiny(vocab_size=vocabulary)
     cfg.self_guided.student_views = views
     cfg.parallel = ParallelConfig(activation_checkpointing=checkpointing)
-    memory, _ = budget.memory_bytes(cfg, budget.Zero(1), 1, 1, 8, checkpointing, dtype)
-    states, _ = budget.state_bytes(cfg, 1, dtype=dtype)
+    memory, _ = budget.memory_bytes(cfg.model, cfg.self_guided, budget.Zero(1), 1, 1, 8, checkpointing, dtype)
+    states, _ = budget.state_bytes(cfg.model, cfg.self_guided, 1, dtype=dtype)
     kept = sum(memory[k] for k in ("activations", "head", "features", "contrastive", "working"))
     # The step's own part of the estimate is no part of a backward pass; some weights' gradients are there, not all.
     tracked = tracked_peak(cfg, 8, dtype)
@@ -272,17 +274,17 @@ def test_peak_of_a_step(dtype, vocabulary, views, checkpointing, monkeypatch):
 
 # Buffers --------------------------------------------------------------------------------
 def test_buffers_follow_the_json():
-    small, large = run_of("b"), run_of("3b")
+    small, large = ((cfg.model, cfg.self_guided) for cfg in (run_of("b"), run_of("3b")))
     z = zeros("zero3")
-    counts = budget.elements(small)
-    gathered = budget.buffer_bytes(small, z)["gather"]
+    counts = budget.elements(*small)
+    gathered = budget.buffer_bytes(*small, z)["gather"]
     assert gathered >= 2 * sum(counts.values())  # near reuse: B stays gathered from forward to backward
     one = max(counts.values())
     assert gathered == 2 * (sum(counts.values()) + one + 50_000_000)
     tight = dataclasses.replace(z, prefetch=0, max_reuse=0)
-    block = sum(n for k, n in budget.elements(large).items() if k.startswith("transformer.layers.5."))
-    assert 4 * block <= budget.buffer_bytes(large, tight)["gather"] < budget.buffer_bytes(large, z)["gather"]
-    assert budget.buffer_bytes(large, zeros("zero1")) == {"gather": 0, "buckets": (2 * 2 + 4) * 50_000_000}
+    block = sum(n for k, n in budget.elements(*large).items() if k.startswith("transformer.layers.5."))
+    assert 4 * block <= budget.buffer_bytes(*large, tight)["gather"] < budget.buffer_bytes(*large, z)["gather"]
+    assert budget.buffer_bytes(*large, zeros("zero1")) == {"gather": 0, "buckets": (2 * 2 + 4) * 50_000_000}
     assert budget.Zero.read({"zero_optimization": {"stage": 3}}).prefetch == 50_000_000
     offload = zeros("zero3_offload")
     assert offload.offload == ("optimizer", "param") and offload.label == "3+offload"

@@ -28,13 +28,16 @@ NODE = cost.Machine("h100", cost.GPUS["h100"], 8, 8)
 # Communication and arithmetic --------------------------------------------------------------------------------------
 def sent(cfg, file, tensor, data, accumulation=1, checkpointing=False, link=None):
     micro = cfg.train.global_batch // data // accumulation
-    known = cost.transfers(cfg, zeros(file), tensor, data, micro, accumulation, checkpointing, "bf16")
+    known = cost.transfers(
+        cfg.model, cfg.self_guided, zeros(file), tensor, data, micro, accumulation, checkpointing, "bf16"
+    )
     return {t.what: t.bytes for t in known if link in (None, t.link)}
 
 
 def test_communication_of_the_data_ranks():
     cfg = run_of("xl")
-    P, trunk = sum(budget.elements(cfg).values()), budget.trunk(budget.elements(cfg))
+    counts = budget.elements(cfg.model, cfg.self_guided)
+    P, trunk = sum(counts.values()), budget.trunk(counts)
     assert sent(cfg, "zero3", 1, 1) == {} == sent(cfg, "zero1", 1, 1)
     one = sent(cfg, "zero1", 1, 8)
     # Twice the elements, in fp32: the shipped files sum gradients so.
@@ -134,12 +137,14 @@ def test_recommended_plans_fit(size):
 
 
 def test_what_saves_memory_does():
-    plans = {(p.tensor, p.zero.label, p.checkpointing): p for p in cost.make_plans(run_of("xl"), NODE, ALL)}
+    xl = run_of("xl")
+    plans = {(p.tensor, p.zero.label, p.checkpointing): p for p in cost.make_plans(xl, NODE, ALL)}
     for (tensor, label, checkpointing), p in plans.items():
         if not checkpointing:
             saving = plans[tensor, label, True]
             assert saving.total < p.total and saving.seconds > p.seconds
-        states = [sum(budget.state_bytes(run_of("xl"), s, tensor, p.data)[0].values()) for s in (1, 2, 3)]
+        stages = [budget.state_bytes(xl.model, xl.self_guided, s, tensor, p.data)[0] for s in (1, 2, 3)]
+        states = [sum(stage.values()) for stage in stages]
         assert states == sorted(states, reverse=True)
         assert plans[tensor, "3+offload", checkpointing].host > 0 == plans[tensor, "3", checkpointing].host
 

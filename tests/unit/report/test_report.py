@@ -19,7 +19,7 @@ from megastar.report.charts import charts_for
 from megastar.report.differences import ABSENT, differences
 from megastar.report.page import MAX_EVENTS, Grid, ReportRun, as_json, embedded, page, shown_events
 from megastar.report.read_run import chance_accuracy, find_runs, read_config, read_run, run_names
-from megastar.report.render_samples import evenly_spaced, grid_classes
+from megastar.report.render_samples import CLASSES, evenly_spaced
 from megastar.report.series import Column, best, read_columns, thin, training_hours
 from megastar.run_dir.events import append_event
 
@@ -299,5 +299,5 @@ def test_an_empty_run_has_a_page(tmp_path, cfg, capsys):
 
 def test_evenly_spaced():
     assert evenly_spaced([1, 2, 3], 3) == [1, 2, 3] and evenly_spaced(list(range(100)), 4) == [0, 33, 66, 99]
-    assert grid_classes(9) == list(range(9))
-    assert grid_classes(1000)[::11] == [0, 999] and len(grid_classes(1000)) == 12
+    classes = evenly_spaced(list(range(1000)), CLASSES)
+    assert classes[::11] == [0, 999] and len(classes) == 12

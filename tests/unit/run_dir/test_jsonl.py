@@ -51,3 +51,12 @@ def test_a_cut_after_a_failed_sync_leaves_each_row_once(tmp_path, late_errors):
     rows.cut_after(2)
     late_errors.clear()
     assert rows.append({"step": 3}) and steps(rows.path) == [1, 2, 3]
+
+
+def test_dropped_rows_are_counted_once(tmp_path, late_errors, monkeypatch):
+    monkeypatch.setattr(jsonl, "MAX_PENDING", 2)
+    rows = jsonl.JsonlWriter(tmp_path / "absent" / "metrics.jsonl")
+    for step in range(5):
+        assert not rows.append({"step": step})
+    assert rows.take_dropped() == 3 and rows.take_dropped() == 0
+    assert not rows.append({"step": 5}) and rows.take_dropped() == 1

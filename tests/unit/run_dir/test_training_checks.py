@@ -46,7 +46,7 @@ def found(cfg: RunConfig, some: list[dict], images: int = 64) -> dict[str, str]:
 CASES = {
     "accuracy_at_chance": (
         {"acc_view": 0.02},
-        "contrastive accuracy sits at chance: acc_view 0.02 over 10 rows, guessing gives 0.016 (1 of 64 images): check that",
+        "contrastive accuracy is at chance level: acc_view 0.02 over 10 rows, guessing gives 0.016 (1 of 64 images): check that",
     ),
     "collapse": (
         {"spread_student": 0.03},
@@ -64,7 +64,7 @@ CASES = {
     ),
     "always_clipped": (
         {"grad_norm": 3.0},
-        "every gradient is clipped: grad_norm was 3 to 3 in 50 rows, optim.grad_clip is 1: no harm while the loss falls",
+        "every gradient is clipped: grad_norm was 3 to 3 in 50 rows, optim.grad_clip is 1: harmless while the loss falls",
     ),
     "not_learning": (
         {"loss_ar": 7.7},
@@ -138,7 +138,8 @@ def test_the_share_of_the_initial_weights(decay, warmup, steps):
 
 def test_a_decay_too_slow_for_the_run_is_reported_at_the_start():
     def message(steps: int, *overrides: str) -> str:
-        return training_checks.slow_teacher(load_config(ROOT / "configs/run/star_b_50ep.yaml", list(overrides)), steps)
+        cfg = load_config(ROOT / "configs/run/star_b_50ep.yaml", list(overrides))
+        return training_checks.slow_teacher(cfg.self_guided, cfg.train.init, steps)
 
     assert message(3000) == (
         "the teacher hardly moves: with self_guided.teacher_decay 0.9999 it follows in about 10,000 steps, the run has "
@@ -155,7 +156,8 @@ def test_a_decay_too_slow_for_the_run_is_reported_at_the_start():
 
 def test_few_negatives_are_reported_at_the_start():
     def message(images: int, *overrides: str) -> str:
-        return training_checks.few_negatives(demo(*overrides), images, 300)
+        cfg = demo(*overrides)
+        return training_checks.few_negatives(cfg.self_guided, cfg.train, images, 300)
 
     assert message(2, "train.global_batch=2") == (
         "the contrastive terms have few negatives: each anchor distinguishes its image from 1 other (a forward pass of all data "
@@ -165,7 +167,7 @@ def test_few_negatives_are_reported_at_the_start():
     assert "from 3 others (a forward" in message(4, "train.micro_batch=4") and "from no other, so nothing" in message(1)
     assert message(8) == message(2, "self_guided.beta=0") == message(2, "self_guided.enabled=false") == ""
     assert message(2, "self_guided.step_loss=false", "self_guided.view_loss=false") == ""
-    assert training_checks.few_negatives(demo(), 2, 50) == ""  # a trial
+    assert training_checks.few_negatives(demo().self_guided, demo().train, 2, 50) == ""  # a trial
 
 
 def test_images_to_choose_from():
@@ -179,7 +181,8 @@ def test_images_to_choose_from():
 def test_the_papers_runs_and_the_demo_start_without_a_warning():
     for path in ("demo.yaml", "ar_b_50ep.yaml", "star_b_50ep.yaml", "star_3b.yaml"):
         cfg = load_config(ROOT / "configs/run" / path)
-        assert training_checks.slow_teacher(cfg, cfg.train.steps or round(cfg.train.epochs * 5004)) == "", path
+        steps = cfg.train.steps or round(cfg.train.epochs * 5004)
+        assert training_checks.slow_teacher(cfg.self_guided, cfg.train.init, steps) == "", path
 
 
 def test_a_healthy_run_is_not_warned():

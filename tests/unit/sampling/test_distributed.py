@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import time
@@ -16,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from megastar import cli
 from megastar.config.schema import ModelConfig, TokenizerConfig
 from megastar.errors import UserError
-from megastar.model.io import save_model
 from megastar.model.transformer import Transformer
 from megastar.sampling import distributed
 from megastar.sampling.distributed import (
@@ -36,6 +38,7 @@ from megastar.sampling.options import SamplingOptions
 from megastar.tokenizer.io import save_tokenizer
 from megastar.tokenizer.vq import VQModel
 from megastar.utils import lockfile
+from tests.checkpoints import save_model
 
 ROOT = Path(__file__).resolve().parents[3]
 CFG = ModelConfig(name="t", n_layer=2, n_head=2, dim=16, multiple_of=8, vocab_size=23, num_classes=4, image_tokens=16)
@@ -261,6 +264,16 @@ def test_images_are_resized_before_rounding(networks, files, tmp_path, capsys):
     assert got.shape == (3, 8, 8, 3) and np.abs(got.astype(int) - wanted).max() <= 1 and (got == wanted).mean() > 0.99
     assert small.identity()["resize"] == "bicubic from 16" and p.identity()["resize"] is None
     assert small.shape == (3, 8, 8, 3) and small.identity()["image_size"] == 8
+
+
+def test_progress_bar_and_classes_of_another_model(networks):
+    text = io.StringIO()
+    console = Console(file=text, width=100, force_terminal=True, color_system=None)
+    assert len(list(iterate_images(make_pipeline(networks, 4), console=console))) == 2
+    assert re.search(r"sampling .* 4/4 .*images/s", text.getvalue())
+    for label in (-1, 4):
+        with pytest.raises(UserError, match=rf"class {label} is outside 0\.\.3, the classes of the model"):
+            SamplingPipeline(*networks, [0, label])
 
 
 def test_weights_trained_with_another_tokenizer_are_rejected(networks, files, tmp_path, capsys):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from megastar.config.schema import ModelConfig, TokenizerConfig
 from megastar.errors import UserError
@@ -26,10 +23,10 @@ from megastar.sampling.sampler import (
     check_tokenizer,
     decode_images,
     sample_seeds,
-    sample_tokens,
     uniform_noise,
 )
 from megastar.tokenizer.vq import VQModel
+from tests.sampling import sample_tokens
 
 CFG = ModelConfig(name="t", n_layer=3, n_head=2, dim=32, multiple_of=16, vocab_size=23, num_classes=4, image_tokens=16)
 
@@ -228,7 +225,7 @@ def test_noise_depends_on_its_seed_only():
     assert torch.equal(uniform_noise(seeds[3:4], 64)[0], noise[3])
     assert torch.equal(uniform_noise(seeds, 9), noise[:, :9])
     assert noise.min() >= 0 and noise.max() < 1 and len(noise.unique()) == noise.numel()
-    assert set(sample_seeds(0, 100)).isdisjoint(sample_seeds(1, 100)) and sample_seeds(0, 2, 8) == [8, 9]
+    assert set(sample_seeds(0, 100)).isdisjoint(sample_seeds(1, 100)) and sample_seeds(0, 2) == [0, 1]
     with pytest.raises(UserError, match="seed -1"):
         sample_seeds(-1, 1)
 
@@ -239,14 +236,6 @@ def test_model_mode_is_restored_and_dropout_is_off(model):
     assert model.training
     model.eval()
     assert torch.equal(a, sample_tokens(model, [0], seeds=[0]))
-
-
-def test_progress_bar_and_empty_request(model):
-    text = io.StringIO()
-    console = Console(file=text, width=100, force_terminal=True, color_system=None)
-    sample_tokens(model, [0, 1, 2], seeds=[0, 1, 2], batch=2, progress=console)
-    assert re.search(r"sampling .* 3/3 .*images/s", text.getvalue())
-    assert sample_tokens(model, [], seeds=[]).shape == (0, 16)
 
 
 # Filters -----------------------------------------------------------------------------------------------------
@@ -284,33 +273,26 @@ def test_probabilities_apply_temperature_then_k_then_p():
 
 # Requests that cannot be met -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("labels", "changes", "message"),
+    ("changes", "message"),
     [
-        ([0, 4], {}, r"class 4 is outside 0\.\.3"),
-        ([-1, 0], {}, r"class -1 is outside 0\.\.3"),
-        ([0, 1], {"seeds": [1]}, "1 seeds for 2 labels"),
-        ([0, 1], {"seeds": [1, -2]}, "seeds must be integers from 0"),
-        ([0, 1], {"cfg_scale": 0.5}, "cfg_scale 0.5"),
-        ([0, 1], {"cfg_scale": float("nan")}, "cfg_scale nan"),
-        ([0, 1], {"cfg_interval": -2}, "cfg_interval -2"),
-        ([0, 1], {"cfg_schedule": "sine"}, "cfg_schedule 'sine': choose one of constant, linear, cosine"),
-        ([0, 1], {"temperature": 0.0}, "temperature 0.0 must be above 0; .* top_k 1"),
-        ([0, 1], {"top_k": -1}, "top_k -1 must be 0"),
-        ([0, 1], {"top_p": 0.0}, "top_p 0.0"),
-        ([0, 1], {"top_p": 1.1}, "top_p 1.1"),
-        ([0, 1], {"batch": 0}, "batch 0"),
+        ({"cfg_scale": 0.5}, "cfg_scale 0.5"),
+        ({"cfg_scale": float("nan")}, "cfg_scale nan"),
+        ({"cfg_interval": -2}, "cfg_interval -2"),
+        ({"cfg_schedule": "sine"}, "cfg_schedule 'sine': choose one of constant, linear, cosine"),
+        ({"temperature": 0.0}, "temperature 0.0 must be above 0; .* top_k 1"),
+        ({"top_k": -1}, "top_k -1 must be 0"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_p": 1.1}, "top_p 1.1"),
     ],
 )
-def test_each_bad_request_has_its_sentence(model, labels, changes, message):
+def test_each_bad_option_has_its_sentence(model, changes, message):
     with pytest.raises(UserError, match=message):
-        sample_tokens(model, labels, **{"seeds": [0, 1]} | changes)
+        Sampler(model, SamplingOptions(**changes), 2)
 
 
 def test_all_problems_at_once(model):
-    with pytest.raises(UserError, match="(?s)class 9.*temperature.*top_p"):
-        sample_tokens(model, [9], seeds=[0], temperature=-1.0, top_p=2.0)
-    with pytest.raises(UserError, match="(?s)temperature.*batch 0 must"):
-        Sampler(model, SamplingOptions(temperature=-1.0), 0)
+    with pytest.raises(UserError, match="(?s)temperature.*top_p.*batch 0 must"):
+        Sampler(model, SamplingOptions(temperature=-1.0, top_p=2.0), 0)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

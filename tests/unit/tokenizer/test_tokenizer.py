@@ -12,8 +12,8 @@ from megastar.config.schema import TokenizerConfig, TokenizerTrainConfig
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, save_tokenizer, tokenizer_hash
 from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
-from megastar.tokenizer.train import TokenizerTrainer, kmeans, learning_rate, score, to_images
-from megastar.tokenizer.vq import VectorQuantizer, VQModel
+from megastar.tokenizer.train import TokenizerTrainer, kmeans, learning_rate, score
+from megastar.tokenizer.vq import VectorQuantizer, VQModel, to_images
 
 SMALL = TokenizerConfig(
     image_size=16, channels=8, channel_multipliers=[1, 2], res_blocks=1, z_channels=8, codebook_size=32,

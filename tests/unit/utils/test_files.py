@@ -6,9 +6,15 @@ import os
 import stat
 import threading
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from megastar.utils.files import append_line, write_atomic
+from megastar.checkpoint.atomic_output import staged
+from megastar.errors import UserError
+from megastar.sampling.grid import save_grid
+from megastar.sampling.npz import save_npz
+from megastar.utils.files import append_line, atomic_file, write_atomic
 
 
 def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
@@ -19,6 +25,30 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
     write_atomic(pipe, b"page")
     reader.join(10)
     assert read == [b"page"] and stat.S_ISFIFO(pipe.stat().st_mode) and os.listdir(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("kind", ["a device or pipe", "a folder"])
+def test_other_outputs_refuse_what_a_rename_would_replace(tmp_path, kind):
+    out = tmp_path / "out"
+    if kind == "a folder":
+        out.mkdir()
+    else:
+        os.mkfifo(out)
+
+    def convert():
+        with staged(out, 0, force=True):
+            raise AssertionError("not refused")
+
+    grid, pixels = Image.new("RGB", (2, 2)), np.zeros((1, 2, 2, 3), np.uint8)
+    for write in (
+        convert,
+        lambda: save_npz(out, pixels.shape, [pixels], np.zeros(1)),
+        lambda: save_grid(grid, out),
+        lambda: atomic_file(out).__enter__(),
+    ):
+        with pytest.raises(UserError, match=f"{out} is {kind}: name the file to write"):
+            write()
+    assert os.listdir(tmp_path) == ["out"] and not out.is_file()
 
 
 def test_a_failed_write_leaves_the_former_file(tmp_path):

@@ -65,7 +65,7 @@ def test_class_folders(tmp_path, kind):
     source = make_folder(tmp_path / "f", LAYOUT) if kind == "folder" else make_tar(tmp_path / "p.tar", LAYOUT)
     train = ImageSet(source, "train")
     assert train.class_names == ["cat", "dog"]
-    assert [(p.key, p.label) for p in train.images] == [
+    assert [(p.key, p.label) for p in train] == [
         ("train/cat/0.a", 0),
         ("train/cat/0.b", 0),
         ("train/cat/1", 0),
@@ -73,16 +73,16 @@ def test_class_folders(tmp_path, kind):
     ]
     assert [np.asarray(train.read(i))[0, 0, 0] for i in range(4)] == [11, 12, 10, 20]
     val = ImageSet(source, "val")
-    assert val.class_names == ["cat", "dog"] and val.images[0].label == 1  # numbered as in train
+    assert val.class_names == ["cat", "dog"] and val[0].label == 1  # numbered as in train
     test = ImageSet(source, "test")  # no class folders: one class, named by the folder
-    assert [test.class_names[p.label] for p in test.images] == ["test"]
+    assert [test.class_names[p.label] for p in test] == ["test"]
 
 
 def test_webdataset_tars(tmp_path):
     make_tar(tmp_path / "b.tar", {"x.1.png": png(1), "x.cls": b"7\n", "y.jpg": png(2), "y.cls": b"0"})
     make_tar(tmp_path / "a.tar", {"z.cls": b"2", "z.webp": png(3)})
     images = ImageSet(tmp_path)
-    assert [(p.key, p.label, p.file.name) for p in images.images] == [
+    assert [(p.key, p.label, p.file.name) for p in images] == [
         ("x.1", 7, "b.tar"),
         ("y", 0, "b.tar"),
         ("z", 2, "a.tar"),
@@ -95,9 +95,9 @@ def test_the_embedded_pictures():
     sets = {s: ImageSet(EMBEDDED, s) for s in ("train", "val", "test")}
     assert sum(map(len, sets.values())) == 8939
     assert all(s.class_names == sets["train"].class_names and len(s.class_names) == 9 for s in sets.values())
-    concepts = {n: {p.key.split("/")[-1].split("__")[0] for p in s.images} for n, s in sets.items()}
+    concepts = {n: {p.key.split("/")[-1].split("__")[0] for p in s} for n, s in sets.items()}
     assert not concepts["train"] & (concepts["val"] | concepts["test"]) and not concepts["val"] & concepts["test"]
-    assert {p.key.split("__")[1] for p in sets["test"].images} == {
+    assert {p.key.split("__")[1] for p in sets["test"]} == {
         "noto", "noto-v1", "twemoji", "emojione", "fluent-flat", "fluent3d",
     }  # fmt: skip
     assert sets["test"].read(0).size == (64, 64)

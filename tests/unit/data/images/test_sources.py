@@ -51,8 +51,8 @@ def write_source(kind: str, at: Path) -> Path:
 def look(source: Path, **options) -> list[tuple[str, str, int]]:
     """(key, class, a pixel) of every image."""
     s = ImageSet(source, **options)
-    assert len(s) == len(s.images)
-    return [(p.key, s.class_names[p.label], int(np.asarray(s.read(i))[0, 0, 0])) for i, p in enumerate(s.images)]
+    assert len(s) == len(list(s))
+    return [(p.key, s.class_names[p.label], int(np.asarray(s.read(i))[0, 0, 0])) for i, p in enumerate(s)]
 
 
 EXPECTED = sorted((k.removesuffix(".JPEG"), k.split("/")[0], 10 * int(k[8]) + int(k[-6])) for k in PICTURES)
@@ -72,7 +72,7 @@ def test_class_tars_below_subsets(tmp_path):
     class_tars(tmp_path / "root" / "train")
     source = make_folder(tmp_path / "root", {})
     found = ImageSet(source, "train")
-    assert found.class_names == CLASSES and len(found) == 12 and found.images[0].key.startswith("train/n00000001/")
+    assert found.class_names == CLASSES and len(found) == 12 and found[0].key.startswith("train/n00000001/")
     with pytest.raises(UserError, match=r"no images in .* \(subset 'val'\)"):
         ImageSet(source, "val")
 
@@ -96,14 +96,14 @@ def test_lists(tmp_path, lines, names, labels):
     make_folder(tmp_path, {"a b.png": png(1), "c.png": png(2), "d.png": png(3)})
     (tmp_path / "val.tsv").write_text(lines)
     found = ImageSet(tmp_path / "val.tsv")
-    assert found.class_names == names and [p.label for p in found.images] == labels
+    assert found.class_names == names and [p.label for p in found] == labels
     assert found.read(0).size == (20, 16)
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("a.png 1\nb.png", "1 of 2 lines have no class, the first is 'b.png': give one on all lines or none"),
+        ("a.png 1\nb.png", "1 of 2 lines have no class, the first is 'b.png': give a class on every line or on none"),
         ("a.png 1\nreadme", "val.txt, line 2: 'readme' is not an image path with or without a class"),
         ("\tcat", "val.txt, line 1: '.tcat' is not an image path"),
         ("a.png 1000000", "val.txt holds b'1000000': write an integer class from 0 to 999999"),
@@ -148,7 +148,7 @@ def test_other_members_are_passed_over(tmp_path):
 def test_a_tar_that_was_cut_after_it_was_listed(tmp_path):
     source = write_source("tar", tmp_path)
     found = ImageSet(source)
-    os.truncate(source, found.images[3].offset + 10)
+    os.truncate(source, found[3].offset + 10)
     with pytest.raises(UserError, match="all.tar ends inside n.*: it was truncated after it was listed"):
         [found.read(i) for i in range(12)]
 

@@ -81,7 +81,7 @@ def test_codes_are_the_tokenizers(images, tokenizer, tmp_path):
     assert (manifest.grid, manifest.tokens, manifest.views, manifest.codebook_size) == (8, 64, 10, 32)
     assert load_manifest(tmp_path / "out") == manifest and verify(tmp_path / "out") == []
     shards = ShardSet(tmp_path / "out")
-    by_key = {p.key: i for i, p in enumerate(source.images)}
+    by_key = {p.key: i for i, p in enumerate(source)}
     seen = []
     for i in range(23):
         shard, k = divmod(i, 5)
@@ -92,7 +92,7 @@ def test_codes_are_the_tokenizers(images, tokenizer, tmp_path):
         with torch.no_grad():
             expected = model.encode(crops).numpy()
         assert (codes == expected).mean() > 0.999  # another memory layout may turn a near tie
-        assert label == source.images[by_key[key]].label
+        assert label == source[by_key[key]].label
     assert sorted(seen) == sorted(by_key) and seen != sorted(seen)  # every image once, permuted
 
 
@@ -263,7 +263,7 @@ def test_bad_settings(images, tokenizer, tmp_path):
         run(images, tmp_path / "none.safetensors", tmp_path / "out")
     large = TokenizerConfig(**{**vars(TINY), "codebook_size": 70000})
     save_tokenizer(VQModel(large), tmp_path / "large.safetensors", {})
-    with pytest.raises(UserError, match="has 70000 codes, shards hold at most 65536"):
+    with pytest.raises(UserError, match="has 70000 codes, shards store at most 65536"):
         run(images, tmp_path / "large.safetensors", tmp_path / "out")
 
 

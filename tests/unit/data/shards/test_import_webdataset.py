@@ -148,7 +148,7 @@ def test_a_tokenizer_gives_hash_and_code_book(tmp_path):
         index_webdataset(folder, tokenizer=path, codebook_size=7)
     with wds.TarWriter(str(folder / "a.tar")) as writer:
         writer.write({"__key__": "a", "npy": np.zeros((side + 1) ** 2, np.int64), "cls": 0})
-    with pytest.raises(UserError, match=rf"a.tar: a.npy has {(side + 1) ** 2} codes a view, not {side} x {side}"):
+    with pytest.raises(UserError, match=rf"a.tar: a.npy has {(side + 1) ** 2} codes per view, not {side} x {side}"):
         index_webdataset(folder, tokenizer=path)
 
 
@@ -165,11 +165,14 @@ GOOD = [("a.npy", npy(np.zeros((2, 16), np.uint16))), ("a.cls", b"0")]
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([], r"holds no samples in 1 tars: members must be named KEY.codes.npy, or KEY.npy"),
-        ([("a.jpg", b"x"), ("b.txt", b"y")], "holds no samples in 1 tars"),
-        ([*GOOD, ("b.npy", GOOD[0][1]), ("a.npy", GOOD[0][1])], "x.tar holds a.npy twice, or beside a.npy: keys must"),
-        ([*GOOD, ("a.codes.npy", GOOD[0][1])], "x.tar holds a.codes.npy twice, or beside a.npy"),
-        ([*GOOD, ("a.cls", b"1")], "x.tar holds a.cls twice"),
+        ([], r"contains no samples in 1 tars: members must be named KEY.codes.npy, or KEY.npy"),
+        ([("a.jpg", b"x"), ("b.txt", b"y")], "contains no samples in 1 tars"),
+        (
+            [*GOOD, ("b.npy", GOOD[0][1]), ("a.npy", GOOD[0][1])],
+            "x.tar holds a.npy and a.npy for the same key: keys must",
+        ),
+        ([*GOOD, ("a.codes.npy", GOOD[0][1])], "x.tar holds a.codes.npy and a.npy for the same key"),
+        ([*GOOD, ("a.cls", b"1")], "x.tar holds a.cls and a.cls for the same key"),
         ([*GOOD, ("b.npy", GOOD[0][1])], "x.tar: b.npy has no class: write b.cls"),
         ([*GOOD, ("b.npy", GOOD[0][1]), ("b.json", b"{}")], r"x.tar: b.json has no class: write a .cls member"),
         ([*GOOD, ("b.npy", GOOD[0][1]), ("b.json", b'{"label": true}')], "x.tar: b.json has no class"),
@@ -180,8 +183,8 @@ GOOD = [("a.npy", npy(np.zeros((2, 16), np.uint16))), ("a.cls", b"0")]
         ([GOOD[0], ("a.cls", b"9" * 60)], "x.tar: a.cls is not a class number"),
         ([GOOD[0], ("a.cls", b"9" * 16)], "x.tar: a has class 9999999999999999, outside 0 to 1048575"),
         ([GOOD[0], ("a.cls", b"-1")], "x.tar: a has class -1, outside 0 to"),
-        ([("a.npy", npy(np.full((2, 16), 50))), ("a.cls", b"0")], "a.npy holds code 50, outside the code book of 50"),
-        ([("a.npy", npy(np.full((2, 16), -1))), ("a.cls", b"0")], "a.npy holds code -1, outside the code book of 50"),
+        ([("a.npy", npy(np.full((2, 16), 50))), ("a.cls", b"0")], "a.npy holds code 50, outside the codebook of 50"),
+        ([("a.npy", npy(np.full((2, 16), -1))), ("a.cls", b"0")], "a.npy holds code -1, outside the codebook of 50"),
         (
             [*GOOD, ("b.npy", npy(np.zeros((3, 16), np.uint16))), ("b.cls", b"0")],
             r"b.npy is uint16 of shape \(3, 16\), not",
@@ -193,13 +196,16 @@ GOOD = [("a.npy", npy(np.zeros((2, 16), np.uint16))), ("a.cls", b"0")]
         ([*GOOD, ("b.npy", npy(np.zeros((2, 16), np.int64))), ("b.cls", b"0")], "b.npy is int64 of shape"),
         (
             [("a.npy", npy(np.zeros((2, 15), np.uint16))), ("a.cls", b"0")],
-            "a.npy has 15 codes a view, not a square number",
+            "a.npy has 15 codes per view, not a square number",
         ),
         (
             [("a.npy", npy(np.zeros((2, 2, 16), np.uint16))), ("a.cls", b"0")],
-            r"of shape \(2, 2, 16\), not \(views, T\)",
+            r"of shape \(2, 2, 16\), not of shape \(views, T\)",
         ),
-        ([("a.npy", npy(np.zeros((0, 16), np.uint16))), ("a.cls", b"0")], r"of shape \(0, 16\), not \(views, T\)"),
+        (
+            [("a.npy", npy(np.zeros((0, 16), np.uint16))), ("a.cls", b"0")],
+            r"of shape \(0, 16\), not of shape \(views, T\)",
+        ),
         ([("a.npy", npy(np.zeros((2, 16)))), ("a.cls", b"0")], "a.npy must hold integers in C order"),
         ([("a.npy", npy(np.zeros((2, 16), ">u2"))), ("a.cls", b"0")], "a.npy must hold integers in C order"),
         ([("a.npy", npy(np.zeros((2, 16), np.uint16, order="F"))), ("a.cls", b"0")], "must hold integers in C order"),
@@ -233,12 +239,12 @@ def test_settings_and_folders_that_cannot_be(tmp_path):
     with pytest.raises(UserError, match="does not exist: name the folder that holds the tars"):
         index_webdataset(tmp_path / "none", codebook_size=V)
     (tmp_path / "a.tar.gz").write_bytes(b"")
-    with pytest.raises(UserError, match=r"holds no .tar: give the folder"):
+    with pytest.raises(UserError, match=r"contains no .tar: give the folder"):
         index_webdataset(tmp_path, codebook_size=V)
     (tmp_path / "a.tar").write_bytes(b"")
-    with pytest.raises(UserError, match="a.tar is empty: copy it again, or remove it"):
+    with pytest.raises(UserError, match="a.tar is empty: copy it again or remove it"):
         index_webdataset(tmp_path, codebook_size=V)
-    with pytest.raises(UserError, match="the code book of .* is unknown: give its tokenizer, or codebook_size"):
+    with pytest.raises(UserError, match="the codebook of .* is unknown: give its tokenizer, or codebook_size"):
         index_webdataset(tmp_path)
     with pytest.raises(UserError, match="codebook_size 70000 must be 1 to 65536"):
         index_webdataset(tmp_path, codebook_size=70000)
@@ -256,7 +262,9 @@ def test_a_tar_that_was_cut_is_found(tmp_path):
         ends = [m.offset_data + -(-m.size // 512) * 512 for m in tar]
     for end in ends:
         path.write_bytes(whole[:end])  # where webdataset sees nothing wrong
-        with pytest.raises(UserError, match="train-000.tar ends at byte .* without tar's end mark: it was cut"):
+        with pytest.raises(
+            UserError, match="train-000.tar ends at byte .* without an end-of-archive marker: it was truncated"
+        ):
             index_webdataset(folder, codebook_size=V)
 
 

@@ -91,7 +91,7 @@ def test_verify_finds_an_index_that_lies(tmp_path):
     lie = ShardIndex(true.offsets[::-1].copy(), true.labels)
     (folder / "shard-00000.idx").write_bytes(pack_index(lie, info, "plain", Expected("uint16", VIEWS, T)))
     assert list(map(str, verify(folder))) == [
-        "shard-00000.tar: its index shard-00000.idx does not match its samples: remove that file, it is rebuilt"
+        "shard-00000.tar: its index shard-00000.idx does not match its samples: remove it, and it is rebuilt"
     ]
     (folder / "shard-00000.idx").write_bytes(b"not an index at all")  # which no reader would use
     assert verify(folder) == []

@@ -114,7 +114,9 @@ def test_a_shard_cut_under_a_reader_is_an_error(tmp_path):
         shards = ShardSet(folder, resident=resident)
         shards.open(0)
         os.truncate(folder / "shard-00000.tar", 512)
-        with pytest.raises(UserError, match=r"shard-00000.tar has 512 bytes, the manifest records \d+: it was cut"):
+        with pytest.raises(
+            UserError, match=r"shard-00000.tar has 512 bytes, the manifest records \d+: it was truncated"
+        ):
             shards.gather([1], np.zeros((1, 1), np.int64))
 
 
@@ -239,10 +241,12 @@ def test_cut_at_a_member_boundary(tmp_path):
         assert len(tar.getmembers()) == 9
     shards = ShardSet(folder)
     assert shards.read(0, 0)[2] == 0  # the other shards can be read
-    with pytest.raises(UserError, match=r"shard-00002.tar has \d+ bytes, the manifest records \d+: it was cut"):
+    with pytest.raises(UserError, match=r"shard-00002.tar has \d+ bytes, the manifest records \d+: it was truncated"):
         shards.read(2, 0)
     cut(folder, boundary, honest=True)
-    with pytest.raises(UserError, match=f"shard-00002.tar ends at byte {boundary} without tar's end mark: it was cut"):
+    with pytest.raises(
+        UserError, match=f"shard-00002.tar ends at byte {boundary} without an end-of-archive marker: it was truncated"
+    ):
         ShardSet(folder).read(2, 0)
     with (folder / "shard-00002.tar").open("r+b") as f:
         f.truncate(boundary + 1024)

@@ -10,17 +10,17 @@ import pytest
 from botocore.exceptions import ClientError, ConnectTimeoutError, IncompleteReadError
 
 from megastar.config.schema import DataConfig
-from megastar.data.order import OrderSpec, epoch_order, shards_from
+from megastar.data.order import OrderSpec, shards_from
 from megastar.data.storage import s3_client
 from megastar.data.storage.errors import Stopped
-from megastar.data.storage.protocol import is_remote
 from megastar.data.storage.s3_client import S3Folder, split_url
 from megastar.data.storage.shard_cache import ShardCache
 from megastar.data.storage.shard_info import ShardInfo
 from megastar.data.storage.stall_timer import StallTimer, run_in_threads
-from megastar.data.storage.store import FolderStore, open_store
+from megastar.data.storage.store import FolderStore, is_remote, open_store
 from megastar.errors import UserError
 from megastar.utils.files import sha256
+from tests.loaders import epoch_order
 
 
 def info(number: int, size: int = 1000) -> ShardInfo:
@@ -123,7 +123,7 @@ def test_leftovers_are_swept_and_claims_are_not(tmp_path):
 def test_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        UserError, match="data.cache = .*file/c cannot be used .*: name a folder on a disk of this node"
+        UserError, match="data.cache = .*file/c cannot be used .*: set it to a folder on a disk of this node"
     ):
         ShardCache(tmp_path / "file" / "c", 1)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -150,7 +150,10 @@ def test_a_full_disk_and_an_invalid_hash(tmp_path, monkeypatch):
     ):
         cache.reserve(part, info(1), required=True)
     cache.discard(part, info(1))
-    with pytest.raises(UserError, match="the manifest records '../x' is the SHA-256 of a.tar: pretokenize again"):
+    with pytest.raises(
+        UserError,
+        match="the manifest records the SHA-256 '../x' for a.tar, not 64 hexadecimal digits: pretokenize again",
+    ):
         cache.open(ShardInfo("a.tar", 1, 1, "../x"))
 
 
@@ -206,7 +209,7 @@ def test_a_stall_is_reported_every_ten_seconds_and_ends_with_the_last_error(monk
         timer.tick()
         timer.failed(OSError("no route"))
     assert len(messages) == 3 and messages[0].startswith(
-        "stalled for 10 s: no data for s3://b/x.tar from http://store (no route); retrying until data.patience = 35 s"
+        "stalled for 10 s: no data for s3://b/x.tar from http://store (no route); retrying for up to data.patience = 35 s"
     )
     timer.progress()
     assert messages[3:] == ["reading s3://b/x.tar from http://store resumed after 30 s"]
@@ -279,8 +282,8 @@ def answer(status: int, code: str) -> ClientError:
         (404, "NoSuchKey", "s3://bucket/some/prefix/a.tar does not exist at http://store:1: upload the whole folder"),
         (403, "AccessDenied", r"denies access to s3://bucket/some/prefix/a.tar \(AccessDenied\) and no credentials were found"),
         (412, "PreconditionFailed", "s3://bucket/some/prefix/a.tar changed while it was read"),
-        (301, "PermanentRedirect", r"refuses s3://bucket/some/prefix/a.tar \(PermanentRedirect, reason\): correct the URL, the region"),
-        (400, "ExpiredToken", r"refuses s3://bucket/some/prefix/a.tar \(ExpiredToken, reason\)"),
+        (301, "PermanentRedirect", r"rejects the request for s3://bucket/some/prefix/a.tar \(PermanentRedirect, reason\): correct the URL, the region"),
+        (400, "ExpiredToken", r"rejects the request for s3://bucket/some/prefix/a.tar \(ExpiredToken, reason\)"),
     ],
 )  # fmt: skip
 def test_permanent_errors(remote, monkeypatch, status, code, sentence):
@@ -331,7 +334,7 @@ def test_requests_without_credentials_are_unsigned(remote):
 def test_stores_and_urls(tmp_path):
     assert isinstance(open_store(tmp_path), FolderStore) and is_remote("s3://b") and not is_remote(tmp_path)
     assert split_url("s3://bucket/a/b/") == ("bucket", "a/b") and split_url("s3://bucket") == ("bucket", "")
-    with pytest.raises(UserError, match="s3:///a: must read s3://bucket/prefix"):
+    with pytest.raises(UserError, match="s3:///a: must have the form s3://bucket/prefix"):
         split_url("s3:///a")
     assert DataConfig().patience == 1800 and s3_client.PART == 8 << 20
     (tmp_path / "f").write_bytes(b"abc")
