@@ -35,7 +35,20 @@ def rope_table(
 
 def split_qkv(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """qkv (B, S, 3, H, d) -> q and k, rotated, and v: (B, H, S, d) each. On a GPU by one kernel (fused.py)."""
-    return fused.split_qkv(plain_split_qkv, qkv, table)
+    if not torch.compiler.is_compiling():
+        return fused.split_qkv(plain_split_qkv, qkv, table)
+    # The compiler generates no complex code. As products of reals, q and k separate and in the layout of qkv, it needs one
+    # kernel for each, without a copy before the attention kernel, and one for the gradient of qkv.
+    q, k, v = qkv.unbind(2)
+    return real_rope(q, table).transpose(1, 2), real_rope(k, table).transpose(1, 2), v.transpose(1, 2)
+
+
+def real_rope(x: Tensor, table: Tensor) -> Tensor:
+    """x (B, S, H, d), as ``apply_rope``."""
+    pairs = x.to(table.dtype).unflatten(-1, (-1, 2))  # (B, S, H, d / 2, 2)
+    cos, sin = table[:, None, :, :1], table[:, None, :, 1:]
+    sign = torch.arange(2, device=x.device) * 2 - 1
+    return (pairs * cos + pairs.flip(-1) * (sin * sign)).flatten(-2).to(x.dtype)
 
 
 def plain_split_qkv(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,12 +61,7 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """Rotate interleaved pairs (x[2i], x[2i + 1]) by the table's rows (S, d / 2, 2).
 
     x (..., S, d) with a contiguous last dimension -> the same shape and dtype; arithmetic in fp32 (fp64 for fp64 inputs).
-    Eagerly one complex product; the compiler generates no complex code, so there the same sums of real products.
     """
-    if torch.compiler.is_compiling():
-        pairs = x.to(table.dtype).unflatten(-1, (-1, 2))  # (..., S, d / 2, 2)
-        cos, sin = table[..., :1], torch.stack([-table[..., 1], table[..., 1]], -1)  # (S, d / 2, 1 or 2)
-        return (pairs * cos + pairs.flip(-1) * sin).flatten(-2).to(x.dtype)
     # The cast copies anyway: it also puts heads before positions, as the attention products need.
     wide = x if x.dtype == table.dtype else x.to(table.dtype, memory_format=torch.contiguous_format)
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (..., S, d / 2)
