@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -20,11 +21,13 @@ from triton.compiler import ASTSource
 
 from megastar.model.kernels import triton as ours
 from megastar.model.kernels import triton_jit as jit
+from megastar.model.kernels import triton_rope as rope
 from megastar.model.masks import MaskSpec
 
-KERNELS = {"forward": jit.forward, "delta": jit.delta, "dq": jit.backward_dq, "dkv": jit.backward_dkv}
+KERNELS: dict[str, Any] = {"forward": jit.forward, "delta": jit.delta, "dq": jit.backward_dq, "dkv": jit.backward_dkv}
+ROPE = {"rope": rope.rotate, "rope_backward": rope.rotate}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TYPES = {"L": "*fp32", "Delta": "*fp32", "scale": "fp32", "natural": "fp32"}
+TYPES = {"L": "*fp32", "TABLE": "*fp32", "Delta": "*fp32", "scale": "fp32", "natural": "fp32"}
 INTS = {"start", "end", "full", "visited", "order"}
 HEADS = 32
 
@@ -47,8 +50,24 @@ def resources(kernel: str, arch: int, head_dim: int, dtype: str, spec: MaskSpec,
         "EVEN": size % config.BM == 0 and (kernel == "delta" or size % config.BN == 0),
         "PRECISION": "ieee" if dtype == "fp32" else "tf32", **ours.mask_options(spec),
     }  # fmt: skip
-    numbers = strides(size, head_dim) | {"size": size}
-    names = list(inspect.signature(KERNELS[kernel].fn).parameters)
+    options = {"num_warps": config.warps} | ({} if kernel == "delta" else {"num_stages": config.stages})
+    return assembled(KERNELS[kernel], arch, dtype, constants, strides(size, head_dim) | {"size": size}, options)
+
+
+def rope_resources(kernel: str, arch: int, head_dim: int, dtype: str, size: int) -> dict[str, int]:
+    width = ours.padded(head_dim)
+    constants = {"D": head_dim, "BD": width, "ROWS": rope.ELEMENTS // width, "BACKWARD": kernel == "rope_backward"}
+    heads_first = {"b": HEADS * size * head_dim, "h": size * head_dim, "s": head_dim}
+    fused = {"b": 3 * HEADS * size * head_dim, "h": head_dim, "s": 3 * HEADS * head_dim}
+    at = {t: heads_first if (t == "o") != constants["BACKWARD"] else fused for t in "qkvo"}
+    numbers = {f"s{t}{axis}": n for t, row in at.items() for axis, n in row.items()} | {"heads": HEADS, "size": size}
+    return assembled(ROPE[kernel], arch, dtype, constants, numbers, {"num_warps": 4})
+
+
+def assembled(
+    kernel: Any, arch: int, dtype: str, constants: dict[str, Any], numbers: dict[str, int], options: dict[str, int]
+) -> dict[str, int]:
+    names = list(inspect.signature(kernel.fn).parameters)
     signature, attributes = {}, {}
     for place, name in enumerate(names):
         if name in constants:
@@ -59,9 +78,8 @@ def resources(kernel: str, arch: int, head_dim: int, dtype: str, spec: MaskSpec,
         if pointer.startswith("*") or numbers.get(name, 1) % 16 == 0:  # what a launch finds divisible by 16
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(
-        KERNELS[kernel], signature, {(names.index(n),): constants[n] for n in names if n in constants}, attributes
+        kernel, signature, {(names.index(n),): constants[n] for n in names if n in constants}, attributes
     )
-    options = {"num_warps": config.warps} | ({} if kernel == "delta" else {"num_stages": config.stages})
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
@@ -86,6 +104,9 @@ SPECS = {
 
 if __name__ == "__main__":
     arch, head_dim, dtype, spec, size = sys.argv[1:6]
-    for kernel in KERNELS:
-        found = resources(kernel, int(arch), int(head_dim), dtype, SPECS[spec], int(size))
+    for kernel in ROPE if spec == "rope" else KERNELS:
+        if spec == "rope":
+            found = rope_resources(kernel, int(arch), int(head_dim), dtype, int(size))
+        else:
+            found = resources(kernel, int(arch), int(head_dim), dtype, SPECS[spec], int(size))
         print(json.dumps({"kernel": kernel, **found}))

@@ -204,7 +204,7 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     from rich.console import Console
 
     from megastar.parallel.budget import trunk
-    from megastar.parallel.cost import ASSUMPTIONS, elements
+    from megastar.parallel.cost import assumptions, elements
 
     # Not a terminal: use the width that the table needs.
     width = None if sys.stdout.isatty() else max(118, terminal_width())
@@ -245,12 +245,12 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
         for t in best.transfers:
             console.print(f"  {t.what}: {t.bytes / 1e9:.2f} GB in {t.count} calls ({t.link} ranks)")
     console.print("\nTimes are estimates, not measurements. Assumptions:")
-    for name, text in ASSUMPTIONS.items():
+    for name, text in assumptions(cfg).items():
         console.print(f"  {name}: {text}")
 
 
 def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: Plan | None) -> dict[str, Any]:
-    from megastar.parallel.cost import ASSUMPTIONS, step_flops
+    from megastar.parallel.cost import assumptions, step_flops
 
     def one(p: Plan) -> dict[str, Any]:
         derived = {"total": p.total, "fits": p.fits, "seconds": p.seconds, "overrides": p.overrides}
@@ -265,5 +265,5 @@ def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], bes
         "flops": step_flops(cfg),
         "recommended": one(best) | {"why": why(best, plans)} if best else None,
         "plans": [one(p) for p in plans],
-        "assumptions": ASSUMPTIONS,
+        "assumptions": assumptions(cfg),
     }

@@ -10,7 +10,7 @@ from megastar.config.schema import ModelConfig
 from megastar.model.kernels import attention
 from megastar.model.layers import Dropout, Linear
 from megastar.model.masks import MaskSpec
-from megastar.model.rope import apply_rope
+from megastar.model.rope import split_qkv
 
 
 class Cache(Protocol):
@@ -42,8 +42,6 @@ class Attention(nn.Module):
     ) -> Tensor:
         # The number of heads follows from the width: a tensor-parallel rank has only some of them.
         qkv = self.wqkv(x).unflatten(-1, (3, -1, self.head_dim))  # (B, S, 3, H, d)
-        qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # (2, B, H, S, d), (1, B, H, S, d)
-        q, k = apply_rope(qk, rope).unbind()  # (B, H, S, d) each
-        v = v.squeeze(0)
+        q, k, v = split_qkv(qkv, rope)  # (B, H, S, d) each
         out = attention(q, k, v, mask) if cache is None else cache.attend(layer, q, k, v, start)  # (B, H, S, d)
         return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))

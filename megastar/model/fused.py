@@ -1,4 +1,5 @@
-"""SwiGLU and RMSNorm from optional libraries on a GPU (Liger, NVIDIA apex), each compared with torch's at its first use.
+"""SwiGLU and RMSNorm from optional libraries on a GPU (Liger, NVIDIA apex) and RoPE by our Triton kernel, each compared with
+torch's operations at its first use.
 
 Not yet run on a GPU. F columns; under ``torch.compile`` the compiler fuses torch's own operations instead.
 """
@@ -17,17 +18,19 @@ from torch import Tensor
 
 from megastar.model.agreement import disagreement
 
+Parts = tuple[Tensor, Tensor, Tensor]
 logger = logging.getLogger(__name__)
 
 # operation -> (package, module, function). The function's name is checked: other packages are named apex too.
 SOURCES = {
     "swiglu": ("liger-kernel", "liger_kernel.ops.swiglu", "LigerSiLUMulFunction"),
     "rms_norm": ("apex", "apex.normalization.fused_layer_norm", "fused_rms_norm_affine"),
+    "rope": ("triton", "megastar.model.kernels.triton_rope", "SplitQKV"),
 }
 ROWS = 64  # compared at the first use
 RESULTS = ("result", "gradient 1", "gradient 2")
 _enabled = True
-_chosen: dict[tuple[Any, ...], Callable[..., Tensor]] = {}  # case -> the operation, once compared
+_chosen: dict[tuple[Any, ...], bool] = {}  # case -> whether the library's operation is used, once compared
 
 
 def set_fused(on: bool) -> None:
@@ -50,15 +53,29 @@ def library_function(operation: str) -> Any:
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
     """silu(a) b, element by element, (..., F) each. Liger's backward pass overwrites a and b."""
-    return _plain_swiglu(a, b) if _uses_torch(a) else _dispatch("swiglu", _plain_swiglu, _liger_swiglu, (a, b))
+    if _uses_torch(a) or not _usable("swiglu", _plain_swiglu, _liger_swiglu, (a, b)):
+        return _plain_swiglu(a, b)
+    return _liger_swiglu(a, b)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) weight, rounded once: x (..., F), weight (F,)."""
-    plain = functools.partial(_plain_rms_norm, eps=eps)
-    if _uses_torch(x):
-        return plain(x, weight)
-    return _dispatch("rms_norm", plain, functools.partial(_apex_rms_norm, eps=eps), (x, weight), eps)
+    plain, fused = functools.partial(_plain_rms_norm, eps=eps), functools.partial(_apex_rms_norm, eps=eps)
+    return (plain if _uses_torch(x) or not _usable("rms_norm", plain, fused, (x, weight), eps) else fused)(x, weight)
+
+
+def split_qkv(plain: Callable[[Tensor, Tensor], Parts], qkv: Tensor, table: Tensor) -> Parts:
+    """``plain(qkv, table)`` or the same by our kernel: qkv (B, S, 3, H, d) -> q and k, rotated, and v: (B, H, S, d) each."""
+    if _uses_torch(qkv) or qkv.dtype == torch.float64:
+        return plain(qkv, table)
+
+    def whole(split: Callable[[Tensor, Tensor], Parts], x: Tensor) -> Tensor:
+        parts = split(x, table.double() if x.dtype == torch.float64 else table)
+        return torch.stack(parts).permute(1, 3, 0, 2, 4)  # as x
+
+    whole_plain, whole_fused = functools.partial(whole, plain), functools.partial(whole, _triton_split_qkv)
+    use = _usable("rope", whole_plain, whole_fused, (qkv,), *qkv.shape[1:4])
+    return _triton_split_qkv(qkv, table) if use else plain(qkv, table)
 
 
 def _plain_swiglu(a: Tensor, b: Tensor) -> Tensor:
@@ -77,22 +94,27 @@ def _apex_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return library_function("rms_norm")(x, weight, tuple(weight.shape), eps)
 
 
+def _triton_split_qkv(qkv: Tensor, table: Tensor) -> Parts:
+    parts: Parts = library_function("rope").apply(qkv, table)
+    return parts
+
+
 def _uses_torch(x: Tensor) -> bool:
     return not _enabled or not x.is_cuda or torch.compiler.is_compiling()
 
 
-def _dispatch(
+def _usable(
     operation: str, plain: Callable[..., Tensor], fused: Callable[..., Tensor], inputs: tuple[Tensor, ...], *key: float
-) -> Tensor:
-    """``fused`` of the inputs if the library is installed and its first result was right, else ``plain``."""
+) -> bool:
+    """Whether ``fused`` is installed and agreed with ``plain`` on the first inputs of this case."""
     x, grad = inputs[0], torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     case = (operation, x.device, x.dtype, x.shape[-1], grad, *key)
     if case not in _chosen:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return plain(*inputs)  # nothing can be compared while a graph is captured
+            return False  # nothing can be compared while a graph is captured
         problem: str | None = "is not installed"
         if library_function(operation):
-            part = [t if t.ndim == 1 else t.flatten(0, -2)[:ROWS] for t in inputs]
+            part = [t if t.ndim == 1 else t[:1] if t.ndim == 5 else t.flatten(0, -2)[:ROWS] for t in inputs]
             problem = disagreement(fused, plain, part, RESULTS, "torch", grad)
             if problem:
                 logger.warning(
@@ -100,5 +122,5 @@ def _dispatch(
                     *(SOURCES[operation][0], operation, problem, x.shape[-1]),
                     *(str(x.dtype).removeprefix("torch."), x.device),
                 )
-        _chosen[case] = plain if problem else fused
-    return _chosen[case](*inputs)
+        _chosen[case] = problem is None
+    return _chosen[case]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megastar.config.load import resolve_batch
 from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig
@@ -36,12 +37,9 @@ BANDWIDTH_EFFICIENCY = 0.7  # of a link's bandwidth, in collectives
 LATENCY = 25e-6  # seconds per collective in addition to its bytes
 OVERLAP = 0.5  # share of the compute time that can overlap with the data ranks' gathers and reductions
 FP32_SLOWDOWN = 16  # bf16 peak over fp32 peak
-STREAM_BYTES = 90  # per token, block and width: moved by the norms, dropouts and sums of an eager bf16 forward pass
-SPLIT_BYTES = 50  # the same of RoPE and attention, split over the tensor ranks
-FFN_BYTES = 10  # the same per token and SwiGLU width
 LOGIT_BYTES = 28  # per bf16 logit: moved by cross_entropy.py besides its matrix products, with the conversion to fp32
 SPLIT_LOGIT_BYTES = 44  # the same if the vocabulary is split, with an explicit softmax
-BACKWARD = 2  # computation and traffic of a backward pass relative to its forward pass
+BACKWARD = 2  # computation of a backward pass relative to its forward pass
 # Bytes per element: fused AdamW 28, average 12, widened gradient 6, its norm 4, clipping 8, weights 6.
 OPTIMIZER_TRAFFIC = 64
 HOST_LINK = 20e9  # bytes per second between a GPU and host memory
@@ -49,12 +47,29 @@ HOST_MEMORY = 20e9  # bytes per second of host memory per rank, for AdamW under 
 NEAR = 0.03  # plans within this share of the fastest are considered equally fast: the simplest of them is recommended
 SPARE = 0.05  # share of the GPU's memory that a recommended plan leaves free, if possible
 
+
+class Moved(NamedTuple):
+    """Bytes per token and block that a bf16 pass moves besides its matrix products: ``stream`` per width in norms, dropouts
+    and sums; ``split`` per width in RoPE and attention and ``ffn`` per SwiGLU width, both split over the tensor ranks."""
+
+    stream: float
+    split: float
+    ffn: float
+
+    def bytes(self, model: ModelConfig, tensor: int) -> float:
+        return self.stream * model.dim + (self.split * model.dim + self.ffn * model.ffn_dim) / tensor
+
+
+# Forward and backward pass, counted by benchmarks/bytes_moved.py; attention is 8 of split forward, 16 backward.
+EAGER = (Moved(34, 16, 10), Moved(40, 28, 18))
+COMPILED = (Moved(21, 18, 6), Moved(35, 28, 10))
+
 ASSUMPTIONS = {
     "reserved for driver and libraries": f"{RESERVED_GIB:g} GiB, and {FRAGMENTATION:.0%} of the peak lost to fragmentation",
     "matrix products": f"{MATMUL_EFFICIENCY:g} of the dense peak (fp32: a {FP32_SLOWDOWN}th of the bf16 peak)",
-    "everything else": f"eager, {MEMORY_EFFICIENCY:g} of the memory bandwidth; a forward pass moves {STREAM_BYTES} D + {SPLIT_BYTES} D / tp"
-    f" + {FFN_BYTES} F / tp bytes per token and block, the loss {LOGIT_BYTES} per logit (split: {SPLIT_LOGIT_BYTES}), AdamW {OPTIMIZER_TRAFFIC} per element",
-    "backward pass": f"{BACKWARD} times its forward pass",
+    "everything else": f"{MEMORY_EFFICIENCY:g} of the memory bandwidth; the loss moves {LOGIT_BYTES} bytes per logit (split: "
+    f"{SPLIT_LOGIT_BYTES}), AdamW {OPTIMIZER_TRAFFIC} per element",
+    "backward pass": f"{BACKWARD} times the operations of its forward pass",
     "collectives": f"{BANDWIDTH_EFFICIENCY:g} of the bandwidth, {LATENCY * 1e6:g} us each; those of data ranks overlap "
     f"with {OVERLAP:g} of the computation, those of tensor ranks with none",
     "offload": f"{HOST_LINK / 1e9:g} GB/s to host memory, AdamW there at {HOST_MEMORY / 1e9:g} GB/s per rank",
@@ -134,6 +149,27 @@ class Transfer:
     hidden: bool = False  # whether it can overlap with computation
 
 
+def assumptions(cfg: RunConfig) -> dict[str, str]:
+    """``ASSUMPTIONS`` and what the blocks of this run move."""
+    rows = {"eager": EAGER} if not wants_compile(cfg) else {"compiled": COMPILED, "eager": EAGER}
+    where = {"compiled": " at ZeRO stages 0 to 2 without tensor ranks", "eager": " elsewhere" if len(rows) > 1 else ""}
+    moved = [
+        f"{way}{where[way]}: "
+        + ", ".join(
+            f"{m.stream:g} D + {m.split:g} D / tp + {m.ffn:g} F / tp {name}"
+            for name, m in zip(("forward", "backward"), passes, strict=True)
+        )
+        for way, passes in rows.items()
+    ]
+    text = f"train.compile={str(cfg.train.compile).lower()}; bytes moved per token, {'; '.join(moved)}"
+    return {**ASSUMPTIONS, "blocks": text}
+
+
+def wants_compile(cfg: RunConfig) -> bool:
+    """Whether ``train.compile`` compiles blocks on a GPU: true or false, or auto, on or off."""
+    return str(cfg.train.compile).lower() in ("true", "on", "auto")
+
+
 @dataclass
 class Plan:
     """One configuration of a run; bytes per rank, seconds per optimizer step."""
@@ -141,6 +177,7 @@ class Plan:
     tensor: int
     zero: Zero
     checkpointing: bool
+    compiled: bool
     data: int
     micro: int
     accumulation: int
@@ -209,14 +246,17 @@ def step_flops(cfg: RunConfig) -> dict[str, int]:
     }
 
 
-def compute_seconds(cfg: RunConfig, machine: Machine, tensor: int, checkpointing: bool, dtype: str) -> float:
+def compute_seconds(
+    cfg: RunConfig, machine: Machine, tensor: int, checkpointing: bool, compiled: bool, dtype: str
+) -> float:
     """Matrix products split over all GPUs, the rest bound by memory, the residual stream replicated on tensor ranks."""
     m, e, flops = cfg.model, ELEMENT[dtype], step_flops(cfg)
     operations = flops["student"] + flops["teacher"] + checkpointing * flops["recompute"]
     peak = machine.gpu.tflops * 1e12 / (FP32_SLOWDOWN if dtype == "fp32" else 1)
     images = cfg.train.global_batch * tensor / machine.gpus  # per rank
-    passes = cfg.student_views * m.n_layer * (1 + BACKWARD + checkpointing) + teacher_blocks(m, cfg.self_guided)
-    moved = passes * (STREAM_BYTES * m.dim + (SPLIT_BYTES * m.dim + FFN_BYTES * m.ffn_dim) / tensor) * e / 2
+    blocks = cfg.student_views * m.n_layer
+    forward, backward = (pass_.bytes(m, tensor) for pass_ in (COMPILED if compiled else EAGER))
+    moved = ((blocks * (1 + checkpointing) + teacher_blocks(m, cfg.self_guided)) * forward + blocks * backward) * e / 2
     moved += cfg.student_views * (SPLIT_LOGIT_BYTES if tensor > 1 else LOGIT_BYTES) * m.vocab_size / tensor
     traffic = images * m.image_tokens * moved / (machine.gpu.hbm * 1e9 * MEMORY_EFFICIENCY)
     return operations / (machine.gpus * peak * MATMUL_EFFICIENCY) + traffic
@@ -293,7 +333,8 @@ def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpo
     memory, host = memory_bytes(cfg.model, cfg.self_guided, zero, tensor, data, micro, checkpointing, dtype)
     need = sum(memory.values()) * (1 + FRAGMENTATION) + RESERVED_GIB * GIB
     sent = transfers(cfg.model, cfg.self_guided, zero, tensor, data, micro, accumulation, checkpointing, dtype)
-    compute = compute_seconds(cfg, machine, tensor, checkpointing, dtype)
+    compiled = wants_compile(cfg) and zero.stage < 3 and tensor == 1  # as far as config/deepspeed.py permits
+    compute = compute_seconds(cfg, machine, tensor, checkpointing, compiled, dtype)
     exposed, hidden = 0.0, 0.0
     for t in sent:
         rate = machine.tensor_rate() if t.link == "tensor" else machine.data_rate(tensor)
@@ -312,7 +353,7 @@ def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpo
     peak = machine.gpus * machine.gpu.tflops * 1e12
     mfu = (flops["student"] + flops["teacher"]) / ((compute + communication + optimizer) * peak)
     return Plan(
-        tensor, zero, checkpointing, data, micro, accumulation, memory, host, need, machine.gpu.memory * GIB, sent,
+        tensor, zero, checkpointing, compiled, data, micro, accumulation, memory, host, need, machine.gpu.memory * GIB, sent,
         compute, communication, optimizer, mfu,
     )  # fmt: skip
 

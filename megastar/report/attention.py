@@ -42,7 +42,7 @@ def attention_maps(
     assert not model.training
     cfg, mask = model.cfg, mask or MaskSpec.causal()
     h = torch.cat([model.cls_embedding(labels), model.tok_embeddings(tokens)], 1)  # (B, S, D)
-    kind = torch.complex128 if h.dtype == torch.float64 else torch.complex64
+    kind = torch.float64 if h.dtype == torch.float64 else torch.float32
     rope = rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, h.device, kind)[: h.shape[1]]
     for block in model.layers:
         assert isinstance(block, TransformerBlock)

@@ -60,7 +60,7 @@ def same(a, b) -> bool:
 
 
 def freqs(cfg: ModelConfig) -> torch.Tensor:
-    return torch.view_as_real(rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, torch.device("cpu")))
+    return rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, torch.device("cpu"))
 
 
 # Networks ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from megastar.model import fused
 from megastar.model.layers import RMSNorm
+from megastar.model.rope import plain_split_qkv, rope_table, split_qkv
 from megastar.model.transformer import FeedForward
 from megastar.utils.logs import ROOT
 from tests.unit.model.test_model import TINY
@@ -97,7 +98,7 @@ def test_a_correct_library_is_compared_once_and_used(packages, monkeypatch, capl
         got = torch.autograd.grad(layer(x).sum() + fused.rms_norm(x, norm.weight, 1e-5).sum(), [x, norm.weight])
     assert calls == ["compared"] * 2 and caplog.messages == []
     assert torch.equal(torch.get_rng_state(), state)  # the comparison uses none of the run's random numbers
-    assert all(one.func is not fused._plain_rms_norm for one in fused._chosen.values() if hasattr(one, "func"))
+    assert all(fused._chosen.values())
     fused.set_fused(False)
     want = torch.autograd.grad(layer(x).sum() + fused.rms_norm(x, norm.weight, 1e-5).sum(), [x, norm.weight])
     for one, other in zip(got, want, strict=True):
@@ -134,8 +135,46 @@ def test_an_apex_that_cannot_run_on_this_machine(packages, caplog) -> None:
     assert "apex: rms_norm failed (ModuleNotFoundError: fused_layer_norm_cuda) for 8 columns" in caplog.messages[0]
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_a_wrong_rotation_is_detected_at_its_first_use(packages, monkeypatch, caplog, factor: float) -> None:
+    class Kernel:
+        @staticmethod
+        def apply(qkv, table):
+            used.append(qkv.shape)
+            q, k, v = plain_split_qkv(qkv, table)
+            return q * factor, k, v
+
+    used: list[torch.Size] = []
+    qkv, table = drawn(3, 5, 3, 2, 8), rope_table(4, 8, 10000.0, torch.device("cpu"))[:5]
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "library_function", lambda operation: Kernel)
+        for _ in range(2):
+            got = split_qkv(qkv, table)
+        split_qkv(qkv.double(), table.double())  # the kernel computes in fp32: not used
+    assert all(torch.equal(a, b) for a, b in zip(got, plain_split_qkv(qkv, table), strict=True))
+    if factor == 1:
+        assert [shape[0] for shape in used] == [1, 3, 3] and caplog.messages == []  # one sequence is compared
+    else:
+        assert len(used) == 1
+        (message,) = caplog.messages
+        assert message.startswith("triton: rope differs from torch (result off by")
+
+
+def test_compiled_rotation_agrees_with_eager(monkeypatch) -> None:
+    table = rope_table(4, 8, 10000.0, torch.device("cpu"))[:11]
+    for kind in (torch.float32, torch.bfloat16):
+        qkv = drawn(2, 11, 3, 3, 8).detach().to(kind).requires_grad_()
+        want = split_qkv(qkv, table)
+        grads = torch.autograd.grad(want, qkv, [t.detach() for t in want])
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            got = split_qkv(qkv, table)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, qkv, [t.detach() for t in want]), grads)
+
+
 def test_a_compiled_block_uses_torch(monkeypatch) -> None:
-    monkeypatch.setattr(fused, "_dispatch", None)  # a call would fail
+    monkeypatch.setattr(fused, "_usable", None)  # a call would fail
     real = fused._uses_torch
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     a, b = drawn(4, 8), drawn(5, 4, 8)[0]

@@ -160,7 +160,7 @@ def test_class_position_is_weighed_as_a_zero_logit() -> None:
     seen = {}
     hook = attention.wo.register_forward_pre_hook(lambda _, args: seen.update(mixed=args[0]))
     x = torch.randn(1, 2, 16, dtype=torch.float64)
-    attention(x, rope=rope_table(3, 8, 10000.0, x.device, torch.complex128)[:2])
+    attention(x, rope=rope_table(3, 8, 10000.0, x.device, torch.float64)[:2])
     hook.remove()
     q, k, v = attention.wqkv(x)[0].view(2, 3, 2, 8).unbind(1)  # (S, H, d) each; token (0, 0) is not turned
     weight = torch.sigmoid((q[1] * k[1]).sum(-1) / 8**0.5)  # (H,)

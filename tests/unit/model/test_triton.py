@@ -26,6 +26,9 @@ QUICK = [  # every pattern; sizes below, across and at the edges of tiles; padde
     ("row_blocks", 144, 100, "float32"),
     ("sliding_window", 176, 64, "float16"),
     ("causal", 144, 128, "float16"),
+    ("rope", 16, 64, "float32"),
+    ("rope", 37, 100, "float16"),
+    ("rope", 1, 16, "float32"),
 ]
 ALL = [(w, s, d, t) for w in PATTERNS for s in (16, 64, 176) for d in (64, 100, 128) for t in DTYPES]
 
@@ -75,6 +78,13 @@ def check_resources(arch: int, head_dim: int, dtype: str, mask: str, size: int) 
 @pytest.mark.parametrize(("arch", "head_dim", "size"), [(80, 64, 256), (90, 100, 576)])
 def test_triton_assembles_within_the_budget(arch: int, head_dim: int, size: int) -> None:
     check_resources(arch, head_dim, "bf16", "hidden", size)
+
+
+def test_the_rotation_assembles_without_shared_memory() -> None:
+    rows = assembled(90, 64, "bf16", "rope", 256)
+    assert [r["kernel"] for r in rows] == ["rope", "rope_backward"]
+    for row in rows:  # pairs are exchanged in registers, and four blocks of four warps share a processor
+        assert row["spilled"] == row["shared"] == 0 and row["registers"] <= 64, row
 
 
 @pytest.mark.slow

@@ -158,6 +158,21 @@ def test_xl_fits_one_gpu_of_80_gb_unsharded():
     assert split.accumulation == 8 and split.total == plain.total
 
 
+@pytest.mark.parametrize(
+    ("setting", "compiles"), [(True, True), ("auto", True), ("on", True), (False, False), ("off", False)]
+)
+def test_compiled_blocks_move_less(setting, compiles):
+    cfg = run_of("l")
+    cfg.train.compile = setting
+    plans = cost.make_plans(cfg, NODE, ALL)
+    assert all(p.compiled == (compiles and p.zero.stage < 3 and p.tensor == 1) for p in plans)
+    text = cost.assumptions(cfg)["blocks"]
+    assert text.startswith(f"train.compile={str(setting).lower()}; ") and ("compiled at" in text) == compiles
+    cfg.train.compile = False
+    for plan, eager in zip(plans, cost.make_plans(cfg, NODE, ALL), strict=True):
+        assert plan.compute < eager.compute if plan.compiled else plan.compute == eager.compute
+
+
 def test_network_and_nodes():
     two = dataclasses.replace(NODE, gpus=16)
     assert two.nodes == 2 and NODE.data_rate(1) == NODE.tensor_rate()
@@ -188,7 +203,10 @@ def test_table(capsys):
     every = capsys.readouterr().out
     assert "24 plans shown, 20 fit" in some and some.count("3+offload") < every.count("3+offload") == 6
     assert "recommended: parallel.deepspeed=configs/ds/" in some and "\n -> 1" in some
-    assert all(text.split(",")[0] in some for text in cost.ASSUMPTIONS) and "estimates, not measurements" in some
+    assert (
+        all(f"\n  {name}: " in some for name in cost.assumptions(run_of("xl")))
+        and "estimates, not measurements" in some
+    )
 
 
 def test_nothing_fits(capsys):

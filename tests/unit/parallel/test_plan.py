@@ -50,7 +50,7 @@ def test_parts_add_up(degree: int) -> None:
     nn.init.normal_(model.output.weight)
     block = model.layers[1]
     x = torch.randn(2, 9, 16, dtype=torch.float64)
-    rope = rope_table(3, 4, 10000.0, x.device, torch.complex128)[:9]
+    rope = rope_table(3, 4, 10000.0, x.device, torch.float64)[:9]
 
     def parts(module: nn.Module, prefix: str, **kwargs: Tensor) -> list[Tensor]:
         return [

@@ -46,7 +46,8 @@ def batch():
 def brute_force(model, labels, tokens, seen):
     """Every number of every block by loops: weights (L, B, H, S, S). ``seen(b, i, j)``: query i may see key j."""
     w = {k: v.numpy() for k, v in model.state_dict().items()}
-    table = rope_table(GRID, CFG.head_dim, CFG.rope_base, torch.device("cpu"), torch.complex128).numpy()
+    table = rope_table(GRID, CFG.head_dim, CFG.rope_base, torch.device("cpu"), torch.float64)
+    table = torch.view_as_complex(table).numpy()
 
     def norm(x, scale):
         return x / np.sqrt((x**2).mean() + CFG.norm_eps) * scale
@@ -102,7 +103,7 @@ def test_maps_follow_from_the_features_of_the_model(model, batch):
     """The last block's map follows from the model's own features."""
     labels, tokens = batch
     before = model(labels, tokens, features_at=2).features
-    rope = rope_table(GRID, CFG.head_dim, CFG.rope_base, torch.device("cpu"), torch.complex128)[:T]
+    rope = rope_table(GRID, CFG.head_dim, CFG.rope_base, torch.device("cpu"), torch.float64)[:T]
     expected = block_attention(model.layers[2], before, rope, MaskSpec.causal())
     torch.testing.assert_close(list(attention_maps(model, labels, tokens))[2], expected)
 
