@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py [--backends sdpa,triton] [--dtype fp32,bf16] [--repeats 15]
 
-All rows take turns on the same inputs, so noise affects them equally; ratios are of medians. Each repetition draws a new
-mask, whose construction is included and shared by ``--blocks`` blocks as in a network. Peer: torch's own call with
-``is_causal``. Goal: 1.3 for sdpa on CPU, 1.15 on an H100 (triton or flex).
+All variants take turns on the same inputs, so noise affects them equally; ratios are of medians. Each repetition draws a
+new mask; its construction is included in the time, and ``--blocks`` blocks share it, as in a network. The reference is
+torch's own call with ``is_causal``. Goal: a ratio of at most 1.3 for sdpa on CPU, 1.15 on an H100 (triton or flex).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
                     why = module.missing() or module.supports(spec, DTYPES[dtype], d, device, True)
                     label = f"{name}, {'hidden keys' if masked else 'plain causal'}"
                     if why:
-                        print(f"  {label} left out: {why}")
+                        print(f"  {label} omitted: {why}")
                         continue
                     rows[label] = lambda attend=module.attention, masked=masked: ours(attend, masked)
             times: dict[str, list[float]] = {label: [] for label in rows}

@@ -1,9 +1,9 @@
-"""How long a save blocks training: megastar's against DeepSpeed's ``engine.save_checkpoint``, same engine, same run.
+"""Time for which a save blocks training, compared with DeepSpeed's ``engine.save_checkpoint`` on the same engine.
 
     python benchmarks/checkpoint_save.py --ranks 2 --size b
 
-DeepSpeed's writes the student, its optimizer and the average (an optimizer state) before it returns. megastar's returns
-when the states are copied to host memory; the complete save, including the hashes, is also timed.
+DeepSpeed's function writes the student, its optimizer and the average (an optimizer state) before it returns. megastar's
+returns when the states have been copied to host memory; the complete save, including the hashes, is also timed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ def main() -> None:
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--size", default="b", choices=("b", "l", "xl", "xxl", "3b"))
     p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "megastar-save", help="it is emptied")
+    p.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "megastar-save",
+        help="folder for the files; it is emptied",
+    )
     a = p.parse_args()
     relaunch(a.ranks)
 

@@ -1,10 +1,10 @@
-"""How soon the commands that only read files answer, from the start of the process: wall seconds against `import torch`.
+"""Run time of the commands that only read files: wall-clock seconds of the process, compared with `import torch`.
 
-    python benchmarks/cold_start.py                                  a run of tests/data
-    OTHER_CHECKOUT=../before python benchmarks/cold_start.py RUN     and against the same command of another checkout
+    python benchmarks/cold_start.py                                  on a run of tests/data
+    OTHER_CHECKOUT=../before python benchmarks/cold_start.py RUN     also with the same commands of another checkout
 
-The processes take turns; the first turn, which reads the files from the disk, does not count. The last lines say which
-commands import torch.
+The processes take turns; the first turn, which reads the files from the disk, is not counted. The last lines report
+which commands import torch.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from common import ROOT, report
 
 
 def processor() -> str:
-    """Its name, as Linux knows it, and how many of them this process may use."""
+    """The model name reported by Linux, and the number of cores that this process may use."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def start(words: list[str], checkout: Path) -> subprocess.CompletedProcess:
-    """`python WORDS` with the megastar of that checkout. Raises ``CalledProcessError`` where it fails."""
+    """Run `python WORDS` with megastar from ``checkout``. Raises ``CalledProcessError`` if it fails."""
     environment = os.environ | {"PYTHONPATH": str(checkout)}
-    # -m looks in the working directory first: it must hold no megastar.
+    # -m searches the working directory first, so it must not contain megastar.
     where = tempfile.gettempdir()
     return subprocess.run(
         [sys.executable, *words], env=environment, cwd=where, capture_output=True, text=True, check=True
@@ -39,7 +39,7 @@ def start(words: list[str], checkout: Path) -> subprocess.CompletedProcess:
 
 
 def imports_torch(words: list[str], checkout: Path) -> bool:
-    """By the names in the last column of `python -X importtime`."""
+    """Whether the command imports torch, according to the last column of `python -X importtime`."""
     done = start(["-X", "importtime", *words], checkout)
     return any(line.rpartition("|")[2].strip() == "torch" for line in done.stderr.splitlines())
 
@@ -72,7 +72,7 @@ def measure(run: str, repeats: int, page: str) -> None:
             start(words, checkout)
             if turn:
                 rows[name].append(time.perf_counter() - begin)
-    report(f"{processor()}; python {platform.python_version()}; {repeats} times each", rows, "import torch")
+    report(f"{processor()}; python {platform.python_version()}; medians of {repeats}", rows, "import torch")
     for name, (words, checkout) in work.items():
         if name.startswith("megastar"):
             print(f"  {name:<44} {'imports torch' if imports_torch(words, checkout) else 'no torch'}")

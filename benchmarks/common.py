@@ -24,7 +24,7 @@ def relaunch(ranks: int) -> None:
 
 
 def run_config(size: str, *overrides: str):
-    """The paper's ST-AR run of that size, in fp32, small batch."""
+    """The ST-AR run of this size in configs/run (``nano``: the demo), in fp32, with overrides."""
     from megastar.config.load import load_config
 
     base = {"xxl": "star_xxl", "3b": "star_3b", "nano": "demo"}.get(size, f"star_{size}_50ep")
@@ -53,9 +53,9 @@ def seconds(
     before: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Wall time of ``work``, ``repeats`` times; on a GPU after its queue has drained.
+    """Seconds of each of ``repeats`` calls of ``work``, including its work on a GPU; ``before`` is not timed.
 
-    ``clock`` may be ``time.process_time`` for one process on one CPU thread: then the machine's load has little effect.
+    With ``clock`` ``time.process_time``, for one process on one CPU thread, other load has little effect.
     """
     import torch
 
@@ -73,7 +73,7 @@ def seconds(
 
 
 def report(title: str, rows: dict[str, list[float]], peer: str) -> None:
-    """Median seconds of each row and its ratio to the peer's."""
+    """Print the median seconds of each row, and those of the row ``peer`` divided by them."""
     base = statistics.median(rows[peer])
     print(title)
     for name, times in rows.items():

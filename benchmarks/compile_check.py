@@ -1,12 +1,12 @@
-"""Compiled against eager blocks over many steps: their losses must agree before `train.compile` is used.
+"""Losses of compiled and eager blocks over many steps; run this before enabling `train.compile`.
 
     python benchmarks/compile_check.py --size nano --batch 8 --steps 200
 
-Some torch releases compiled LlamaGen's network into one that trains worse (pytorch issue 113180). Two students of equal
-weights are trained on the same batches, hidden keys on every other step; prints the difference of their losses and the
-ratio of their times. Dropout is off: compiled and eager code draw different numbers. Batches are drawn from a fixed random
-Markov chain, so there is something to learn. A third student, eager, starts from weights that differ in the last digit: its
-difference is the effect of rounding.
+With some torch releases, LlamaGen's compiled network trained worse (pytorch issue 113180). Two students with equal weights
+are trained on the same batches, with hidden keys in every other step; the script prints the difference of their losses and
+the ratio of their times. Dropout is off, because compiled and eager code draw different random numbers. Batches are drawn
+from a fixed random Markov chain, so that the loss can fall. A third student, eager, starts from weights that differ in the
+last digit: its difference shows the effect of rounding.
 """
 
 from __future__ import annotations
@@ -85,12 +85,13 @@ def main() -> None:
     print(f"{a.steps} steps of {a.size}, {a.batch} images, {a.dtype}, {device.type}, torch {torch.__version__}")
     print(f"  eager loss    {one[0]:.4f} -> {one[-tail:].mean():.5f} (mean of the last {tail})")
     print(f"  compiled loss {two[0]:.4f} -> {two[-tail:].mean():.5f}")
-    print(f"  apart: at most {apart.max():.2e}, in the last {tail} steps {apart[-tail:].mean():.2e} in the mean")
+    print(f"  difference: at most {apart.max():.2e}, mean of the last {tail} steps {apart[-tail:].mean():.2e}")
     print(
-        f"  control (eager, weights nudged by 1e-7): {three[-tail:].mean():.5f}, apart at most {(one - three).abs().max():.2e}"
+        f"  control (eager, weights perturbed by 1e-7): loss {three[-tail:].mean():.5f}, "
+        f"difference at most {(one - three).abs().max():.2e}"
     )
     medians = [statistics.median(x[len(x) // 4 :]) for x in times]
-    print(f"compiled is {medians[0] / medians[1]:.2f} x eager ({medians[1]:.3f} s against {medians[0]:.3f} s a step)")
+    print(f"compiled: {medians[1]:.3f} s per step, eager: {medians[0]:.3f} s, speed-up {medians[0] / medians[1]:.2f}")
 
 
 if __name__ == "__main__":

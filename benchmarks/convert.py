@@ -1,10 +1,10 @@
 """Memory and speed of `megastar convert` on a checkpoint of the B size (111 M parameters and the projector).
 
-python -m benchmarks.convert [FOLDER]      (4 GB there, half of it the checkpoint of 2 data x 2 tensor ranks)
+python -m benchmarks.convert [FOLDER]      (needs 4 GB there, half of it for a checkpoint of 2 data x 2 tensor ranks)
 
 Each conversion runs in its own process. ``peak_gib`` is its highest resident memory minus that of the interpreter with
-torch imported; ``mb_per_s`` is of the bytes written, over the whole conversion with both checks: the hashes of the
-source before, the output read back after.
+torch imported. ``mb_per_s`` is the number of bytes written divided by the time of the whole conversion, including both
+checks: hashing the source before and reading back the output afterwards.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ print(json.dumps({"to": to, **options, "peak_gib": round(peak / 2**20, 3), "base
 
 
 def measure(folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each format; the output is removed."""
+    """Convert to each format and yield its row; the output is removed."""
     cfg = load_config(ROOT / "configs/run/star_b_50ep.yaml")
     source = write_checkpoint(folder / "run", cfg, 2, 2)
     for to, options in CASES.items():

@@ -1,10 +1,10 @@
-"""The teacher's update: the EMA of shards against gathering every parameter and averaging full copies.
+"""The teacher's update: the EMA of shards, compared with gathering every parameter and averaging full copies.
 
     python benchmarks/ema_update.py --ranks 4 --size b
 
-The peer is a plain teacher under ZeRO-3: all-gather each student parameter, keep a full fp32 average on every rank, and
-copy the new shard of the teacher's compute copy from it. megastar's update is the lerp of the shards (in the optimizer's
-step) and the copy into the teacher's shards. Both in the same run, on the same engines.
+The reference is a plain teacher under ZeRO-3: it all-gathers each student parameter, keeps a full fp32 average on every
+rank, and copies the teacher's shard from it. megastar's update interpolates the shards (in the optimizer's step) and
+copies them into the teacher's shards. Both run on the same engines.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
         work()
     del optimizer
     dist.barrier()
-    rows = {"gather and average whole copies": seconds(naive, a.repeats, dist.barrier)}
+    rows = {"gather and average full copies": seconds(naive, a.repeats, dist.barrier)}
     rows["EMA on the shards, teacher refreshed"] = seconds(ours, a.repeats, dist.barrier)
     if ctx.main:
         report(f"EMA update, {a.size}, ZeRO-3 on {a.ranks} ranks, {ctx.device.type}, fp32", rows, next(iter(rows)))

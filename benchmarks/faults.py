@@ -3,26 +3,26 @@
     python benchmarks/faults.py [--repeats 1] [--save-every 5] [--only FAULT ...]
                                                                      (root; Debian's slurm packages, see .ci/run)
 
-A SLURM cluster of this machine (tests/slurm/cluster.py: three slurmd, 2 nodes x 2 tasks over gloo), the batch script of
-slurm/, a run of two tiny blocks. For each fault:
+The benchmark runs on a SLURM cluster on this machine (tests/slurm/cluster.py: three slurmd, 2 nodes x 2 tasks over gloo),
+with the batch script of slurm/ and a network of two tiny blocks. For each fault it prints:
 
-    total      fault -> the end of the first new step, by the clock of this process
-    SLURM      of it: fault -> SLURM starts the batch script again, minus the time in which the run ended. It is
-               `cred_expire` (5 s here, 120 s by default), after the death of a node `SlurmdTimeout` and slurmctld's
+    total      fault -> the end of the first new step, measured in this process
+    SLURM      part of `total`: fault -> SLURM starts the batch script again, minus `end`. It consists of
+               `cred_expire` (5 s here, 120 s by default) and, after the death of a node, `SlurmdTimeout` and slurmctld's
                30 s polling interval; it does not depend on megastar
     end        fault -> the batch script requests the requeue: detection, save, end of the processes
     start      SLURM's start -> the end of the first new step
-    imports    of `start`: importing torch, DeepSpeed and megastar, in four processes at once on this machine,
+    imports    part of `start`: importing torch, DeepSpeed and megastar, in four processes at once on this machine,
                measured immediately afterwards, with the ranks stopped
-    CPU        processor seconds per rank, on average, from its exec to the end of that step, and of its imports alone:
-               nearly independent of other load
+    CPU        mean processor seconds per rank, from its exec to the end of that step; nearly independent of other load
+    imp. CPU   the same for the imports alone
     lost       steps finished before the fault that were repeated
 
-Then a second run, on the same cluster, whose losses are NaN at some batches (tests/integration/helpers/inject.py): one is
-skipped, three in a row cause a rollback to the last good checkpoint. Measured from the skip, and from the last of the
-three, to the end of the next step; a normal step is printed for comparison. No rank ends, so nothing is started.
+Then a second run on the same cluster has NaN losses at some batches (tests/integration/helpers/inject.py): a single one is
+skipped, three in a row cause a rollback to the last good checkpoint. The benchmark measures the time from the skip, and
+from the last of the three, to the end of the next step, and prints the time of a normal step. No rank is restarted.
 
-Goals: 0 steps lost on signals, at most save_every on a crash; end + start - imports under 30 s.
+Goals: no step lost on signals, at most save_every on a crash; end + start - imports under 30 s.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def make_world(folder: Path) -> World:
 
 
 def cpu_of(pids: list[int]) -> float:
-    """Processor seconds a process, on average, so far."""
+    """Mean processor seconds per process so far."""
     ticks = 0
     for pid in pids:
         ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
@@ -84,7 +84,7 @@ def cpu_of(pids: list[int]) -> float:
 
 
 def import_seconds() -> tuple[float, float]:
-    """Wall time of four processes that import what a rank imports, at once; processor seconds of one."""
+    """Import what a rank imports in four processes at once: wall-clock seconds, and mean processor seconds per process."""
     begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     code = "import torch.utils.tensorboard, megastar.engine.trainer as l; l.build.__globals__['import_muon']()"
     ranks = [subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT) for _ in range(4)]
@@ -126,7 +126,7 @@ class Bench:
         return [int(n) for n in re.findall(rf"step (\d+)/{STEPS} ", newest)]
 
     def measure(self, fault: str, extra: int) -> dict[str, float]:
-        """One fault, once the present start has done a few steps since its last checkpoint."""
+        """Cause one fault, after the current start has logged ``extra`` steps, and measure the recovery."""
         wait_for("steps", PATIENCE, lambda: len(self.lines()) >= extra, self.state)
         ranks = self.cluster.tasks(self.job)
         assert len(ranks) == 4, self.state()
@@ -157,7 +157,7 @@ class Bench:
         now = time.time()
         ranks = self.cluster.tasks(self.job)
         used = cpu_of([r.pid for r in ranks])
-        for rank in ranks:  # so that they do not train at the same time
+        for rank in ranks:  # so that they do not train during the measurement
             os.kill(rank.pid, signal.SIGSTOP)
         imports, used_for_imports = import_seconds()
         for rank in ranks:
@@ -178,12 +178,12 @@ def not_a_number(cluster: Cluster, world: World, folder: Path) -> None:
     wrapper.chmod(0o755)
     (folder / "injected").mkdir()
     env = str(write_site(folder / "injected", f"MEGASTAR_PREFIX=({wrapper})"))
-    knobs = (f"faults.spike_window={window}", "faults.max_skips=2")
+    settings = (f"faults.spike_window={window}", "faults.max_skips=2")
     log = folder / "nan.log"
     cluster.sbatch(
-        "--nodes=2", *SIZE, f"--output={log}", "slurm/train_b.sh", config, *knobs, cwd=ROOT, MEGASTAR_ENV=env
+        "--nodes=2", *SIZE, f"--output={log}", "slurm/train_b.sh", config, *settings, cwd=ROOT, MEGASTAR_ENV=env
     )
-    seen: list[tuple[float, int, int, int]] = []  # when, the newest step, skipped steps, roll-backs
+    seen: list[tuple[float, int, int, int]] = []  # time, newest step, skipped steps, rollbacks
 
     def done() -> bool:
         files = ("skipped.jsonl", "rollbacks.jsonl")
@@ -204,7 +204,9 @@ def not_a_number(cluster: Cluster, world: World, folder: Path) -> None:
     back = next(r for r in read_jsonl(run / "rollbacks.jsonl"))
     to = int(back["to"].rpartition("-")[2])
     seconds = when(lambda step, _, backs: backs == 1 and to < step < first) - when(lambda _, skips, __: skips == 4)
-    print(f"a NaN, skipped: {skip:.2f} s to the next step, 0 steps lost; a step takes {statistics.median(plain):.2f} s")
+    print(
+        f"NaN, skipped: {skip:.2f} s to the next step, 0 steps lost; a normal step takes {statistics.median(plain):.2f} s"
+    )
     print(f"three NaN, rollback: {seconds:.2f} s to the first new step, {first - to} steps lost")
 
 
@@ -216,7 +218,7 @@ def main() -> None:
     p.add_argument("--only", nargs="+", choices=faults, default=faults, metavar="FAULT", help=", ".join(faults))
     args = p.parse_args()
     names = ("total", "SLURM", "end", "start", "imports", "CPU", "imp. CPU", "lost")
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors, before", flush=True)
+    print(f"load average before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         world = make_world(folder / "world")
@@ -234,7 +236,7 @@ def main() -> None:
                 wait_for("the end", 60, lambda: not cluster.tasks(bench.job) and cluster.idle() == 3)
             if "NaN" in args.only:
                 not_a_number(cluster, world, folder)
-    print(f"load average {os.getloadavg()[0]:.1f}, after")
+    print(f"load average after: {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""FID and related scores against torch-fidelity and pytorch-fid: equal values, and the time they take.
+"""Values and times of FID and related scores, compared with torch-fidelity and pytorch-fid.
 
 FID_PEERS=FOLDER python -m benchmarks.fid [--dim 512] [--repeats 3]
 
-Goals: the arithmetic on the same features within 1e-6 (relative), the whole Inception path with the same random weights
-within 1e-4. torch-fidelity is compared from uint8 pictures to scores. pytorch-fid resizes with half-pixel centres and
-scales by 127.5, unlike TensorFlow's graph, so its network is compared on megastar's scaled input; the difference caused by
-its own input is also printed. Neither package can be imported with a CPU-only torch: their ``__init__`` is bypassed, and
-torch-fidelity's copies of the layers replace torchvision's in pytorch-fid.
+Goals: scores of the same features agree to 1e-6 (relative), Inception features of the same images, with the same random
+weights, to 1e-4. For torch-fidelity the features are computed from uint8 images. pytorch-fid resizes with half-pixel
+centres and scales by 127.5, unlike TensorFlow's graph, so its network is compared on megastar's scaled input; the
+difference caused by its own resizing is also printed. Neither package can be imported with a CPU-only torch: their
+``__init__`` is bypassed, and torch-fidelity's copies of the layers replace torchvision's in pytorch-fid.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def bypass(name: str) -> None:
 
 
 def stand_in(fidelity: types.ModuleType, weights: Path) -> None:
-    """The part of torchvision that pytorch-fid requires, if torchvision is missing."""
+    """Replace the part of torchvision that pytorch-fid requires, if torchvision is missing."""
     if importlib.util.find_spec("torchvision"):
         return
     vision, models, blocks, transforms = (
@@ -64,7 +64,7 @@ def stand_in(fidelity: types.ModuleType, weights: Path) -> None:
 
 
 def error(ours, peer) -> float:
-    """Norm of the difference, relative."""
+    """Norm of the difference divided by the norm of ``peer``."""
     a, b = (np.asarray(x, dtype=np.float64) for x in (ours, peer))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
@@ -80,7 +80,7 @@ class Table:
 
 
 def features(dim: int, n: int, seed: int) -> np.ndarray:
-    """Similar to Inception's: not negative, correlated, with a decreasing spectrum. ``seed`` shifts the mean slightly."""
+    """Random features similar to Inception's: non-negative, correlated, with a decreasing spectrum. ``seed`` shifts the mean."""
     mix = np.random.default_rng(0).normal(size=(dim, dim)) / np.sqrt(dim) * np.arange(1, dim + 1)[:, None] ** -0.3
     x = np.random.default_rng(seed).normal(size=(n, dim)) @ mix
     return np.maximum(x + 0.3 + 0.02 * seed, 0).astype(np.float32)
@@ -88,7 +88,12 @@ def features(dim: int, n: int, seed: int) -> np.ndarray:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dim", type=int, default=512, help="features of the arithmetic (default 512; Inception has 2048)")
+    p.add_argument(
+        "--dim",
+        type=int,
+        default=512,
+        help="number of features in the comparison of scores (default 512; Inception has 2048)",
+    )
     p.add_argument("--repeats", type=int, default=3)
     a = p.parse_args()
     if folder := os.environ.get("FID_PEERS"):
@@ -96,7 +101,7 @@ def main() -> None:
     for name in ("torch_fidelity", "pytorch_fid"):
         bypass(name)
     if importlib.util.find_spec("scipy") is None:
-        raise SystemExit(f"scipy, which pytorch-fid takes its matrix square root from, is not installed: {HOW}")
+        raise SystemExit(f"scipy is not installed; pytorch-fid uses its matrix square root: {HOW}")
     with tempfile.TemporaryDirectory() as place:
         weights = Path(place) / "random.pth"
         state = random_state()
@@ -109,22 +114,21 @@ def main() -> None:
         pfid.load_state_dict_from_url = lambda *_, **__: state | counters
         other = pfid.InceptionV3([3], resize_input=False, normalize_input=False).eval()
         its_own = pfid.InceptionV3([3]).eval()
-    idle = types.ModuleType(
-        "torch_fidelity.utils"
-    )  # datasets and caches: imports torchvision, the arithmetic needs none
+    # The module for datasets and caches, which the scores do not use, would import torchvision.
+    idle = types.ModuleType("torch_fidelity.utils")
     idle.__getattr__ = lambda name: None
     sys.modules[idle.__name__] = idle
     fid, kid, isc, prc = (importlib.import_module(f"torch_fidelity.metric_{m}") for m in ("fid", "kid", "isc", "prc"))
     score = importlib.import_module("pytorch_fid.fid_score")
     out = Table()
 
-    print(f"arithmetic on {a.dim} features of {4 * a.dim} and {5 * a.dim} images: relative difference")
+    print(f"scores of {a.dim} features of {4 * a.dim} and {5 * a.dim} images: relative difference")
     x, y = features(a.dim, 4 * a.dim, 1), features(a.dim, 5 * a.dim, 2)
     ours = frechet_distance(gaussian(x), gaussian(y))
     moments = [fid.fid_features_to_statistics(torch.from_numpy(v).double()) for v in (x, y)]
     pair = [m[k] for m in moments for k in ("mu", "sigma")]
     out.row("FID, torch-fidelity", ours, fid.fid_statistics_to_metric(*moments, False)[fid.KEY_METRIC_FID], ARITHMETIC)
-    square_root = score.linalg.sqrtm  # newer scipy dropped the argument that pytorch-fid passes
+    square_root = score.linalg.sqrtm  # newer scipy has no argument ``disp``, which pytorch-fid passes
     if "disp" not in square_root.__code__.co_varnames[: square_root.__code__.co_argcount]:
         score.linalg = types.SimpleNamespace(sqrtm=lambda m, disp=True: square_root(m) if disp else (square_root(m), 0))
     out.row("FID, pytorch-fid", ours, score.calculate_frechet_distance(*pair), ARITHMETIC)
@@ -158,7 +162,7 @@ def main() -> None:
             out.row(f"logits of {side} px, torch-fidelity", net.logits(mine), unbiased, PATH)
             out.row(f"features of {side} px, pytorch-fid's network", mine, other(scale(pixels))[0].flatten(1), PATH)
             whole = its_own(pixels.permute(0, 3, 1, 2) / 255)[0].flatten(1)
-            print(f"  {f'(pytorch-fid from {side} px by its own resize and scale)':<58} {error(mine, whole):9.2e}")
+            print(f"  {f'(pytorch-fid from {side} px with its own resizing)':<58} {error(mine, whole):9.2e}")
         pixels = torch.randint(0, 256, (8, 256, 256, 3), dtype=torch.uint8)
         nchw = pixels.permute(0, 3, 1, 2)
         rows: dict[str, list[float]] = {"megastar": [], "torch-fidelity": []}

@@ -1,12 +1,12 @@
-"""Time to the first batch from S3, and memory of a rank. Real server (SeaweedFS) on loopback.
+"""Time to the first batch from S3, and memory of a rank. The server is SeaweedFS on the loopback interface.
 
     python benchmarks/first_batch.py                              20 shards of 16 MB
     python benchmarks/first_batch.py --megabytes 100 --repeats 5
 
-Cold: from an empty cache, including the creation of client and loader, to the first batch; against plain boto3, which
-downloads one shard of the same set in reads of 1 MiB and discards it. Memory: the peak of a separate process that draws
-batches, minus its memory after its imports. RssAnon is private; Rss includes the pages of mapped shards, which the kernel
-can reclaim; Pss divides those among the processes that map them.
+The first batch is timed from an empty cache, including the creation of client and loader. The reference is plain boto3,
+which downloads one shard of the same set in reads of 1 MiB and discards it. Memory is the peak of a separate process that
+reads batches, minus its memory after its imports. RssAnon is private memory; Rss includes the pages of mapped shards,
+which the kernel can reclaim; Pss divides these pages among the processes that map them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from s3 import T, V, serve, upload, write_shards
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process: Rss, RssAnon, Pss."""
+    """Memory of this process in bytes: RssAnon, Rss, Pss."""
     found = dict.fromkeys(("Rss", "Pss", "Anonymous"), 0)
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
         name, _, rest = line.partition(":")
@@ -48,7 +48,7 @@ def loader_of(url: str, cache: str, batch: int, window: int):
 
 
 def rank(url: str, cache: str, batch: int, window: int, steps: int) -> None:
-    """One process: prints its peaks over its imports."""
+    """Read batches in this process and print its peak memory minus that after its imports."""
     import boto3  # noqa: F401
     import numpy  # noqa: F401
     import torch  # noqa: F401
@@ -80,7 +80,9 @@ def main() -> None:
     p.add_argument("--window", type=int, default=16)
     p.add_argument("--batch", type=int, default=256)
     p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--folder", type=Path, default=None, help="scratch (default: one in the temp folder); it is removed")
+    p.add_argument(
+        "--folder", type=Path, default=None, help="scratch folder, removed at the end (default: a temporary one)"
+    )
     p.add_argument("--rank", nargs=5, default=None, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.rank:
@@ -133,7 +135,7 @@ def measure(a: argparse.Namespace, root: Path, endpoint: str) -> None:
     print(f"  first batch - one shard  {over:7.3f} s  (goal: at most 1 s; includes the creation of the loader)")
 
     steps = max(1, manifest.samples // a.batch)  # an epoch
-    print(f"memory of a rank over its imports, {steps} batches (goal: at most 200 MB)")
+    print(f"memory of a rank minus that of its imports, {steps} batches (goal: at most 200 MB)")
     for what, url in (("folder", str(root / "set")), ("S3, empty cache", "s3://codes/set")):
         shutil.rmtree(cache, ignore_errors=True)
         words = ["--rank", url, cache, str(a.batch), str(a.window), str(steps)]

@@ -1,13 +1,13 @@
-"""Cost of the supervision of a 200 ms step (nano model): agreement of all ranks, spike test, watchdog, metrics.
+"""Cost of fault detection and metrics in a 200 ms step (nano model): step consensus, spike test, watchdog, metrics.
 
     python benchmarks/guard_cost.py [--ranks 2] [--checksum]
     python benchmarks/guard_cost.py --ranks 1 --row [--size nano --batch 16]
 
-The peer is the minimum of any training: one reduction of the loss, read on the host each step. The three rows take turns
-in one process group. The watchdog's cost is the processor time of its threads while the rank sleeps, minus that of a rank
-without a watchdog; its time stamps are timed separately. ``--checksum``: also one comparison of all replicas of the nano
-model at ZeRO stage 1. ``--row``: only the cost of a row of metrics (spread, teacher distance, memory), in steps that
-alternate with steps without one; one of ``train.log_every`` steps has a row.
+The reference is what any training needs: one reduction of the loss, read on the host in each step. The three variants take
+turns in one process group. The watchdog's cost is the processor time of its threads while the rank sleeps, minus that of a
+rank without a watchdog; recording the phases is timed separately. ``--checksum``: also one comparison of all replicas of
+the nano model at ZeRO stage 1. ``--row``: only the cost of a row of metrics (spread, teacher distance, memory), in steps
+that alternate with steps without a row; in training, one of ``train.log_every`` steps has a row.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=300)
     p.add_argument("--checksum", action="store_true")
     p.add_argument("--watch", type=float, default=10.0, help="seconds for which the watchdog's threads are observed")
-    p.add_argument("--row", action="store_true")
-    p.add_argument("--size", default="nano", choices=("nano", "b", "l"), help="of --row")
-    p.add_argument("--batch", type=int, default=16, help="of --row")
-    p.add_argument("--repeats", type=int, default=7, help="of --row")
+    p.add_argument("--row", action="store_true", help="measure only the cost of a row of metrics")
+    p.add_argument("--size", default="nano", choices=("nano", "b", "l"), help="model size for --row")
+    p.add_argument("--batch", type=int, default=16, help="images per step for --row")
+    p.add_argument("--repeats", type=int, default=7, help="steps of each kind for --row")
     args = p.parse_args()
     relaunch(args.ranks)
     if args.row:
@@ -74,11 +74,11 @@ def main() -> None:
         for name, work in zip(rows, (plain, agreement, whole), strict=True):
             rows[name] += seconds(work, 1)
     if ctx.main:
-        report(f"a step's guard, {ctx.world} ranks on {ctx.device.type}", rows, "one reduction")
+        report(f"consensus of one step, {ctx.world} ranks on {ctx.device.type}", rows, "one reduction")
         extra = (
             sorted(rows["agreement and spike test"])[args.steps // 2] - sorted(rows["one reduction"])[args.steps // 2]
         )
-        print(f"more than the peer: {extra * 1e6:.0f} us, {extra / 0.2:.3%} of a 200 ms step")
+        print(f"in addition to one reduction: {extra * 1e6:.0f} us, {extra / 0.2:.3%} of a 200 ms step")
     with tempfile.TemporaryDirectory() as folder:
         cfg.run = folder
         without = busy(args.watch)
@@ -93,8 +93,8 @@ def main() -> None:
         stamps = (time.process_time() - began) / 10_000
         a_step = 0.2 * watched + stamps
         print(
-            f"watchdog of {ctx.world} ranks: {watched * 1e3:.2f} ms of a processor each second, stamps {stamps * 1e6:.1f} us "
-            f"a step: {a_step / 0.2:.3%} of a 200 ms step"
+            f"watchdog of {ctx.world} ranks: {watched * 1e3:.2f} ms of processor time per second, recording phases "
+            f"{stamps * 1e6:.1f} us per step: {a_step / 0.2:.3%} of a 200 ms step"
         )
     if args.checksum:
         engines = build(cfg, ctx)
@@ -148,9 +148,11 @@ def row_cost(a: argparse.Namespace) -> None:
         step_metrics(ctx, engines)
         alone.append(clock() - begin)
     plain, row = (statistics.median(took[kind]) for kind in (False, True))
-    print(f"step {plain:.4f} s, with a row {row:.4f} s: {row / plain:.3f} of it; distance and memory alone "
+    print(f"step {plain:.4f} s, with a row {row:.4f} s: {row / plain:.3f} times as long; distance and memory alone "
           f"{statistics.median(alone):.4f} s")  # fmt: skip
-    print(f"a row every {cfg.train.log_every} steps: {1 + (row / plain - 1) / cfg.train.log_every:.4f} of a step")
+    print(
+        f"mean with a row every {cfg.train.log_every} steps: {1 + (row / plain - 1) / cfg.train.log_every:.4f} times as long"
+    )
 
 
 if __name__ == "__main__":

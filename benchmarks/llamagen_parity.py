@@ -1,10 +1,10 @@
-"""Equal weights, equal results: LlamaGen's code against megastar's, with weights converted by `megastar convert`.
+"""Check that LlamaGen's code and megastar give equal results with weights converted by `megastar convert`.
 
-LLAMAGEN_DIR=/path/to/LlamaGen python -m benchmarks.llamagen_parity [--picture 64]
+LLAMAGEN_DIR=/path/to/LlamaGen python -m benchmarks.llamagen_parity [--image 64]
 
-Random weights, saved by LlamaGen's modules, converted, loaded. Asserts that in fp32 the logits (whole sequences and
-step by step), the greedy tokens with and without guidance, the VQ codes and the pixels agree; prints the largest
-differences. VQ-16 and VQ-8 have their released widths, the AR network is small: the code is the same at every size.
+Random weights are saved by LlamaGen's modules, converted and loaded. The script asserts that in fp32 the logits of whole
+sequences, the greedy tokens with and without guidance, the VQ codes and the pixels agree, and prints the largest
+differences. VQ-16 and VQ-8 have their released widths; the AR network is small, since the code is the same at every size.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def network(folder: Path) -> None:
     ours, _ = load_model(folder / "w.safetensors")
     labels, tokens = torch.arange(4), torch.randint(CFG.vocab_size, (4, CFG.image_tokens - 1))
     with torch.no_grad():
-        theirs.freqs_cis = theirs.freqs_cis[: CFG.image_tokens]  # without a cache it takes the table whole
-        theirs.train()  # its whole-sequence path asks for training; dropout off, no label dropped
+        theirs.freqs_cis = theirs.freqs_cis[: CFG.image_tokens]  # without a cache it uses the whole table
+        theirs.train()  # its whole-sequence path requires training mode; dropout and label dropping are disabled
         for m in theirs.modules():
             if isinstance(m, torch.nn.Dropout):
                 m.p = 0.0
@@ -68,9 +68,13 @@ def network(folder: Path) -> None:
     convert_file(open_weights(folder / "w.safetensors"), "llamagen", folder / "back.pt")
     back = torch.load(folder / "back.pt", weights_only=True)["model"]
     first = torch.load(folder / "w.pt", weights_only=True)["model"]
-    check("weights after the way there and back", max((back[k] - v).abs().max().item() for k, v in first.items()), 0)
+    check(
+        "weights after conversion in both directions",
+        max((back[k] - v).abs().max().item() for k, v in first.items()),
+        0,
+    )
     networks(CFG, torch.float32, "cpu")[0].load_state_dict(back, strict=True)
-    print("  LlamaGen loads the weights converted back, every name")
+    print("  LlamaGen loads all weights after the reverse conversion")
 
 
 def tokenizer(folder: Path, name: str, side: int) -> None:
@@ -92,12 +96,12 @@ def tokenizer(folder: Path, name: str, side: int) -> None:
         check(f"{name}: pixels, of a range of 2", (ours.decode_codes(mine) - wanted).abs().max().item(), 1e-4)
     convert_file(open_weights(folder / "vq.safetensors"), "llamagen", folder / "vq-back.pt", force=True)
     theirs.load_state_dict(torch.load(folder / "vq-back.pt", weights_only=True)["model"], strict=True)
-    print(f"  {name}: LlamaGen loads the weights converted back, every name")
+    print(f"  {name}: LlamaGen loads all weights after the reverse conversion")
 
 
 def main() -> None:
     p = argparse.ArgumentParser()
-    p.add_argument("--picture", type=int, default=64, help="side of the tokenizers' images")
+    p.add_argument("--image", type=int, default=64, help="side of the tokenizers' images in pixels")
     a = p.parse_args()
     llamagen()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -105,7 +109,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         network(Path(place))
         for name in ("VQ-16", "VQ-8"):
-            tokenizer(Path(place), name, a.picture)
+            tokenizer(Path(place), name, a.image)
 
 
 if __name__ == "__main__":

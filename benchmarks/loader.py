@@ -1,14 +1,17 @@
-"""Samples per second of one process reading shards on this machine, against webdataset and LlamaGen's loader.
+"""Samples per second of one process reading local shards, compared with webdataset and LlamaGen's loader.
 
     LLAMAGEN_DIR=~/LlamaGen python benchmarks/loader.py
     python benchmarks/loader.py --samples 5000 --only plain,packed,webdataset
 
-Codes are random and written to a temporary folder; the page cache is warm. megastar: batches of `TokenLoader`, two of the
-ten stored views, int64 tensors, iterated as in the training loop. webdataset: its fastest documented pipeline for
-arrays, `WebDataset(select_files=...).shuffle().to_tuple().map_tuple(np.frombuffer ...).batched()`, no autodecoding, two
-views; `WebLoader` adds nothing in one process. On the packed shards it decodes a block at a time and `unbatched`s it.
+Codes are random and written to a temporary folder; the page cache is warm. Repetitions are interleaved; values are
+medians.
+
+megastar: batches of `TokenLoader`, two of the ten stored views, int64 tensors, iterated as in the training loop.
+webdataset: its fastest documented pipeline for arrays, `WebDataset(select_files=...).shuffle().to_tuple()
+.map_tuple(np.frombuffer ...).batched()`, without autodecoding, two views; `WebLoader` is not needed in one process. With
+packed shards it decodes a block at a time and splits it with `unbatched`.
 LlamaGen: its `CustomDataset` (dataset/imagenet.py, one file per image and one per label, one view) with the DataLoader
-of its train_c2i.py, in this process and with workers. Repetitions are interleaved; medians.
+of its train_c2i.py, in this process and with workers.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ def write_ours(folder: Path, layout: str, a: argparse.Namespace) -> None:
 
 
 def write_llamagen(folder: Path, a: argparse.Namespace) -> None:
-    """As its extract_codes_c2i.py does: int64 (1, views, T) and (1,)."""
+    """Write codes and labels as LlamaGen's extract_codes_c2i.py does: int64 (1, views, T) and (1,)."""
     rng = np.random.default_rng(0)
     for name in ("codes", "labels"):
         (folder / name).mkdir(parents=True)
@@ -62,7 +65,7 @@ def write_llamagen(folder: Path, a: argparse.Namespace) -> None:
 
 
 def rate(batches: Iterator, count: Callable[[object], int], seconds: float) -> float:
-    """Samples/s over about ``seconds``, the start left out."""
+    """Samples/s over about ``seconds``, excluding the first batch."""
     next(batches)
     seen, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -89,7 +92,7 @@ def webdataset(folder: Path, a: argparse.Namespace) -> float:
     import webdataset as wds
 
     urls = sorted(str(p) for p in folder.glob("*.tar"))
-    header = 128  # of an npy file of such arrays
+    header = 128  # bytes of the npy header of such arrays
 
     def codes(data: bytes) -> np.ndarray:
         stored = np.frombuffer(data, "<u2", offset=header).reshape(a.views, a.tokens)
@@ -115,14 +118,14 @@ def llamagen(folder: Path, a: argparse.Namespace, workers: int) -> float:
     import torch
 
     sys.path.insert(0, os.environ["LLAMAGEN_DIR"])
-    if "torchvision" not in sys.modules:  # imported there for another data set
+    if "torchvision" not in sys.modules:  # LlamaGen's module imports it for another data set
         stub = types.ModuleType("torchvision.datasets")
         stub.ImageFolder = None  # type: ignore[attr-defined]
         sys.modules |= {"torchvision": types.ModuleType("torchvision"), "torchvision.datasets": stub}
     from dataset.imagenet import CustomDataset
 
     dataset = CustomDataset(str(folder / "codes"), str(folder / "labels"))
-    dataset.feature_files = dataset.feature_files[: a.samples]  # it names ImageNet's 1,281,167
+    dataset.feature_files = dataset.feature_files[: a.samples]  # it lists ImageNet's 1,281,167 files
     dataset.label_files = dataset.label_files[: a.samples]
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=a.batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
@@ -138,21 +141,21 @@ def llamagen(folder: Path, a: argparse.Namespace, workers: int) -> float:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--samples", type=int, default=20000)
-    p.add_argument("--shard", type=int, default=1000, help="samples a shard")
-    p.add_argument("--views", type=int, default=10, help="stored")
-    p.add_argument("--used", type=int, default=2, help="views a sample and batch")
+    p.add_argument("--shard", type=int, default=1000, help="samples per shard")
+    p.add_argument("--views", type=int, default=10, help="stored views per sample")
+    p.add_argument("--used", type=int, default=2, help="views per sample in a batch")
     p.add_argument("--tokens", type=int, default=256)
     p.add_argument("--batch", type=int, default=256)
     p.add_argument("--window", type=int, default=16)
-    p.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    p.add_argument("--seconds", type=float, default=3.0, help="duration of each measurement")
     p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--workers", type=int, default=2, help="of LlamaGen's DataLoader")
+    p.add_argument("--workers", type=int, default=2, help="workers of LlamaGen's DataLoader")
     p.add_argument("--only", default="", help="comma-separated: plain, packed, webdataset, llamagen")
     a = p.parse_args()
     wanted = [w for w in a.only.split(",") if w] or ["plain", "packed", "webdataset", "llamagen"]
     if "llamagen" in wanted and "LLAMAGEN_DIR" not in os.environ:
         print(
-            "LLAMAGEN_DIR is not set: to compare with LlamaGen, clone github.com/FoundationVision/LlamaGen and set it to the folder"
+            "LLAMAGEN_DIR is not set, LlamaGen is omitted: clone github.com/FoundationVision/LlamaGen and set LLAMAGEN_DIR to the clone"
         )
         wanted.remove("llamagen")
 

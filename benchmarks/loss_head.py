@@ -1,11 +1,11 @@
-"""Peak memory and time of the output layer and its loss, against plain fp32 cross-entropy and torch's fused one.
+"""Peak memory and time of the output layer and its loss, compared with plain fp32 cross-entropy and torch's fused loss.
 
     python benchmarks/loss_head.py --rows 4096
     python benchmarks/loss_head.py --rows 4096 --dtype bf16 --torch
 
-Each runs forward and backward in its own process. Peak: on a CPU the maximum resident memory of the process minus that
-before (weight and features), on a GPU by torch's allocator. Time: the median of the following passes, on a CPU in CPU
-seconds of the one thread.
+Each implementation runs forward and backward in its own process. The peak memory is, on a CPU, the maximum resident memory
+of the process minus that before the first pass (weight and features), on a GPU that of torch's allocator. The time is the
+median of the following passes, on a CPU in CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def one(kind: str, rows: int, dim: int, vocabulary: int, dtype: str, repeats: in
         value.backward()
         return value.item()
 
-    a = torch.randn(64, 64, requires_grad=True)  # libraries load and allocate at their first use
+    a = torch.randn(64, 64, requires_grad=True)  # a first use, at which libraries are loaded and allocate memory
     F.cross_entropy(linear(a, a), torch.arange(64)).backward()
     del a
     if device.type == "cuda":
@@ -75,7 +75,7 @@ def main() -> None:
     p.add_argument("--vocabulary", type=int, default=16384)
     p.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--torch", action="store_true", help="F.linear_cross_entropy too (torch 2.13; slow on a CPU)")
+    p.add_argument("--torch", action="store_true", help="also run F.linear_cross_entropy (torch 2.13; slow on a CPU)")
     p.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.one:

@@ -1,10 +1,10 @@
-"""Time of a step under each split, against plain DistributedDataParallel, on the same ranks in the same run.
+"""Step time of each parallel configuration, compared with plain DistributedDataParallel on the same ranks in the same run.
 
     python benchmarks/parallel_step.py --ranks 4 --size b
 
-The peer is torch's DDP around the same network with torch's AdamW and a replicated teacher averaged with
-``torch._foreach_lerp_``, no DeepSpeed. On a CPU over gloo the ratios only show the cost of the splits on this machine: a
-GPU overlaps communication with computation.
+The reference is torch's DDP around the same network, with torch's AdamW and a replicated teacher averaged with
+``torch._foreach_lerp_``, without DeepSpeed. On a CPU over gloo the ratios only show the cost on this machine: a GPU overlaps
+communication with computation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def ddp_times(cfg: RunConfig, ctx: Context, repeats: int) -> list[float]:
     teacher = copy.deepcopy(student.transformer).requires_grad_(False).eval()
     wrapped = DistributedDataParallel(student)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, betas=(0.9, 0.95))
-    plain = Engines(wrapped, teacher, optimizer, 0, 1)  # what step.losses asks of engines, no more
+    plain = Engines(wrapped, teacher, optimizer, 0, 1)  # only what train_step.losses uses
 
     def step() -> None:
         loss, _ = losses(cfg, plain, ctx, random_batch(cfg, ctx), 0)
@@ -53,9 +53,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ranks", type=int, default=4)
     p.add_argument("--size", default="b", choices=("b", "l", "xl", "xxl", "3b"))
-    p.add_argument("--batch", type=int, default=0, help="global batch (default: one image a rank)")
+    p.add_argument("--batch", type=int, default=0, help="global batch (default: one image per rank)")
     p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--blocks", type=int, default=0, help="fewer blocks than the size has")
+    p.add_argument("--blocks", type=int, default=0, help="number of blocks (default: all blocks of the size)")
     a = p.parse_args()
     relaunch(a.ranks)
 
@@ -85,7 +85,7 @@ def main() -> None:
         rows[name] = seconds(step, a.repeats, dist.barrier)
         del engines, step
     if ctx.main:
-        title = f"a step of {a.size}{f' ({a.blocks} blocks)' if a.blocks else ''}, {batch} images, {a.ranks} ranks"
+        title = f"one step of {a.size}{f' ({a.blocks} blocks)' if a.blocks else ''}, {batch} images, {a.ranks} ranks"
         report(f"{title}, {ctx.device.type}, fp32", rows, next(iter(rows)))
 
 

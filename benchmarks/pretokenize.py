@@ -1,12 +1,12 @@
-"""Images per second of `megastar pretokenize` against LlamaGen's extraction loop, with equal random VQ-16 weights.
+"""Images per second of `megastar pretokenize`, compared with LlamaGen's extraction loop with equal random VQ-16 weights.
 
-LLAMAGEN_DIR=<a checkout of github.com/FoundationVision/LlamaGen> python -m benchmarks.pretokenize [PICTURES] [ROUNDS]
+LLAMAGEN_DIR=<a checkout of github.com/FoundationVision/LlamaGen> python -m benchmarks.pretokenize [IMAGES] [ROUNDS]
 
-The peer is the loop of autoregressive/train/extract_codes_c2i.py on this device: a DataLoader of batch size 1 that
-crops ten-fold, its own VQModel, one .npy per image and its label. torchvision is not used (it cannot be installed with
-every torch): its CenterCrop, TenCrop, ToTensor and Normalize are reimplemented in PIL and torch. Both read the same JPEGs
-of 400 x 350 and use all cores; they take turns. The codes must be equal, or equally near in float64 where rounding decided
-a tie.
+The reference is the loop of autoregressive/train/extract_codes_c2i.py on this device: a DataLoader of batch size 1 that
+makes ten crops, LlamaGen's VQModel, one .npy per image and one per label. torchvision is not used (it cannot be installed
+with every torch): its CenterCrop, TenCrop, ToTensor and Normalize are reimplemented in PIL and torch. Both read the same
+JPEGs of 400 x 350 and use all cores; they take turns. The codes must be equal, except for ties: codes whose distances are
+equal in float64, so that rounding decides between them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from megastar.tokenizer.vq import VQModel
 from tests.unit.data.images.test_dataset import tenfold
 
 SIZE = 256
-TIE = 1e-4  # of squared distances on the unit sphere, which lie between 0 and 4
+TIE = 1e-4  # maximum difference of squared distances on the unit sphere, which are between 0 and 4
 
 
 class TenCrops(Dataset):
@@ -57,7 +57,7 @@ class TenCrops(Dataset):
 
 
 def peer_model(model: VQModel):
-    """LlamaGen's VQ-16 with our weights, which have its names."""
+    """LlamaGen's VQ-16 with the weights of ``model``, which have the same names."""
     folder = os.environ.get("LLAMAGEN_DIR")
     if not folder:
         raise SystemExit(
@@ -134,8 +134,8 @@ def main(count: int = 4, rounds: int = 2) -> None:
         median = {k: statistics.median(v) for k, v in seconds.items()}
         for k, v in median.items():
             print(f"{k:<10} {count / v:7.3f} images/s  ({min(seconds[k]):.1f} to {max(seconds[k]):.1f} s for {count})")
-        print(f"megastar / LlamaGen = {median['LlamaGen'] / median['megastar']:.2f}   (goal 1.5)")
-        print(f"the encoder waited {100 * statistics.median(waited):.2f} % of the time   (goal 5 %)")
+        print(f"megastar / LlamaGen = {median['LlamaGen'] / median['megastar']:.2f}   (goal: at least 1.5)")
+        print(f"the encoder waited {100 * statistics.median(waited):.2f} % of the time   (goal: at most 5 %)")
         print(f"codes: {ours.size - ties} of {ours.size} equal, {ties} ties, {len(np.unique(ours))} different codes")
 
 

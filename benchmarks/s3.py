@@ -1,12 +1,12 @@
-"""Token shards from S3, a real server (SeaweedFS) on loopback: our store and loader against plain boto3 and webdataset.
+"""Speed of reading token shards from S3 (SeaweedFS on the loopback interface), compared with boto3 and webdataset.
 
     python benchmarks/s3.py                               6 shards of 32 MB, under a minute
     python benchmarks/s3.py --shards 16 --megabytes 100
 
-The first table is the download: ``S3Store``, with length and SHA-256 checked and the shard in the node's cache, against
-``get_object`` in reads of 1 MiB that discard the data, and ``download_file``, which keeps it, unchecked. The second one is
-batches of codes: ``TokenLoader`` with an empty cache, mixing --window shards and drawing 2 of 10 views, against webdataset
-with ``pipe:curl``, which reads in order without sampling. All rows take turns in one process.
+The first table compares downloads: ``S3Store``, which checks length and SHA-256 and stores the shard in the node's cache;
+``get_object`` in reads of 1 MiB, which discards the data; and ``download_file``, which stores them unchecked. The second
+table compares batches of codes: ``TokenLoader`` with an empty cache, which mixes --window shards and draws 2 of 10 views;
+and webdataset with ``pipe:curl``, which reads in order without sampling. All variants take turns in one process.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def write_shards(folder: Path, shards: int, megabytes: float) -> None:
 
 
 def serve(root: Path):
-    """A server with its own folder below ``root``; stop it with ``kill``. This process's AWS settings point to it."""
+    """Start a server with a folder in ``root`` and set this process's AWS variables to it; stop it with ``kill``."""
     from tests.integration.helpers.s3 import KEYS, Server
 
     (root / "server").mkdir(parents=True)
@@ -64,8 +64,8 @@ def serve(root: Path):
 
 
 def upload(client, folder: Path, bucket: str, prefix: str) -> None:
-    """In one part and with a content type: the server compresses the parts of a multipart upload and decompresses them for
-    every GET, unlike S3."""
+    """Upload each file in one part and with a content type: unlike S3, the server compresses the parts of a multipart upload
+    and decompresses them for every GET."""
     for path in sorted(folder.iterdir()):
         kind = "application/x-tar" if path.suffix == ".tar" else "application/json"
         client.put_object(Bucket=bucket, Key=f"{prefix}/{path.name}", Body=path.read_bytes(), ContentType=kind)
@@ -74,11 +74,13 @@ def upload(client, folder: Path, bucket: str, prefix: str) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shards", type=int, default=6)
-    p.add_argument("--megabytes", type=float, default=32, help="of one shard")
+    p.add_argument("--megabytes", type=float, default=32, help="size of one shard")
     p.add_argument("--window", type=int, default=4)
     p.add_argument("--batch", type=int, default=256)
     p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--folder", type=Path, default=None, help="scratch (default: one in the temp folder); it is removed")
+    p.add_argument(
+        "--folder", type=Path, default=None, help="scratch folder, removed at the end (default: a temporary one)"
+    )
     a = p.parse_args()
     root = a.folder or Path(tempfile.mkdtemp(prefix="megastar-s3-"))
     server = None

@@ -1,12 +1,12 @@
-"""Images per second of the sampler against LlamaGen's ``generate``, with guidance, at several batch sizes.
+"""Images per second of the sampler, compared with LlamaGen's ``generate``, with guidance, at several batch sizes.
 
 LLAMAGEN_DIR=/path/to/LlamaGen python -m benchmarks.sampling [--batches 1,16,64] [--dtype fp32] [--tokens 256]
     [--layers 6 --heads 6 --dim 384] [--repeats 3] [--profile]
 
-Both sample the same number of tokens with equal random weights, dtype and threads, in turn in one process, so that other
-load affects both; values are medians over the repetitions. CPU seconds (``--clock cpu``, the default on a CPU) exclude
-other processes. The default is a network between nano and B, fast enough for a laptop.
-On a GPU (``--device cuda``) LlamaGen also runs under torch.compile(mode="reduce-overhead"), as its own sampler does.
+Both sample the same number of tokens with equal random weights, dtype and threads, taking turns in one process, so that
+other load affects both; values are medians over the repetitions. ``--clock cpu``, the default on a CPU, measures CPU
+seconds, which exclude other processes. The default network is between nano and B in size, fast enough for a laptop.
+On a GPU (``--device cuda``) LlamaGen also runs under torch.compile(mode="reduce-overhead"), as in its own sampler.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megastar.utils.device import DTYPES
 
 
 def llamagen() -> Path:
-    """LlamaGen's clone, importable."""
+    """The folder of LlamaGen's clone, added to the import path."""
     folder = os.environ.get("LLAMAGEN_DIR")
     if not folder or not (Path(folder) / "autoregressive/models/generate.py").is_file():
         raise SystemExit(
@@ -40,7 +40,7 @@ def llamagen() -> Path:
             "then LLAMAGEN_DIR=LlamaGen python -m benchmarks.sampling"
         )
     sys.path.insert(0, folder)
-    # Its utils package would import timm; only this class is used, and only in training.
+    # LlamaGen's utils package would import timm; only this class of it is used, and only in training.
     if "utils.drop_path" not in sys.modules:
         module = types.ModuleType("utils.drop_path")
         module.DropPath = torch.nn.Identity  # type: ignore[attr-defined]
@@ -81,7 +81,7 @@ def main() -> None:
     p.add_argument("--clock", choices=("cpu", "wall"), default=None)
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--cfg-scale", type=float, default=2.0)
-    p.add_argument("--profile", action="store_true", help="print where our sampler's time goes, at the last batch")
+    p.add_argument("--profile", action="store_true", help="profile megastar's sampler at the last batch size")
     for name, value in (("tokens", 256), ("layers", 6), ("heads", 6), ("dim", 384), ("vocab", 16384)):
         p.add_argument(f"--{name}", type=int, default=value)
     a = p.parse_args()
@@ -98,7 +98,7 @@ def main() -> None:
     print(
         f"{a.layers} blocks x {a.dim}, S = {a.tokens}, V = {a.vocab}, guidance {a.cfg_scale}, {a.dtype}, {a.device}, "
     )
-    print(f"{a.threads} threads, median of {a.repeats}, {clock} seconds of the whole batch")
+    print(f"{a.threads} threads, median of {a.repeats}, {clock} seconds per batch")
     for batch in map(int, a.batches.split(",")):
         labels = torch.arange(batch) % c.num_classes
         sampler = Sampler(ours, options, batch)

@@ -1,13 +1,14 @@
-"""The training step against LlamaGen's gpt.py, interleaved in one process on the same weights and batches.
+"""Time of a training step, compared with LlamaGen's gpt.py on the same weights and batches, interleaved in one process.
 
     LLAMAGEN_DIR=checkout python benchmarks/step.py --size nano --batch 32
     LLAMAGEN_DIR=checkout python benchmarks/step.py --size b --batch 2 --dtype bf16 --level engine
-    python benchmarks/step.py --size nano --batch 16 --star          ST-AR against AR, per sequence
+    python benchmarks/step.py --size nano --batch 16 --star          ST-AR compared with AR, per sequence
 
-AR: forward, loss, backward, gradient clipping, AdamW on both sides. The peer runs as in its train_c2i.py: fp32 weights,
-autocast for bf16, torch's fused AdamW. megastar has bf16 weights and fp32 masters. ``--level model`` excludes DeepSpeed
-and the average of the weights; ``--level engine`` is the step of `megastar train` on one rank, including the average. Both
-losses are compared without dropout first, then timed with the size's own dropout (or ``--dropout``).
+The AR step consists of forward, loss, backward, gradient clipping and AdamW on both sides. LlamaGen runs as in its
+train_c2i.py: fp32 weights, autocast for bf16, torch's fused AdamW. megastar has bf16 weights and fp32 masters. ``--level
+model`` excludes DeepSpeed and the average of the weights; ``--level engine`` is the step of `megastar train` on one rank,
+including the average. The losses are first compared without dropout; then the steps are timed with the dropout of the
+model size (or ``--dropout``).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from megastar.engine.zero.partitions import parameter_groups
 from megastar.engine.zero.setup import build, start
 
 Step = Callable[[], Tensor]
-# The peer's schedule: a constant learning rate.
+# LlamaGen's schedule: a constant learning rate.
 CONSTANT = ("optim.scale_lr=false", "optim.warmup_steps=0", "optim.schedule=constant", "optim.lr=1e-4")
 
 
@@ -80,7 +81,7 @@ def our_loss(student: nn.Module, codes: Tensor, labels: Tensor) -> Tensor:
 
 
 def model_step(cfg: RunConfig, student: nn.Module, batch: dict, dtype: torch.dtype, device: torch.device) -> Step:
-    """Without DeepSpeed: its bf16 masters in four lines."""
+    """The step without DeepSpeed; in bf16 with fp32 masters."""
     o, codes, labels = cfg.optim, batch["codes"][:, 0].contiguous().to(device), batch["labels"].to(device)
     weights = list(student.parameters())
     groups = parameter_groups(student, o.weight_decay)
@@ -137,14 +138,14 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", default="nano", help="nano, b, l, xl")
     p.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
-    p.add_argument("--batch", type=int, default=32, help="images a step")
+    p.add_argument("--batch", type=int, default=32, help="images per step")
     p.add_argument("--level", default="model", choices=("model", "engine"))
-    p.add_argument("--dropout", type=float, help="all three dropouts (default: the size's own)")
-    p.add_argument("--stage", default="zero1", help="of --level engine and --star")
-    p.add_argument("--blocks", type=int, default=0, help="fewer blocks than the size has")
+    p.add_argument("--dropout", type=float, help="all three dropouts (default: those of the size)")
+    p.add_argument("--stage", default="zero1", help="ZeRO stage for --level engine and --star")
+    p.add_argument("--blocks", type=int, default=0, help="number of blocks (default: all blocks of the size)")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--star", action="store_true", help="ST-AR against AR, per sequence that the student sees")
+    p.add_argument("--star", action="store_true", help="compare ST-AR with AR, per sequence that the student processes")
     p.add_argument("--student-views", type=int, default=2, choices=(1, 2))
     a = p.parse_args()
 
@@ -181,7 +182,7 @@ def main() -> None:
     report(title, rows, "LlamaGen")
     ratio = statistics.median(x / y for x, y in zip(*rows.values(), strict=True))
     print(f"  losses after {a.repeats + 1} steps: " + ", ".join(f"{k} {v[-1]:.4f}" for k, v in last.items()))
-    print(f"megastar is {ratio:.2f} x LlamaGen (median of the pairs' ratios)")
+    print(f"LlamaGen / megastar = {ratio:.2f} (median of the pairs' ratios)")
 
 
 def compare(cfg: RunConfig, peer: nn.Module, student: nn.Module, batch: dict, device: torch.device) -> None:
@@ -208,8 +209,11 @@ def compare(cfg: RunConfig, peer: nn.Module, student: nn.Module, batch: dict, de
 
 
 def star(a: argparse.Namespace, common: list[str]) -> None:
-    """Both through the engine. The arithmetic: the student costs 3 forward passes, the teacher 1: 4 / 3 with two
-    student views, and with one student view the teacher's second view adds the blocks up to the contrastive one."""
+    """Compare ST-AR with AR, both through the engine.
+
+    Forward and backward of the student cost 3 forward passes, the teacher costs 1, so the expected ratio is 4 / 3 with two
+    student views. With one, the teacher's second view adds the blocks up to the contrastive one.
+    """
     made = {}
     sequences = a.batch * a.student_views
     for name, images, more in (
@@ -227,10 +231,10 @@ def star(a: argparse.Namespace, common: list[str]) -> None:
             rows[name] += seconds(step, 1, clock=clock)
     depth = cfg.self_guided.contrastive_block / cfg.model.n_layer
     arithmetic = (4 + (depth if a.student_views == 1 else 0)) / 3
-    report(f"a step of {a.size}, {sequences} sequences, {a.dtype}, {a.threads} thread(s)", rows, "AR")
+    report(f"one step of {a.size}, {sequences} sequences, {a.dtype}, {a.threads} thread(s)", rows, "AR")
     ratio = statistics.median(y / x for x, y in zip(*rows.values(), strict=True))
     print(
-        f"ST-AR costs {ratio:.3f} AR steps a sequence; computed from the arithmetic: {arithmetic:.3f}; ratio {ratio / arithmetic:.2f}"
+        f"ST-AR / AR per sequence = {ratio:.3f}; expected from the arithmetic: {arithmetic:.3f}; quotient {ratio / arithmetic:.2f}"
     )
 
 

@@ -1,9 +1,9 @@
-"""The head and its loss under tensor parallelism: vocabulary-parallel cross-entropy against gathered logits.
+"""Head and loss under tensor parallelism: vocabulary-parallel cross-entropy compared with gathered logits.
 
     python benchmarks/vocab_parallel.py --ranks 2 --size b --rows 1024
 
-The peer is DeepSpeed's column-parallel layer with ``gather_output`` and torch's cross-entropy, both forward and backward,
-on the same weights in the same run.
+The reference is DeepSpeed's column-parallel layer with ``gather_output`` and torch's cross-entropy. Both run forward and
+backward on the same weights in the same run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--size", default="b", choices=("b", "l", "xl", "xxl", "3b"))
-    p.add_argument("--rows", type=int, default=1024, help="tokens a rank sees (images x views x 256)")
+    p.add_argument("--rows", type=int, default=1024, help="tokens per rank (images x views x 256)")
     p.add_argument("--repeats", type=int, default=5)
     a = p.parse_args()
     relaunch(a.ranks)

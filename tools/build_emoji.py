@@ -1,6 +1,6 @@
 """Build assets/emoji64/emoji64.tar: 64x64 emoji of six styles, in nine classes, split by concept.
 
-From the packages (how the shipped tar was built):
+From the packages, as for the shipped tar:
 
     npm install --prefix PACKAGES --ignore-scripts @iconify-json/noto@1.2.9 @iconify-json/noto-v1@1.2.5 \\
         @iconify-json/fluent-emoji-flat@1.2.6 @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/twemoji@1.2.5 \\
@@ -56,7 +56,7 @@ class Label(NamedTuple):
     skin_tone: bool
 
 
-class Picture(NamedTuple):
+class Emoji(NamedTuple):
     pixels: np.ndarray  # (64, 64, 3) uint8
     group: str
     style: str
@@ -136,7 +136,7 @@ def package_folder(packages: Path, name: str, version: str) -> Path:
     return folder
 
 
-def from_packages(packages: Path, workers: int) -> list[Picture]:
+def from_packages(packages: Path, workers: int) -> list[Emoji]:
     """Render every emoji without a skin tone, except 3-D flags (drawn waving)."""
     labels = unicode_labels()
     folders = {style: package_folder(packages, *package) for style, package in VECTOR_PACKS.items()}
@@ -151,39 +151,39 @@ def from_packages(packages: Path, workers: int) -> list[Picture]:
     def wanted(label: Label | None) -> bool:
         return label is not None and not label.skin_tone and label.group != "Component"
 
-    pictures: list[Picture] = []
+    images: list[Emoji] = []
     with ProcessPoolExecutor(workers) as pool:
         for style, folder in folders.items():
             pack = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
             names = [name for name in pack["icons"] if wanted(of_name.get(name))]
             drawn = pool.map(render, [icon_svg(pack, name) for name in names], chunksize=32)
-            before = len(pictures)
+            before = len(images)
             for name, pixels in zip(names, drawn, strict=True):
                 if pixels is not None:
                     label = of_name[name]
-                    pictures.append(Picture(pixels, label.group, style, label.concept))
-            print(f"{style}: {len(pictures) - before} of {len(names)} rendered", flush=True)
-    before = len(pictures)
+                    images.append(Emoji(pixels, label.group, style, label.concept))
+            print(f"{style}: {len(images) - before} of {len(names)} rendered", flush=True)
+    before = len(images)
     for file in sorted(raster.iterdir()):
         label = find_label(labels, file.stem)
         if label is not None and wanted(label) and label.group != "Flags":
             image = Image.open(file).convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-            pictures.append(Picture(on_white(image), label.group, "fluent3d", label.concept))
-    print(f"fluent3d: {len(pictures) - before} read", flush=True)
-    return unique(pictures)
+            images.append(Emoji(on_white(image), label.group, "fluent3d", label.concept))
+    print(f"fluent3d: {len(images) - before} read", flush=True)
+    return unique(images)
 
 
-def from_npz(file: Path) -> list[Picture]:
+def from_npz(file: Path) -> list[Emoji]:
     with np.load(file, allow_pickle=False) as data:
         rows = zip(data["x"], data["y"].tolist(), data["s"].tolist(), data["n"].tolist(), strict=True)
-        return unique([Picture(*row) for row in rows])
+        return unique([Emoji(*row) for row in rows])
 
 
-def unique(pictures: list[Picture]) -> list[Picture]:
-    """The first of each set of identical pictures."""
-    seen: dict[bytes, Picture] = {}
-    for picture in pictures:
-        seen.setdefault(picture.pixels.tobytes(), picture)
+def unique(images: list[Emoji]) -> list[Emoji]:
+    """The first of each set of identical images."""
+    seen: dict[bytes, Emoji] = {}
+    for emoji in images:
+        seen.setdefault(emoji.pixels.tobytes(), emoji)
     return list(seen.values())
 
 
@@ -198,11 +198,11 @@ def split_of(concept: str) -> str:
     return {0: "test", 1: "val"}.get(digit, "train")
 
 
-def member_names(pictures: list[Picture]) -> list[str]:
+def member_names(images: list[Emoji]) -> list[str]:
     """``<split>/<class>/<concept>__<style>.webp``; a pack's second image of a concept is ``<concept>-2__<style>``."""
     seen: Counter[str] = Counter()
     names = []
-    for p in pictures:
+    for p in images:
         folder, concept = f"{split_of(p.concept)}/{slug(p.group.replace('&', ''))}", slug(p.concept)
         key = f"{folder}/{concept}__{p.style}"
         seen[key] += 1
@@ -247,10 +247,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
-    pictures = from_npz(args.npz) if args.npz else from_packages(args.packages, args.workers)
+    images = from_npz(args.npz) if args.npz else from_packages(args.packages, args.workers)
     with ThreadPoolExecutor(args.workers) as pool:  # the encoder releases the interpreter lock
-        files = list(pool.map(to_webp, [p.pixels for p in pictures]))
-    write_tar(member_names(pictures), files, args.out)
+        files = list(pool.map(to_webp, [p.pixels for p in images]))
+    write_tar(member_names(images), files, args.out)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,9 @@ def test_a_cache_that_cannot_hold_a_shard(s3, use_s3, url, data):
     assert cached(data) == []
     assert ShardSet(url, data=data).read(0, 0)[2] == 0
     data.cache = "/proc/sys/megastar"  # nobody can write there
-    with pytest.raises(UserError, match=r"data.cache = /proc/sys/megastar cannot be used .*: set it to a folder on a disk"):
+    with pytest.raises(
+        UserError, match=r"data.cache = /proc/sys/megastar cannot be used .*: set it to a folder on a disk"
+    ):
         ShardSet(url, data=data).read(0, 0)
 
 

@@ -21,33 +21,33 @@ def builder():
     return module
 
 
-def picture(builder, value: int, concept: str, style: str = "noto", group: str = "Food & Drink"):
-    return builder.Picture(np.full((64, 64, 3), value, np.uint8), group, style, concept)
+def emoji(builder, value: int, concept: str, style: str = "noto", group: str = "Food & Drink"):
+    return builder.Emoji(np.full((64, 64, 3), value, np.uint8), group, style, concept)
 
 
 def test_names_and_splits(builder):
-    pictures = [picture(builder, 0, "Dizzy_Face"), picture(builder, 1, "dizzy-face"), picture(builder, 2, "+1", "x")]
-    names = builder.member_names(pictures)
-    splits = [builder.split_of(p.concept) for p in pictures]
+    images = [emoji(builder, 0, "Dizzy_Face"), emoji(builder, 1, "dizzy-face"), emoji(builder, 2, "+1", "x")]
+    names = builder.member_names(images)
+    splits = [builder.split_of(p.concept) for p in images]
     assert names[0] == f"{splits[0]}/food-drink/dizzy-face__noto.webp"
     assert names[2] == f"{splits[2]}/food-drink/+1__x.webp"
-    again = builder.member_names([pictures[0], pictures[0]])
+    again = builder.member_names([images[0], images[0]])
     assert again[1] == again[0].replace("dizzy-face__", "dizzy-face-2__")
     shares = np.array([builder.split_of(str(i)) for i in range(5000)])
     assert abs((shares == "val").mean() - 0.1) < 0.02 and abs((shares == "test").mean() - 0.1) < 0.02
 
 
 def test_name_that_a_suffix_would_repeat(builder, monkeypatch):
-    pictures = [picture(builder, 0, "point_up"), picture(builder, 1, "point_up"), picture(builder, 2, "point_up_2")]
+    images = [emoji(builder, 0, "point_up"), emoji(builder, 1, "point_up"), emoji(builder, 2, "point_up_2")]
     monkeypatch.setattr(builder, "split_of", lambda concept: "train")
     with pytest.raises(ValueError, match="member names repeat"):
-        builder.member_names(pictures)
+        builder.member_names(images)
 
 
-def test_tar_is_a_function_of_the_pictures(builder, tmp_path, monkeypatch, capsys):
-    pictures = [picture(builder, v, f"c{v}") for v in (3, 1, 2)]
-    x = np.stack([p.pixels for p in [*pictures, pictures[0]]])  # a repeat
-    text = {k: np.array([getattr(p, f) for p in [*pictures, pictures[0]]]) for k, f in (("y", "group"), ("s", "style"))}
+def test_tar_is_a_function_of_the_images(builder, tmp_path, monkeypatch, capsys):
+    images = [emoji(builder, v, f"c{v}") for v in (3, 1, 2)]
+    x = np.stack([p.pixels for p in [*images, images[0]]])  # a repeat
+    text = {k: np.array([getattr(p, f) for p in [*images, images[0]]]) for k, f in (("y", "group"), ("s", "style"))}
     np.savez(tmp_path / "x.npz", x=x, n=np.array(["c3", "c1", "c2", "other"]), sc=text["y"], **text)
     for out in ("a.tar", "b.tar"):
         arguments = ["build_emoji.py", "--npz", str(tmp_path / "x.npz"), "--out", str(tmp_path / out), "--workers", "1"]
