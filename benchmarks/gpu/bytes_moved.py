@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 from megastar.config.load import load_config
 from megastar.config.schema import ModelConfig, RunConfig
 from megastar.model import attention, fused
@@ -37,6 +33,7 @@ from megastar.model.transformer import TransformerBlock
 from megastar.parallel import cost
 from megastar.parallel.budget import elements
 
+ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("eager, fused_ops=off", "eager", "compiled")
 FREE = {"_unsafe_view", "detach", "empty", "empty_like", "new_empty", "empty_strided", "lift_fresh"}
 PRODUCTS = {"mm", "addmm", "bmm"}
