@@ -289,8 +289,8 @@ class TrainConfig:
     )
     fused_ops: str = knob(
         "auto",
-        "auto: on a GPU, SwiGLU of Liger and RMSNorm of NVIDIA apex where installed, checked against torch's on first "
-        "use; off: torch's",
+        "auto: on a GPU, RoPE by Triton, SwiGLU of Liger and RMSNorm of NVIDIA apex where installed, checked against "
+        "torch's on first use; off: torch's",
         choices=("auto", "off"),
     )
     threads: int = knob(0, "CPU threads per rank; 0: cores / local ranks on a CPU, torch's default on a GPU", low=0)

@@ -60,7 +60,7 @@ class Moved(NamedTuple):
         return self.stream * model.dim + (self.split * model.dim + self.ffn * model.ffn_dim) / tensor
 
 
-# Forward and backward pass, counted by benchmarks/bytes_moved.py; attention is 8 of split forward, 16 backward.
+# Forward and backward pass, counted by benchmarks/gpu/bytes_moved.py; attention is 8 of split forward, 16 backward.
 EAGER = (Moved(34, 16, 10), Moved(40, 28, 18))
 COMPILED = (Moved(21, 18, 6), Moved(35, 28, 10))
 

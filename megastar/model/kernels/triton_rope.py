@@ -88,7 +88,8 @@ class SplitQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = torch.empty((2, *q.shape), dtype=qkv.dtype, device=qkv.device)
+        # Positions before heads in memory: attention's output follows q, and wo reads it without a copy.
+        out = torch.empty((2, *qkv.shape[:2], *qkv.shape[3:]), dtype=qkv.dtype, device=qkv.device).transpose(2, 3)
         launch((q, k, v), (out[0], out[1], v), table, False)
         ctx.save_for_backward(table)
         return out[0], out[1], v

@@ -1,7 +1,7 @@
 """Bytes that a block moves besides its matrix products, and its kernels: eager and compiled, forward and backward.
 
-    python benchmarks/bytes_moved.py --size b l xl                                       on a GPU
-    /path/to/venv/bin/python tests/nullgpu/device.py benchmarks/bytes_moved.py            on a null CUDA device
+    python benchmarks/gpu/bytes_moved.py --size b l xl                                       on a GPU
+    /path/to/venv/bin/python tests/nullgpu/device.py benchmarks/gpu/bytes_moved.py            on a null CUDA device
 
 Nothing is timed and no result is used. Eager: what every operation of a block in bf16 reads and writes, views excluded.
 Compiled: what inductor counts for each kernel that it generates (at most, for a buffer that a kernel reads in part). Matrix
@@ -18,9 +18,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import common
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +33,7 @@ from megastar.model.transformer import TransformerBlock
 from megastar.parallel import cost
 from megastar.parallel.budget import elements
 
+ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("eager, fused_ops=off", "eager", "compiled")
 FREE = {"_unsafe_view", "detach", "empty", "empty_like", "new_empty", "empty_strided", "lift_fresh"}
 PRODUCTS = {"mm", "addmm", "bmm"}
@@ -214,7 +215,7 @@ def main() -> None:
     rows = []
     for size in a.size:
         off = ["data.shards=none", "data.val_shards=", "data.tokenizer=", f"train.global_batch={a.sequences}"]
-        runs = {m: load_config(common.ROOT / f"configs/run/{m}_{size}_50ep.yaml", off) for m in ("ar", "star")}
+        runs = {m: load_config(ROOT / f"configs/run/{m}_{size}_50ep.yaml", off) for m in ("ar", "star")}
         for way, found in measure(runs["ar"].model, a.sequences).items():
             row: dict[str, Any] = {"size": size, "way": way, "forward": found[0].row(), "backward": found[1].row()}
             for method, cfg in runs.items():
