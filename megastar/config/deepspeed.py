@@ -77,22 +77,15 @@ def deepspeed_problems(cfg: RunConfig) -> list[str]:
     out += _disagreement(section, file, "autotp_size", "parallel.tensor_parallel", tp)
     if t.dtype != "auto":
         out += _dtype_problems(data, file, t.dtype)
-    return out + _zero_problems(data.get("zero_optimization"), file) + _compile_problems(cfg, data, file)
+    return out + _zero_problems(data.get("zero_optimization"), file) + _compile_problems(cfg)
 
 
-def _compile_problems(cfg: RunConfig, data: dict[str, Any], file: str) -> list[str]:
-    """Compiled blocks need whole weights and must not contain collectives."""
-    zero = data.get("zero_optimization")
-    if not cfg.train.compile:
-        return []
-    if isinstance(zero, dict) and zero.get("stage") == 3:
+def _compile_problems(cfg: RunConfig) -> list[str]:
+    """Compiled blocks must not contain collectives."""
+    if cfg.train.compile == "on" and cfg.parallel.tensor_parallel > 1:
         return [
-            f"train.compile with ZeRO stage 3 ({file}): its hooks gather weights inside each block; use stage 0 to 2"
-        ]
-    if cfg.parallel.tensor_parallel > 1:
-        return [
-            f"train.compile with parallel.tensor_parallel {cfg.parallel.tensor_parallel}: compiled blocks must not "
-            "contain collectives; use tensor_parallel 1"
+            f"train.compile = on with parallel.tensor_parallel {cfg.parallel.tensor_parallel}: compiled blocks must not "
+            "contain collectives; use train.compile=auto, or tensor_parallel 1"
         ]
     return []
 
