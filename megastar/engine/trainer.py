@@ -38,11 +38,9 @@ from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
-from megastar.engine.zero.compiled_blocks import compilations, is_compiled
-from megastar.engine.zero.setup import build, collective_timeout, set_timeouts, start
+from megastar.engine.zero.setup import build, chosen_kernels, collective_timeout, set_timeouts, start
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
-from megastar.model.kernels.select import chosen
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.config_file import claim_run_folder
 from megastar.run_dir.events import append_event
@@ -225,10 +223,7 @@ class Trainer:
         text = f"{cfg.run}: {self.steps} steps on {ctx.world} rank(s)"
         if self.found:
             text = f"resumed {self.found} at step {self.step}"
-        facts = process_environment(ctx.device) | {
-            "attention": chosen(),
-            "compiled": is_compiled(self.engines.student.module.transformer.layers[0]),
-        }
+        facts = process_environment(ctx.device) | chosen_kernels(self.engines.student.module.transformer)
         metrics.event("resumed" if self.found else "started", text, steps=self.steps, ranks=ctx.world, **facts)
         if not self.data.train.manifest.tokenizer_sha256:
             metrics.note(f"{cfg.data.shards} records no tokenizer hash; assuming it matches data.tokenizer")
@@ -325,7 +320,6 @@ class Trainer:
             row |= step_metrics(self.ctx, self.engines) | {"lr": learning_rate(self.cfg, self.step - 1, self.steps)}
             row |= self.stragglers.row(self.step - self.metrics.last_step)
             row |= {"skipped": self.skipped} if self.skipped else {}
-            row |= {"compilations": n} if (n := compilations()) else {}
             self.skipped = 0
         self.metrics.step(self.step, self.cfg.train.global_batch, row)
         self.health.update(self.step, row)

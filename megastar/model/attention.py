@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megastar.config.schema import ModelConfig
-from megastar.model.kernels import Like, Plan, attention, plan
+from megastar.model.kernels import AttentionPlan, Like, attention, plan
 from megastar.model.layers import Dropout, Linear
 from megastar.model.masks import MaskSpec
 from megastar.model.rope import apply_rope, rope_table
@@ -31,7 +31,7 @@ def split_qkv(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def plan_attention(
     cfg: ModelConfig, mask: MaskSpec | None, batch: int, size: int, device: torch.device, dtype: torch.dtype
-) -> Plan:
+) -> AttentionPlan:
     """The attention of all blocks in one forward pass over (batch, size) positions.
 
     What a kernel is checked with at its first use are random numbers, in the layout in which the blocks pass q, k and v.
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         x: Tensor,
         *,
         rope: Tensor,
-        mask: Plan | MaskSpec | None = None,
+        mask: AttentionPlan | MaskSpec | None = None,
         cache: Cache | None = None,
         layer: int = 0,
         start: int = 0,

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from megastar.config.schema import ModelConfig
 from megastar.model.attention import Attention, Cache, plan_attention
 from megastar.model.fused import swiglu
-from megastar.model.kernels import Plan
+from megastar.model.kernels import AttentionPlan
 from megastar.model.layers import Dropout, Embedding, Head, Linear, RMSNorm
 from megastar.model.masks import MaskSpec
 from megastar.model.rope import rope_table
@@ -74,7 +74,7 @@ class TransformerBlock(nn.Module):
         x: Tensor,
         *,
         rope: Tensor,
-        mask: Plan | MaskSpec | None = None,
+        mask: AttentionPlan | MaskSpec | None = None,
         cache: Cache | None = None,
         layer: int = 0,
         start: int = 0,

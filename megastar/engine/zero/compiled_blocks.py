@@ -36,10 +36,6 @@ def compile_blocks(transformer: Transformer) -> None:
         block._z3_leaf = True  # type: ignore[assignment]
 
 
-def is_compiled(block: torch.nn.Module) -> bool:
-    return "forward" in vars(block)
-
-
 def compilations() -> int:
     """Graphs that this process has compiled so far, those of attention included."""
     if "torch._dynamo.utils" not in sys.modules:

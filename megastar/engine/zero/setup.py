@@ -34,6 +34,7 @@ from megastar.errors import UserError
 from megastar.model.attention import plan_attention
 from megastar.model.fused import set_fused
 from megastar.model.kernels import set_backend
+from megastar.model.kernels.select import chosen
 from megastar.model.masks import MaskSpec, draw_hidden
 from megastar.model.transformer import Transformer
 from megastar.parallel.cross_entropy import linear_cross_entropy
@@ -200,6 +201,11 @@ def choose_attention(cfg: RunConfig, ctx: Context, micro: int) -> bool:
         with torch.no_grad():  # teacher and validation
             plan_attention(split, None, batch, size, ctx.device, ctx.dtype)
     return bool(masks)
+
+
+def chosen_kernels(transformer: Transformer) -> dict[str, Any]:
+    """For the record of a run: the attention backend of each kind of mask, and whether the blocks are compiled."""
+    return {"attention": chosen(), "compiled": "forward" in vars(transformer.layers[0])}
 
 
 def split_loss(output: nn.Module, group: dist.ProcessGroup) -> None:

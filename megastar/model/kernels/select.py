@@ -38,7 +38,7 @@ class Like(NamedTuple):
     device: torch.device
 
 
-class Plan(NamedTuple):
+class AttentionPlan(NamedTuple):
     """A backend's function and its form of one mask: all blocks of a forward pass share it."""
 
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
@@ -94,13 +94,13 @@ def _describe(spec: MaskSpec, dtype: torch.dtype, head_dim: int, device: torch.d
     return f"a mask that is {spec.kind}, {precision}, head dimension {head_dim}, {device}, {passes}"
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Plan | MaskSpec | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionPlan | MaskSpec | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + mask) v; causal without a mask.
 
     q (B, H, S, d); k, v (B, H, L, d) with L >= S: the queries are the last S of the L positions. ``mask`` requires S = L.
     Returns (B, H, S, d). Decoding with a cache (S != L, or one query) always uses sdpa.
     """
-    if isinstance(mask, Plan):
+    if isinstance(mask, AttentionPlan):
         return mask.attend(q, k, v, mask.form)
     if q.shape[2] != k.shape[2] or q.shape[2] == 1:
         return sdpa.attention(q, k, v, mask)
@@ -114,14 +114,14 @@ def _planned(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None) -> Tensor:
     return attend(q, k, v, form)
 
 
-def plan(mask: MaskSpec | None, like: Like | Tensor, inputs: Callable[[], Sequence[Tensor]], grad: bool) -> Plan:
+def plan(mask: MaskSpec | None, like: Like | Tensor, inputs: Callable[[], Sequence[Tensor]], grad: bool) -> AttentionPlan:
     """The backend for a mask and q like ``like``. A case's first plan compares it with sdpa on ``inputs()``: q, k, v."""
     spec, size = mask or _plain, like.shape[2]
     case = (_wanted, like.device, like.dtype, like.shape[3], size, spec.kind, grad)
     if case not in _chosen:
         _chosen[case] = _choose(spec, like, inputs, grad) if size > 1 else "sdpa"
     module = backend(_chosen[case])
-    return Plan(module.attend, module.form(spec, like))
+    return AttentionPlan(module.attend, module.form(spec, like))
 
 
 def chosen() -> dict[str, str]:

@@ -200,7 +200,7 @@ def test_a_compiled_block_has_no_graph_break_and_compiles_once_for_all_masks(nam
         spec = check.example("hidden", 3, 32, seed)
         with torch.no_grad():
             want = sdpa.attention(2 * qkv[0], *qkv[1:], spec) + 1
-            torch.testing.assert_close(compiled(*qkv, kernels.Plan(module.attend, module.form(spec, qkv[0]))), want)
+            torch.testing.assert_close(compiled(*qkv, kernels.AttentionPlan(module.attend, module.form(spec, qkv[0]))), want)
     assert counters["stats"]["unique_graphs"] == 1
     with torch.no_grad():  # a mask without a plan is planned outside of the graph
         torch.testing.assert_close(torch.compile(block, backend="eager")(*qkv, spec), want)
