@@ -62,6 +62,8 @@ def start(cfg: RunConfig) -> Context:
     rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    # A stop signal to the process group would end inductor's worker processes, and a rank that compiles would wait for them.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if cfg.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
         torch.use_deterministic_algorithms(True)

@@ -81,7 +81,9 @@ def supports(spec: MaskSpec, dtype: torch.dtype, head_dim: int, device: torch.de
         return f"head dimension {head_dim} is above 128: use sdpa"
     interface = _interface_for(spec, device)
     if interface is not None and grad and torch.are_deterministic_algorithms_enabled() and not interface.deterministic:
-        return "the installed flash-attn has no deterministic backward pass, which train.deterministic requires: use sdpa"
+        return (
+            "the installed flash-attn has no deterministic backward pass, which train.deterministic requires: use sdpa"
+        )
     if interface is None:
         if spec.is_plain_causal:
             return "no installed flash-attn supports this GPU's generation: use sdpa"

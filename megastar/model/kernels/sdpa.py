@@ -61,7 +61,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None) -> 
     if queries == keys:
         return attend(q, k, v, form(mask or _plain, q))
     assert mask is None or mask.is_plain_causal, "masks are for training: no cache"
-    return attend(q, k, v, (_plain.additive(keys, q.device, q.dtype)[..., -queries:, :] if queries > 1 else None, False))
+    return attend(
+        q, k, v, (_plain.additive(keys, q.device, q.dtype)[..., -queries:, :] if queries > 1 else None, False)
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, form: tuple[Tensor | None, bool]) -> Tensor:

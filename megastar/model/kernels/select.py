@@ -114,7 +114,9 @@ def _planned(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None) -> Tensor:
     return attend(q, k, v, form)
 
 
-def plan(mask: MaskSpec | None, like: Like | Tensor, inputs: Callable[[], Sequence[Tensor]], grad: bool) -> AttentionPlan:
+def plan(
+    mask: MaskSpec | None, like: Like | Tensor, inputs: Callable[[], Sequence[Tensor]], grad: bool
+) -> AttentionPlan:
     """The backend for a mask and q like ``like``. A case's first plan compares it with sdpa on ``inputs()``: q, k, v."""
     spec, size = mask or _plain, like.shape[2]
     case = (_wanted, like.device, like.dtype, like.shape[3], size, spec.kind, grad)
