@@ -21,8 +21,8 @@ from common import run_config
 from torch import Tensor
 
 from megastar.engine.student import Student
+from megastar.engine.zero.compiled_blocks import compile_blocks
 from megastar.engine.zero.partitions import AdamWEMA, parameter_groups
-from megastar.engine.zero.setup import compile_blocks
 from megastar.model.masks import MaskSpec, draw_hidden
 from megastar.utils.device import pick_dtype
 

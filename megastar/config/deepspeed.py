@@ -72,18 +72,17 @@ def deepspeed_problems(cfg: RunConfig) -> list[str]:
     out += _disagreement(section, file, "autotp_size", "parallel.tensor_parallel", tp)
     if t.dtype != "auto":
         out += _dtype_problems(data, file, t.dtype)
-    zero = data.get("zero_optimization")
-    out += _zero_problems(zero, file)
-    # Compiled blocks need whole weights and must not contain collectives.
-    if t.compile and isinstance(zero, dict) and zero.get("stage") == 3:
-        out.append(
-            f"train.compile with ZeRO stage 3 ({file}): its hooks gather weights in each block; use stage 0 to 2"
-        )
-    elif t.compile and tp > 1:
-        out.append(
-            f"train.compile with parallel.tensor_parallel {tp}: compiled blocks must not contain collectives; use tensor_parallel 1"
-        )
-    return out
+    return out + _zero_problems(data.get("zero_optimization"), file) + _compile_problems(cfg)
+
+
+def _compile_problems(cfg: RunConfig) -> list[str]:
+    """Compiled blocks must not contain collectives."""
+    if cfg.train.compile == "on" and cfg.parallel.tensor_parallel > 1:
+        return [
+            f"train.compile = on with parallel.tensor_parallel {cfg.parallel.tensor_parallel}: compiled blocks must not "
+            "contain collectives; use train.compile=auto, or tensor_parallel 1"
+        ]
+    return []
 
 
 def deepspeed_config(

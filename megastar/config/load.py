@@ -248,6 +248,8 @@ def _fill(
                 value = int(value)  # 1e4 is a float in YAML
             if hint is str and value is None:
                 value = ""  # `data.val_shards=`
+            if hint is str and isinstance(value, bool):
+                value = "on" if value else "off"  # as YAML 1.1 reads these words
             try:
                 OmegaConf.update(config, name, value)
             except (OmegaConfBaseException, ValueError, TypeError):

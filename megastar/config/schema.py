@@ -284,8 +284,14 @@ class TrainConfig:
     keep_every: int = knob(0, "also keep checkpoints whose step is a multiple of this; 0: none", low=0)
     keep_best: bool = knob(False, "also keep the checkpoint with the lowest validation loss at its step")
     upload: str = knob("", "s3://bucket/prefix to copy each complete checkpoint to; empty: no copy")
-    compile: bool = knob(
-        False, "torch.compile each block (ZeRO stages 0 to 2, no tensor parallelism); compare losses first"
+    compile: str = knob(
+        "auto",
+        "torch.compile each block: auto: on a GPU without tensor parallelism, if compiled and eager blocks agree at the "
+        "start; on; off (true and false mean on and off)",
+        choices=("auto", "on", "off"),
+    )
+    deterministic: bool = knob(
+        False, "use deterministic operations only, slower; refuse an attention backend that has none"
     )
     fused_ops: str = knob(
         "auto",

@@ -38,7 +38,7 @@ from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks, run_on_main
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
-from megastar.engine.zero.setup import build, collective_timeout, set_timeouts, start
+from megastar.engine.zero.setup import build, chosen_kernels, collective_timeout, set_timeouts, start
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.run_dir import checkpoint_dir
@@ -220,10 +220,10 @@ class Trainer:
         cfg, ctx = self.cfg, self.ctx
         metrics = MetricsLogger(self.run, self.step, self.steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx))
         opened.callback(metrics.close)  # at once: what follows, or another rank, may fail
-        kind, text = "started", f"{cfg.run}: {self.steps} steps on {ctx.world} rank(s)"
-        if self.found:
-            kind, text = "resumed", f"resumed {self.found} at step {self.step}"
-        metrics.event(kind, text, steps=self.steps, ranks=ctx.world, **process_environment(ctx.device))
+        fresh = f"{cfg.run}: {self.steps} steps on {ctx.world} rank(s)"
+        text = f"resumed {self.found} at step {self.step}" if self.found else fresh
+        facts = process_environment(ctx.device) | chosen_kernels(self.engines.student.module.transformer)
+        metrics.event("resumed" if self.found else "started", text, steps=self.steps, ranks=ctx.world, **facts)
         if ctx.main and not self.data.train.manifest.tokenizer_sha256:
             logger.warning("%s records no tokenizer hash; assuming it matches data.tokenizer", cfg.data.shards)
         return metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,17 +12,19 @@ from megastar.errors import UserError
 
 
 def disagreement(
-    fast: Callable[..., Tensor],
+    fast: Callable[..., Any],
     reference: Callable[..., Tensor],
     inputs: Sequence[Tensor],
     names: Sequence[str],
     label: str,
     grad: bool,
+    whole: bool = False,
 ) -> str | None:
     """None if both agree on ``inputs``, else what is wrong; ``names``: of the output and of each input's gradient.
 
     Both are compared with ``reference`` in fp64. The largest error of the output, and with ``grad`` of each gradient, may
     be three times that of ``reference`` in the inputs' own precision, plus a floor for the rounding common to both.
+    ``whole``: ``fast`` is given the gradient of the output instead, and returns the output and the gradients of ``inputs``.
     """
     # Hidden from activation checkpointing, which counts saved tensors, and from inference mode.
     identity = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
@@ -35,7 +38,7 @@ def disagreement(
             return [out.detach(), *(torch.autograd.grad(out, leaves, g.to(out.dtype)) if grad else ())]
 
         try:
-            got = results(fast, inputs)
+            got = fast(g) if whole else results(fast, inputs)
         except UserError:
             raise
         except Exception as error:  # of a compiler, a driver or a library: the run continues with the reference

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megastar.config.schema import ModelConfig
-from megastar.model.attention import Attention, Cache
+from megastar.model.attention import Attention, Cache, plan_attention
 from megastar.model.fused import swiglu
+from megastar.model.kernels import AttentionPlan
 from megastar.model.layers import Dropout, Embedding, Head, Linear, RMSNorm
 from megastar.model.masks import MaskSpec
 from megastar.model.rope import rope_table
@@ -73,7 +74,7 @@ class TransformerBlock(nn.Module):
         x: Tensor,
         *,
         rope: Tensor,
-        mask: MaskSpec | None = None,
+        mask: AttentionPlan | MaskSpec | None = None,
         cache: Cache | None = None,
         layer: int = 0,
         start: int = 0,
@@ -124,11 +125,15 @@ class Transformer(nn.Module):
 
         kind = torch.float64 if h.dtype == torch.float64 else torch.float32
         rope = rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, h.device, kind)[start : start + h.shape[1]]
-        features = None
+        features, attend = None, None
+        if cache is None:
+            device = h.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+            attend = plan_attention(cfg, mask, h.shape[0], h.shape[1], h.device, dtype)
         for i, block in enumerate(self.layers):
             if i == last_block:
                 break
-            run = partial(block, rope=rope, mask=mask, cache=cache, layer=i, start=start)
+            run = partial(block, rope=rope, mask=attend, cache=cache, layer=i, start=start)
             recompute = checkpointing and torch.is_grad_enabled()
             h = checkpoint(run, h, use_reentrant=False) if recompute else run(h)
             if i + 1 == features_at:

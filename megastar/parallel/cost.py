@@ -151,8 +151,8 @@ class Transfer:
 
 def assumptions(cfg: RunConfig) -> dict[str, str]:
     """``ASSUMPTIONS`` and what the blocks of this run move."""
-    rows = {"eager": EAGER} if not wants_compile(cfg) else {"compiled": COMPILED, "eager": EAGER}
-    where = {"compiled": " at ZeRO stages 0 to 2 without tensor ranks", "eager": " elsewhere" if len(rows) > 1 else ""}
+    rows = {"eager": EAGER} if cfg.train.compile == "off" else {"compiled": COMPILED, "eager": EAGER}
+    where = {"compiled": " without tensor ranks", "eager": " with them" if len(rows) > 1 else ""}
     moved = [
         f"{way}{where[way]}: "
         + ", ".join(
@@ -161,13 +161,8 @@ def assumptions(cfg: RunConfig) -> dict[str, str]:
         )
         for way, passes in rows.items()
     ]
-    text = f"train.compile={str(cfg.train.compile).lower()}; bytes moved per token, {'; '.join(moved)}"
+    text = f"train.compile={cfg.train.compile}; bytes moved per token, {'; '.join(moved)}"
     return {**ASSUMPTIONS, "blocks": text}
-
-
-def wants_compile(cfg: RunConfig) -> bool:
-    """Whether ``train.compile`` compiles blocks on a GPU: true or false, or auto, on or off."""
-    return str(cfg.train.compile).lower() in ("true", "on", "auto")
 
 
 @dataclass
@@ -333,7 +328,7 @@ def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpo
     memory, host = memory_bytes(cfg.model, cfg.self_guided, zero, tensor, data, micro, checkpointing, dtype)
     need = sum(memory.values()) * (1 + FRAGMENTATION) + RESERVED_GIB * GIB
     sent = transfers(cfg.model, cfg.self_guided, zero, tensor, data, micro, accumulation, checkpointing, dtype)
-    compiled = wants_compile(cfg) and zero.stage < 3 and tensor == 1  # as far as config/deepspeed.py permits
+    compiled = cfg.train.compile != "off" and tensor == 1
     compute = compute_seconds(cfg, machine, tensor, checkpointing, compiled, dtype)
     exposed, hidden = 0.0, 0.0
     for t in sent:

@@ -27,6 +27,7 @@ RESUMABLE = (
     "train.keep",
     "train.threads",
     "train.compile",
+    "train.deterministic",
     "train.fused_ops",
     "train.upload",
     "train.micro_batch",

@@ -33,7 +33,7 @@ def case(name: str, stage: str, tensor: int = 1, accumulation: int = 1, **more) 
 ONE_VIEW, BF16 = {"self_guided": {"student_views": 1}}, {"train": {"dtype": "bf16"}}
 BASELINE = {"self_guided": {"enabled": False}, "optim": {"grad_clip": 0.05}}
 MIM = {"self_guided": {"step_loss": False, "view_loss": False}}
-COMPILED = {"train": {"compile": True}}
+COMPILED = {"train": {"compile": "on"}}
 RECOMPUTED = {"parallel": {"activation_checkpointing": True}}
 DROPOUT = {"model": {"token_dropout_p": 0.1, "resid_dropout_p": 0.1, "ffn_dropout_p": 0.1}}
 EVERY_STAGE = ("0", "1", "2", "3")
@@ -63,7 +63,8 @@ CASES: dict[int, list[dict]] = {
     + [case("t2_resumed_offload", "3_offload_cut", 2, resume="saved"), case("t1_resumed_cut", "3_cut", resume="saved")]
     + [case("t2_resumed_stage2", "2", 2, resume="saved1")],
     1: [case("t1_resumed", "3", resume="saved"), case("t1_resumed_stage0", "0", resume="saved1")]
-    + [case("t1_compiled", "2", **COMPILED)],
+    + [case("t1_compiled", "2", **COMPILED), case("t1_compiled_stage3", "3_cut", **COMPILED)]
+    + [case("t1_compiled_recomputed", "3_cut", **{**RECOMPUTED, **COMPILED})],
 }
 COUNTED = [
     (r, c["name"]) for r in (2, 4) for c in CASES[r] if c in CUT or (c in BOTH and not c["name"].endswith("_stage3"))

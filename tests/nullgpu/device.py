@@ -14,7 +14,13 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-LIBRARIES = ("libtorch_cuda.so", "libc10_cuda.so", "libtorch_cuda_linalg.so", "libtorch_python.so", "libtorch_nvshmem.so")
+LIBRARIES = (
+    "libtorch_cuda.so",
+    "libc10_cuda.so",
+    "libtorch_cuda_linalg.so",
+    "libtorch_python.so",
+    "libtorch_nvshmem.so",
+)
 REPLACED = re.compile(r"^(cuda[A-Z]|__cuda|cublas|nccl)\w+$")  # the functions that must not reach a real library
 
 
@@ -30,7 +36,9 @@ def imported_functions() -> set[str]:
     for name in LIBRARIES:
         library = torch_folder() / "lib" / name
         if library.is_file():
-            text = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+            text = subprocess.run(
+                ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+            ).stdout
             found |= {line.split()[-1].split("@")[0] for line in text.splitlines()}
     assert found, f"no CUDA build of torch in {torch_folder()}"
     return {name for name in found if REPLACED.match(name)}
@@ -59,7 +67,10 @@ def build(folder: Path) -> Path:
 
 def environment(folder: Path | None = None) -> dict[str, str]:
     """The variables with which a Python process finds the null GPU."""
-    folder = folder or Path(tempfile.gettempdir()) / f"nullgpu-{os.getuid()}-{torch_folder().parent.parent.parent.parent.name}"
+    folder = (
+        folder
+        or Path(tempfile.gettempdir()) / f"nullgpu-{os.getuid()}-{torch_folder().parent.parent.parent.parent.name}"
+    )
     library = build(folder)
     path = [str(HERE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {

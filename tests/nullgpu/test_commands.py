@@ -52,7 +52,20 @@ def run(folder: Path, *words: object, limit: float = 600, gpu: bool = True) -> s
 @pytest.fixture(scope="session")
 def shards(folder: Path) -> Path:
     out = folder / "codes"
-    run(folder, "pretokenize", IMAGES, "--subset", "val", "--tokenizer", TOKENIZER, "--out", out, "--crops", "center-flip", gpu=False)
+    run(
+        folder,
+        "pretokenize",
+        IMAGES,
+        "--subset",
+        "val",
+        "--tokenizer",
+        TOKENIZER,
+        "--out",
+        out,
+        "--crops",
+        "center-flip",
+        gpu=False,
+    )
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import os
@@ -19,19 +20,22 @@ from torch import nn
 
 from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
-from megastar.config.schema import DataConfig, FaultsConfig, ModelConfig, RunConfig, SelfGuidedConfig
+from megastar.config.schema import DataConfig, FaultsConfig, RunConfig
 from megastar.data.storage.store import is_remote
 from megastar.engine.context import Context
 from megastar.engine.phase import DATA_EXTRA
 from megastar.engine.student import Student
+from megastar.engine.zero.compiled_blocks import compile_blocks, wants_compiled
 from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
 from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.partitions import AdamWEMA, parameter_groups
 from megastar.engine.zero.step_skip import install_step_skip
 from megastar.errors import UserError
+from megastar.model.attention import plan_attention
 from megastar.model.fused import set_fused
 from megastar.model.kernels import set_backend
-from megastar.model.masks import MaskSpec
+from megastar.model.kernels.select import chosen
+from megastar.model.masks import MaskSpec, draw_hidden
 from megastar.model.transformer import Transformer
 from megastar.parallel.cross_entropy import linear_cross_entropy
 from megastar.parallel.plan import autotp_section
@@ -58,6 +62,12 @@ def start(cfg: RunConfig) -> Context:
     rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    # A stop signal to the process group would end inductor's worker processes, and a rank that compiles would wait for them.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    if cfg.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+        importlib.import_module("torch.utils.deterministic").fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if cuda:
         if local >= torch.cuda.device_count():
             raise UserError(
@@ -123,16 +133,17 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     config = deepspeed_config(
         cfg, micro, accumulation, world_size=ctx.world, dtype="bf16" if ctx.dtype == torch.bfloat16 else "fp32"
     )
-    choose_attention(cfg.attention.backend, cfg.model, cfg.self_guided, ctx)
-    set_fused(cfg.train.fused_ops == "auto")
+    masked = choose_attention(cfg, ctx, micro)
+    set_fused(cfg.train.fused_ops == "auto" and not cfg.train.deterministic)
+    compiled = wants_compiled(cfg, ctx, masked)
     stage = config["zero_optimization"]["stage"]
     if stage == 0 and not cfg.optim.grad_clip:
         config["gradient_clipping"] = 1e30  # clips nothing, but computes and checks the norm
     torch.manual_seed(cfg.train.seed)  # the same weights on every rank; each keeps its shard
     with zero_init_context(config, ctx):
         student = Student(cfg)
-    if cfg.train.compile:
-        compile_blocks(student.transformer)  # before the engine's hooks, which stay outside the blocks
+    if compiled:
+        compile_blocks(student.transformer)  # before the engine looks for leaf modules
     config |= {"tensor_parallel": autotp_section(ctx.tensor)} if ctx.tensor > 1 else {}
     o = cfg.optim
     optimizer = AdamWEMA(parameter_groups(student, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
@@ -151,13 +162,15 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
         with zero_init_context(teacher_config, ctx):
             transformer = Transformer(cfg.model)
         transformer.requires_grad_(False).eval()
+        if compiled:
+            compile_blocks(transformer)
         teacher = initialize(transformer, teacher_config)
         teacher.eval()
         engines.teacher = ShardedTeacher(teacher, engine, optimizer)
     else:
         transformer = Transformer(cfg.model).to(ctx.device, ctx.dtype)
         transformer.requires_grad_(False).eval()
-        if cfg.train.compile:
+        if compiled:
             compile_blocks(transformer)
         if ctx.tensor > 1:  # an engine of stage 0 only splits the layers
             transformer = initialize(transformer, teacher_config | {"zero_optimization": {"stage": 0}}).module
@@ -167,17 +180,30 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     return engines
 
 
-def choose_attention(backend: str, model: ModelConfig, guided: SelfGuidedConfig, ctx: Context) -> None:
-    """Set the attention kernel of this run. Raises ``UserError`` for a named one that does not support the run."""
-    masked = guided.enabled and round(guided.mask_ratio * (model.image_tokens - 1)) > 0
-    masks = (MaskSpec.hidden(torch.zeros(1, model.image_tokens, dtype=torch.bool)),) if masked else ()
-    set_backend(backend, device=ctx.device, dtype=ctx.dtype, head_dim=model.head_dim, masks=masks)
+def choose_attention(cfg: RunConfig, ctx: Context, micro: int) -> bool:
+    """Set the attention backend of this run and, on a GPU, compare it with sdpa at the run's shapes before the first step.
+
+    Returns whether training has a mask. Raises ``UserError`` for a backend that does not support the run.
+    """
+    m, guided, size = cfg.model, cfg.self_guided, cfg.model.image_tokens
+    batch = micro * cfg.student_views
+    masks: tuple[MaskSpec, ...] = ()
+    if guided.enabled and round(guided.mask_ratio * (size - 1)) > 0:
+        ids = torch.arange(batch)
+        hidden = draw_hidden(cfg.train.seed, torch.zeros_like(ids), ids, size, guided.mask_ratio)
+        masks = (MaskSpec.hidden(hidden.to(ctx.device)),)
+    set_backend(cfg.attention.backend, device=ctx.device, dtype=ctx.dtype, head_dim=m.head_dim, masks=masks)
+    if ctx.device.type == "cuda":
+        split = dataclasses.replace(m, n_head=m.n_head // ctx.tensor, dim=m.dim // ctx.tensor)  # of a tensor rank
+        plan_attention(split, masks[0] if masks else None, batch, size, ctx.device, ctx.dtype)
+        with torch.no_grad():  # teacher and validation
+            plan_attention(split, None, batch, size, ctx.device, ctx.dtype)
+    return bool(masks)
 
 
-def compile_blocks(transformer: Transformer) -> None:
-    """Compile each block separately: equal blocks share one compilation, and a change of the loss causes no new one."""
-    for block in transformer.layers:
-        block.compile()
+def chosen_kernels(transformer: Transformer) -> dict[str, Any]:
+    """For the record of a run: the attention backend of each kind of mask, and whether the blocks are compiled."""
+    return {"attention": chosen(), "compiled": "forward" in vars(transformer.layers[0])}
 
 
 def split_loss(output: nn.Module, group: dist.ProcessGroup) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ class Interface(NamedTuple):
     generation: int
     function: Callable[..., Any]
     masks: bool  # whether it accepts a mask function that reads tensors
+    deterministic: bool = False  # whether its backward pass can be
 
 
 # generation -> (module, lowest and highest compute capability), preferred first. 3 is installed from the source of
@@ -44,7 +46,7 @@ def interfaces() -> tuple[Interface, ...]:
             names = set(inspect.signature(function).parameters)
         except Exception:  # missing, not callable, or built for another torch: it is not usable
             continue
-        found.append(Interface(generation, function, {"mask_mod", "aux_tensors"} <= names))
+        found.append(Interface(generation, function, {"mask_mod", "aux_tensors"} <= names, "deterministic" in names))
     return tuple(found)
 
 
@@ -54,9 +56,16 @@ def missing() -> str | None:
         return None
     try:
         importlib.import_module("flash_attn")
+        if importlib.util.find_spec("flash_attn.cute") is not None:
+            importlib.import_module("flash_attn.cute")
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] != "flash_attn":
+            package = "nvidia-cutlass-dsl" if error.name.partition(".")[0] == "cutlass" else error.name
+            return f"flash-attn-4 needs the module {error.name}, which is missing: pip install {package}"
+        return "flash-attn cannot be imported: pip install flash-attn-4 (Hopper and later) or flash-attn"
     except Exception as error:
-        why = "" if isinstance(error, ModuleNotFoundError) else f" ({type(error).__name__}: {error})"
-        return f"flash-attn cannot be imported{why}: pip install flash-attn-4 (Hopper and later) or flash-attn"
+        why = f"({type(error).__name__}: {error})"
+        return f"flash-attn cannot be imported {why}: pip install flash-attn-4 (Hopper and later) or flash-attn"
     return (
         "the installed package flash_attn has no flash_attn_func: remove it, then "
         "pip install flash-attn-4 (Hopper and later) or flash-attn"
@@ -70,7 +79,12 @@ def supports(spec: MaskSpec, dtype: torch.dtype, head_dim: int, device: torch.de
         return f"it supports bf16 and fp16, not {dtype}: use train.dtype=bf16, or sdpa"
     if head_dim > 128:
         return f"head dimension {head_dim} is above 128: use sdpa"
-    if _interface_for(spec, device) is None:
+    interface = _interface_for(spec, device)
+    if interface is not None and grad and torch.are_deterministic_algorithms_enabled() and not interface.deterministic:
+        return (
+            "the installed flash-attn has no deterministic backward pass, which train.deterministic requires: use sdpa"
+        )
+    if interface is None:
         if spec.is_plain_causal:
             return "no installed flash-attn supports this GPU's generation: use sdpa"
         return f"no installed flash-attn supports the mask ({spec.kind}): use triton, flex or sdpa"
@@ -88,13 +102,27 @@ def _interface_for(spec: MaskSpec, device: torch.device) -> Interface | None:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> Tensor:
     """As ``sdpa.attention``, with S = L."""
-    interface, d = _interface_for(spec, q.device), q.shape[-1]
+    return attend(q, k, v, spec)
+
+
+def form(spec: MaskSpec, like: Any) -> MaskSpec:
+    return spec
+
+
+@torch._disable_dynamo  # in a compiled block a graph break: version 4 compiles its kernels itself
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> Tensor:
+    d = q.shape[-1]
+    interface = _interface_for(spec, q.device)
     assert interface is not None
-    # flash-attn expects (B, S, H, d) with d a multiple of 8: zeros appended to q and k do not change the logits.
-    if d % 8:  # F.pad copies even if there is nothing to append
-        q, k, v = (F.pad(t, (0, -d % 8)) for t in (q, k, v))
+    # flash-attn expects (B, S, H, d) with d a multiple of 8: zeros appended to q and k do not change the logits. The masked
+    # backward pass of version 4 supports no head dimension between 96 and 128.
+    pad = 128 - d if interface.generation == 4 and 96 < d < 128 and not spec.is_plain_causal else -d % 8
+    if pad:  # F.pad copies even if there is nothing to append
+        q, k, v = (F.pad(t, (0, pad)) for t in (q, k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     options: dict[str, Any] = {"softmax_scale": d**-0.5}
+    if interface.deterministic and torch.are_deterministic_algorithms_enabled():
+        options["deterministic"] = True
     if spec.is_plain_causal:
         options["causal"] = True
     else:

@@ -1,4 +1,6 @@
-"""Attention by torch's flex_attention, compiled once per shape. Forward and backward on a GPU, forward only on CPU."""
+"""Attention by torch's flex_attention, compiled once per shape. Forward and backward on a GPU, forward only on CPU.
+
+In a compiled block it is part of the block's graph."""
 
 from __future__ import annotations
 
@@ -42,7 +44,21 @@ def supports(spec: MaskSpec, dtype: torch.dtype, head_dim: int, device: torch.de
     return None
 
 
+def form(spec: MaskSpec, like: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The block mask, and what a compilation depends on."""
+    return spec.flex(like.shape[2], like.device), (spec.kind, spec.window)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, form: tuple[Any, tuple[Any, ...]]) -> Tensor:
+    blocks, kind = form
+    if torch.compiler.is_compiling():
+        from torch.nn.attention.flex_attention import flex_attention
+
+        out: Tensor = flex_attention(q, k, v, block_mask=blocks)
+        return out
+    return _compiled((q.shape, q.dtype, q.device, kind, torch.is_grad_enabled()))(q, k, v, blocks)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> Tensor:
     """As ``sdpa.attention``, with S = L."""
-    case = (q.shape, q.dtype, q.device, spec.kind, spec.window, torch.is_grad_enabled())
-    return _compiled(case)(q, k, v, spec.flex(q.shape[2], q.device))
+    return attend(q, k, v, form(spec, q))

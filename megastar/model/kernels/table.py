@@ -14,7 +14,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Without a table, on CUDA: not measured. For plain causal, sdpa is torch's own flash kernel.
+# Without a table, on CUDA: not measured. For plain causal, sdpa is torch's own flash kernel in 16 bits, because sdpa.py
+# disables cuDNN, which torch prefers on Hopper; in fp32 it is the memory-efficient one.
 PLAIN = ("sdpa",)
 MASKED = ("flex", "triton", "sdpa")
 

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megastar.model.kernels.tiles import tiles
-from megastar.model.masks import MaskSpec
+from megastar.model.masks import MaskSpec, Window
 
 LOG2E = 1.4426950408889634
 
@@ -89,9 +88,43 @@ def mask_options(spec: MaskSpec) -> dict[str, Any]:
     }
 
 
+class Form(NamedTuple):
+    """A mask on the device: the intervals (R or 1, S), the tiles that each kernel visits, and the window."""
+
+    start: Tensor | None
+    end: Tensor | None
+    tiles: list[Tensor]  # full, visited and order, of the forward, dq and dkv kernels; none if plain causal
+    window: list[int]  # width, rows and columns; 0: none
+
+
+def form(spec: MaskSpec, like: Any) -> Form:
+    batch, _, size, d = like.shape
+    spec.check_size(size)
+    rows = {t.shape[0] for t in (spec.start, spec.end) if t is not None}
+    assert rows <= {1, batch}, (rows, batch)
+
+    def make() -> Form:
+        # If only one of the two is shared by all sequences, it is expanded too.
+        at = spec.to(like.device)
+        start, end = (None if t is None else t.expand(max(rows), -1).contiguous() for t in (at.start, at.end))
+        c = configs(d, like.dtype, size)
+        lists: list[Tensor] = []
+        for name in () if spec.is_plain_causal else ("forward", "dq", "dkv"):
+            lists += tiles(at, size, c[name].BM, c[name].BN, like.device)[name == "dkv"]
+        w = spec.window
+        return Form(start, end, lists, [w.width, w.rows, w.columns] if w else [0, 0, 0])
+
+    return spec.cached(("triton", size, d, like.dtype, like.device), make)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
+    out: Tensor = _forward(q, k, v, *form)[0]
+    return out
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> Tensor:
     """As ``sdpa.attention``, with S = L."""
-    return _Attention.apply(*map(aligned, (q, k, v)), spec)
+    return attend(q, k, v, form(spec, q))
 
 
 def aligned(t: Tensor) -> Tensor:
@@ -103,25 +136,18 @@ def aligned(t: Tensor) -> Tensor:
 class _Launch:
     """Arguments common to the kernels of one call."""
 
-    def __init__(self, q: Tensor, spec: MaskSpec):
+    def __init__(self, q: Tensor, form: Form):
         self.batch, self.heads, self.size, self.d = q.shape
-        spec.check_size(self.size)
-        rows = {t.shape[0] for t in (spec.start, spec.end) if t is not None}
-        assert rows <= {1, self.batch}, (rows, self.batch)
-        self.spec, self.q, self.configs = spec.to(q.device), q, configs(self.d, q.dtype, self.size)
-        # If only one of the two is shared by all sequences, it is expanded too.
-        self.start, self.end = (self._expand(t, max(rows, default=1)) for t in (self.spec.start, self.spec.end))
+        self.q, self.form, self.configs = q, form, configs(self.d, q.dtype, self.size)
+        self.spec = MaskSpec(form.end, form.start, Window(*form.window) if form.window[0] else None, trusted=True)
+        self.start, self.end = (q if t is None else t for t in (form.start, form.end))  # q: any pointer, it is not read
 
-    def _expand(self, t: Tensor | None, rows: int) -> Tensor:
-        return self.q if t is None else t.expand(rows, -1).contiguous()  # q: any pointer, it is not read
-
-    def tiles(self, c: Config, by_key: bool) -> tuple[Any, ...]:
+    def tiles(self, name: str) -> tuple[Any, ...]:
         """full, visited, order, and the number of tiles on this side and the other."""
+        c, at = self.configs[name], 3 * ("forward", "dq", "dkv").index(name)
         m, n = -(-self.size // c.BM), -(-self.size // c.BN)
-        counts = (n, m) if by_key else (m, n)
-        if self.spec.is_plain_causal:
-            return (self.q, self.q, self.q, *counts)
-        return (*tiles(self.spec, self.size, c.BM, c.BN, self.q.device)[by_key], *counts)
+        lists = self.form.tiles[at : at + 3] or (self.q,) * 3
+        return (*lists, *((n, m) if name == "dkv" else (m, n)))
 
     def options(self, c: Config) -> dict[str, Any]:
         return {
@@ -135,56 +161,93 @@ class _Launch:
         return torch.cuda.device(self.q.device) if self.q.is_cuda else nullcontext()
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> Tensor:
-        from megastar.model.kernels import triton_jit as jit
+# Custom operators, so that a compiled block contains them without a graph break: all they read are tensors and numbers.
+_MASK = "Tensor? start, Tensor? end, Tensor[] tiles, int[] window"
 
-        call = _Launch(q, spec)
-        B, H, S, d = q.shape
-        # The layout of the output projection's input: out.transpose(1, 2).flatten(2) copies nothing.
-        out = q.new_empty(B, S, H, d).transpose(1, 2)
-        lse = torch.empty(B * H, S, dtype=torch.float32, device=q.device)
+
+@torch.library.custom_op(
+    "megastar::triton_attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor, Tensor)"
+)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, tiles: list[Tensor], window: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp in base 2 (B * H, S)."""
+    from megastar.model.kernels import triton_jit as jit
+
+    q, k, v = map(aligned, (q, k, v))
+    call = _Launch(q, Form(start, end, tiles, window))
+    B, H, S, d = q.shape
+    # The layout of the output projection's input: out.transpose(1, 2).flatten(2) copies nothing.
+    out = q.new_empty(B, S, H, d).transpose(1, 2)
+    lse = torch.empty(B * H, S, dtype=torch.float32, device=q.device)
+    c, lists = call.configs["forward"], call.tiles("forward")
+    with call.on_device():
+        jit.forward[(-(-S // c.BM) * B * H,)](
+            q, k, v, out, lse, call.start, call.end, *lists[:3], LOG2E / math.sqrt(d), S, H, *lists[3:],
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], **call.options(c),
+        )  # fmt: skip
+    return out, lse
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    B, H, S, d = q.shape
+    return q.new_empty(B, S, H, d).transpose(1, 2), q.new_empty(B * H, S, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "megastar::triton_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MASK}) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    start: Tensor | None, end: Tensor | None, tiles: list[Tensor], window: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from megastar.model.kernels import triton_jit as jit
+
+    grad, q, k, v = map(aligned, (grad, q, k, v))
+    call = _Launch(q, Form(start, end, tiles, window))
+    B, H, S, d = q.shape
+    dq, dk, dv = (t.new_empty(B, S, H, d).transpose(1, 2) for t in (q, k, v))
+    dot = torch.empty_like(lse)
+    scales = LOG2E / math.sqrt(d), 1 / math.sqrt(d)
+    inputs = [s for t in (q, k, v, grad) for s in t.stride()[:3]]
+    with call.on_device():
         c = call.configs["forward"]
-        with call.on_device():
-            jit.forward[(-(-S // c.BM) * B * H,)](
-                q, k, v, out, lse, call.start, call.end, *call.tiles(c, False)[:3], LOG2E / math.sqrt(d), S, H,
-                *call.tiles(c, False)[3:], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                **call.options(c),
-            )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.spec = spec
-        return out
+        jit.delta[(-(-S // c.BM) * B * H,)](
+            out, grad, dot, S, H, -(-S // c.BM), *out.stride()[:3], *grad.stride()[:3],
+            D=d, BD=padded(d), BM=c.BM, EVEN=S % c.BM == 0, num_warps=c.warps,
+        )  # fmt: skip
+        c, lists = call.configs["dq"], call.tiles("dq")
+        jit.backward_dq[(-(-S // c.BM) * B * H,)](
+            q, k, v, grad, lse, dot, dq, call.start, call.end, *lists[:3], *scales, S, H, *lists[3:],
+            *inputs, *dq.stride()[:3], **call.options(c),
+        )  # fmt: skip
+        c, lists = call.configs["dkv"], call.tiles("dkv")
+        jit.backward_dkv[(-(-S // c.BN) * B * H,)](
+            q, k, v, grad, lse, dot, dk, dv, call.start, call.end, *lists[:3], *scales, S, H, *lists[3:],
+            *inputs, *dk.stride()[:3], *dv.stride()[:3], **call.options(c),
+        )  # fmt: skip
+    return dq, dk, dv
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from megastar.model.kernels import triton_jit as jit
 
-        q, k, v, out, lse = ctx.saved_tensors
-        call = _Launch(q, ctx.spec)
-        B, H, S, d = q.shape
-        grad = aligned(grad)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dot = torch.empty_like(lse)
-        scales = LOG2E / math.sqrt(d), 1 / math.sqrt(d)
-        inputs = [s for t in (q, k, v, grad) for s in t.stride()[:3]]
-        with call.on_device():
-            c = call.configs["forward"]
-            jit.delta[(-(-S // c.BM) * B * H,)](
-                out, grad, dot, S, H, -(-S // c.BM), *out.stride()[:3], *grad.stride()[:3],
-                D=d, BD=padded(d), BM=c.BM, EVEN=S % c.BM == 0, num_warps=c.warps,
-            )  # fmt: skip
-            c = call.configs["dq"]
-            lists = call.tiles(c, False)
-            jit.backward_dq[(-(-S // c.BM) * B * H,)](
-                q, k, v, grad, lse, dot, dq, call.start, call.end, *lists[:3], *scales, S, H, *lists[3:],
-                *inputs, *dq.stride()[:3], **call.options(c),
-            )  # fmt: skip
-            c = call.configs["dkv"]
-            lists = call.tiles(c, True)
-            jit.backward_dkv[(-(-S // c.BN) * B * H,)](
-                q, k, v, grad, lse, dot, dk, dv, call.start, call.end, *lists[:3], *scales, S, H, *lists[3:],
-                *inputs, *dk.stride()[:3], *dv.stride()[:3], **call.options(c),
-            )  # fmt: skip
-        return dq, dk, dv, None
+@_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, S, d = q.shape
+    return tuple(q.new_empty(B, S, H, d).transpose(1, 2) for _ in range(3))  # type: ignore[return-value]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, start, end, lists, window = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, start, end, *lists)
+    ctx.window = window
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    q, k, v, out, lse, start, end, *lists = ctx.saved_tensors
+    return *_backward(grad, q, k, v, out, lse, start, end, lists, ctx.window), None, None, [None] * len(lists), None
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)

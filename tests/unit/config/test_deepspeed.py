@@ -131,14 +131,21 @@ def test_what_only_the_started_run_knows(tmp_path):
         deepspeed_config(auto, 64, 1, world_size=4, dtype="bf16")
 
 
-def test_compiled_blocks_are_refused_where_they_hold_no_whole_weights(tmp_path):
-    assert deepspeed_problems(run_with(tmp_path, zero(2), compile=True)) == []
-    (problem,) = deepspeed_problems(run_with(tmp_path, zero(3), compile=True))
-    assert problem.startswith("train.compile with ZeRO stage 3") and problem.endswith("use stage 0 to 2")
-    cfg = run_with(tmp_path, zero(1), compile=True)
+def test_compiled_blocks_are_refused_where_they_contain_collectives(tmp_path):
+    assert deepspeed_problems(run_with(tmp_path, zero(3), compile="on")) == []
+    cfg = run_with(tmp_path, zero(1), compile="on")
     cfg.parallel.tensor_parallel = 2
     (problem,) = deepspeed_problems(cfg)
-    assert problem.startswith("train.compile with parallel.tensor_parallel 2")
+    assert problem.startswith("train.compile = on with parallel.tensor_parallel 2")
+    cfg.train.compile = "auto"
+    assert deepspeed_problems(cfg) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [("true", "on"), ("false", "off"), ("on", "on"), ("off", "off"), ("auto", "auto")]
+)
+def test_compile_was_a_boolean(value, kept):
+    assert load_config("configs/run/demo.yaml", [f"train.compile={value}"]).train.compile == kept
 
 
 def test_problems_of_the_json_come_with_the_others(tmp_path):

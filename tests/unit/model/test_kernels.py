@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import re
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,7 +112,8 @@ def inputs(grad: bool = True) -> tuple[list[torch.Tensor], MaskSpec]:
 def stand_in(monkeypatch, attend) -> list[int]:
     """flex, as something else: the calls it gets are counted."""
     calls: list[int] = []
-    monkeypatch.setattr(flex, "attention", lambda *a: (calls.append(len(a[0])), attend(*a))[1])
+    monkeypatch.setattr(flex, "form", lambda spec, like: spec)
+    monkeypatch.setattr(flex, "attend", lambda *a: (calls.append(len(a[0])), attend(*a))[1])
     monkeypatch.setattr(flex, "supports", lambda *_: None)
     kernels.set_backend("flex")
     return calls
@@ -156,7 +159,7 @@ def test_a_wrong_backend_is_detected_at_its_first_use(monkeypatch, caplog, atten
         (message,) = caplog.messages
     assert message.startswith(f"attention backend flex {problem}")
     assert "causal, column intervals, float32, head dimension 16, cpu" in message
-    assert calls == [2]  # a slice of the real inputs: two of three sequences
+    assert calls == [3]  # on all of the real inputs: it compiles what it will run
 
 
 def test_a_correct_backend_is_checked_once_per_case(monkeypatch) -> None:
@@ -165,10 +168,10 @@ def test_a_correct_backend_is_checked_once_per_case(monkeypatch) -> None:
     state = torch.get_rng_state()
     for _ in range(3):
         kernels.attention(*qkv, spec)
-    assert calls == [2, 3, 3, 3]
+    assert calls == [3] * 4
     assert torch.equal(torch.get_rng_state(), state)  # the comparison uses none of the run's random numbers
     kernels.attention(*qkv)  # another mask is another case
-    assert calls == [2, 3, 3, 3, 2, 3]
+    assert calls == [3] * 6
     kernels.attention(*(t[:, :, -1:] for t in qkv[:1]), *qkv[1:])  # decoding with a cache is sdpa's
     assert len(calls) == 6
 
@@ -182,23 +185,53 @@ def test_the_check_is_not_seen_by_activation_checkpointing(monkeypatch) -> None:
     assert all(t.grad is not None for t in qkv)
 
 
-def test_the_check_works_from_inside_a_compiled_block(monkeypatch) -> None:
-    calls = stand_in(monkeypatch, sdpa.attention)
-    qkv, _ = inputs()
+@pytest.mark.parametrize("name", ["sdpa", "flex"])
+def test_a_compiled_block_has_no_graph_break_and_compiles_once_for_all_masks(name: str) -> None:
+    from torch._dynamo.utils import counters
+
+    module, (qkv, _) = select.backend(name), inputs(grad=False)
 
     def block(q, k, v, mask):
         return kernels.attention(2 * q, k, v, mask) + 1
 
-    compiled = torch.compile(block, backend="eager")
+    counters.clear()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)
     for seed in range(4):
         spec = check.example("hidden", 3, 32, seed)
-        torch.testing.assert_close(compiled(*qkv, spec), sdpa.attention(2 * qkv[0], *qkv[1:], spec) + 1)
-    assert calls == [2, 3, 3, 3, 3]
+        with torch.no_grad():
+            want = sdpa.attention(2 * qkv[0], *qkv[1:], spec) + 1
+            torch.testing.assert_close(
+                compiled(*qkv, kernels.AttentionPlan(module.attend, module.form(spec, qkv[0]))), want
+            )
+    assert counters["stats"]["unique_graphs"] == 1
+    with torch.no_grad():  # a mask without a plan is planned outside of the graph
+        torch.testing.assert_close(torch.compile(block, backend="eager")(*qkv, spec), want)
+
+
+def test_the_next_candidate_is_tried_when_one_fails(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(table, "order", lambda *_: ("flex", "triton", "sdpa"))
+    monkeypatch.setattr(flex, "attend", broken)
+    monkeypatch.setattr(ours, "form", lambda spec, like: spec)
+    monkeypatch.setattr(ours, "attend", sdpa.attention)
+    for module in (flex, ours):
+        monkeypatch.setattr(module, "supports", lambda *_: None)
+        monkeypatch.setattr(module, "missing", lambda: None)
+    qkv, spec = inputs()
+    for _ in range(2):
+        kernels.attention(*qkv, spec)
+    (message,) = caplog.messages
+    assert message.startswith("attention backend flex failed (RuntimeError: PTXAS error")
+    assert kernels.select.chosen() == {"causal, column intervals, forward and backward": "triton"}
+
+
+def test_commands_without_an_engine_use_sdpa() -> None:
+    done = "from megastar.model.kernels import select; print(select._wanted)"
+    assert subprocess.run([sys.executable, "-c", done], capture_output=True, text=True).stdout == "sdpa\n"
 
 
 def test_auto_is_sdpa_on_cpu(monkeypatch) -> None:
     for name in ("flex", "flash", "triton"):
-        monkeypatch.setattr(select.backend(name), "attention", broken)
+        monkeypatch.setattr(select.backend(name), "attend", broken)
     qkv, spec = inputs()
     assert torch.equal(kernels.attention(*qkv, spec), sdpa.attention(*qkv, spec))
 
@@ -305,7 +338,9 @@ def test_an_empty_flash_attn_is_not_flash_attn(packages, tmp_path) -> None:
     assert flash.interfaces() == ()
     with pytest.raises(UserError, match=r"the installed package flash_attn has no flash_attn_func: remove it"):
         kernels.set_backend("flash")
-    packages(flash_attn="raise OSError('undefined symbol: torch')")
+    packages(flash_attn="", flash_attn__cute="import cutlass")
+    assert flash.missing() == "flash-attn-4 needs the module cutlass, which is missing: pip install nvidia-cutlass-dsl"
+    packages(flash_attn="raise OSError('undefined symbol: torch')", flash_attn__cute="")
     assert "flash-attn cannot be imported (OSError: undefined symbol: torch)" in flash.missing()
 
 
@@ -334,6 +369,18 @@ def test_flash_attn_is_called_in_its_layout(monkeypatch) -> None:
     got = check.results(flash.attention, drawn, MaskSpec())
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=1e-5)
+    widths: list[int] = []
+
+    def fourth(q, k, v, softmax_scale, mask_mod, aux_tensors):
+        widths.append(q.shape[-1])
+        return q
+
+    monkeypatch.setitem(sys.modules, "megastar.model.kernels.flash_cute", SimpleNamespace(visible=None))
+    monkeypatch.setattr(flash, "_interface_for", lambda *_: flash.Interface(4, fourth, True))
+    for d in (64, 100, 128):
+        few = check.draw(2, 1, 16, d, torch.float32, CPU)[:3]
+        assert flash.attention(*few, check.example("hidden", 2, 16)).shape[-1] == d
+    assert widths == [64, 128, 128]  # the masked backward pass of version 4 supports nothing between 96 and 128
     seen: list[int] = []
     given = check.draw(2, 3, 48, 64, torch.float32, CPU)[:3]
     one = flash.Interface(3, lambda q, k, v, **_: seen.extend(t.data_ptr() for t in (q, k, v)) or q, False)

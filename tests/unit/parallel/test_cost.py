@@ -158,17 +158,15 @@ def test_xl_fits_one_gpu_of_80_gb_unsharded():
     assert split.accumulation == 8 and split.total == plain.total
 
 
-@pytest.mark.parametrize(
-    ("setting", "compiles"), [(True, True), ("auto", True), ("on", True), (False, False), ("off", False)]
-)
+@pytest.mark.parametrize(("setting", "compiles"), [("auto", True), ("on", True), ("off", False)])
 def test_compiled_blocks_move_less(setting, compiles):
     cfg = run_of("l")
     cfg.train.compile = setting
     plans = cost.make_plans(cfg, NODE, ALL)
-    assert all(p.compiled == (compiles and p.zero.stage < 3 and p.tensor == 1) for p in plans)
+    assert all(p.compiled == (compiles and p.tensor == 1) for p in plans)
     text = cost.assumptions(cfg)["blocks"]
-    assert text.startswith(f"train.compile={str(setting).lower()}; ") and ("compiled at" in text) == compiles
-    cfg.train.compile = False
+    assert text.startswith(f"train.compile={setting}; ") and ("compiled without" in text) == compiles
+    cfg.train.compile = "off"
     for plan, eager in zip(plans, cost.make_plans(cfg, NODE, ALL), strict=True):
         assert plan.compute < eager.compute if plan.compiled else plan.compute == eager.compute
 
