@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megastar.checkpoint.rng_state import random_file
-from megastar.checkpoint.shard_format import KINDS, Piece, state_file, write_pieces
-from megastar.checkpoint.source import open_source
+from megastar.checkpoint.shard_format import KINDS, PREFIX, Piece, StateReader, state_file, write_pieces
 from megastar.config.schema import ModelConfig, RunConfig
 from megastar.engine.student import Student
 from megastar.model.io import metadata_of
@@ -27,8 +26,8 @@ Whole = dict[str, dict[str, Tensor]]  # name -> kind -> the whole tensor
 
 def full_weights(folder: Path, weights: str) -> dict[str, Tensor]:
     """Name -> fp32 tensor of the student (``student``) or its average (``ema``), transformer only."""
-    source = open_source(folder)
-    return {name: source.weight(name, weights) for name in source.weights}
+    reader, kind = StateReader(folder, checkpoint_dir.read_manifest(folder)), "ema" if weights == "ema" else "fp32"
+    return {n.removeprefix(PREFIX): reader.whole(n, kind) for n in reader.shapes if n.startswith(PREFIX)}
 
 
 def save_model(path: str | Path, state_dict: Mapping[str, Tensor], cfg: ModelConfig, provenance: Any) -> None:
