@@ -28,6 +28,7 @@ from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
 from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.partitions import AdamWEMA, parameter_groups
 from megastar.engine.zero.step_skip import install_step_skip
+from megastar.engine.zero.streams import order_streams
 from megastar.errors import UserError
 from megastar.model.fused import set_fused
 from megastar.model.kernels import set_backend
@@ -76,8 +77,11 @@ def start(cfg: RunConfig) -> Context:
     backend = "nccl" if cuda else "gloo"
     if cuda:
         set_nccl_timeouts(cfg.faults)
+    own = device if cuda else None
     if not launched and not dist.is_initialized():  # a HashStore needs no free port
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=own)
+    elif cuda and not dist.is_initialized():  # DeepSpeed gives no device_id, without which torch warns at a barrier
+        dist.init_process_group(backend, timeout=collective_timeout(cfg), device_id=own)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=collective_timeout(cfg))
     context = Context(rank, world, device, pick_dtype(cfg.train.dtype, device), cfg.parallel.tensor_parallel)
     resolve_batch(cfg, world)  # validates the world size before groups are created
@@ -231,4 +235,5 @@ def initialize(module: nn.Module, config: dict[str, Any], optimizer: AdamWEMA | 
         hook.remove()
     if optimizer is not None:
         install_step_skip(engine, optimizer)
+        order_streams(engine)
     return engine
