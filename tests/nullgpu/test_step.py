@@ -22,6 +22,7 @@ from megastar.engine.zero.setup import build, start
 
 cfg = load_config("configs/run/star_b_50ep.yaml", sys.argv[1:])
 ctx = start(cfg)
+assert ctx.device.type == "cuda"
 engines = build(cfg, ctx)
 engines.student.train()
 batch = random_batch(cfg, 8)
@@ -47,7 +48,7 @@ SMALL = (
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_the_host_waits_at_most_twice_in_a_step(stage: str) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **device.environment()}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0", **device.environment()}
     env["PYTHONPATH"] = f"{device.HERE / 'site'}{os.pathsep}{ROOT}"
     command = [sys.executable, "-c", STEP, *SMALL, f"parallel.deepspeed={stage}"]
     done = subprocess.run(command, cwd=ROOT, env=env, timeout=500, text=True, capture_output=True)
