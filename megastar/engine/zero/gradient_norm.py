@@ -75,7 +75,7 @@ class GradientNorm:
             grads = (g for g in zero.averaged_gradients[i] if not getattr(g, "_zero_padding", False))
             pairs = zip(grads, zero.params_in_partition[i], strict=False)  # the last gradients may be padding
             groups.append([g for g, p in pairs if self.counted(p)])
-        norm = torch.linalg.vector_norm(self.reduce(square_sums(groups, self.device).float()))
+        norm: Tensor = torch.linalg.vector_norm(self.reduce(square_sums(groups, self.device).float()))
         if zero.clip_grad:
             self.scale = 1.0 / ((norm + 1e-6) / zero.clip_grad).clamp(min=1.0)
         return norm
