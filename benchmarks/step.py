@@ -3,6 +3,8 @@
     LLAMAGEN_DIR=checkout python benchmarks/step.py --size nano --batch 32
     LLAMAGEN_DIR=checkout python benchmarks/step.py --size b --batch 2 --dtype bf16 --level engine
     python benchmarks/step.py --size nano --batch 16 --star          ST-AR compared with AR, per sequence
+    LLAMAGEN_DIR=checkout python benchmarks/step.py --size b --dtype bf16 --host       CPU time of the host, on a GPU or the
+                                                      null CUDA device (python tests/nullgpu/device.py benchmarks/step.py ...)
 
 The AR step consists of forward, loss, backward, gradient clipping and AdamW on both sides. LlamaGen runs as in its
 train_c2i.py: fp32 weights, autocast for bf16, torch's fused AdamW. megastar has bf16 weights and fp32 masters. ``--level
@@ -146,6 +148,7 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--star", action="store_true", help="compare ST-AR with AR, per sequence that the student processes")
+    p.add_argument("--host", action="store_true", help="CPU time of the host in AR and ST-AR steps; needs a GPU")
     p.add_argument("--student-views", type=int, default=2, choices=(1, 2))
     a = p.parse_args()
 
@@ -153,8 +156,8 @@ def main() -> None:
     drop = [f"model.{k}_dropout_p={a.dropout}" for k in ("token", "resid", "ffn")] if a.dropout is not None else []
     fewer = [f"model.n_layer={a.blocks}", f"self_guided.contrastive_block={max(1, a.blocks // 2)}"] if a.blocks else []
     common = [f"train.dtype={a.dtype}", f"train.threads={a.threads}", f"parallel.deepspeed={a.stage}", *drop, *fewer]
-    if a.star:
-        star(a, common)
+    if a.star or a.host:
+        (star if a.star else host)(a, common)
         return
     cfg = run_config(a.size, *common, f"train.global_batch={a.batch}", "self_guided.enabled=false", *CONSTANT)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -236,6 +239,30 @@ def star(a: argparse.Namespace, common: list[str]) -> None:
     print(
         f"ST-AR / AR per sequence = {ratio:.3f}; expected from the arithmetic: {arithmetic:.3f}; quotient {ratio / arithmetic:.2f}"
     )
+
+
+def host(a: argparse.Namespace, common: list[str]) -> None:
+    """CPU time until a step is queued on the device, interleaved; the wait for the device is outside of it."""
+    cfg = run_config(a.size, *common, f"train.global_batch={a.batch}", "self_guided.enabled=false", *CONSTANT)
+    ctx, dtype = start(cfg), torch.bfloat16 if a.dtype == "bf16" else torch.float32
+    assert ctx.device.type == "cuda", "--host needs a GPU or the null CUDA device"
+    batch = random_batch(cfg, ctx)
+    peer = llamagen(cfg).to(ctx.device)
+    one_view = batch | {"codes": batch["codes"][:, :1]}
+    made = {
+        "LlamaGen": their_step(cfg, peer, one_view, dtype, ctx.device),
+        "megastar AR": engine_step(cfg, one_view),
+        "megastar ST-AR": engine_step(run_config(a.size, *common, f"train.global_batch={a.batch}"), batch),
+    }
+    rows: dict[str, list[float]] = {name: [] for name in made}
+    for repeat in range(a.repeats + 3):
+        for name, step in made.items():
+            torch.cuda.synchronize()
+            begin = time.process_time()
+            step()
+            if repeat >= 3:
+                rows[name].append(time.process_time() - begin)
+    report(f"host: a step of {a.size}, {a.batch} images, {a.dtype}, {a.stage}, CPU time", rows, "LlamaGen")
 
 
 if __name__ == "__main__":

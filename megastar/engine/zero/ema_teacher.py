@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megastar.engine.zero.partitions import AdamWEMA, Shard, gather_partitions, shards
+from megastar.engine.zero.streams import gather_after_updates
 
 PREFIX = "transformer."  # the teacher is the student's transformer, without the projector
 
@@ -40,9 +41,7 @@ class ShardedTeacher:
         for shard, target in self.pairs:
             source = shard.view("ema")
             target.data.view(-1)[: len(source)].copy_(source)
-        if torch.cuda.is_available():
-            # DeepSpeed gathers the teacher on a separate stream, which does not wait for these copies.
-            torch.cuda.current_stream().synchronize()
+        gather_after_updates(self.engine)
 
 
 class ReplicatedTeacher:

@@ -8,6 +8,7 @@ from typing import Any
 from megastar.engine.context import Context
 from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
 from megastar.engine.zero.partitions import AdamWEMA, Shard, publish_masters, shards
+from megastar.engine.zero.streams import gather_after_updates
 from megastar.parallel.plan import split_of
 
 
@@ -34,6 +35,8 @@ class Engines:
         before = self.student.skipped_steps
         with self.optimizer.skipping(skip):
             self.student.step()
+        if self.student.zero_optimization_stage() == 3:
+            gather_after_updates(self.student)
         return bool(self.student.skipped_steps == before)
 
     def set_schedules(self, lr: float, ema_decay: float) -> None:

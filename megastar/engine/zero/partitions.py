@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megastar.engine.zero.streams import gather_after_updates
 from megastar.teacher.ema import lerp_
 
 
@@ -154,9 +155,7 @@ def publish_masters(engine: Any) -> None:
         if zero.persistent_parameters:  # small parameters that stay gathered
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-        if torch.cuda.is_available():
-            # DeepSpeed gathers on a separate stream, which does not wait for these copies.
-            torch.cuda.current_stream().synchronize()
+        gather_after_updates(engine)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
 from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.partitions import AdamWEMA, parameter_groups
 from megastar.engine.zero.step_skip import install_step_skip
+from megastar.engine.zero.streams import order_streams
 from megastar.errors import UserError
 from megastar.model.attention import plan_attention
 from megastar.model.fused import set_fused
@@ -85,9 +86,12 @@ def start(cfg: RunConfig) -> Context:
         # (import_module, because the attribute deepspeed.comm.torch is torch itself.)
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     backend = "nccl" if cuda else "gloo"
+    own, timeout = device if cuda else None, collective_timeout(cfg.faults, cfg.data)
     if not launched and not dist.is_initialized():  # a HashStore needs no free port
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=collective_timeout(cfg.faults, cfg.data))
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=own)
+    elif cuda and not dist.is_initialized():  # DeepSpeed gives no device_id, without which torch warns at a barrier
+        dist.init_process_group(backend, timeout=timeout, device_id=own)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     context = Context(rank, world, device, pick_dtype(cfg.train.dtype, device), cfg.parallel.tensor_parallel)
     resolve_batch(cfg.train, cfg.parallel.tensor_parallel, world)  # validates the world size before groups are created
     context.data_group = dist.group.WORLD if world > 1 else None
@@ -252,4 +256,5 @@ def initialize(module: nn.Module, config: dict[str, Any], optimizer: AdamWEMA | 
         hook.remove()
     if optimizer is not None:
         install_step_skip(engine, optimizer)
+        order_streams(engine)
     return engine

@@ -11,19 +11,20 @@ import math
 from typing import Any
 
 import torch
-from deepspeed.runtime.utils import clip_grad_norm_
 
+from megastar.engine.zero.gradient_norm import GradientNorm
 from megastar.engine.zero.partitions import AdamWEMA
 
 
 def install_step_skip(engine: Any, optimizer: AdamWEMA) -> None:
     """Make DeepSpeed skip a step while ``optimizer.skipping(True)``, and where the norm is not finite, at every stage."""
-    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    stage, zero, gradient = engine.zero_optimization_stage(), engine.optimizer, GradientNorm(engine)
+    gradient.install()
     if stage == 0:
         # Without ZeRO the engine clips but does not store the norm, which it reads from the optimizer, and would step even
         # when the norm is not finite. It does read ``overflow`` from there.
         def clip() -> None:
-            norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu)
+            norm = gradient.clip()
             optimizer.overflow = optimizer.skip_next or not math.isfinite(norm)  # the same on all ranks
             optimizer._global_grad_norm = norm  # type: ignore[attr-defined]
 
