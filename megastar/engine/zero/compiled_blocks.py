@@ -8,6 +8,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,7 +74,7 @@ def _problem(cfg: RunConfig, ctx: Context, masked: bool) -> tuple[str | None, in
     that of eager, plus 4 roundings.
     """
     exact_type = torch.float64 if ctx.dtype == torch.float32 else torch.float32
-    off = {"token_dropout_p": 0.0, "resid_dropout_p": 0.0, "ffn_dropout_p": 0.0, "class_dropout_prob": 0.0}
+    off: dict[str, Any] = {"token_dropout_p": 0.0, "resid_dropout_p": 0.0, "ffn_dropout_p": 0.0, "class_dropout_prob": 0.0}
     model = dataclasses.replace(cfg.model, n_layer=2, vocab_size=64, num_classes=8, **off)
     cuda = [ctx.device] if ctx.device.type == "cuda" else []
     with torch.random.fork_rng(cuda), torch.enable_grad():
@@ -117,5 +118,5 @@ def _results(
             for name, weight in network.named_parameters():
                 if weight.grad is not None:
                     yield f"gradient of {name}, step {step + 1}", weight.grad.double()
-                    weight -= 1e-3 * weight.grad
+                    weight.sub_(1e-3 * weight.grad)
                     weight.grad = None

@@ -108,7 +108,8 @@ def form(spec: MaskSpec, like: Any) -> Form:
         # If only one of the two is shared by all sequences, it is expanded too.
         at = spec.to(like.device)
         start, end = (None if t is None else t.expand(max(rows), -1).contiguous() for t in (at.start, at.end))
-        c, lists = configs(d, like.dtype, size), []
+        c = configs(d, like.dtype, size)
+        lists: list[Tensor] = []
         for name in () if spec.is_plain_causal else ("forward", "dq", "dkv"):
             lists += tiles(at, size, c[name].BM, c[name].BN, like.device)[name == "dkv"]
         w = spec.window
