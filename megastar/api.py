@@ -180,7 +180,7 @@ class Model:
             raise UserError(f"codes have dtype {given.dtype}: give integers")
         if given.size and (given.min() < 0 or given.max() >= c.vocab_size):
             raise UserError(
-                f"codes go from {given.min()} to {given.max()}, the code book of this model from 0 to {c.vocab_size - 1}"
+                f"codes range from {given.min()} to {given.max()}: the code book of this model has codes 0 to {c.vocab_size - 1}"
             )
         return given.astype(np.int64)
 

@@ -36,23 +36,15 @@ EXAMPLES = """examples:
   megastar demo
   megastar train configs/run/demo.yaml --nproc 2
   megastar sample --classes food-drink --out food.png
-  megastar train --help        every field with its default and meaning"""
+  megastar train --help        every field with its default and meaning
+
+See megastar COMMAND --help for the options of a command; all accept --verbose and --quiet."""
 
 
 def usage() -> str:
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: megastar COMMAND ...",
-            "",
-            *lines,
-            "",
-            EXAMPLES,
-            "",
-            "See megastar COMMAND --help for the options of a command; all accept --verbose and --quiet.",
-        ]
-    )
+    lines = "\n".join(f"  {name:<{width}}{what}" for name, (_, what) in COMMANDS.items())
+    return f"usage: megastar COMMAND ...\n\n{lines}\n\n{EXAMPLES}"
 
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
@@ -84,9 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(words: list[str]) -> int:
-    words = [
-        w for w in words if not w.startswith(("--local_rank=", "--local-rank="))
-    ]  # added by the deepspeed launcher
+    # The deepspeed launcher adds --local_rank.
+    words = [w for w in words if not w.startswith(("--local_rank=", "--local-rank="))]
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -98,7 +89,3 @@ def run(words: list[str]) -> int:
         raise UserError(f"unknown command {name!r}: {nearest(name, COMMANDS)}")
     module = importlib.import_module(f"megastar.commands.{COMMANDS[name][0]}")
     return module.main(words[1:]) or 0
-
-
-if __name__ == "__main__":
-    program()

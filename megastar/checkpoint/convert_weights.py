@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
+from megastar.checkpoint.inspect import Shapes, read_weights_header, require_weights
 from megastar.checkpoint.llamagen_reader import load_pickled, model_config, tokenizer_config, tokens_in, weights_in
 from megastar.checkpoint.llamagen_writer import check_written, how_to_load, save_streaming
 from megastar.checkpoint.safetensors_stream import TensorWriter
@@ -23,15 +24,13 @@ from megastar.config.files import read_yaml, require_file
 from megastar.config.load import config_from_dict
 from megastar.config.schema import ModelConfig, TokenizerConfig
 from megastar.errors import UserError
-from megastar.model.io import check_fits, metadata_of, read_model_metadata
-from megastar.tokenizer.io import FORMAT as TOKENIZER_FORMAT
-from megastar.tokenizer.io import check_tokenizer_fits, read_tokenizer_metadata, tokenizer_hash, tokenizer_metadata
+from megastar.model.io import check_fits, metadata_of
+from megastar.tokenizer.io import check_tokenizer_fits, tokenizer_hash, tokenizer_metadata
 from megastar.utils.device import DTYPES
 from megastar.utils.files import sha256, write_atomic
 from megastar.utils.progress_bar import progress_bar
 
 USED = 65536  # size of the buffer in which LlamaGen's tokenizer keeps the last used codes
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass
@@ -42,32 +41,24 @@ class WeightsFile:
     cfg: ModelConfig | TokenizerConfig
     tensors: Mapping[str, Tensor]
     provenance: dict[str, Any]
-
-    @property
-    def shapes(self) -> Shapes:
-        return self.tensors.shapes if isinstance(self.tensors, _Lazy) else shapes_in(self.tensors)
+    shapes: Shapes
 
 
 class _Lazy(Mapping[str, Tensor]):
     """The tensors of a safetensors file, read one at a time."""
 
-    def __init__(self, path: Path):
-        self.file = safe_open(path, "pt")
-        self.shapes = {k: tuple(self.file.get_slice(k).get_shape()) for k in self.file.keys()}  # noqa: SIM118
+    def __init__(self, path: Path, names: Iterable[str]):
+        self.file, self.names = safe_open(path, "pt"), tuple(names)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self.file.get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def shapes_in(tensors: Mapping[str, Tensor]) -> Shapes:
-    return {k: tuple(v.shape) for k, v in tensors.items()}
+        return len(self.names)
 
 
 def open_weights(
@@ -79,18 +70,17 @@ def open_weights(
     ``UserError``.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"weights {path} do not exist: name a run, a .safetensors file or a .pt file of LlamaGen")
     if path.suffix == ".safetensors":
-        return _open_safetensors(path)
+        cfg, provenance, shapes = read_weights_header(path)
+        return WeightsFile(path, cfg, _Lazy(path, shapes), provenance, shapes)
+    require_weights(path)
     content = load_pickled(path)
     weights = weights_in(path, content)
-    shapes, digest = shapes_in(weights), sha256(path)
+    shapes, digest = {k: tuple(v.shape) for k, v in weights.items()}, sha256(path)
     if isinstance(content.get("megastar"), dict):  # written by megastar convert
         provenance = content["megastar"] | {"source": path.name, "source_sha256": digest}
     else:
         provenance = {"weights": "llamagen", "source": path.name, "source_sha256": digest, "step": content.get("steps")}
-    cfg: ModelConfig | TokenizerConfig
     if "quantize.embedding.weight" in weights:
         cfg = tokenizer_config(path, weights, image_size)
         check_tokenizer_fits(path, shapes, cfg)
@@ -98,7 +88,7 @@ def open_weights(
         expected = read_architecture(config) if config else None
         cfg = model_config(path, weights, expected, tokens_in(path, content), image_tokens)
         check_fits(path, shapes, cfg)
-    return WeightsFile(path, cfg, weights, provenance)
+    return WeightsFile(path, cfg, weights, provenance, shapes)
 
 
 def read_architecture(path: Path) -> ModelConfig:
@@ -108,21 +98,6 @@ def read_architecture(path: Path) -> ModelConfig:
     plain = {"enabled": False, "contrastive_block": 1}  # training fields do not matter here
     run = {"model": content.get("model", content), "data": {"shards": "none"}, "self_guided": plain}
     return config_from_dict(run, file).model
-
-
-def _open_safetensors(path: Path) -> WeightsFile:
-    try:
-        with safe_open(path, "pt") as f:
-            kind = (f.metadata() or {}).get("format")
-    except Exception as error:  # its own type, or an OSError
-        raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from error
-    if kind == TOKENIZER_FORMAT:
-        tokenizer, provenance = read_tokenizer_metadata(path)
-        return WeightsFile(path, tokenizer, _Lazy(path), provenance)
-    model, provenance = read_model_metadata(path)
-    opened = WeightsFile(path, model, _Lazy(path), provenance)
-    check_fits(path, opened.shapes, model)
-    return opened
 
 
 def convert_file(
@@ -221,22 +196,3 @@ def write_json(out: Path, cfg: ModelConfig | TokenizerConfig, provenance: dict[s
     }
     text = json.dumps(head | {section: asdict(cfg), "provenance": provenance}, indent=1)
     write_atomic(out.with_suffix(".json"), (text + "\n").encode())
-
-
-def inspect_file(path: Path, verify: bool, console: Console, **options: Any) -> bool:
-    """Print what a weights file holds; with ``verify`` compare the file's hash with its .json. False if damaged."""
-    source = open_weights(path, **options)
-    count = elements_of(source.shapes)
-    content = {"parameters": count, "architecture": asdict(source.cfg), "provenance": source.provenance}
-    console.print_json(json.dumps(content))
-    if not verify:
-        return True
-    beside = path.with_suffix(".json")
-    if not beside.is_file():
-        raise UserError(f"{beside} is missing, which records the hash of {path}: restore it, or leave out --verify")
-    same: bool = json.loads(beside.read_text()).get("sha256") == sha256(path)
-    if same:
-        console.print("complete: SHA-256 matches")
-    else:
-        console.print(f"{path} is damaged: its SHA-256 differs from {beside.name}'s; copy it again", markup=False)
-    return same

@@ -1,20 +1,30 @@
-"""Print what a checkpoint holds, its provenance and the health of its files. No torch."""
+"""Print what a checkpoint or a weights file holds, its provenance and the health of its files. No torch."""
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megastar.checkpoint.safetensors_stream import read_header
 from megastar.checkpoint.shard_format import PREFIX, STATES, StateReader
 from megastar.config.load import config_from_dict
+from megastar.config.schema import ModelConfig, TokenizerConfig
 from megastar.errors import UserError
+from megastar.model.io import check_fits, read_model_metadata
 from megastar.run_dir.checkpoint_dir import find_checkpoint, parse_manifest
+from megastar.tokenizer.io import FORMAT as TOKENIZER_FORMAT
+from megastar.tokenizer.io import read_tokenizer_metadata
 from megastar.utils.files import sha256
 from megastar.utils.progress_bar import progress_bar
+
+Shapes = dict[str, tuple[int, ...]]
+WeightsHeader = tuple[ModelConfig | TokenizerConfig, dict[str, Any], Shapes]  # architecture, provenance, shapes
 
 
 def inspect(path: Path, verify: bool, console: Console) -> bool:
@@ -94,3 +104,44 @@ def summary(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
     if manifest.get("command"):
         out["command"] = manifest["command"]
     return out
+
+
+# Weights files -----------------------------------------------------------------------------------------------------
+def require_weights(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"weights {path} do not exist: name a run, a .safetensors file or a .pt file of LlamaGen")
+
+
+def read_weights_header(path: Path) -> WeightsHeader:
+    """Architecture, provenance and shapes of a .safetensors file of a network or a tokenizer. Raises ``UserError``."""
+    require_weights(path)
+    try:
+        metadata, entries = read_header(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from error
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    if metadata.get("format") == TOKENIZER_FORMAT:
+        return *read_tokenizer_metadata(path), shapes
+    model, provenance = read_model_metadata(path)
+    check_fits(path, shapes, model)
+    return model, provenance, shapes
+
+
+def inspect_weights(path: Path, header: WeightsHeader, verify: bool, console: Console) -> bool:
+    """Print what a weights file holds; with ``verify`` compare its hash with that in its .json. False if damaged."""
+    cfg, provenance, shapes = header
+    count = sum(map(math.prod, shapes.values()))
+    console.print_json(json.dumps({"parameters": count, "architecture": asdict(cfg), "provenance": provenance}))
+    if not verify:
+        return True
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        raise UserError(f"{beside} does not exist: it records the hash of {path}; restore it, or leave out --verify")
+    same: bool = json.loads(beside.read_text()).get("sha256") == sha256(path)
+    if same:
+        console.print("complete: SHA-256 matches")
+    else:
+        console.print(
+            f"{path} is damaged: its SHA-256 differs from the one in {beside.name}; copy it again", markup=False
+        )
+    return same

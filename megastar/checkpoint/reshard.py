@@ -25,10 +25,11 @@ from megastar.parallel.mesh import Mesh
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import name_of, publish, read_manifest, verify
+from megastar.run_dir.layout import CHECKPOINTS
 from megastar.utils.files import sha256
 from megastar.utils.progress_bar import ProgressBar, progress_bar
 
-HOLDS = ("checkpoints",)
+HOLDS = (CHECKPOINTS,)
 
 
 def pieces_of(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[Piece]:
@@ -75,7 +76,7 @@ def to_checkpoint(source: Source, out: Path, data: int, tensor: int, force: bool
     headers = data * tensor * (600 * len(reader.shapes) + (1 << 14))
     with staged(out, size + headers, force, HOLDS) as root:
         source.verify()
-        folder = root / "checkpoints"
+        folder = root / CHECKPOINTS
         written = folder / checkpoint_dir.WRITING / name
         written.mkdir(parents=True)
         with progress_bar(source.console, "writing", size, bytes=True, transient=True) as bar:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
 import os
@@ -44,13 +43,11 @@ class Parser(argparse.ArgumentParser):
         )
         level = self.add_argument_group("logging").add_mutually_exclusive_group()
         level.add_argument("-v", "--verbose", action="store_true", help="log debug messages too (level DEBUG)")
-        level.add_argument(
-            "-q",
-            "--quiet",
-            action="store_true",
-            help="log warnings and errors only, show no progress bars (level WARNING); without -v and -q the level is "
-            "$MEGASTAR_LOG_LEVEL, one of DEBUG, INFO, WARNING, ERROR (default INFO)",
+        quiet = (
+            "log warnings and errors only, show no progress bars (level WARNING); without -v and -q the level is "
+            "$MEGASTAR_LOG_LEVEL, one of DEBUG, INFO, WARNING, ERROR (default INFO)"
         )
+        level.add_argument("-q", "--quiet", action="store_true", help=quiet)
 
     def parse(self, words: list[str], console: Console | None = None) -> argparse.Namespace:
         """Parse ``words`` and configure logging to ``console`` (default: standard output, with --json standard error)."""
@@ -85,18 +82,18 @@ def config_and_overrides(items: list[str]) -> tuple[str | None, list[str]]:
     return (files[0] if files else None), [i for i in items if "=" in i]
 
 
-def positive(text: str) -> int:
-    """An argparse type."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
+def integer(low: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least ``low``."""
+
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= {low}")
+        return int(text)
+
+    return parse
 
 
-def natural(text: str) -> int:
-    """An argparse type: 0, 1, 2 ..."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
-    return int(text)
+positive, natural = integer(1), integer(0)
 
 
 def seconds(low: float, high: float) -> Callable[[str], float]:
@@ -114,7 +111,7 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-class FaultTolerantStream(io.TextIOBase):
+class FaultTolerantStream:
     """A text stream that ignores write errors such as a full disk; the text is lost or written later.
 
     A closed pipe is still an error.
@@ -124,28 +121,20 @@ class FaultTolerantStream(io.TextIOBase):
         self.stream = stream
 
     def write(self, text: str) -> int:
-        try:
-            return self.stream.write(text)
-        except BrokenPipeError:
-            raise
-        except OSError:
-            return len(text)
+        self._ignoring_errors(self.stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
+        self._ignoring_errors(self.stream.flush)
+
+    def _ignoring_errors(self, call: Callable[..., object], *args: str) -> None:
         try:
-            self.stream.flush()
-        except BrokenPipeError:
-            raise
-        except OSError:
-            pass
+            call(*args)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
 
-    def isatty(self) -> bool:
-        return self.stream.isatty()
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
-
-    def __getattr__(self, name: str) -> Any:  # encoding, buffer
+    def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding, buffer
         return getattr(self.stream, name)
 
 
@@ -195,6 +184,15 @@ def place_of(environ: Mapping[str, str]) -> tuple[int, int, int]:
         return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0"))
     tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
     return int(environ["SLURM_PROCID"]), int(tasks), int(environ.get("SLURM_LOCALID", "0"))
+
+
+def own_device(name: str) -> str:
+    """Under a launcher, "auto" and "cuda" select the GPU of this process's local rank."""
+    import torch
+
+    _, world, local = place_of(os.environ)
+    gpus = torch.cuda.device_count()
+    return f"cuda:{local % gpus}" if name in ("auto", "cuda") and world > 1 and gpus else name
 
 
 def report_error(message: str, environ: Mapping[str, str]) -> None:

@@ -24,7 +24,7 @@ def stats(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
     from megastar.data.shards.stats import count
 
     if bool(a.sheet) != bool(a.tokenizer):
-        raise UserError("--sheet and --tokenizer must be given together: the tokenizer decodes the codes")
+        raise UserError("--sheet and --tokenizer must be given together: the tokenizer decodes the codes into images")
     manifest = load_manifest(a.set, data)
     if a.tokenizer:
         check_tokenizer(manifest, a.tokenizer, a.set)
@@ -112,12 +112,12 @@ def check_tokenizer(m: Manifest, tokenizer: str, where: str) -> None:
     if m.tokenizer_sha256 and digest != m.tokenizer_sha256:
         raise UserError(
             f"the codes of {where} come from another tokenizer (SHA-256 {m.tokenizer_sha256[:12]}..., {tokenizer} has "
-            f"{digest[:12]}...): name that one"
+            f"{digest[:12]}...): give that tokenizer"
         )
     if (config.codebook_size, config.grid) != (m.codebook_size, m.grid):
         raise UserError(
             f"{tokenizer} has {config.codebook_size} codes on a {config.grid} x {config.grid} grid, {where} has "
-            f"{m.codebook_size} on {m.grid} x {m.grid}: name the tokenizer that encoded them"
+            f"{m.codebook_size} on {m.grid} x {m.grid}: give the tokenizer that encoded them"
         )
 
 

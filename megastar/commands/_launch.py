@@ -11,7 +11,7 @@ from megastar.errors import UserError
 
 
 def launch(nproc: int, words: list[str]) -> int:
-    """Run ``megastar WORDS`` without --nproc as ``nproc`` ranks; returns the first failing rank's status, else 0."""
+    """Run ``megastar WORDS`` as ``nproc`` ranks, which ignore --nproc; returns the first failing rank's status, else 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, parse_args, run
@@ -25,10 +25,11 @@ def launch(nproc: int, words: list[str]) -> int:
     options = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     if "--shutdown-timeout" in get_args_parser().format_help():
         options.append("--shutdown-timeout=600")
-    options += [f"--nproc-per-node={nproc}", "-m", "megastar"]
+    # Without "--" the launcher takes --nproc among WORDS for an abbreviation of its own options.
+    options += [f"--nproc-per-node={nproc}", "-m", "--", "megastar"]
     os.environ[LAUNCHED_BY_US] = "1"
     try:
-        run(parse_args(["--standalone", *options, *without_nproc(words), *logging_options()]))
+        run(parse_args(["--standalone", *options, *words, *logging_options()]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == 2 and failure.error_file_data.get("message"):
@@ -42,13 +43,3 @@ def launch(nproc: int, words: list[str]) -> int:
     finally:
         del os.environ[LAUNCHED_BY_US]
     return 0
-
-
-def without_nproc(words: list[str]) -> list[str]:
-    """``words`` without --nproc and its value, which torch's launcher would parse as its own --nproc-per-node."""
-    out, value = [], False
-    for word in words:
-        if not value and word != "--nproc" and not word.startswith("--nproc="):
-            out.append(word)
-        value = word == "--nproc"
-    return out

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser
 from megastar.errors import UserError
+from megastar.utils.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ def main(words: list[str]) -> int:
 
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError(
-            "check-gpu needs a CUDA GPU and torch finds none: run it on a machine with a GPU, or give --device cpu "
+            "check-gpu needs a CUDA GPU and torch finds none: run it on a machine with a GPU, or use --device cpu "
             "to run only the comparison with fp64"
         )
     device = pick_device(args.device)
@@ -77,11 +78,9 @@ def main(words: list[str]) -> int:
     if device.type == "cuda":
         measure(console, device, report, args.no_steps, over)
     report["seconds"] = round(time.perf_counter() - begun, 1)
-    path = Path(args.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(Path(args.out), report)
     made = sum(r["ok"] is not None for r in compared)
-    console.print(f"{made} comparisons, {len(wrong)} wrong, {report['seconds']} s; report: {path}")
+    console.print(f"{made} comparisons, {len(wrong)} wrong, {report['seconds']} s; report: {args.out}")
     return 1 if wrong else 0
 
 
@@ -147,12 +146,12 @@ def comparison(console: Console, device: torch.device, over: Any) -> list[dict[s
     shown = []
     for row in rows:
         if row["ok"] is not None:
-            worst = max((e / a for e, a in zip(row["errors"].values(), row["allowed"], strict=True)), default=0.0) if "errors" in row else None  # fmt: skip
             case = {k: row[k] for k in ("backend", "pattern", "head_dim", "dtype")}
-            shown.append(
-                case
-                | {"": "correct" if row["ok"] else "WRONG", "error / allowed": "" if worst is None else f"{worst:.2f}"}
-            )
+            case[""] = "correct" if row["ok"] else "WRONG"
+            if "errors" in row:
+                worst = max(e / a for e, a in zip(row["errors"].values(), row["allowed"], strict=True))
+                case["error / allowed"] = f"{worst:.2f}"
+            shown.append(case)
     show(console, "compared with fp64 (allowed: twice the error of sdpa in the same precision)", shown)
     for name, why in {(r["backend"], r["why"]) for r in rows if r["ok"] is None}:
         console.print(f"{name} skipped: {why}")
@@ -183,10 +182,7 @@ def measure(console: Console, device: torch.device, report: dict[str, Any], no_s
     choices = timing.fastest(report["compared"], timed)
     if choices:
         path = table.table_path(device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps({"device": report["device"], "torch": torch.__version__, "fastest": choices}, indent=1)
-        )
+        write_json(path, {"device": report["device"], "torch": torch.__version__, "fastest": choices})
         table.read_table.cache_clear()
         report["table"] = {"path": str(path), "fastest": choices}
         console.print(f"attention.backend=auto uses {json.dumps(choices)} (from {path})")
@@ -209,9 +205,8 @@ def steps(console: Console, device: torch.device, peak: float | None, over: Any)
             if over():
                 rows.append(case | {"why": "skipped: no time left"})
                 continue
-            cfg = load_config(
-                f"configs/run/{method}_{size}_50ep.yaml", ["data.shards=none", "data.val_shards=", "data.tokenizer="]
-            )
+            file = f"configs/run/{method}_{size}_50ep.yaml"
+            cfg = load_config(file, ["data.shards=none", "data.val_shards=", "data.tokenizer="])
             os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed places the student by it
             ctx = dataclasses.replace(start(cfg), device=device)
             while images:
@@ -225,10 +220,8 @@ def steps(console: Console, device: torch.device, peak: float | None, over: Any)
                 rows.append(case | {"why": "out of memory with one image"})
     shown = []
     for row in rows:
-        parts = row.get("mfu_parts") or {}
-        flat = {k: v for k, v in row.items() if k not in ("mfu_parts", "loss")} | {
-            f"mfu {k}": v for k, v in parts.items()
-        }
+        flat = {k: v for k, v in row.items() if k not in ("mfu_parts", "loss")}
+        flat |= {f"mfu {k}": v for k, v in (row.get("mfu_parts") or {}).items()}
         shown.append({k: round(v, 4) if isinstance(v, float) else v for k, v in flat.items()})
     show(console, "training steps, one process", shown)
     return rows
@@ -238,9 +231,7 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(title=title, title_justify="left")
-    for name in columns:
-        table.add_column(name)
+    table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(str(row.get(name, "")) for name in columns))
     if rows:

@@ -60,6 +60,8 @@ def main(words: list[str]) -> int:
     if cfg is not None and a.print_config:
         print(config_yaml(cfg), end="")
         return 0
+    import torch
+
     from megastar.experiments.comparison import Comparison, redraw
     from megastar.experiments.evaluation import Evaluation
     from megastar.experiments.plan import plan_runs
@@ -69,7 +71,7 @@ def main(words: list[str]) -> int:
     if cfg is None:
         redraw(Path(a.redraw), console)
         return 0
-    gpus = count_gpus()
+    gpus = torch.cuda.device_count()
     runs = plan_runs(cfg, gpus)
     if a.dry_run:
         show_plan(cfg, runs, console)
@@ -81,12 +83,6 @@ def main(words: list[str]) -> int:
         Evaluation(cfg).run(named[a.evaluate], console)
         return 0
     return Comparison(cfg, runs, gpus, shlex.join(["megastar", "compare", *a.items]), console).run()
-
-
-def count_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def show_plan(cfg: CompareConfig, runs: list[PlannedRun], console: Console) -> None:

@@ -18,7 +18,7 @@ megastar convert runs/b --to universal --out b-universal              for DeepSp
 megastar convert runs/b --to checkpoint --out runs/b-wide --data 16 --tensor 2      files for 32 ranks
 megastar convert c2i_B_256.pt --to safetensors --out c2i_B_256.safetensors           LlamaGen's released weights
 megastar convert vq_ds16_c2i.pt --to safetensors --out vq16.safetensors             LlamaGen's tokenizer
-megastar convert mine.safetensors --to llamagen --out mine.pt                       a weights file, the other way
+megastar convert mine.safetensors --to llamagen --out mine.pt                       a weights file of megastar, for LlamaGen
 A run resumes from any checkpoint on any number of ranks without conversion; --to checkpoint makes loading faster.
 """
 ONLY = {  # option -> formats that it applies to
@@ -49,12 +49,12 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="for safetensors and llamagen (default fp32)")
     p.add_argument("--data", type=positive, help="for --to checkpoint: number of data ranks")
     p.add_argument("--tensor", type=positive, help="for --to checkpoint: number of tensor ranks (default 1)")
-    p.add_argument("--config", type=Path, help="of a .pt file: YAML with its architecture, if not in LlamaGen's table")
     p.add_argument(
-        "--image-tokens", type=positive, help="of a .pt network: tokens per image, if not stored in the file"
+        "--config", type=Path, help="for a .pt file: YAML file with its architecture, if LlamaGen's table lacks it"
     )
-    p.add_argument("--image-size", type=positive, help="of a .pt tokenizer: image size (default 256)")
-    p.add_argument("--tokenizer", type=Path, help="of a weights file: tokenizer of its codes, whose hash is recorded")
+    p.add_argument("--image-tokens", type=positive, help="for a .pt network: tokens per image, if the file lacks it")
+    p.add_argument("--image-size", type=positive, help="for a .pt tokenizer: image size (default 256)")
+    p.add_argument("--tokenizer", type=Path, help="for a weights file: tokenizer of its codes, to record its hash")
     p.add_argument("--force", action="store_true", help="replace --out if it exists")
     return p
 
@@ -80,7 +80,7 @@ def check(a: argparse.Namespace) -> None:
         ("tokenizer", is_file, "a weights file"),
     ):
         if getattr(a, option.replace("-", "_")) is not None and not holds:
-            raise UserError(f"--{option} applies to {what}, which {a.source} is not: leave it out")
+            raise UserError(f"--{option} applies only to {what}: leave it out for {a.source}")
     if is_file and a.to in ("universal", "checkpoint"):
         raise UserError(f"--to {a.to} needs a run's checkpoint: {a.source} has weights only")
     if is_file and a.weights:
@@ -92,21 +92,24 @@ def check(a: argparse.Namespace) -> None:
 def main(words: list[str]) -> int:
     a = parser().parse(words)
     check(a)
+    from megastar.checkpoint.inspect import inspect, inspect_weights, read_weights_header
     from megastar.utils.logs import shared_console
 
     console = shared_console()
     dtype = a.dtype or "fp32"
     if a.source.is_file() or a.source.suffix in (".safetensors", ".pt", ".pth"):
-        from megastar.checkpoint.convert_weights import convert_file, inspect_file, open_weights
-
         options = {"config": a.config, "image_tokens": a.image_tokens, "image_size": a.image_size or 256}
-        if a.inspect:
-            return 0 if inspect_file(a.source, a.verify, console, **options) else 1
+        if a.inspect and a.source.suffix == ".safetensors":  # without torch
+            header = read_weights_header(a.source)
+            return 0 if inspect_weights(a.source, header, a.verify, console) else 1
+        from megastar.checkpoint.convert_weights import convert_file, open_weights
+
         source = open_weights(a.source, **options)
+        if a.inspect:
+            header = source.cfg, source.provenance, source.shapes
+            return 0 if inspect_weights(a.source, header, a.verify, console) else 1
         result = convert_file(source, a.to, a.out, dtype=dtype, tokenizer=a.tokenizer, force=a.force, console=console)
     elif a.inspect:
-        from megastar.checkpoint.inspect import inspect
-
         return 0 if inspect(a.source, a.verify, console) else 1
     else:
         from megastar.checkpoint.convert import convert

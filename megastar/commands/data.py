@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,28 +33,25 @@ USAGE = """usage: megastar data ACTION SET ...
 SET is a folder of token shards, or s3://bucket/prefix.
 
 examples:
-  megastar data inspect runs/demo/codes/train
-  megastar data verify s3://codes/imagenet256/train
-  megastar data stats runs/demo/codes/train --tokenizer assets/tokenizer/emoji64-vq.safetensors --sheet sheet.png
-  megastar data index other/shards --tokenizer data/tokenizer/vq16.safetensors
+{examples}
 
 See megastar data ACTION --help for its options."""
 EXAMPLES = {
-    "inspect": """
+    "inspect": """\
 megastar data inspect runs/demo/codes/train
 megastar data inspect s3://codes/imagenet256/train --samples 20
 megastar data inspect runs/demo/codes/train --json | jq .samples
 """,
-    "verify": """
+    "verify": """\
 megastar data verify runs/demo/codes/train
 megastar data verify s3://codes/imagenet256/train && sbatch slurm/train_b.sh
 """,
-    "stats": """
+    "stats": """\
 megastar data stats runs/demo/codes/train
 megastar data stats runs/demo/codes/train --tokenizer assets/tokenizer/emoji64-vq.safetensors --sheet sheet.png
 megastar data stats s3://codes/imagenet256/train --cache /scratch/codes --json > stats.json
 """,
-    "index": """
+    "index": """\
 megastar data index other/shards --tokenizer data/tokenizer/vq16.safetensors
 megastar data index s3://codes/other --codebook-size 16384 --classes names.txt
 """,
@@ -92,7 +91,8 @@ def parser(action: str) -> Parser:
 def main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         width = max(map(len, ACTIONS)) + 2
-        print(USAGE.format(actions="\n".join(f"  {name:<{width}}{what}" for name, what in ACTIONS.items())))
+        actions = "\n".join(f"  {name:<{width}}{what}" for name, what in ACTIONS.items())
+        print(USAGE.format(actions=actions, examples=textwrap.indent("".join(EXAMPLES.values()).strip(), "  ")))
         raise SystemExit(0)  # as argparse does
     if words[0] not in ACTIONS:
         raise UserError(f"unknown action {words[0]!r} of megastar data: {nearest(words[0], ACTIONS)}")
@@ -106,17 +106,11 @@ def main(words: list[str]) -> int:
     return {"inspect": inspect, "verify": check, "stats": stats, "index": index}[words[0]](a, data, console)
 
 
-def size_of(n: int) -> str:
-    """1234567 -> "1.23 MB"."""
-    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
-        if n >= 1000**power:
-            return f"{n / 1000**power:.3g} {unit}"
-    return f"{n} bytes"
-
-
 # inspect -----------------------------------------------------------------------------------------------------------
 def inspect(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
     from contextlib import closing
+
+    from rich.filesize import decimal
 
     from megastar.data.shards.reader import ShardSet
 
@@ -126,7 +120,7 @@ def inspect(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
         print(json.dumps({"set": a.set, **rows, "first": first}, indent=1, ensure_ascii=False))
         return 0
     names, made_by, skipped = (rows.pop(name) for name in ("class_names", "made_by", "skipped"))
-    rows["bytes"] = size_of(rows["bytes"])
+    rows["bytes"] = decimal(rows["bytes"])
     rows["classes"] = f"{len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
     rows["skipped images"] = len(skipped)
     rows |= {f"made by: {name}": value for name, value in made_by.items()}
@@ -139,24 +133,17 @@ def inspect(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
 def describe(m: Manifest) -> dict[str, Any]:
     """The manifest's content, without its list of shards."""
     sizes = m.shard_sizes
+    same = ("layout", "dtype", "views", "crops", "tokens", "codebook_size", "image_size", "made_by", "skipped")
     return {
         "samples": m.samples,
         "shards": len(m.shards),
         "samples_a_shard": f"{min(sizes)} to {max(sizes)}" if min(sizes) != max(sizes) else f"{max(sizes)}",
         "bytes": sum(s.bytes for s in m.shards),
-        "layout": m.layout,
-        "dtype": m.dtype,
         "classes": len(m.classes),
         "class_names": m.classes,
-        "views": m.views,
-        "crops": m.crops,
         "grid": f"{m.grid} x {m.grid}",
-        "tokens": m.tokens,
-        "codebook_size": m.codebook_size,
-        "image_size": m.image_size,
         "tokenizer_sha256": m.tokenizer_sha256 or "not recorded",
-        "made_by": m.made_by,
-        "skipped": m.skipped,
+        **{name: getattr(m, name) for name in same},
     }
 
 
@@ -179,15 +166,18 @@ def check(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
 
     manifest = load_manifest(a.set, data)
     problems = verify(a.set, data, console)
-    broken = len({p.shard for p in problems})
+    broken = list(dict.fromkeys(p.shard for p in problems))
     if a.json:
-        report = {"set": a.set, "shards": len(manifest.shards), "samples": manifest.samples, "broken": broken}
+        report = {"set": a.set, "shards": len(manifest.shards), "samples": manifest.samples, "broken": len(broken)}
         print(json.dumps(report | {"problems": [p._asdict() for p in problems]}, indent=1, ensure_ascii=False))
     else:
         for problem in problems:
             print(problem)
         good = f"{len(manifest.shards)} shards, {manifest.samples} samples: all match the manifest"
-        bad = f"{broken} of {len(manifest.shards)} shards are damaged: copy them again, or delete them and pretokenize again"
+        bad = (
+            f"{len(broken)} of {len(manifest.shards)} shards are damaged: copy them again, or remove them "
+            f"(rm -f {shlex.join(broken)}) and repeat megastar pretokenize, which writes missing shards only"
+        )
         print(bad if problems else good)
     return 1 if problems else 0
 

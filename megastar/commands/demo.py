@@ -9,11 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megastar.checkpoint.find_weights import SHIPPED_WEIGHTS
 from megastar.commands._common import Parser, config_and_overrides, positive
-from megastar.config.files import REPOSITORY
+from megastar.config.files import REPOSITORY, find_file
 from megastar.config.load import diff_configs, load_config
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
+from megastar.run_dir import layout
 
 CONFIG = "configs/run/demo.yaml"
 PICTURES = "assets/emoji64/emoji64.tar"
@@ -92,7 +94,7 @@ class Demo:
             return None
         scores = json.loads(self.scores_file.read_text())
         same = scores["config"] == asdict(self.cfg) and scores["samples"] == self.samples
-        return scores if same and scores["shipped"] == fingerprint(shipped_weights()) else None
+        return scores if same and scores["shipped"] == fingerprint(find_file(SHIPPED_WEIGHTS)) else None
 
     def pretokenize(self) -> None:
         from megastar.data.pretokenize.runner import pretokenize
@@ -101,15 +103,17 @@ class Demo:
             pretokenize(PICTURES, subset, self.cfg.data.tokenizer, out, console=self.console)
 
     def train(self) -> int:
+        import torch
+
         from megastar.commands._launch import launch
         from megastar.run_dir.checkpoint_dir import folder_of, latest, name_of
 
-        saved, newest = Path(self.cfg.run) / "config.yaml", latest(folder_of(self.cfg))
+        saved, newest = Path(self.cfg.run) / layout.CONFIG, latest(folder_of(self.cfg))
         unchanged = saved.is_file() and not diff_configs(load_config(saved), self.cfg)
         if unchanged and newest is not None and newest.name == name_of(self.cfg.train.steps):
             self.console.print(f"{self.cfg.run} is complete: {self.cfg.train.steps} steps", highlight=False)
             return 0
-        return launch(self.nproc or default_processes(), ["train", CONFIG, *self.overrides])
+        return launch(self.nproc or min(2, torch.cuda.device_count()) or 2, ["train", CONFIG, *self.overrides])
 
     def sample(self) -> list[tuple[str, Path, dict[str, Any]]]:
         """(name, .npz of images, provenance) of this run and of the shipped weights; writes the grid of both."""
@@ -125,12 +129,12 @@ class Demo:
         rng = np.random.default_rng([seed, 1])
         labels = rng.choice(labels_of(self.cfg.data.shards), self.samples).tolist()
         sources = {"this run": find_weights(self.cfg.run).file}
-        if shipped := shipped_weights():
+        if shipped := find_file(SHIPPED_WEIGHTS):
             sources["shipped weights"] = shipped
         blocks, made = [], []
         for name, weights in sources.items():
             model, provenance = read_model_metadata(weights)
-            file = self.folder / "samples" / f"{weights.stem}-{fingerprint(weights)}-{self.samples}.npz"
+            file = self.folder / layout.SAMPLES / f"{weights.stem}-{fingerprint(weights)}-{self.samples}.npz"
             if not file.is_file():
                 self.console.print(f"{name}: {weights}", highlight=False)
                 images = sample_images(
@@ -153,7 +157,7 @@ class Demo:
     def evaluate(self, made: list[tuple[str, Path, dict[str, Any]]]) -> dict[str, Any]:
         from megastar.evaluation.runner import evaluate
         from megastar.utils.device import pick_device
-        from megastar.utils.files import write_atomic
+        from megastar.utils.files import write_json
 
         rows = {}
         for name, file, provenance in made:
@@ -164,14 +168,14 @@ class Demo:
             result = json.loads(out.read_text())
             rows[name] = {k: result[k] for k in ("metric", "value", "floor")} | {"step": provenance["step"]}
         scores = {"rows": rows, "samples": self.samples, "config": asdict(self.cfg)}
-        scores["shipped"] = fingerprint(shipped_weights())
-        write_atomic(self.scores_file, (json.dumps(scores, indent=1) + "\n").encode())
+        scores["shipped"] = fingerprint(find_file(SHIPPED_WEIGHTS))
+        write_json(self.scores_file, scores)
         return scores
 
     def report(self, scores: dict[str, Any]) -> None:
         from rich.table import Table
 
-        first, last = ends_of(Path(self.cfg.run) / "metrics.jsonl")
+        first, last = ends_of(Path(self.cfg.run) / layout.METRICS)
         training = Table("this run", "step", *SHOWN, title="training")
         for name, row in (("first", first), ("last", last)):
             training.add_row(name, str(row.get("step", "")), *(f"{row[k]:.4g}" if k in row else "" for k in SHOWN))
@@ -195,20 +199,6 @@ def ends_of(metrics: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     rows = [r for r in read_jsonl(metrics) if "loss" in r] or [{}]
     return rows[0], rows[-1]
-
-
-def default_processes() -> int:
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return min(2, gpus) if gpus else 2
-
-
-def shipped_weights() -> Path | None:
-    from megastar.checkpoint.find_weights import SHIPPED_WEIGHTS
-
-    path = Path(SHIPPED_WEIGHTS)
-    return path if path.is_file() else None
 
 
 def fingerprint(path: Path | None) -> str:

@@ -28,9 +28,9 @@ megastar doctor --json                                      for scripts
 def parser() -> Parser:
     p = Parser(
         "doctor",
-        "Check versions, driver, GPUs, memory, limits, disks and S3 of this node; under srun or torchrun those of all "
-        "nodes, their clocks, equal versions and all-reduce bandwidth. Exit status 1 if a check fails. Changes "
-        "nothing; files written to measure a disk are removed.",
+        "Check versions, driver, GPUs, memory, limits, disks and S3 of this node. Under srun or torchrun, check all "
+        "nodes, compare their clocks and versions, and measure the all-reduce bandwidth. Exit status 1 if a check fails. "
+        "Changes nothing: files written to measure a disk are removed.",
         EXAMPLES,
     )
     # A positional, because torchrun parses --run as an abbreviation of its own --run-path.
@@ -40,9 +40,8 @@ def parser() -> Parser:
     p.add_argument("--upload", default="", metavar="URL", help="train.upload: write a small object and remove it")
     p.add_argument("--nproc", type=positive, default=1, help="local processes (default 1); ignored under a launcher")
     p.add_argument(
-        "--patience", type=seconds(1, 3600), default=60.0, metavar="SECONDS",
-        help="time limit of each check",
-    )  # fmt: skip
+        "--patience", type=seconds(1, 3600), default=60.0, metavar="SECONDS", help="time limit of each check"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return p
 
@@ -70,7 +69,9 @@ def main(words: list[str]) -> int:
     if report is not None:
         status = int(report.failed)
         if args.json:
-            print(json.dumps(as_json(report), indent=1))
+            checks = [a.as_dict() for a in report.answers]
+            content = {"ok": not report.failed, "nodes": report.nodes, "ranks": report.ranks, "checks": checks}
+            print(json.dumps(content, indent=1))
         else:
             show(report)
     if hung:  # a thread that waits for a disk or a GPU would keep the process alive
@@ -80,11 +81,6 @@ def main(words: list[str]) -> int:
     return status
 
 
-def as_json(report: Report) -> dict[str, object]:
-    answers = [a.as_dict() for a in report.answers]
-    return {"ok": not report.failed, "nodes": report.nodes, "ranks": report.ranks, "checks": answers}
-
-
 def show(report: Report) -> None:
     from rich.console import Console
 
@@ -92,11 +88,8 @@ def show(report: Report) -> None:
     console.print(table_of(report))
     levels = [a.finding.level for a in report.answers]
     count = {level: levels.count(level) for level in ("failure", "warning")}
-    if not any(count.values()):
-        console.print(f"{len(report.nodes)} node(s), nothing wrong")
-        return
     summary = ", ".join(f"{n} {level}{'s' * (n > 1)}" for level, n in count.items() if n)
-    console.print(f"{len(report.nodes)} node(s): {summary}")
+    console.print(f"{len(report.nodes)} node(s): {summary or 'no problems'}")
 
 
 def table_of(report: Report) -> Table:
@@ -118,12 +111,7 @@ def table_of(report: Report) -> Table:
         f = answer.finding
         where = [Text("" if answer.everywhere else compact(answer.nodes))] if differing else []
         name = f.name if f.name != before else ""
-        table.add_row(
-            Text(name),
-            Text(f.level, colours[f.level]),
-            *where,
-            Text(f.finding),
-            *([Text(f.remedy)] if has_remedies else []),
-        )
+        remedy = [Text(f.remedy)] if has_remedies else []
+        table.add_row(Text(name), Text(f.level, colours[f.level]), *where, Text(f.finding), *remedy)
         before = f.name
     return table

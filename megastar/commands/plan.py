@@ -15,7 +15,7 @@ from megastar.errors import UserError, nearest
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from megastar.config.schema import RunConfig
+    from megastar.config.schema import ParallelConfig, RunConfig
     from megastar.parallel.budget import Zero
     from megastar.parallel.cost import Machine, Plan
 
@@ -62,12 +62,8 @@ def parser() -> Parser:
         "Show what a run needs on a machine for every valid split, and recommend one. Exit status 1 if nothing fits.",
         EXAMPLES,
     )
-    p.add_argument(
-        "items",
-        nargs="*",
-        metavar="RUN section.field=value",
-        help=f"configuration or size ({', '.join(SIZES)}), fields to override",
-    )
+    items = f"configuration or size ({', '.join(SIZES)}), fields to override"
+    p.add_argument("items", nargs="*", metavar="RUN section.field=value", help=items)
     p.add_argument("--gpus", type=positive, default=8, help="total number of GPUs")
     p.add_argument("--gpus-per-node", type=positive, help="GPUs per node (default 8, or all if fewer)")
     p.add_argument("--gpu", default="h100", help="type of GPU (default h100); an unknown name lists the types")
@@ -92,7 +88,7 @@ def main(words: list[str]) -> int:
     cfg = load_config(SIZES.get(run, run), overrides)
     machine = describe_machine(args)
     dtype = "bf16" if cfg.train.dtype == "auto" else cfg.train.dtype
-    plans = make_plans(cfg, machine, zeros_of(cfg, dtype), args.tensor_parallel, dtype)
+    plans = make_plans(cfg, machine, zeros_of(cfg.parallel, dtype), args.tensor_parallel, dtype)
     plans.sort(key=lambda p: (not p.fits, p.seconds if p.fits else p.need))
     best = recommend(plans)
     if args.json:
@@ -120,12 +116,12 @@ def describe_machine(args: argparse.Namespace) -> Machine:
     return Machine(name, dataclasses.replace(GPUS[args.gpu], **overrides), args.gpus, per_node)
 
 
-def zeros_of(cfg: RunConfig, dtype: str) -> list[Zero]:
+def zeros_of(parallel: ParallelConfig, dtype: str) -> list[Zero]:
     """The ZeRO stages to compare: those of configs/ds, with the run's own JSON in place of its stage."""
     from megastar.config.deepspeed import read_deepspeed
     from megastar.parallel.budget import Zero
 
-    own = Zero.read(read_deepspeed(cfg.parallel.deepspeed), cfg.parallel.deepspeed)
+    own = Zero.read(read_deepspeed(parallel.deepspeed), parallel.deepspeed)
     found = {z.label: z for z in (Zero.read(read_deepspeed(f), f) for f in STAGES)} | {own.label: own}
     return [found[label] for label in sorted(found) if not (label == "0" and dtype == "bf16")]
 
@@ -153,7 +149,7 @@ def why(plan: Plan, plans: list[Plan]) -> str:
 def hint(plans: list[Plan], machine: Machine) -> str:
     """Advice if nothing fits."""
     near = min(plans, key=lambda p: p.need)
-    more = "give more GPUs" + (f", or set train.micro_batch below {near.micro}" if near.micro > 1 else "")
+    more = "use more GPUs" + (f", or set train.micro_batch below {near.micro}" if near.micro > 1 else "")
     note = " (which leaves the contrastive losses fewer negatives)" if near.micro > 1 else ""
     return f"no plan fits {machine.gpu.memory:g} GiB: the closest one needs {gib(near.need)} GiB; {more}{note}"
 
@@ -257,14 +253,9 @@ def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], bes
     from megastar.parallel.cost import ASSUMPTIONS, step_flops
 
     def one(p: Plan) -> dict[str, Any]:
-        fields = {k: v for k, v in dataclasses.asdict(p).items() if k != "zero"}
-        derived = {"total": p.total, "fits": p.fits, "seconds": p.seconds}
-        return (
-            {"zero": p.zero.label, "deepspeed": p.zero.file}
-            | derived
-            | fields
-            | {"images_per_s": cfg.train.global_batch / p.seconds, "overrides": p.overrides}
-        )
+        derived = {"total": p.total, "fits": p.fits, "seconds": p.seconds, "overrides": p.overrides}
+        derived |= {"images_per_s": cfg.train.global_batch / p.seconds}
+        return dataclasses.asdict(p) | derived | {"zero": p.zero.label, "deepspeed": p.zero.file}
 
     return {
         "model": cfg.model.name,

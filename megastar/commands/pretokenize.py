@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import shlex
-from typing import TYPE_CHECKING
 
-from megastar.commands._common import Parser, is_launched, main_console, natural, positive
+from megastar.commands import data
+from megastar.commands._common import (
+    Parser,
+    is_launched,
+    logging_options,
+    main_console,
+    natural,
+    own_device,
+    place_of,
+    positive,
+)
 from megastar.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 EXAMPLES = """
 megastar pretokenize assets/emoji64/emoji64.tar --subset train --tokenizer assets/tokenizer/emoji64-vq.safetensors \\
@@ -21,10 +27,10 @@ megastar pretokenize val.txt --tokenizer data/tokenizer/vq16.safetensors --out d
 sbatch --array=0-15 slurm/pretokenize.sh s3://bucket/images --tokenizer ... --out ...
 megastar pretokenize --verify --out data/imagenet256/train
 SOURCE: a folder with one subfolder per class (ImageFolder); a list (.txt, .tsv) with path<TAB>class on each line; or a
-tar, a folder of tars or s3://bucket/prefix of tars that hold one folder per class, KEY.jpg and KEY.cls (WebDataset), one
-class per tar, or such tars themselves (ILSVRC2012_img_train.tar).
+tar, a folder of tars or s3://bucket/prefix of tars. A tar holds one folder per class, KEY.jpg and KEY.cls (WebDataset),
+the images of one class, or one tar per class (ILSVRC2012_img_train.tar).
 Any number of processes may run the same command at the same time: --nproc, torchrun, srun, a job array, or several
-machines. Each takes the next unfinished shard; the output is identical to the byte. Repeating a command resumes it.
+machines. Each takes the next unfinished shard; the output is byte-identical. Repeating a command resumes it.
 """
 
 
@@ -34,11 +40,8 @@ def parser() -> Parser:
     p.add_argument("--tokenizer", help="tokenizer .safetensors")
     p.add_argument("--out", required=True, help="output folder for the shards and manifest.json")
     p.add_argument("--subset", help="use only images in this top-level folder, for example train")
-    p.add_argument(
-        "--crops",
-        default="ten:1.1",
-        help="ten:SCALE (10 crops as in LlamaGen), center-flip, center, or several joined by +",
-    )
+    crops = "ten:SCALE (10 crops as in LlamaGen), center-flip, center, or several joined by +"
+    p.add_argument("--crops", default="ten:1.1", help=crops)
     p.add_argument("--shard-size", type=positive, default=1000, help="images per shard")
     p.add_argument("--layout", default="plain", help="shard layout: plain or packed")
     p.add_argument("--workers", type=natural, default=0, help="decoding threads; 0: one per core")
@@ -47,66 +50,25 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the encoder")
     p.add_argument("--batch", type=natural, default=0, help="crops per encoder call; 0: by device and size")
     p.add_argument("--seed", type=natural, default=0, help="seed of the order of the images")
-    p.add_argument("--verify", action="store_true", help="only verify the finished set in --out")
+    p.add_argument("--verify", action="store_true", help="only verify --out; exit status 2 if a shard is damaged")
     return p
 
 
 def main(words: list[str]) -> int:
     a = parser().parse(words)
-    console = main_console()
     if a.verify:
-        return verify(a.out, console)
+        return 2 if data.main(["verify", a.out, *logging_options()]) else 0
     if a.source is None or a.tokenizer is None:
         raise UserError("pretokenize needs SOURCE and --tokenizer; see megastar pretokenize --help")
     if a.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch
 
         return launch(a.nproc, ["pretokenize", *words])
-    from megastar.data.pretokenize.runner import pretokenize
+    from megastar.data.pretokenize import runner
 
-    pretokenize(
-        a.source,
-        a.subset,
-        a.tokenizer,
-        a.out,
-        crops=a.crops,
-        shard_size=a.shard_size,
-        layout=a.layout,
-        workers=a.workers,
-        device=own_device(a.device),
-        dtype=a.dtype,
-        batch=a.batch,
-        seed=a.seed,
-        console=console,
-    )
+    if place_of(os.environ)[0]:  # rank 0 reports the result
+        runner.logger.setLevel(logging.ERROR)
+    options = {k: getattr(a, k) for k in ("crops", "shard_size", "layout", "workers", "dtype", "batch", "seed")}
+    options |= {"device": own_device(a.device), "console": main_console()}
+    runner.pretokenize(a.source, a.subset, a.tokenizer, a.out, **options)
     return 0
-
-
-def own_device(name: str) -> str:
-    """Under a launcher, "auto" and "cuda" select the GPU of this process's local rank."""
-    import torch
-
-    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    if name in ("auto", "cuda") and local is not None and torch.cuda.is_available():
-        return f"cuda:{int(local) % torch.cuda.device_count()}"
-    return name
-
-
-def verify(out: str, console: Console) -> int:
-    """Report the damaged shards of a finished set and how to restore them; returns the exit status."""
-    from megastar.data.shards import verify as check
-    from megastar.data.shards.manifest import load_manifest
-
-    m = load_manifest(out)
-    if not (problems := check.verify(out, progress=console)):
-        text = f"{out}: {m.samples} images in {len(m.shards)} shards match the manifest"
-        console.print(text, markup=False, soft_wrap=True)
-        return 0
-    for problem in problems:
-        console.print(str(problem), markup=False, soft_wrap=True)
-    broken = list(dict.fromkeys(problem.shard for problem in problems))
-    names = " ".join(map(shlex.quote, broken))
-    raise UserError(
-        f"{out}: {len(broken)} of {len(m.shards)} shards are damaged: remove them (cd {shlex.quote(str(out))} && rm -f "
-        f"{names}) and repeat the command that wrote them, which writes missing shards only"
-    )

@@ -18,7 +18,7 @@ EXAMPLES = """
 megastar probe runs/demo/run --shards runs/demo/codes/train --val-shards runs/demo/codes/val --block 3 --optimizer sgd
 megastar probe w.safetensors --shards data/imagenet256/train --val-shards data/imagenet256/val --out probe.json
 megastar probe runs/ar runs/star --names AR,ST-AR --val-shards data/imagenet256/val --figure probe.png --cache /scratch
-megastar probe ar.json star.json --names AR,ST-AR --figure probe.png       (draws results written by --out)
+megastar probe ar.json star.json --names AR,ST-AR --figure probe.png       (plots results that --out wrote)
 """
 
 
@@ -31,8 +31,8 @@ def parser() -> Parser:
     p.add_argument("--shards", help="training token shards (default: the run's)")
     p.add_argument("--val-shards", help="validation token shards")
     p.add_argument("--block", type=positive, default=6, help="block, counted from 1")
-    p.add_argument("--positions", type=places, default=8, help="how many evenly spaced positions, or a list: 32,128")
-    p.add_argument("--epochs", type=positive, default=90, help="epochs")
+    p.add_argument("--positions", type=places, default=8, help="number of evenly spaced positions, or a list: 32,128")
+    p.add_argument("--epochs", type=positive, default=90, help="training epochs")
     p.add_argument("--batch", type=natural, default=0, help="batch size; 0: 16384, or 1/78 of a small set")
     p.add_argument("--lr", type=float, default=0.0, help="peak learning rate; 0: 0.1 * batch / 256")
     p.add_argument(
@@ -61,11 +61,11 @@ def main(words: list[str]) -> int:
         parser().error("the following arguments are required: --val-shards")
     names = [n.strip() for n in a.names.split(",")] if a.names else [Path(s).stem or s for s in a.source]
     if len(names) != len(a.source) or len(set(names)) != len(names):
-        raise UserError(f"--names {','.join(names)}: {len(a.source)} sources need as many different names")
+        raise UserError(f"--names {','.join(names)}: give {len(a.source)} different names, one for each source")
     if a.figure and a.figure.suffix.lower() != ".png":
         raise UserError(f"--figure {a.figure} must end in .png")
     from megastar.evaluation.figure import draw_probes
-    from megastar.utils.files import write_atomic
+    from megastar.utils.files import write_json
     from megastar.utils.logs import shared_console
 
     console = shared_console()
@@ -73,9 +73,7 @@ def main(words: list[str]) -> int:
     for name, source in zip(names, a.source, strict=True):
         results[name] = read_probe(source) if source.endswith(".json") else probe(source, a, console)
         if a.out:  # after each source, so that a later failure loses nothing
-            a.out.parent.mkdir(parents=True, exist_ok=True)
-            content = results[name] if len(names) == 1 else {"runs": results}
-            write_atomic(a.out, (json.dumps(content, indent=1) + "\n").encode())
+            write_json(a.out, results[name] if len(names) == 1 else {"runs": results})
     show(results, console)
     if a.figure:
         draw_probes(results, a.figure)
@@ -94,28 +92,13 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
     found = find_weights(source)
     shards = a.shards or found.shards
     if not shards:
-        raise UserError(f"--shards is missing: {source} is a weights file, which records no training shards")
+        raise UserError(f"{source} is a weights file, which records no training shards: give --shards")
     model, _ = load_model(found.file, pick_device(a.device))
-    result = linear_probe(
-        model,
-        *centre_codes(shards, a.limit),
-        *centre_codes(a.val_shards, a.limit),
-        block=a.block,
-        positions=a.positions,
-        epochs=a.epochs,
-        batch=a.batch,
-        lr=a.lr,
-        optimizer=a.optimizer,
-        seed=a.seed,
-        cache=a.cache,
-        console=console,
-    )
-    return result | {
-        "weights": str(found.file),
-        "weights_sha256": sha256(found.file),
-        "shards": str(shards),
-        "val_shards": a.val_shards,
-    }
+    options = {k: getattr(a, k) for k in ("block", "positions", "epochs", "batch", "lr", "optimizer", "seed", "cache")}
+    train, val = centre_codes(shards, a.limit), centre_codes(a.val_shards, a.limit)
+    result = linear_probe(model, *train, *val, console=console, **options)
+    weights = {"weights": str(found.file), "weights_sha256": sha256(found.file)}
+    return result | weights | {"shards": str(shards), "val_shards": a.val_shards}
 
 
 def read_probe(path: str) -> dict[str, Any]:
@@ -123,10 +106,10 @@ def read_probe(path: str) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): name the --out of an earlier probe") from error
+        raise UserError(f"{path} cannot be read ({error}): give the --out file of an earlier probe") from error
     valid = isinstance(result, dict) and {"positions", "accuracy", "block"} <= result.keys()
     if not valid or len(result["positions"]) != len(result["accuracy"]):
-        raise UserError(f"{path} is not a probe of one source: name the --out of an earlier probe of one source")
+        raise UserError(f"{path} is not the result of a probe of one source: give the --out file of such a probe")
     return result
 
 

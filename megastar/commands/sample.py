@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from megastar.checkpoint.find_weights import class_names, class_number, find_weights, labels_of
-from megastar.commands._common import Parser, main_console, natural, place_of, positive
+from megastar.commands._common import Parser, main_console, natural, own_device, place_of, positive
 from megastar.commands._sample_output import SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
 from megastar.commands._score_options import add_options
 from megastar.errors import UserError
@@ -96,7 +96,7 @@ def choose_labels(
         return plan_labels(plan, count, chosen, seed)
     pool = np.array([c for c in like if c in set(chosen)])
     if not len(pool):
-        raise UserError(f"--like holds no image of the classes {classes}")
+        raise UserError(f"--like holds no image of the classes {classes}: give classes that it holds")
     order = np.random.default_rng([seed, 1]).permutation(len(pool))
     return [int(c) for c in pool[order[np.arange(count) % len(pool)]]]
 
@@ -107,9 +107,9 @@ def main(words: list[str]) -> int:
         raise UserError("--like sets the class frequencies of --count images: give --count too")
     if a.plan == "random" and (a.count is None or a.like):
         raise UserError("--plan random draws the classes of --count images: give --count, and no --like")
-    rank, world, local = place_of(os.environ)
+    rank, world, _ = place_of(os.environ)
     if max(world, a.nproc) > 1 and not (a.npz or a.folder or a.score):
-        raise UserError("several processes share a folder: give --npz or --folder, or --score")
+        raise UserError("several processes need a shared output: give --npz, --folder or --score")
     if bool(a.score) != bool(a.real):
         raise UserError("--score (the output file) and --real (the reference images) must be given together")
     if a.score and (a.npz or a.out):
@@ -140,13 +140,7 @@ def main(words: list[str]) -> int:
     settings = {"seed": a.seed, "dtype": a.dtype, "batch": a.batch, "size": a.size}
     origin = {"weights": str(found.file), "tokenizer": tokenizer, "trained": provenance, "passes": a.cfg_passes}
     origin["label_plan"] = f"like {a.like}" if a.like else a.plan if a.count else "per class"
-    device = a.device
-    if device == "auto" and world > 1:
-        import torch
-
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        device = f"cuda:{local % gpus}" if gpus else "cpu"
-    console = main_console()
+    console, device = main_console(), own_device(a.device)
     pipeline = open_pipeline(
         found.file, tokenizer, labels, device=device, passes=a.cfg_passes, rank=rank, **settings, **options
     )

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ def parser() -> Parser:
 def main(words: list[str]) -> int:
     args = parser().parse(words)
     from rich.console import Console
+    from rich.live import Live
 
     from megastar.run_dir.status import status_of
 
@@ -59,30 +61,22 @@ def main(words: list[str]) -> int:
             raise UserError("; ".join(problems))
         return found, problems
 
-    def show() -> tuple[bool, list[str]]:
-        """Whether a run is unfinished, and problems with folders that are not runs."""
-        found, problems = read()
-        if args.json:
-            for status in found:
-                print(json.dumps(as_json(status)), flush=True)
-        else:
-            console.print(table_of(found))
-        return any(s.state != "finished" for s in found), problems
-
-    if args.json or args.watch is None:
-        unfinished, problems = show()
-        while unfinished and args.watch is not None:
-            time.sleep(args.watch)
-            unfinished, problems = show()
-    else:
-        from rich.live import Live
-
-        found, problems = read()
-        with Live(table_of(found), console=console, auto_refresh=False) as live:
-            while any(s.state != "finished" for s in found):
-                time.sleep(args.watch)
-                found, problems = read()
+    with ExitStack() as stack:
+        live = None
+        while True:
+            found, problems = read()
+            if args.json:
+                for status in found:
+                    print(json.dumps(as_json(status)), flush=True)
+            elif args.watch is None:
+                console.print(table_of(found))
+            elif live is None:
+                live = stack.enter_context(Live(table_of(found), console=console, auto_refresh=False))
+            else:
                 live.update(table_of(found), refresh=True)
+            if args.watch is None or all(s.state == "finished" for s in found):
+                break
+            time.sleep(args.watch)
     for problem in problems:
         print(f"megastar: error: {problem}", file=sys.stderr)
     return 2 if problems else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TextIO, cast
 
 from megastar.commands._common import (
     FaultTolerantStream,
@@ -63,6 +64,7 @@ def main(words: list[str]) -> int:
     from megastar.engine.trainer import train
 
     if not isinstance(sys.stdout, FaultTolerantStream):  # the log may be on a full disk
-        sys.stdout, sys.stderr = FaultTolerantStream(sys.stdout), FaultTolerantStream(sys.stderr)
+        sys.stdout = cast("TextIO", FaultTolerantStream(sys.stdout))
+        sys.stderr = cast("TextIO", FaultTolerantStream(sys.stderr))
     train(cfg, dry_run=args.dry_run, stop=stop)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from megastar.config.help import fields_text
 from megastar.config.load import config_yaml, load_tokenizer_config, save_config
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
+from megastar.run_dir import layout
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +69,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     from megastar.tokenizer.io import read_tokenizer_metadata, save_tokenizer
     from megastar.tokenizer.train import TokenizerTrainer
     from megastar.utils.device import pick_device, pick_dtype
+    from megastar.utils.files import write_json
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -91,10 +92,10 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     provenance |= {"pictures": len(pictures), "scores": scores}
     if cfg.init:
         provenance["init"] = read_tokenizer_metadata(cfg.init)[1]  # provenance of the initial weights
-    save_config(cfg, out / "config.yaml")
+    save_config(cfg, out / layout.CONFIG)
     result = out / "tokenizer.safetensors"
     save_tokenizer(trainer.average, result, provenance | {"config": asdict(cfg)})
-    (out / "scores.json").write_text(json.dumps(provenance, indent=1) + "\n")
+    write_json(out / "scores.json", provenance)
     return result, scores
 
 

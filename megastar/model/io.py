@@ -1,4 +1,7 @@
-"""Weights files: one safetensors file with the network's configuration and its provenance in the metadata."""
+"""Weights files: one safetensors file with the network's configuration and its provenance in the metadata.
+
+Torch is imported only where tensors are read or written.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from megastar.config.schema import ModelConfig
 from megastar.errors import UserError
-from megastar.model.transformer import Transformer
+from megastar.parallel.budget import parameter_shapes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from megastar.model.transformer import Transformer
 
 FORMAT = "megastar-model"
 
@@ -33,6 +39,8 @@ def save_model(
 
     Raises ``UserError`` if names or shapes do not match the configuration.
     """
+    from safetensors.torch import save_file
+
     path = Path(path)
     check_fits(path, {k: tuple(v.shape) for k, v in state_dict.items()}, cfg)
     tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state_dict.items()}
@@ -58,7 +66,7 @@ def read_model_metadata(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"weights {path} do not exist: name a .safetensors file written by megastar")
     try:
-        with safe_open(path, "pt") as f:
+        with safe_open(path, "np") as f:
             metadata = f.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(
@@ -79,26 +87,25 @@ def read_model_metadata(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def load_model(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Transformer, dict[str, Any]]:
-    """The network in ``dtype``, frozen, in eval mode, and the file's provenance.
+    """The network in ``dtype`` (default fp32), frozen, in eval mode, and the file's provenance.
 
     Raises ``UserError`` if the file is missing, has another format, or its weights do not match its configuration.
     """
+    import torch
+
+    from megastar.model.transformer import Transformer
+
     cfg, provenance = read_model_metadata(path)
     with safe_open(path, "pt") as f:
         names = list(f.keys())
         check_fits(Path(path), {k: tuple(f.get_slice(k).get_shape()) for k in names}, cfg)
-        state = {k: f.get_tensor(k).to(device, dtype) for k in names}
-    model = _skeleton(cfg)
+        state = {k: f.get_tensor(k).to(device, dtype or torch.float32) for k in names}
+    with torch.device("meta"):  # no initial weights are drawn: the file's replace them
+        model = Transformer(cfg)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval(), provenance
-
-
-def _skeleton(cfg: ModelConfig) -> Transformer:
-    """The network on the meta device: no initial weights are drawn, a file replaces them anyway."""
-    with torch.device("meta"):
-        return Transformer(cfg)
 
 
 def check_fits(path: Path, found: Mapping[str, tuple[int, ...]], cfg: ModelConfig) -> None:
@@ -106,7 +113,7 @@ def check_fits(path: Path, found: Mapping[str, tuple[int, ...]], cfg: ModelConfi
 
     The ``UserError`` lists the fields of the architecture that differ, or each kind of mismatch with three examples.
     """
-    expected = {k: tuple(v.shape) for k, v in _skeleton(cfg).state_dict().items()}
+    expected = {k.removeprefix("transformer."): shape for k, shape in parameter_shapes(cfg).items()}
     actual, wanted = shape_fields(found), shape_fields(expected)
     differ = [f"{k} {actual[k]}, not {wanted[k]}" for k in actual if actual[k] != wanted[k]]
     if differ:

@@ -16,7 +16,7 @@ from typing import Any
 
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
-from megastar.run_dir.layout import FORMAT, MANIFEST
+from megastar.run_dir.layout import CHECKPOINTS, FORMAT, MANIFEST
 from megastar.utils.files import sha256, sync_folder, write_atomic
 
 WRITING = ".writing"
@@ -29,7 +29,7 @@ def name_of(step: int) -> str:
 
 
 def folder_of(cfg: RunConfig) -> Path:
-    return Path(cfg.run) / "checkpoints"
+    return Path(cfg.run) / CHECKPOINTS
 
 
 def complete(folder: Path) -> list[Path]:
@@ -60,7 +60,7 @@ def find_checkpoint(path: Path) -> Path:
     """A run folder, its checkpoints folder, or one checkpoint -> the checkpoint."""
     if (path / MANIFEST).is_file():
         return path
-    for folder in (path / "checkpoints", path):
+    for folder in (path / CHECKPOINTS, path):
         if folder.is_dir() and (found := latest(folder)):
             return found
     raise UserError(f"no complete checkpoint in {path}: name a run folder or a folder step-*")

@@ -7,6 +7,7 @@ from pathlib import Path
 from megastar.config.load import diff_configs, load_config, save_config
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
+from megastar.run_dir.layout import CONFIG
 
 # Fields, and sections ending in a dot, that may differ when a run is resumed.
 RESUMABLE = (
@@ -38,7 +39,7 @@ def claim_run_folder(cfg: RunConfig, *, write: bool) -> None:
 
     Raises ``UserError`` that names the fields in which a run of another configuration differs.
     """
-    path = Path(cfg.run) / "config.yaml"
+    path = Path(cfg.run) / CONFIG
     differing = diff_configs(load_config(path), cfg) if path.is_file() else ["all"]
     if path.is_file() and (refused := [d for d in differing if not d.startswith(RESUMABLE)]):
         raise UserError(

@@ -16,7 +16,7 @@ from megastar.config.schema import RunConfig, TrainConfig
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir, events, training_checks
 from megastar.run_dir.jsonl import read_jsonl
-from megastar.run_dir.layout import HEARTBEATS, MANIFEST
+from megastar.run_dir.layout import CHECKPOINTS, CONFIG, HEARTBEATS, MANIFEST, METRICS
 
 RECENT = 20  # rows of metrics whose median is the run's speed
 STARTING = 900.0  # seconds without a row that a start may take: imports, engines, the first steps
@@ -59,7 +59,7 @@ def status_of(run: Path, now: float | None = None) -> Status:
     now = time.time() if now is None else now
     if not run.is_dir():
         raise UserError(f"{run} is not a folder: name a run folder, the `run` of its configuration")
-    path = run / "config.yaml"
+    path = run / CONFIG
     if not path.is_file():
         raise UserError(f"{run} is not a run folder: it contains no config.yaml; name the `run` of a configuration")
     try:
@@ -131,7 +131,7 @@ def read_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def read_checkpoint(run: Path, now: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of ``Status`` about the newest complete checkpoint, and its manifest."""
-    folder = run / "checkpoints"
+    folder = run / CHECKPOINTS
     fields: dict[str, Any] = {"saving": (folder / checkpoint_dir.WRITING).is_dir()}
     manifest: dict[str, Any] = {}
     try:
@@ -152,7 +152,7 @@ def total_of(cfg: RunConfig, past: list[dict[str, Any]], manifest: dict[str, Any
 
 def last_sign(run: Path, now: float) -> float | None:
     """The age of the newest row or event, in seconds."""
-    times = [p.stat().st_mtime for p in (run / "metrics.jsonl", run / events.NAME) if p.is_file()]
+    times = [p.stat().st_mtime for p in (run / METRICS, run / events.NAME) if p.is_file()]
     return max(0.0, now - max(times)) if times else None
 
 
@@ -166,7 +166,7 @@ def find_state(status: Status, train: TrainConfig, run: Path, past: list[dict[st
     if status.last_sign_s is None:
         return status.state, status.why
     began = max((events.seconds_of(e) for e in past if e["event"] in events.STARTED), default=0.0)
-    row = run / "metrics.jsonl"
+    row = run / METRICS
     # The writer opens (and cuts) metrics.jsonl just before it records the start.
     rows_since = row.is_file() and row.stat().st_mtime > began + 1.0
     due = train.log_every * status.step_s if status.step_s else 0.0

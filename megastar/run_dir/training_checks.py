@@ -13,6 +13,7 @@ from typing import Any
 from megastar.config.load import resolve_batch
 from megastar.config.schema import RunConfig, SelfGuidedConfig
 from megastar.run_dir.jsonl import read_ends
+from megastar.run_dir.layout import METRICS
 
 Rows = Sequence[dict[str, Any]]
 
@@ -43,7 +44,7 @@ def values(rows: Rows, name: str, count: int = RECENT) -> list[float]:
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
     """The rows of a run folder that the checks and `megastar status` use."""
-    return read_ends(run / "metrics.jsonl", FIRST, KEPT)
+    return read_ends(run / METRICS, FIRST, KEPT)
 
 
 def training_rows(rows: Rows) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""Tokenizer files: one safetensors file with the architecture and its provenance in the metadata."""
+"""Tokenizer files: one safetensors file with the architecture and its provenance in the metadata.
+
+Torch is imported only where tensors are read or written.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,30 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megastar.config.schema import TokenizerConfig
 from megastar.errors import UserError
-from megastar.tokenizer.vq import VQModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from megastar.tokenizer.vq import VQModel
 
 FORMAT = "megastar-tokenizer"
 
 
 def save_tokenizer(
-    model: VQModel, path: str | Path, provenance: dict[str, Any], dtype: torch.dtype = torch.float16
+    model: VQModel, path: str | Path, provenance: dict[str, Any], dtype: torch.dtype | None = None
 ) -> None:
     """Write weights in ``dtype`` (default fp16: half the size; codes are computed in fp32 after loading)."""
+    import torch
+    from safetensors.torch import save_file
+
     path = Path(path)
-    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+    tensors = {k: v.detach().to("cpu", dtype or torch.float16).contiguous() for k, v in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata=tokenizer_metadata(model.config, provenance))
@@ -39,6 +47,10 @@ def tokenizer_metadata(config: TokenizerConfig, provenance: Mapping[str, Any]) -
 
 def check_tokenizer_fits(path: Path, found: Mapping[str, tuple[int, ...]], config: TokenizerConfig) -> None:
     """Raises ``UserError`` if names or shapes differ from the architecture's; it lists the first three."""
+    import torch
+
+    from megastar.tokenizer.vq import VQModel
+
     with torch.device("meta"):
         wanted = {k: tuple(v.shape) for k, v in VQModel(config).state_dict().items()}
     wrong = [f"{k} is missing" for k in wanted if k not in found]
@@ -55,7 +67,7 @@ def read_tokenizer_metadata(path: str | Path) -> tuple[TokenizerConfig, dict[str
     if not path.is_file():
         raise UserError(f"tokenizer {path} does not exist: name another file, or run `megastar train-tokenizer`")
     try:
-        with safe_open(path, "pt") as f:
+        with safe_open(path, "np") as f:
             metadata = f.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"tokenizer {path}: not a safetensors file ({error}); copy or train it again") from error
@@ -66,6 +78,8 @@ def read_tokenizer_metadata(path: str | Path) -> tuple[TokenizerConfig, dict[str
 
 def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> VQModel:
     """The tokenizer in fp32, frozen, in eval mode."""
+    from megastar.tokenizer.vq import VQModel
+
     config, _ = read_tokenizer_metadata(path)
     model = VQModel(config)
     with safe_open(path, "pt") as f:
@@ -81,6 +95,8 @@ def tokenizer_hash(path: str | Path) -> str:
 
     The decoder is excluded: after further training of the decoder alone, all shards and models remain valid.
     """
+    import torch
+
     read_tokenizer_metadata(path)
     digest = hashlib.sha256()
     with safe_open(path, "pt") as f:

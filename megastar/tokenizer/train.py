@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
+from megastar.run_dir.layout import METRICS
 from megastar.tokenizer.io import load_tokenizer
 from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
 from megastar.tokenizer.vq import VQModel
@@ -210,7 +211,7 @@ class TokenizerTrainer:
             logger.info("resumed %s at step %d", last, self.step)
         scores: dict[str, float] = {}
         with (
-            (out / "metrics.jsonl").open("a") as log,
+            (out / METRICS).open("a") as log,
             progress_bar(console, "tokenizer", c.steps, done=self.step) as bar,
         ):
             while self.step < c.steps:

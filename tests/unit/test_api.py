@@ -240,12 +240,12 @@ def test_features_are_those_of_the_probe(model, images):
         (lambda m, x: m.decode(np.zeros((2, 16))), "codes have dtype float64: give integers"),
         (
             lambda m, x: m.decode(np.full((2, 16), 32)),
-            "codes go from 32 to 32, the code book of this model from 0 to 31",
+            "codes range from 32 to 32: the code book of this model has codes 0 to 31",
         ),
-        (lambda m, x: m.decode(np.full((2, 16), -1)), "codes go from -1 to -1"),
+        (lambda m, x: m.decode(np.full((2, 16), -1)), "codes range from -1 to -1"),
         (lambda m, x: m.features(x, block=0), "block 0 is outside 1..2, the blocks of this model"),
         (lambda m, x: m.features(x, block=3), "block 3 is outside 1..2"),
-        (lambda m, x: m.features(np.full((2, 16), 32), block=1), "codes go from 32 to 32"),
+        (lambda m, x: m.features(np.full((2, 16), 32), block=1), "codes range from 32 to 32"),
         (lambda m, x: m.features(x[0], block=1), r"images have shape \(16, 16, 3\)"),
     ],
 )

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megastar.run_dir import layout
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megastar"
 # A package imports only packages of a lower level. Deeper packages (data/storage) belong to their first one.
@@ -195,6 +197,17 @@ def test_packages_without_imports_of(package, forbidden):
         for name, _ in imports(tree)
     }
     assert not [n for n in names if f"{n[1]}.".startswith(f"{forbidden}.")]
+
+
+def test_only_the_layout_names_the_files_of_a_run_folder():
+    names = {layout.CONFIG, layout.METRICS, layout.CHECKPOINTS, layout.ROLLBACKS, layout.LOST}
+    found = {
+        f"{module}:{node.lineno}"
+        for module, tree in sources().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in names and module != layout.__name__
+    }
+    assert not found
 
 
 def test_a_public_class_name_exists_once():

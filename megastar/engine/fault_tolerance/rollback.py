@@ -20,7 +20,7 @@ from megastar.engine.rank_sync import on_main, retry, run_on_main
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.jsonl import read_ends, read_jsonl
-from megastar.run_dir.layout import ROLLBACKS, SKIPPED
+from megastar.run_dir.layout import METRICS, ROLLBACKS, SKIPPED
 from megastar.utils.files import append_line, write_atomic
 
 
@@ -140,7 +140,7 @@ def diagnosis(cfg: RunConfig, policy: SkipPolicy, step: int, target: Path | None
     )
     with suppress(KeyError, IndexError):
         losses += f"; before, the loss was {recent[-1]['mean']:.5g} +- {recent[-1]['sigma']:.2g}"
-    norms = [r["grad_norm"] for r in read_ends(run / "metrics.jsonl", 0, 3) if "grad_norm" in r][-3:]
+    norms = [r["grad_norm"] for r in read_ends(run / METRICS, 0, 3) if "grad_norm" in r][-3:]
     if norms:
         losses += f", the last gradient norms {', '.join(str(n)[:6] for n in norms)}"
     return (

@@ -12,6 +12,7 @@ from typing import Any
 from megastar.engine.metrics.tensorboard import TensorBoardWriter
 from megastar.run_dir.events import append_event, flush_events
 from megastar.run_dir.jsonl import JsonlWriter
+from megastar.run_dir.layout import METRICS
 from megastar.utils.logs import shared_console
 from megastar.utils.progress_bar import progress_bar
 
@@ -36,7 +37,7 @@ class MetricsLogger:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.rows = JsonlWriter(folder / "metrics.jsonl")
+        self.rows = JsonlWriter(folder / METRICS)
         self.rows.cut_after(start)
         self.rows.flush()  # the file exists, and its time is that of this start
         self.disk_fails = False

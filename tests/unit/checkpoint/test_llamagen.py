@@ -111,7 +111,7 @@ def test_a_network_goes_back_as_it_came(network, tmp_path, yaml_file, capsys):
     own.write_bytes(data)
     assert convert(own, "--inspect", "--verify") == 1
     (tmp_path / "w.json").unlink()
-    assert "w.json is missing" in refused(capsys, own, "--inspect", "--verify")
+    assert "w.json does not exist" in refused(capsys, own, "--inspect", "--verify")
 
 
 def meta(**sizes) -> dict[str, torch.Tensor]:
@@ -214,12 +214,12 @@ def test_other_contents_are_told(tmp_path, capsys):
     torch.save({}, path)
     for more, sentence in [
         (["--weights", "ema"], "--weights applies to a run"),
-        (["--image-size", "0"], "'0' is not a positive integer"),
+        (["--image-size", "0"], "'0' is not an integer >= 1"),
     ]:
         assert sentence in refused(capsys, *words, *more)
     assert "needs a run's checkpoint" in refused(capsys, path, "--to", "universal", "--out", tmp_path / "u")
     told = refused(capsys, tmp_path, "--to", "safetensors", "--out", tmp_path / "u", "--config", path)
-    assert "--config applies to a .pt file of LlamaGen" in told
+    assert "--config applies only to a .pt file of LlamaGen" in told
 
 
 # Tokenizers --------------------------------------------------------------------------------------------------

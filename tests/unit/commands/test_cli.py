@@ -95,7 +95,7 @@ def test_train_help_shows_the_fields(capsys):
         ),
         (["train", "a.yaml"], "configuration a.yaml does not exist: check the path"),
         (["train"], "command line: data.shards is empty"),
-        (["train", "--nproc", "0"], "argument --nproc: '0' is not a positive integer; see megastar train --help"),
+        (["train", "--nproc", "0"], "argument --nproc: '0' is not an integer >= 1; see megastar train --help"),
         (["train", "--dry"], "unrecognized arguments: --dry; see megastar train --help"),
         (
             ["train", "configs/run/demo.yaml", "--nproc", "3"],
@@ -110,11 +110,11 @@ def test_train_help_shows_the_fields(capsys):
             "--dtype applies to --to safetensors and llamagen: leave it out with --to universal",
         ),
         (["convert", "run", "--to", "checkpoint", "--out", "x"], "--to checkpoint needs --data, the number of data"),
-        (["convert", "run", "--to", "checkpoint", "--out", "x", "--data", "0"], "'0' is not a positive integer"),
+        (["convert", "run", "--to", "checkpoint", "--out", "x", "--data", "0"], "'0' is not an integer >= 1"),
         (["convert", "nowhere", "--inspect"], "no complete checkpoint in nowhere: name a run folder or a folder"),
         (["sample", "--like", "codes"], "--like sets the class frequencies of --count images: give --count too"),
         (["sample", "--plan", "random"], "--plan random draws the classes of --count images: give --count, and no"),
-        (["sample", "--nproc", "2"], "several processes share a folder: give --npz or --folder"),
+        (["sample", "--nproc", "2"], "several processes need a shared output: give --npz, --folder or"),
         (["sample", "no.safetensors"], "weights no.safetensors do not exist"),
         (["evaluate", "--real", "x"], "give either images to score or --tokenizer; see megastar evaluate --help"),
         (["evaluate", "a", "--tokenizer", "t", "--real", "x"], "give either images to score or --tokenizer"),
@@ -210,7 +210,7 @@ def test_nproc_starts_processes_unless_a_launcher_did(trained, monkeypatch):
     assert len(started) == 1 and len(trained) == 1
 
 
-def test_ranks_get_the_words_without_nproc_and_with_the_log_level(monkeypatch, tmp_path):
+def test_ranks_get_the_words_and_the_log_level(monkeypatch, tmp_path):
     from torch.distributed import run
 
     started = []
@@ -221,9 +221,9 @@ def test_ranks_get_the_words_without_nproc_and_with_the_log_level(monkeypatch, t
     monkeypatch.setenv("MEGASTAR_LOG_LEVEL", "debug")
     assert cli.main(["train", "configs/run/demo.yaml", "--nproc", "2", "train.steps=3"]) == 0
     assert started == [
-        ("3", ["sample", "--npz", npz, "--seed", "3"]),
-        ("2", ["sample", "--npz", npz, "-q", "--quiet"]),
-        ("2", ["train", "configs/run/demo.yaml", "train.steps=3", "--verbose"]),
+        ("3", ["sample", "--nproc", "3", "--npz", npz, "--seed", "3"]),
+        ("2", ["sample", "--npz", npz, "-q", "--nproc=2", "--quiet"]),
+        ("2", ["train", "configs/run/demo.yaml", "--nproc", "2", "train.steps=3", "--verbose"]),
     ]
 
 

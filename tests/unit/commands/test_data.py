@@ -42,7 +42,7 @@ def run(capsys, *words: object) -> str:
 def test_inspect(folder, capsys):
     text = run(capsys, "inspect", folder, "--samples", 2)
     size = sum(s.bytes for s in load_manifest(folder).shards)
-    for part in ("9", "0 to 5", f"{size / 1e3:.3g} kB", "4: a, b, c, d", "center-flip", "4 x 4", "ab" * 32):
+    for part in ("9", "0 to 5", f"{size / 1e3:.1f} kB", "4: a, b, c, d", "center-flip", "4 x 4", "ab" * 32):
         assert part in text
     assert "a/picture.1  class 1 b" in text and "a/picture.2" not in text
     about = json.loads(run(capsys, "inspect", folder, "--json"))

@@ -59,6 +59,18 @@ def test_convert_inspect(run):
     assert "complete: names and sizes match, SHA-256 too" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("weights/demo-nano", ('"n_layer": 6', '"provenance"')),
+        ("tokenizer/emoji64-vq", ('"codebook_size": 2048', '"provenance"')),
+    ],
+)
+def test_convert_inspect_of_a_weights_file(name, words):
+    text = output("convert", "--inspect", ROOT / "assets" / f"{name}.safetensors")
+    assert '"parameters": ' in text and all(word in text for word in words)
+
+
 def test_data_inspect(tmp_path):
     text = output("data", "inspect", write_set(tmp_path / "set"))
     assert "a/picture.1  class 1 b" in text and "center-flip" in text

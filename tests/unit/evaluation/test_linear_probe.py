@@ -200,7 +200,7 @@ def test_two_probes_become_a_table_and_a_figure(tmp_path, capsys):
         assert (pixels == colour).all(1).sum() > 100
     words = ["probe", *files]
     for more, message in (
-        (["--names", "AR"], "--names AR: 2 sources need as many different names"),
+        (["--names", "AR"], "--names AR: give 2 different names, one for each source"),
         (["--figure", "probe.pdf"], "--figure probe.pdf must end in .png"),
         ([str(tmp_path / "none.json")], "none.json cannot be read"),
         (["--positions", "a"], "'a' is neither a number of positions nor a list"),
@@ -208,7 +208,7 @@ def test_two_probes_become_a_table_and_a_figure(tmp_path, capsys):
     ):
         assert main([*words, *more]) == 2 and message in capsys.readouterr().err
     (tmp_path / "ar.json").write_text(json.dumps({"runs": {}}))
-    assert main(words) == 2 and "is not a probe of one source" in capsys.readouterr().err
+    assert main(words) == 2 and "is not the result of a probe of one source" in capsys.readouterr().err
 
 
 def test_a_figure_without_matplotlib_reports_what_to_install(tmp_path, monkeypatch):
