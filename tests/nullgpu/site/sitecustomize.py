@@ -17,7 +17,13 @@ def _step_metrics(module):
     module.teacher_distance_squares = lambda ctx, engines: (0.0, 1.0)  # a sum of squares may be negative here
 
 
-AFTER = {"torch": _torch, "megastar.engine.metrics.step_metrics": _step_metrics}
+def _sampler(module):
+    module.any_below = lambda *args: False  # no logits count as not finite
+
+
+AFTER = {
+    "torch": _torch, "megastar.engine.metrics.step_metrics": _step_metrics, "megastar.sampling.sampler": _sampler,
+}  # fmt: skip
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
