@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from megastar.checkpoint.rng_state import seed_dropout
-from megastar.config.load import as_run_config, resolve_batch
+from megastar.config.load import as_run_config
 from megastar.config.schema import RunConfig
 from megastar.data.loader import TokenLoader
 from megastar.data.order import VERSION as ORDER
@@ -31,6 +31,7 @@ from megastar.engine.fault_tolerance.watchdog import watch
 from megastar.engine.input_pipeline.batch_fetcher import BatchFetcher, OutOfData
 from megastar.engine.input_pipeline.data_checks import check_same_data, check_same_order, open_data
 from megastar.engine.lr_schedule import learning_rate, row_due, total_steps
+from megastar.engine.memory_check import check_run
 from megastar.engine.metrics.environment import process_environment
 from megastar.engine.metrics.health_monitor import HealthMonitor
 from megastar.engine.metrics.logger import MetricsLogger
@@ -120,9 +121,8 @@ class Trainer:
         self.stop = self._stop or StopFlag()
         PHASE.reset()
         try:
-            self.ctx = start(cfg)
+            self.ctx = check_run(cfg, start(cfg))  # before the run folder exists
             self._leave_if_stopped()
-            resolve_batch(cfg, self.ctx.world)  # before the run folder exists
             claim_run_folder(cfg, write=self.ctx.main)
             with watch(cfg, self.ctx.rank, self.ctx.world) if self.watchdog else nullcontext():
                 self._build()
@@ -144,7 +144,7 @@ class Trainer:
         data = open_data(cfg) if is_remote(shards) or Path(shards).exists() else None
         if cfg.train.init and not checkpoint_dir.latest(checkpoint_dir.folder_of(cfg)):
             read_model_metadata(cfg.train.init)
-        ctx = start(cfg)
+        ctx = check_run(cfg, start(cfg))
         describe(cfg, ctx, build(cfg, ctx), data.train.manifest if data else None)
 
     def _build(self) -> None:
