@@ -63,7 +63,7 @@ def environment(folder: Path | None = None) -> dict[str, str]:
     library = build(folder)
     path = [str(HERE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
-        "NULLGPU": "1", "LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(folder), "TRITON_LIBCUDA_PATH": str(folder),
+        "NULLGPU": "1", "CUDA_VISIBLE_DEVICES": "0", "LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(folder), "TRITON_LIBCUDA_PATH": str(folder),
         "PYTHONPATH": os.pathsep.join(path), "MEGASTAR_TEST_GPU": "1",
     }  # fmt: skip
 
