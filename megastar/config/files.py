@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file as a dict, ``${...}`` resolved. Raises ``UserError`` if it is not a mapping of sections."""
     try:
         loaded = OmegaConf.load(path)
-        data = OmegaConf.to_container(loaded, resolve=True)
+        data = as_written(OmegaConf.to_container(loaded, resolve=True), path.read_text("utf-8"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -59,3 +59,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path} contains a list instead of sections of `field: value`")
     return {str(k): v for k, v in data.items()}
+
+
+def as_written(value: Any, text: str) -> Any:
+    """``value``, read from the YAML ``text``, where words such as ``off``, booleans in YAML 1.1, are strings."""
+
+    def visit(value: Any, node: yaml.Node | None) -> Any:
+        if isinstance(value, dict) and isinstance(node, yaml.MappingNode):
+            nodes = {key.value: inner for key, inner in node.value}
+            return {key: visit(inner, nodes.get(str(key))) for key, inner in value.items()}
+        if isinstance(value, bool) and isinstance(node, yaml.ScalarNode) and node.tag.endswith(":bool"):
+            return value if node.value.lower() in ("true", "false") else node.value
+        return value
+
+    return visit(value, yaml.compose(text, Loader=yaml.SafeLoader))

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megastar.config.comparison import CompareConfig
 from megastar.config.deepspeed import deepspeed_problems
-from megastar.config.files import find_file, read_yaml, require_file
+from megastar.config.files import as_written, find_file, read_yaml, require_file
 from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
 from megastar.config.validate import Problem, divisors, find_problems, words
 from megastar.errors import UserError
@@ -194,14 +195,14 @@ def _report(where: str, texts: list[str]) -> str:
 
 
 def _override(data: dict[str, Any], text: str, problems: list[Problem]) -> None:
-    name, equals, _ = text.partition("=")
+    name, equals, raw = text.partition("=")
     if not equals or not name or not all(name.split(".")):
         problems.append(Problem(f"override {text!r} is not of the form section.field=value", ()))
         return
     try:
         value = OmegaConf.select(OmegaConf.from_dotlist([text]), name)
-        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    except (OmegaConfBaseException, ValueError) as error:
+        value = as_written(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, raw)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         problems.append(Problem(f"override {text!r} cannot be read ({str(error).splitlines()[0]})", (name,)))
         return
     *parents, last = name.split(".")
@@ -230,6 +231,7 @@ def _fill(
     config: DictConfig, data: dict[str, Any], schema: type, prefix: str, leaves: list[str], problems: list[Problem]
 ) -> None:
     hints = get_type_hints(schema)
+    choices = {f.name: f.metadata["choices"] for f in fields(schema) if "choices" in f.metadata}
     for key, value in data.items():
         name = f"{prefix}{key}"
         hint = hints.get(str(key))
@@ -248,12 +250,21 @@ def _fill(
                 value = int(value)  # 1e4 is a float in YAML
             if hint is str and value is None:
                 value = ""  # `data.val_shards=`
-            if hint is str and isinstance(value, bool):
-                value = "on" if value else "off"  # as YAML 1.1 reads these words
+            if hint is str and key in choices:
+                value = _choice(value, choices[key])
             try:
                 OmegaConf.update(config, name, value)
             except (OmegaConfBaseException, ValueError, TypeError):
                 problems.append(Problem(f"{name} = {value!r}: must be {_type_name(hint)}", (name,)))
+
+
+def _choice(value: Any, choices: Sequence[str]) -> Any:
+    """The choice that a boolean, or a word for one, stands for (``off`` for ``false`` or ``no``), else the word itself."""
+    word = str(value).lower()
+    for same in (("on", "yes", "true"), ("off", "no", "false")):
+        if word in same:
+            return next((c for c in choices if c in same), word)
+    return value
 
 
 def _fill_named(

@@ -74,8 +74,7 @@ def check_node(options: DoctorOptions, first: bool, mark: str) -> dict[str, Any]
             result["gpus"] = gpus.parse_csv(gpus.query(options.patience / 2))
         except gpus.NvidiaSmiError as error:
             result["problem"] = str(error)
-        if result["gpus"]:
-            result["torch"] = gpus.torch_info()
+        result["torch"] = gpus.torch_info()
         return []
 
     findings = check("driver", query_gpus)

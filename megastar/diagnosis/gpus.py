@@ -70,14 +70,17 @@ def parse_csv(text: str) -> list[dict[str, str]]:
 
 
 def torch_info() -> dict[str, Any]:
-    """What torch can use: {"cuda": its CUDA version or "", "count": GPUs, "why": the first error}."""
+    """What torch can use: {"cuda": its CUDA version or "", "count": GPUs, "rows": their names and memory as ``parse_csv``
+    has them, "why": the first error}."""
     import torch
 
-    found: dict[str, Any] = {"cuda": str(torch.version.cuda or ""), "count": 0, "why": ""}
+    found: dict[str, Any] = {"cuda": str(torch.version.cuda or ""), "count": 0, "rows": [], "why": ""}
     if torch.version.cuda:
         try:
             torch.cuda.init()
             found["count"] = torch.cuda.device_count()
+            gpus = [torch.cuda.get_device_properties(i) for i in range(found["count"])]
+            found["rows"] = [{"name": g.name, "memory.total": str(g.total_memory / 2**20)} for g in gpus]
         except Exception as error:
             found["why"] = " ".join(str(error).split())[:200]
     return found
@@ -98,6 +101,10 @@ def findings(rows: list[dict[str, str]], torch: dict[str, Any], problem: str = "
     if not rows:
         if os.environ.get("SLURM_JOB_GPUS") or os.environ.get("SLURM_STEP_GPUS"):
             return [Finding("GPUs", FAILURE, "SLURM allocated GPUs, nvidia-smi lists none", "drain the node")]
+        if torch.get("count"):
+            text = f"{_models(torch['rows']).finding}, according to torch: nvidia-smi lists none or is not installed"
+            remedy = "install nvidia-smi, without which driver, memory errors and clocks are not checked"
+            return [Finding("GPUs", WARNING, text, remedy)]
         return [Finding("GPUs", OK, "none: training uses the CPU (gloo)")]
     return [_driver(rows, torch), _models(rows), _memory(rows), *_ecc(rows), _clocks(rows)]
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megastar.checkpoint.rng_state import seed_dropout
-from megastar.config.load import as_run_config, resolve_batch
+from megastar.config.load import as_run_config
 from megastar.config.schema import RunConfig
 from megastar.data.loader import TokenLoader
 from megastar.data.order import VERSION as ORDER
@@ -31,6 +31,7 @@ from megastar.engine.fault_tolerance.watchdog import watch
 from megastar.engine.input_pipeline.batch_fetcher import BatchFetcher, OutOfData
 from megastar.engine.input_pipeline.data_checks import check_same_data, check_same_order, open_data
 from megastar.engine.lr_schedule import learning_rate, peak_rate, row_due, total_steps
+from megastar.engine.memory_check import check_run
 from megastar.engine.metrics.environment import command_line, process_environment
 from megastar.engine.metrics.health_monitor import HealthMonitor
 from megastar.engine.metrics.logger import MetricsLogger
@@ -123,9 +124,8 @@ class Trainer:
         self.stop = self._stop or StopFlag()
         PHASE.reset()
         try:
-            self.ctx = start(cfg)
+            self.ctx = check_run(cfg, start(cfg))  # before the run folder exists
             self._leave_if_stopped()
-            resolve_batch(cfg.train, cfg.parallel.tensor_parallel, self.ctx.world)  # before the run folder exists
             claim_run_folder(cfg, write=self.ctx.main)
             with watch(cfg, self.ctx.rank, self.ctx.world) if self.watchdog else nullcontext():
                 self._build()
@@ -144,7 +144,7 @@ class Trainer:
         cfg, shards = self.cfg, self.cfg.data.shards
         self._check_init()
         with closing(open_data(cfg)) if is_remote(shards) or Path(shards).exists() else nullcontext() as data:
-            ctx = start(cfg)
+            ctx = check_run(cfg, start(cfg))
             describe(cfg, ctx, build(cfg, ctx), data.train.manifest if data else None)
 
     def _check_init(self) -> None:

@@ -1,8 +1,8 @@
-"""One step of decoding: from the tokens drawn so far to the next token's logits."""
+"""One step of decoding, from the tokens drawn so far to the next token's logits; and the CUDA graphs of whole steps."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,43 +14,36 @@ from megastar.sampling.packed_linear import decoding_copy
 
 
 class CachedDecoder:
-    """A network, its cache for ``batch`` images, and on a GPU one CUDA graph per position.
+    """A network and its cache for ``batch`` images.
 
     ``guided``: the cache also has rows for the null class. ``passes`` 1 runs conditional and null rows as one batch, 2 one
-    after the other (half the activations; the same logits up to rounding). ``cuda_graphs`` None means on a GPU: a step
-    is hundreds of small kernels that take less time than their launches. A graph is captured when a full batch first
-    reaches its position; the prefix length is part of it, so nothing beyond the prefix is read.
+    after the other (half the activations; the same logits up to rounding).
     """
 
-    def __init__(
-        self, model: Transformer, batch: int, guided: bool, *, passes: int = 1, cuda_graphs: bool | None = None
-    ):
+    def __init__(self, model: Transformer, batch: int, guided: bool, *, passes: int = 1):
         assert passes in (1, 2), passes
         weight = next(model.parameters())
         self.cfg, self.device, self.dtype = model.cfg, weight.device, weight.dtype
         self.model = decoding_copy(model)
-        self.batch, self.split = batch, guided and passes == 2
+        self.split = guided and passes == 2
         rows = batch * (2 if guided and not self.split else 1)
         self.caches = [KVCache.for_model(self.cfg, rows, weight.dtype, self.device) for _ in range(1 + self.split)]
-        self.cuda_graphs = self.device.type == "cuda" if cuda_graphs is None else cuda_graphs
-        self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self.pool: Any = None  # the graphs' memory pool
 
     def logits(self, labels: Tensor, tokens: Tensor, position: int, scale: float, with_null: bool) -> Tensor:
         """labels (B,), tokens (B, T) of which the first ``position`` are sampled -> fp32 logits (B, V) of the next.
 
         ``with_null``: also run the null rows, required up to the last guided position; ``scale`` is the guidance scale.
         """
+        caches = self.caches if with_null else self.caches[:1]
         if position == 0:
             rows, empty = (doubled_labels(labels, self.cfg.num_classes) if with_null else labels), tokens[:, :0]
-            parts = rows.chunk(len(self.caches)) if with_null else (rows,)
-            out = [self._run(p, empty[:1].expand(len(p), 0), c, 0) for p, c in zip(parts, self.caches, strict=False)]
+            parts = rows.chunk(len(caches))
+            out = [self._run(p, empty[:1].expand(len(p), 0), c, 0) for p, c in zip(parts, caches, strict=True)]
         else:
             last = tokens[:, position - 1 : position]  # (B, 1)
             if with_null and not self.split:
                 last = torch.cat([last, last])
-            caches = self.caches if with_null else self.caches[:1]
-            out = [self._step(last, c, position) for c in caches]
+            out = [self._run(None, last, c, position) for c in caches]
         joined = torch.cat(out) if len(out) > 1 else out[0]  # (B or 2B, V)
         if not with_null:
             return joined.float()
@@ -61,30 +54,40 @@ class CachedDecoder:
         assert logits is not None
         return logits[:, -1]
 
-    def _step(self, last: Tensor, cache: KVCache, position: int) -> Tensor:
-        """Logits (R, V) after the tokens ``last`` (R, 1) at ``position`` of the sequence."""
-        full = len(last) == cache.rows  # a smaller last batch does not justify its own graphs
-        if not (self.cuda_graphs and full):
-            return self._run(None, last, cache, position)
-        key = (id(cache), position)
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(last, cache, position)
-        graph, tokens, logits = self.graphs[key]
-        tokens.copy_(last)
-        graph.replay()
-        return logits.clone()  # the graphs share memory: the next one may overwrite it
 
-    def _capture(
-        self, last: Tensor, cache: KVCache, position: int
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:  # pragma: no cover  (needs a GPU)
-        tokens = last.clone()
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # warm-up: kernels are selected and constants created outside the capture
-            self._run(None, tokens, cache, position)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            logits = self._run(None, tokens, cache, position)
-        self.pool = self.pool or graph.pool()
-        return graph, tokens, logits
+class StepGraphs:
+    """A CUDA graph for each position of ``step``, which reads and writes only tensors that exist before its first call.
+
+    A step is hundreds of small kernels that take less time than their launches. The first call at a position runs the
+    step and records it; later ones replay it. All graphs use one memory pool: no result of a step outlives it there, so
+    the pool is as large as the largest step. The prefix length is part of a graph: nothing beyond the prefix is read.
+    """
+
+    def __init__(self, step: Callable[[int], None], device: torch.device):
+        self.step, self.stream = step, torch.cuda.Stream(device)
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def __contains__(self, position: int) -> bool:
+        return position in self.graphs
+
+    def __call__(self, position: int) -> None:
+        """Run the step at ``position``; the current stream waits for it."""
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            if position in self.graphs:
+                self.graphs[position].replay()
+            else:
+                self.step(position)  # selects kernels and creates constants, which a capture must not do
+                self._capture(position)
+        current.wait_stream(self.stream)
+
+    def _capture(self, position: int) -> None:
+        """Record the step: nothing runs. (``torch.cuda.graph`` would synchronize and collect garbage for each.)"""
+        graph, first = torch.cuda.CUDAGraph(), next(iter(self.graphs.values()), None)
+        graph.capture_begin(pool=None if first is None else first.pool(), capture_error_mode="thread_local")
+        try:
+            self.step(position)
+        finally:
+            graph.capture_end()
+        self.graphs[position] = graph

@@ -12,7 +12,7 @@ from torch import Tensor
 from megastar.config.schema import ModelConfig
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
-from megastar.sampling.decoder import CachedDecoder
+from megastar.sampling.decoder import CachedDecoder, StepGraphs
 from megastar.sampling.guidance import null_until, scales
 from megastar.sampling.logits import draw, probabilities
 from megastar.sampling.options import SamplingOptions
@@ -43,24 +43,45 @@ def uniform_noise(seeds: Sequence[int], tokens: int) -> Tensor:
     return torch.from_numpy(rows)
 
 
+def any_below(numbers: Tensor, bound: int) -> bool:
+    """Synchronizes a GPU."""
+    return bool((numbers < bound).any())
+
+
 class Sampler:
     """A network with the state for sampling: its decoding copy, caches and CUDA graphs, created once for all calls.
 
     ``batch`` images are sampled at once. ``passes``: conditional and null rows in one batch (1) or one after the
-    other (2). ``rank`` appears in errors.
+    other (2). ``rank`` appears in errors. ``cuda_graphs`` None: on a GPU.
     """
 
     def __init__(
-        self, model: Transformer, options: SamplingOptions, batch: int = 64, *, passes: int = 1, rank: int = 0
+        self,
+        model: Transformer,
+        options: SamplingOptions,
+        batch: int = 64,
+        *,
+        passes: int = 1,
+        rank: int = 0,
+        cuda_graphs: bool | None = None,
     ):
         self.cfg, self.options, self.batch, self.rank = model.cfg, options, batch, rank
         problems = options.problems(model.cfg) + ([] if batch >= 1 else [f"batch {batch} must be at least 1"])
         if problems:
             raise UserError("\n".join(problems))
-        o = options
-        self.scales = scales(self.cfg.image_tokens, o.cfg_scale, o.cfg_schedule, o.cfg_interval)
+        o, T = options, self.cfg.image_tokens
+        self.scales = scales(T, o.cfg_scale, o.cfg_schedule, o.cfg_interval)
         self.null_until = null_until(self.scales)
         self.decoder = CachedDecoder(model, batch, self.null_until > 0, passes=passes)
+        device = self.decoder.device
+        self.classes = torch.zeros(batch, dtype=torch.long, device=device)
+        self.noise = torch.zeros(batch, T, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(batch, T, dtype=torch.long, device=device)
+        self.broken = torch.zeros(
+            batch, dtype=torch.long, device=device
+        )  # first position with logits that are not finite
+        use_graphs = device.type == "cuda" if cuda_graphs is None else cuda_graphs
+        self.graphs = StepGraphs(lambda position: self._step(position, batch), device) if use_graphs else None
 
     @torch.inference_mode()
     def draw(self, labels: Tensor, seeds: Sequence[int], on_progress: ProgressCallback | None = None) -> Tensor:
@@ -68,31 +89,40 @@ class Sampler:
 
         ``on_progress`` is called after each token. Raises ``UserError`` if the network's logits are not finite.
         """
-        o, T, device = self.options, self.cfg.image_tokens, self.decoder.device
-        assert len(labels) == len(seeds) <= self.batch, (len(labels), len(seeds), self.batch)
-        classes = labels.to(device)  # (B,)
-        noise = uniform_noise(seeds, T).to(device)  # (B, T)
-        tokens = torch.zeros(len(labels), T, dtype=torch.long, device=device)
-        broken = torch.full_like(classes, T)  # (B,) the first position whose logits are not finite
+        T, count = self.cfg.image_tokens, len(labels)
+        assert count == len(seeds) <= self.batch, (count, len(seeds), self.batch)
+        self.classes[:count] = labels.to(self.classes.device)
+        self.noise[:count] = uniform_noise(seeds, T).to(self.noise.device)
+        self.broken.fill_(T)
+        broken = self.broken[:count]
         for position in range(T):
-            logits = self.decoder.logits(classes, tokens, position, self.scales[position], position < self.null_until)
-            probs = probabilities(logits, o.temperature, o.top_k, o.top_p)  # (B, V)
-            # One NaN or plus infinity among a row's logits makes all its probabilities NaN. This does not sync a GPU.
-            bad = probs[:, 0].isnan()
-            broken = torch.where(bad, broken.clamp(max=position), broken)
-            tokens[:, position] = draw(probs, noise[:, position])
+            # A smaller last batch runs in the graphs of the full ones, but does not justify its own.
+            if self.graphs is not None and (count == self.batch or position in self.graphs):
+                self.graphs(position)
+            else:
+                self._step(position, count)
             if on_progress is not None:
                 on_progress((position + 1) / T)
-            if device.type == "cpu" and bool(bad.any()):
+            if broken.is_cpu and any_below(broken, T):
                 break
-        if bool((broken < T).any()):
+        if any_below(broken, T):
             row = int(broken.argmin())
             raise UserError(
                 f"the logits of token {int(broken[row])} are not finite for class {int(labels[row])} (rank {self.rank}): "
                 "the weights are damaged, or fp16/bf16 overflows; check them with megastar convert --inspect, "
                 "or sample with --dtype fp32"
             )
-        return tokens.cpu()
+        return self.tokens[:count].to("cpu", copy=True)
+
+    def _step(self, position: int, count: int) -> None:
+        """Draw the token at ``position`` of the first ``count`` images. Does not synchronize a GPU."""
+        o, tokens, broken = self.options, self.tokens[:count], self.broken[:count]
+        scale, with_null = self.scales[position], position < self.null_until
+        logits = self.decoder.logits(self.classes[:count], tokens, position, scale, with_null)
+        probs = probabilities(logits, o.temperature, o.top_k, o.top_p)  # (B, V)
+        # One NaN or plus infinity among a row's logits makes all its probabilities NaN.
+        broken.copy_(torch.where(probs[:, 0].isnan(), broken.clamp(max=position), broken))
+        tokens[:, position] = draw(probs, self.noise[:count, position])
 
 
 def check_tokenizer(c: ModelConfig, tokenizer: VQModel) -> None:

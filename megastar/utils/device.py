@@ -35,9 +35,15 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bf16 where the hardware has it, else fp32. Raises ``UserError`` for an unknown name."""
+    """ "auto" is bf16 where the hardware has it, else fp32. Raises ``UserError`` for an unknown name, or bf16 on a GPU
+    without it."""
     if name == "auto":
         name = "bf16" if has_bf16(device) else "fp32"
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} is unknown: use auto, {', '.join(DTYPES)}")
+    if name == "bf16" and device.type == "cuda" and not has_bf16(device):
+        gpu = torch.cuda.get_device_properties(device)
+        raise UserError(
+            f"dtype bf16: {gpu.name} (compute capability {gpu.major}.{gpu.minor}) lacks it; use fp32 or auto"
+        )
     return DTYPES[name]

@@ -75,7 +75,7 @@ def environment(folder: Path | None = None) -> dict[str, str]:
     path = [str(HERE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "NULLGPU": "1", "LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(folder), "TRITON_LIBCUDA_PATH": str(folder),
-        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": "0",  # tests/conftest.py sets it to nothing
     }  # fmt: skip
 
 

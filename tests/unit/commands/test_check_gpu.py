@@ -14,7 +14,7 @@ import torch
 from megastar import cli
 from megastar.commands import check_gpu
 from megastar.config.schema import ModelConfig, ParallelConfig, RunConfig, SelfGuidedConfig, TrainConfig
-from megastar.model.kernels import flex, sdpa, timing
+from megastar.model.kernels import check, flex, sdpa, timing
 from megastar.model.masks import PATTERNS, MaskSpec
 from megastar.parallel import cost
 
@@ -56,6 +56,54 @@ def test_what_is_not_begun_in_time_is_left_out(tmp_path, capsys) -> None:
     assert cli.main(["check-gpu", "--device", "cpu", "--out", str(out), "--seconds", "0"]) == 0
     assert json.loads(out.read_text())["compared"] == []
     assert "no time left: hidden, head dimension 100 not compared" in capsys.readouterr().out
+
+
+def test_the_report_is_complete_after_each_row_and_errors_are_named(tmp_path, monkeypatch, capsys) -> None:
+    out, real, seen = tmp_path / "report.json", check.compare, []
+    monkeypatch.setattr(check_gpu, "HEAD_DIMS", (16,))
+
+    def compare(names, device, dtype, shapes, patterns):
+        seen.append(json.loads(out.read_text())["compared"])
+        rows = iter(real(names, device, dtype, shapes, patterns))
+        yield next(rows)
+        if patterns == ("prefix",):
+            raise RuntimeError("CUDA error:\nmisaligned address")
+        yield from rows
+
+    monkeypatch.setattr(check, "compare", compare)
+    assert cli.main(["check-gpu", "--device", "cpu", "--out", str(out)]) == 1
+    assert [len(rows) for rows in seen] == sorted({len(rows) for rows in seen}) and len(seen) == 2 * len(PATTERNS)
+    report = json.loads(out.read_text())
+    lines = capsys.readouterr().out.splitlines()
+    name = "all, prefix, head dimension 16, bfloat16: WRONG, RuntimeError: CUDA error: misaligned address"
+    assert name in lines and f"failed: {name}" in lines and name in report["failures"] and len(report["failures"]) == 2
+    assert sum(r["ok"] is True for r in report["compared"]) == 14  # the others went on
+
+
+def test_an_exact_row_and_numbers_that_are_not_finite() -> None:
+    row = {"ok": True, "errors": {"output": 0.0, "dq": 0.5}, "allowed": [0.0, 1.0]}
+    assert check_gpu.verdict(row) == "correct, error / allowed 0.50"
+    assert check_gpu.verdict(row | {"ok": False, "allowed": [0.0, 0.0]}) == "WRONG, error / allowed inf"
+    assert check_gpu._json_numbers({"a": [float("nan"), 1.0], "b": float("inf")}) == {"a": ["nan", 1.0], "b": "inf"}
+
+
+def test_the_report_must_be_writable_before_anything_is_measured(tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.main(["check-gpu", "--device", "cpu", "--out", str(tmp_path / "file" / "report.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert cli.main(["check-gpu", "--device", "cpu", "--out", str(tmp_path)]) == 2
+
+
+def test_its_tests_have_a_time_limit(tmp_path, monkeypatch, capsys) -> None:
+    tests = tmp_path / "tests" / "gpu"
+    tests.mkdir(parents=True)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
+    (tests / "test_x.py").write_text("import time, pytest\n@pytest.mark.gpu\ndef test_x(): time.sleep(300)\n")
+    monkeypatch.setattr(check_gpu, "__file__", str(tmp_path / "megastar" / "commands" / "check_gpu.py"))
+    assert cli.main(["check-gpu", "--tests", "--device", "cpu", "--seconds", "3"]) == 1
+    assert "the tests did not end in 3 s" in capsys.readouterr().out
+    (tests / "test_x.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_x(): pass\n")
+    assert cli.main(["check-gpu", "--tests", "--device", "cpu"]) == 0
 
 
 def test_its_tests_need_a_clone(monkeypatch, tmp_path, capsys) -> None:

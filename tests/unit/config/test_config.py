@@ -10,6 +10,7 @@ import pytest
 
 from megastar.config.help import fields_text, rows
 from megastar.config.load import (
+    _choice,
     config_from_dict,
     diff_configs,
     load_config,
@@ -276,3 +277,48 @@ def test_help_names_every_field_with_its_default(schema):
     assert max(map(len, text.splitlines())) <= 100
     for r in shown:
         assert any(line.split()[:2] == [r.name, r.default] for line in text.splitlines()), r
+
+
+# Words that YAML reads as booleans --------------------------------------------------------------------------------
+@pytest.mark.parametrize("word", ["off", "Off", "no", "false", "'off'", "FALSE"])
+def test_a_choice_may_be_a_word_that_yaml_reads_as_a_boolean(tmp_path, word):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"data: {{shards: x}}\ntrain: {{fused_ops: {word}, keep_best: yes}}\n")
+    cfg = load_config(file)
+    assert (cfg.train.fused_ops, cfg.train.keep_best) == ("off", True)
+    assert load_config(None, ["data.shards=x", f"train.fused_ops={word}"]).train.fused_ops == "off"
+    assert config_from_dict({"data": {"shards": "x"}, "train": {"fused_ops": False}}).train.fused_ops == "off"
+
+
+@pytest.mark.parametrize("word", ["on", "yes", "true", "maybe"])
+def test_another_word_is_refused_as_the_user_wrote_it(tmp_path, word):
+    file = tmp_path / "run.yaml"
+    for field, choices in (
+        ("fused_ops", "auto or off"),
+        ("dtype", "bf16, fp32 or auto"),
+    ):
+        file.write_text(f"data: {{shards: x}}\ntrain: {{{field}: {word}}}\n")
+        for path, words in ((file, []), (None, ["data.shards=x", f"train.{field}={word}"])):
+            with pytest.raises(UserError, match=f"train.{field} = {word}: must be {choices}"):
+                load_config(path, words)
+
+
+def test_every_choice_with_on_and_off_takes_booleans():
+    choices = ("auto", "on", "off")
+    assert [_choice(v, choices) for v in (True, False, "yes", "No", "auto", "x")] == [
+        "on",
+        "off",
+        "on",
+        "off",
+        "auto",
+        "x",
+    ]
+
+
+def test_other_fields_take_the_word_or_refuse_it():
+    cfg = load_config(None, ["data.shards=x", "model.name=no", "train.keep_best=on", "self_guided.step_loss=off"])
+    assert (cfg.model.name, cfg.train.keep_best, cfg.self_guided.step_loss) == ("no", True, False)
+    with pytest.raises(UserError, match="optim.lr = 'off': must be a number"):
+        load_config(None, ["data.shards=x", "optim.lr=off"])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(None, ["data.shards=x", "optim.lr=[1"])

@@ -85,6 +85,16 @@ def test_allocated_gpus_are_missing(monkeypatch):
     assert gpus.findings([], {})[0][:3] == ("GPUs", FAILURE, "SLURM allocated GPUs, nvidia-smi lists none")
 
 
+def test_gpus_that_only_torch_finds_are_named(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_GPUS", raising=False)
+    monkeypatch.delenv("SLURM_STEP_GPUS", raising=False)
+    rows = [{"name": "NVIDIA H200", "memory.total": str(139 * 1024)}] * 2
+    (found,) = gpus.findings([], {"cuda": "13.0", "count": 2, "rows": rows, "why": ""})
+    assert found.level == WARNING and found.finding.startswith(
+        "2 x NVIDIA H200 (139 GiB), according to torch: nvidia-smi"
+    )
+
+
 @pytest.fixture
 def smi(tmp_path, monkeypatch):
     """An nvidia-smi that is a shell script."""

@@ -1,0 +1,51 @@
+"""The planned memory of a run against that of its GPU, before anything is built."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from megastar.config.deepspeed import read_deepspeed
+from megastar.config.load import resolve_batch
+from megastar.config.schema import RunConfig
+from megastar.engine.context import Context
+from megastar.errors import UserError
+from megastar.parallel.budget import GIB, Zero, memory_bytes, state_bytes
+
+logger = logging.getLogger(__name__)
+
+
+def planned_bytes(cfg: RunConfig, world: int, dtype: str) -> tuple[int, int]:
+    """(states, peak of a step) of one of ``world`` ranks' devices, as ``megastar plan`` computes them."""
+    p = cfg.parallel
+    zero, tensor = Zero.read(read_deepspeed(p.deepspeed), p.deepspeed), p.tensor_parallel
+    micro, _ = resolve_batch(cfg.train, tensor, world)
+    states, _ = state_bytes(cfg.model, cfg.self_guided, zero.stage, tensor, world // tensor, dtype, zero.offload)
+    memory, _ = memory_bytes(
+        cfg.model, cfg.self_guided, zero, tensor, world // tensor, micro, p.activation_checkpointing, dtype
+    )
+    return sum(states.values()), sum(memory.values())
+
+
+def check_run(cfg: RunConfig, ctx: Context) -> Context:
+    """``ctx``. Raises ``UserError`` if the world size does not divide the batch, or if the states alone exceed the GPU's memory.
+
+    Warns if the planned peak of a step does.
+    """
+    micro, _ = resolve_batch(cfg.train, ctx.tensor, ctx.world)
+    if ctx.device.type != "cuda":
+        return ctx
+    states, peak = planned_bytes(cfg, ctx.world, "bf16" if ctx.dtype == torch.bfloat16 else "fp32")
+    gpu = torch.cuda.get_device_properties(ctx.device)
+    plan = f"{cfg.parallel.deepspeed}, {ctx.mesh.data} data x {ctx.tensor} tensor ranks, {micro} images per pass"
+    remedy = "megastar plan compares other splits"
+    if states > gpu.total_memory:
+        raise UserError(
+            f"weights, gradients, optimizer and teacher need {states / GIB:.1f} GiB on each GPU ({plan}), {gpu.name} has "
+            f"{gpu.total_memory / GIB:.1f} GiB: use more GPUs or another ZeRO stage; {remedy}"
+        )
+    if peak > gpu.total_memory and ctx.main:
+        message = "a step is planned to need %.1f GiB on each GPU (%s), %s has %.1f GiB: lower train.micro_batch; %s"
+        logger.warning(message, peak / GIB, plan, gpu.name, gpu.total_memory / GIB, remedy)
+    return ctx
