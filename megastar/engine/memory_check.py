@@ -20,11 +20,13 @@ def planned_bytes(cfg: RunConfig, world: int, dtype: str) -> tuple[int, int]:
     """(states, peak of a step) of one of ``world`` ranks' devices, as ``megastar plan`` computes them."""
     p = cfg.parallel
     zero, tensor = Zero.read(read_deepspeed(p.deepspeed), p.deepspeed), p.tensor_parallel
-    micro, _ = resolve_batch(cfg.train, tensor, world)
+    micro, accumulation = resolve_batch(cfg.train, tensor, world)
+    compiled = cfg.train.compile != "off" and tensor == 1
     states, _ = state_bytes(cfg.model, cfg.self_guided, zero.stage, tensor, world // tensor, dtype, zero.offload)
     memory, _ = memory_bytes(
-        cfg.model, cfg.self_guided, zero, tensor, world // tensor, micro, p.activation_checkpointing, dtype
-    )
+        cfg.model, cfg.self_guided, zero, tensor, world // tensor, micro, p.activation_checkpointing, dtype,
+        compiled, accumulation,
+    )  # fmt: skip
     return sum(states.values()), sum(memory.values())
 
 

@@ -122,6 +122,7 @@ class Transformer(nn.Module):
         if tokens is not None and tokens.shape[1]:
             parts.append(self.tok_embeddings(tokens))
         h = self.tok_dropout(torch.cat(parts, 1) if len(parts) > 1 else parts[0])  # (B, S, D)
+        del parts  # not needed by the backward pass
 
         kind = torch.float64 if h.dtype == torch.float64 else torch.float32
         rope = rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, h.device, kind)[start : start + h.shape[1]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megastar.config.schema import ModelConfig, SelfGuidedConfig
@@ -19,8 +19,8 @@ from megastar.parallel.plan import chunk_rows, split_of
 GIB = 2**30
 ELEMENT = {"bf16": 2, "fp32": 4}  # bytes of an element of the compute type
 
-# Temporary bytes per element in the optimizer's step: the fp32 gradient and AdamW's denominator.
-STEP_BYTES = 8
+# Temporary bytes per element in the optimizer's step: at stage 3 the fp32 gradient, at the others also a flat copy of it.
+STEP_BYTES = {0: 8, 1: 8, 2: 8, 3: 4}
 
 
 @dataclass(frozen=True)
@@ -176,45 +176,58 @@ def state_bytes(
 
 
 # Activations -------------------------------------------------------------------------------------------------------
-def block_activation_bytes(model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16") -> int:
-    """What autograd saves of one block for the backward pass (model/transformer.py, attention.py, layers.py, rope.py).
+def block_activation_bytes(
+    model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16", compiled: bool = False
+) -> int:
+    """What autograd saves of one block for the backward pass on a GPU (model/transformer.py, attention.py, fused.py).
 
-    Replicated on each tensor rank: of the two norms the input in fp32, normalized, scaled (the next layers' input), 1 / rms
-    in fp32; and a one-byte mask per dropout. Split over the tensor ranks: the fused q, k, v (kept by v, a view of it), q
-    and k after RoPE (without its fp32 copies), attention's output, its log-sum-exp in fp32, and w1's output, its SiLU,
-    w3's output, their product.
+    Replicated on each tensor rank: of each norm the input, the output (the next layers' input) and 1 / rms in fp32, and a
+    one-byte mask per dropout. Split over the tensor ranks: the fused q, k, v (kept by v, a view of it), q and k after
+    RoPE, attention's output, its log-sum-exp in fp32, and w1's output, its SiLU, w3's output, their product. A
+    ``compiled`` block computes the SiLU again.
     """
     e, D, F = ELEMENT[dtype], model.dim, model.ffn_dim
     masks = D * ((model.resid_dropout_p > 0) + (model.ffn_dropout_p > 0))
-    whole = 2 * (4 * D + 2 * e * D + 4) + masks
-    split = (3 + 2 + 1) * e * D + 4 * model.n_head + 4 * e * F
+    whole = 2 * (2 * e * D + 4) + masks
+    split = (3 + 2 + 1) * e * D + 4 * model.n_head + (3 if compiled else 4) * e * F
     return sequences * model.image_tokens * whole + sequences * model.image_tokens * split // tensor
 
 
 def kept_activation_bytes(
-    model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16", checkpointing: bool = False
+    model: ModelConfig,
+    sequences: int,
+    tensor: int = 1,
+    dtype: str = "bf16",
+    checkpointing: bool = False,
+    compiled: bool = False,
 ) -> int:
     """What the student's forward pass keeps for its backward pass, without the loss.
 
     With ``checkpointing`` a block keeps only its input. The embedding (indices, mask) and the final norm are always kept.
     """
     e, tokens = ELEMENT[dtype], sequences * model.image_tokens
-    block = tokens * e * model.dim if checkpointing else block_activation_bytes(model, sequences, tensor, dtype)
-    ends = tokens * (8 + model.dim * (model.token_dropout_p > 0) + 4 * model.dim + 2 * e * model.dim + 4)
+    block = tokens * e * model.dim
+    if not checkpointing:
+        block = block_activation_bytes(model, sequences, tensor, dtype, compiled)
+    ends = tokens * (8 + model.dim * (model.token_dropout_p > 0) + 2 * e * model.dim + 4)
     return model.n_layer * block + ends
 
 
-def forward_working_bytes(model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16") -> int:
-    """Peak of a forward pass without a graph: in RoPE, the SwiGLU or a norm of one block."""
-    e, D, F, tokens = ELEMENT[dtype], model.dim, model.ffn_dim, sequences * model.image_tokens
-    rope = (3 * e + 2 * (4 if e < 4 else 0) + 2 * 4 + 2 * e) * D // tensor
-    return tokens * (5 * e * D + max(rope, 3 * e * F // tensor, 3 * 4 * D))
-
-
-def backward_working_bytes(model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16") -> int:
-    """What one block's backward pass allocates beyond what it frees: gradients of the SwiGLU's product, residual, norm."""
+def forward_working_bytes(
+    model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16", compiled: bool = False
+) -> int:
+    """Peak of a forward pass without a graph, in the SwiGLU: its operands, the norm's input and output, the block's input,
+    and the features that are returned."""
     e, tokens = ELEMENT[dtype], sequences * model.image_tokens
-    return tokens * (e * model.ffn_dim // tensor + (2 * e + 4) * model.dim)
+    return tokens * e * (4 * model.dim + (3 if compiled else 4) * model.ffn_dim // tensor)
+
+
+def backward_working_bytes(
+    model: ModelConfig, sequences: int, tensor: int = 1, dtype: str = "bf16", compiled: bool = False
+) -> int:
+    """What one block's backward pass allocates beyond what it frees: gradients of the SwiGLU's operands and the residual."""
+    e, tokens = ELEMENT[dtype], sequences * model.image_tokens
+    return tokens * e * (model.dim + (1 if compiled else 2) * model.ffn_dim // tensor)
 
 
 def loss_bytes(m: ModelConfig, g: SelfGuidedConfig, micro: int, tensor: int, data: int, dtype: str) -> dict[str, int]:
@@ -298,30 +311,41 @@ def memory_bytes(
     micro: int,
     checkpointing: bool,
     dtype: str = "bf16",
+    compiled: bool = False,
+    accumulation: int = 1,
 ) -> tuple[dict[str, int], int]:
     """Peak bytes of one rank's device by cause, and bytes of its host memory. The sum of the former is the peak of a step
-    of ``micro`` images per pass.
+    of ``accumulation`` passes of ``micro`` images; each value is that at the peak.
 
     ``activations`` is kept for the backward pass, with the mask; ``head``, ``features``, ``contrastive`` belong to the
-    losses; ``working`` is the excess over the last two in another phase: the head, the teacher's forward pass, a
-    recomputed block and its backward pass, or the optimizer's step, when the activations are freed.
+    losses; ``working`` is what the phase of the peak needs besides: the head, the teacher's forward pass, a recomputed
+    block and its backward pass, or the optimizer's step.
     """
-    N = micro * guided.sequences
-    out, host = state_bytes(model, guided, zero.stage, tensor, data, dtype, zero.offload)
-    out["activations"] = kept_activation_bytes(model, N, tensor, dtype, checkpointing)
+    N, options = micro * guided.sequences, (tensor, dtype)
+    states, host = state_bytes(model, guided, zero.stage, tensor, data, dtype, zero.offload)
+    kept = kept_activation_bytes(model, N, *options, checkpointing, compiled)
     if guided.enabled and guided.mask_ratio:  # sdpa's additive mask, once for all blocks (model/masks.py)
-        out["activations"] += N * model.image_tokens**2 * ELEMENT[dtype]
-    losses = loss_bytes(model, guided, micro, tensor, data, dtype)
-    out |= losses
-    backward = backward_working_bytes(model, N, tensor, dtype)
-    if checkpointing:
-        backward += block_activation_bytes(model, N, tensor, dtype)
-    teacher = 0
-    if guided.enabled:
-        teacher = forward_working_bytes(model, micro * guided.views, tensor, dtype)
+        kept += N * model.image_tokens**2 * ELEMENT[dtype]
+    losses, buffers = loss_bytes(model, guided, micro, tensor, data, dtype), buffer_bytes(model, guided, zero, *options)
+    head_kept, head = {"activations": kept, "head": losses["head"]}, _head_bytes(model, N, *options)[1]
+    backward = backward_working_bytes(model, N, *options, compiled)
+    block = block_activation_bytes(model, N, *options, compiled)
+    late = {"gradients": states.pop("gradients"), "buckets": buffers.pop("buckets")}
+    early = {"gradients": late["gradients"]} if accumulation > 1 or zero.stage >= 2 else {}
+    first_bucket = min(late["buckets"], ELEMENT[dtype] * zero.reduce_bucket)
+    # Gathered weights of the teacher are released after its pass, those of the student after the backward pass.
+    student = {"gather": buffer_bytes(model, replace(guided, enabled=False), zero, *options)["gather"]}
     shard = sum(elements(model, guided, tensor).values()) // (data if zero.stage else 1)
-    step = 0 if "optimizer" in zero.offload else STEP_BYTES * shard
-    head = _head_bytes(model, N, tensor, dtype)[1]
-    peak = max(head, backward, teacher, step - out["activations"] - losses["head"])
-    out["working"] = max(0, peak - losses["features"] - losses["contrastive"])
-    return out | buffer_bytes(model, guided, zero, tensor, dtype), host
+    teacher = forward_working_bytes(model, micro * guided.views, *options, compiled) if guided.enabled else 0
+    phases: list[dict[str, int]] = [
+        head_kept | early | student | {"working": head},
+        head_kept | early | buffers | {"working": teacher},
+        head_kept | early | student | losses,
+        # The backward pass: before the first bucket of gradients is full, and when only the first block is left.
+        head_kept | early | student | {"buckets": first_bucket, "working": backward + checkpointing * block},
+        late | student | {"activations": 0 if checkpointing else block, "working": backward + checkpointing * block},
+        late | {"buckets": first_bucket, "working": 0 if "optimizer" in zero.offload else STEP_BYTES[zero.stage] * shard},
+    ]
+    causes = ("gradients", "activations", "head", "features", "contrastive", "working", "gather", "buckets")
+    peak = max(phases, key=lambda phase: sum(phase.values()))
+    return states | {name: peak.get(name, 0) for name in causes}, host

@@ -325,10 +325,12 @@ def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpo
     """One plan. Raises ``UserError`` if the data ranks do not divide the batch."""
     data = machine.gpus // tensor
     micro, accumulation = resolve_batch(cfg.train, tensor, machine.gpus)
-    memory, host = memory_bytes(cfg.model, cfg.self_guided, zero, tensor, data, micro, checkpointing, dtype)
+    compiled = cfg.train.compile != "off" and tensor == 1
+    memory, host = memory_bytes(
+        cfg.model, cfg.self_guided, zero, tensor, data, micro, checkpointing, dtype, compiled, accumulation
+    )
     need = sum(memory.values()) * (1 + FRAGMENTATION) + RESERVED_GIB * GIB
     sent = transfers(cfg.model, cfg.self_guided, zero, tensor, data, micro, accumulation, checkpointing, dtype)
-    compiled = cfg.train.compile != "off" and tensor == 1
     compute = compute_seconds(cfg, machine, tensor, checkpointing, compiled, dtype)
     exposed, hidden = 0.0, 0.0
     for t in sent:

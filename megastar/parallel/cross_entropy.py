@@ -50,6 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = product(gradient.t(), x.t())
                 # Sums over chunks are wide: in bf16 each chunk would be rounded.
                 to_weight = part if to_weight is None else to_weight.to(wide).add_(part)
+            del gradient  # before the next chunk's logits
         ctx.save_for_backward(to_hidden, to_weight)
         ctx.rows, ctx.group, ctx.dtype = rows, group, weight.dtype
         return loss / rows

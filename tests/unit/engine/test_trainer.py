@@ -103,6 +103,8 @@ def test_a_start_that_fails_closes_the_progress_bar(tmp_path, monkeypatch):
 def test_shards_without_a_tokenizer_hash_are_a_warning(tmp_path, caplog):
     starting = trainer(tmp_path)
     starting.ctx, starting.found = CTX, None
+    network = SimpleNamespace(layers=[SimpleNamespace()])
+    starting.engines = SimpleNamespace(student=SimpleNamespace(module=SimpleNamespace(transformer=network)))
     starting.data = SimpleNamespace(train=SimpleNamespace(manifest=SimpleNamespace(tokenizer_sha256="")))
     with ExitStack() as opened, caplog.at_level("WARNING"):
         starting._open_metrics(opened)

@@ -6,7 +6,7 @@ import threading
 import time
 from types import SimpleNamespace
 
-from megastar.data import loader as loader_module
+from megastar.data.shards.reader import ShardSet
 from megastar.engine.input_pipeline import wait_reporter as waits_module
 from megastar.engine.input_pipeline.wait_reporter import WaitReporter
 from megastar.run_dir.events import open_situations, read_events
@@ -15,13 +15,13 @@ from tests.unit.data.test_loader import loader
 
 
 def test_a_long_wait_is_told_once_while_it_lasts_and_when_it_is_over(tmp_path, monkeypatch, caplog):
-    gate, original = threading.Event(), loader_module.read_checked
+    gate, original = threading.Event(), ShardSet.gather
 
     def held(*arguments):
         assert gate.wait(20)
         return original(*arguments)
 
-    monkeypatch.setattr(loader_module, "read_checked", held)
+    monkeypatch.setattr(ShardSet, "gather", held)
     monkeypatch.setattr(waits_module, "REPORT_AFTER", 0.2)
     source = loader(write_set(tmp_path / "codes", (12, 12)))
     waits = WaitReporter(source, SimpleNamespace(rank=3), tmp_path)

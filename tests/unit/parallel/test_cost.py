@@ -155,7 +155,7 @@ def test_xl_fits_one_gpu_of_80_gb_unsharded():
     whole = cost.make_plan(run_of("xl"), alone, zeros("zero1"), 1, False, "bf16")
     split = cost.make_plan(run_of("xl", "train.micro_batch=32"), alone, zeros("zero1"), 1, False, "bf16")
     assert plain.fits and not whole.fits
-    assert split.accumulation == 8 and split.total == plain.total
+    assert split.accumulation == 8 and split.total - split.memory["gradients"] == plain.total - plain.memory["gradients"]
 
 
 @pytest.mark.parametrize(("setting", "compiles"), [("auto", True), ("on", True), ("off", False)])
@@ -199,7 +199,7 @@ def test_table(capsys):
     some = capsys.readouterr().out
     assert cli.main(["plan", "xl", "--gpus", "16", "--gpu", "a100-40", "--all"]) == 0
     every = capsys.readouterr().out
-    assert "24 plans shown, 20 fit" in some and some.count("3+offload") < every.count("3+offload") == 6
+    assert "24 plans shown, 24 fit" in some and some.count("3+offload") < every.count("3+offload") == 6
     assert "recommended: parallel.deepspeed=configs/ds/" in some and "\n -> 1" in some
     assert (
         all(f"\n  {name}: " in some for name in cost.assumptions(run_of("xl")))
