@@ -228,7 +228,7 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     if len(shown) < len(plans):
         console.print(f"{len(shown)} of {len(plans)} plans shown, {len(fitting)} fit; --all shows all\n")
     console.print(
-        "Peak GiB per rank. other: L_MIM's features, contrastive losses, working memory; buffers: ZeRO-3's gathered "
+        "GiB per rank at the peak of a step. other: L_MIM's features, contrastive losses, working memory; buffers: ZeRO-3's gathered "
         "weights, reduction buckets; needs: the sum with a reserve; plans below the line do not fit. tensor, data: GB that "
         f"a rank sends per step in tensor groups (NVLink) and between data ranks ({data}). MFU counts student and teacher."
     )

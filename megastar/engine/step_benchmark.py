@@ -76,7 +76,7 @@ def one_step(cfg: RunConfig, ctx: Context, engines: Engines, batch: dict[str, An
     for _ in range(engines.accumulation):
         loss, _ = losses(cfg, engines, ctx, batch, step)
         engines.student.backward(loss)
-        engines.student.step()
+        engines.step()
     engines.refresh_teacher()
     return loss.detach()
 
