@@ -122,7 +122,7 @@ def test_a_run_resumes(folder: Path, shards: Path) -> None:
 def test_sampling_evaluation_and_report(folder: Path, trained: Path) -> None:
     run(folder, "sample", trained, "--per-class", 1, "--out", folder / "samples.png")
     run(folder, "report", trained, "--out", folder / "report.html")
-    run(folder, "convert", trained, "--out", folder / "weights.safetensors")
+    run(folder, "convert", trained, "--to", "safetensors", "--out", folder / "weights.safetensors")
     assert all((folder / name).stat().st_size for name in ("samples.png", "report.html", "weights.safetensors"))
 
 
