@@ -25,8 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import report, seconds
-from megastar.evaluation.frechet import frechet_distance
-from megastar.evaluation.frechet import statistics as gaussian
+from megastar.evaluation.frechet import Statistics, frechet_distance
 from megastar.evaluation.inception import from_state, scale
 from megastar.evaluation.inception_score import inception_score
 from megastar.evaluation.kid import mmd2
@@ -124,7 +123,7 @@ def main() -> None:
 
     print(f"scores of {a.dim} features of {4 * a.dim} and {5 * a.dim} images: relative difference")
     x, y = features(a.dim, 4 * a.dim, 1), features(a.dim, 5 * a.dim, 2)
-    ours = frechet_distance(gaussian(x), gaussian(y))
+    ours = frechet_distance(Statistics().update(x), Statistics().update(y))
     moments = [fid.fid_features_to_statistics(torch.from_numpy(v).double()) for v in (x, y)]
     pair = [m[k] for m in moments for k in ("mu", "sigma")]
     out.row("FID, torch-fidelity", ours, fid.fid_statistics_to_metric(*moments, False)[fid.KEY_METRIC_FID], ARITHMETIC)
@@ -170,7 +169,7 @@ def main() -> None:
             rows["megastar"] += seconds(lambda: run(pixels), 1)
             rows["torch-fidelity"] += seconds(lambda: peer(nchw), 1)
     report("8 images of 256 px to features", {k: t[1:] for k, t in rows.items()}, "torch-fidelity")
-    m = [gaussian(w) for w in (x, y)]
+    m = [Statistics().update(w) for w in (x, y)]
     rows = {"megastar": [], "torch-fidelity": [], "pytorch-fid": []}
     for _ in range(a.repeats):
         rows["megastar"] += seconds(lambda: frechet_distance(*m), 1)

@@ -19,8 +19,8 @@ from megastar.parallel.plan import chunk_rows, split_of
 GIB = 2**30
 ELEMENT = {"bf16": 2, "fp32": 4}  # bytes of an element of the compute type
 
-# Temporary bytes per element in the optimizer's step: at stage 3 the fp32 gradient, at the others also a flat copy of it.
-STEP_BYTES = {0: 8, 1: 8, 2: 8, 3: 4}
+# Temporary bytes per element in the optimizer's step: the fp32 gradient and a flat copy of the bf16 one.
+STEP_BYTES = 6
 
 
 @dataclass(frozen=True)
@@ -333,8 +333,12 @@ def memory_bytes(
     late = {"gradients": states.pop("gradients"), "buckets": buffers.pop("buckets")}
     early = {"gradients": late["gradients"]} if accumulation > 1 or zero.stage >= 2 else {}
     first_bucket = min(late["buckets"], ELEMENT[dtype] * zero.reduce_bucket)
-    # Gathered weights of the teacher are released after its pass, those of the student after the backward pass.
+    # Gathered weights of the teacher are released after its pass, those of the student after the backward pass; with one
+    # data rank they are views. At stage 3 the buckets exist from the first step on.
     student = {"gather": buffer_bytes(model, replace(guided, enabled=False), zero, *options)["gather"]}
+    if data == 1:
+        student = buffers = {}
+    early |= {"buckets": 2 * first_bucket} if zero.stage == 3 else {}
     shard = sum(elements(model, guided, tensor).values()) // (data if zero.stage else 1)
     teacher = forward_working_bytes(model, micro * guided.views, *options, compiled) if guided.enabled else 0
     phases: list[dict[str, int]] = [
@@ -342,9 +346,13 @@ def memory_bytes(
         head_kept | early | buffers | {"working": teacher},
         head_kept | early | student | losses,
         # The backward pass: before the first bucket of gradients is full, and when only the first block is left.
-        head_kept | early | student | {"buckets": first_bucket, "working": backward + checkpointing * block},
+        head_kept | {"buckets": first_bucket} | early | student | {"working": backward + checkpointing * block},
         late | student | {"activations": 0 if checkpointing else block, "working": backward + checkpointing * block},
-        late | {"buckets": first_bucket, "working": 0 if "optimizer" in zero.offload else STEP_BYTES[zero.stage] * shard},
+        late
+        | {
+            "buckets": (1 + (zero.stage == 3)) * first_bucket,
+            "working": 0 if "optimizer" in zero.offload else STEP_BYTES * shard,
+        },
     ]
     causes = ("gradients", "activations", "head", "features", "contrastive", "working", "gather", "buckets")
     peak = max(phases, key=lambda phase: sum(phase.values()))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 LEAST = 1 << 22  # multiplications below which the overhead of oneDNN exceeds its gain
 _enabled = True
+_linear = F.linear  # ZeRO stage 3 replaces F.linear by a function that a compiler compiles anew for each weight
 
 
 def set_enabled(value: bool) -> None:
@@ -53,7 +54,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``F.linear`` without a bias, with its gradients: x (..., K), weight (N, K) -> (..., N)."""
-    slow = x.dtype == torch.float32 and enabled(x) and not torch.compiler.is_compiling() and mkl_is_slow()
+    if torch.compiler.is_compiling():
+        return _linear(x, weight)
+    slow = x.dtype == torch.float32 and enabled(x) and mkl_is_slow()
     if slow and x.numel() * weight.shape[0] >= LEAST:
         out: Tensor = _Linear.apply(x, weight)
         return out

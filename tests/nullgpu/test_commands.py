@@ -37,7 +37,9 @@ def run(folder: Path, *words: object, limit: float = 600, gpu: bool = True) -> s
     for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):  # set by tests/conftest.py, or by the caller
         env.pop(name, None)
     if gpu:
-        env |= device.environment() | {"PYTHONPATH": f"{device.HERE / 'site'}{os.pathsep}{ROOT}"}
+        env |= (
+            device.environment() | {"NULLGPU_FINITE": "1"} | {"PYTHONPATH": f"{device.HERE / 'site'}{os.pathsep}{ROOT}"}
+        )
     else:
         env["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megastar.evaluation.feature_statistics import Collector
-from megastar.evaluation.frechet import frechet_distance, statistics
+from megastar.evaluation.frechet import Statistics, frechet_distance
 
 SHARES = [range(0, 1300), range(1300, 1307), range(0), range(1307, 1700)]
 
@@ -40,13 +40,13 @@ def main(out: Path) -> None:
     x = pictures.reshape(1700, 48).astype(np.float32) + 5000
     assert made.count == 1700 and made.dim == 48
     for got, plain in ((made.stats, x), (made.spatial_stats, x**2)):
-        wanted = statistics(plain)
+        wanted = Statistics().update(plain)
         assert got.count == wanted.count
         np.testing.assert_allclose(got.mean, wanted.mean, rtol=1e-10)
         size = np.abs(wanted.covariance).max()
         np.testing.assert_allclose(got.covariance / size, wanted.covariance / size, rtol=0, atol=1e-10)
         assert frechet_distance(got, wanted) < 1e-10 * size * 48
-        other = statistics(plain[:600] * 1.1)
+        other = Statistics().update(plain[:600] * 1.1)
         assert abs(frechet_distance(got, other) / frechet_distance(wanted, other) - 1) < 1e-10
     assert np.array_equal(made.features, x)  # in the order of the ids, whoever drew them
     (out / f"passed-{rank}").touch()

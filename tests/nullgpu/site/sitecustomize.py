@@ -28,9 +28,21 @@ def _check(module):
     ]
 
 
+def _gradient_norm(module):
+    """With NULLGPU_FINITE no step is skipped: the norms are computed, and replaced by 1."""
+    if "NULLGPU_FINITE" not in os.environ:
+        return
+    import torch
+
+    norms = module.GradientNorm
+    partitions_norm, group_norms = norms.partitions_norm, norms.group_norms
+    norms.partitions_norm = lambda self: (partitions_norm(self), torch.ones(()))[1]
+    norms.group_norms = lambda self: [torch.ones(()) for _ in group_norms(self)]
+
+
 AFTER = {
     "torch": _torch, "megastar.engine.metrics.step_metrics": _step_metrics, "megastar.sampling.sampler": _sampler,
-    "megastar.model.kernels.check": _check,
+    "megastar.model.kernels.check": _check, "megastar.engine.zero.gradient_norm": _gradient_norm,
 }  # fmt: skip
 
 

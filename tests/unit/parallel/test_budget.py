@@ -287,10 +287,14 @@ def test_peak_of_a_step(dtype, vocabulary, views, checkpointing, as_on_a_gpu):
     cfg = tiny(vocab_size=vocabulary)
     cfg.self_guided.student_views = views
     cfg.parallel = ParallelConfig(activation_checkpointing=checkpointing)
-    memory, _ = budget.memory_bytes(cfg.model, cfg.self_guided, budget.Zero(1, reduce_bucket=0), 1, 1, 8, checkpointing, dtype)
+    memory, _ = budget.memory_bytes(
+        cfg.model, cfg.self_guided, budget.Zero(1, reduce_bucket=0), 1, 1, 8, checkpointing, dtype
+    )
     causes = ("gradients", "activations", "head", "features", "contrastive", "working")
     states, _ = budget.state_bytes(cfg.model, cfg.self_guided, 1, dtype=dtype)
-    update = states["gradients"] + budget.STEP_BYTES[1] * states["ema"] // 4  # of the optimizer, which the tracked step lacks
+    update = (
+        states["gradients"] + budget.STEP_BYTES * states["ema"] // 4
+    )  # of the optimizer, which the tracked step lacks
     assert sum(memory[k] for k in causes) == pytest.approx(max(tracked_peak(cfg, 8, dtype), update), rel=0.08)
 
 

@@ -155,7 +155,9 @@ def test_xl_fits_one_gpu_of_80_gb_unsharded():
     whole = cost.make_plan(run_of("xl"), alone, zeros("zero1"), 1, False, "bf16")
     split = cost.make_plan(run_of("xl", "train.micro_batch=32"), alone, zeros("zero1"), 1, False, "bf16")
     assert plain.fits and not whole.fits
-    assert split.accumulation == 8 and split.total - split.memory["gradients"] == plain.total - plain.memory["gradients"]
+    assert (
+        split.accumulation == 8 and split.total - split.memory["gradients"] == plain.total - plain.memory["gradients"]
+    )
 
 
 @pytest.mark.parametrize(("setting", "compiles"), [("auto", True), ("on", True), ("off", False)])
