@@ -310,7 +310,7 @@ class Trainer:
 
     # Hooks -------------------------------------------------------------------------------------------------------
     def _log(self, record: StepRecord) -> None:
-        row: dict[str, float] = {}
+        row: dict[str, Any] = {}
         slow: list[tuple[str, dict[str, Any]]] = []  # events
         if row_due(self.cfg.train, self.step - 1, self.steps):
             PHASE.at("averaging the metrics")

@@ -62,7 +62,7 @@ class MetricsLogger:
         self.clock, self.images = time.perf_counter(), 0
         self.bar.update(step)
 
-    def step(self, step: int, images: int, row: dict[str, float]) -> None:
+    def step(self, step: int, images: int, row: dict[str, Any]) -> None:
         """``step`` steps are done; ``images`` were in this one. ``row`` holds plain numbers."""
         self.done, before = step, self.last_step
         due = step % self.every == 0 or step == self.total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from megastar.engine.context import Context
 from megastar.engine.zero.compiled_blocks import compilations
 from megastar.engine.zero.ema_teacher import PREFIX
 from megastar.engine.zero.engines import Engines, owned
+from megastar.model.kernels.select import chosen
 from megastar.parallel.collectives import gather_rows
 from megastar.parallel.cost import peak_tflops, step_flops
 
@@ -18,17 +20,18 @@ GPU_CHUNK = 1 << 26  # elements whose difference exists at once
 CPU_CHUNK = 1 << 18  # the difference is still in the cache when its norm is taken
 
 
-def step_metrics(ctx: Context, engines: Engines) -> dict[str, float]:
+def step_metrics(ctx: Context, engines: Engines) -> dict[str, Any]:
     """After a step; collective, one small gather. ``memory_gib`` is the largest rank's peak since its start;
-    ``compilations`` counts the compiled graphs of this rank on a GPU: constant in a healthy run.
+    On a GPU ``compilations`` counts the compiled graphs of this rank, constant in a healthy run, and ``attention`` names the
+    kernels in use.
     ``teacher_distance`` is ||teacher - student|| / ||student|| over all weights that both have, in fp32.
     """
     away, norm = teacher_distance_squares(ctx, engines) if engines.teacher is not None else (0.0, 0.0)
     mine = torch.tensor([[away, norm, peak_bytes(ctx.device)]], dtype=torch.float64, device=ctx.device)
     every = gather_rows(mine, torch.distributed.group.WORLD if ctx.world > 1 else None).cpu()
-    row = {"memory_gib": every[:, 2].max().item() / 2**30}
+    row: dict[str, Any] = {"memory_gib": every[:, 2].max().item() / 2**30}
     if ctx.device.type == "cuda":
-        row["compilations"] = compilations()
+        row |= {"compilations": compilations(), "attention": ", ".join(sorted(set(chosen().values())))}
     if engines.teacher is not None:
         away, norm = every[:, 0].sum().item(), every[:, 1].sum().item()
         row["teacher_distance"] = (away / norm) ** 0.5
