@@ -187,7 +187,7 @@ def measure(model: ModelConfig, sequences: int) -> dict[str, tuple[Counts, Count
 def passes(cfg: RunConfig) -> tuple[int, int]:
     """Blocks an image passes forward and backward in a step."""
     backward = cfg.student_views * cfg.model.n_layer
-    return backward + cost.teacher_blocks(cfg), backward
+    return backward + cost.teacher_blocks(cfg.model, cfg.self_guided), backward
 
 
 def roofline(cfg: RunConfig, found: tuple[Counts, Counts], gpu: cost.Gpu, efficiency: float, ranks: int) -> float:
@@ -197,7 +197,10 @@ def roofline(cfg: RunConfig, found: tuple[Counts, Counts], gpu: cost.Gpu, effici
     operations = flops["student"] + flops["teacher"]
     moved = sum(n * sum(c.bytes.values()) for n, c in zip(passes(cfg), found, strict=True))
     moved += cfg.student_views * cost.LOGIT_BYTES * m.vocab_size
-    traffic = images * m.image_tokens * moved + cost.OPTIMIZER_TRAFFIC * sum(elements(cfg).values()) / ranks
+    traffic = (
+        images * m.image_tokens * moved
+        + cost.OPTIMIZER_TRAFFIC * sum(elements(cfg.model, cfg.self_guided).values()) / ranks
+    )
     peak = gpu.tflops * 1e12
     return operations / peak / (operations / peak / efficiency + traffic / gpu.hbm / 1e9)
 

@@ -261,8 +261,7 @@ def time_backends(report: GpuReport, device: torch.device, over: Callable[[float
         for row in guarded(rows, {"backend": "all", "pattern": "all", "size": shape[2], "head_dim": shape[3]}):
             result = f"{row['ms']:.3f} ms, ratio {row['ratio']:.2f}" if "ms" in row else row["why"]
             name = f"{row['backend']}, {row['pattern']}, {row['size']} positions, head dimension {row['head_dim']}"
-            late = str(row.get("why", "")).startswith("left out")
-            report.add("timed", row, f"{name}: {result}", failed="why" in row and not late)
+            report.add("timed", row, f"{name}: {result}", failed=row.get("why", timing.SKIPPED) != timing.SKIPPED)
     for name in ("flex", "triton"):
         right = any(r["ok"] and r["backend"] == name and r["pattern"] == "hidden" for r in report.content["compared"])
         if right and not over(0.7):
@@ -303,9 +302,13 @@ def time_steps(report: GpuReport, device: torch.device, over: Callable[[], bool]
         cfg = load_config(file, words)
         case["plan_gib"] = planned_bytes(cfg, 1, "bf16")[1] / 2**30
         try:
-            yield case | step_speed(cfg, dataclasses.replace(start(cfg), device=device), images, peak_tflops=peak)
+            row = step_speed(cfg, dataclasses.replace(start(cfg), device=device), images, peak_tflops=peak)
         except torch.OutOfMemoryError:
-            yield case | {"why": "out of memory"}
+            row = {"why": "out of memory"}
+        else:
+            cfg.train.compile = "on" if row["compiled"] else "off"
+            case["plan_gib"] = planned_bytes(cfg, 1, "bf16")[1] / 2**30
+        yield case | row
 
     for images, size, method in STEPS:
         case: dict[str, Any] = {"model": size, "method": method, "images": images}

@@ -14,7 +14,7 @@ from megastar.config.schema import ModelConfig, RunConfig
 from megastar.engine.context import Context
 from megastar.engine.train_step import losses
 from megastar.engine.zero.engines import Engines
-from megastar.engine.zero.setup import build
+from megastar.engine.zero.setup import build, chosen_kernels
 from megastar.parallel.cost import step_flops
 
 
@@ -57,6 +57,7 @@ def step_speed(
         parts = {"student": flops["student"] - heads, "teacher": flops["teacher"], "heads": heads}
         peak = peak_tflops * 1e12 * seconds if peak_tflops else None
         return {
+            "compiled": chosen_kernels(engines.student.module.transformer)["compiled"],
             "images": images, "step_s": seconds, "images_per_s": images / seconds, "loss": float(loss),
             "tflops": sum(parts.values()) / seconds / 1e12,
             "mfu": sum(parts.values()) / peak if peak else None,

@@ -15,6 +15,7 @@ from megastar.model.kernels.select import NAMES, backend
 from megastar.model.masks import MaskSpec
 
 PEER = "plain causal flash"
+SKIPPED = "skipped: no time left"
 
 
 def milliseconds(work: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 3) -> float:
@@ -75,7 +76,7 @@ def timings(
                 if module.missing() is not None or module.supports(spec, *case) is not None:
                     continue
                 if over():
-                    yield row | {"why": "skipped: no time left"}
+                    yield row | {"why": SKIPPED}
                     continue
                 try:
                     ms = milliseconds(forward_backward(name, shape, spec, dtype, device), device, repeats)
