@@ -49,7 +49,7 @@ NULLGPU_TORCH ?= 2.11.0
 $(NULLGPU)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(NULLGPU)
 	$(NULLGPU)/bin/pip install torch==$(NULLGPU_TORCH) nvidia-cuda-crt==13.0.*
-	grep -v '^torch' constraints.txt > $(NULLGPU)/constraints.txt
+	{ grep -vE '^(torch|triton)==' constraints.txt; echo torch==$(NULLGPU_TORCH); } > $(NULLGPU)/constraints.txt
 	$(NULLGPU)/bin/pip install -c $(NULLGPU)/constraints.txt -e '.[eval,dev]'
 	touch $@
 
