@@ -203,7 +203,7 @@ def send_signal(process: subprocess.Popen[bytes], number: int) -> None:
         return
     with suppress(psutil.Error):  # it has ended
         children = psutil.Process(process.pid).children(recursive=True) if number == signal.SIGKILL else []
-        process.send_signal(number)
+        os.kill(process.pid, number)  # Popen's own method reaps a job that has just ended, and its status would be lost
         for one in children:
             one.send_signal(number)
 

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from copy import deepcopy
 
@@ -17,7 +19,16 @@ from megastar.config.load import load_compare_config
 from megastar.evaluation.figure import mean_and_deviation, spaced
 from megastar.experiments import tables
 from megastar.experiments.figures import draw_probe, draw_score
-from megastar.experiments.job_queue import Attempt, Job, JobQueue, QueueStopped, cpu_seconds, last_step, tail
+from megastar.experiments.job_queue import (
+    Attempt,
+    Job,
+    JobQueue,
+    QueueStopped,
+    cpu_seconds,
+    last_step,
+    send_signal,
+    tail,
+)
 from megastar.experiments.plan import baselines, plan_runs
 from megastar.experiments.results import BEST, LAST, LOSS, Results, spread
 
@@ -256,3 +267,12 @@ def test_steps_and_cpu_time_of_a_running_job(tmp_path):
     while time.process_time() < end:
         pass
     assert 0.08 <= cpu_seconds(os.getpid()) - before < 0.5 and cpu_seconds(2**22 + 1) == 0.0
+
+
+def test_a_signal_does_not_take_the_status_of_a_job_that_has_ended():
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked for its status
+    send_signal(process, signal.SIGTERM)
+    _, status, _ = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 7
