@@ -5,7 +5,7 @@
 # make test-browser   test the page of megastar report in a headless chromium
 # make test-nullgpu   test on a device that computes nothing: torch's CUDA build (5 GB, in .venv-nullgpu), no GPU needed
 # make lint           run ruff and mypy
-# make clean          remove .venv, builds and caches
+# make clean          remove .venv, .venv-nullgpu, builds and caches
 #
 # PYTHON selects the interpreter (3.10 to 3.12). TORCH_INDEX selects the package index for torch, for example PyTorch's index
 # of CPU builds; without it pip installs its default build, which includes several GB of CUDA libraries.
@@ -62,5 +62,5 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NULLGPU) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
