@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from common import random_batch, report, run_config, seconds
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from megastar.config.schema import RunConfig
 from megastar.engine.student import Student
@@ -253,7 +254,12 @@ def host(a: argparse.Namespace, common: list[str]) -> None:
         "LlamaGen": their_step(cfg, peer, one_view, dtype, ctx.device),
         "megastar AR": engine_step(cfg, one_view),
         "megastar ST-AR": engine_step(run_config(a.size, *common, f"train.global_batch={a.batch}"), batch),
+        "megastar AR, graph": graph_step(cfg, one_view),
     }
+    work = [products(made[name]) for name in ("LlamaGen", "megastar AR")]
+    assert abs(work[0] / work[1] - 1) < 1e-3, (
+        f"FLOPs of matrix products: LlamaGen {work[0]:.4g}, megastar {work[1]:.4g}"
+    )
     rows: dict[str, list[float]] = {name: [] for name in made}
     for repeat in range(a.repeats + 3):
         for name, step in made.items():
@@ -263,6 +269,48 @@ def host(a: argparse.Namespace, common: list[str]) -> None:
             if repeat >= 3:
                 rows[name].append(time.process_time() - begin)
     report(f"host: a step of {a.size}, {a.batch} images, {a.dtype}, {a.stage}, CPU time", rows, "LlamaGen")
+
+
+def products(step: Step) -> int:
+    """FLOPs of the matrix products of one step, without those of attention."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
+
+
+def graph_step(cfg: RunConfig, batch: dict) -> Step:
+    """A trial: forward and backward pass as one CUDA graph, at stage 1 with one data rank; the optimizer's step is eager."""
+    ctx = start(cfg)
+    engines = build(cfg, ctx)
+    engine, zero = engines.student, engines.student.optimizer
+    engine.train()
+    batch = batch | {k: batch[k].to(ctx.device) for k in ("codes", "labels")}
+
+    def forward_backward() -> None:
+        engine.backward(losses(cfg, engines, ctx, batch, 0)[0])
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            forward_backward()
+            engine.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        forward_backward()
+    weights = list(engine.module.parameters())
+    grads = [p.grad for p in weights]
+
+    def step() -> Tensor:
+        graph.replay()
+        for p, grad in zip(weights, grads, strict=True):
+            p.grad = grad
+        zero.reduce_gradients()
+        set_schedules(cfg, engines, 0, 10)
+        engine.step()
+        return torch.zeros(())
+
+    return step
 
 
 if __name__ == "__main__":

@@ -331,7 +331,10 @@ def memory_bytes(
     backward = backward_working_bytes(model, N, *options, compiled)
     block = block_activation_bytes(model, N, *options, compiled)
     late = {"gradients": states.pop("gradients"), "buckets": buffers.pop("buckets")}
-    early = {"gradients": late["gradients"]} if accumulation > 1 or zero.stage >= 2 else {}
+    in_place = data == 1 and zero.stage < 3  # engine/zero/one_data_rank.py
+    if in_place:
+        late["buckets"] = 0
+    early = {"gradients": late["gradients"]} if accumulation > 1 or (zero.stage >= 2 and not in_place) else {}
     first_bucket = min(late["buckets"], ELEMENT[dtype] * zero.reduce_bucket)
     # Gathered weights of the teacher are released after its pass, those of the student after the backward pass; with one
     # data rank they are views. At stage 3 the buckets exist from the first step on.

@@ -54,6 +54,7 @@ class GradientNorm:
         if self.stage in (1, 2):
             self.zero.scaled_global_norm = self.partitions_norm
             self.zero.unscale_and_clip_grads = self.clip_partition
+            self.zero._update_model_bit16_weights = lambda group: None  # the weights are views already
         elif self.stage == 3:
             self.zero._get_norm_groups = self.group_norms
             self.zero._constant_buffered_norm2 = self.offloaded_norm

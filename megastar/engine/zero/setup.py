@@ -28,6 +28,7 @@ from megastar.engine.student import Student
 from megastar.engine.zero.compiled_blocks import compile_blocks, wants_compiled
 from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
 from megastar.engine.zero.engines import Engines
+from megastar.engine.zero.one_data_rank import keep_gradients
 from megastar.engine.zero.partitions import AdamWEMA, parameter_groups
 from megastar.engine.zero.step_skip import install_step_skip
 from megastar.engine.zero.streams import order_streams
@@ -256,5 +257,6 @@ def initialize(module: nn.Module, config: dict[str, Any], optimizer: AdamWEMA | 
         hook.remove()
     if optimizer is not None:
         install_step_skip(engine, optimizer)
-        order_streams(engine)
+        if not keep_gradients(engine):
+            order_streams(engine)
     return engine
