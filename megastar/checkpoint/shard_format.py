@@ -66,10 +66,12 @@ def write_pieces(path: Path, pieces: Sequence[tuple[Piece, dict[str, Tensor]]]) 
 class StateReader:
     """Parameters of a checkpoint folder, for any tensor-parallel degree and any range.
 
-    Raises ``UserError`` for a missing or unreadable file, and for a parameter that the files do not cover.
+    With ``near``, a (rank, world), headers are read when a range needs them, those of the ranks at the same place first: as
+    many ranks as wrote the checkpoint read one header each, not all of them. Otherwise all are read and checked here.
+    Raises ``UserError`` for a missing or unreadable file, and for elements that no file holds.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
+    def __init__(self, folder: Path, manifest: dict[str, Any], near: tuple[int, int] | None = None):
         self.handles: dict[str, BufferedReader] = {}
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in manifest["parameters"].items()}
@@ -77,27 +79,33 @@ class StateReader:
         self.optimizer_step: int = manifest["optimizer_step"]
         self.locations: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
         self.first_byte: dict[tuple[str, str, str], int] = {}  # file, kind, name
-        for file in sorted(n for n in manifest["files"] if n.startswith("state-")):
-            for name, (rank, start, stop) in self._table(file).items():
-                self.locations.setdefault((name, rank), []).append((start, stop, file))
-        for name in self.shapes:
+        files = sorted(n for n in manifest["files"] if n.startswith("state-"))
+        if near is not None:
+            place, count = (near[0] + 0.5) / near[1], len(files)
+            files = [files[i] for i in sorted(range(count), key=lambda i: abs((i + 0.5) / count - place))]
+        self.unread = files[::-1]
+        while near is None and self.unread:
+            self._read_table()
+        for name in self.shapes if near is None else ():
             for rank in range(self.tensor if self._split(name, self.tensor) else 1):
-                self._check_covered(name, rank)
+                self._locate(name, rank, 0, math.prod(self.local_shape(name, self.tensor)))
 
     def _split(self, name: str, degree: int) -> Any:
         return split_of(name) if degree > 1 else None
 
-    def _table(self, file: str) -> dict[str, list[int]]:
+    def _read_table(self) -> None:
+        """Read the header of the next file: where it holds which elements."""
+        file = self.unread.pop()
         try:
             metadata, entries = read_header(self.folder / file)
             table: dict[str, list[int]] = json.loads(metadata["pieces"])
-            for name, (_, start, stop) in table.items():
+            for name, (rank, start, stop) in table.items():
                 for kind in KINDS:
                     entry = entries[f"{kind}/{name}"]
                     if entry.dtype != "F32" or entry.stop - entry.start != 4 * (stop - start):
                         raise ValueError(f"{kind}/{name} is {entry.dtype} {entry.shape}, not {stop - start} of F32")
                     self.first_byte[file, kind, name] = entry.start
-            return table
+                self.locations.setdefault((name, rank), []).append((start, stop, file))
         except FileNotFoundError as error:
             raise UserError(
                 f"{self.folder}: {file} is missing: restore it, or resume from an earlier checkpoint"
@@ -127,24 +135,28 @@ class StateReader:
         split = self._split(name, degree)
         return split.local_shape(self.shapes[name], degree) if split else self.shapes[name]
 
-    def _check_covered(self, name: str, rank: int) -> None:
-        end = 0
-        for start, stop, _ in sorted(self.locations.get((name, rank), [])):
-            if start > end:
-                break
-            end = max(end, stop)
-        size = math.prod(self.local_shape(name, self.tensor))
-        if end < size:
-            raise UserError(
-                f"{self.folder}: no file holds elements {end} and above of the {size} of {name} (tensor rank {rank}): "
-                "a rank's file is missing or belongs to another checkpoint; restore it"
-            )
+    def _locate(self, name: str, rank: int, start: int, stop: int) -> list[tuple[int, int, str]]:
+        """(first, last, file) of the pieces of a parameter; headers are read until they cover start..stop."""
+        while True:
+            end, pieces = start, self.locations.get((name, rank), [])
+            for first, last, _ in sorted(pieces):
+                if first <= end:
+                    end = max(end, last)
+            if end >= stop:
+                return pieces
+            if not self.unread:
+                size = math.prod(self.local_shape(name, self.tensor))
+                raise UserError(
+                    f"{self.folder}: no file holds elements {end} and above of the {size} of {name} (tensor rank {rank}): "
+                    "a rank's file is missing or belongs to another checkpoint; restore it"
+                )
+            self._read_table()
 
     def _range(self, name: str, kind: str, rank: int, start: int, stop: int) -> Tensor:
         import torch
 
         out = torch.empty(stop - start)
-        for first, last, file in self.locations[(name, rank)]:
+        for first, last, file in self._locate(name, rank, start, stop):
             low, high = max(first, start), min(last, stop)
             if low < high:
                 source = self._open(file)

@@ -19,6 +19,7 @@ from megastar.data.order import OrderSpec, sample_ids, shards_from, slot_of
 from megastar.data.prefetch import Batch, ReadAhead, ToDevice
 from megastar.data.shards.manifest import Manifest
 from megastar.data.shards.reader import ShardSet
+from megastar.data.shards.shard_table import largest
 from megastar.data.storage.store import is_remote
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
@@ -103,7 +104,7 @@ class TokenLoader:
         check_enough(shards.folder, manifest, self.global_batch)
         if window < 1:
             raise UserError(f"window {window} must be at least 1 shard")
-        shards.store.check_room(sorted(manifest.shards, key=lambda s: -s.bytes)[: window + 1])
+        shards.store.check_room(largest(manifest.shards, window + 1))
         self.order = OrderSpec(self.seed, manifest.shard_sizes, window)
         self.step, self._micro, self._prefetch = start_step, 0, prefetch
         b = self.global_batch // (accumulation * world)

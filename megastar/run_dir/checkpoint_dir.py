@@ -117,11 +117,11 @@ def parse_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """``parse_manifest``, with a check of the names and sizes of the checkpoint's files."""
+def read_manifest(checkpoint: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """``parse_manifest``, with a check of the names and sizes of the checkpoint's files (all, or ``names``)."""
     manifest = parse_manifest(checkpoint)
-    for name, entry in manifest["files"].items():
-        file = checkpoint / name
+    for name in manifest["files"] if names is None else names:
+        file, entry = checkpoint / name, manifest["files"][name]
         if not file.is_file():
             raise UserError(
                 f"{checkpoint} lacks {name} ({entry['whose']}): restore it, or remove the folder to resume from an earlier one"
@@ -135,7 +135,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def verify(checkpoint: Path, names: Iterable[str] | None = None) -> None:
     """Compare the files' hashes (all, or those of ``names``) with the manifest. Raises ``UserError`` for a damaged file."""
-    files = read_manifest(checkpoint)["files"]
+    names = names if names is None else list(names)
+    files = read_manifest(checkpoint, names)["files"]
     for name in files if names is None else names:
         if sha256(checkpoint / name) != files[name]["sha256"]:
             raise UserError(

@@ -27,10 +27,11 @@ from megastar.data.images.crops import parse_crops
 from megastar.data.images.dataset import ImageSet
 from megastar.data.order import permutation
 from megastar.data.pretokenize.encoding import Pipeline, ViewEncoder
-from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, load_manifest
+from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, load_manifest, write_manifest
 from megastar.data.shards.sample_parser import check_layout
 from megastar.data.shards.writer import open_writer
 from megastar.data.storage.shard_info import MANIFEST, ShardInfo
+from megastar.data.storage.store import FolderStore
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.utils.device import DTYPES, pick_device
@@ -292,7 +293,7 @@ class PretokenizeRun:
         if skipped:
             lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in skipped)
             write_atomic(self.out / SKIPPED, lines.encode())
-        write_atomic(self.out / MANIFEST, manifest.to_json().encode())
+        write_manifest(FolderStore(self.out), manifest)
         _clear(self.out)
         return manifest
 

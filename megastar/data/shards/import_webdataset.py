@@ -16,7 +16,7 @@ from rich.console import Console
 
 from megastar.config.schema import DataConfig
 from megastar.data.shards.index import ShardIndex, pack_index
-from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, is_plain_name, parse_manifest
+from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, is_plain_name, parse_manifest, write_manifest
 from megastar.data.shards.sample_parser import Expected, Samples, check_classes, check_codes, check_layout, find_samples
 from megastar.data.shards.tar_reader import shown
 from megastar.data.storage.shard_info import MANIFEST, ShardInfo, index_name
@@ -111,7 +111,7 @@ def index_webdataset(
         layout=layout,
         dtype=expected.dtype,
     )
-    store.put(MANIFEST, manifest.to_json().encode())
+    write_manifest(store, manifest)
     return manifest
 
 

@@ -240,6 +240,7 @@ class Saver:
         problems = []
         for rank in range(self.ctx.world):  # of all ranks: none still writes when the files are removed
             report = json.loads(wait_for(self.store, self._key(rank), f"rank {rank} wrote no files"))
+            self.store.delete_key(self._key(rank))  # else every save adds a few hundred bytes a rank to the store
             problems += [report["problem"]] if "problem" in report else []
             files |= report.get("files", {})
         if problems:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 
 from megastar.checkpoint.rng_state import random_file, seed_dropout
 from megastar.checkpoint.shard_format import KINDS, StateReader
 from megastar.engine.context import Context
+from megastar.engine.rank_sync import on_all_ranks
 from megastar.engine.zero.engines import Engines, full_shapes
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
@@ -26,13 +26,11 @@ def load_checkpoint(ctx: Context, engines: Engines, checkpoint: Path, seed: int)
     With another number of data ranks, dropout draws different numbers from here on, as ``seed`` determines; nothing else changes. Raises
     ``UserError`` for another network and for files that are not what was written.
     """
-    metadata = checkpoint_dir.read_manifest(checkpoint)
-    names = list(metadata["files"])
-    checkpoint_dir.verify(checkpoint, names[ctx.rank :: ctx.world])  # the ranks share the hashing
-    if ctx.world > 1:
-        dist.barrier()
+    metadata = checkpoint_dir.parse_manifest(checkpoint)
+    names = list(metadata["files"])[ctx.rank :: ctx.world]  # the ranks share the hashing
+    on_all_ranks(ctx, lambda: checkpoint_dir.verify(checkpoint, names))
     _same_network(metadata["parameters"], full_shapes(engines, ctx), checkpoint)
-    reader = StateReader(checkpoint, metadata)
+    reader = StateReader(checkpoint, metadata, (ctx.rank, ctx.world))
     for shard in engines.shards():
         where = (ctx.tensor, ctx.mesh.tensor_rank, shard.start, shard.stop)
         for kind in KINDS:

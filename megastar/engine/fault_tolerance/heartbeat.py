@@ -91,7 +91,14 @@ class HeartbeatStore:
         return s is not None and s.fileno() >= 0 and bool(select.select([s], [], [], 0)[0])
 
     def publish(self, raw: bytes) -> None:
-        self.store.set(self.prefix + str(self.rank), raw)
+        self.set(str(self.rank), raw)
+
+    def set(self, key: str, raw: bytes) -> None:
+        self.store.set(self.prefix + key, raw)
+
+    def get(self, key: str) -> bytes:
+        """The value of ``key``; empty while it has none."""
+        return bytes(self.store.get(self.prefix + key)) if self.store.check([self.prefix + key]) else b""
 
     def read(self, ranks: list[int]) -> dict[int, bytes]:
         """The last heartbeats of those ``ranks`` that have published one."""

@@ -2,7 +2,8 @@
 
 Three threads that wake once a second. One exchanges heartbeats with the other ranks over the process group's store, one
 writes this rank's heartbeat into the run folder, one diagnoses; a network or a disk that blocks delays only its own thread.
-Rank 0 watches all ranks, the others watch rank 0 and adopt its diagnosis: traffic per rank does not grow with their number.
+Rank 0 watches all ranks, the others watch rank 0 and adopt its diagnosis: traffic per rank does not grow with their number
+(heartbeat_digest.py).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from megastar.engine.fault_tolerance.heartbeat import (
     HeartbeatStore,
     flag_of,
 )
+from megastar.engine.fault_tolerance.heartbeat_digest import read_peers
 from megastar.engine.fault_tolerance.postmortem import collectives_entered, print_error, record_lost_rank, write_stacks
 from megastar.engine.phase import PHASE, STARTING
 from megastar.errors import UserError
@@ -42,6 +44,7 @@ from megastar.utils.hostname import host_name
 
 REPORT_TIMEOUT = 10.0  # seconds that the disk may take for the final report before the process ends without it
 INVESTIGATION_TIME = 10.0  # seconds for finding the rank that broke a connection
+FILES_PER_SECOND = 100  # heartbeat files that all ranks together write into the run folder
 RETRY = 3.0  # seconds between attempts to reconnect to the store
 _starts = 0  # of this process
 
@@ -130,7 +133,7 @@ class Watchdog:
             return
         jobs = [
             ("diagnose", self._diagnose, self.over, self.tick),
-            ("file", self._write_file, self.over, 5 * self.tick),
+            ("file", self._write_file, self.over, max(5 * self.tick, self.world / FILES_PER_SECOND)),
         ]
         if self.store is not None:
             jobs.append(("exchange", self._exchange, self.wake, self.tick))
@@ -181,7 +184,7 @@ class Watchdog:
                 store.connect()
             beat = self._beat()
             store.publish(beat.encode())
-            self.peer_beats = store.read(self._others() if self.read_all else [0] * (self.rank != 0))
+            self.peer_beats = read_peers(store, self.detector, self.read_all)
             self.retry_at = clock + RETRY
             if beat.flag in (EXITED, ABORTED):
                 self.sent.set()
@@ -194,9 +197,6 @@ class Watchdog:
     def _hosts_store(self) -> bool:
         """Whether the store ends with this process, which therefore waits until the others have read its last heartbeat."""
         return self.rank == 0 and rank_0_hosts_store()
-
-    def _others(self) -> list[int]:
-        return [r for r in range(self.world) if r != self.rank]
 
     def _write_file(self) -> None:
         path = self.run / HEARTBEATS / f"rank-{self.rank:05d}.json"
@@ -312,6 +312,6 @@ class Watchdog:
         if (no_contact and patience < REPORT_TIMEOUT) or not self.sent.wait(patience) or not self._hosts_store():
             return
         deadline = time.monotonic() + max(2.0, 4 * self.tick)
-        while time.monotonic() < deadline and not all(self._has_ended(r) for r in self._others()):
+        while time.monotonic() < deadline and not all(self._has_ended(r) for r in range(1, self.world)):
             self.wake.set()
             time.sleep(0.02)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megastar.config.schema import DataConfig, RunConfig, TrainConfig
 from megastar.data.loader import check_enough, check_manifest, open_shards, validation_batches
@@ -13,6 +14,7 @@ from megastar.data.order import VERSION as ORDER
 from megastar.data.prefetch import Batch
 from megastar.data.shards.manifest import Manifest
 from megastar.data.shards.reader import ShardSet
+from megastar.data.shards.shard_table import digest_of
 from megastar.engine.context import Context
 from megastar.errors import UserError
 from megastar.tokenizer.io import tokenizer_hash
@@ -28,7 +30,8 @@ class RunData:
     @property
     def digests(self) -> dict[str, str]:
         """What a checkpoint records of them."""
-        return {"data": digest_of(self.train.manifest), "val_data": digest_of(self.val.manifest) if self.val else ""}
+        val = digest_of(self.val.manifest.shards) if self.val else ""
+        return {"data": digest_of(self.train.manifest.shards), "val_data": val}
 
     def validation_batches(self, train: TrainConfig, ctx: Context, micro_batch: int) -> list[Batch]:
         """This rank's part of the fixed validation images; empty where there is no validation."""
@@ -87,13 +90,8 @@ def check_same_order(window: int, manifest: Manifest, restored: dict[str, Any], 
 
     With no more shards than are mixed, all versions of the order are equal.
     """
-    shards, order = sum(n > 0 for n in manifest.shard_sizes), restored.get("order", 1)
+    shards, order = np.count_nonzero(manifest.shard_sizes), restored.get("order", 1)
     if order != ORDER and shards > window:
         raise UserError(
             f"{found} was trained in sample order {order}, this version of megastar has order {ORDER}: finish that run with the version that started it, or start another run=... from it with train.init={found}"
         )
-
-
-def digest_of(manifest: Manifest) -> str:
-    """SHA-256 over the shards' own: a run resumes on the samples it was trained on, or not at all."""
-    return hashlib.sha256("".join(s.sha256 for s in manifest.shards).encode()).hexdigest()
