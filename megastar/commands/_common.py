@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from megastar.errors import UserError
+from megastar.utils.printable import one_entry, one_line, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,14 +52,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, words: list[str], console: Console | None = None) -> argparse.Namespace:
         """Parse ``words`` and configure logging to ``console`` (default: standard output, with --json standard error)."""
-        from rich.console import Console
-
+        from megastar.utils.console import PlainConsole
         from megastar.utils.logs import configure_logging
 
         args = self.parse_intermixed_args(words)
         rank = place_of(os.environ)[0] if is_launched(os.environ) else None
         level = "DEBUG" if args.verbose else "WARNING" if args.quiet else ""
-        configure_logging(level, console=console or Console(stderr="json" in args and args.json), rank=rank)
+        configure_logging(level, console=console or PlainConsole(stderr="json" in args and args.json), rank=rank)
         return args
 
     def error(self, message: str) -> NoReturn:
@@ -140,28 +140,23 @@ class FaultTolerantStream:
 
 def print_table(title: str, rows: dict[str, Any]) -> None:
     """Print ``rows`` under ``title`` to standard output; lines are not wrapped for programs that read them."""
-    from rich.console import Console
     from rich.table import Table
+
+    from megastar.utils.console import PlainConsole
 
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(_printable(name), _printable(str(value)))
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
+        table.add_row(one_line(name), one_line(str(value)))
+    console = PlainConsole(width=None if sys.stdout.isatty() else 1000)
     console.print(title, table, sep="\n")
-
-
-def _printable(text: str) -> str:
-    """Escape control characters, which names in foreign files may contain."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def main_console() -> Console:
     """The shared console, silent on all ranks but the first."""
-    from rich.console import Console
-
+    from megastar.utils.console import PlainConsole
     from megastar.utils.logs import shared_console
 
-    return shared_console() if place_of(os.environ)[0] == 0 else Console(quiet=True)
+    return shared_console() if place_of(os.environ)[0] == 0 else PlainConsole(quiet=True)
 
 
 # Launchers ---------------------------------------------------------------------------------------------------------
@@ -207,4 +202,9 @@ def report_error(message: str, environ: Mapping[str, str]) -> None:
             return
         except OSError:  # a full disk
             pass
-    print(f"megastar: error: {message}", file=sys.stderr)
+    print_error(message)
+
+
+def print_error(message: str) -> None:
+    """One sentence on standard error."""
+    say(f"megastar: error: {one_entry(message)}", sys.stderr)

@@ -47,9 +47,9 @@ def parser() -> Parser:
 
 
 def main(words: list[str]) -> int:
-    from rich.console import Console
+    from megastar.utils.console import PlainConsole
 
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = PlainConsole(stderr=True)
     args = parser().parse(words, console)
     from megastar.data.storage.s3_client import split_url
 
@@ -82,9 +82,9 @@ def main(words: list[str]) -> int:
 
 
 def show(report: Report) -> None:
-    from rich.console import Console
+    from megastar.utils.console import PlainConsole
 
-    console = Console(markup=False, highlight=False, width=terminal_width())
+    console = PlainConsole(width=terminal_width())
     console.print(table_of(report))
     levels = [a.finding.level for a in report.answers]
     count = {level: levels.count(level) for level in ("failure", "warning")}

@@ -201,14 +201,13 @@ def table_of(plans: list[Plan], best: Plan | None) -> Table:
 
 
 def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: Plan | None, every: bool) -> None:
-    from rich.console import Console
-
     from megastar.parallel.budget import trunk
     from megastar.parallel.cost import assumptions, elements
+    from megastar.utils.console import PlainConsole
 
     # Not a terminal: use the width that the table needs.
     width = None if sys.stdout.isatty() else max(118, terminal_width())
-    console = Console(width=width, highlight=False, markup=False)
+    console = PlainConsole(width=width)
     counts, g, gpu = elements(cfg.model, cfg.self_guided), cfg.self_guided, machine.gpu
     P, extra = trunk(counts), sum(counts.values()) - trunk(counts)
     views = f" x {cfg.student_views} views (teacher {g.views})" if g.enabled else ""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, seconds, terminal_width
+from megastar.commands._common import Parser, print_error, seconds, terminal_width
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,12 +40,12 @@ def parser() -> Parser:
 
 def main(words: list[str]) -> int:
     args = parser().parse(words)
-    from rich.console import Console
     from rich.live import Live
 
     from megastar.run_dir.status import status_of
+    from megastar.utils.console import PlainConsole
 
-    console = Console(markup=False, highlight=False)
+    console = PlainConsole()
     if not console.is_terminal:
         console.width = terminal_width()
 
@@ -78,7 +77,7 @@ def main(words: list[str]) -> int:
                 break
             time.sleep(args.watch)
     for problem in problems:
-        print(f"megastar: error: {problem}", file=sys.stderr)
+        print_error(problem)
     return 2 if problems else 0
 
 

@@ -14,6 +14,7 @@ from megastar.commands._common import (
     positive,
     terminal_width,
 )
+from megastar.utils.printable import say
 from megastar.utils.signals import StopFlag
 
 EXAMPLES = """
@@ -54,7 +55,7 @@ def main(words: list[str]) -> int:
     path, overrides = config_and_overrides(args.items)
     cfg = load_config(path, overrides)
     if args.print_config:
-        print(config_yaml(cfg), end="")
+        say(config_yaml(cfg).rstrip("\n"))
         return 0
     if args.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch
