@@ -6,19 +6,25 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
+from megastar.config.convert import shown
+from megastar.config.schema import MOST_SEED, MOST_THREADS
 from megastar.errors import UserError
 from megastar.utils.printable import one_entry, one_line, say
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+T = TypeVar("T", int, float)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -82,33 +88,27 @@ def config_and_overrides(items: list[str]) -> tuple[str | None, list[str]]:
     return (files[0] if files else None), [i for i in items if "=" in i]
 
 
-def integer(low: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least ``low``."""
+def bounded(kind: type[T], low: float, high: float) -> Callable[[str], T]:
+    """An argparse type: an int or a float from ``low`` to ``high``."""
 
-    def parse(text: str) -> int:
-        if not text.isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= {low}")
-        return int(text)
-
-    return parse
-
-
-positive, natural = integer(1), integer(0)
-
-
-def seconds(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a time from ``low`` to ``high``."""
-
-    def parse(text: str) -> float:
+    def parse(text: str) -> T:
+        number = re.fullmatch(r"[-+]?[0-9]{1,20}" if kind is int else r"[-+.0-9eE]{1,40}", text.strip())
         try:
-            value = float(text)
+            value = kind(text) if number else None
         except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from {low:g} to {high:g}")
+            value = None
+        if value is None or not low <= value <= high:
+            what = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {what} from {low:.16g} to {high:.16g}")
         return value
 
     return parse
+
+
+MOST = 10**9  # of what an option counts
+positive, natural = bounded(int, 1, MOST), bounded(int, 0, MOST)
+processes, threads = bounded(int, 1, 1024), bounded(int, 0, MOST_THREADS)
+seed = bounded(int, 0, MOST_SEED)
 
 
 class FaultTolerantStream:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser
+from megastar.commands._common import Parser, bounded
 from megastar.errors import UserError
 from megastar.utils.files import write_json
 from megastar.utils.printable import say
@@ -49,7 +49,7 @@ def parser() -> Parser:
     p.add_argument("--out", default="check-gpu.json", help="JSON file for the report")
     p.add_argument(
         "--seconds",
-        type=float,
+        type=bounded(float, 0, 86400),
         help="start no measurement after this time (default 450); limit of --tests (default 570)",
     )
     p.add_argument("--no-steps", action="store_true", help="skip the training steps")

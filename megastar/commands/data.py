@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, positive, print_table, seconds
-from megastar.config.schema import DataConfig
+from megastar.commands._common import Parser, bounded, positive, print_table
+from megastar.config.schema import MOST_SECONDS, DataConfig
 from megastar.errors import UserError, nearest
 from megastar.utils.printable import one_line, say
 
@@ -65,7 +64,7 @@ def parser(action: str) -> Parser:
     if action != "verify":
         p.add_argument("--cache", default="", help="cache folder for s3:// (default: a folder under $TMPDIR)")
     p.add_argument(
-        "--patience", type=seconds(0, math.inf), default=DataConfig().patience,
+        "--patience", type=bounded(float, 0, MOST_SECONDS), default=DataConfig().patience,
         help="seconds to wait for an unreachable s3://",
     )  # fmt: skip
     if action == "index":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megastar.checkpoint.find_weights import SHIPPED_WEIGHTS
-from megastar.commands._common import Parser, config_and_overrides, positive
+from megastar.commands._common import Parser, config_and_overrides, positive, processes
 from megastar.config.files import REPOSITORY, find_file
 from megastar.config.load import diff_configs, load_config
 from megastar.config.schema import RunConfig
@@ -30,7 +30,7 @@ def parser() -> Parser:
     p = Parser("demo", f"Encode the included emoji, train {CONFIG}, generate images and score them.", EXAMPLES)
     p.add_argument("items", nargs="*", metavar="section.field=value", help=f"fields of {CONFIG} to override")
     p.add_argument("--samples", type=positive, default=2000, help="images to score")
-    p.add_argument("--nproc", type=positive, help="processes (default: the number of GPUs, at most 2; 2 on a CPU)")
+    p.add_argument("--nproc", type=processes, help="processes (default: the number of GPUs, at most 2; 2 on a CPU)")
     return p
 
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, print_error, seconds, terminal_width
+from megastar.commands._common import Parser, bounded, print_error, terminal_width
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def parser() -> Parser:
         EXAMPLES,
     )
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    p.add_argument("--watch", type=seconds(0.1, 86400), metavar="SECONDS", help="refresh after this many seconds")
+    p.add_argument(
+        "--watch", type=bounded(float, 0.1, 86400), metavar="SECONDS", help="refresh after this many seconds"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object per run and line")
     return p
 

@@ -11,7 +11,7 @@ from megastar.commands._common import (
     Parser,
     config_and_overrides,
     is_launched,
-    positive,
+    processes,
     terminal_width,
 )
 from megastar.utils.printable import say
@@ -40,7 +40,7 @@ def parser() -> Parser:
         fields_text(RunConfig, terminal_width()),
     )
     p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="a YAML file, fields to override")
-    p.add_argument("--nproc", type=positive, default=1, help="local processes (default 1); ignored under a launcher")
+    p.add_argument("--nproc", type=processes, default=1, help="local processes (default 1); ignored under a launcher")
     p.add_argument("--dry-run", action="store_true", help="build everything, run one fake step, print memory and batch")
     p.add_argument("--print-config", action="store_true", help="print every field as YAML and exit")
     return p

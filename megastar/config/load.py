@@ -305,6 +305,8 @@ def _unknown(key: str, prefix: str, siblings: list[str], leaves: list[str]) -> s
 def _type_name(hint: Any, value: Any = None) -> str:
     if get_origin(hint) is list:
         return f"a list of {_type_name(get_args(hint)[0]).split()[-1]}s"
+    if isinstance(value, str) and "${" in value:
+        return "a value in which each ${ has its }"
     if hint is str and isinstance(value, str):
         return f"a string of at most {LONGEST_PATH} characters without NUL"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}

@@ -75,9 +75,12 @@ def parse_yaml(text: str) -> Any:
 
 def parse_value(text: str) -> Any:
     """The value of an override: as in a file, except that an unquoted one has no comments. Raises ``YamlError``."""
+    if text.lstrip().startswith("&"):
+        raise YamlError("an anchor has no use here: quote a value that begins with &")
     node = _compose(text)
-    if isinstance(node, yaml.ScalarNode) and node.style is None and text[node.end_mark.index :].strip():
-        return text.strip()
+    if isinstance(node, yaml.ScalarNode) and node.style is None and not node.tag.startswith("!"):
+        if "\n" in text.strip() or text[node.end_mark.index :].strip():
+            return text.strip()
     return parse_yaml(text)
 
 
