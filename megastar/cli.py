@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megastar.commands._common import report_error
+from megastar.commands._common import print_error, report_error
 from megastar.errors import UserError, nearest
 from megastar.utils.hostname import shorten_dns_timeout
+from megastar.utils.printable import tolerate_any_text
 from megastar.utils.process_exit import run_and_leave
 from megastar.version import __version__
 
@@ -50,6 +51,7 @@ def usage() -> str:
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``main`` and end the process."""
     shorten_dns_timeout()
+    tolerate_any_text()
     run_and_leave(lambda: main(argv))
 
 
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = f" {error.filename}" if error.filename else ""
         message = f"cannot write{where} ({error.strerror}): free space or name another place"
-        print(f"megastar: error: {message}", file=sys.stderr)
+        print_error(message)
         return 2
     except KeyboardInterrupt:
         return 130

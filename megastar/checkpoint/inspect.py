@@ -126,7 +126,9 @@ def inspect_weights(path: Path, header: WeightsHeader, verify: bool, console: Co
     """Print what a weights file holds; with ``verify`` compare its hash with that in its .json. False if damaged."""
     cfg, provenance, shapes = header
     count = sum(map(math.prod, shapes.values()))
-    console.print_json(json.dumps({"parameters": count, "architecture": asdict(cfg), "provenance": provenance}))
+    console.print_json(
+        json.dumps({"parameters": count, "architecture": asdict(cfg), "provenance": provenance}), ensure_ascii=True
+    )
     if not verify:
         return True
     beside = path.with_suffix(".json")

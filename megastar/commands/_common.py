@@ -6,18 +6,25 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
+from megastar.config.convert import shown
+from megastar.config.schema import MOST_SEED, MOST_THREADS
 from megastar.errors import UserError
+from megastar.utils.printable import one_entry, one_line, say
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+T = TypeVar("T", int, float)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -51,14 +58,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, words: list[str], console: Console | None = None) -> argparse.Namespace:
         """Parse ``words`` and configure logging to ``console`` (default: standard output, with --json standard error)."""
-        from rich.console import Console
-
+        from megastar.utils.console import PlainConsole
         from megastar.utils.logs import configure_logging
 
         args = self.parse_intermixed_args(words)
         rank = place_of(os.environ)[0] if is_launched(os.environ) else None
         level = "DEBUG" if args.verbose else "WARNING" if args.quiet else ""
-        configure_logging(level, console=console or Console(stderr="json" in args and args.json), rank=rank)
+        configure_logging(level, console=console or PlainConsole(stderr="json" in args and args.json), rank=rank)
         return args
 
     def error(self, message: str) -> NoReturn:
@@ -82,33 +88,27 @@ def config_and_overrides(items: list[str]) -> tuple[str | None, list[str]]:
     return (files[0] if files else None), [i for i in items if "=" in i]
 
 
-def integer(low: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least ``low``."""
+def bounded(kind: type[T], low: float, high: float) -> Callable[[str], T]:
+    """An argparse type: an int or a float from ``low`` to ``high``."""
 
-    def parse(text: str) -> int:
-        if not text.isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= {low}")
-        return int(text)
-
-    return parse
-
-
-positive, natural = integer(1), integer(0)
-
-
-def seconds(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a time from ``low`` to ``high``."""
-
-    def parse(text: str) -> float:
+    def parse(text: str) -> T:
+        number = re.fullmatch(r"[-+]?[0-9]{1,20}" if kind is int else r"[-+.0-9eE]{1,40}", text.strip())
         try:
-            value = float(text)
+            value = kind(text) if number else None
         except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from {low:g} to {high:g}")
+            value = None
+        if value is None or not low <= value <= high:
+            what = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {what} from {low:.16g} to {high:.16g}")
         return value
 
     return parse
+
+
+MOST = 10**9  # of what an option counts
+positive, natural = bounded(int, 1, MOST), bounded(int, 0, MOST)
+processes, threads = bounded(int, 1, 1024), bounded(int, 0, MOST_THREADS)
+seed = bounded(int, 0, MOST_SEED)
 
 
 class FaultTolerantStream:
@@ -140,28 +140,23 @@ class FaultTolerantStream:
 
 def print_table(title: str, rows: dict[str, Any]) -> None:
     """Print ``rows`` under ``title`` to standard output; lines are not wrapped for programs that read them."""
-    from rich.console import Console
     from rich.table import Table
+
+    from megastar.utils.console import PlainConsole
 
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(_printable(name), _printable(str(value)))
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
+        table.add_row(one_line(name), one_line(str(value)))
+    console = PlainConsole(width=None if sys.stdout.isatty() else 1000)
     console.print(title, table, sep="\n")
-
-
-def _printable(text: str) -> str:
-    """Escape control characters, which names in foreign files may contain."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def main_console() -> Console:
     """The shared console, silent on all ranks but the first."""
-    from rich.console import Console
-
+    from megastar.utils.console import PlainConsole
     from megastar.utils.logs import shared_console
 
-    return shared_console() if place_of(os.environ)[0] == 0 else Console(quiet=True)
+    return shared_console() if place_of(os.environ)[0] == 0 else PlainConsole(quiet=True)
 
 
 # Launchers ---------------------------------------------------------------------------------------------------------
@@ -207,4 +202,9 @@ def report_error(message: str, environ: Mapping[str, str]) -> None:
             return
         except OSError:  # a full disk
             pass
-    print(f"megastar: error: {message}", file=sys.stderr)
+    print_error(message)
+
+
+def print_error(message: str) -> None:
+    """One sentence on standard error."""
+    say(f"megastar: error: {one_entry(message)}", sys.stderr)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import print_table
 from megastar.errors import UserError
+from megastar.utils.printable import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ def stats(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
     if a.json:
         report |= {"set": a.set}
         report |= {"samples_of_each_class": counts.classes.tolist(), "uses_of_each_code": counts.codes.tolist()}
-        print(json.dumps(report, indent=1, ensure_ascii=False))
+        print(json.dumps(report, indent=1))
         return 0
     codes, classes, duplicates = report["codes"], report["classes"], report["duplicates"]
     print_table(
@@ -60,7 +61,7 @@ def stats(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
         groups = {str(i): ", ".join(map(str, g)) for i, g in enumerate(duplicates["first"])}
         print_table("\nfirst duplicates (sample ids)", groups)
     if a.sheet:
-        print(f"\n{a.sheet}")
+        say(f"\n{a.sheet}")
     return 0
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 
-from megastar.commands._common import LAUNCHED_BY_US, logging_options
+from megastar.commands._common import LAUNCHED_BY_US, logging_options, print_error
 from megastar.errors import UserError
 
 
@@ -35,7 +34,7 @@ def launch(nproc: int, words: list[str]) -> int:
         if failure.exitcode == 2 and failure.error_file_data.get("message"):
             raise UserError(str(failure.message)) from error
         if failure.exitcode < 0:
-            print(f"megastar: error: rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
+            print_error(f"rank {rank} was killed by {failure.signal_name()}")
             return 128 - failure.exitcode
         return failure.exitcode
     except SignalException as error:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser
+from megastar.commands._common import Parser, bounded
 from megastar.errors import UserError
 from megastar.utils.files import write_json
+from megastar.utils.printable import say
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ def parser() -> Parser:
     p.add_argument("--out", default="check-gpu.json", help="JSON file for the report")
     p.add_argument(
         "--seconds",
-        type=float,
+        type=bounded(float, 0, 86400),
         help="start no measurement after this time (default 450); limit of --tests (default 570)",
     )
     p.add_argument("--no-steps", action="store_true", help="skip the training steps")
@@ -58,12 +59,12 @@ def parser() -> Parser:
 
 def main(words: list[str]) -> int:
     import torch
-    from rich.console import Console
 
+    from megastar.utils.console import PlainConsole
     from megastar.utils.device import pick_device
 
     begun = time.perf_counter()
-    args = parser().parse(words, Console(markup=False, highlight=False))
+    args = parser().parse(words, PlainConsole())
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError(
             "check-gpu needs a CUDA GPU and torch finds none: run it on a machine with a GPU, or use --device cpu "
@@ -97,10 +98,6 @@ def main(words: list[str]) -> int:
         say(f"failed: {name}")
     say(f"{len(made)} comparisons, {wrong} wrong, {report.content['seconds']} s; report: {args.out}")
     return 1 if wrong or report.content["failures"] else 0
-
-
-def say(text: str) -> None:
-    print(text, flush=True)  # a line of any length, at once, also without a terminal
 
 
 class GpuReport:

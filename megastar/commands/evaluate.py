@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megastar.commands._common import Parser, natural, positive
+from megastar.commands._common import Parser, positive, seed
 from megastar.commands._score_options import add_options, options_of
 from megastar.errors import UserError
 
@@ -26,7 +26,7 @@ def parser() -> Parser:
     p.add_argument("--tokenizer", help="score this tokenizer's reconstructions of the real images instead")
     p.add_argument("--subset", help="use only generated images in this top-level folder")
     add_options(p, required=True)
-    p.add_argument("--seed", type=natural, default=0, help="seed of KID's subsets")
+    p.add_argument("--seed", type=seed, default=0, help="seed of KID's subsets")
     p.add_argument("--provenance", type=Path, help="JSON file with the samples' provenance (default: SAMPLES.npz.json)")
     p.add_argument("--out", type=Path, help="JSON file for the scores and their provenance")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")

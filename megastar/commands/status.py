@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, seconds, terminal_width
+from megastar.commands._common import Parser, bounded, print_error, terminal_width
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,19 +33,21 @@ def parser() -> Parser:
         EXAMPLES,
     )
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    p.add_argument("--watch", type=seconds(0.1, 86400), metavar="SECONDS", help="refresh after this many seconds")
+    p.add_argument(
+        "--watch", type=bounded(float, 0.1, 86400), metavar="SECONDS", help="refresh after this many seconds"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object per run and line")
     return p
 
 
 def main(words: list[str]) -> int:
     args = parser().parse(words)
-    from rich.console import Console
     from rich.live import Live
 
     from megastar.run_dir.status import status_of
+    from megastar.utils.console import PlainConsole
 
-    console = Console(markup=False, highlight=False)
+    console = PlainConsole()
     if not console.is_terminal:
         console.width = terminal_width()
 
@@ -78,7 +79,7 @@ def main(words: list[str]) -> int:
                 break
             time.sleep(args.watch)
     for problem in problems:
-        print(f"megastar: error: {problem}", file=sys.stderr)
+        print_error(problem)
     return 2 if problems else 0
 
 

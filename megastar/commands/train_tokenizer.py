@@ -14,6 +14,7 @@ from megastar.config.load import config_yaml, load_tokenizer_config, save_config
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
 from megastar.run_dir import layout
+from megastar.utils.printable import say
 
 if TYPE_CHECKING:
     import torch
@@ -50,13 +51,13 @@ def main(words: list[str]) -> int:
     path, overrides = config_and_overrides(args.items)
     cfg = load_tokenizer_config(path, overrides)
     if args.print_config:
-        print(config_yaml(cfg), end="")
+        say(config_yaml(cfg).rstrip("\n"))
         return 0
     from megastar.utils.logs import shared_console
 
     command = " ".join(["megastar train-tokenizer", *([path] if path else []), *overrides])
     result, scores = train_tokenizer(cfg, shared_console(), command)
-    print(f"{result}: " + "; ".join(f"{k}: {v['psnr']:.2f} dB, {v['codes_used']:.1%} codes" for k, v in scores.items()))
+    say(f"{result}: " + "; ".join(f"{k}: {v['psnr']:.2f} dB, {v['codes_used']:.1%} codes" for k, v in scores.items()))
     return 0
 
 

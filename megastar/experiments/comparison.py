@@ -61,7 +61,9 @@ class Comparison:
             results, summary = self.write()
         tables.show(results, summary, self.console)
         for attempt in self.failed.values():
-            self.console.print(f"[red]failed[/] {attempt.job.title}, see {attempt.job.log}", highlight=False)
+            self.console.print(
+                f"failed: {attempt.job.title}, see {attempt.job.log}", style="red", markup=False, highlight=False
+            )
         print_files(self.out, self.console)
         return 1 if self.failed else 0
 
@@ -103,7 +105,9 @@ class Comparison:
             if not attempt.interrupted:
                 self.write()
         except OSError as error:  # the runs continue; results are written again at the end
-            self.console.print(f"[yellow]warning[/] cannot write to {self.out}: {error.strerror}", highlight=False)
+            self.console.print(
+                f"cannot write to {self.out}: {error.strerror}", style="yellow", markup=False, highlight=False
+            )
         if attempt.interrupted:
             return []
         if attempt.status:
@@ -116,10 +120,12 @@ class Comparison:
 
     def fail(self, attempt: Attempt, how: str) -> list[Job]:
         """Print why an attempt failed. This run has no further jobs; the others continue."""
+        from rich.text import Text
+
         job = attempt.job
         self.failed[job.run] = attempt
-        self.console.print(f"[red]failed[/] {job.title} {how}; end of {job.log}:", highlight=False)
-        self.console.print(tail(job.log), markup=False, highlight=False)
+        self.console.print(f"failed: {job.title} {how}; end of {job.log}:", style="red", markup=False, highlight=False)
+        self.console.print(Text(tail(job.log)))
         return []
 
     def record_times(self, attempt: Attempt) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from megastar.report.charts import charts_for
 from megastar.report.differences import Difference
 from megastar.report.series import Column, thin, training_hours
+from megastar.utils.printable import printable
 
 POINTS = 16_000  # of one value over all runs, shared among them
 MAX_EVENTS = 200  # of one run
@@ -59,7 +60,7 @@ def page(runs: list[ReportRun], baseline: str, table: list[Difference], *, title
     points = max(100, min(1000, POINTS // max(1, len(runs))))
     data = {"groups": charts_for(names), "runs": [script_data(run, points) for run in runs]}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(read("page.html")).render(
+    html = environment.from_string(read("page.html")).render(
         runs=runs,
         title=title,
         made=made,
@@ -74,6 +75,7 @@ def page(runs: list[ReportRun], baseline: str, table: list[Difference], *, title
         script="\n".join(read(name) for name in SCRIPTS),
         data=as_json(data),
     )
+    return printable(html)  # a name must not reorder the text around it
 
 
 def script_data(run: ReportRun, points: int) -> dict[str, Any]:

@@ -61,8 +61,8 @@ def progress_bar(
     ``bytes``: show units as bytes, with their rate. ``transient``: remove the bar at the end.
     """
     numbers: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()] if bytes else [MofNCompleteColumn()]
-    columns = [TextColumn("{task.description}"), BarColumn(), *numbers, TimeRemainingColumn()]
-    columns.append(TextColumn("{task.fields[text]}"))
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), *numbers, TimeRemainingColumn()]
+    columns.append(TextColumn("{task.fields[text]}", markup=False))
     quiet = console is None or console.quiet or ROOT.level > logging.INFO
     hidden = quiet or console is None or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=transient) as bar:

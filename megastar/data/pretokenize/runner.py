@@ -34,6 +34,7 @@ from megastar.data.storage.shard_info import MANIFEST, ShardInfo
 from megastar.data.storage.store import FolderStore
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
+from megastar.utils.console import PlainConsole
 from megastar.utils.device import DTYPES, pick_device
 from megastar.utils.files import write_atomic
 from megastar.utils.lockfile import Claims
@@ -77,7 +78,7 @@ def pretokenize(
     Finished shards are never written again; shards that a finished folder lacks are. Raises ``UserError`` for a bad
     source, tokenizer or setting, and if ``out`` holds shards of other settings.
     """
-    console, out = console or Console(), Path(out)
+    console, out = console or PlainConsole(), Path(out)
     make, views = parse_crops(crops)
     if shard_size < 1:
         raise UserError(f"shard_size {shard_size} must be at least 1")

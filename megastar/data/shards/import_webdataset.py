@@ -23,6 +23,7 @@ from megastar.data.storage.shard_info import MANIFEST, ShardInfo, index_name
 from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
 from megastar.tokenizer.io import read_tokenizer_metadata, tokenizer_hash
+from megastar.utils.console import PlainConsole
 from megastar.utils.progress_bar import progress_bar
 
 WRITER = "megastar data index"
@@ -74,7 +75,7 @@ def index_webdataset(
     expected: Expected | None = None
     shards, highest = list[ShardInfo](), -1
     num_classes = classes if isinstance(classes, int) or classes is None else len(classes)
-    with progress_bar(console or Console(), "index", len(names), transient=True) as bar:
+    with progress_bar(console or PlainConsole(), "index", len(names), transient=True) as bar:
         for name in names:
             path, (f, sha256) = store.where(name), store.open_uncached(name)
             with f:
