@@ -129,11 +129,9 @@ def test_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     mine = ShardCache("", 1).folder
     assert mine == tmp_path / f"megastar-{os.getuid()}" and mine.stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr("os.getuid", lambda: 12345)
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
     (tmp_path / "megastar-12345").mkdir()
-    with pytest.raises(
-        UserError, match="megastar-12345 belongs to another user: set data.cache to a folder of your own"
-    ):
+    with pytest.raises(UserError, match="megastar-12345 is a link, belongs to another user, or others may write to it"):
         ShardCache("", 1)
 
 
