@@ -41,7 +41,7 @@ def open_own(path: Path, flags: int = os.O_RDONLY, mode: int = 0o644) -> BinaryI
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)  # a pipe would block
     except OSError as error:
         if path.is_symlink():
-            raise PermissionError(error.errno, "is a symbolic link", str(path)) from error
+            raise PermissionError(0, "is a symbolic link", str(path)) from error
         raise
     s = os.fstat(fd)
     writable = flags & os.O_ACCMODE != os.O_RDONLY

@@ -78,9 +78,9 @@ class S3Store:
         timer = self.s3.timer(info.name, stop)
         activity, checked_at = 0, time.monotonic()
         while True:
-            if f := self._open_cached(info, stop):
-                return f
             try:
+                if f := self._open_cached(info, stop):
+                    return f
                 if part := self.cache.claim(info):
                     f = self._fetch(info, part, timer, required=True)
                     assert f is not None
