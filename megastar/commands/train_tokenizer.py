@@ -139,7 +139,7 @@ class Batches:
         return torch.from_numpy(np.stack([random_crop(i, c.tokenizer.image_size, rng, c.max_scale) for i in images]))
 
     def read(self, i: int) -> Image.Image:
-        from megastar.data.images.dataset import ImageError
+        from megastar.utils.image_files import ImageError
 
         for k in range(len(self.pictures)):
             j = (i + k) % len(self.pictures)

@@ -14,7 +14,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 import torch
 
-from megastar.data.images.dataset import ImageError, ImageSet, center_crop
+from megastar.data.images.dataset import ImageSet, center_crop
 from megastar.data.shards.reader import ShardSet
 from megastar.data.storage.shard_info import MANIFEST
 from megastar.data.storage.store import is_remote
@@ -22,6 +22,7 @@ from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.tokenizer.vq import to_pixels
 from megastar.utils.files import sha256
+from megastar.utils.image_files import ImageError
 
 logger = logging.getLogger(__name__)
 NPZ_NAMES = ("arr_0", "images")

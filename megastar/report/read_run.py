@@ -179,9 +179,9 @@ def last_finite(column: Column | None) -> float | None:
 
 def read_provenance(png: Path) -> dict[str, Any]:
     """The metadata that ``megastar sample`` stores in a grid's PNG; empty for other images."""
-    from PIL import Image
+    from megastar.utils.image_files import open_image
 
-    with suppress(OSError, ValueError, SyntaxError, TypeError), Image.open(png) as image:
+    with suppress(Exception), open_image(png) as image:  # Pillow raises a dozen types for broken files
         provenance = json.loads(getattr(image, "text", {}).get("megastar", "null"))
         return provenance if isinstance(provenance, dict) else {}
     return {}

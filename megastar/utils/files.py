@@ -83,10 +83,15 @@ def read_small(path: Path, most: int) -> bytes | None:
     """The content of a file of at most ``most`` bytes; None for a larger or unreadable one."""
     try:
         with path.open("rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            return f.read(size) if size <= most else None  # read() allocates the requested size
+            return read_at_most(f, most)
     except OSError:
         return None
+
+
+def read_at_most(f: BinaryIO, most: int) -> bytes | None:
+    """The content of an open file; None for one of more than ``most`` bytes."""
+    size = os.fstat(f.fileno()).st_size
+    return f.read(size) if size <= most else None  # read() allocates the requested size
 
 
 def sync_folder(folder: Path) -> None:

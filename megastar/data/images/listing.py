@@ -14,8 +14,8 @@ import numpy as np
 
 from megastar.errors import UserError
 from megastar.utils.files import write_atomic
+from megastar.utils.image_files import SUFFIXES
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 CLASS_LIMIT = 1_000_000
 
 Stamp = list[Any]  # [path, bytes, mtime in ns or ETag]: while all are unchanged, the listing is current
