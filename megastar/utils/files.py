@@ -27,6 +27,21 @@ def existing_parent(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` and its parents. Raises ``UserError`` where something else is there, or it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        there = next((p for p in (folder, *folder.parents) if os.path.lexists(p)), folder)
+        if os.path.islink(there) and not os.path.exists(there):
+            problem = f"{there} is a symbolic link to {os.readlink(there)}, which does not exist"
+        elif os.path.exists(there) and not os.path.isdir(there):
+            problem = f"{there} is not a folder"
+        else:
+            problem = error.strerror or str(error)
+        raise UserError(f"the folder {folder} cannot be made ({problem}): choose another folder") from error
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; at the end of the block it is synced and renamed to ``path``.
