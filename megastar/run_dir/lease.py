@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megastar.errors import UserError
-from megastar.run_dir.layout import LEASE, LOCK
+from megastar.run_dir.layout import CHECKPOINTS, LEASE, LOCK
 from megastar.utils.clock import utc_now
-from megastar.utils.files import make_folder, read_small, write_atomic
+from megastar.utils.files import make_folder, read_small, remove_dead_temporaries, write_atomic
 from megastar.utils.hostname import host_name
 from megastar.utils.lockfile import file_server_time, machine, start_of
 
@@ -152,6 +152,8 @@ class RunLease:
             raise
         if self.taken_over:
             logger.warning(self.taken_over)
+        for folder in (self.folder, self.folder / CHECKPOINTS):
+            remove_dead_temporaries(folder)
         return True
 
     def _is_of_original(self, holder: Holder) -> bool:
@@ -199,7 +201,9 @@ class RunLease:
         except OSError as error:
             if not locked or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            logger.warning("%s cannot be written (%s): only the lock file guards the run folder", self.path, error.strerror)
+            logger.warning(
+                "%s cannot be written (%s): only the lock file guards the run folder", self.path, error.strerror
+            )
         if not locked:  # another process may have decided the same at the same time: the last record counts
             time.sleep(min(1.0, self.renew_every / 2))
             found = read_holder(self.folder)

@@ -221,7 +221,9 @@ class Saver:
             except Exception as error:
                 self.error = self.error or as_os_error(error)
                 problem = str(error)
-                shutil.rmtree(self.written.parent, ignore_errors=True)  # not another process's, if it took over the folder
+                shutil.rmtree(
+                    self.written.parent, ignore_errors=True
+                )  # not another process's, if it took over the folder
                 with suppress(OSError):
                     (self.folder / WRITING).rmdir()
             self.store.set(self._key("all"), problem)
