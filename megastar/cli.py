@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megastar.commands._common import print_error, report_error
+from megastar.commands._common import place_of, print_error, report_error
 from megastar.errors import UserError, nearest
 from megastar.utils.hostname import shorten_dns_timeout
-from megastar.utils.printable import tolerate_any_text
+from megastar.utils.printable import say, tolerate_any_text
 from megastar.utils.process_exit import run_and_leave
+from megastar.utils.signals import Stopped, raise_stopped
 from megastar.version import __version__
 
 COMMANDS = {  # name -> (module of megastar.commands, description)
@@ -33,6 +35,7 @@ COMMANDS = {  # name -> (module of megastar.commands, description)
     "report": ("report", "write an HTML report: curves, samples by step, attention, configuration"),
     "status": ("status", "show the state of runs: step, loss, speed, checkpoint, restarts, health, time left"),
 }
+RESUMED = ("demo", "train-tokenizer", "pretokenize", "train", "sample", "compare")  # by the same command
 EXAMPLES = """examples:
   megastar demo
   megastar train configs/run/demo.yaml --nproc 2
@@ -56,8 +59,15 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, or 2 after a user error, which is reported in one sentence."""
+    """Run one command. Returns the exit status: 0, 2 after a user error, which is reported in one sentence, or 128 plus
+    the number of a stop signal."""
     words = list(sys.argv[1:] if argv is None else argv)
+    with raise_stopped():
+        return run_reporting(words)
+
+
+def run_reporting(words: list[str]) -> int:
+    """``run``, with errors and stop signals reported in a sentence."""
     try:
         return run(words)
     except UserError as error:
@@ -73,8 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"cannot write{where} ({error.strerror}): free space or name another place"
         print_error(message)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        stopped = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
+        if place_of(os.environ)[0] == 0:
+            kept = (
+                "what is finished is kept, the same command continues"
+                if words[0] in RESUMED
+                else "incomplete files are removed"
+            )
+            say(f"megastar: stopped by {stopped}: {kept}", sys.stderr)
+        return 128 + stopped.signal
 
 
 def run(words: list[str]) -> int:

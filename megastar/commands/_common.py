@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 from megastar.config.convert import shown
 from megastar.config.schema import MOST_SEED, MOST_THREADS
 from megastar.errors import UserError
+from megastar.utils.files import check_output
 from megastar.utils.printable import one_entry, one_line, say
 
 if TYPE_CHECKING:
@@ -136,6 +137,17 @@ class FaultTolerantStream:
 
     def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding, buffer
         return getattr(self.stream, name)
+
+
+def check_outputs(outputs: Mapping[str, Path | None], *inputs: str | Path | None) -> None:
+    """``check_output`` of each option's file, before the work; two options may not name one file. Raises ``UserError``."""
+    seen: dict[str, str] = {}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        check_output(path, name, inputs)
+        if (other := seen.setdefault(os.path.realpath(path), name)) != name:
+            raise UserError(f"{other} and {name} both name {path}: give two files")
 
 
 def print_table(title: str, rows: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import print_table
+from megastar.commands._common import check_outputs, print_table
 from megastar.errors import UserError
 from megastar.utils.printable import say
 
@@ -26,6 +26,7 @@ def stats(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
 
     if bool(a.sheet) != bool(a.tokenizer):
         raise UserError("--sheet and --tokenizer must be given together: the tokenizer decodes the codes into images")
+    check_outputs({"--sheet": a.sheet}, a.tokenizer)
     manifest = load_manifest(a.set, data)
     if a.tokenizer:
         check_tokenizer(manifest, a.tokenizer, a.set)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, bounded
 from megastar.errors import UserError
-from megastar.utils.files import write_json
+from megastar.utils.files import check_output, write_json
 from megastar.utils.printable import say
 
 if TYPE_CHECKING:
@@ -105,10 +105,8 @@ class GpuReport:
 
     def __init__(self, path: Path):
         self.path, self.content = path, {"failures": [], "compared": []}  # type: tuple[Path, dict[str, Any]]
-        try:
-            write_json(path, self.content)
-        except OSError as error:
-            raise UserError(f"--out {path} cannot be written ({error.strerror or error}): name another file") from error
+        check_output(path, "--out")
+        write_json(path, self.content)
 
     def set(self, key: str, value: Any) -> None:
         self.content[key] = value

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megastar.commands._common import Parser, bounded, processes
 from megastar.errors import UserError
+from megastar.utils.files import check_output
 
 EXAMPLES = """
 megastar convert --inspect runs/demo/run                              contents and health of a checkpoint
@@ -87,6 +88,8 @@ def check(a: argparse.Namespace) -> None:
         raise UserError(f"--to {a.to} needs a run's checkpoint: {a.source} has weights only")
     if is_file and a.weights:
         raise UserError(f"--weights applies to a run: {a.source} has only one set of weights, leave it out")
+    if a.out:
+        check_output(a.out, "--out", (a.source, a.tokenizer, a.config), folder=a.out.is_dir())
     if a.to == "checkpoint" and a.data is None:
         raise UserError("--to checkpoint needs --data, the number of data ranks (and --tensor, default 1)")
 

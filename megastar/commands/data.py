@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megastar.commands._common import Parser, bounded, positive, print_table
 from megastar.config.schema import MOST_SECONDS, DataConfig
 from megastar.errors import UserError, nearest
+from megastar.utils.files import check_output
 from megastar.utils.printable import one_line, say
 
 if TYPE_CHECKING:
@@ -189,6 +190,8 @@ def index(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
             raise UserError(f"--classes {a.classes} does not exist: name a file with one class name per line")
         text = Path(a.classes).read_text(encoding="utf-8")
         classes = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    if "://" not in a.set and Path(a.set).is_dir():
+        check_output(Path(a.set), "SET", folder=True)
     from megastar.data.shards.import_webdataset import index_webdataset
 
     manifest = index_webdataset(

@@ -16,6 +16,7 @@ from megastar.config.load import diff_configs, load_config
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.run_dir import layout
+from megastar.utils.files import check_output
 
 CONFIG = "configs/run/demo.yaml"
 PICTURES = "assets/emoji64/emoji64.tar"
@@ -69,6 +70,7 @@ class Demo:
     def run(self) -> int:
         scores = self.finished()
         if scores is None:
+            check_output(self.folder, "the folder of run =", folder=True)
             self.heading("1/4  tokenizing")
             self.pretokenize()
             self.heading("2/4  training")

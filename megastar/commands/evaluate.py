@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megastar.commands._common import Parser, positive, seed
+from megastar.commands._common import Parser, check_outputs, positive, seed
 from megastar.commands._score_options import add_options, options_of
 from megastar.errors import UserError
 
@@ -38,6 +38,7 @@ def main(words: list[str]) -> int:
     a = parser().parse(words)
     if (a.generated is None) == (a.tokenizer is None):
         raise UserError("give either images to score or --tokenizer; see megastar evaluate --help")
+    check_outputs({"--out": a.out}, a.generated, a.tokenizer, a.real, a.inception, a.provenance)
     from megastar.evaluation.runner import evaluate, evaluate_reconstruction, read_provenance
     from megastar.utils.device import pick_device
     from megastar.utils.logs import shared_console

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 from megastar.commands import data
 from megastar.commands._common import (
@@ -20,6 +21,7 @@ from megastar.commands._common import (
     threads,
 )
 from megastar.errors import UserError
+from megastar.utils.files import check_output
 
 EXAMPLES = """
 megastar pretokenize assets/emoji64/emoji64.tar --subset train --tokenizer assets/tokenizer/emoji64-vq.safetensors \\
@@ -63,6 +65,7 @@ def main(words: list[str]) -> int:
         return 2 if data.main(["verify", a.out, *logging_options()]) else 0
     if a.source is None or a.tokenizer is None:
         raise UserError("pretokenize needs SOURCE and --tokenizer; see megastar pretokenize --help")
+    check_output(Path(a.out), "--out", [a.source], folder=True)
     if a.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch
 

@@ -11,6 +11,7 @@ from megastar.commands._common import (
     MOST,
     Parser,
     bounded,
+    check_outputs,
     main_console,
     natural,
     own_device,
@@ -23,7 +24,7 @@ from megastar.commands._sample_output import SHOWN_CLASSES, sample_and_score, sa
 from megastar.commands._score_options import add_options
 from megastar.errors import UserError
 from megastar.sampling.pipeline import open_pipeline
-from megastar.utils.files import check_regular
+from megastar.utils.files import check_output, check_regular
 
 EXAMPLES = """
 megastar sample                                                 the shipped weights, all classes -> samples.png
@@ -134,8 +135,13 @@ def main(words: list[str]) -> int:
         raise UserError("--score (the output file) and --real (the reference images) must be given together")
     if a.score and (a.npz or a.out):
         raise UserError("--score keeps no images: leave out --npz and --out, or score an .npz with megastar evaluate")
-    if a.out:
-        check_regular(a.out)
+    grid = None if a.score else a.out or Path("samples.png")
+    for path in filter(None, (grid, a.npz)):
+        check_regular(path)
+    source = a.source if a.source and Path(a.source).is_file() else None
+    check_outputs({"--out": grid, "--npz": a.npz, "--score": a.score}, source, a.tokenizer, a.real)
+    if a.folder:
+        check_output(a.folder, "--folder", folder=True)
     if a.nproc > 1 and world == 1:
         from megastar.commands._launch import launch
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding
+from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding, cancelled
 from megastar.utils.files import existing_parent
 
 GIB = 2**30
@@ -134,6 +134,8 @@ def _speed(path: Path, size: int) -> tuple[float, float]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the shard cache and claims use locks
             start = time.perf_counter()
             for _ in range(max(1, size // BLOCK)):
+                if cancelled.is_set():
+                    raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
                 f.write(block)
             f.flush()
             os.fsync(f.fileno())

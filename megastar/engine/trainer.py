@@ -20,7 +20,7 @@ from megastar.data.storage.store import is_remote
 from megastar.engine.checkpointer.async_saver import Saver, grace_period
 from megastar.engine.checkpointer.load import load_checkpoint, load_initial
 from megastar.engine.dry_run import describe
-from megastar.engine.exit_codes import PREEMPTED
+from megastar.engine.exit_codes import PREEMPTED, Preempted
 from megastar.engine.fault_tolerance import replica_checksum
 from megastar.engine.fault_tolerance.errors import CorruptReplica
 from megastar.engine.fault_tolerance.rollback import commit_rollback, finish_rollback, plan_rollback
@@ -38,6 +38,7 @@ from megastar.engine.metrics.logger import MetricsLogger
 from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks, run_on_main
+from megastar.engine.run_folder import hold_run_folder
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.zero.setup import build, chosen_kernels, collective_timeout, set_timeouts, start
 from megastar.errors import UserError
@@ -45,6 +46,7 @@ from megastar.model.io import read_model_metadata
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.config_file import claim_run_folder
 from megastar.run_dir.events import append_event
+from megastar.run_dir.lease import in_use
 from megastar.utils.signals import StopFlag
 
 logger = logging.getLogger(__name__)
@@ -76,14 +78,6 @@ class TrainResult:
     @property
     def finished(self) -> bool:
         return not self.signal
-
-
-class _Preempted(SystemExit):
-    """All ranks stop because of a signal. A SystemExit, so that the watchdog counts it as a clean end."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(PREEMPTED)
-        self.signal = signal_number
 
 
 class Trainer:
@@ -126,11 +120,13 @@ class Trainer:
         try:
             self.ctx = check_run(cfg, start(cfg))  # before the run folder exists
             self._leave_if_stopped()
-            claim_run_folder(cfg, write=self.ctx.main)
-            with watch(cfg, self.ctx.rank, self.ctx.world) if self.watchdog else nullcontext():
-                self._build()
-                self._train()
-        except _Preempted as leaving:
+            with hold_run_folder(cfg, self.ctx, self.stop) as self.lease:
+                self._leave_if_stopped()
+                run_on_main(self.ctx, lambda: claim_run_folder(cfg))
+                with watch(cfg, self.ctx.rank, self.ctx.world) if self.watchdog else nullcontext():
+                    self._build()
+                    self._train()
+        except Preempted as leaving:
             saver: Saver | None = getattr(self, "saver", None)  # none before the first step
             return TrainResult(self.step, saver.done if saver else None, leaving.signal)
         finally:
@@ -192,7 +188,7 @@ class Trainer:
             self.loader = on_all_ranks(ctx, lambda: opened.enter_context(closing(self._open_loader())))
             self.metrics = on_all_ranks(ctx, lambda: self._open_metrics(opened))
             self.fetcher = BatchFetcher(self.loader, ctx, lambda: bool(self.stop.signal), self.run)
-            self.saver = Saver(cfg, ctx, self.engines, self.step)
+            self.saver = Saver(cfg, ctx, self.engines, self.step, self.lease)
             self.stragglers = Stragglers(ctx, self.engines, self.fetcher, cfg.faults.slow_ratio)
             if ctx.main and (shortfall := self.saver.disk_shortfall(self.steps)):
                 self.metrics.event("warning", shortfall)
@@ -241,6 +237,8 @@ class Trainer:
                 PHASE.at("backward")
                 engines.student.backward(loss)
                 result = consensus.result()
+                if result.save_failed:
+                    self.saver.check_lease()
                 if result.out_of_data:
                     raise OutOfData(result.signal)
                 record.add(result, metrics, batch["ids"])
@@ -334,7 +332,7 @@ class Trainer:
             self.metrics.note(f"step {self.step}: validation next-token loss {value:.4f}")
 
     def _save(self, record: StepRecord) -> None:
-        """Save where it is due, and stop after a signal. Raises ``_Preempted``."""
+        """Save where it is due, and stop after a signal. Raises ``Preempted``."""
         self.metrics.saved(self.saver.done)
         PHASE.at(SAVING)
         last = self.step == self.steps
@@ -380,7 +378,7 @@ class Trainer:
 
     def _stop_for(self, signal_number: int, kept: str, when: str = "") -> None:
         self.metrics.event("signal", f"signal {signal_number}{when}: {kept}; the same command resumes")
-        raise _Preempted(signal_number)
+        raise Preempted(signal_number)
 
     def _leave_if_stopped(self) -> None:
         """Before the first step there is nothing to save. Called by all ranks alike."""
@@ -389,9 +387,10 @@ class Trainer:
         if self.ctx.main:
             found = checkpoint_dir.latest(self.checkpoints)
             text = f"signal {signal_number} before the first step: nothing to save; the same command starts again"
-            append_event(self.run, "signal", checkpoint_dir.step_in(found) if found else 0, text)
+            if not in_use(self.run):
+                append_event(self.run, "signal", checkpoint_dir.step_in(found) if found else 0, text)
             logger.warning(text)
-        raise _Preempted(signal_number)
+        raise Preempted(signal_number)
 
     def _checkpoint_metadata(self) -> dict[str, Any]:
         return {**self.metadata, "guard": self.policy.state(self.step)}

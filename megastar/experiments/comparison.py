@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from megastar.experiments.job_queue import Attempt, Job, JobQueue, QueueStopped,
 from megastar.experiments.plan import PlannedRun, check_folder, check_order, codes_folder, is_trained, needed_splits
 from megastar.experiments.results import Results, gather
 from megastar.run_dir.layout import METRICS
+from megastar.run_dir.lease import hold
 from megastar.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -42,8 +41,7 @@ class Comparison:
 
     def run(self) -> int:
         """Returns the exit status: 0, 1 if a run failed, 128 + the signal that stopped it. Raises ``UserError``."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(self.out):
+        with hold(self.out, "megastar compare", "out"):
             check_folder(self.cfg, self.runs)
             save_config(self.cfg, self.out / "compare.yaml")
             self.pretokenize()
@@ -227,16 +225,3 @@ def majority(cfg: CompareConfig) -> dict[str, Any] | None:
         return None
     label = int(np.bincount(fitted).argmax())
     return {"class": label, "accuracy": float(np.mean(np.asarray(scored) == label))}
-
-
-@contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Raises ``UserError`` while another comparison uses ``folder``."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another megastar compare uses {folder}: wait for it, or choose another out=..."
-            ) from error
-        yield

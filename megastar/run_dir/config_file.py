@@ -35,8 +35,8 @@ RESUMABLE = (
 )
 
 
-def claim_run_folder(cfg: RunConfig, *, write: bool) -> None:
-    """Compare ``cfg`` with the run folder's config.yaml, and ``write`` it where it is new or differs.
+def claim_run_folder(cfg: RunConfig) -> None:
+    """Compare ``cfg`` with the run folder's config.yaml, and write it where it is new or differs.
 
     Raises ``UserError`` that names the fields in which a run of another configuration differs.
     """
@@ -46,5 +46,5 @@ def claim_run_folder(cfg: RunConfig, *, write: bool) -> None:
         raise UserError(
             f"{cfg.run} holds a run of another configuration: {'; '.join(refused)}: choose another run=... or restore the fields"
         )
-    if write and differing:  # a full disk needs no second write of the same file
+    if differing:  # a full disk needs no second write of the same file
         save_config(cfg, path)

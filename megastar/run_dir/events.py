@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from megastar.run_dir import lease
 from megastar.run_dir.jsonl import JsonlWriter, read_jsonl
 from megastar.utils.clock import utc_now
 from megastar.utils.hostname import host_name
@@ -29,9 +30,12 @@ def append_event(folder: Path, event: str, step: int, text: str, **fields: Any) 
     """Append one line, synced to the disk when this returns.
 
     On a disk error the line stays in memory and the next call, or ``flush_events``, retries. The fields ``situation`` and
-    ``over`` mark the beginning and the end of a lasting condition: see ``open_situations``.
+    ``over`` mark the beginning and the end of a lasting condition: see ``open_situations``. Nothing is written into a
+    folder that another process has taken over.
     """
     assert event in KINDS, event
+    if lease.held_elsewhere(folder):
+        return
     writer = _writers.setdefault(folder, JsonlWriter(folder / NAME, sync_every=0.0))
     row = time_and_job() | {"host": host_name(), "event": event, "step": step, "text": text}
     writer.append({**row, **fields})

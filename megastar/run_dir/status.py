@@ -17,6 +17,7 @@ from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir, events, training_checks
 from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import CHECKPOINTS, CONFIG, HEARTBEATS, MANIFEST, METRICS
+from megastar.run_dir.lease import read_holder
 
 RECENT = 20  # rows of metrics whose median is the run's speed
 STARTING = 900.0  # seconds without a row that a start may take: imports, engines, the first steps
@@ -41,6 +42,7 @@ class Status:
     step_s: float | None = None
     data_wait_s: float | None = None
     last_sign_s: float | None = None  # age of the newest row or event
+    holder: str = ""  # the process that holds the run folder, and its last heartbeat
     ranks: str = ""  # their heartbeats: the age of the newest, and the rank of the oldest
     left_s: float | None = None
     checkpoint: str = ""
@@ -76,6 +78,7 @@ def status_of(run: Path, now: float | None = None) -> Status:
         "nothing was trained yet",
         steps=total_of(cfg.train, past, manifest),
         last_sign_s=last_sign(run, now),
+        holder=describe_holder(run, now),
         ranks=describe_heartbeats(run, now),
         upload=describe_upload(cfg.train, past),
         restarts=restart_reasons(past),
@@ -188,6 +191,14 @@ def describe_heartbeats(run: Path, now: float) -> str:
     rank, host, phase, step = (oldest.get(name) for name in ("rank", "host", "phase", "step"))
     where = f'rank {rank} on {host}, at "{phase}" of step {step}'
     return f"{len(beats)} rank(s), last heartbeat {duration(youngest)} ago; the oldest {duration(age)} ago: {where}"
+
+
+def describe_holder(run: Path, now: float) -> str:
+    """Who holds the run folder (run_dir/lease.py); empty if nobody does."""
+    if (found := read_holder(run)) is None:
+        return ""
+    holder, renewed = found
+    return f"{holder}, last heartbeat {duration(max(0.0, now - renewed))} ago"
 
 
 def restart_reasons(past: list[dict[str, Any]]) -> list[str]:

@@ -38,7 +38,8 @@ from megastar.sampling.sampler import (
 )
 from megastar.tokenizer.vq import VQModel
 from megastar.utils.device import DTYPES
-from megastar.utils.lockfile import Claims, is_running
+from megastar.utils.files import remove_dead_temporaries
+from megastar.utils.lockfile import Claims
 from megastar.utils.progress_bar import progress_bar
 
 PLAN = "plan.json"
@@ -241,10 +242,7 @@ def remove_leftovers(folder: Path) -> None:
     for claim in folder.glob("*.claim"):
         if part_of(folder, int(claim.stem)).is_file():
             claim.unlink(missing_ok=True)
-    for temporary in folder.glob("part-*.tmp"):
-        host, pid = temporary.name.removesuffix(".tmp").split(".npz.")[1].rsplit(".", 1)
-        if host == socket.gethostname() and not is_running(int(pid.partition("-")[0])):
-            temporary.unlink(missing_ok=True)
+    remove_dead_temporaries(folder)
 
 
 def join_parts(pipeline: SamplingPipeline, folder: Path, out: Path) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from megastar.errors import UserError
+from megastar.utils.lockfile import is_running
 
 
 def check_regular(path: Path) -> None:
@@ -24,7 +27,70 @@ def check_regular(path: Path) -> None:
 
 def existing_parent(path: Path) -> Path:
     """``path``, or its nearest parent that exists."""
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
+    return next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+
+
+def check_output(path: Path, name: str, inputs: Iterable[str | Path | None] = (), folder: bool = False) -> None:
+    """Raise ``UserError`` unless the file (or ``folder``) ``path`` can be written, before hours of work; nothing stays there.
+
+    ``name``: the option, for the message. ``inputs``: what must not be overwritten. A device or pipe, which is not replaced,
+    may be written.
+    """
+    there = existing_parent(path)
+    if folder and there == path and not path.is_dir():
+        raise UserError(f"{name} {path} is not a folder: name another place")
+    if not folder and path.is_dir():
+        raise UserError(f"{name} {path} is a folder: name the file to write")
+    for other in inputs:
+        if other and there == path and os.path.exists(other) and os.path.samefile(path, other):
+            raise UserError(f"{name} {path} would overwrite the input {other}: name another file")
+    if there == path and not folder:
+        if not path.is_file():
+            return
+        there = path.parent
+    if not there.is_dir():
+        raise UserError(f"{name} {path}: {there} is not a folder: name another place")
+    probe = temporary_path(there / path.name)  # as atomic_file does: the name may be too long
+    try:
+        with tempfile.TemporaryFile(dir=there) if folder else probe.open("xb") as f:
+            f.write(bytes(4096))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        remedy = "free space or name another place"
+        raise UserError(f"{name} {path} cannot be written ({error.strerror}): {remedy}") from error
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside ``path`` that no other process uses; ``remove_dead_temporaries`` finds it."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def remove_dead_temporaries(folder: Path) -> None:
+    """Remove the temporary files of this machine's processes that were killed."""
+    for path in folder.glob("*.tmp"):
+        found = re.fullmatch(r".*\.(\d+)-[0-9a-f]{8}\.tmp", path.name)
+        if found and f".{socket.gethostname()}." in path.name and not is_running(int(found[1])):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` and its parents. Raises ``UserError`` where something else is there, or it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        there = next((p for p in (folder, *folder.parents) if os.path.lexists(p)), folder)
+        if os.path.islink(there) and not os.path.exists(there):
+            problem = f"{there} is a symbolic link to {os.readlink(there)}, which does not exist"
+        elif os.path.exists(there) and not os.path.isdir(there):
+            problem = f"{there} is not a folder"
+        else:
+            problem = error.strerror or str(error)
+        raise UserError(f"the folder {folder} cannot be made ({problem}): choose another folder") from error
 
 
 @contextmanager
@@ -34,7 +100,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     If the block fails, ``path`` is unchanged. Raises ``UserError`` if ``path`` is a folder, a device or a pipe.
     """
     check_regular(path)
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         with temporary.open("rb") as f:

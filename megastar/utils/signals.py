@@ -1,11 +1,59 @@
-"""Signals that request a run to stop. No torch: a rank installs the handlers before its slow imports."""
+"""Signals that request a process to stop. No torch: a rank installs the handlers before its slow imports."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+REPEATED = (
+    2.0  # seconds within which further signals are the same request: a launcher, a shell and timeout(1) all send one
+)
+
+
+class Stopped(KeyboardInterrupt):
+    """A stop signal, raised where the main thread is: ``finally`` blocks remove what is incomplete."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.signal = number
+
+    def __str__(self) -> str:
+        return signal.Signals(self.signal).name
+
+
+@contextmanager
+def raise_stopped() -> Iterator[None]:
+    """In the block, the first stop signal raises ``Stopped``; one that follows it after ``REPEATED`` ends the process.
+
+    A signal that is ignored, as HUP is below nohup, stays so. Without effect outside the main thread.
+    """
+    first: list[float] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not first:
+            first.append(time.monotonic())
+            raise Stopped(number)
+        if time.monotonic() - first[0] > REPEATED:
+            os._exit(128 + number)
+
+    former: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in ENDING if hasattr(signal, name)):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                former[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            if signal.getsignal(number) is handle:
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class StopFlag:

@@ -32,12 +32,13 @@ from megastar.checkpoint.shard_format import KINDS, Piece, state_file, write_pie
 from megastar.config.schema import RunConfig
 from megastar.engine.checkpointer.s3_upload import Uploader
 from megastar.engine.context import Context
-from megastar.engine.rank_sync import from_main, on_main, retry, wait_for
+from megastar.engine.rank_sync import from_main, on_main, retry, run_on_main, wait_for
 from megastar.engine.zero.engines import Engines, elements_of, full_shapes, owned
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import WRITING, folder_of, name_of
 from megastar.run_dir.layout import FORMAT
+from megastar.run_dir.lease import RunLease
 from megastar.utils.files import sha256
 
 UPLOAD_PATIENCE = 86400.0
@@ -57,8 +58,8 @@ class Saver:
     ``problem`` describes the last save if it failed, the same on all ranks; it is cleared when one is complete.
     """
 
-    def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines, step: int = -1):
-        self.cfg, self.ctx, self.engines = cfg, ctx, engines
+    def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines, step: int = -1, lease: RunLease | None = None):
+        self.cfg, self.ctx, self.engines, self.lease = cfg, ctx, engines, lease
         self.folder = folder_of(cfg.run)
         self.shapes = full_shapes(engines, ctx)
         self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
@@ -80,8 +81,16 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether a save failed on this rank, or (main rank) one that failed is due again: then ``retry_due``, all ranks."""
-        return self.error is not None or (self.ctx.main and self._due is not None and time.monotonic() >= self._due)
+        """Whether a save failed on this rank, or (main rank) one that failed is due again, or the run folder was taken
+        over: then ``check_lease`` and ``retry_due``, all ranks."""
+        due = self._due is not None and time.monotonic() >= self._due
+        lost = self.lease is not None and bool(self.lease.lost)
+        return self.error is not None or (self.ctx.main and (due or lost))
+
+    def check_lease(self) -> None:
+        """Raise ``LeaseLost`` on all ranks if another process has taken over the run folder. A collective."""
+        if self.lease is not None:
+            run_on_main(self.ctx, self.lease.check)
 
     def retry_due(self) -> bool:
         """After a step in which some rank had ``failed``: whether to save now. A collective."""
@@ -99,6 +108,7 @@ class Saver:
         A save that fails, here or while it is written, sets ``problem``; the former checkpoint stays valid.
         """
         self.finish()
+        self.check_lease()
         start = time.perf_counter()
         self.step, self._due = step, None
         align_replicas(self.engines, self.ctx)
@@ -211,7 +221,11 @@ class Saver:
             except Exception as error:
                 self.error = self.error or as_os_error(error)
                 problem = str(error)
-                shutil.rmtree(self.folder / WRITING, ignore_errors=True)
+                shutil.rmtree(
+                    self.written.parent, ignore_errors=True
+                )  # not another process's, if it took over the folder
+                with suppress(OSError):
+                    (self.folder / WRITING).rmdir()
             self.store.set(self._key("all"), problem)
 
     def _write_files(self, pieces: Any, random: dict[str, Tensor]) -> dict[str, Any]:
@@ -246,6 +260,8 @@ class Saver:
         if problems:
             raise OSError(problems[0])
         manifest |= {"files": dict(sorted(files.items()))}
+        if self.lease is not None:
+            self.lease.check()
         done = checkpoint_dir.publish(self.folder, name_of(self.step), manifest, self.written)
         try:
             checkpoint_dir.retire(self.cfg.train, self.folder)

@@ -179,7 +179,7 @@ def test_sampling_continues_after_a_rank_was_killed(files, tmp_path, monkeypatch
     victim.join()
     first = {p: p.stat().st_ino for p in folder.glob("part-*.npz")}
     assert 0 < len(first) < 30
-    (folder / "00029.claim").write_text(json.dumps({"machine": lockfile._machine(), "pid": victim.pid, "start": "1"}))
+    (folder / "00029.claim").write_text(json.dumps({"machine": lockfile.machine(), "pid": victim.pid, "start": "1"}))
     (folder / f"part-00029.npz.{socket.gethostname()}.{victim.pid}.tmp").write_bytes(b"half")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
