@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megastar.commands._common import report_error
-from megastar.errors import UserError, nearest
+from megastar.errors import MissingRanks, UserError, as_user_error, nearest
 from megastar.utils.hostname import shorten_dns_timeout
 from megastar.utils.process_exit import run_and_leave
 from megastar.version import __version__
@@ -59,17 +58,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(words)
     except UserError as error:
-        report_error(str(error), os.environ)
+        if not error.reported or "TORCHELASTIC_ERROR_FILE" in os.environ:
+            report_error(str(error), os.environ)
         return 2
+    except MissingRanks as error:
+        from megastar.engine.exit_codes import RANK_FAILURE  # its package imports torch
+
+        if str(error):
+            report_error(str(error), os.environ)
+        return RANK_FAILURE
     except BrokenPipeError:  # the reader closed the pipe: `megastar train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EISDIR):
+        if (user_error := as_user_error(error)) is None:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        message = f"cannot write{where} ({error.strerror}): free space or name another place"
-        print(f"megastar: error: {message}", file=sys.stderr)
+        report_error(str(user_error), os.environ)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -234,6 +234,9 @@ class FaultsConfig:
         "seconds without a heartbeat after which a rank counts as lost; the others name it and end; 0: never",
         low=0,
     )
+    join_timeout: float = knob(
+        600.0, "seconds that a starting rank waits for the others to join; then it names them and ends", low=1
+    )
     spike_sigma: float = knob(
         6.0,
         "skip a step whose loss is this many standard deviations above the last spike_window losses; 0: never",

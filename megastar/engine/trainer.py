@@ -20,7 +20,6 @@ from megastar.data.storage.store import is_remote
 from megastar.engine.checkpointer.async_saver import Saver, grace_period
 from megastar.engine.checkpointer.load import load_checkpoint, load_initial
 from megastar.engine.dry_run import describe
-from megastar.engine.exit_codes import PREEMPTED
 from megastar.engine.fault_tolerance import replica_checksum
 from megastar.engine.fault_tolerance.errors import CorruptReplica
 from megastar.engine.fault_tolerance.rollback import commit_rollback, finish_rollback, plan_rollback
@@ -39,13 +38,14 @@ from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks, run_on_main
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
-from megastar.engine.zero.setup import build, chosen_kernels, collective_timeout, set_timeouts, start
+from megastar.engine.zero.process_group import collective_timeout, set_timeouts, start
+from megastar.engine.zero.setup import build, chosen_kernels
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.config_file import claim_run_folder
 from megastar.run_dir.events import append_event
-from megastar.utils.signals import StopFlag
+from megastar.utils.signals import PREEMPTED, Preempted, StopFlag
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +76,6 @@ class TrainResult:
     @property
     def finished(self) -> bool:
         return not self.signal
-
-
-class _Preempted(SystemExit):
-    """All ranks stop because of a signal. A SystemExit, so that the watchdog counts it as a clean end."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(PREEMPTED)
-        self.signal = signal_number
 
 
 class Trainer:
@@ -124,13 +116,13 @@ class Trainer:
         self.stop = self._stop or StopFlag()
         PHASE.reset()
         try:
-            self.ctx = check_run(cfg, start(cfg))  # before the run folder exists
+            self.ctx = check_run(cfg, start(cfg, lambda: self.stop.signal))  # before the run folder exists
             self._leave_if_stopped()
-            claim_run_folder(cfg, write=self.ctx.main)
-            with watch(cfg, self.ctx.rank, self.ctx.world) if self.watchdog else nullcontext():
+            on_all_ranks(self.ctx, lambda: claim_run_folder(cfg, write=self.ctx.main))
+            with watch(cfg, self.ctx.rank, self.ctx.world, self.ctx.secret) if self.watchdog else nullcontext():
                 self._build()
                 self._train()
-        except _Preempted as leaving:
+        except Preempted as leaving:
             saver: Saver | None = getattr(self, "saver", None)  # none before the first step
             return TrainResult(self.step, saver.done if saver else None, leaving.signal)
         finally:
@@ -159,8 +151,10 @@ class Trainer:
         set_timeouts(collective_timeout(cfg.faults, cfg.data))
         rollbacks = finish_rollback(self.run, ctx)
         self.policy = SkipPolicy(cfg.faults, len(rollbacks))
-        found = run_on_main(ctx, lambda: checkpoint_dir.latest(self.checkpoints))  # views of a shared disk may differ
-        if found:
+        newest = run_on_main(
+            ctx, lambda: str(checkpoint_dir.latest(self.checkpoints) or "")
+        )  # views of a disk may differ
+        if found := Path(newest) if newest else None:
             restored = load_checkpoint(ctx, self.engines, found, cfg.train.seed)
             self.step, origin = restored["step"], restored.get("init")
             self.policy.restore(restored, len(rollbacks), rollbacks[-1]["position"] if rollbacks else 0)
@@ -334,7 +328,7 @@ class Trainer:
             self.metrics.note(f"step {self.step}: validation next-token loss {value:.4f}")
 
     def _save(self, record: StepRecord) -> None:
-        """Save where it is due, and stop after a signal. Raises ``_Preempted``."""
+        """Save where it is due, and stop after a signal. Raises ``Preempted``."""
         self.metrics.saved(self.saver.done)
         PHASE.at(SAVING)
         last = self.step == self.steps
@@ -380,7 +374,7 @@ class Trainer:
 
     def _stop_for(self, signal_number: int, kept: str, when: str = "") -> None:
         self.metrics.event("signal", f"signal {signal_number}{when}: {kept}; the same command resumes")
-        raise _Preempted(signal_number)
+        raise Preempted(signal_number)
 
     def _leave_if_stopped(self) -> None:
         """Before the first step there is nothing to save. Called by all ranks alike."""
@@ -391,7 +385,7 @@ class Trainer:
             text = f"signal {signal_number} before the first step: nothing to save; the same command starts again"
             append_event(self.run, "signal", checkpoint_dir.step_in(found) if found else 0, text)
             logger.warning(text)
-        raise _Preempted(signal_number)
+        raise Preempted(signal_number)
 
     def _checkpoint_metadata(self) -> dict[str, Any]:
         return {**self.metadata, "guard": self.policy.state(self.step)}

@@ -7,18 +7,42 @@ import threading
 from types import FrameType
 from typing import Any
 
+PREEMPTED = (
+    85  # exit status after a stop signal; not 0, because SLURM counts a clean exit as completed and does not requeue it
+)
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+)  # HUP, QUIT: a closed terminal
+
+
+def is_ignored(number: int) -> bool:
+    """Whether this process ignores SIGHUP, as below nohup."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
+class Preempted(SystemExit):
+    """All ranks stop because of a signal. A SystemExit, so that the watchdog counts it as a clean end."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(PREEMPTED)
+        self.signal = signal_number
+
 
 class StopFlag:
-    """Set by SIGTERM, SIGUSR1 or the first SIGINT; the run saves and stops after the step. A second SIGINT interrupts.
+    """Set by a signal of STOP_SIGNALS; the run saves and stops after the step. A second SIGINT interrupts.
 
-    Python installs signal handlers in the main thread only: elsewhere the flag is never set by a signal.
+    An ignored SIGHUP (nohup) stays ignored. Python installs signal handlers in the main thread only: elsewhere the flag is never set by a signal.
     """
 
     def __init__(self) -> None:
         self.signal = 0
         self._former: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for number in [n for n in STOP_SIGNALS if not is_ignored(n)]:
                 self._former[number] = signal.signal(number, self._set)
 
     def restore(self) -> None:

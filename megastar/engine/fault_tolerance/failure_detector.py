@@ -16,6 +16,7 @@ from megastar.config.schema import RunConfig
 from megastar.engine.exit_codes import CLEAN, RANK_FAILURE
 from megastar.engine.fault_tolerance.heartbeat import ABORTED, EXITED, OVERDUE, Heartbeat, decode, flag_of
 from megastar.engine.phase import PHASE, STARTING, describe, limit_of
+from megastar.parallel.rendezvous import agent_hosts_store
 from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import HEARTBEATS
 
@@ -58,12 +59,14 @@ class FailureDetector:
             self.moves, self.moved_at = PHASE.moves, self.clock
         self.overdue = self.clock - self.moved_at > limit_of(self.cfg)
 
-    def receive(self, beats: dict[int, bytes]) -> None:
-        """The result of one exchange with the store. An unchanged heartbeat counts as silence."""
+    def receive(self, beats: dict[int, bytes], forged: set[int] | None = None) -> None:
+        """The result of one exchange with the store. An unchanged heartbeat counts as silence; a rank whose heartbeat
+        another process overwrote (``forged``) does not."""
         self.contact_at = self.clock
         for rank, raw in beats.items():
             if raw != self.beats.get(rank):
                 self.beats[rank], self.changed_at[rank] = raw, self.clock
+        self.changed_at |= {rank: self.clock for rank in forged or () if rank in self.beats}
 
     def diagnose(self, me: Heartbeat) -> Diagnosis | None:
         """``me``: this rank's own heartbeat. None while all is well."""
@@ -174,7 +177,7 @@ def error_of(beat: Heartbeat) -> Diagnosis | None:
 
 def rank_0_hosts_store() -> bool:
     """Whether the store lives in rank 0's process; under torchrun it lives in the launcher."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return not agent_hosts_store(os.environ)
 
 
 def names_of(beats: list[Heartbeat]) -> str:

@@ -18,7 +18,8 @@ from megastar.engine.lr_schedule import peak_rate
 from megastar.engine.rank_sync import on_all_ranks
 from megastar.engine.train_step import check_batch, losses, set_schedules
 from megastar.engine.zero.partitions import publish_masters
-from megastar.engine.zero.setup import build, set_timeouts, start
+from megastar.engine.zero.process_group import set_timeouts, start
+from megastar.engine.zero.setup import build
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
 from tests.dist.reference import BATCH, STEPS, batch_of, config
