@@ -11,6 +11,7 @@ from typing import NoReturn
 from megastar.commands._common import report_error
 from megastar.errors import MissingRanks, UserError, as_user_error, nearest
 from megastar.utils.hostname import shorten_dns_timeout
+from megastar.utils.parent import end_with_launcher
 from megastar.utils.process_exit import run_and_leave
 from megastar.version import __version__
 
@@ -49,6 +50,8 @@ def usage() -> str:
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``main`` and end the process."""
     shorten_dns_timeout()
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        end_with_launcher()
     run_and_leave(lambda: main(argv))
 
 

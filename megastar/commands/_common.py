@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -113,10 +114,7 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
 
 
 class FaultTolerantStream:
-    """A text stream that ignores write errors such as a full disk; the text is lost or written later.
-
-    A closed pipe is still an error.
-    """
+    """A text stream that ignores write errors such as a full disk, or a terminal or pipe that is closed."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -129,11 +127,8 @@ class FaultTolerantStream:
         self._ignoring_errors(self.stream.flush)
 
     def _ignoring_errors(self, call: Callable[..., object], *args: str) -> None:
-        try:
+        with suppress(OSError):
             call(*args)
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                raise
 
     def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding, buffer
         return getattr(self.stream, name)

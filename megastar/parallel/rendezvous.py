@@ -46,9 +46,7 @@ def master_address(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
     """Where rank 0's store is. Raises ``UserError``."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environ.get(name):
-            raise UserError(
-                f"{name} is not set: start with --nproc, torchrun or deepspeed, or set it in the batch script"
-            )
+            raise UserError(f"{name} is not set: start with --nproc or torchrun, or set it in the batch script")
     port = environ["MASTER_PORT"]
     if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
         raise UserError(f"MASTER_PORT={port!r} is not a port from 1 to 65535")
@@ -57,9 +55,8 @@ def master_address(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
     return environ["MASTER_ADDR"], int(port)
 
 
-def host_store(environ: Mapping[str, str] = os.environ) -> dist.TCPStore:
-    """On rank 0: listen, on the socket that the launcher opened or at MASTER_ADDR. Raises ``UserError``."""
-    host, port = master_address(environ)
+def host_store(host: str, port: int, environ: Mapping[str, str] = os.environ) -> dist.TCPStore:
+    """On rank 0: listen, on the socket that the launcher opened or at ``host``. Raises ``UserError``."""
     if LISTEN_FD in environ:
         address, fd = LOOPBACK, int(environ[LISTEN_FD])
     else:
@@ -77,20 +74,23 @@ def host_store(environ: Mapping[str, str] = os.environ) -> dist.TCPStore:
 
 
 def join(
-    timeout: float, stopped: Callable[[], int] = lambda: 0, environ: Mapping[str, str] = os.environ
+    timeout: float,
+    stopped: Callable[[], int] = lambda: 0,
+    environ: Mapping[str, str] = os.environ,
+    setting: str = "faults.join_timeout",
 ) -> dist.TCPStore:
-    """The store of this launch, once all ranks have joined it.
+    """The store of this launch, once all ranks have joined it. ``setting``: the name of ``timeout``.
 
     Reports the missing ranks every 10 s. Raises ``MissingRanks`` after ``timeout`` seconds, ``Preempted`` where
     ``stopped`` returns the number of a signal, here or on another rank, and ``UserError``.
     """
-    return _Joining(timeout, stopped, environ).run()
+    return _Joining(timeout, stopped, environ, setting).run()
 
 
 class _Joining:
-    def __init__(self, timeout: float, stopped: Callable[[], int], environ: Mapping[str, str]):
+    def __init__(self, timeout: float, stopped: Callable[[], int], environ: Mapping[str, str], setting: str):
         self.rank, self.world, _ = place_of(environ)
-        self.timeout, self.stopped, self.environ = timeout, stopped, environ
+        self.timeout, self.stopped, self.environ, self.setting = timeout, stopped, environ, setting
         self.host, self.port = master_address(environ)
         self.begin = self.reported = time.monotonic()
         self.stop: tuple[int, float] | None = None  # signal, when it was noticed
@@ -99,7 +99,7 @@ class _Joining:
 
     def run(self) -> dist.TCPStore:
         hosts = self.rank == 0 and not agent_hosts_store(self.environ)
-        store = host_store(self.environ) if hosts else self._connect()
+        store = host_store(self.host, self.port, self.environ) if hosts else self._connect()
         try:
             self._meet(store)
         except (RuntimeError, OSError) as error:  # of the store; for a UserError it is a subclass of neither
@@ -182,7 +182,7 @@ class _Joining:
         if now - self.begin > self.timeout:
             names = missing()
             text = (
-                f"rank {self.rank} waited {self.timeout:.0f} s (faults.join_timeout) for {names}: check that these ranks "
+                f"rank {self.rank} waited {self.timeout:.0f} s ({self.setting}) for {names}: check that these ranks "
                 f"are started and their nodes are up, and that they reach {self.host}:{self.port}"
             )
             raise MissingRanks(text if names else "")
@@ -198,6 +198,6 @@ class _Joining:
         return MissingRanks(f"rank 0 at {self.host}:{self.port} left while rank {self.rank} waited for other ranks")
 
 
-def open_client(host: str, port: int) -> dist.TCPStore:
-    timeout = timedelta(seconds=CONNECT_TIMEOUT)
+def open_client(host: str, port: int, seconds: float = CONNECT_TIMEOUT) -> dist.TCPStore:
+    timeout = timedelta(seconds=seconds)
     return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)

@@ -60,7 +60,7 @@ def start(cfg: RunConfig, stopped: Callable[[], int] = lambda: 0) -> Context:
 def read_place() -> tuple[int, int, int]:
     """(rank, world size, local rank), which DeepSpeed reads from the environment. Ranks on one node use its loopback."""
     rank, world, local = place_of(os.environ)
-    if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
+    if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
         local = 0  # --gpus-per-task=1: each task sees only its own GPU, as number 0
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local))
     if world == 1:
