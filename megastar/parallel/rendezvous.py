@@ -26,7 +26,7 @@ from megastar.utils.signals import Preempted
 
 REPORT_EVERY = 10.0  # seconds between reports of missing ranks
 STOP_GRACE = 10.0  # seconds that a rank with a stop signal waits for others: ranks that all meet leave together
-CONNECT_TIMEOUT = 20.0  # seconds for one connection to the store
+CONNECT_TIMEOUT = 20.0  # seconds for one connection to rank 0's node
 GAVE_UP = "gave up"
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,8 @@ class _Joining:
         def attempt() -> None:
             try:  # a refused connection of torch's own would print a trace
                 self.liveness = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
-                result.append(open_client(self.host, self.port))
+                # Longer than this rank waits: torch prints a trace after its own timeout.
+                result.append(open_client(self.host, self.port, 2 * self.timeout + 60))
             except (OSError, RuntimeError) as error:
                 result.append(error)
 
@@ -198,6 +199,6 @@ class _Joining:
         return MissingRanks(f"rank 0 at {self.host}:{self.port} left while rank {self.rank} waited for other ranks")
 
 
-def open_client(host: str, port: int, seconds: float = CONNECT_TIMEOUT) -> dist.TCPStore:
+def open_client(host: str, port: int, seconds: float) -> dist.TCPStore:
     timeout = timedelta(seconds=seconds)
     return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)

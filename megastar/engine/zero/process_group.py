@@ -39,6 +39,7 @@ def start(cfg: RunConfig, stopped: Callable[[], int] = lambda: 0) -> Context:
     timeout = collective_timeout(cfg.faults, cfg.data)
     if not dist.is_initialized():
         store = join(cfg.faults.join_timeout, stopped) if world > 1 else dist.HashStore()  # which needs no port
+        store.set_timeout(timeout)
         # DeepSpeed gives no device_id, without which torch warns at a barrier.
         own = device if cuda else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=own)

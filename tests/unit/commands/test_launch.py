@@ -15,6 +15,7 @@ from megastar.commands import _launch
 from megastar.errors import UserError
 
 ROOT = Path(__file__).parents[3]
+PYTHON = sys.executable
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ LAUNCH = "import sys; from megastar.commands import _launch; sys.executable = sy
 
 
 def launcher(tmp_path, *before: str) -> subprocess.Popen:
-    words = [*before, sys.executable, "-c", LAUNCH, str(tmp_path / "rank")]
+    words = [*before, PYTHON, "-c", LAUNCH, str(tmp_path / "rank")]
     process = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
     deadline = time.monotonic() + 60
     while not all((tmp_path / f"pid{r}").exists() for r in range(2)):
