@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import signal
@@ -10,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megastar.commands._common import place_of, print_error, report_error
-from megastar.errors import UserError, nearest
+from megastar.commands._common import place_of, report_error
+from megastar.errors import MissingRanks, UserError, as_user_error, nearest
 from megastar.utils.hostname import shorten_dns_timeout
+from megastar.utils.parent import end_with_launcher
 from megastar.utils.printable import say, tolerate_any_text
 from megastar.utils.process_exit import run_and_leave
 from megastar.utils.signals import Stopped, raise_stopped
@@ -55,6 +55,8 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``main`` and end the process."""
     shorten_dns_timeout()
     tolerate_any_text()
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        end_with_launcher()
     run_and_leave(lambda: main(argv))
 
 
@@ -71,17 +73,22 @@ def run_reporting(words: list[str]) -> int:
     try:
         return run(words)
     except UserError as error:
-        report_error(str(error), os.environ)
+        if not error.reported or "TORCHELASTIC_ERROR_FILE" in os.environ:
+            report_error(str(error), os.environ)
         return 2
+    except MissingRanks as error:
+        from megastar.engine.exit_codes import RANK_FAILURE  # its package imports torch
+
+        if str(error):
+            report_error(str(error), os.environ)
+        return RANK_FAILURE
     except BrokenPipeError:  # the reader closed the pipe: `megastar train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EISDIR):
+        if (user_error := as_user_error(error)) is None:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        message = f"cannot write{where} ({error.strerror}): free space or name another place"
-        print_error(message)
+        report_error(str(user_error), os.environ)
         return 2
     except KeyboardInterrupt as stop:
         stopped = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)

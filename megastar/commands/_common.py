@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
@@ -19,6 +20,7 @@ from megastar.config.convert import shown
 from megastar.config.schema import MOST_SEED, MOST_THREADS
 from megastar.errors import UserError
 from megastar.utils.files import check_output
+from megastar.utils.launcher import LAUNCHED_BY_US, is_launched, place_of
 from megastar.utils.printable import one_entry, one_line, say
 
 if TYPE_CHECKING:
@@ -113,10 +115,7 @@ seed = bounded(int, 0, MOST_SEED)
 
 
 class FaultTolerantStream:
-    """A text stream that ignores write errors such as a full disk; the text is lost or written later.
-
-    A closed pipe is still an error.
-    """
+    """A text stream that ignores write errors such as a full disk, or a terminal or pipe that is closed."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -129,11 +128,8 @@ class FaultTolerantStream:
         self._ignoring_errors(self.stream.flush)
 
     def _ignoring_errors(self, call: Callable[..., object], *args: str) -> None:
-        try:
+        with suppress(OSError):
             call(*args)
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                raise
 
     def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding, buffer
         return getattr(self.stream, name)
@@ -172,27 +168,6 @@ def main_console() -> Console:
 
 
 # Launchers ---------------------------------------------------------------------------------------------------------
-LAUNCHED_BY_US = "MEGASTAR_LAUNCHER"  # set for processes that _launch.py starts
-
-
-def is_launched(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun, deepspeed or srun started this process as a rank."""
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return True
-    # A batch script has SLURM_PROCID too; only an srun step has SLURM_STEP_ID.
-    return "SLURM_STEP_ID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))) > 1
-
-
-def place_of(environ: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, world size, local rank) set by torchrun, deepspeed or srun; (0, 1, 0) without a launcher."""
-    if not is_launched(environ):
-        return 0, 1, 0
-    if "RANK" in environ:
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0"))
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
-    return int(environ["SLURM_PROCID"]), int(tasks), int(environ.get("SLURM_LOCALID", "0"))
-
-
 def own_device(name: str) -> str:
     """Under a launcher, "auto" and "cuda" select the GPU of this process's local rank."""
     import torch
@@ -208,7 +183,7 @@ def report_error(message: str, environ: Mapping[str, str]) -> None:
     Other ranks write it to the error file of torch's launchers, or print it if there is no such file.
     """
     path = environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and (place_of(environ)[0] != 0 or LAUNCHED_BY_US in environ):
+    if path and (environ.get("RANK") != "0" or LAUNCHED_BY_US in environ):
         try:
             Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
             return

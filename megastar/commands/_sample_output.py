@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
     from megastar.sampling.distributed import SamplingPipeline
 
+JOIN_TIMEOUT = 3600.0  # seconds that ranks wait for each other before they generate
 SHOWN_CLASSES = 16  # in the grid
 
 
@@ -163,9 +163,9 @@ def join(rank: int, world: int) -> dist.ProcessGroup | None:
         return None
     import torch.distributed as dist
 
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(f"{missing[0]} is not set: start with --nproc or torchrun, or set it in the batch script")
+    from megastar.parallel import rendezvous
+
+    store = rendezvous.join(JOIN_TIMEOUT, setting="the limit of this command")
     # A rank may wait long while another reads the real set or generates the last images.
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(days=1))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(days=1))
     return dist.group.WORLD

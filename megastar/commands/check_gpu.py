@@ -285,7 +285,7 @@ def time_steps(report: GpuReport, device: torch.device, over: Callable[[], bool]
     from megastar.config.load import load_config
     from megastar.engine.memory_check import planned_bytes
     from megastar.engine.step_benchmark import step_speed
-    from megastar.engine.zero.setup import start
+    from megastar.engine.zero.process_group import start
 
     peak = report.content["device"]["bf16_tflops"]
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed places the student by it

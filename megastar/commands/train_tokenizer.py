@@ -12,12 +12,11 @@ from megastar.commands._common import Parser, config_and_overrides, terminal_wid
 from megastar.config.help import fields_text
 from megastar.config.load import config_yaml, load_tokenizer_config, save_config
 from megastar.config.schema import TokenizerTrainConfig
-from megastar.engine.exit_codes import Preempted
 from megastar.errors import UserError
 from megastar.run_dir import layout
 from megastar.run_dir.lease import hold
 from megastar.utils.printable import say
-from megastar.utils.signals import StopFlag
+from megastar.utils.signals import Preempted, StopFlag
 
 if TYPE_CHECKING:
     import torch

@@ -262,6 +262,9 @@ class FaultsConfig:
         low=0,
         high=MOST_SECONDS,
     )
+    join_timeout: float = knob(
+        600.0, "seconds that a starting rank waits for the others to join; then it names them and ends", low=1
+    )
     spike_sigma: float = knob(
         6.0,
         "skip a step whose loss is this many standard deviations above the last spike_window losses; 0: never",

@@ -20,7 +20,6 @@ from megastar.data.storage.store import is_remote
 from megastar.engine.checkpointer.async_saver import Saver, grace_period
 from megastar.engine.checkpointer.load import load_checkpoint, load_initial
 from megastar.engine.dry_run import describe
-from megastar.engine.exit_codes import PREEMPTED, Preempted
 from megastar.engine.fault_tolerance import replica_checksum
 from megastar.engine.fault_tolerance.errors import CorruptReplica
 from megastar.engine.fault_tolerance.rollback import commit_rollback, finish_rollback, plan_rollback
@@ -40,14 +39,15 @@ from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks, run_on_main
 from megastar.engine.run_folder import hold_run_folder
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
-from megastar.engine.zero.setup import build, chosen_kernels, collective_timeout, set_timeouts, start
+from megastar.engine.zero.process_group import collective_timeout, set_timeouts, start
+from megastar.engine.zero.setup import build, chosen_kernels
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.config_file import claim_run_folder
 from megastar.run_dir.events import append_event
 from megastar.run_dir.lease import in_use
-from megastar.utils.signals import StopFlag
+from megastar.utils.signals import PREEMPTED, Preempted, StopFlag
 
 logger = logging.getLogger(__name__)
 
@@ -118,12 +118,12 @@ class Trainer:
         self.stop = self._stop or StopFlag()
         PHASE.reset()
         try:
-            self.ctx = check_run(cfg, start(cfg))  # before the run folder exists
+            self.ctx = check_run(cfg, start(cfg, lambda: self.stop.signal))  # before the run folder exists
             self._leave_if_stopped()
             with hold_run_folder(cfg, self.ctx, self.stop) as self.lease:
                 self._leave_if_stopped()
                 run_on_main(self.ctx, lambda: claim_run_folder(cfg))
-                with watch(cfg, self.ctx.rank, self.ctx.world) if self.watchdog else nullcontext():
+                with watch(cfg, self.ctx.rank, self.ctx.world, self.ctx.secret) if self.watchdog else nullcontext():
                     self._build()
                     self._train()
         except Preempted as leaving:
@@ -155,8 +155,10 @@ class Trainer:
         set_timeouts(collective_timeout(cfg.faults, cfg.data))
         rollbacks = finish_rollback(self.run, ctx)
         self.policy = SkipPolicy(cfg.faults, len(rollbacks))
-        found = run_on_main(ctx, lambda: checkpoint_dir.latest(self.checkpoints))  # views of a shared disk may differ
-        if found:
+        newest = run_on_main(
+            ctx, lambda: str(checkpoint_dir.latest(self.checkpoints) or "")
+        )  # views of a disk may differ
+        if found := Path(newest) if newest else None:
             restored = load_checkpoint(ctx, self.engines, found, cfg.train.seed)
             self.step, origin = restored["step"], restored.get("init")
             self.policy.restore(restored, len(rollbacks), rollbacks[-1]["position"] if rollbacks else 0)

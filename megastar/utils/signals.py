@@ -11,10 +11,27 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-REPEATED = (
-    2.0  # seconds within which further signals are the same request: a launcher, a shell and timeout(1) all send one
-)
+# Exit status after a stop signal; not 0, because SLURM counts a clean exit as completed and does not requeue it.
+PREEMPTED = 85
+# HUP, QUIT: a closed terminal.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+def is_ignored(number: int) -> bool:
+    """Whether this process ignores SIGHUP, as below nohup."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
+class Preempted(SystemExit):
+    """All ranks stop because of a signal. A SystemExit, so that the watchdog counts it as a clean end."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(PREEMPTED)
+        self.signal = signal_number
+
+
+# Seconds within which further signals are the same request: a launcher, a shell and timeout(1) all send one.
+REPEATED = 2.0
 
 
 class Stopped(KeyboardInterrupt):
@@ -45,7 +62,7 @@ def raise_stopped() -> Iterator[None]:
 
     former: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (getattr(signal, name) for name in ENDING if hasattr(signal, name)):
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 former[number] = signal.signal(number, handle)
     try:
@@ -57,16 +74,16 @@ def raise_stopped() -> Iterator[None]:
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGUSR1 or the first SIGINT; the run saves and stops after the step. A second SIGINT interrupts.
+    """Set by a signal of STOP_SIGNALS; the run saves and stops after the step. A second SIGINT interrupts.
 
-    Python installs signal handlers in the main thread only: elsewhere the flag is never set by a signal.
+    An ignored SIGHUP (nohup) stays ignored. Python installs signal handlers in the main thread only: elsewhere the flag is never set by a signal.
     """
 
     def __init__(self) -> None:
         self.signal = 0
         self._former: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for number in [n for n in STOP_SIGNALS if not is_ignored(n)]:
                 self._former[number] = signal.signal(number, self._set)
 
     def restore(self) -> None:

@@ -37,6 +37,7 @@ from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.utils.console import PlainConsole
 from megastar.utils.device import DTYPES, pick_device
 from megastar.utils.files import write_atomic
+from megastar.utils.launcher import local_world
 from megastar.utils.lockfile import Claims
 from megastar.utils.progress_bar import ProgressBar, progress_bar
 
@@ -117,7 +118,7 @@ def pretokenize(
         )
 
     def pipeline(images: ImageSet) -> Pipeline:
-        threads = workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        threads = workers or max(1, len(os.sched_getaffinity(0)) // (local_world(os.environ) or 1))
         if images.remote is not None and where.type != "cpu" and not workers:
             threads *= 4  # most of their time is spent waiting for S3
         return Pipeline(images, make, views, ViewEncoder(model, where, DTYPES[dtype], batch), threads)

@@ -35,6 +35,7 @@ from megastar.engine.context import Context
 from megastar.engine.rank_sync import from_main, on_main, retry, run_on_main, wait_for
 from megastar.engine.zero.engines import Engines, elements_of, full_shapes, owned
 from megastar.parallel.plan import split_of
+from megastar.parallel.signed_store import SignedStore
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import WRITING, folder_of, name_of
 from megastar.run_dir.layout import FORMAT
@@ -62,7 +63,8 @@ class Saver:
         self.cfg, self.ctx, self.engines, self.lease = cfg, ctx, engines, lease
         self.folder = folder_of(cfg.run)
         self.shapes = full_shapes(engines, ctx)
-        self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+        store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+        self.store = SignedStore(store, ctx.secret)
         self.token = ""  # of the last save: a name that no other save has, in this job or in one that is dying
         self.step = step  # of the last attempt
         self.host: Tensor | None = None  # the copies, pinned for a GPU, kept from save to save

@@ -91,15 +91,16 @@ def plan_rollback(run: Path, lr: float, ctx: Context, policy: SkipPolicy, step: 
     ``faults.max_rollbacks``.
     """
 
-    def choose() -> tuple[Path | None, str, str]:
+    def choose() -> tuple[str, str, str]:
         target, shortcoming = choose_checkpoint(checkpoint_dir.folder_of(run), policy.skips[0])
         exhausted = policy.rollbacks >= policy.faults.max_rollbacks
-        return target, shortcoming, diagnosis(run, lr, policy, step, target) if exhausted or not target else ""
+        end = diagnosis(run, lr, policy, step, target) if exhausted or not target else ""
+        return str(target), shortcoming, end
 
-    target, shortcoming, end = run_on_main(ctx, choose)
+    chosen, shortcoming, end = run_on_main(ctx, choose)
     if end:
         raise NonFiniteLoss(end)
-    assert target is not None
+    target = Path(chosen)
     position, number = step + policy.offset + 1, policy.rollbacks + 1
     record = {**time_and_job(), "step": step, "to": target.name, "position": position, "skipped": policy.skips}
     text = (

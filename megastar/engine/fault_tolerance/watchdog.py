@@ -50,13 +50,15 @@ _starts = 0  # of this process
 
 
 @contextmanager
-def watch(cfg: RunConfig, rank: int, world: int) -> Iterator[Watchdog]:
+def watch(cfg: RunConfig, rank: int, world: int, secret: bytes = b"") -> Iterator[Watchdog]:
     """Watch the ranks inside the block. Called on all of them, once the run folder and the process group exist.
+
+    ``secret``: of the launch, signs the heartbeats.
 
     An error of this rank is reported to the others and re-raised. One caused by a rank that is gone ends the process here,
     with a sentence that names the rank.
     """
-    dog = Watchdog(cfg, rank, world)
+    dog = Watchdog(cfg, rank, world, secret)
     dog.start()
     try:
         yield dog
@@ -89,9 +91,10 @@ def first_line(error: BaseException) -> str:
 class Watchdog:
     """``start`` it, ``close`` it in the end. ``tick``: seconds between heartbeats."""
 
-    def __init__(self, cfg: RunConfig, rank: int, world: int):
+    def __init__(self, cfg: RunConfig, rank: int, world: int, secret: bytes = b""):
         global _starts
         _starts += 1
+        self.secret = secret
         self.cfg, self.rank, self.world, self.run = cfg, rank, world, Path(cfg.run)
         self.enabled = bool(cfg.faults.hang_timeout or cfg.faults.lost_timeout)
         shortest = min((t for t in (cfg.faults.lost_timeout, cfg.faults.hang_timeout) if t), default=60.0)
@@ -121,7 +124,7 @@ class Watchdog:
     def _connect(self) -> HeartbeatStore | None:
         """None where the process group's store is not a TCPStore or does not respond."""
         try:
-            store = HeartbeatStore(self.rank, self.world, _starts, max(5.0, self.cfg.faults.lost_timeout))
+            store = HeartbeatStore(self.rank, self.world, _starts, max(5.0, self.cfg.faults.lost_timeout), self.secret)
             store.publish(self.me.encode())
             return store
         except (OSError, RuntimeError, AttributeError) as error:
@@ -211,7 +214,7 @@ class Watchdog:
         self.detector.advance(time.monotonic())
         if (beats := self.peer_beats) is not self.processed:
             self.processed = beats
-            self.detector.receive(beats)
+            self.detector.receive(beats, self.store.forged() if self.store else set())
         if not self.stage and (diagnosis := self.detector.diagnose(self._beat())):
             self.abort(diagnosis)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from megastar.run_dir import checkpoint_dir
 from megastar.engine.checkpointer import load
-from megastar.engine.zero.setup import build, start
+from megastar.engine.zero.process_group import start
+from megastar.engine.zero.setup import build
 from megastar.engine.zero.engines import Engines
 from megastar.engine.checkpointer.async_saver import Saver
 from megastar.engine.train_step import losses, set_schedules

@@ -157,7 +157,7 @@ def test_timings_and_the_ratio_to_their_peer() -> None:
 def measured(guided: bool) -> tuple[dict, dict]:
     """A step's row and its arithmetic. It joins a process group: in a process of its own."""
     from megastar.engine.step_benchmark import step_speed
-    from megastar.engine.zero.setup import start
+    from megastar.engine.zero.process_group import start
     from megastar.parallel.cost import step_flops
 
     os.chdir(ROOT)
