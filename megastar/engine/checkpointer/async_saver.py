@@ -32,11 +32,12 @@ from megastar.checkpoint.shard_format import KINDS, Piece, state_file, write_pie
 from megastar.config.schema import RunConfig
 from megastar.engine.checkpointer.s3_upload import Uploader
 from megastar.engine.context import Context
-from megastar.engine.rank_sync import from_main, on_main, retry, wait_for
+from megastar.engine.rank_sync import from_main, on_main, retry, run_on_main, wait_for
 from megastar.engine.zero.engines import Engines, elements_of, full_shapes, owned
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import WRITING, folder_of, name_of
+from megastar.run_dir.folder_guard import FolderGuard
 from megastar.run_dir.layout import FORMAT
 from megastar.utils.files import sha256
 
@@ -69,6 +70,7 @@ class Saver:
         self.error: OSError | None = None
         self.problem = ""
         self.uploader = Uploader(cfg.train.upload, cfg.data.patience) if cfg.train.upload and ctx.main else None
+        self.guard = FolderGuard(self.folder.parent) if ctx.main else None
         self.done: Path | None = None
         self._due: float | None = None  # when a save that failed is tried again
         self._failures, self._reported_at = 0, 0.0
@@ -81,11 +83,21 @@ class Saver:
     @property
     def failed(self) -> bool:
         """Whether a save failed on this rank, or (main rank) one that failed is due again: then ``retry_due``, all ranks."""
-        return self.error is not None or (self.ctx.main and self._due is not None and time.monotonic() >= self._due)
+        gone = self.guard is not None and bool(self.guard.gone())
+        return (
+            gone
+            or self.error is not None
+            or (self.ctx.main and self._due is not None and time.monotonic() >= self._due)
+        )
+
+    def check_folder(self) -> None:
+        """Raise ``UserError`` on all ranks if the run folder is gone. A collective."""
+        run_on_main(self.ctx, lambda: self.guard.check() if self.guard else None)
 
     def retry_due(self) -> bool:
         """After a step in which some rank had ``failed``: whether to save now. A collective."""
         self.finish()
+        self.check_folder()
         return from_main(self.ctx, self.failed)
 
     def take_events(self) -> list[tuple[str, dict[str, Any]]]:
@@ -99,6 +111,7 @@ class Saver:
         A save that fails, here or while it is written, sets ``problem``; the former checkpoint stays valid.
         """
         self.finish()
+        self.check_folder()
         start = time.perf_counter()
         self.step, self._due = step, None
         align_replicas(self.engines, self.ctx)
@@ -290,6 +303,8 @@ class Saver:
         No rank may exit while rank 0 still uploads: a launcher takes the first exit for the end of the job.
         """
         self.finish()
+        if self.guard:
+            self.guard.close()
         if not self.cfg.train.upload:
             return ""
         if self.uploader:
