@@ -79,8 +79,8 @@ def parse_value(text: str) -> Any:
         raise YamlError("an anchor has no use here: quote a value that begins with &")
     node = _compose(text)
     if isinstance(node, yaml.ScalarNode) and node.style is None and not node.tag.startswith("!"):
-        if "\n" in text.strip() or text[node.end_mark.index :].strip():
-            return text.strip()
+        more = "\n" in text.strip() or text[node.end_mark.index :].strip()
+        return text.strip() if more else parse_yaml(text)
     return parse_yaml(text)
 
 
@@ -96,7 +96,7 @@ def _compose(text: str) -> yaml.Node | None:
         return yaml.compose(text, Loader=_Loader)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise YamlError(f"the character {chr(int(error.character))!r} is not allowed", line, True) from error  # type: ignore[call-overload]
+        raise YamlError(f"the character {chr(int(error.character))!r} is not allowed", line, True) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, reason = mark.line + 1 if mark else 0, error.problem or error.context or "a syntax error"

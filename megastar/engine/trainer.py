@@ -28,7 +28,7 @@ from megastar.engine.fault_tolerance.step_consensus import StepConsensus, any_st
 from megastar.engine.fault_tolerance.stragglers import Stragglers
 from megastar.engine.fault_tolerance.watchdog import watch
 from megastar.engine.input_pipeline.batch_fetcher import BatchFetcher, OutOfData
-from megastar.engine.input_pipeline.data_checks import check_same_data, check_same_order, open_data
+from megastar.engine.input_pipeline.data_checks import open_data
 from megastar.engine.lr_schedule import learning_rate, peak_rate, row_due, total_steps
 from megastar.engine.memory_check import check_run
 from megastar.engine.metrics.environment import command_line, process_environment
@@ -37,6 +37,7 @@ from megastar.engine.metrics.logger import MetricsLogger
 from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks, run_on_main
+from megastar.engine.resume_checks import check_resumed, start_event
 from megastar.engine.run_folder import hold_run_folder
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.zero.process_group import collective_timeout, set_timeouts, start
@@ -162,9 +163,9 @@ class Trainer:
             restored = load_checkpoint(ctx, self.engines, found, cfg.train.seed)
             self.step, origin = restored["step"], restored.get("init")
             self.policy.restore(restored, len(rollbacks), rollbacks[-1]["position"] if rollbacks else 0)
-            check_same_data(cfg.data, restored, self.data.digests, found)
-            check_same_order(cfg.data.window, manifest, restored, found)
+            changes = check_resumed(cfg, ctx, self.data, restored, found)
         else:
+            changes = []
             self.step, origin = 0, load_initial(cfg.train.init, ctx, self.engines) if cfg.train.init else None
             seed_dropout(cfg.train.seed, ctx.mesh.data_rank, 0)
         self.steps = total_steps(cfg.train, manifest.samples)
@@ -175,6 +176,7 @@ class Trainer:
             "order": ORDER,
             "classes": manifest.classes,
             "init": origin,
+            "changes": changes,
             "command": command_line(),
         }
 
@@ -218,12 +220,10 @@ class Trainer:
         cfg, ctx = self.cfg, self.ctx
         metrics = MetricsLogger(self.run, self.step, self.steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx))
         opened.callback(metrics.close)  # at once: what follows, or another rank, may fail
-        fresh = f"{cfg.run}: {self.steps} steps on {ctx.world} rank(s)"
-        text = f"resumed {self.found} at step {self.step}" if self.found else fresh
+        kind, text = start_event(cfg, ctx, self.data.train.manifest, self.found, self.step, self.steps)
         facts = process_environment(ctx.device) | chosen_kernels(self.engines.student.module.transformer)
-        metrics.event("resumed" if self.found else "started", text, steps=self.steps, ranks=ctx.world, **facts)
-        if ctx.main and not self.data.train.manifest.tokenizer_sha256:
-            logger.warning("%s records no tokenizer hash; assuming it matches data.tokenizer", cfg.data.shards)
+        facts["changes"] = self.metadata["changes"]
+        metrics.event(kind, text, steps=self.steps, ranks=ctx.world, **facts)
         return metrics
 
     # The loop ----------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class Trainer:
                 engines.student.backward(loss)
                 result = consensus.result()
                 if result.save_failed:
-                    self.saver.check_lease()
+                    self.saver.check_folder()
                 if result.out_of_data:
                     raise OutOfData(result.signal)
                 record.add(result, metrics, batch["ids"])

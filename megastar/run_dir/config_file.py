@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os.path
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from megastar.config.load import diff_configs, load_config, save_config
+from megastar.config.load import diff_configs, flatten, load_config, save_config
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.run_dir.layout import CONFIG
+from megastar.utils.files import sha256
 
+PATHS = ("run", "data.shards", "data.val_shards", "data.tokenizer", "data.cache", "train.init")
 # Fields, and sections ending in a dot, that may differ when a run is resumed.
 RESUMABLE = (
+    "run",  # the folder was moved
     "model.name",
     "attention.",
     "data.shards",  # the same shards in another place: the checkpoint's digests decide
     "data.val_shards",
+    "data.tokenizer",  # likewise
     "data.cache",
     "data.patience",
     "faults.",
@@ -31,6 +38,7 @@ RESUMABLE = (
     "train.fused_ops",
     "train.upload",
     "train.micro_batch",
+    "train.init",  # the same file in another place, see ``check_same_init``
     "parallel.",
 )
 
@@ -48,3 +56,38 @@ def claim_run_folder(cfg: RunConfig) -> None:
         )
     if differing:  # a full disk needs no second write of the same file
         save_config(cfg, path)
+
+
+def changes_since(recorded: Any, cfg: RunConfig) -> list[str]:
+    """Fields of ``cfg`` that differ from the configuration in a checkpoint: ``optim.lr 0.001 -> 0.0005``.
+
+    Fields that an older version did not record count as unchanged; so does the same place under another path.
+    """
+    before, now = flatten(recorded if isinstance(recorded, dict) else {}), flatten(asdict(cfg))
+    changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
+    return [
+        f"{name} {old if old != '' else chr(34) * 2} -> {new if new != '' else chr(34) * 2}"
+        for name, (old, new) in changed.items()
+        if name not in PATHS or not _same_place(old, new)
+    ]
+
+
+def _same_place(one: Any, other: Any) -> bool:
+    both = bool(one) and bool(other) and "://" not in f"{one}{other}"
+    return both and os.path.realpath(str(one)) == os.path.realpath(str(other))
+
+
+def check_same_init(init: str, recorded: Any, recorded_init: str, checkpoint: Path) -> None:
+    """Raise ``UserError`` if ``train.init`` names other weights than those that the run started from.
+
+    ``recorded``: what the checkpoint holds of them. A file in another place is the same if its SHA-256 is.
+    """
+    if init == recorded_init or _same_place(init, recorded_init):
+        return
+    digest = recorded.get("sha256") if isinstance(recorded, dict) else None
+    if init and digest and os.path.isfile(init) and sha256(Path(init)) == digest:
+        return
+    raise UserError(
+        f"train.init = {init!r}: {checkpoint} started from {recorded_init or 'random weights'!r}, which cannot change on "
+        "resume: restore the field, or choose another run=..."
+    )

@@ -38,6 +38,7 @@ from megastar.parallel.plan import split_of
 from megastar.parallel.signed_store import SignedStore
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import WRITING, folder_of, name_of
+from megastar.run_dir.folder_guard import FolderGuard
 from megastar.run_dir.layout import FORMAT
 from megastar.run_dir.lease import RunLease
 from megastar.utils.files import sha256
@@ -72,6 +73,7 @@ class Saver:
         self.error: OSError | None = None
         self.problem = ""
         self.uploader = Uploader(cfg.train.upload, cfg.data.patience) if cfg.train.upload and ctx.main else None
+        self.guard = FolderGuard(self.folder.parent) if ctx.main else None
         self.done: Path | None = None
         self._due: float | None = None  # when a save that failed is tried again
         self._failures, self._reported_at = 0, 0.0
@@ -83,20 +85,28 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether a save failed on this rank, or (main rank) one that failed is due again, or the run folder was taken
-        over: then ``check_lease`` and ``retry_due``, all ranks."""
+        """Whether a save failed on this rank, or (main rank) one that failed is due again, or the run folder is gone or
+        taken over: then ``check_folder`` and ``retry_due``, all ranks."""
         due = self._due is not None and time.monotonic() >= self._due
+        gone = self.guard is not None and bool(self.guard.gone())
         lost = self.lease is not None and bool(self.lease.lost)
-        return self.error is not None or (self.ctx.main and (due or lost))
+        return self.error is not None or (self.ctx.main and (due or gone or lost))
 
-    def check_lease(self) -> None:
-        """Raise ``LeaseLost`` on all ranks if another process has taken over the run folder. A collective."""
+    def check_folder(self) -> None:
+        """Raise on all ranks: ``UserError`` if the run folder is gone, ``LeaseLost`` if another process has taken it over.
+        A collective."""
+        run_on_main(self.ctx, self._check_folder)
+
+    def _check_folder(self) -> None:
+        if self.guard is not None:
+            self.guard.check()
         if self.lease is not None:
-            run_on_main(self.ctx, self.lease.check)
+            self.lease.check()
 
     def retry_due(self) -> bool:
         """After a step in which some rank had ``failed``: whether to save now. A collective."""
         self.finish()
+        self.check_folder()
         return from_main(self.ctx, self.failed)
 
     def take_events(self) -> list[tuple[str, dict[str, Any]]]:
@@ -110,7 +120,7 @@ class Saver:
         A save that fails, here or while it is written, sets ``problem``; the former checkpoint stays valid.
         """
         self.finish()
-        self.check_lease()
+        self.check_folder()
         start = time.perf_counter()
         self.step, self._due = step, None
         align_replicas(self.engines, self.ctx)
@@ -309,6 +319,8 @@ class Saver:
         No rank may exit while rank 0 still uploads: a launcher takes the first exit for the end of the job.
         """
         self.finish()
+        if self.guard:
+            self.guard.close()
         if not self.cfg.train.upload:
             return ""
         if self.uploader:

@@ -17,6 +17,7 @@ from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
+from megastar.utils.files import sha256
 
 
 @torch.no_grad()
@@ -68,7 +69,8 @@ def load_initial(init: str, ctx: Context, engines: Engines) -> dict[str, Any]:
                 for kind in ("fp32", "ema"):
                     shard.view(kind).copy_(local.reshape(-1)[shard.start : shard.stop])
     engines.publish_masters()
-    return {"file": init, "model": model.name, **provenance}
+    digest = {"sha256": sha256(Path(init))} if ctx.main else {}  # the main rank writes the manifest
+    return {"file": init, "model": model.name, **provenance, **digest}
 
 
 def _same_network(theirs: dict[str, list[int]], ours: dict[str, list[int]], checkpoint: Path) -> None:

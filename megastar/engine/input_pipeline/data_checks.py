@@ -26,12 +26,13 @@ class RunData:
 
     train: ShardSet
     val: ShardSet | None
+    tokenizer: str = ""  # SHA-256 of the tokenizer that the shards were made with, or of data.tokenizer
 
     @property
     def digests(self) -> dict[str, str]:
         """What a checkpoint records of them."""
         val = digest_of(self.val.manifest.shards) if self.val else ""
-        return {"data": digest_of(self.train.manifest.shards), "val_data": val}
+        return {"data": digest_of(self.train.manifest.shards), "val_data": val, "tokenizer": self.tokenizer}
 
     def validation_batches(self, train: TrainConfig, ctx: Context, micro_batch: int) -> list[Batch]:
         """This rank's part of the fixed validation images; empty where there is no validation."""
@@ -58,7 +59,7 @@ def open_data(cfg: RunConfig) -> RunData:
     check_manifest(manifest, cfg.model, expected, cfg.views)
     check_enough(cfg.data.shards, manifest, cfg.train.global_batch)
     if not cfg.data.val_shards:
-        return RunData(train, None)
+        return RunData(train, None, manifest.tokenizer_sha256 or expected or "")
     val = ShardSet(cfg.data.val_shards, data=cfg.data, max_open=1)  # its shards are read one after the other
     check_manifest(val.manifest, cfg.model, expected, 1)
     if val.manifest.classes != manifest.classes:
@@ -70,7 +71,7 @@ def open_data(cfg: RunConfig) -> RunData:
         raise UserError(
             f"{cfg.data.shards} was made with the tokenizer {hashes[0][:12]}..., {cfg.data.val_shards} with {hashes[1][:12]}...: pretokenize both with one"
         )
-    return RunData(train, val)
+    return RunData(train, val, manifest.tokenizer_sha256 or expected or "")
 
 
 def check_same_data(data: DataConfig, restored: dict[str, Any], digests: dict[str, str], found: Path) -> None:
@@ -83,6 +84,12 @@ def check_same_data(data: DataConfig, restored: dict[str, Any], digests: dict[st
             raise UserError(
                 f"{where} holds different shards than {found} {what}: restore them, or choose another run=..."
             )
+    before, now = restored.get("tokenizer", ""), digests["tokenizer"]
+    if before and now and before != now:
+        raise UserError(
+            f"data.tokenizer = {data.tokenizer} has SHA-256 {now[:12]}..., {found} was trained with {before[:12]}...: "
+            "restore the file, or choose another run=..."
+        )
 
 
 def check_same_order(window: int, manifest: Manifest, restored: dict[str, Any], found: Path) -> None:
