@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import tempfile
 
 from megastar.commands._common import LAUNCHED_BY_US, logging_options
 from megastar.errors import UserError
@@ -28,8 +30,9 @@ def launch(nproc: int, words: list[str]) -> int:
     # Without "--" the launcher takes --nproc among WORDS for an abbreviation of its own options.
     options += [f"--nproc-per-node={nproc}", "-m", "--", "megastar"]
     os.environ[LAUNCHED_BY_US] = "1"
+    folder = tempfile.mkdtemp(prefix="megastar-")  # the ranks' error files; torch's own is never removed
     try:
-        run(parse_args(["--standalone", *options, *words, *logging_options()]))
+        run(parse_args(["--standalone", f"--log-dir={folder}", *options, *words, *logging_options()]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == 2 and failure.error_file_data.get("message"):
@@ -42,4 +45,5 @@ def launch(nproc: int, words: list[str]) -> int:
         return 128 + int(error.sigval)
     finally:
         del os.environ[LAUNCHED_BY_US]
+        shutil.rmtree(folder, ignore_errors=True)
     return 0
