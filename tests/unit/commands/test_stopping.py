@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -91,3 +93,13 @@ def test_other_ranks_say_nothing(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["stub"]) == 143 and capsys.readouterr().err == ""
+
+
+def test_a_signal_within_an_import_is_raised_after_it(tmp_path, monkeypatch):
+    text = "import signal, time\nsignal.raise_signal(signal.SIGTERM)\ntime.sleep(0.2)\ndone = True\n"
+    (tmp_path / "slow_to_import.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with raise_stopped(), pytest.raises(Stopped):
+        importlib.import_module("slow_to_import")
+        time.sleep(30)
+    assert sys.modules.pop("slow_to_import").done
