@@ -1,6 +1,6 @@
 """Kill -9 at random moments, also within saves, and start again: the losses are those of a run that nothing happened to.
 
-Slow (minutes): `pytest -m slow tests/integration/test_kills.py`. The seed of the moments is printed; MEGASTAR_KILL_SEED sets it.
+Slow (minutes): `pytest -m slow tests/integration/run_folder/test_kills.py`. The seed of the moments is printed; MEGASTAR_KILL_SEED sets it.
 """
 
 from __future__ import annotations
