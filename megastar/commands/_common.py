@@ -84,11 +84,14 @@ def logging_options() -> list[str]:
 
 
 def config_and_overrides(items: list[str]) -> tuple[str | None, list[str]]:
-    """Split ``[CONFIG] a.b=c ...``. Raises ``UserError`` for a second file."""
-    files = [i for i in items if "=" not in i]
+    """Split ``[CONFIG] a.b=c ...``. Raises ``UserError`` for a second file.
+
+    An ``=`` may occur in the path of CONFIG: a field's name holds no slash, and an override is no file.
+    """
+    files = [i for i in items if "=" not in i or "/" in i.partition("=")[0] or Path(i).is_file()]
     if len(files) > 1:
         raise UserError(f"two configurations, {files[0]} and {files[1]}: give one; write fields as section.field=value")
-    return (files[0] if files else None), [i for i in items if "=" in i]
+    return (files[0] if files else None), [i for i in items if i not in files]
 
 
 def bounded(kind: type[T], low: float, high: float) -> Callable[[str], T]:

@@ -43,6 +43,7 @@ def parser() -> Parser:
     p.add_argument("--nproc", type=processes, default=1, help="local processes (default 1); ignored under a launcher")
     p.add_argument("--dry-run", action="store_true", help="build everything, run one fake step, print memory and batch")
     p.add_argument("--print-config", action="store_true", help="print every field as YAML and exit")
+    p.add_argument("--print-run-folder", action="store_true", help="print the run folder's absolute path and exit")
     return p
 
 
@@ -56,6 +57,9 @@ def main(words: list[str]) -> int:
     cfg = load_config(path, overrides)
     if args.print_config:
         say(config_yaml(cfg).rstrip("\n"))
+        return 0
+    if args.print_run_folder:  # the batch scripts of slurm/ ask for it
+        print(os.path.abspath(cfg.run))
         return 0
     if args.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch

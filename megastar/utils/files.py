@@ -37,9 +37,9 @@ def check_output(path: Path, name: str, inputs: Iterable[str | Path | None] = ()
     may be written.
     """
     there = existing_parent(path)
-    if folder and there == path and not path.is_dir():
+    if folder and there == path and not os.path.isdir(path):
         raise UserError(f"{name} {path} is not a folder: name another place")
-    if not folder and path.is_dir():
+    if not folder and os.path.isdir(path):
         raise UserError(f"{name} {path} is a folder: name the file to write")
     for other in inputs:
         if other and there == path and os.path.exists(other) and os.path.samefile(path, other):
@@ -48,7 +48,7 @@ def check_output(path: Path, name: str, inputs: Iterable[str | Path | None] = ()
         if not path.is_file():
             return
         there = path.parent
-    if not there.is_dir():
+    if not os.path.isdir(there):
         raise UserError(f"{name} {path}: {there} is not a folder: name another place")
     probe = temporary_path(there / path.name)  # as atomic_file does: the name may be too long
     try:

@@ -29,8 +29,8 @@ def run_and_leave(main: Callable[[], int]) -> NoReturn:
 
 def is_rank() -> bool:
     """Whether this process has a process group, and with it C++ threads unknown to Python."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    dist = getattr(sys.modules.get("torch"), "distributed", None)  # none while torch is being imported
+    return dist is not None and dist.is_available() and dist.is_initialized()
 
 
 def leave(status: Any) -> NoReturn:

@@ -32,6 +32,7 @@ class Preempted(SystemExit):
 
 # Seconds within which further signals are the same request: a launcher, a shell and timeout(1) all send one.
 REPEATED = 2.0
+LONGEST_IMPORT = 120.0  # seconds
 
 
 class Stopped(KeyboardInterrupt):
@@ -49,15 +50,26 @@ class Stopped(KeyboardInterrupt):
 def raise_stopped() -> Iterator[None]:
     """In the block, the first stop signal raises ``Stopped``; one that follows it after ``REPEATED`` ends the process.
 
-    A signal that is ignored, as HUP is below nohup, stays so. Without effect outside the main thread.
+    A signal that is ignored, as HUP is below nohup, stays so. One that arrives within an import is raised after it: the
+    initialization of a C++ library may not survive an exception. Without effect outside the main thread.
     """
     first: list[float] = []
+    deferred: list[float] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if not first:
+        if (
+            not first
+            and is_importing(frame)
+            and time.monotonic() - (deferred or [time.monotonic()])[0] < LONGEST_IMPORT
+        ):
+            deferred.append(time.monotonic())
+            later = threading.Timer(0.05, os.kill, (os.getpid(), number))
+            later.daemon = True
+            later.start()
+        elif not first:
             first.append(time.monotonic())
             raise Stopped(number)
-        if time.monotonic() - first[0] > REPEATED:
+        elif time.monotonic() - first[0] > REPEATED:
             os._exit(128 + number)
 
     former: dict[int, Any] = {}
@@ -71,6 +83,15 @@ def raise_stopped() -> Iterator[None]:
         for number, handler in former.items():
             if signal.getsignal(number) is handle:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Whether ``frame`` is within an import statement."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class StopFlag:
