@@ -14,6 +14,7 @@ from megastar.data.shards.sample_parser import DTYPES, LAYOUTS, Expected
 from megastar.data.storage.shard_info import MANIFEST, ShardInfo
 from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
+from megastar.utils.files import is_plain_name
 
 FORMAT = 1
 MAX_VIEWS = 1024  # drawing among them takes 8 bytes each, for each sample of a batch
@@ -124,7 +125,7 @@ def _problem(m: Manifest) -> str:
     sample = m.views * m.tokens * np.dtype(DTYPES[m.dtype]).itemsize
     names = set[str]()
     for s in m.shards:
-        if not is_plain_name(s.name):
+        if not is_shard_name(s.name):
             return f"names a shard {s.name[:200]!r}: it must be the plain name of a .tar beside it"
         if s.name in names:
             return f"names the shard {s.name} twice"
@@ -136,7 +137,6 @@ def _problem(m: Manifest) -> str:
     return ""
 
 
-def is_plain_name(name: str) -> bool:
+def is_shard_name(name: str) -> bool:
     """Whether ``name`` is a visible .tar in the folder itself."""
-    plain = name.isprintable() and not set(name) & set("/\\") and len(name.encode(errors="replace")) <= 250
-    return plain and name.endswith(".tar") and not name.startswith(".")
+    return is_plain_name(name) and name.endswith(".tar")
