@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from megastar.errors import UserError
+from megastar.utils.redact import redact
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -200,7 +201,7 @@ def report_error(message: str, environ: Mapping[str, str]) -> None:
 
     Other ranks write it to the error file of torch's launchers, or print it if there is no such file.
     """
-    path = environ.get("TORCHELASTIC_ERROR_FILE")
+    message, path = redact(message), environ.get("TORCHELASTIC_ERROR_FILE")
     if path and (place_of(environ)[0] != 0 or LAUNCHED_BY_US in environ):
         try:
             Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, config_and_overrides, terminal_width
+from megastar.config.files import recorded
 from megastar.config.help import fields_text
 from megastar.config.load import config_yaml, load_tokenizer_config, save_config
 from megastar.config.schema import TokenizerTrainConfig
@@ -94,7 +95,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
         provenance["init"] = read_tokenizer_metadata(cfg.init)[1]  # provenance of the initial weights
     save_config(cfg, out / layout.CONFIG)
     result = out / "tokenizer.safetensors"
-    save_tokenizer(trainer.average, result, provenance | {"config": asdict(cfg)})
+    save_tokenizer(trainer.average, result, provenance | {"config": recorded(asdict(cfg))})
     write_json(out / "scores.json", provenance)
     return result, scores
 

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megastar.config.comparison import CompareConfig
 from megastar.config.deepspeed import deepspeed_problems
-from megastar.config.files import as_written, find_file, read_yaml, require_file
+from megastar.config.files import EnvText, as_written, find_file, read_yaml, recorded, require_file, resolve
 from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
 from megastar.config.validate import Problem, divisors, find_problems, words
 from megastar.errors import UserError
@@ -57,7 +57,7 @@ def config_from_dict(data: dict[str, Any], near: Path | None = None) -> RunConfi
 
     ``near`` is the file that ``data`` is from, if any.
     """
-    return _load(data, (), RunConfig, near or "saved configuration", near, files=False)
+    return _load(_resolved(data, lenient=True), (), RunConfig, near or "saved configuration", near, files=False)
 
 
 def _load_file(path: str | Path | None, overrides: Sequence[str], schema: type[T]) -> T:
@@ -70,10 +70,17 @@ def as_run_config(config: RunConfig | str | Path | Mapping[str, Any]) -> RunConf
     if isinstance(config, (str, Path)):
         return load_config(config)
     if isinstance(config, Mapping):
-        return _load(dict(config), (), RunConfig, "configuration", None)
+        return _load(_resolved(dict(config)), (), RunConfig, "configuration", None)
     if isinstance(config, RunConfig):
         return override_config(config, (), "configuration")
     raise UserError(f"configuration {config!r}: give a RunConfig, the path of a YAML file, or a dict of its sections")
+
+
+def _resolved(data: dict[str, Any], lenient: bool = False) -> dict[str, Any]:
+    try:
+        return dict(resolve(data, lenient))
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration cannot be read ({str(error).splitlines()[0]})") from error
 
 
 def _load(
@@ -95,6 +102,7 @@ def _load(
     config = OmegaConf.structured(schema)
     _fill(config, data, schema, "", _leaves(schema), problems)
     cfg = cast(T, OmegaConf.to_object(config))
+    _keep_expressions(cfg, data)
     invalid = {name for problem in problems for name in problem.fields}
     problems += [p for p in find_problems(cfg) if not any(_concerns(p, b) for b in invalid)]
     run = cfg.base if isinstance(cfg, CompareConfig) else cfg
@@ -202,6 +210,10 @@ def _override(data: dict[str, Any], text: str, problems: list[Problem]) -> None:
     try:
         value = OmegaConf.select(OmegaConf.from_dotlist([text]), name)
         value = as_written(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, raw)
+        if "${" in raw:
+            value = resolve(OmegaConf.from_dotlist([text]))
+            for part in name.split("."):
+                value = value[part]
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         problems.append(Problem(f"override {text!r} cannot be read ({str(error).splitlines()[0]})", (name,)))
         return
@@ -253,9 +265,20 @@ def _fill(
             if hint is str and key in choices:
                 value = _choice(value, choices[key])
             try:
-                OmegaConf.update(config, name, value)
+                plain = str(value).replace("${", "\\${") if isinstance(value, EnvText) else value  # it is resolved
+                OmegaConf.update(config, name, plain)
             except (OmegaConfBaseException, ValueError, TypeError):
                 problems.append(Problem(f"{name} = {value!r}: must be {_type_name(hint)}", (name,)))
+
+
+def _keep_expressions(section: Any, data: dict[str, Any]) -> None:
+    """Set the ``EnvText`` of ``data`` in the fields of ``section``, which OmegaConf made plain strings."""
+    for key, value in data.items():
+        inner = section.get(key) if isinstance(section, dict) else getattr(section, str(key), None)
+        if isinstance(value, dict) and inner is not None:
+            _keep_expressions(inner, value)
+        elif isinstance(value, EnvText) and inner == str(value) and not isinstance(section, dict):
+            setattr(section, key, value)
 
 
 def _choice(value: Any, choices: Sequence[str]) -> Any:
@@ -337,8 +360,8 @@ def resolve_batch(train: TrainConfig, tensor_parallel: int, world_size: int) -> 
 
 
 def config_yaml(cfg: AnyConfig) -> str:
-    """Every field, so that the text means the same under later defaults."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+    """Every field, so that the text means the same under later defaults; environment variables as expressions."""
+    return OmegaConf.to_yaml(OmegaConf.create(recorded(asdict(cfg))))
 
 
 def save_config(cfg: AnyConfig, path: str | Path) -> None:
@@ -354,7 +377,7 @@ def diff_configs(a: Any, b: Any, ignore: Collection[str] = ()) -> list[str]:
     """
     one, other = flatten(asdict(a)), flatten(asdict(b))
     return [
-        f"{name}: {one.get(name)} -> {other.get(name)}"
+        f"{name}: {recorded(one.get(name))} -> {recorded(other.get(name))}"
         for name in dict.fromkeys([*one, *other])
         if one.get(name) != other.get(name) and not any(name == i or name.startswith(i + ".") for i in ignore)
     ]

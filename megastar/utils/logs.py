@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from rich.console import Console
 
 from megastar.errors import UserError
+from megastar.utils.redact import redact
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 VARIABLE = "MEGASTAR_LOG_LEVEL"
@@ -26,7 +27,7 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+            self.console.print(redact(self.format(record)), markup=False, highlight=False, soft_wrap=True)
         except Exception:
             self.handleError(record)
 
