@@ -22,6 +22,7 @@ from megastar.errors import UserError
 from megastar.utils.files import check_output
 from megastar.utils.launcher import LAUNCHED_BY_US, is_launched, place_of
 from megastar.utils.printable import one_entry, one_line, say
+from megastar.utils.redact import redact
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -185,7 +186,7 @@ def report_error(message: str, environ: Mapping[str, str]) -> None:
 
     Other ranks write it to the error file of torch's launchers, or print it if there is no such file.
     """
-    path = environ.get("TORCHELASTIC_ERROR_FILE")
+    message, path = redact(message), environ.get("TORCHELASTIC_ERROR_FILE")
     if path and (environ.get("RANK") != "0" or LAUNCHED_BY_US in environ):
         try:
             Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

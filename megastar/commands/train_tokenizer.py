@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, config_and_overrides, terminal_width
+from megastar.config.env_text import recorded
 from megastar.config.help import fields_text
 from megastar.config.load import config_yaml, load_tokenizer_config, save_config
 from megastar.config.schema import TokenizerTrainConfig
@@ -112,7 +113,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
         lease.check()
         save_config(cfg, out / layout.CONFIG)
         result = out / "tokenizer.safetensors"
-        save_tokenizer(trainer.average, result, provenance | {"config": asdict(cfg)})
+        save_tokenizer(trainer.average, result, provenance | {"config": recorded(asdict(cfg))})
         write_json(out / "scores.json", provenance)
     return result, scores
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-from megastar.config.yaml_text import MOST_BYTES, YamlError, parse_yaml, resolve
+from megastar.config.env_text import resolve
+from megastar.config.yaml_text import MOST_BYTES, YamlError, parse_yaml
 from megastar.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -66,15 +67,15 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} line {line} is not UTF-8 text: save it as UTF-8") from error
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a dict, ``${...}`` resolved. Raises ``UserError`` if it is not a mapping of sections."""
+def read_yaml(path: Path, lenient: bool = False) -> dict[str, Any]:
+    """A YAML file as a dict, ``${...}`` resolved as ``resolve`` does. Raises ``UserError`` if it is not a mapping of sections."""
     text = read_text(path)
     try:
         data = parse_yaml(text)
         if data is None:
             return {}
         if isinstance(data, dict):
-            return cast("dict[str, Any]", resolve(data))
+            return cast("dict[str, Any]", resolve(data, lenient))
     except YamlError as error:
         where = f" line {error.line}" if error.line else ""
         what = "is not YAML" if error.syntax else "cannot be read"

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megastar.config.comparison import CompareConfig
 from megastar.config.convert import convert, shown
 from megastar.config.deepspeed import deepspeed_problems
+from megastar.config.env_text import ENV, EnvText, recorded, resolve
 from megastar.config.files import LONGEST_PATH, find_file, read_yaml, require_file
 from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
 from megastar.config.validate import Problem, divisors, find_problems, words
@@ -58,7 +59,7 @@ def config_from_dict(data: dict[str, Any], near: Path | None = None) -> RunConfi
 
     ``near`` is the file that ``data`` is from, if any.
     """
-    return _load(data, (), RunConfig, near or "saved configuration", near, files=False)
+    return _load(_resolved(data, lenient=True), (), RunConfig, near or "saved configuration", near, files=False)
 
 
 def _load_file(path: str | Path | None, overrides: Sequence[str], schema: type[T]) -> T:
@@ -71,10 +72,17 @@ def as_run_config(config: RunConfig | str | Path | Mapping[str, Any]) -> RunConf
     if isinstance(config, (str, Path)):
         return load_config(config)
     if isinstance(config, Mapping):
-        return _load(dict(config), (), RunConfig, "configuration", None)
+        return _load(_resolved(dict(config)), (), RunConfig, "configuration", None)
     if isinstance(config, RunConfig):
         return override_config(config, (), "configuration")
     raise UserError(f"configuration {config!r}: give a RunConfig, the path of a YAML file, or a dict of its sections")
+
+
+def _resolved(data: dict[str, Any], lenient: bool = False) -> dict[str, Any]:
+    try:
+        return dict(resolve(data, lenient))
+    except YamlError as error:
+        raise UserError(f"configuration cannot be read ({error})") from error
 
 
 def _load(
@@ -101,6 +109,7 @@ def _load(
         field, sentence = getattr(error, "full_key", None) or "a field", str(error).splitlines() or ["it is endless"]
         problems.append(Problem(f"{field}: its ${{...}} cannot be resolved ({sentence[0]})", ()))
         raise UserError(_report(str(where or "command line"), [p.text for p in problems])) from error
+    _keep_expressions(cfg, data)
     invalid = {name for problem in problems for name in problem.fields}
     problems += [p for p in find_problems(cfg) if not any(_concerns(p, b) for b in invalid)]
     run = cfg.base if isinstance(cfg, CompareConfig) else cfg
@@ -207,6 +216,8 @@ def _override(data: dict[str, Any], text: str, problems: list[Problem]) -> None:
         return
     try:
         value = parse_value(raw)
+        if ENV in raw:
+            value = resolve({name: value})[name]
     except YamlError as error:
         problems.append(Problem(f"override {shown(text)} cannot be read ({error})", (name,)))
         return
@@ -254,9 +265,20 @@ def _fill(
             if hint is str and key in choices:
                 value = _choice(value, choices[key])
             try:
-                OmegaConf.update(config, name, convert(value, hint))
+                plain = str(value).replace("${", "\\${") if isinstance(value, EnvText) else value  # it is resolved
+                OmegaConf.update(config, name, convert(plain, hint))
             except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
                 problems.append(Problem(f"{name} = {shown(value)}: must be {_type_name(hint, value)}", (name,)))
+
+
+def _keep_expressions(section: Any, data: dict[str, Any]) -> None:
+    """Set the ``EnvText`` of ``data`` in the fields of ``section``, which OmegaConf made plain strings."""
+    for key, value in data.items():
+        inner = section.get(key) if isinstance(section, dict) else getattr(section, str(key), None)
+        if isinstance(value, dict) and inner is not None:
+            _keep_expressions(inner, value)
+        elif isinstance(value, EnvText) and inner == str(value) and not isinstance(section, dict):
+            setattr(section, key, value)
 
 
 def _choice(value: Any, choices: Sequence[str]) -> Any:
@@ -344,8 +366,8 @@ def resolve_batch(train: TrainConfig, tensor_parallel: int, world_size: int) -> 
 
 
 def config_yaml(cfg: AnyConfig) -> str:
-    """Every field, so that the text means the same under later defaults."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+    """Every field, so that the text means the same under later defaults; environment variables as expressions."""
+    return OmegaConf.to_yaml(OmegaConf.create(recorded(asdict(cfg))))
 
 
 def save_config(cfg: AnyConfig, path: str | Path) -> None:
@@ -361,7 +383,7 @@ def diff_configs(a: Any, b: Any, ignore: Collection[str] = ()) -> list[str]:
     """
     one, other = flatten(asdict(a)), flatten(asdict(b))
     return [
-        f"{name}: {one.get(name)} -> {other.get(name)}"
+        f"{name}: {recorded(one.get(name))} -> {recorded(other.get(name))}"
         for name in dict.fromkeys([*one, *other])
         if one.get(name) != other.get(name) and not any(name == i or name.startswith(i + ".") for i in ignore)
     ]

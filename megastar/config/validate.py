@@ -97,7 +97,7 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
             f"use {words(_near(divisors(t.global_batch), t.micro_batch))}",
             ("train.micro_batch", "train.global_batch"),
         )
-    if t.upload and not (t.upload.startswith("s3://") and t.upload.removeprefix("s3://").split("/")[0]):
+    if t.upload and not (t.upload[:5].lower() == "s3://" and t.upload[5:].split("/")[0]):
         yield Problem(f"train.upload = {t.upload}: must have the form s3://bucket/prefix", ("train.upload",))
     if not cfg.run:
         yield Problem("run is empty: name the run folder", ("run",))
@@ -107,7 +107,7 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
         )
     for name in ("shards", "val_shards"):
         scheme, mark, rest = getattr(cfg.data, name).partition("://")
-        if mark and (scheme != "s3" or not rest.split("/")[0]):
+        if mark and (scheme.lower() != "s3" or not rest.split("/")[0]):
             yield Problem(
                 f"data.{name} = {scheme}://{rest}: must be a folder or have the form s3://bucket/prefix",
                 (f"data.{name}",),

@@ -357,10 +357,12 @@ class Trainer:
             raise UserError(f"{problem}, and run the same command again")
         PHASE.at(ENDING)
         if problem := self.saver.close():
-            self.metrics.event("warning", problem, situation="upload")
+            self.metrics.event("warning", problem, situation="upload", note=False)
         self.metrics.saved(self.saver.done)
         self.metrics.warn(self.saver.take_events())
-        self.metrics.event("finished", f"{self.steps} steps are done", note=False)
+        self.metrics.event(
+            "finished", f"{self.steps} steps are done{problem and f', but {problem}'}", note=bool(problem)
+        )
 
     def _stop_without_data(self, signal_number: int) -> None:
         """Some rank has no batch for the next step: save the last whole step and stop. Called by all ranks alike."""

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megastar.config.env_text import recorded
 from megastar.config.files import read_yaml
 from megastar.config.load import config_from_dict, resolve_batch
 from megastar.config.schema import RunConfig
@@ -67,14 +68,14 @@ def read_config(folder: Path) -> tuple[RunConfig | None, dict[str, Any] | None, 
     if not path.is_file():
         return None, None, f"{path} is missing"
     try:
-        fields = read_yaml(path)
+        fields = read_yaml(path, lenient=True)
     except UserError as error:
         return None, None, str(error)
     try:
         cfg = config_from_dict(dict(fields))
     except UserError as error:
-        return None, fields, " ".join(str(error).split())
-    return cfg, asdict(cfg), ""
+        return None, recorded(fields), " ".join(str(error).split())
+    return cfg, recorded(asdict(cfg)), ""
 
 
 def read_run(folder: Path, name: str) -> tuple[ReportRun, RunConfig | None]:

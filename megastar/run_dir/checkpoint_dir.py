@@ -51,8 +51,9 @@ def remove(checkpoint: Path) -> None:
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint of ``folder``, or None."""
     pointer = folder / "latest"
-    if pointer.is_file() and (folder / pointer.read_text().strip() / MANIFEST).is_file():
-        return folder / pointer.read_text().strip()
+    name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    if NAME.fullmatch(name) and (folder / name / MANIFEST).is_file():
+        return folder / name
     return next(reversed(complete(folder)), None)
 
 

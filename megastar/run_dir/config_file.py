@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megastar.config.load import diff_configs, flatten, load_config, save_config
+from megastar.config.files import read_yaml
+from megastar.config.load import config_from_dict, diff_configs, flatten, save_config
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.run_dir.layout import CONFIG
@@ -49,7 +50,7 @@ def claim_run_folder(cfg: RunConfig) -> None:
     Raises ``UserError`` that names the fields in which a run of another configuration differs.
     """
     path = Path(cfg.run) / CONFIG
-    differing = diff_configs(load_config(path), cfg) if path.is_file() else ["all"]
+    differing = diff_configs(config_from_dict(read_yaml(path, lenient=True), path), cfg) if path.is_file() else ["all"]
     if path.is_file() and (refused := [d for d in differing if not d.startswith(RESUMABLE)]):
         raise UserError(
             f"{cfg.run} holds a run of another configuration: {'; '.join(refused)}: choose another run=... or restore the fields"

@@ -18,11 +18,13 @@ from megastar.run_dir import lease
 from megastar.run_dir.jsonl import JsonlWriter, read_jsonl
 from megastar.utils.clock import utc_now
 from megastar.utils.hostname import host_name
+from megastar.utils.redact import redact
 
 NAME = "events.jsonl"
 STARTED = ("started", "resumed")
 ENDED = ("finished", "signal", "error", "hang", "lost")
 KINDS = (*STARTED, *ENDED, "saved", "warning", "slow", "skipped", "rolled_back")
+NOT_UPLOADED = " was not uploaded to "  # in the text about an upload that failed
 _writers: dict[Path, JsonlWriter] = {}
 
 
@@ -37,8 +39,8 @@ def append_event(folder: Path, event: str, step: int, text: str, **fields: Any) 
     if lease.held_elsewhere(folder):
         return
     writer = _writers.setdefault(folder, JsonlWriter(folder / NAME, sync_every=0.0))
-    row = time_and_job() | {"host": host_name(), "event": event, "step": step, "text": text}
-    writer.append({**row, **fields})
+    row = time_and_job() | {"host": host_name(), "event": event, "step": step, "text": redact(text)}
+    writer.append({**row, **{k: redact(v) if isinstance(v, str) else v for k, v in fields.items()}})
 
 
 def time_and_job() -> dict[str, Any]:

@@ -65,7 +65,7 @@ def status_of(run: Path, now: float | None = None) -> Status:
     if not path.is_file():
         raise UserError(f"{run} is not a run folder: it contains no {CONFIG}; name the `run` of a configuration")
     try:
-        cfg = config_from_dict(read_yaml(path))
+        cfg = config_from_dict(read_yaml(path, lenient=True))
     except UserError as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{path} cannot be used ({problem}): restore the file that `megastar train` wrote") from error
@@ -161,7 +161,8 @@ def find_state(status: Status, train: TrainConfig, run: Path, past: list[dict[st
     """The state and its reason. Only files are read, so a run counts as stopped once it was silent for too long."""
     end = past[-1] if past else {}
     if status.steps and status.checkpoint_step is not None and status.checkpoint_step >= status.steps:
-        return "finished", f"all {status.steps} steps are done and saved"
+        failed = f", but {status.upload}" if events.NOT_UPLOADED in status.upload else ""
+        return "finished", f"all {status.steps} steps are done and saved{failed}"
     if end.get("event") in events.ENDED:
         return "stopped", str(end.get("text", ""))
     if status.last_sign_s is None:

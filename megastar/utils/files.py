@@ -25,6 +25,13 @@ def check_regular(path: Path) -> None:
         raise UserError(f"{path} is {kind}: name the file to write")
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether ``name``, which was read from a file, can only name a visible entry of the folder that it is joined to."""
+    if not isinstance(name, str) or not 0 < len(name.encode(errors="replace")) <= 250:
+        return False
+    return name.isprintable() and not set(name) & set("/\\") and not name.startswith(".")
+
+
 def existing_parent(path: Path) -> Path:
     """``path``, or its nearest parent that exists."""
     return next(p for p in (path, *path.absolute().parents) if os.path.exists(p))

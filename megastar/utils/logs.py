@@ -12,6 +12,7 @@ from rich.text import Text
 from megastar.errors import UserError
 from megastar.utils.console import PlainConsole
 from megastar.utils.printable import one_entry
+from megastar.utils.redact import redact
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 VARIABLE = "MEGASTAR_LOG_LEVEL"
@@ -36,7 +37,7 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.console.print(Text(self.format(record)), soft_wrap=True)
+            self.console.print(Text(redact(self.format(record))), soft_wrap=True)
         except Exception:
             self.handleError(record)
 

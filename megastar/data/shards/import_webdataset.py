@@ -16,7 +16,13 @@ from rich.console import Console
 
 from megastar.config.schema import DataConfig
 from megastar.data.shards.index import ShardIndex, pack_index
-from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, is_plain_name, parse_manifest, write_manifest
+from megastar.data.shards.manifest import (
+    MAX_CODEBOOK,
+    Manifest,
+    is_shard_name,
+    parse_manifest,
+    write_manifest,
+)
 from megastar.data.shards.sample_parser import Expected, Samples, check_classes, check_codes, check_layout, find_samples
 from megastar.data.shards.tar_reader import shown
 from megastar.data.storage.shard_info import MANIFEST, ShardInfo, index_name
@@ -121,7 +127,7 @@ def _tars(store: Store, where: str | Path) -> list[str]:
     files = store.names()
     if MANIFEST in files and parse_manifest(store).made_by.get("writer") != WRITER:
         raise UserError(f"{where} has a {MANIFEST} written by pretokenize and needs no index")
-    names = sorted(name for name in files if is_plain_name(name))
+    names = sorted(name for name in files if is_shard_name(name))
     if not names:
         raise UserError(f"{where} contains no .tar: give the folder that contains the shards, uncompressed")
     return names

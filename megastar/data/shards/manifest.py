@@ -23,6 +23,7 @@ from megastar.data.shards.shard_table import (
 from megastar.data.storage.shard_info import MANIFEST, ShardInfo
 from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
+from megastar.utils.files import is_plain_name
 
 FORMAT = 1
 TABLE_FORMAT = 2  # the shards are listed in a table (shard_table.py)
@@ -153,7 +154,7 @@ def _problem(m: Manifest) -> str:
     else:
         suspects = m.shards
     for s in suspects:
-        if not is_plain_name(s.name):
+        if not is_shard_name(s.name):
             return f"names a shard {s.name[:200]!r}: it must be the plain name of a .tar beside it"
         if s.name in names:
             return f"names the shard {s.name} twice"
@@ -165,7 +166,6 @@ def _problem(m: Manifest) -> str:
     return ""
 
 
-def is_plain_name(name: str) -> bool:
+def is_shard_name(name: str) -> bool:
     """Whether ``name`` is a visible .tar in the folder itself."""
-    plain = name.isprintable() and not set(name) & set("/\\") and len(name.encode(errors="replace")) <= 250
-    return plain and name.endswith(".tar") and not name.startswith(".")
+    return is_plain_name(name) and name.endswith(".tar")

@@ -161,7 +161,7 @@ Store = FolderStore | S3Store
 
 
 def is_remote(url: str | Path) -> bool:
-    return str(url).startswith("s3://")
+    return str(url)[:5].lower() == "s3://"
 
 
 def open_store(url: str | Path, data: DataConfig | None = None) -> Store:

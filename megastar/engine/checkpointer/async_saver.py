@@ -29,6 +29,7 @@ from torch import Tensor
 
 from megastar.checkpoint.rng_state import random_file
 from megastar.checkpoint.shard_format import KINDS, Piece, state_file, write_pieces
+from megastar.config.env_text import recorded
 from megastar.config.schema import RunConfig
 from megastar.engine.checkpointer.s3_upload import Uploader
 from megastar.engine.context import Context
@@ -144,7 +145,7 @@ class Saver:
             "dtype": str(self.ctx.dtype),
             "optimizer_step": self.engines.updates(),
             "parameters": self.shapes,
-            "config": asdict(self.cfg),
+            "config": recorded(asdict(self.cfg)),
         }
         self.thread = threading.Thread(target=self._write, args=(pieces, random, manifest), daemon=True)
         self.thread.start()

@@ -280,8 +280,7 @@ def answer(status: int, code: str) -> ClientError:
         (404, "NoSuchKey", "s3://bucket/some/prefix/a.tar does not exist at http://store:1: upload the whole folder"),
         (403, "AccessDenied", r"denies access to s3://bucket/some/prefix/a.tar \(AccessDenied\) and no credentials were found"),
         (412, "PreconditionFailed", "s3://bucket/some/prefix/a.tar changed while it was read"),
-        (301, "PermanentRedirect", r"rejects the request for s3://bucket/some/prefix/a.tar \(PermanentRedirect, reason\): correct the URL, the region"),
-        (400, "ExpiredToken", r"rejects the request for s3://bucket/some/prefix/a.tar \(ExpiredToken, reason\)"),
+        (301, "PermanentRedirect", r"rejects the request for s3://bucket/some/prefix/a.tar \(PermanentRedirect, reason\): the bucket is in another region: correct the region"),
     ],
 )  # fmt: skip
 def test_permanent_errors(remote, monkeypatch, status, code, sentence):
@@ -289,7 +288,9 @@ def test_permanent_errors(remote, monkeypatch, status, code, sentence):
         remote.raise_if_permanent(answer(status, code), "a.tar")
     if status == 403:
         monkeypatch.setattr(remote, "signed", True)
-        with pytest.raises(UserError, match=r"\(AccessDenied\): use credentials that may read it"):
+        with pytest.raises(
+            UserError, match=r"\(AccessDenied\): use credentials that may read it \(those used are from"
+        ):
             remote.raise_if_permanent(answer(status, code), "a.tar")
 
 
@@ -297,7 +298,7 @@ def test_permanent_errors(remote, monkeypatch, status, code, sentence):
     "error",
     [
         answer(503, "SlowDown"), answer(500, "InternalError"), answer(429, "TooManyRequests"),
-        answer(408, "RequestTimeout"), answer(400, "RequestTimeout"), ConnectionResetError(),
+        answer(400, "ExpiredToken"), answer(408, "RequestTimeout"), answer(400, "RequestTimeout"), ConnectionResetError(),
         ConnectTimeoutError(endpoint_url="x"), IncompleteReadError(actual_bytes=1, expected_bytes=2),
     ],
 )  # fmt: skip
@@ -326,17 +327,6 @@ def test_requests_without_credentials_are_unsigned(remote):
     from botocore import UNSIGNED
 
     assert not remote.signed and remote.client.meta.config.signature_version is UNSIGNED
-
-
-# Which store -------------------------------------------------------------------------------------------------------
-def test_stores_and_urls(tmp_path):
-    assert isinstance(open_store(tmp_path), FolderStore) and is_remote("s3://b") and not is_remote(tmp_path)
-    assert split_url("s3://bucket/a/b/") == ("bucket", "a/b") and split_url("s3://bucket") == ("bucket", "")
-    with pytest.raises(UserError, match="s3:///a: must have the form s3://bucket/prefix"):
-        split_url("s3:///a")
-    assert DataConfig().patience == 1800 and s3_client.PART == 8 << 20
-    (tmp_path / "f").write_bytes(b"abc")
-    assert sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 # What others may have planted in a cache ---------------------------------------------------------------------------
@@ -392,3 +382,15 @@ def test_files_of_other_users_are_not_used(tmp_path):
     os.chown(cache.folder / "lock", 12345, 12345)
     with pytest.raises(UserError, match=r"lock is not a file of this user alone\): set it to a folder on a disk"):
         ShardCache(tmp_path / "c", 1)
+
+
+# Which store -------------------------------------------------------------------------------------------------------
+def test_stores_and_urls(tmp_path):
+    assert isinstance(open_store(tmp_path), FolderStore) and is_remote("s3://b") and not is_remote(tmp_path)
+    assert is_remote("S3://b") and split_url("S3://Bucket/a") == ("Bucket", "a")
+    assert split_url("s3://bucket/a/b/") == ("bucket", "a/b") and split_url("s3://bucket") == ("bucket", "")
+    with pytest.raises(UserError, match="s3:///a: must have the form s3://bucket/prefix"):
+        split_url("s3:///a")
+    assert DataConfig().patience == 1800 and s3_client.PART == 8 << 20
+    (tmp_path / "f").write_bytes(b"abc")
+    assert sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
