@@ -20,7 +20,7 @@ from megastar.data.shards.shard_table import (
     pack_table,
     read_table,
 )
-from megastar.data.storage.shard_info import MANIFEST, ShardInfo
+from megastar.data.storage.shard_info import MANIFEST, ShardInfo, is_plain_name
 from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
 
@@ -163,9 +163,3 @@ def _problem(m: Manifest) -> str:
             return f"declares {s.samples} samples of {sample} bytes in the {s.bytes} bytes of {s.name}"
         names.add(s.name)
     return ""
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether ``name`` is a visible .tar in the folder itself."""
-    plain = name.isprintable() and not set(name) & set("/\\") and len(name.encode(errors="replace")) <= 250
-    return plain and name.endswith(".tar") and not name.startswith(".")

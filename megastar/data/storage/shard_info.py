@@ -26,3 +26,9 @@ def max_index_bytes(info: ShardInfo) -> int:
 def index_name(shard: str) -> str:
     """shard-00000.tar -> shard-00000.idx"""
     return f"{shard.removesuffix('.tar')}.idx"
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` is a visible .tar in the folder itself."""
+    plain = name.isprintable() and not set(name) & set("/\\") and len(name.encode(errors="replace")) <= 250
+    return plain and name.endswith(".tar") and not name.startswith(".")
