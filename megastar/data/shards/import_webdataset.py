@@ -16,16 +16,10 @@ from rich.console import Console
 
 from megastar.config.schema import DataConfig
 from megastar.data.shards.index import ShardIndex, pack_index
-from megastar.data.shards.manifest import (
-    MAX_CODEBOOK,
-    Manifest,
-    is_shard_name,
-    parse_manifest,
-    write_manifest,
-)
+from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, parse_manifest, write_manifest
 from megastar.data.shards.sample_parser import Expected, Samples, check_classes, check_codes, check_layout, find_samples
 from megastar.data.shards.tar_reader import shown
-from megastar.data.storage.shard_info import MANIFEST, ShardInfo, index_name
+from megastar.data.storage.shard_info import MANIFEST, ShardInfo, index_name, is_shard_name
 from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
 from megastar.tokenizer.io import read_tokenizer_metadata, tokenizer_hash

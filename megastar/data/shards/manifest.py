@@ -20,10 +20,9 @@ from megastar.data.shards.shard_table import (
     pack_table,
     read_table,
 )
-from megastar.data.storage.shard_info import MANIFEST, ShardInfo
+from megastar.data.storage.shard_info import MANIFEST, ShardInfo, is_shard_name
 from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
-from megastar.utils.files import is_plain_name
 
 FORMAT = 1
 TABLE_FORMAT = 2  # the shards are listed in a table (shard_table.py)
@@ -164,8 +163,3 @@ def _problem(m: Manifest) -> str:
             return f"declares {s.samples} samples of {sample} bytes in the {s.bytes} bytes of {s.name}"
         names.add(s.name)
     return ""
-
-
-def is_shard_name(name: str) -> bool:
-    """Whether ``name`` is a visible .tar in the folder itself."""
-    return is_plain_name(name) and name.endswith(".tar")

@@ -21,7 +21,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from megastar.data.storage.shard_info import ShardInfo
+from megastar.data.storage.shard_info import ShardInfo, is_shard_name
 from megastar.data.storage.store import Store
 from megastar.errors import UserError
 from megastar.utils.files import sha256_of
@@ -38,6 +38,8 @@ class ShardTable(Sequence[ShardInfo]):
     """The rows of a table in ``data``, made into ``ShardInfo`` when they are used."""
 
     def __init__(self, data: bytes | mmap.mmap):
+        if len(data) < _HEAD.size:
+            raise ValueError(f"it has {len(data)} bytes")
         magic, version, width, rows = _HEAD.unpack_from(data)
         if magic != _MAGIC or version != _VERSION or not 1 <= width <= _MAX_NAME:
             raise ValueError("it is not a table of shards of version 1")
@@ -57,8 +59,10 @@ class ShardTable(Sequence[ShardInfo]):
     def __getitem__(self, index: int | slice) -> ShardInfo | list[ShardInfo]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        samples, size, sha256, name = self.rows[index].item()
-        return ShardInfo(name.decode(), samples, size, sha256.hex())
+        samples, size, sha256, raw = self.rows[index].item()
+        if not is_shard_name(name := raw.decode(errors="replace")):
+            raise UserError(f"{TABLE} names a shard {name[:200]!r}: it must be the plain name of a .tar beside it")
+        return ShardInfo(name, samples, size, sha256.hex())
 
 
 def pack_table(shards: Sequence[ShardInfo]) -> bytes:
@@ -78,7 +82,7 @@ def describe_table(data: bytes) -> dict[str, Any]:
 def read_table(store: Store, entry: dict[str, Any]) -> ShardTable:
     """The table that manifest.json records in ``entry``. Raises ``UserError`` if it is missing, changed or damaged."""
     size, sha256, where = entry["bytes"], entry["sha256"], store.where(TABLE)
-    if entry["name"] != TABLE or type(size) is not int or not _HEAD.size <= size <= _MAX_BYTES:
+    if entry["name"] != TABLE or type(size) is not int or not 1 <= size <= _MAX_BYTES:
         raise ValueError(f"the entry `table` is {entry!r:.200}")
     with store.open(ShardInfo(TABLE, 0, size, sha256)) as file:
         if (found := sha256_of(file)) != sha256:
