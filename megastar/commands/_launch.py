@@ -58,18 +58,14 @@ class _Launcher:
             texts = [self._error_of(file) for file in self.errors]
         if failed is None:
             return 0
-        if self.signal:
-            return 128 + self.signal
         status = self.ranks[failed].returncode
-        if status == 2 and texts[failed]:
+        if status == 2 and texts[failed] and not self.signal:
             raise UserError(texts[failed])
-        if status < 0:
-            name = signal.Signals(-status).name
-            print_error(f"rank {failed} was killed by {name}")
-            return 128 - status
+        if status < 0 and not self.signal:
+            texts[failed] = f"rank {failed} was killed by {signal.Signals(-status).name}"
         if texts[failed]:
             print_error(texts[failed])
-        return status
+        return 128 + self.signal if self.signal else status if status >= 0 else 128 - status
 
     def _start(self) -> None:
         environ = {k: v for k, v in os.environ.items() if not k.startswith(OF_OTHER_LAUNCHERS)}
