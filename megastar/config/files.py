@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megastar.errors import UserError
+from megastar.utils.files import read_regular
 
+MAX_YAML = 4 << 20  # bytes
 REPOSITORY = Path(__file__).resolve().parents[2]
 INSTALLED = Path(sys.prefix) / "share" / "megastar"  # setup.py puts configs/ there
 
@@ -48,8 +51,9 @@ def require_file(name: str | Path, what: str, near: Path | None = None) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file as a dict, ``${...}`` resolved. Raises ``UserError`` if it is not a mapping of sections."""
     try:
-        loaded = OmegaConf.load(path)
-        data = as_written(OmegaConf.to_container(loaded, resolve=True), path.read_text("utf-8"))
+        text = read_regular(path, MAX_YAML).decode()
+        loaded = OmegaConf.load(io.StringIO(text))
+        data = as_written(OmegaConf.to_container(loaded, resolve=True), text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

@@ -54,11 +54,11 @@ def test_manifest(box: Box) -> None:
     tally, rng = Tally("megastar.json"), random.Random("manifest")
     whole = manifest(box)
     names = list(COMMANDS)
-    for i, (label, data) in enumerate(json_variants(whole, rng, 160)):
+    for i, (label, data) in enumerate(json_variants(whole, rng, 60)):
         box.variant(box.checkpoint / "megastar.json", data)
         box.run(tally, label, *COMMANDS[names[i % len(names)]])
     text = json.dumps(whole).encode()
-    for i, (label, data) in enumerate(byte_variants(text, rng, 60)):
+    for i, (label, data) in enumerate(byte_variants(text, rng, 30)):
         box.variant(box.checkpoint / "megastar.json", data)
         box.run(tally, label, *COMMANDS[names[i % len(names)]])
     tally.check()
@@ -115,10 +115,11 @@ def test_manifest_by_hand(box: Box) -> None:
         "steps": {"steps": -1},
         "dtype": {"dtype": 5},
     }
-    for label, fields in cases.items():
-        for words in COMMANDS.values():
+    others = list(COMMANDS)[1:]
+    for i, (label, fields) in enumerate(cases.items()):
+        for name in ("inspect", others[i % len(others)], others[(i + 3) % len(others)]):
             box.variant(box.checkpoint / "megastar.json", json.dumps(whole | fields).encode())
-            box.run(tally, label, *words)
+            box.run(tally, label, *COMMANDS[name])
     tally.check()
 
 
@@ -139,8 +140,8 @@ def test_state_headers(box: Box) -> None:
     start, stop = header[names[0]]["data_offsets"]
     first = next(iter(pieces))
     rank, low, high = pieces[first]
-    variants = list(json_variants(header, rng, 40)) + [
-        (f"pieces {n}", with_pieces(d.decode(errors="replace"))) for n, d in json_variants(pieces, rng, 30)
+    variants = list(json_variants(header, rng, 16)) + [
+        (f"pieces {n}", with_pieces(d.decode(errors="replace"))) for n, d in json_variants(pieces, rng, 12)
     ]
     variants += [
         (
@@ -169,7 +170,7 @@ def test_state_headers(box: Box) -> None:
         box.variant(path, struct.pack("<Q", length) + path.read_bytes()[8:])
         rehash(box.checkpoint)
         box.run(tally, f"header of {length}", *words[0])
-    for i, (label, text) in enumerate(byte_variants(path.read_bytes(), rng, 30)):
+    for i, (label, text) in enumerate(byte_variants(path.read_bytes(), rng, 18)):
         box.variant(path, text)
         if i % 2:
             rehash(box.checkpoint)
@@ -183,10 +184,9 @@ def test_files_of_other_kinds(box: Box) -> None:
     names = ("megastar.json", STATE, "random-00000.pt", "../latest", "../../config.yaml")
     for name in names:
         for kind, make in odd_files().items():
-            for command in ("inspect", "verify", "sample", "status", "report"):
-                if (command in ("verify", "sample")) <= (kind in ("pipe", "zeros", "sparse")):
-                    box.instead(box.checkpoint / name, make)
-                    box.run(tally, f"{name} is a {kind}", *COMMANDS[command])
+            for command in ("inspect", "status", "report") if kind in ("pipe", "zeros", "sparse") else ("status",):
+                box.instead(box.checkpoint / name, make)
+                box.run(tally, f"{name} is a {kind}", *COMMANDS["verify" if command == "inspect" else command])
     tally.check()
 
 
@@ -198,7 +198,7 @@ def test_latest(box: Box) -> None:
         "missing": b"step-00000999\n", "empty": b"", "absolute": b"/etc\n", "dot": b".\n", "large": b"x" * 10**7,
     }  # fmt: skip
     for label, data in contents.items():
-        for command in ("inspect", "sample", "status", "report"):
+        for command in ("inspect", "status"):
             box.variant(latest, data)
             box.run(tally, label, *COMMANDS[command])
     tally.check()
