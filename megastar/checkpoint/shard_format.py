@@ -25,6 +25,7 @@ from megastar.parallel.budget import check_tensor
 from megastar.parallel.plan import split_of
 from megastar.run_dir.checkpoint_dir import damaged
 from megastar.run_dir.layout import MANIFEST
+from megastar.run_dir.manifest import require_weights
 from megastar.utils.files import open_regular
 from megastar.utils.json_file import WEIGHT_NAME, core, dict_of, integer, parse_json, shown, validator
 from megastar.utils.safetensors_header import read_header
@@ -92,6 +93,7 @@ class StateReader:
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.handles: dict[str, BinaryIO] = {}
         self.folder = folder
+        require_weights(folder, manifest)
         self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in manifest["parameters"].items()}
         self.tensor: int = manifest["mesh"]["tensor"]
         self.optimizer_step: int = manifest["optimizer_step"]
@@ -110,6 +112,8 @@ class StateReader:
     def _table(self, file: str) -> dict[str, list[int]]:
         """The pieces in a file: name -> tensor rank, start, stop; each lies within its parameter."""
         path = self.folder / file
+        if not path.exists():
+            raise damaged(self.folder, f"{self.folder}: {file} is missing")
         try:
             metadata, entries = read_header(path)
             table: dict[str, list[int]] = parse_json(

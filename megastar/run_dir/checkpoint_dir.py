@@ -20,7 +20,7 @@ from typing import Any
 from megastar.config.schema import TrainConfig
 from megastar.errors import UserError
 from megastar.run_dir import manifest
-from megastar.run_dir.layout import CHECKPOINTS, MANIFEST
+from megastar.run_dir.layout import CHECKPOINTS, FORMAT, MANIFEST  # noqa: F401
 from megastar.utils.files import read_small, sha256, sync_folder, write_atomic
 
 WRITING = ".writing"
@@ -99,8 +99,9 @@ def retire(train: TrainConfig, folder: Path) -> None:
         scores: dict[Path, float] = {}
         for p in found:
             with suppress(UserError):  # a damaged one is not the best
-                scores[p] = manifest.load(p).get("val_loss_ar", math.nan)
-        scored = [p for p in found if not math.isnan(scores.get(p, math.nan))]
+                if (loss := manifest.load(p).get("val_loss_ar")) is not None and not math.isnan(loss):
+                    scores[p] = loss
+        scored = [p for p in found if p in scores]
         keep |= set(sorted(scored, key=lambda p: scores[p])[:1])
     for old in set(found) - keep:
         remove(old)

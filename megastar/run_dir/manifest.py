@@ -19,8 +19,10 @@ from megastar.utils.json_file import (
     ANY,
     FILE_NAME,
     FLOAT,
+    MAX_INT,
     SHA256,
     WEIGHT_NAME,
+    Schema,
     check,
     core,
     dict_of,
@@ -32,37 +34,42 @@ from megastar.utils.json_file import (
     shown,
     text,
     validator,
-)  # fmt: skip
+)
 
-_RANKS = integer(1, 1 << 20)
-_MESH = record({"data": _RANKS, "tensor": integer(1, 4096)}, {"zero_stage": integer(0, 3)})
-_GUARD = record(
-    {},
-    {
-        "losses": list_of(FLOAT), "skips": list_of(integer()), "rollbacks": integer(0, 1_000_000),
-        "offset": integer(),
-    },
-)  # fmt: skip
+_MESH = record({"data": integer(1, 1 << 20), "tensor": integer(1, 4096)}, {"zero_stage": integer(0, 3)})
 _SHAPE = list_of(integer(0, 1 << 40), high=8)
-_SCHEMA = validator(
-    record(
+_FILE = record({"bytes": integer(0, 1 << 50), "sha256": SHA256, "whose": text(500)})
+_NEEDED: dict[str, Schema] = {  # to read the weights
+    "optimizer_step": integer(),
+    "mesh": _MESH,
+    "parameters": core.dict_schema(WEIGHT_NAME, _SHAPE, min_length=1, max_length=100_000, strict=True),
+    "config": dict_of(text(200), ANY),
+}
+_OTHERS: dict[str, Schema] = {
+    "steps": optional(integer()),
+    "dtype": text(100),
+    "classes": optional(list_of(text(10_000))),
+    "command": optional(text()),
+    "val_loss_ar": optional(FLOAT),
+    "guard": record(
+        {},
         {
-            "format": integer(FORMAT, FORMAT),
-            "step": integer(0, 99_999_999),  # as many digits as the folder's name has
-            "optimizer_step": integer(),
-            "mesh": _MESH,
-            "parameters": core.dict_schema(WEIGHT_NAME, _SHAPE, min_length=1, max_length=100_000, strict=True),
-            "config": dict_of(text(200), ANY),
-            "files": dict_of(FILE_NAME, record({"bytes": integer(0, 1 << 50), "sha256": SHA256, "whose": text(500)})),
+            "losses": list_of(FLOAT),
+            "skips": list_of(integer()),
+            "rollbacks": integer(0, 1_000_000),
+            "offset": integer(-MAX_INT),
         },
-        {
-            "steps": optional(integer()), "dtype": text(100), "classes": optional(list_of(text(10_000))),
-            "command": optional(text()), "val_loss_ar": FLOAT, "guard": _GUARD, "data": text(200), "val_data": text(200),
-            "order": integer(0, 100), "init": optional(dict_of(text(200), ANY)),
-            "converted": record({"from": text(10_000), "mesh": _MESH}),
-        },
-    )
-)  # fmt: skip
+    ),
+    "data": text(200),
+    "val_data": text(200),
+    "order": integer(0, 100),
+    "init": optional(dict_of(text(200), ANY)),
+    "converted": record({"from": text(10_000), "mesh": _MESH}),
+}
+# A step has as many digits as the name of the folder.
+_HEAD = {"format": integer(FORMAT, FORMAT), "step": integer(0, 99_999_999), "files": dict_of(FILE_NAME, _FILE)}
+_SCHEMA = validator(record(_HEAD, _NEEDED | _OTHERS))
+_COMPLETE = validator(record(_NEEDED))
 
 
 class OtherFormat(UserError):
@@ -80,11 +87,17 @@ def load(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
+def require_weights(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Raise ``UserError`` for a manifest without the fields that are needed to read the weights."""
+    check(manifest, checkpoint / MANIFEST, _COMPLETE, "restore it")
+
+
 def check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
     """Raise ``UserError`` unless the files of a checkpoint are there, with the manifest's sizes."""
     for name, entry in manifest["files"].items():
         if found := file_problem(checkpoint / name, entry["bytes"]):
-            raise UserError(f"{checkpoint / name} ({shown(entry['whose'])}) {found}")
+            missing = f"{checkpoint} lacks {name} ({shown(entry['whose'])})"
+            raise UserError(missing if found == "is missing" else f"{checkpoint / name} {found}")
 
 
 def file_problem(path: Path, size: int) -> str:
@@ -100,11 +113,12 @@ def file_problem(path: Path, size: int) -> str:
         return f"cannot be read ({error.strerror})"
     except UserError:
         return "is not a regular file"
-    return "" if found == size else f"is damaged: it has {found} bytes, the manifest records {size}"
+    return "" if found == size else f"is damaged: it has {found} bytes, its manifest records {size}"
 
 
 def config_of(checkpoint: Path, manifest: dict[str, Any]) -> RunConfig:
     """The configuration in a manifest, which names no other files as a YAML file may. Raises ``UserError``."""
+    require_weights(checkpoint, manifest)
     path, data = checkpoint / MANIFEST, manifest["config"]
     for name, section in data.items():
         if (

@@ -54,4 +54,6 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         return file.read("arr_0", "u", 1 << 30), file.read("arr_1", "iu")
     except UserError as error:
-        raise UserError(f"{error}: remove it and run again; only this part is sampled again") from error
+        raise UserError(
+            f"{path} is damaged ({error}): remove it and run again; only this part is sampled again"
+        ) from error

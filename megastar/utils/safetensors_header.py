@@ -47,8 +47,8 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
             length = int.from_bytes(f.read(8), "little")
             if size < 10 or not 2 <= length <= min(size - 8, MAX_HEADER):
                 raise UserError(
-                    f"{path} is damaged: it is not a safetensors file, or truncated (a header of {length} bytes in a "
-                    f"file of {size}): {remedy}"
+                    f"{path} is damaged or not a readable safetensors file (a header of {length} bytes in a file of {size}): "
+                    f"{remedy}"
                 )
             header = parse_json(f.read(length), where, None, remedy)
     except OSError as error:

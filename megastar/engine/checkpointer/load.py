@@ -17,6 +17,7 @@ from megastar.errors import UserError
 from megastar.model.io import read_model_header
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.manifest import require_weights
 from megastar.utils.json_file import shown
 
 
@@ -28,6 +29,7 @@ def load_checkpoint(ctx: Context, engines: Engines, checkpoint: Path, seed: int)
     ``UserError`` for another network and for files that are not what was written.
     """
     metadata = checkpoint_dir.read_manifest(checkpoint)
+    require_weights(checkpoint, metadata)
     names = list(metadata["files"])
     checkpoint_dir.verify(checkpoint, names[ctx.rank :: ctx.world])  # the ranks share the hashing
     if ctx.world > 1:

@@ -227,9 +227,9 @@ def test_a_missing_or_damaged_file_is_named(run, tmp_path, capsys):
         words, capsys
     )
     file.write_bytes(good[:-1])
-    assert f"has {len(good) - 1} bytes, the manifest records {len(good)}" in refused(words, capsys)
+    assert f"has {len(good) - 1} bytes, its manifest records {len(good)}" in refused(words, capsys)
     file.unlink()
-    assert "state-00002.safetensors (rank 2: data rank 1, tensor rank 0) is missing: restore it" in refused(words, capsys)
+    assert "lacks state-00002.safetensors (rank 2: data rank 1, tensor rank 0): restore it" in refused(words, capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
