@@ -14,20 +14,32 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from megastar.checkpoint.safetensors_stream import TensorWriter, byte_view, read_header
+from megastar.checkpoint.safetensors_stream import TensorWriter, byte_view
+from megastar.config.schema import ModelConfig
 from megastar.errors import UserError
+from megastar.model.io import check_fits
+from megastar.parallel.budget import check_tensor
 from megastar.parallel.plan import split_of
+from megastar.run_dir.checkpoint_dir import damaged
+from megastar.run_dir.layout import MANIFEST
+from megastar.run_dir.manifest import require_weights
+from megastar.utils.files import open_regular
+from megastar.utils.json_file import WEIGHT_NAME, core, dict_of, integer, parse_json, shown, validator
+from megastar.utils.safetensors_header import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 STATES = ("exp_avg", "exp_avg_sq", "ema")
 KINDS = ("fp32", *STATES)  # tensors stored for each parameter
+PROJECTOR = "projector."
 PREFIX = "transformer."  # of the network's own weights; the projector is used in training only
+PIECES = validator(
+    dict_of(WEIGHT_NAME, core.list_schema(integer(), min_length=3, max_length=3, strict=True))
+)  # name -> tensor rank, start, stop
 OPEN_FILES = 64  # open at once; many systems limit a process to 1024
 
 
@@ -63,6 +75,15 @@ def write_pieces(path: Path, pieces: Sequence[tuple[Piece, dict[str, Tensor]]]) 
     return out.bytes, out.sha256
 
 
+def check_parameters(folder: Path, manifest: dict[str, Any], model: ModelConfig) -> None:
+    """Raise ``UserError`` unless the parameters in a manifest are those of its configuration, divisible as it says."""
+    shapes = {n: tuple(s) for n, s in manifest["parameters"].items()}
+    check_fits(folder, {n.removeprefix(PREFIX): s for n, s in shapes.items() if n.startswith(PREFIX)}, model)
+    if other := [n for n in shapes if not n.startswith((PREFIX, PROJECTOR))]:
+        raise damaged(folder, f"{folder / MANIFEST} is damaged: it names a parameter {shown(other[0])}")
+    check_tensor(model, manifest["mesh"]["tensor"])
+
+
 class StateReader:
     """Parameters of a checkpoint folder, for any tensor-parallel degree and any range.
 
@@ -72,8 +93,9 @@ class StateReader:
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], near: tuple[int, int] | None = None):
-        self.handles: dict[str, BufferedReader] = {}
+        self.handles: dict[str, BinaryIO] = {}
         self.folder = folder
+        require_weights(folder, manifest)
         self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in manifest["parameters"].items()}
         self.tensor: int = manifest["mesh"]["tensor"]
         self.optimizer_step: int = manifest["optimizer_step"]
@@ -96,31 +118,43 @@ class StateReader:
     def _read_table(self) -> None:
         """Read the header of the next file: where it holds which elements."""
         file = self.unread.pop()
+        for name, (rank, start, stop) in self._table(file).items():
+            self.locations.setdefault((name, rank), []).append((start, stop, file))
+
+    def _table(self, file: str) -> dict[str, list[int]]:
+        """The pieces in a file: name -> tensor rank, start, stop; each lies within its parameter."""
+        path = self.folder / file
+        if not path.exists():
+            raise damaged(self.folder, f"{self.folder}: {file} is missing")
         try:
-            metadata, entries = read_header(self.folder / file)
-            table: dict[str, list[int]] = json.loads(metadata["pieces"])
-            for name, (rank, start, stop) in table.items():
-                for kind in KINDS:
-                    entry = entries[f"{kind}/{name}"]
-                    if entry.dtype != "F32" or entry.stop - entry.start != 4 * (stop - start):
-                        raise ValueError(f"{kind}/{name} is {entry.dtype} {entry.shape}, not {stop - start} of F32")
-                    self.first_byte[file, kind, name] = entry.start
-                self.locations.setdefault((name, rank), []).append((start, stop, file))
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{self.folder}: {file} is missing: restore it, or resume from an earlier checkpoint"
-            ) from error
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self._damaged(file, error) from error
+            metadata, entries = read_header(path)
+            table: dict[str, list[int]] = parse_json(
+                metadata.get("pieces", ""), f"pieces in the header of {path}", PIECES
+            )
+        except UserError as error:
+            raise damaged(self.folder, error) from error
+        for name, (rank, start, stop) in table.items():
+            if (
+                name not in self.shapes
+                or rank >= self.tensor
+                or not start <= stop <= math.prod(self.local_shape(name, self.tensor))
+            ):
+                raise self._damaged(file, f"it holds elements {start} to {stop} of {name} of tensor rank {rank}")
+            for kind in KINDS:
+                entry = entries.get(f"{kind}/{name}")
+                if entry is None or entry.dtype != "F32" or entry.stop - entry.start != 4 * (stop - start):
+                    raise self._damaged(file, f"{kind}/{name} is {entry}, not {stop - start} elements of F32")
+                self.first_byte[file, kind, name] = entry.start
+        return table
 
     def _damaged(self, file: str, reason: object) -> UserError:
-        return UserError(f"{self.folder / file} is damaged ({reason}): restore it")
+        return damaged(self.folder, f"{self.folder / file} is damaged ({reason})")
 
-    def _open(self, file: str) -> BufferedReader:
+    def _open(self, file: str) -> BinaryIO:
         if file not in self.handles:
             if len(self.handles) >= OPEN_FILES:
                 self.close()
-            self.handles[file] = (self.folder / file).open("rb")
+            self.handles[file] = open_regular(self.folder / file)
         return self.handles[file]
 
     def close(self) -> None:
@@ -146,9 +180,10 @@ class StateReader:
                 return pieces
             if not self.unread:
                 size = math.prod(self.local_shape(name, self.tensor))
-                raise UserError(
-                    f"{self.folder}: no file holds elements {end} and above of the {size} of {name} (tensor rank {rank}): "
-                    "a rank's file is missing or belongs to another checkpoint; restore it"
+                raise damaged(
+                    self.folder,
+                    f"{self.folder}: no file holds elements {end} and above of the {size} of {name} (tensor rank {rank}), "
+                    "so a rank's file is missing or belongs to another checkpoint",
                 )
             self._read_table()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,12 +108,11 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
 
 def read_probe(path: str) -> dict[str, Any]:
     """An earlier result. Raises ``UserError``."""
-    try:
-        result: dict[str, Any] = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give the --out file of an earlier probe") from error
-    valid = isinstance(result, dict) and {"positions", "accuracy", "block"} <= result.keys()
-    if not valid or len(result["positions"]) != len(result["accuracy"]):
+    from megastar.utils.json_file import FLOAT, integer, list_of, read_json, record, validator
+
+    schema = validator(record({"positions": list_of(integer(1)), "accuracy": list_of(FLOAT), "block": integer(1)}))
+    result: dict[str, Any] = read_json(Path(path), schema, "give the --out file of an earlier probe of one source")
+    if len(result["positions"]) != len(result["accuracy"]):
         raise UserError(f"{path} is not the result of a probe of one source: give the --out file of such a probe")
     return result
 

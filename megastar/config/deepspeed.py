@@ -11,9 +11,11 @@ import json
 from typing import Any
 
 from megastar.config.convert import shown
-from megastar.config.files import read_text, require_file
+from megastar.config.files import require_file
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
+from megastar.utils.files import read_regular
+from megastar.utils.json_file import parse_json
 
 KNOWN = (
     *("zero_optimization", "tensor_parallel", "aio", "checkpoint", "data_types", "sparse_gradients", "steps_per_print"),
@@ -49,10 +51,7 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     """
     bare = name and "/" not in name and not name.endswith(".json")
     path = require_file(f"configs/ds/{name}.json" if bare else name, "parallel.deepspeed:")
-    try:
-        data = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"parallel.deepspeed: {path} is not JSON ({error})") from error
+    data = parse_json(read_regular(path, 1 << 20), f"parallel.deepspeed: {path}")
     if not isinstance(data, dict):
         raise UserError(f"parallel.deepspeed: {path} does not contain a JSON object")
     for name, of_section, kind, what in SHAPES:

@@ -11,7 +11,9 @@ from typing import Any, cast
 from megastar.config.env_text import resolve
 from megastar.config.yaml_text import MOST_BYTES, YamlError, parse_yaml
 from megastar.errors import UserError
+from megastar.utils.files import read_regular
 
+MAX_YAML = 4 << 20  # bytes
 REPOSITORY = Path(__file__).resolve().parents[2]
 LONGEST_PATH = 4000
 INSTALLED = Path(sys.prefix) / "share" / "megastar"  # setup.py puts configs/ there
@@ -51,13 +53,7 @@ def require_file(name: str | Path, what: str, near: Path | None = None) -> Path:
 
 def read_text(path: Path) -> str:
     """The text of a configuration file. Raises ``UserError`` for one that is not UTF-8 text of a plausible size."""
-    try:
-        with path.open("rb") as f:
-            data = f.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    if len(data) > MOST_BYTES:
-        raise UserError(f"{path} is larger than {MOST_BYTES >> 20} MiB: that is no configuration; check the path")
+    data = read_regular(path, MOST_BYTES)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path} is UTF-16 text: save it as UTF-8")
     try:

@@ -78,7 +78,7 @@ def _bounds(section: Any, prefix: str = "") -> Iterator[Problem]:
 
 
 def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
-    yield from _model_rules(cfg.model)
+    yield from model_problems(cfg.model)
     if cfg.self_guided.enabled:
         yield from _self_guided_rules(cfg.self_guided, cfg.model)
     m, tp, t = cfg.model, cfg.parallel.tensor_parallel, cfg.train
@@ -129,7 +129,7 @@ def _near(values: list[int], wanted: int, count: int = 4) -> list[int]:
     return sorted(sorted(values, key=lambda v: abs(v - wanted))[:count])
 
 
-def _model_rules(m: ModelConfig) -> Iterator[Problem]:
+def model_problems(m: ModelConfig) -> Iterator[Problem]:
     if m.dim % m.n_head:
         yield Problem(
             f"model.n_head = {m.n_head}: must divide model.dim {m.dim}; "
@@ -179,8 +179,7 @@ def _self_guided_rules(s: SelfGuidedConfig, m: ModelConfig) -> Iterator[Problem]
         )
 
 
-def _tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
-    t: TokenizerConfig = cfg.tokenizer
+def tokenizer_problems(t: TokenizerConfig) -> Iterator[Problem]:
     here = "tokenizer."
     if not t.channel_multipliers:
         yield Problem(f"{here}channel_multipliers is empty: give one number per level", (here + "channel_multipliers",))
@@ -198,6 +197,12 @@ def _tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
             f"{here}norm_groups = {t.norm_groups}: must divide the width of every level, but does not divide {words(odd)}",
             (here + "norm_groups", here + "channels", here + "channel_multipliers"),
         )
+
+
+def _tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
+    yield from tokenizer_problems(cfg.tokenizer)
+    if not cfg.tokenizer.channel_multipliers:
+        return
     if cfg.continuous_steps >= cfg.steps:
         yield Problem(
             f"continuous_steps = {cfg.continuous_steps}: must be below steps {cfg.steps}, otherwise no codebook is made",

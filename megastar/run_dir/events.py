@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from megastar.run_dir import lease
-from megastar.run_dir.jsonl import JsonlWriter, read_jsonl
+from megastar.run_dir.jsonl import MAX_EVENTS, JsonlWriter, read_jsonl
 from megastar.utils.clock import utc_now
 from megastar.utils.hostname import host_name
+from megastar.utils.json_file import ANY, dict_of, integer, optional, record, text, validator
 from megastar.utils.redact import redact
 
 NAME = "events.jsonl"
@@ -25,6 +26,15 @@ STARTED = ("started", "resumed")
 ENDED = ("finished", "signal", "error", "hang", "lost")
 KINDS = (*STARTED, *ENDED, "saved", "warning", "slow", "skipped", "rolled_back")
 NOT_UPLOADED = " was not uploaded to "  # in the text about an upload that failed
+_EVENT = validator(
+    record(
+        {"time": text(100), "event": text(100)},
+        {
+            "step": integer(), "steps": optional(integer()), "ranks": integer(1, 1 << 24), "text": text(), "host": text(1000),
+            "job": text(1000), "command": text(), "device": text(1000), "packages": dict_of(text(200), ANY),
+        },
+    )
+)  # fmt: skip
 _writers: dict[Path, JsonlWriter] = {}
 
 
@@ -69,12 +79,12 @@ def open_situations(happened: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """The events of a run, oldest first; none without a file. Damaged lines are skipped."""
-    return [e for e in read_jsonl(folder / NAME) if "event" in e and "time" in e]
+    return read_jsonl(folder / NAME, _EVENT, MAX_EVENTS)
 
 
 def seconds_of(event: dict[str, Any]) -> float:
     """Seconds since 1970; 0 for an invalid time."""
     try:
         return datetime.fromisoformat(event["time"]).timestamp()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0

@@ -11,7 +11,6 @@ the number of ranks, on crashes or on restarts. Ranks share only a folder: no pr
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import socket
 import time
@@ -39,10 +38,12 @@ from megastar.sampling.sampler import (
 from megastar.tokenizer.vq import VQModel
 from megastar.utils.device import DTYPES
 from megastar.utils.files import remove_dead_temporaries
+from megastar.utils.json_file import ANY, dict_of, read_json, record, shown, text, validator
 from megastar.utils.lockfile import Claims
 from megastar.utils.progress_bar import progress_bar
 
 PLAN = "plan.json"
+_PLAN = validator(record({"identity": dict_of(text(1000), ANY)}))
 FORMAT = 1
 LABEL_PLANS = ("balanced", "random")
 POLL = 0.5  # seconds between checks for the chunks of other ranks
@@ -181,13 +182,10 @@ def open_folder(folder: Path, identity: Mapping[str, Any], metadata: Mapping[str
 
 def check_plan(path: Path, identity: Mapping[str, Any]) -> None:
     """Raises ``UserError`` if the plan in the file differs from ``identity``."""
-    try:
-        found = json.loads(path.read_text())["identity"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a sampling plan ({error}): choose another output path") from error
+    found = read_json(path, _PLAN, "choose another output path")["identity"]
 
     def short(value: Any) -> str:
-        return str(value)[:12] if isinstance(value, str) else str(value)
+        return shown(value, 12 if isinstance(value, str) else 80)
 
     keys = [k for k in sorted({*found, *identity}) if found.get(k) != identity.get(k)]
     if keys:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import socket
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -152,19 +154,63 @@ def ends_within_line(f: BinaryIO) -> bool:
     return f.read(1) != b"\n"
 
 
-def read_small(path: Path, most: int) -> bytes | None:
-    """The content of a file of at most ``most`` bytes; None for a larger or unreadable one."""
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, or what a link to one names.
+
+    Raises ``UserError`` for a pipe, a device, a folder or a socket, without waiting for what they would deliver, and
+    ``OSError`` for a file that cannot be opened.
+    """
     try:
-        with path.open("rb") as f:
-            return read_at_most(f, most)
-    except OSError:
-        return None
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{str(path)!r:.200} is not the name of a file: correct it") from error
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise UserError(f"{path} is not a regular file: name or restore a file") from error
+        raise
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device"
+        raise UserError(f"{path} is {kind}: name or restore a regular file")
+    return os.fdopen(fd, "rb")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most ``most`` bytes. Raises ``UserError``."""
+    try:
+        with open_regular(path) as f:
+            size = os.fstat(f.fileno()).st_size
+            data = f.read(size) if size <= most else b""  # read() allocates the requested size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or restore it") from error
+    if size > most:
+        raise UserError(f"{path} has {size} bytes, more than the {most} that such a file may have: restore it")
+    return data
 
 
 def read_at_most(f: BinaryIO, most: int) -> bytes | None:
     """The content of an open file; None for one of more than ``most`` bytes."""
     size = os.fstat(f.fileno()).st_size
     return f.read(size) if size <= most else None  # read() allocates the requested size
+
+
+def read_small(path: Path, most: int) -> bytes | None:
+    """``read_regular``; None for a larger or unreadable file."""
+    try:
+        return read_regular(path, most)
+    except UserError:
+        return None
+
+
+def read_lines(path: Path, most: int = 1 << 20) -> list[str]:
+    """The lines in the last ``most`` bytes of a text file; none without a readable one."""
+    try:
+        with open_regular(path) as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - most))
+            return f.read(most).decode(errors="replace").splitlines()
+    except (OSError, UserError):
+        return []
 
 
 def sync_folder(folder: Path) -> None:
@@ -177,8 +223,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as f:
+    """SHA-256 of a regular file, in hexadecimal."""
+    with open_regular(path) as f:
         return sha256_of(f)
 
 

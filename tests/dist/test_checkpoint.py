@@ -59,7 +59,7 @@ def write(folder: Path, data: int, tensor: int) -> tuple[dict[str, dict[str, tor
         files[state_file(rank)] = {"bytes": size, "sha256": digest, "whose": f"rank {rank}"}
     manifest = {
         "format": checkpoint_dir.FORMAT, "step": 3, "optimizer_step": 3, "mesh": {"data": data, "tensor": tensor},
-        "parameters": {n: list(s) for n, s in SHAPES.items()}, "files": files,
+        "parameters": {n: list(s) for n, s in SHAPES.items()}, "files": files, "config": {},
     }  # fmt: skip
     checkpoint_dir.publish(folder, checkpoint_dir.name_of(3), manifest)
     return whole, manifest

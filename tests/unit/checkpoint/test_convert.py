@@ -250,7 +250,7 @@ def test_a_missing_or_damaged_file_is_named(run, tmp_path, capsys):
     good = file.read_bytes()
     words = [run, "--to", "safetensors", "--out", tmp_path / "w.safetensors"]
     file.write_bytes(good[:-9] + b"x" + good[-8:])
-    assert "state-00002.safetensors is damaged: its SHA-256 differs from the manifest's; restore it" in refused(
+    assert "state-00002.safetensors is damaged: its SHA-256 differs from the manifest's: restore it" in refused(
         words, capsys
     )
     file.write_bytes(good[:-1])
