@@ -7,16 +7,9 @@ import threading
 from types import FrameType
 from typing import Any
 
-PREEMPTED = (
-    85  # exit status after a stop signal; not 0, because SLURM counts a clean exit as completed and does not requeue it
-)
-STOP_SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGINT,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-)  # HUP, QUIT: a closed terminal
+PREEMPTED = 85  # exit status after a stop signal; not 0: SLURM requeues no job that ended cleanly
+# HUP and QUIT: of a terminal that is closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def is_ignored(number: int) -> bool:
@@ -35,7 +28,8 @@ class Preempted(SystemExit):
 class StopFlag:
     """Set by a signal of STOP_SIGNALS; the run saves and stops after the step. A second SIGINT interrupts.
 
-    An ignored SIGHUP (nohup) stays ignored. Python installs signal handlers in the main thread only: elsewhere the flag is never set by a signal.
+    An ignored SIGHUP (nohup) stays ignored. Python installs signal handlers in the main thread only: elsewhere the flag is
+    never set by a signal.
     """
 
     def __init__(self) -> None:
