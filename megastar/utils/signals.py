@@ -97,7 +97,8 @@ def is_importing(frame: FrameType | None) -> bool:
 class StopFlag:
     """Set by a signal of STOP_SIGNALS; the run saves and stops after the step. A second SIGINT interrupts.
 
-    An ignored SIGHUP (nohup) stays ignored. Python installs signal handlers in the main thread only: elsewhere the flag is never set by a signal.
+    An ignored SIGHUP (nohup) stays ignored. Python installs signal handlers in the main thread only: elsewhere the flag is
+    never set by a signal.
     """
 
     def __init__(self) -> None:

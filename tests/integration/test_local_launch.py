@@ -49,7 +49,7 @@ def listening(pid: int) -> set[tuple[str, int]]:
 
 def attack(port: int, marker: Path) -> int:
     """Overwrite megastar's values in the store with a pickle, or with a heartbeat that ends the run; how many."""
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
     keys = [key for key in store.list_keys() if "megastar" in key]
     for key in keys:
         store.set(key, pickle.dumps(Evil(marker)))
@@ -92,6 +92,7 @@ def test_a_local_launch_is_closed_to_others_and_saves_when_its_terminal_closes(t
     port = int(family(pid)[1].environ()["MASTER_PORT"])
     begin = time.monotonic()
     while time.monotonic() - begin < 8:  # longer than faults.lost_timeout
+        assert run.process.poll() is None, run.end()
         assert attack(port, marker) >= 2
     run.process.send_signal(signal.SIGTSTP)
     time.sleep(6)

@@ -24,8 +24,8 @@ from megastar.engine.zero.process_group import start
 from megastar.engine.zero.setup import build
 from megastar.engine.zero.state_memory import state_bytes
 from megastar.run_dir import checkpoint_dir
-from tests.dist.reference import BATCH, STEPS, batch_of, config, initial_weights
 from tests.checkpoints import full_weights, save_model
+from tests.dist.reference import BATCH, STEPS, batch_of, config, initial_weights
 
 
 def forget_mesh() -> None:
