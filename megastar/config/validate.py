@@ -21,12 +21,13 @@ class Problem:
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def words(values: list[Any]) -> str:
     """1, 2 or 4"""
-    shown = [str(v) for v in values]
+    shown = [str(v) for v in values] or ["other values"]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
 
 
