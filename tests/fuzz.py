@@ -25,7 +25,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
-TIMEOUT = 30.0  # seconds of a case
+TIMEOUT = 60.0  # seconds of a case; processor seconds are limited too
+CPU_SECONDS = 20
+KILLS = (signal.SIGXCPU, signal.SIGKILL)
 DEEP = "[" * 100_000 + "]" * 100_000
 # What takes the place of a value. A ``Raw`` is written into the JSON text as it is.
 NAMES = ("../../../out", "/etc/passwd", "a/b", "a\0b", "\x1b[31m[/red]\u202ex", "", ".", "..", "x" * 70_000, "\ud800")
@@ -205,6 +207,7 @@ class Tally:
         self.mib, self.seconds = max(self.mib, outcome.mib), self.seconds + outcome.seconds
         if not outcome.good:
             self.bad.append(f"{label}: {outcome.kind} {outcome.status} {outcome.output[-600:]}")
+            print(self.reader, self.bad[-1])
 
     def __str__(self) -> str:
         names = ("sentence", "tolerated", "traceback", "hang", "memory", "outside")
@@ -232,6 +235,8 @@ def _server() -> subprocess.Popen[str]:
 
 
 def serve() -> None:
+    import torch
+
     import megastar.api
     import megastar.checkpoint.convert
     import megastar.cli
@@ -239,7 +244,13 @@ def serve() -> None:
     import megastar.evaluation.runner
     import megastar.report.page
     import megastar.sampling.distributed  # noqa: F401
+    from megastar.config.schema import ModelConfig, TokenizerConfig
+    from megastar.model.transformer import Transformer
+    from megastar.tokenizer.vq import VQModel
 
+    with torch.device("meta"):  # imports much of torch
+        VQModel(TokenizerConfig())
+        Transformer(ModelConfig(n_layer=1))
     base = 0
     for line in sys.stdin:
         words, cwd, timeout = json.loads(line)
@@ -270,7 +281,9 @@ def _fork(words: list[str], cwd: str, timeout: float, base: int) -> tuple[int | 
             time.sleep(0.002)
     os.close(read)
     _, status, usage = os.wait4(pid, 0)
-    code = None if hung else os.waitstatus_to_exitcode(status)
+    code = (
+        None if hung or os.WIFSIGNALED(status) and os.WTERMSIG(status) in KILLS else os.waitstatus_to_exitcode(status)
+    )
     return code, output.decode(errors="replace"), time.monotonic() - start, (usage.ru_maxrss - base) / 1024
 
 
@@ -285,6 +298,7 @@ def _child(words: list[str], cwd: str, write: int) -> None:
         os.chdir(cwd)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 3 * GIB, used + 3 * GIB))
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
         resource.setrlimit(resource.RLIMIT_FSIZE, (GIB, GIB))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if words[0].startswith("@"):

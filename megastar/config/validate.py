@@ -21,13 +21,14 @@ class Problem:
 
 
 def divisors(n: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
+    """All of them, or for a huge ``n`` those below a million and their quotients."""
+    small = [d for d in range(1, min(math.isqrt(n), 10**6) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def words(values: list[Any]) -> str:
     """1, 2 or 4"""
-    shown = [str(v) for v in values]
+    shown = [str(v) for v in values] or ["other values"]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
 
 

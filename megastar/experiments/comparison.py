@@ -21,10 +21,13 @@ from megastar.experiments.results import Results, gather
 from megastar.run_dir.layout import METRICS
 from megastar.run_dir.lease import hold
 from megastar.utils.files import write_atomic
+from megastar.utils.json_file import ANY, FLOAT, dict_of, integer, read_json, record, text, validator
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_TIMES = validator(dict_of(text(1000), dict_of(text(1000), FLOAT)))
+_RESULTS = validator(record({"runs": ANY, "command": text()}, {"gpus": integer()}))
 OUTPUTS = ("table.md", "results.json", "probe.png", "score.png")
 
 
@@ -139,9 +142,9 @@ class Comparison:
 
     def times(self) -> dict[str, dict[str, float]]:
         try:
-            times: dict[str, dict[str, float]] = json.loads((self.out / "times.json").read_text())
+            times: dict[str, dict[str, float]] = read_json(self.out / "times.json", _TIMES)
             return times
-        except (FileNotFoundError, ValueError):
+        except UserError:
             return {}
 
     def environments(self) -> list[dict[str, str]]:
@@ -187,10 +190,7 @@ def redraw(folder: Path, console: Console) -> None:
     from megastar.config.load import load_compare_config
     from megastar.experiments.plan import plan_runs
 
-    try:
-        content = json.loads((folder / "results.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder}/results.json ({error}): name the out folder of a comparison") from error
+    content = read_json(folder / "results.json", _RESULTS, "name the out folder of a comparison")
     cfg = load_compare_config(folder / "compare.yaml")
     results = Results(cfg, plan_runs(cfg, 0), content["runs"], content.get("gpus", 0))
     content |= {"summary": results.summary(), "majority": content.get("majority") or majority(cfg)}

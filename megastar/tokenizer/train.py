@@ -23,6 +23,7 @@ from megastar.tokenizer.io import load_tokenizer
 from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
 from megastar.tokenizer.vq import VQModel, to_images
 from megastar.utils.files import atomic_file
+from megastar.utils.json_file import shown
 from megastar.utils.progress_bar import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -190,8 +191,13 @@ class TokenizerTrainer:
             torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        old, new = state["config"], asdict(self.c)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            old, new = dict(state["config"]), asdict(self.c)
+        except Exception as error:  # torch.load raises many types for damaged files
+            raise UserError(
+                f"{path} is damaged ({shown(str(error))}): restore it, or remove it to start again"
+            ) from error
         differing = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if k not in MAY_DIFFER and old.get(k) != v]
         if differing:
             raise UserError(

@@ -37,6 +37,18 @@ from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.utils.console import PlainConsole
 from megastar.utils.device import DTYPES, pick_device
 from megastar.utils.files import write_atomic
+from megastar.utils.json_file import (
+    ANY,
+    FILE_NAME,
+    SHA256,
+    dict_of,
+    integer,
+    list_of,
+    read_json,
+    record,
+    text,
+    validator,
+)
 from megastar.utils.launcher import local_world
 from megastar.utils.lockfile import Claims
 from megastar.utils.progress_bar import ProgressBar, progress_bar
@@ -44,6 +56,18 @@ from megastar.utils.progress_bar import ProgressBar, progress_bar
 SKIPPED = "skipped.jsonl"
 PROGRESS = ".progress"
 POLL = 0.5  # seconds between checks for shards that other processes finish
+_PLAN = validator(dict_of(text(1000), ANY))
+_RECORD = validator(
+    record(
+        {
+            "name": FILE_NAME,
+            "samples": integer(),
+            "bytes": integer(),
+            "sha256": SHA256,
+            "skipped": list_of(dict_of(text(), text())),
+        }
+    )
+)
 logger = logging.getLogger(__name__)
 
 
@@ -233,7 +257,7 @@ class PretokenizeRun:
                         write_atomic(plan, (json.dumps(_settings(self.template), indent=1) + "\n").encode())
             else:
                 time.sleep(POLL / 5)
-        _check_settings(self.out, json.loads(plan.read_text(encoding="utf-8")), _settings(self.template))
+        _check_settings(self.out, read_json(plan, _PLAN, "remove it"), _settings(self.template))
         for path in self.progress.glob("shard-*.json"):
             if not _is_complete(self.out, _record(path)[0]):
                 path.unlink(missing_ok=True)
@@ -301,9 +325,8 @@ class PretokenizeRun:
 
 
 def _record(path: Path) -> tuple[ShardInfo, list[dict[str, str]]]:
-    record = json.loads(path.read_text(encoding="utf-8"))
-    skipped = record.pop("skipped")
-    return ShardInfo(**record), skipped
+    found = read_json(path, _RECORD, "remove it and run the same command again")
+    return ShardInfo(*(found[name] for name in ("name", "samples", "bytes", "sha256"))), found["skipped"]
 
 
 def _list_once(progress: Path, claims: Claims, list_images: Callable[..., ImageSet]) -> ImageSet:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
+from pydantic_core import from_json
 
 from megastar.config.schema import DataConfig
 from megastar.data.shards.sample_parser import DTYPES, LAYOUTS, Expected
@@ -90,7 +91,7 @@ def parse_manifest(store: Store) -> Manifest:
     """Read and check the manifest of a store. Errors as ``load_manifest``."""
     text, path = store.manifest(), store.where(MANIFEST)
     try:
-        data = json.loads(text)
+        data = from_json(text)  # unlike json.loads it refuses half a surrogate pair, which cannot be printed
         if (version := data["format"]) not in (FORMAT, TABLE_FORMAT):
             raise UserError(
                 f"{path} has format {version!r:.80}, but this version of megastar reads formats {FORMAT} and {TABLE_FORMAT}: pretokenize again"
