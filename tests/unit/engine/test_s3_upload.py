@@ -113,6 +113,6 @@ def test_a_failed_upload_says_why_and_so_does_the_end_of_the_run(strict, checkpo
     append_event(run, "started", 0, "", steps=4)
     append_event(run, "saved", 4, "saved")
     append_event(run, "warning", 4, problem, situation="upload")
-    append_event(run, "finished", 4, f"4 steps are done, but {problem}")
+    append_event(run, "finished", 4, f"4 steps are done; {problem}")
     status = status_of(run)
     assert (status.state, status.why) == ("finished", f"all 4 steps are done and saved, but {problem}")
