@@ -22,6 +22,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -55,14 +56,21 @@ def data_row(samples: int, shard: int, folder: str, queue: Any) -> None:
     """In a process of its own: memory is measured."""
     from megastar.data.order import OrderSpec, sample_ids
     from megastar.data.shards.manifest import Manifest, load_manifest, write_manifest
+    from megastar.data.shards.shard_table import TABLE_ABOVE
     from megastar.data.storage.shard_info import ShardInfo
     from megastar.data.storage.store import FolderStore
 
-    def entry(i: int) -> ShardInfo:
-        digest = hashlib.sha256(i.to_bytes(8, "big")).hexdigest()
-        return ShardInfo(f"shard-{i:05d}.tar", min(shard, samples - i * shard), 5800 * shard, digest)
+    class Shards(Sequence[ShardInfo]):  # a list of ten million would take gigabytes
+        def __len__(self) -> int:
+            return -(-samples // shard)
 
-    shards = [entry(i) for i in range(-(-samples // shard))]
+        def __getitem__(self, i: Any) -> Any:
+            if i >= len(self):
+                raise IndexError
+            digest = hashlib.sha256(i.to_bytes(8, "big")).hexdigest()
+            return ShardInfo(f"shard-{i:05d}.tar", min(shard, samples - i * shard), 5800 * shard, digest)
+
+    shards = Shards() if len(Shards()) > TABLE_ABOVE else list(Shards())
     fields = {"grid": 16, "tokens": 256, "views": 10, "codebook_size": 16384, "crops": "ten:1.1", "image_size": 256}
     classes = [f"class {i}" for i in range(1000)]
     manifest = Manifest(samples=samples, classes=classes, tokenizer_sha256="0" * 64, shards=shards, **fields)
