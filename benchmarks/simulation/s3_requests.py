@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import os
 import tempfile
 import time
 from collections import Counter
@@ -69,7 +68,6 @@ class CountingClient:
 
 def measure_s3(a: argparse.Namespace) -> list[dict[str, Any]]:
     """One node of ``PER_NODE`` ranks: requests until each has its first batch, and for each step after that."""
-    os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1"}
     from megastar.config.schema import DataConfig
     from megastar.data.storage import s3_client
     from tests.loaders import make_loader
@@ -81,9 +79,10 @@ def measure_s3(a: argparse.Namespace) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as name:
             client = CountingClient(Path(name) / "set", 4 * WINDOW + -(-batch * (2 * steps + 10) // SHARD))
 
-            def patched(self: Any, *words: Any, client: Any = client, **options: Any) -> None:
-                init(self, *words, **options)
-                self.client = client
+            def patched(self: Any, url: str, patience: float = 60.0, report: Any = print, client: Any = client) -> None:
+                self.url, self.patience, self.report = url, patience, report
+                self.bucket, self.prefix = s3_client.split_url(url)
+                self.client, self.signed, self.endpoint = client, False, "none"
 
             s3_client.S3Folder.__init__ = patched
             for cached in (True, False):
