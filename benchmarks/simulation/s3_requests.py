@@ -8,6 +8,7 @@ import io
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -66,13 +67,13 @@ class CountingClient:
         return {"Body": io.BytesIO(part), "ETag": '"1"', "ContentRange": span, "ContentLength": len(part)}
 
 
-def measure_s3(a: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_s3(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One node of ``PER_NODE`` ranks: requests until each has its first batch, and for each step after that."""
     from megastar.config.schema import DataConfig
     from megastar.data.storage import s3_client
     from tests.loaders import make_loader
 
-    init, rows = s3_client.S3Folder.__init__, []
+    init = s3_client.S3Folder.__init__
     for world in a.ranks:
         batch, row = world * -(-256 // world), {"ranks": world}
         steps = max(4, 2 * SHARD // batch)
@@ -119,9 +120,8 @@ def measure_s3(a: argparse.Namespace) -> list[dict[str, Any]]:
                 each, nodes = (marks[1] - marks[0]) / steps, max(1, world // PER_NODE)
                 what = "with a node cache" if cached else "a cache a rank"
                 row |= {f"start, {what}": start * nodes, f"GET/s, {what}": each * nodes / a.step_seconds}
-        rows.append(row)
+        yield row
     s3_client.S3Folder.__init__ = init
-    return rows
 
 
 def settled(client: CountingClient, pause: float) -> int:
