@@ -22,6 +22,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -36,12 +37,16 @@ SAMPLES = (1_281_167, 100_000_000, 1_000_000_000, 10_000_000_000)
 BEAT = b"." + b"x" * 250  # as long as a heartbeat
 
 
-def table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print ``rows`` as a Markdown table."""
-    print(f"\n{title}\n")
-    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+def table(title: str, rows: Iterable[dict[str, Any]], quiet: bool) -> list[dict[str, Any]]:
+    """Print each row of a Markdown table when it is measured; returns the rows."""
+    found: list[dict[str, Any]] = []
     for row in rows:
-        print("| " + " | ".join(map(shown, row.values())) + " |", flush=True)
+        found.append(row)
+        if not quiet and len(found) == 1:
+            print(f"\n{title}\n\n| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
+        if not quiet:
+            print("| " + " | ".join(map(shown, row.values())) + " |", flush=True)
+    return found
 
 
 def shown(value: Any) -> str:
@@ -55,14 +60,21 @@ def data_row(samples: int, shard: int, folder: str, queue: Any) -> None:
     """In a process of its own: memory is measured."""
     from megastar.data.order import OrderSpec, sample_ids
     from megastar.data.shards.manifest import Manifest, load_manifest, write_manifest
+    from megastar.data.shards.shard_table import TABLE_ABOVE
     from megastar.data.storage.shard_info import ShardInfo
     from megastar.data.storage.store import FolderStore
 
-    def entry(i: int) -> ShardInfo:
-        digest = hashlib.sha256(i.to_bytes(8, "big")).hexdigest()
-        return ShardInfo(f"shard-{i:05d}.tar", min(shard, samples - i * shard), 5800 * shard, digest)
+    class Shards(Sequence[ShardInfo]):  # a list of ten million would take gigabytes
+        def __len__(self) -> int:
+            return -(-samples // shard)
 
-    shards = [entry(i) for i in range(-(-samples // shard))]
+        def __getitem__(self, i: Any) -> Any:
+            if i >= len(self):
+                raise IndexError
+            digest = hashlib.sha256(i.to_bytes(8, "big")).hexdigest()
+            return ShardInfo(f"shard-{i:05d}.tar", min(shard, samples - i * shard), 5800 * shard, digest)
+
+    shards = Shards() if len(Shards()) > TABLE_ABOVE else list(Shards())
     fields = {"grid": 16, "tokens": 256, "views": 10, "codebook_size": 16384, "crops": "ten:1.1", "image_size": 256}
     classes = [f"class {i}" for i in range(1000)]
     manifest = Manifest(samples=samples, classes=classes, tokenizer_sha256="0" * 64, shards=shards, **fields)
@@ -91,13 +103,11 @@ def data_row(samples: int, shard: int, folder: str, queue: Any) -> None:
     )
 
 
-def measure_data(a: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def measure_data(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for samples in a.samples:
         for shard in a.shards:
             with tempfile.TemporaryDirectory() as folder:
-                rows.append(in_process(data_row, samples, shard, folder))
-    return rows
+                yield in_process(data_row, samples, shard, folder)
 
 
 # The store of the ranks ----------------------------------------------------------------------------------------------
@@ -174,20 +184,17 @@ def store_row(ranks: int, seconds: float, queue: Any) -> None:
     )
 
 
-def measure_store(a: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_store(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # a name server that does not answer delays each join
-    rows: list[dict[str, Any]] = []
+    powers = {"join, median ms wall": 0, "all read all s": 2}
+    last: dict[str, Any] = {}
     for ranks in a.ranks:
         if ranks <= a.most:
-            rows.append(in_process(store_row, ranks, a.seconds))
-            continue
-        last, factor = rows[-1], ranks / int(str(rows[-1]["ranks"]).strip("~"))
-        powers = {"join of all s": 1, "share of a core, heartbeats": 1, "all read all s": 2, "all read the digest s": 1}
-        rows.append(
-            {"ranks": f"~{ranks}"} | {k: v * factor ** powers.get(k, 0) for k, v in last.items() if k != "ranks"}
-        )
-        rows[-1] = {**rows[-1], "ranks": ranks}
-    return [{**row, "ranks": f"~{row['ranks']:,}" if row["ranks"] > a.most else row["ranks"]} for row in rows]
+            last = in_process(store_row, ranks, a.seconds)
+            yield last
+        else:
+            factor = ranks / last["ranks"]
+            yield {k: f"~{ranks:,}" if k == "ranks" else v * factor ** powers.get(k, 1) for k, v in last.items()}
 
 
 PARTS = {
@@ -224,9 +231,7 @@ def main() -> None:
     found = {}
     for name in a.only:
         measure, title = PARTS[name]
-        found[name] = measure(a)
-        if not a.json:
-            table(title, found[name])
+        found[name] = table(title, measure(a), a.json)
     if a.json:
         print(json.dumps(found))
     else:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,13 +80,11 @@ def checkpoint_row(ranks: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure_checkpoint(a: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_checkpoint(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     sys.addaudithook(count_operations)
-    rows = []
     for ranks in (n for n in a.ranks if n <= a.most_files):
         folder = Path(tempfile.mkdtemp(prefix="megastar-scale-"))
         try:
-            rows.append(checkpoint_row(ranks, folder))
+            yield checkpoint_row(ranks, folder)
         finally:
             shutil.rmtree(folder)
-    return rows

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import os
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -67,23 +67,23 @@ class CountingClient:
         return {"Body": io.BytesIO(part), "ETag": '"1"', "ContentRange": span, "ContentLength": len(part)}
 
 
-def measure_s3(a: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_s3(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One node of ``PER_NODE`` ranks: requests until each has its first batch, and for each step after that."""
-    os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1"}
     from megastar.config.schema import DataConfig
     from megastar.data.storage import s3_client
     from tests.loaders import make_loader
 
-    init, rows = s3_client.S3Folder.__init__, []
+    init = s3_client.S3Folder.__init__
     for world in a.ranks:
         batch, row = world * -(-256 // world), {"ranks": world}
         steps = max(4, 2 * SHARD // batch)
         with tempfile.TemporaryDirectory() as name:
             client = CountingClient(Path(name) / "set", 4 * WINDOW + -(-batch * (2 * steps + 10) // SHARD))
 
-            def patched(self: Any, *words: Any, client: Any = client, **options: Any) -> None:
-                init(self, *words, **options)
-                self.client = client
+            def patched(self: Any, url: str, patience: float = 60.0, report: Any = print, client: Any = client) -> None:
+                self.url, self.patience, self.report = url, patience, report
+                self.bucket, self.prefix = s3_client.split_url(url)
+                self.client, self.signed, self.endpoint = client, False, "none"
 
             s3_client.S3Folder.__init__ = patched
             for cached in (True, False):
@@ -120,9 +120,8 @@ def measure_s3(a: argparse.Namespace) -> list[dict[str, Any]]:
                 each, nodes = (marks[1] - marks[0]) / steps, max(1, world // PER_NODE)
                 what = "with a node cache" if cached else "a cache a rank"
                 row |= {f"start, {what}": start * nodes, f"GET/s, {what}": each * nodes / a.step_seconds}
-        rows.append(row)
+        yield row
     s3_client.S3Folder.__init__ = init
-    return rows
 
 
 def settled(client: CountingClient, pause: float) -> int:

@@ -229,11 +229,21 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
             f"  {best.data} data ranks x {best.micro} images x {best.accumulation} accumulated, "
             f"{cfg.train.global_batch / best.seconds:.0f} images/s{host}"
         )
+        saved = checkpoint_of(cfg, machine, best)
+        console.print(f"  a checkpoint: {saved['files']:,} files, {saved['bytes'] / 1e9:.1f} GB")
         for t in best.transfers:
             console.print(f"  {t.what}: {t.bytes / 1e9:.2f} GB in {t.count} calls ({t.link} ranks)")
     console.print("\nTimes are estimates, not measurements. Assumptions:")
     for name, text in assumptions(cfg).items():
         console.print(f"  {name}: {text}")
+
+
+def checkpoint_of(cfg: RunConfig, machine: Machine, plan: Plan) -> dict[str, int]:
+    """Files and bytes of one: a state of four fp32 values an element, a rank; a random state a data rank; the manifest."""
+    from megastar.parallel.cost import elements
+
+    size = 16 * sum(elements(cfg.model, cfg.self_guided).values())
+    return {"files": machine.gpus + plan.data + 1, "bytes": size}
 
 
 def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: Plan | None) -> dict[str, Any]:
@@ -250,7 +260,9 @@ def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], bes
         "global_batch": cfg.train.global_batch,
         "machine": dataclasses.asdict(machine),
         "flops": step_flops(cfg),
-        "recommended": one(best) | {"why": why(best, plans)} if best else None,
+        "recommended": one(best) | {"why": why(best, plans), "checkpoint": checkpoint_of(cfg, machine, best)}
+        if best
+        else None,
         "plans": [one(p) for p in plans],
         "assumptions": assumptions(cfg),
     }
