@@ -14,6 +14,7 @@ from megastar.commands._common import (
     positive,
     terminal_width,
 )
+from megastar.utils.process_exit import die_with_agent
 from megastar.utils.signals import StopFlag
 
 EXAMPLES = """
@@ -47,6 +48,7 @@ def parser() -> Parser:
 
 def main(words: list[str]) -> int:
     # Ranks handle signals before the imports below, which take seconds: a signal must not kill one rank only.
+    die_with_agent()
     stop = StopFlag() if is_launched(os.environ) or "SLURM_STEP_ID" in os.environ else None
     from megastar.config.load import config_yaml, load_config, resolve_batch
 

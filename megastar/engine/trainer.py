@@ -20,7 +20,9 @@ from megastar.data.storage.store import is_remote
 from megastar.engine.checkpointer.async_saver import Saver, grace_period
 from megastar.engine.checkpointer.load import load_checkpoint, load_initial
 from megastar.engine.dry_run import describe
-from megastar.engine.exit_codes import PREEMPTED
+from megastar.engine.elastic.memory_checkpoint import MemoryCheckpoints
+from megastar.engine.elastic.mesh_change import record_start
+from megastar.engine.exit_codes import Preempted, status_after
 from megastar.engine.fault_tolerance import replica_checksum
 from megastar.engine.fault_tolerance.errors import CorruptReplica
 from megastar.engine.fault_tolerance.rollback import commit_rollback, finish_rollback, plan_rollback
@@ -32,14 +34,14 @@ from megastar.engine.input_pipeline.batch_fetcher import BatchFetcher, OutOfData
 from megastar.engine.input_pipeline.data_checks import check_same_data, check_same_order, open_data
 from megastar.engine.lr_schedule import learning_rate, peak_rate, row_due, total_steps
 from megastar.engine.memory_check import check_run
-from megastar.engine.metrics.environment import command_line, process_environment
+from megastar.engine.metrics.environment import command_line
 from megastar.engine.metrics.health_monitor import HealthMonitor
 from megastar.engine.metrics.logger import MetricsLogger
 from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks, run_on_main
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
-from megastar.engine.zero.setup import build, chosen_kernels, collective_timeout, set_timeouts, start
+from megastar.engine.zero.setup import build, collective_timeout, set_timeouts, start
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.run_dir import checkpoint_dir
@@ -60,9 +62,9 @@ def train(cfg: RunConfig, *, dry_run: bool = False, stop: StopFlag | None = None
     if dry_run:
         flag.release()  # there is nothing to save
         trainer.dry_run()
-    elif trainer.fit().signal:
+    elif signal_number := trainer.fit().signal:
         flag.ignore()  # a further signal must not replace the exit status
-        raise SystemExit(PREEMPTED)
+        raise SystemExit(status_after(signal_number))
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,6 @@ class TrainResult:
     @property
     def finished(self) -> bool:
         return not self.signal
-
-
-class _Preempted(SystemExit):
-    """All ranks stop because of a signal. A SystemExit, so that the watchdog counts it as a clean end."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(PREEMPTED)
-        self.signal = signal_number
 
 
 class Trainer:
@@ -109,7 +103,7 @@ class Trainer:
         self.cfg, self.watchdog, self._stop = as_run_config(config), watchdog, stop
         self.run, self.checkpoints = Path(self.cfg.run), checkpoint_dir.folder_of(self.cfg.run)
         self.step = self.steps = 0  # done; in all
-        self.hooks: list[Callable[[StepRecord], None]] = [self._log, self._validate, self._save]
+        self.hooks: list[Callable[[StepRecord], None]] = [self._log, self._validate, self._save, self._remember]
 
     # Set-up ------------------------------------------------------------------------------------------------------
     def fit(self) -> TrainResult:
@@ -130,7 +124,7 @@ class Trainer:
             with watch(cfg, self.ctx.rank, self.ctx.world) if self.watchdog else nullcontext():
                 self._build()
                 self._train()
-        except _Preempted as leaving:
+        except Preempted as leaving:
             saver: Saver | None = getattr(self, "saver", None)  # none before the first step
             return TrainResult(self.step, saver.done if saver else None, leaving.signal)
         finally:
@@ -160,7 +154,8 @@ class Trainer:
         rollbacks = finish_rollback(self.run, ctx)
         self.policy = SkipPolicy(cfg.faults, len(rollbacks))
         found = run_on_main(ctx, lambda: checkpoint_dir.latest(self.checkpoints))  # views of a shared disk may differ
-        if found:
+        self.memory = MemoryCheckpoints(cfg, ctx, self.engines)
+        if found := self.memory.newest(found, len(rollbacks)):
             restored = load_checkpoint(ctx, self.engines, found, cfg.train.seed)
             self.step, origin = restored["step"], restored.get("init")
             self.policy.restore(restored, len(rollbacks), rollbacks[-1]["position"] if rollbacks else 0)
@@ -191,6 +186,8 @@ class Trainer:
         with ExitStack() as opened:
             self.loader = on_all_ranks(ctx, lambda: opened.enter_context(closing(self._open_loader())))
             self.metrics = on_all_ranks(ctx, lambda: self._open_metrics(opened))
+            opened.callback(self.memory.close)
+            record_start(self.metrics, cfg, ctx, self.engines, self.found, self.steps)
             self.fetcher = BatchFetcher(self.loader, ctx, lambda: bool(self.stop.signal), self.run)
             self.saver = Saver(cfg, ctx, self.engines, self.step)
             self.stragglers = Stragglers(ctx, self.engines, self.fetcher, cfg.faults.slow_ratio)
@@ -220,10 +217,6 @@ class Trainer:
         cfg, ctx = self.cfg, self.ctx
         metrics = MetricsLogger(self.run, self.step, self.steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx))
         opened.callback(metrics.close)  # at once: what follows, or another rank, may fail
-        fresh = f"{cfg.run}: {self.steps} steps on {ctx.world} rank(s)"
-        text = f"resumed {self.found} at step {self.step}" if self.found else fresh
-        facts = process_environment(ctx.device) | chosen_kernels(self.engines.student.module.transformer)
-        metrics.event("resumed" if self.found else "started", text, steps=self.steps, ranks=ctx.world, **facts)
         if ctx.main and not self.data.train.manifest.tokenizer_sha256:
             logger.warning("%s records no tokenizer hash; assuming it matches data.tokenizer", cfg.data.shards)
         return metrics
@@ -305,6 +298,7 @@ class Trainer:
         self.loader.load_state_dict({"samples": (self.step + self.policy.offset) * self.loader.global_batch})
         self.fetcher.restart()
         self.saver.rewind(plan.target, self.step)
+        self.memory.discard()
         self.metrics.rewind(self.step, plan.target)
         self.metrics.event("rolled_back", plan.text, left=left, to=self.step, position=plan.record["position"])
 
@@ -334,7 +328,7 @@ class Trainer:
             self.metrics.note(f"step {self.step}: validation next-token loss {value:.4f}")
 
     def _save(self, record: StepRecord) -> None:
-        """Save where it is due, and stop after a signal. Raises ``_Preempted``."""
+        """Save where it is due, and stop after a signal. Raises ``Preempted``."""
         self.metrics.saved(self.saver.done)
         PHASE.at(SAVING)
         last = self.step == self.steps
@@ -347,6 +341,10 @@ class Trainer:
             unsaved = self._save_with_retry(grace_period(record.signal))
             self.metrics.saved(self.saver.done)
             self._stop_for(record.signal, unsaved or f"saved {self.saver.done}")  # the next start completes uploads
+
+    def _remember(self, record: StepRecord) -> None:
+        if (blocked := self.memory.save(self.step, self._checkpoint_metadata())) is not None:
+            self.metrics.write(self.step, {"memory_blocked_s": blocked})
 
     # The end -----------------------------------------------------------------------------------------------------
     def _finish(self) -> None:
@@ -380,7 +378,7 @@ class Trainer:
 
     def _stop_for(self, signal_number: int, kept: str, when: str = "") -> None:
         self.metrics.event("signal", f"signal {signal_number}{when}: {kept}; the same command resumes")
-        raise _Preempted(signal_number)
+        raise Preempted(signal_number)
 
     def _leave_if_stopped(self) -> None:
         """Before the first step there is nothing to save. Called by all ranks alike."""
@@ -391,7 +389,7 @@ class Trainer:
             text = f"signal {signal_number} before the first step: nothing to save; the same command starts again"
             append_event(self.run, "signal", checkpoint_dir.step_in(found) if found else 0, text)
             logger.warning(text)
-        raise _Preempted(signal_number)
+        raise Preempted(signal_number)
 
     def _checkpoint_metadata(self) -> dict[str, Any]:
         return {**self.metadata, "guard": self.policy.state(self.step)}

@@ -21,7 +21,7 @@ from megastar.utils.hostname import host_name
 NAME = "events.jsonl"
 STARTED = ("started", "resumed")
 ENDED = ("finished", "signal", "error", "hang", "lost")
-KINDS = (*STARTED, *ENDED, "saved", "warning", "slow", "skipped", "rolled_back")
+KINDS = (*STARTED, *ENDED, "saved", "warning", "slow", "skipped", "rolled_back", "mesh_changed")
 _writers: dict[Path, JsonlWriter] = {}
 
 

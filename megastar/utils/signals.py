@@ -9,7 +9,7 @@ from typing import Any
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGUSR1 or the first SIGINT; the run saves and stops after the step. A second SIGINT interrupts.
+    """Set by SIGTERM, SIGUSR1, SIGUSR2 or the first SIGINT; the run saves and stops after the step. A second SIGINT interrupts.
 
     Python installs signal handlers in the main thread only: elsewhere the flag is never set by a signal.
     """
@@ -18,7 +18,7 @@ class StopFlag:
         self.signal = 0
         self._former: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
                 self._former[number] = signal.signal(number, self._set)
 
     def restore(self) -> None:
