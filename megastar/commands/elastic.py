@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
+import subprocess
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from megastar.commands._common import Parser, config_and_overrides, integer, logging_options, positive, seconds
@@ -61,10 +65,15 @@ def main(words: list[str]) -> int:
     index = args.index if args.index is not None else hosts.index(host_name()) if host_name() in hosts else -1
     if not hosts or index >= len(hosts):
         raise UserError(f"--index {index}: --hosts names {len(hosts)} host(s), counted from 0")
+    # torch reports a connection to a lost node in thirty lines of C++; in the ranks it keeps its own level.
+    level = {} if "TORCH_CPP_LOG_LEVEL" in os.environ else {"TORCH_CPP_LOG_LEVEL": "FATAL"}
+    os.environ.update(level)
     from megastar.engine.elastic.agent import run_node
     from megastar.engine.elastic.batch import fit_batch
     from megastar.engine.elastic.rendezvous import Nodes
 
+    for name in level:
+        del os.environ[name]
     least, most = args.nodes
     fit_batch(cfg, least * args.nproc, most * args.nproc)  # raises before anything is started
     job = args.job or os.environ.get("SLURM_JOB_ID") or str(Path(cfg.run).resolve())
@@ -73,6 +82,28 @@ def main(words: list[str]) -> int:
     status, why = run_node(cfg, ["train", *args.items, *logging_options()], args.nproc, there, args.max_restarts)
     if why:
         print(f"megastar: error: {why}", file=sys.stderr)
+    if status is None:
+        return 0
     if args.status_file and not why:
         args.status_file.write_text(f"{status}\n")
+    if "SLURM_SRUN_COMM_PORT" in os.environ and not srun_is_there(os.environ):
+        end_job(os.environ["SLURM_JOB_ID"], status)
     return status
+
+
+def srun_is_there(environ: Mapping[str, str]) -> bool:
+    """Whether the srun that started this process still runs, and with it the batch script."""
+    place = environ.get("SLURM_SRUN_COMM_HOST", ""), int(environ["SLURM_SRUN_COMM_PORT"])
+    with suppress(OSError), socket.create_connection(place, 5.0):
+        return True
+    return False
+
+
+def end_job(job: str, status: int) -> None:
+    """The node of the batch script is lost: SLURM would keep the job to its time limit. The script's next start ends it."""
+    command = ["scancel", job] if status == 2 else ["scontrol", "requeue", job]
+    print(f"megastar: the batch script of job {job} is gone with its node; {' '.join(command)}", file=sys.stderr)
+    try:
+        subprocess.run(command, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"megastar: error: {' '.join(command)} failed ({error}): run it yourself", file=sys.stderr)

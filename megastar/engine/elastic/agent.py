@@ -123,6 +123,10 @@ class Agent(LocalElasticAgent):
     def _shutdown(self, death_sig: signal.Signals = JOINING, timeout: int = SAVE_TIME) -> None:
         super()._shutdown(death_sig, timeout)
 
+    @property
+    def has_ranks(self) -> bool:
+        return bool(self._worker_group.workers)
+
     def statuses(self) -> list[int]:
         """Exit statuses of the ranks that have ended, last."""
         handlers = getattr(self._pcontext, "subprocess_handlers", {})
@@ -133,11 +137,19 @@ def _supported(known: Any, **options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in known}
 
 
-def run_node(cfg: RunConfig, words: list[str], per_node: int, nodes: Nodes, max_restarts: int) -> tuple[int, str]:
-    """Run ``megastar WORDS`` as ``per_node`` ranks of this node until the run ends; returns (exit status, why)."""
+def run_node(
+    cfg: RunConfig, words: list[str], per_node: int, nodes: Nodes, max_restarts: int
+) -> tuple[int | None, str]:
+    """Run ``megastar WORDS`` as ``per_node`` ranks of this node until the run ends; returns (exit status, why).
+
+    The status is None where this node had no ranks at the end: those of the others count.
+    """
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a fresh store for each round, in its rank 0
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     os.environ[AGENT] = str(os.getpid())
+    for name in logging.root.manager.loggerDict:  # the ranks report their errors themselves
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     key, timeouts = run_key(Path(cfg.run)), Timeouts(join=timedelta(seconds=nodes.join))
     first = find_store(nodes)
     with node_memory(Path(cfg.run)) as memory, tempfile.TemporaryDirectory(prefix="megastar-agent-") as logs:
@@ -159,7 +171,7 @@ def run_node(cfg: RunConfig, words: list[str], per_node: int, nodes: Nodes, max_
     return RANK_FAILURE, f"no host of {', '.join(nodes.hosts)} keeps the nodes' store: they or the network are down"
 
 
-def _run_agent(agent: Agent, handler: Any, nodes: Nodes) -> tuple[int, str]:
+def _run_agent(agent: Agent, handler: Any, nodes: Nodes) -> tuple[int | None, str]:
     """``RendezvousConnectionError``: the store is lost, the ranks have ended."""
     try:
         result = agent.run()
@@ -167,14 +179,16 @@ def _run_agent(agent: Agent, handler: Any, nodes: Nodes) -> tuple[int, str]:
         statuses = agent.statuses()
         return (PREEMPTED if PREEMPTED in statuses else 128 + int(error.sigval)), ""
     except RendezvousClosedError:
-        return 0, ""  # the run ended on the other nodes, whose statuses count
+        return None, ""  # the run ended on the other nodes
     except RendezvousTimeoutError:
         return RANK_FAILURE, (
             f"fewer than {nodes.least} nodes were there within {nodes.join:.0f} s: the run needs a new job, or a lower MIN "
             "in --nodes MIN:MAX"
         )
     handler.shutdown()
-    if result is None or not result.is_failed():  # None: this node was spare to the end
+    if result is None or not agent.has_ranks:  # None: this node was spare to the end
+        return None, ""
+    if not result.is_failed():
         return 0, ""
     failure = min(result.failures.values(), key=lambda f: f.timestamp)
     return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode, ""

@@ -7,6 +7,7 @@ import hmac
 import os
 import secrets
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,17 +96,27 @@ def find_store(nodes: Nodes) -> int:
     return 0
 
 
+def wait_for_port(host: str, port: int, patience: float) -> None:
+    """Raises ``OSError`` where nothing listens within ``patience`` seconds; torch's store would print its own attempts."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return socket.create_connection((host, port), 5.0).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
 def join(nodes: Nodes, k: int, key: bytes, timeouts: Timeouts) -> DynamicRendezvousHandler:
     """The rendezvous over the store of host ``k``, which that host opens. Raises ``RendezvousConnectionError``."""
     host, port = nodes.hosts[k], nodes.port + k
     opens = k == nodes.index
     try:
-        listening = os.dup(socket.create_server((host, port)).fileno()) if opens else None  # on this address only
-        patience = REPLY if timeouts.started else max(REPLY, timeouts.join)
-        store = TCPStore(
-            host, port, is_master=opens, multi_tenant=True, timeout=patience, master_listen_fd=listening,
-        )  # fmt: skip
-        store.set_timeout(REPLY)
+        listening = socket.create_server((host, port)).detach() if opens else None  # on this address only
+        if not opens:
+            wait_for_port(host, port, (REPLY if timeouts.started else max(REPLY, timeouts.join)).total_seconds())
+        store = TCPStore(host, port, is_master=opens, multi_tenant=True, timeout=REPLY, master_listen_fd=listening)
     except (OSError, RuntimeError, ValueError) as error:
         raise RendezvousConnectionError(f"the store on {host}:{port} cannot be reached ({error})") from error
     handler: DynamicRendezvousHandler = DynamicRendezvousHandler.from_backend(
