@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 JOINING = signal.SIGUSR2  # to the ranks: save and exit with RESTART, because a node joins
 FINAL = (2, PREEMPTED)  # exit statuses of a rank that no restart follows
 SAVE_TIME = 600  # seconds that ranks have to save and exit
+LEAVING = 5.0  # seconds that a node may take from leaving a round to joining the next
 SETTLED = 600.0  # seconds without a failure after which earlier ones no longer count
 LINGER = 3.0  # seconds that the store outlives the run, so that waiting nodes see its end
 
@@ -51,6 +52,7 @@ class Agent(LocalElasticAgent):
         self.handler: Any = spec.rdzv_handler
         self.use = 0  # ranks of the present round
         self.lost_at = 0.0
+        self.missing_since = time.monotonic()
 
     # Ranks of a round --------------------------------------------------------------------------------------------
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
@@ -58,7 +60,8 @@ class Agent(LocalElasticAgent):
         self.timeouts.started = True
         self.nodes = self._participants()
         per_node = worker_group.spec.local_world_size
-        worker_group.group_world_size = -(-self.use // per_node)  # nodes with ranks: those that end together
+        group: Any = worker_group
+        group.group_world_size = -(-self.use // per_node)  # nodes with ranks: those that end together
 
     def _assign_worker_ranks(
         self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
@@ -90,8 +93,8 @@ class Agent(LocalElasticAgent):
             over = self.handler.is_closed()
             return RunResult(WorkerState.SUCCEEDED if over else WorkerState.HEALTHY)
         result: RunResult = super()._monitor_workers(worker_group)
-        if result.state == WorkerState.HEALTHY and (lost := self.nodes - self._participants()):
-            self._report_lost(worker_group, sorted(node.addr for node in lost))
+        if result.state == WorkerState.HEALTHY and (lost := self._lost()):
+            self._report_lost(sorted(node.addr for node in lost))
             self._shutdown(signal.SIGKILL, 5)  # they wait for the lost ranks
             self._count(+1)
             return RunResult(WorkerState.UNHEALTHY)
@@ -114,7 +117,15 @@ class Agent(LocalElasticAgent):
         """The nodes of this round that have given a sign of life lately."""
         return set(self.handler._state_holder.state.participants)
 
-    def _report_lost(self, worker_group: WorkerGroup, addresses: list[str]) -> None:
+    def _lost(self) -> set[Any]:
+        """Nodes of this round that have left it without waiting for the next one: they are down."""
+        state = self.handler._state_holder.state
+        missing = self.nodes - self._participants() - state.wait_list
+        if not missing or state.wait_list:  # with a node waiting all will restart
+            self.missing_since = time.monotonic()
+        return missing if time.monotonic() - self.missing_since > LEAVING else set()
+
+    def _report_lost(self, addresses: list[str]) -> None:
         text = f"node {', '.join(addresses)} has given no sign of life: it or its network is down"
         logger.warning(text)
         if min(self._participants(), default=None) == self.handler._this_node:
@@ -138,9 +149,9 @@ def _supported(known: Any, **options: Any) -> dict[str, Any]:
 
 
 def run_node(
-    cfg: RunConfig, words: list[str], per_node: int, nodes: Nodes, max_restarts: int
+    cfg: RunConfig, words: list[str], per_node: int, nodes: Nodes, max_restarts: int, module: str = "megastar"
 ) -> tuple[int | None, str]:
-    """Run ``megastar WORDS`` as ``per_node`` ranks of this node until the run ends; returns (exit status, why).
+    """Run ``module WORDS`` as ``per_node`` ranks of this node until the run ends; returns (exit status, why).
 
     The status is None where this node had no ranks at the end: those of the others count.
     """
@@ -159,7 +170,7 @@ def run_node(
                 handler = join(nodes, k, key, timeouts)
                 spec = WorkerSpec(
                     "train", per_node, handler, max_restarts=max_restarts, monitor_interval=0.1,
-                    entrypoint=sys.executable, args=("-m", "megastar", *words), local_addr=nodes.address,
+                    entrypoint=sys.executable, args=("-m", module, *words), local_addr=nodes.address,
                 )  # fmt: skip
                 status, why = _run_agent(Agent(spec, DefaultLogsSpecs(logs), cfg, timeouts, nodes.most), handler, nodes)
                 if not why and k == nodes.index:

@@ -20,7 +20,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 KEEP_ALIVE, ATTEMPTS = 2, 5  # seconds between an agent's signs of life, and how many may be missing
 REPLY = timedelta(seconds=20)  # for an answer of the store, or for the next node to open one
-FIRST_CALL, LAST_CALL = 30, 3  # seconds to wait for more nodes than MIN: at the first start, at a restart
+PROBE = timedelta(seconds=3)
+FIRST_CALL, LAST_CALL = 30, 5  # seconds to wait for more nodes than MIN: at the first start, at a restart
 KEY_FILE = "rendezvous.key"  # in the run folder
 
 
@@ -90,9 +91,12 @@ def run_key(run: Path) -> bytes:
 def find_store(nodes: Nodes) -> int:
     """Which host has the store, as a node sees it that comes later than others; at the start it will be the first."""
     for k, host in enumerate(nodes.hosts):
-        if k != nodes.index:
-            with suppress(OSError), socket.create_connection((host, nodes.port + k), 1.0):
-                return k
+        with suppress(OSError, RuntimeError, ValueError):
+            if k != nodes.index:
+                socket.create_connection((host, nodes.port + k), 1.0).close()
+                store = TCPStore(host, nodes.port + k, is_master=False, wait_for_workers=False, timeout=PROBE)
+                if store.check([f"torch.rendezvous.{nodes.job}"]):  # it is a store, and of this job
+                    return k
     return 0
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from megastar.run_dir.events import read_events
 from tests.integration.conftest import ROOT, World, environment
+from tests.slurm.cluster import free_ports
 
 EXACT = ["model.{class,token,resid,ffn}_dropout"]  # see ``write_config``
 
@@ -38,8 +38,7 @@ class Job:
     """``hosts`` nodes of which at most ``nodes`` = "MIN:MAX" train, ``ranks`` each; ``start`` each of them."""
 
     def __init__(self, config: Path, run: Path, nodes: str, hosts: int, ranks: int, *words: str):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_ports(hosts)
         self.run, self.hosts, self.log = run, hosts, config.with_suffix(".log")
         names = ",".join(["127.0.0.1"] * hosts)
         options = ["--nodes", nodes, "--hosts", names, "--port", str(self.port), "--nproc", str(ranks)]
