@@ -19,7 +19,7 @@ from tests.integration.conftest import ROOT, environment
 from tests.slurm.cluster import free_ports
 
 pytestmark = pytest.mark.dist
-PATIENCE = 120
+PATIENCE = 60
 
 
 class Nodes:
@@ -33,7 +33,7 @@ class Nodes:
 
     def start(self, *indices: int) -> None:
         for k in indices:
-            self.server.stdin.write(f"{k} {self.words}\n")
+            self.server.stdin.write(f"{self.folder} {k} {self.words}\n")
             self.server.stdin.flush()
             self.pids[k] = int(self.server.stdout.readline())
 
@@ -67,7 +67,7 @@ class Nodes:
         return {k: json.loads((self.folder / f"node-{k}").read_text()) for k in sorted(self.pids)}
 
     def log(self) -> str:
-        return (self.folder / "log").read_text()[-4000:]
+        return (self.folder / "log").read_text(errors="replace")[-4000:]
 
     def close(self) -> None:
         for pid in self.pids.values():
@@ -82,18 +82,23 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.fixture
-def nodes(tmp_path):
-    command = [sys.executable, "-m", elastic_worker.__name__, str(tmp_path)]
-    made: list[Nodes] = []
+@pytest.fixture(scope="module")
+def server():
+    command = [sys.executable, "-m", elastic_worker.__name__]
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stdout.readline() == "ready\n"
-        yield lambda *words, **more: made.append(Nodes(server, tmp_path, *words, **more)) or made[-1]
-        for job in made:
-            job.close()
-        server.stdin.close()
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def nodes(server, tmp_path):
+    made: list[Nodes] = []
+    yield lambda *words, **more: made.append(Nodes(server, tmp_path, *words, **more)) or made[-1]
+    for job in made:
+        job.close()
 
 
 def test_nodes_are_lost_join_and_end_together(nodes, tmp_path):

@@ -1,6 +1,6 @@
 """Nodes of a run whose ranks train nothing: they report where they are, and end when they are told to.
 
-A process that has imported the agent forks a node for each line ``INDEX NODES HOSTS PORT RANKS BATCH`` on its stdin, and prints
+A process that has imported the agent forks a node for each line ``FOLDER INDEX NODES HOSTS PORT RANKS BATCH`` on its stdin, and prints
 its process id; the node writes FOLDER/node-INDEX at its end. A rank (RANK is set) writes FOLDER/ranks/PID.json and exits
 with the status in FOLDER/exit-RANK or FOLDER/exit, with 87 on SIGUSR2, 85 on SIGTERM.
 """
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from megastar.utils.process_exit import die_with_agent
@@ -48,7 +49,7 @@ def agent(folder: Path, index: str, nodes: str, hosts: str, port: str, ranks: st
     (folder / f"node-{index}").write_text(json.dumps([status, why]))
 
 
-def serve(folder: Path) -> None:
+def serve() -> None:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     import megastar.engine.elastic.agent  # noqa: F401
 
@@ -58,14 +59,16 @@ def serve(folder: Path) -> None:
         if not (pid := os.fork()):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.setsid()
-            os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+            os.dup2(os.open(Path(line.split()[0]) / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
             os.dup2(1, 2)
             try:
-                agent(folder, *line.split())
+                agent(Path(line.split()[0]), *line.split()[1:])
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(0)
         print(pid, flush=True)
 
 
 if __name__ == "__main__":
-    (rank if "RANK" in os.environ else serve)(Path(sys.argv[1]))
+    rank(Path(sys.argv[1])) if "RANK" in os.environ else serve()
