@@ -43,10 +43,10 @@ class Faults:
         """The run has resumed on ``ranks`` ranks and done a step that it had not done before."""
         job, at, starts = self.job, self.at, self.starts
         job.wait_for(lambda: job.starts() > starts and job.events("started", "resumed")[-1]["ranks"] == ranks, PATIENCE)
-        self.costs.append((fault, at - job.events("resumed")[-1]["step"], 0.0))
-        done = job.wait_for(lambda: job.step() > at, PATIENCE)
-        self.costs[-1] = (*self.costs[-1][:2], done - began)
-        print("fault: %s; steps lost: %d; next new step after %.1f s" % self.costs[-1], flush=True)
+        lost = at - job.events("resumed")[-1]["step"]
+        seconds = job.wait_for(lambda: job.step() > at, PATIENCE) - began
+        self.costs.append((fault, lost, seconds))
+        print(f"{fault}: {lost} step(s) lost, next new step after {seconds:.1f} s", flush=True)
 
     def run_for(self, steps: int) -> None:
         """Train ``steps`` more steps; remember where the run is."""

@@ -89,29 +89,25 @@ class Agent(LocalElasticAgent):
 
     # Their end ---------------------------------------------------------------------------------------------------
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        if not worker_group.workers:  # this node waits until it is needed, or the run is over
-            over = self.handler.is_closed()
-            return RunResult(WorkerState.SUCCEEDED if over else WorkerState.HEALTHY)
-        result: RunResult = super()._monitor_workers(worker_group)
+        if worker_group.workers:
+            result: RunResult = super()._monitor_workers(worker_group)
+        else:  # this node waits until it is needed, or the run is over
+            result = RunResult(WorkerState.SUCCEEDED if self.handler.is_closed() else WorkerState.HEALTHY)
         if result.state == WorkerState.HEALTHY and (lost := self._lost()):
             self._report_lost(sorted(node.addr for node in lost))
             self._shutdown(signal.SIGKILL, 5)  # they wait for the lost ranks
-            self._count(+1)
+            self._remaining_restarts += 1  # torch's agent subtracts one: not counted
             return RunResult(WorkerState.UNHEALTHY)
         if result.state == WorkerState.FAILED:
             statuses = {f.exitcode for f in result.failures.values()}
             if statuses & set(FINAL):
                 self._remaining_restarts = 0
             elif statuses <= {RESTART, -JOINING}:
-                self._count(+1)
+                self._remaining_restarts += 1  # torch's agent subtracts one: not counted
             elif time.monotonic() - self.lost_at > SETTLED:
                 self._remaining_restarts = worker_group.spec.max_restarts
             self.lost_at = time.monotonic()
         return result
-
-    def _count(self, more: int) -> None:
-        """A restart that follows is not, or once more, allowed: torch's agent subtracts one."""
-        self._remaining_restarts = max(0, self._remaining_restarts + more)
 
     def _participants(self) -> set[Any]:
         """The nodes of this round that have given a sign of life lately."""
