@@ -14,9 +14,13 @@ from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed import TCPStore
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousStateError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousStateError, dynamic_rendezvous
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, Token
+
+# torch names the caller of each of its (unused) log records by inspect.stack(), which costs up to a second: signs of life would
+# be late on a busy node.
+dynamic_rendezvous.get_method_name = lambda depth=2: ""
 
 KEEP_ALIVE, ATTEMPTS = 2, 5  # seconds between an agent's signs of life, and how many may be missing
 REPLY = timedelta(seconds=20)  # for an answer of the store, or for the next node to open one
