@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
+    RendezvousStateError,
     RendezvousTimeoutError,
 )
 
@@ -187,6 +188,11 @@ def _run_agent(agent: Agent, handler: Any, nodes: Nodes) -> tuple[int | None, st
         return (PREEMPTED if PREEMPTED in statuses else 128 + int(error.sigval)), ""
     except RendezvousClosedError:
         return None, ""  # the run ended on the other nodes
+    except RendezvousStateError as error:
+        return (
+            RANK_FAILURE,
+            f"{error}: another program writes to the nodes' store, port {nodes.port} and above; close them to it",
+        )
     except RendezvousTimeoutError:
         return RANK_FAILURE, (
             f"fewer than {nodes.least} nodes were there within {nodes.join:.0f} s: the run needs a new job, or a lower MIN "
