@@ -24,6 +24,7 @@ COMMANDS = {  # name -> (module of megastar.commands, description)
     "pretokenize": ("pretokenize", "encode images into token shards"),
     "data": ("data", "inspect, verify, count and index token shards"),
     "train": ("train", "train a model: ST-AR or the AR baseline"),
+    "elastic": ("elastic", "train on several nodes, and continue on the others if one is lost"),
     "convert": ("convert", "inspect a checkpoint, or convert it to weights or another format"),
     "sample": ("sample", "generate images from a run or a weights file"),
     "evaluate": ("evaluate", "score images against real images: FID, sFID, IS, precision/recall, KID, FD-EffLite0"),

@@ -73,8 +73,26 @@ train() {
     [ -r "$config" ] || fail "$config cannot be read in $PWD: run sbatch in the repository folder"
     find_run_folder "$@"
     [ -z "$JOB" ] || [ -n "${MEGASTAR_DRY_RUN:-}" ] || prepare_start
+    if [ -n "${MEGASTAR_ELASTIC:-}" ]; then
+        run_elastic "$@" ${cache:+"$cache"}
+        finish $?
+    fi
     run_step --label --wait=120 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar train "$@" ${cache:+"$cache"}
     finish $?
+}
+
+# run_elastic [CONFIG] [section.field=value ...]: one agent per node, which starts the node's ranks (docs/elastic.md). Needs
+# sbatch --no-kill: otherwise SLURM ends the job when it detects the lost node. --wait=0: a node that ends does not end the others.
+run_elastic() {
+    local status file=${REQUEUE_LOG%/*}/elastic.status ranks=${SLURM_NTASKS_PER_NODE:-1}
+    rm -f "$file"
+    run_step --label --no-kill --wait=0 --ntasks-per-node=1 --ntasks="${SLURM_NNODES:-1}" \
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$((SLURM_CPUS_PER_TASK * ranks))} \
+        ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar elastic --nodes "$MEGASTAR_ELASTIC" --nproc "$ranks" \
+        --hosts "$(paste -sd, <<<"${NODES:-FIRST_NODE}")" --port "$MASTER_PORT" --status-file "$file" "$@"
+    status=$?
+    [ ! -s "$file" ] || status=$(tail -n 1 "$file") # srun's may be that of the lost node
+    return "$status"
 }
 
 # run_independent COMMAND ...: processes that share a folder but no process group; if one dies, the others continue.

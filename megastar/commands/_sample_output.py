@@ -124,7 +124,7 @@ def sample_and_score(
     """--score: generate and score this rank's share; with --folder, all ranks first write the images there."""
     import torch.distributed as dist
 
-    from megastar.commands._score_options import options_of
+    from megastar.commands._common import score_options_of
     from megastar.evaluation.runner import sample_and_evaluate
     from megastar.sampling import distributed
 
@@ -146,7 +146,7 @@ def sample_and_score(
         world=world,
         group=group,
         folder=a.folder,
-        **options_of(a),
+        **score_options_of(a),
         device=pipeline.sampler.decoder.device,
         batch=pipeline.batch,
         out=a.score if rank == 0 else None,

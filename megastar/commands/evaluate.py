@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megastar.commands._common import Parser, check_outputs, positive, seed
-from megastar.commands._score_options import add_options, options_of
+from megastar.commands._common import Parser, add_score_options, check_outputs, positive, score_options_of, seed
 from megastar.errors import UserError
 
 EXAMPLES = """
@@ -25,7 +24,7 @@ def parser() -> Parser:
     p.add_argument("generated", nargs="?", help="folder, tar or .npz (arr_0) of images to score")
     p.add_argument("--tokenizer", help="score this tokenizer's reconstructions of the real images instead")
     p.add_argument("--subset", help="use only generated images in this top-level folder")
-    add_options(p, required=True)
+    add_score_options(p, required=True)
     p.add_argument("--seed", type=seed, default=0, help="seed of KID's subsets")
     p.add_argument("--provenance", type=Path, help="JSON file with the samples' provenance (default: SAMPLES.npz.json)")
     p.add_argument("--out", type=Path, help="JSON file for the scores and their provenance")
@@ -44,7 +43,7 @@ def main(words: list[str]) -> int:
     from megastar.utils.logs import shared_console
 
     provenance = read_provenance(a.provenance) if a.provenance else {}
-    options = options_of(a, a.seed) | {
+    options = score_options_of(a, a.seed) | {
         "out": a.out,
         "device": pick_device(a.device),
         "batch": a.batch,

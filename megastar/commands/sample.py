@@ -10,6 +10,7 @@ from megastar.checkpoint.find_weights import class_names, class_number, find_wei
 from megastar.commands._common import (
     MOST,
     Parser,
+    add_score_options,
     bounded,
     check_outputs,
     main_console,
@@ -21,7 +22,6 @@ from megastar.commands._common import (
     seed,
 )
 from megastar.commands._sample_output import SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
-from megastar.commands._score_options import add_options
 from megastar.errors import UserError
 from megastar.sampling.pipeline import open_pipeline
 from megastar.utils.files import check_output, check_regular
@@ -91,7 +91,7 @@ def parser() -> Parser:
     p.add_argument("--nproc", type=processes, default=1, help="local processes (default 1); ignored under a launcher")
     scores = p.add_argument_group("scoring without writing images")
     scores.add_argument("--score", type=Path, help="score while sampling; JSON file for the result")
-    add_options(scores, required=False)
+    add_score_options(scores, required=False)
     return p
 
 

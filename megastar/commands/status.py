@@ -142,6 +142,7 @@ def lines_of(s: Status) -> dict[str, str]:
         "upload": s.upload,
         "time left": duration(s.left_s) if s.left_s is not None else "",
         "restarts": restarts,
+        "ranks and nodes": "\n".join(s.mesh[-5:]),
         "excluded": f"{', '.join(s.excluded)}: see bad_hosts.log" if s.excluded else "",
         "health": "\n".join(s.health) or "no problems found",
     }

@@ -15,6 +15,7 @@ from megastar.commands._common import (
     terminal_width,
 )
 from megastar.utils.printable import say
+from megastar.utils.process_exit import die_with_agent
 from megastar.utils.signals import StopFlag
 
 EXAMPLES = """
@@ -49,6 +50,7 @@ def parser() -> Parser:
 
 def main(words: list[str]) -> int:
     # Ranks handle signals before the imports below, which take seconds: a signal must not kill one rank only.
+    die_with_agent()
     stop = StopFlag() if is_launched(os.environ) or "SLURM_STEP_ID" in os.environ else None
     from megastar.config.load import config_yaml, load_config, resolve_batch
 

@@ -285,6 +285,11 @@ class FaultsConfig:
         low=0,
         high=MOST_STEPS,
     )
+    memory_every: int = knob(
+        0,
+        "steps between checkpoints in the memory of another node, for runs of megastar elastic; 0: never",
+        low=0,
+    )
     slow_ratio: float = knob(
         1.5, "warn about a rank whose compute time per step is this many times the median; 0: never", low=0, high=LARGE
     )

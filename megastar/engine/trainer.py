@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from megastar.data.storage.store import is_remote
 from megastar.engine.checkpointer.async_saver import Saver, grace_period
 from megastar.engine.checkpointer.load import load_checkpoint, load_initial
 from megastar.engine.dry_run import describe
+from megastar.engine.elastic.memory_checkpoint import MemoryCheckpoints
+from megastar.engine.elastic.mesh_change import record_start
 from megastar.engine.fault_tolerance import replica_checksum
 from megastar.engine.fault_tolerance.errors import CorruptReplica
 from megastar.engine.fault_tolerance.rollback import commit_rollback, finish_rollback, plan_rollback
@@ -31,24 +32,25 @@ from megastar.engine.input_pipeline.batch_fetcher import BatchFetcher, OutOfData
 from megastar.engine.input_pipeline.data_checks import open_data
 from megastar.engine.lr_schedule import learning_rate, peak_rate, row_due, total_steps
 from megastar.engine.memory_check import check_run
-from megastar.engine.metrics.environment import command_line, process_environment
+from megastar.engine.metrics.environment import command_line
 from megastar.engine.metrics.health_monitor import HealthMonitor
 from megastar.engine.metrics.logger import MetricsLogger
 from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks, run_on_main
-from megastar.engine.resume_checks import check_resumed, start_event
+from megastar.engine.resume_checks import check_resumed
 from megastar.engine.run_folder import hold_run_folder
+from megastar.engine.train_result import TrainResult
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.zero.process_group import collective_timeout, set_timeouts, start
-from megastar.engine.zero.setup import build, chosen_kernels
+from megastar.engine.zero.setup import build
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.config_file import claim_run_folder
 from megastar.run_dir.events import append_event
 from megastar.run_dir.lease import in_use
-from megastar.utils.signals import PREEMPTED, Preempted, StopFlag
+from megastar.utils.signals import Preempted, StopFlag, status_after
 
 logger = logging.getLogger(__name__)
 
@@ -63,22 +65,9 @@ def train(cfg: RunConfig, *, dry_run: bool = False, stop: StopFlag | None = None
     if dry_run:
         flag.release()  # there is nothing to save
         trainer.dry_run()
-    elif trainer.fit().signal:
+    elif signal_number := trainer.fit().signal:
         flag.ignore()  # a further signal must not replace the exit status
-        raise SystemExit(PREEMPTED)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How ``Trainer.fit`` ended. ``signal``: the stop signal that ended it early, 0 where all steps are done."""
-
-    step: int
-    checkpoint: Path | None
-    signal: int = 0
-
-    @property
-    def finished(self) -> bool:
-        return not self.signal
+        raise SystemExit(status_after(signal_number))
 
 
 class Trainer:
@@ -104,7 +93,7 @@ class Trainer:
         self.cfg, self.watchdog, self._stop = as_run_config(config), watchdog, stop
         self.run, self.checkpoints = Path(self.cfg.run), checkpoint_dir.folder_of(self.cfg.run)
         self.step = self.steps = 0  # done; in all
-        self.hooks: list[Callable[[StepRecord], None]] = [self._log, self._validate, self._save]
+        self.hooks: list[Callable[[StepRecord], None]] = [self._log, self._validate, self._save, self._remember]
 
     # Set-up ------------------------------------------------------------------------------------------------------
     def fit(self) -> TrainResult:
@@ -159,7 +148,8 @@ class Trainer:
         newest = run_on_main(
             ctx, lambda: str(checkpoint_dir.latest(self.checkpoints) or "")
         )  # views of a disk may differ
-        if found := Path(newest) if newest else None:
+        self.memory = MemoryCheckpoints(cfg, ctx, self.engines)
+        if found := self.memory.newest(Path(newest) if newest else None, len(rollbacks)):
             restored = load_checkpoint(ctx, self.engines, found, cfg.train.seed)
             self.step, origin = restored["step"], restored.get("init")
             self.policy.restore(restored, len(rollbacks), rollbacks[-1]["position"] if rollbacks else 0)
@@ -191,6 +181,11 @@ class Trainer:
         with ExitStack() as opened:
             self.loader = on_all_ranks(ctx, lambda: opened.enter_context(closing(self._open_loader())))
             self.metrics = on_all_ranks(ctx, lambda: self._open_metrics(opened))
+            opened.callback(self.memory.close)
+            changes = self.metadata["changes"]
+            record_start(
+                self.metrics, cfg, ctx, self.engines, self.data.train.manifest, self.found, self.steps, changes
+            )
             self.fetcher = BatchFetcher(self.loader, ctx, lambda: bool(self.stop.signal), self.run)
             self.saver = Saver(cfg, ctx, self.engines, self.step, self.lease)
             self.stragglers = Stragglers(ctx, self.engines, self.fetcher, cfg.faults.slow_ratio)
@@ -220,10 +215,6 @@ class Trainer:
         cfg, ctx = self.cfg, self.ctx
         metrics = MetricsLogger(self.run, self.step, self.steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx))
         opened.callback(metrics.close)  # at once: what follows, or another rank, may fail
-        kind, text = start_event(cfg, ctx, self.data.train.manifest, self.found, self.step, self.steps)
-        facts = process_environment(ctx.device) | chosen_kernels(self.engines.student.module.transformer)
-        facts["changes"] = self.metadata["changes"]
-        metrics.event(kind, text, steps=self.steps, ranks=ctx.world, **facts)
         return metrics
 
     # The loop ----------------------------------------------------------------------------------------------------
@@ -305,6 +296,7 @@ class Trainer:
         self.loader.load_state_dict({"samples": (self.step + self.policy.offset) * self.loader.global_batch})
         self.fetcher.restart()
         self.saver.rewind(plan.target, self.step)
+        self.memory.discard()
         self.metrics.rewind(self.step, plan.target)
         self.metrics.event("rolled_back", plan.text, left=left, to=self.step, position=plan.record["position"])
 
@@ -347,6 +339,10 @@ class Trainer:
             unsaved = self._save_with_retry(grace_period(record.signal))
             self.metrics.saved(self.saver.done)
             self._stop_for(record.signal, unsaved or f"saved {self.saver.done}")  # the next start completes uploads
+
+    def _remember(self, record: StepRecord) -> None:
+        if (blocked := self.memory.save(self.step, self._checkpoint_metadata())) is not None:
+            self.metrics.write(self.step, {"memory_blocked_s": blocked})
 
     # The end -----------------------------------------------------------------------------------------------------
     def _finish(self) -> None:

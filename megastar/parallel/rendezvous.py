@@ -95,7 +95,9 @@ class _Joining:
         self.begin = self.reported = time.monotonic()
         self.stop: tuple[int, float] | None = None  # signal, when it was noticed
         self.liveness: socket.socket | None = None
-        self.prefix = f"megastar/join/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"
+        # A store of the launcher outlives its ranks; the counts of several launchers may differ, but rank 0's store is new.
+        restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_hosts_store(environ) else "0"
+        self.prefix = f"megastar/join/{restarts}/"
 
     def run(self) -> dist.TCPStore:
         hosts = self.rank == 0 and not agent_hosts_store(self.environ)

@@ -58,6 +58,7 @@ class Status:
     saving: bool = False
     upload: str = ""
     restarts: list[str] = field(default_factory=list)  # the reason of each
+    mesh: list[str] = field(default_factory=list)  # changes of the ranks or nodes, of elastic runs and between starts
     excluded: list[str] = field(default_factory=list)  # hosts that the batch script excludes
     health: list[str] = field(default_factory=list)
 
@@ -88,6 +89,7 @@ def status_of(run: Path, now: float | None = None) -> Status:
         ranks=describe_heartbeats(run, now),
         upload=describe_upload(cfg.train, past),
         restarts=restart_reasons(past),
+        mesh=[f"{e['time']} at step {e.get('step')}: {e.get('text')}" for e in past if e["event"] == "mesh_changed"],
         excluded=excluded_hosts(run),
         **read_metrics(rows),
         **checkpoint,

@@ -13,8 +13,10 @@ from typing import Any
 
 # Exit status after a stop signal; not 0, because SLURM counts a clean exit as completed and does not requeue it.
 PREEMPTED = 85
+RESTART = 87  # saved because a node joins an elastic run: its agents start the ranks again
 # HUP, QUIT: a closed terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+RANK_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR2)  # SIGUSR2: of an elastic agent, because a node joins
 
 
 def is_ignored(number: int) -> bool:
@@ -22,11 +24,16 @@ def is_ignored(number: int) -> bool:
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
+def status_after(signal_number: int) -> int:
+    """Of a rank that has saved after a stop signal."""
+    return RESTART if signal_number == signal.SIGUSR2 else PREEMPTED
+
+
 class Preempted(SystemExit):
     """All ranks stop because of a signal. A SystemExit, so that the watchdog counts it as a clean end."""
 
     def __init__(self, signal_number: int):
-        super().__init__(PREEMPTED)
+        super().__init__(status_after(signal_number))
         self.signal = signal_number
 
 
@@ -95,7 +102,7 @@ def is_importing(frame: FrameType | None) -> bool:
 
 
 class StopFlag:
-    """Set by a signal of STOP_SIGNALS; the run saves and stops after the step. A second SIGINT interrupts.
+    """Set by a signal of RANK_SIGNALS; the run saves and stops after the step. A second SIGINT interrupts.
 
     An ignored SIGHUP (nohup) stays ignored. Python installs signal handlers in the main thread only: elsewhere the flag is
     never set by a signal.
@@ -105,7 +112,7 @@ class StopFlag:
         self.signal = 0
         self._former: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in [n for n in STOP_SIGNALS if not is_ignored(n)]:
+            for number in [n for n in RANK_SIGNALS if not is_ignored(n)]:
                 self._former[number] = signal.signal(number, self._set)
 
     def restore(self) -> None:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megastar.engine.context import Context
-from megastar.utils.signals import STOP_SIGNALS
+from megastar.utils.signals import RANK_SIGNALS
 
-SIGNALS = sorted(STOP_SIGNALS)
+SIGNALS = sorted(RANK_SIGNALS)
 
 
 def any_stop_signal(ctx: Context, signal_number: int) -> int:

@@ -18,7 +18,7 @@ from megastar.errors import UserError
 
 BASE = "data: {shards: x}\ntrain: {steps: 5}\n"
 ALIASES = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
-REFERENCES = "a0: xxx\n" + "".join(f"a{i}: {('${a%d}' % (i - 1)) * 9}\n" for i in range(1, 12))
+REFERENCES = "a0: xxx\n" + "".join(f"a{i}: {f'${{a{i - 1}}}' * 9}\n" for i in range(1, 12))
 
 
 def refusal(text: str | bytes, folder: Path) -> str:

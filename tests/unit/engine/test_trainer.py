@@ -14,7 +14,8 @@ from megastar.config.schema import DataConfig, RunConfig, TrainConfig
 from megastar.engine import trainer as module
 from megastar.engine.context import Context
 from megastar.engine.metrics.logger import MetricsLogger
-from megastar.engine.trainer import Trainer, TrainResult
+from megastar.engine.train_result import TrainResult
+from megastar.engine.trainer import Trainer
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
 from megastar.utils.signals import StopFlag
