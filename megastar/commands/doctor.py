@@ -98,6 +98,7 @@ def table_of(report: Report) -> Table:
     from rich.text import Text
 
     from megastar.diagnosis.finding import compact, shortened
+    from megastar.utils.printable import printable
 
     colours = {"OK": "green", "warning": "yellow", "failure": "bold red"}
     answers = shortened(report.answers)
@@ -111,7 +112,7 @@ def table_of(report: Report) -> Table:
         f = answer.finding
         where = [Text("" if answer.everywhere else compact(answer.nodes))] if differing else []
         name = f.name if f.name != before else ""
-        remedy = [Text(f.remedy)] if has_remedies else []
-        table.add_row(Text(name), Text(f.level, colours[f.level]), *where, Text(f.finding), *remedy)
+        remedy = [Text(printable(f.remedy))] if has_remedies else []
+        table.add_row(Text(name), Text(f.level, colours[f.level]), *where, Text(printable(f.finding)), *remedy)
         before = f.name
     return table

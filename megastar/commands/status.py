@@ -96,10 +96,12 @@ def table_of(found: list[Status]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from megastar.utils.printable import one_line, printable
+
     colours = {"running": "green", "finished": "green", "starting": "yellow", "stopped": "red"}
     table = Table("")
     for s in found:
-        table.add_column(Text(s.run), overflow="fold")
+        table.add_column(Text(one_line(s.run)), overflow="fold")
     columns = [lines_of(s) for s in found]
     for name in columns[0]:
         cells = [c[name] for c in columns]
@@ -108,7 +110,7 @@ def table_of(found: list[Status]) -> Table:
         styles = [colours.get(s.state, "") for s in found] if name == "state" else [""] * len(found)
         if name == "health":
             styles = ["red" if s.health else "green" for s in found]
-        table.add_row(name, *(Text(cell, style) for cell, style in zip(cells, styles, strict=True)))
+        table.add_row(name, *(Text(printable(cell), style) for cell, style in zip(cells, styles, strict=True)))
     return table
 
 

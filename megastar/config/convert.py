@@ -10,7 +10,8 @@ from megastar.config.files import LONGEST_PATH
 from megastar.config.yaml_text import WrittenFloat, WrittenInt
 from megastar.utils.printable import one_line
 
-INTEGER = re.compile(r"[-+]?[0-9]{1,400}")
+INTEGER = re.compile(r"[-+]?[0-9]{1,40}")
+HUGE = 10**40  # an integer that still converts to a float
 WORDS = {"true": True, "on": True, "yes": True, "y": True, "false": False, "off": False, "no": False, "n": False}
 
 
@@ -52,7 +53,9 @@ def _integer(value: Any) -> int:
         raise ValueError
     if isinstance(value, str) and not INTEGER.fullmatch(value):
         raise ValueError
-    return int(value)
+    if not -HUGE < (number := int(value)) < HUGE:
+        raise ValueError
+    return number
 
 
 def _number(value: Any) -> float:

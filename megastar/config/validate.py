@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -47,7 +49,20 @@ def find_problems(cfg: Any) -> list[Problem]:
         TokenizerTrainConfig: _tokenizer_rules,
     }
     rules = kinds[type(cfg)]
-    return found + [p for p in rules(cfg) if not invalid & set(p.fields)]
+    return found + [p for p in rules(_with_defaults(cfg, invalid)) if not invalid & set(p.fields)]
+
+
+def _with_defaults(cfg: Any, names: set[str]) -> Any:
+    """A copy with the defaults of the fields ``names``: rules compute with numbers within the bounds only."""
+    cfg = copy.deepcopy(cfg) if names else cfg
+    for name in names:
+        *sections, last = name.split(".")
+        section = cfg
+        with suppress(KeyError, AttributeError):  # a name of a variant with a dot in it: another rule refuses it
+            for key in sections:
+                section = section[key] if isinstance(section, dict) else getattr(section, key)
+            setattr(section, last, getattr(type(section)(), last))
+    return cfg
 
 
 def _bounds(section: Any, prefix: str = "") -> Iterator[Problem]:

@@ -75,6 +75,8 @@ def parse_yaml(text: str) -> Any:
 
 def parse_value(text: str) -> Any:
     """The value of an override: as in a file, except that an unquoted one has no comments. Raises ``YamlError``."""
+    if re.search("[\ud800-\udfff]", text):  # bytes that are not UTF-8: the path of a file
+        return text.strip()
     if text.lstrip().startswith("&"):
         raise YamlError("an anchor has no use here: quote a value that begins with &")
     node = _compose(text)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -18,7 +19,7 @@ from megastar.errors import UserError
 
 BASE = "data: {shards: x}\ntrain: {steps: 5}\n"
 ALIASES = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
-REFERENCES = "a0: xxx\n" + "".join(f"a{i}: {f'${{a{i - 1}}}' * 9}\n" for i in range(1, 12))
+REFERENCES = "a0: xxx\n" + "".join(f"a{i}: {('${a' + str(i - 1) + '}') * 9}\n" for i in range(1, 12))
 
 
 def refusal(text: str | bytes, folder: Path) -> str:
@@ -26,7 +27,7 @@ def refusal(text: str | bytes, folder: Path) -> str:
     file.write_bytes(text.encode() if isinstance(text, str) else text)
     started = time.process_time()
     with pytest.raises(UserError) as caught:
-        load_config(file)
+        load_config(file, ["data.shards=x"])
     assert time.process_time() - started < 10
     return str(caught.value).removeprefix(f"{file}").lstrip(": ")
 
@@ -107,8 +108,8 @@ def test_a_damaged_override_gets_one_sentence(override, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def numbers(schema: type, prefix: str = "") -> list[tuple[str, dict]]:
-    """(dotted name, metadata) of every numeric field, also of lists of numbers."""
+def numbers(schema: type, prefix: str = "") -> list[tuple[str, bool, Mapping[str, Any]]]:
+    """(dotted name, whether a list, metadata) of every numeric field, also of lists of numbers."""
     found = []
     for f in fields(schema):
         hint = get_type_hints(schema)[f.name]
@@ -126,12 +127,14 @@ def numbers(schema: type, prefix: str = "") -> list[tuple[str, dict]]:
     [(RunConfig, load_config), (TokenizerTrainConfig, load_tokenizer_config), (CompareConfig, load_compare_config)],
 )
 def test_every_number_has_bounds(schema, load):
-    for name, is_list, bounds in numbers(schema):
+    known = numbers(schema)
+    for name, _, bounds in known:
         assert {"low", "above"} & bounds.keys() and {"high", "below"} & bounds.keys(), f"{name} lacks a bound"
-        for value in ("1e31", "-1e31", "nan", "inf", "true", "9" * 30):
-            with pytest.raises(UserError) as caught:
-                load(None, [f"{name}={f'[{value}]' if is_list else value}"])
-            assert f"{name} = " in str(caught.value), (name, value)
+    for value in ("1e31", "-1e31", "nan", "inf", "true", "9" * 35):
+        with pytest.raises(UserError) as caught:
+            load(None, [f"{name}={f'[{value}]' if is_list else value}" for name, is_list, _ in known])
+        for name, _, _ in known:
+            assert f"  - {name} = " in str(caught.value), (name, value)
 
 
 def test_random_damage_is_refused_or_read(tmp_path):
@@ -159,7 +162,7 @@ def test_random_damage_is_refused_or_read(tmp_path):
         b"1e999",
     ]
     outcomes = {"read": 0, "refused": 0}
-    for _ in range(150):
+    for _ in range(60):
         data = bytearray(whole)
         for _ in range(rng.randint(1, 4)):
             at = rng.randrange(len(data))
@@ -180,4 +183,4 @@ def test_random_damage_is_refused_or_read(tmp_path):
         except UserError as error:
             assert str(file) in str(error)
             outcomes["refused"] += 1
-    assert outcomes["refused"] > 75, outcomes
+    assert outcomes["refused"] > 30, outcomes

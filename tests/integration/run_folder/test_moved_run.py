@@ -44,6 +44,7 @@ def test_a_moved_run_resumes_and_records_what_changed(world, tmp_path):
 
     torch.manual_seed(1)
     save_tokenizer(VQModel(TOKENIZER), tokenizer, {"seed": 1})
+    places.remove(f"data.tokenizer={tokenizer}")
     for override, message in (
         (f"data.tokenizer={tokenizer}", "tokenizer"),
         ("train.global_batch=4", "holds a run of another configuration: train.global_batch: 8 -> 4"),
