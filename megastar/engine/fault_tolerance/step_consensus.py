@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megastar.engine.context import Context
 
-SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # rising
+SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # rising
 
 
 def any_stop_signal(ctx: Context, signal_number: int) -> int:
