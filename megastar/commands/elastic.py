@@ -11,7 +11,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from megastar.commands._common import Parser, config_and_overrides, integer, logging_options, positive, seconds
+from megastar.commands._common import (
+    Parser,
+    bounded,
+    config_and_overrides,
+    logging_options,
+    natural,
+    positive,
+    processes,
+)
 from megastar.errors import UserError
 from megastar.utils.hostname import host_name
 
@@ -41,16 +49,21 @@ def parser() -> Parser:
     p.add_argument(
         "--nodes", type=nodes, required=True, metavar="MIN:MAX", help="nodes that train at a time; more are spare"
     )
-    p.add_argument("--nproc", type=positive, default=1, help="ranks of each node (default 1)")
+    p.add_argument("--nproc", type=processes, default=1, help="ranks of each node (default 1)")
     p.add_argument(
         "--hosts", required=True, metavar="HOST,HOST,...", help="all nodes; one of them keeps their common store"
     )
-    p.add_argument("--port", type=positive, default=29400, help="of the store on the first host; +1 on the second, ...")
     p.add_argument(
-        "--index", type=integer(0), help="which of the hosts this is (default: the one with this host's name)"
+        "--port",
+        type=bounded(int, 1, 65000),
+        default=29400,
+        help="of the store on the first host; +1 on the second, ...",
     )
+    p.add_argument("--index", type=natural, help="which of the hosts this is (default: the one with this host's name)")
     p.add_argument("--job", default="", help="name of the job, equal on all nodes (default: SLURM's, else of the run)")
-    p.add_argument("--join-timeout", type=seconds(1, 86400), default=600.0, metavar="S", help="to wait for MIN nodes")
+    p.add_argument(
+        "--join-timeout", type=bounded(float, 1, 86400), default=600.0, metavar="S", help="to wait for MIN nodes"
+    )
     p.add_argument("--max-restarts", type=positive, default=20, help="failures in a row, each within 10 minutes")
     p.add_argument("--status-file", type=Path, help="write the exit status there: a launcher may report a lost node's")
     return p

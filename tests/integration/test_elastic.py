@@ -19,7 +19,7 @@ from tests.integration.conftest import megastar
 from tests.integration.helpers.elastic import Job, losses, write_config
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
-STEPS, EVERY = 70, 3
+STEPS, EVERY = 40, 3
 PATIENCE = 600  # seconds, on a machine that may be busy
 
 

@@ -12,7 +12,7 @@ from tests.integration.conftest import ROOT, megastar
 from tests.integration.helpers.elastic import losses, write_config
 from tests.slurm.cluster import wait_for
 
-STEPS, EVERY, PATIENCE = 60, 3, 900
+STEPS, EVERY, PATIENCE = 40, 3, 900
 
 
 def test_lost_nodes_are_replaced_within_the_job(cluster, world, tmp_path):

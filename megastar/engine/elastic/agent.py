@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
+    RendezvousError,
     RendezvousStateError,
     RendezvousTimeoutError,
 )
@@ -27,7 +28,7 @@ from torch.distributed.elastic.rendezvous import (
 from megastar.config.schema import RunConfig
 from megastar.engine.elastic.batch import fit_batch
 from megastar.engine.elastic.node_memory import VARIABLE, node_memory
-from megastar.engine.elastic.rendezvous import Nodes, Timeouts, find_store, join, run_key
+from megastar.engine.elastic.rendezvous import Handler, Nodes, Timeouts, find_store, join, run_key
 from megastar.engine.exit_codes import PREEMPTED, RANK_FAILURE, RESTART
 from megastar.run_dir.events import append_event
 from megastar.utils.process_exit import AGENT
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 JOINING = signal.SIGUSR2  # to the ranks: save and exit with RESTART, because a node joins
 FINAL = (2, PREEMPTED)  # exit statuses of a rank that no restart follows
 SAVE_TIME = 600  # seconds that ranks have to save and exit
+ALONE = 12.0  # seconds that ranks have to exit by themselves once ranks of another node are gone: the watchdogs' time
 LEAVING = 5.0  # seconds that a node may take from leaving a round to joining the next
 SETTLED = 600.0  # seconds without a failure after which earlier ones no longer count
 LINGER = 3.0  # seconds that the store outlives the run, so that waiting nodes see its end
@@ -44,13 +46,15 @@ LINGER = 3.0  # seconds that the store outlives the run, so that waiting nodes s
 class Agent(LocalElasticAgent):
     """The ranks of one node, of ``most``."""
 
-    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, cfg: RunConfig, timeouts: Timeouts, most: int):
+    def __init__(
+        self, spec: WorkerSpec, logs: DefaultLogsSpecs, cfg: RunConfig, handler: Handler, timeouts: Timeouts, most: int
+    ):
         known = inspect.signature(LocalElasticAgent.__init__).parameters
         super().__init__(spec, logs, exit_barrier_timeout=60, **_supported(known, shutdown_timeout=SAVE_TIME))
         self.cfg, self.timeouts, self.words = cfg, timeouts, spec.args
         self.planned = most * spec.local_world_size  # ranks, if no node is missing
         self.nodes: set[Any] = set()  # of the present round
-        self.handler: Any = spec.rdzv_handler
+        self.handler = handler
         self.use = 0  # ranks of the present round
         self.lost_at = 0.0
         self.missing_since = time.monotonic()
@@ -59,7 +63,7 @@ class Agent(LocalElasticAgent):
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         super()._rendezvous(worker_group)
         self.timeouts.started = True
-        self.nodes = self._participants()
+        self.nodes = self.handler.participants()
         per_node = worker_group.spec.local_world_size
         group: Any = worker_group
         group.group_world_size = -(-self.use // per_node)  # nodes with ranks: those that end together
@@ -110,26 +114,41 @@ class Agent(LocalElasticAgent):
             self.lost_at = time.monotonic()
         return result
 
-    def _participants(self) -> set[Any]:
-        """The nodes of this round that have given a sign of life lately."""
-        return set(self.handler._state_holder.state.participants)
-
     def _lost(self) -> set[Any]:
         """Nodes of this round that have left it without waiting for the next one: they are down."""
-        state = self.handler._state_holder.state
-        missing = self.nodes - self._participants() - state.wait_list
-        if not missing or state.wait_list:  # with a node waiting all will restart
+        missing = self.nodes - self.handler.participants() - self.handler.waiting()
+        if not missing:
             self.missing_since = time.monotonic()
         return missing if time.monotonic() - self.missing_since > LEAVING else set()
 
     def _report_lost(self, addresses: list[str]) -> None:
         text = f"node {', '.join(addresses)} has given no sign of life: it or its network is down"
         logger.warning(text)
-        if min(self._participants(), default=None) == self.handler._this_node:
+        if self.handler.is_first():
             append_event(Path(self.cfg.run), "lost", 0, text)
 
     def _shutdown(self, death_sig: signal.Signals = JOINING, timeout: int = SAVE_TIME) -> None:
+        """By default the ranks save and exit, as long as those of all nodes of the round can."""
+        if death_sig == JOINING:
+            handlers = getattr(self._pcontext, "subprocess_handlers", {})
+            running = [h.proc for h in handlers.values() if h.proc.poll() is None]
+            for process in running:
+                os.killpg(process.pid, JOINING)
+            now = time.monotonic()
+            deadline, alone = now + timeout, now + ALONE
+            while time.monotonic() < min(deadline, alone) and any(p.poll() is None for p in running):
+                time.sleep(0.1)
+                if self._is_round_whole():
+                    alone = time.monotonic() + ALONE
+            death_sig, timeout = signal.SIGKILL, 5
         super()._shutdown(death_sig, timeout)
+
+    def _is_round_whole(self) -> bool:
+        try:
+            self.handler.num_nodes_waiting()  # reads the state
+        except RendezvousError:
+            return False
+        return self.nodes <= self.handler.participants()
 
     @property
     def has_ranks(self) -> bool:
@@ -169,7 +188,9 @@ def run_node(
                     "train", per_node, handler, max_restarts=max_restarts, monitor_interval=0.1,
                     entrypoint=sys.executable, args=("-m", module, *words), local_addr=nodes.address,
                 )  # fmt: skip
-                status, why = _run_agent(Agent(spec, DefaultLogsSpecs(logs), cfg, timeouts, nodes.most), handler, nodes)
+                status, why = _run_agent(
+                    Agent(spec, DefaultLogsSpecs(logs), cfg, handler, timeouts, nodes.most), handler, nodes
+                )
                 if not why and k == nodes.index:
                     time.sleep(LINGER)
                 return status, why
@@ -179,10 +200,16 @@ def run_node(
     return RANK_FAILURE, f"no host of {', '.join(nodes.hosts)} keeps the nodes' store: they or the network are down"
 
 
-def _run_agent(agent: Agent, handler: Any, nodes: Nodes) -> tuple[int | None, str]:
+def _run_agent(agent: Agent, handler: Handler, nodes: Nodes) -> tuple[int | None, str]:
     """``RendezvousConnectionError``: the store is lost, the ranks have ended."""
     try:
-        result = agent.run()
+        while True:
+            try:
+                result = agent.run()
+                break
+            except RendezvousTimeoutError:
+                if not handler.participants():  # else this node has only waited too long to be needed
+                    raise
     except SignalException as error:
         statuses = agent.statuses()
         return (PREEMPTED if PREEMPTED in statuses else 128 + int(error.sigval)), ""

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousStateError, dynamic_rendezvous
@@ -51,6 +52,25 @@ class Timeouts(RendezvousTimeout):
     @property
     def last_call(self) -> timedelta:
         return timedelta(seconds=LAST_CALL if self.started else FIRST_CALL)
+
+
+class Handler(DynamicRendezvousHandler):
+    """A node that waits while as many as may train do so is no reason to restart them."""
+
+    def num_nodes_waiting(self) -> int:
+        waiting: int = super().num_nodes_waiting()
+        return waiting if len(self.participants()) < self.settings.max_nodes else 0
+
+    def participants(self) -> set[Any]:
+        """The nodes of the present round that have given a sign of life lately, as of the last exchange."""
+        return set(self._state_holder.state.participants)
+
+    def waiting(self) -> set[Any]:
+        return set(self._state_holder.state.wait_list)
+
+    def is_first(self) -> bool:
+        """Whether this node is the first of its round."""
+        return bool(min(self.participants(), default=None) == self._this_node)
 
 
 class SignedBackend(C10dRendezvousBackend):
@@ -116,7 +136,7 @@ def wait_for_port(host: str, port: int, patience: float) -> None:
             time.sleep(0.2)
 
 
-def join(nodes: Nodes, k: int, key: bytes, timeouts: Timeouts) -> DynamicRendezvousHandler:
+def join(nodes: Nodes, k: int, key: bytes, timeouts: Timeouts) -> Handler:
     """The rendezvous over the store of host ``k``, which that host opens. Raises ``RendezvousConnectionError``."""
     host, port = nodes.hosts[k], nodes.port + k
     opens = k == nodes.index
@@ -127,7 +147,7 @@ def join(nodes: Nodes, k: int, key: bytes, timeouts: Timeouts) -> DynamicRendezv
         store = TCPStore(host, port, is_master=opens, multi_tenant=True, timeout=REPLY, master_listen_fd=listening)
     except (OSError, RuntimeError, ValueError) as error:
         raise RendezvousConnectionError(f"the store on {host}:{port} cannot be reached ({error})") from error
-    handler: DynamicRendezvousHandler = DynamicRendezvousHandler.from_backend(
+    handler: Handler = Handler.from_backend(
         nodes.job, store, SignedBackend(store, nodes.job, key), nodes.least, nodes.most, nodes.address, timeouts,
         keep_alive_interval=KEEP_ALIVE, keep_alive_max_attempt=ATTEMPTS,
     )  # fmt: skip
