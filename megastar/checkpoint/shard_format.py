@@ -14,8 +14,9 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from megastar.checkpoint.safetensors_stream import TensorWriter, byte_view
 from megastar.config.schema import ModelConfig
@@ -93,7 +94,7 @@ class StateReader:
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], near: tuple[int, int] | None = None):
-        self.handles: dict[str, BinaryIO] = {}
+        self.handles: dict[str, BufferedReader] = {}
         self.folder = folder
         require_weights(folder, manifest)
         self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in manifest["parameters"].items()}
@@ -150,7 +151,7 @@ class StateReader:
     def _damaged(self, file: str, reason: object) -> UserError:
         return damaged(self.folder, f"{self.folder / file} is damaged ({reason})")
 
-    def _open(self, file: str) -> BinaryIO:
+    def _open(self, file: str) -> BufferedReader:
         if file not in self.handles:
             if len(self.handles) >= OPEN_FILES:
                 self.close()

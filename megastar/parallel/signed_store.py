@@ -23,6 +23,9 @@ class SignedStore:
         raw = value.encode() if isinstance(value, str) else value
         self.store.set(key, self._mac(key, raw) + raw)
 
+    def delete_key(self, key: str) -> None:
+        self.store.delete_key(key)
+
     def check(self, keys: list[str]) -> bool:
         return bool(self.store.check(keys))
 

@@ -13,6 +13,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -154,7 +155,7 @@ def ends_within_line(f: BinaryIO) -> bool:
     return f.read(1) != b"\n"
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading, or what a link to one names.
 
     Raises ``UserError`` for a pipe, a device, a folder or a socket, without waiting for what they would deliver, and

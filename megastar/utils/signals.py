@@ -87,9 +87,9 @@ def raise_stopped() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in former.items():
-            if signal.getsignal(number) is handle:
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for caught, handler in former.items():
+            if signal.getsignal(caught) is handle:
+                signal.signal(caught, signal.SIG_DFL if handler is None else handler)
 
 
 def is_importing(frame: FrameType | None) -> bool:

@@ -97,9 +97,9 @@ class HeartbeatStore:
         return s is not None and s.fileno() >= 0 and bool(select.select([s], [], [], 0)[0])
 
     def publish(self, raw: bytes) -> None:
-        self.set(str(self.rank), raw)
+        self.write(str(self.rank), raw)
 
-    def set(self, key: str, raw: bytes) -> None:
+    def write(self, key: str, raw: bytes) -> None:
         assert self.store is not None
         self.store.set(self.prefix + key, raw)
 

@@ -28,7 +28,7 @@ def read_peers(store: HeartbeatStore, detector: FailureDetector, every: bool) ->
         return store.read([0]) | unpack(store.get("digest"))
     beats = store.read(others)
     if store.rank == 0 and store.world > ABOVE:
-        store.set("digest", pack(failed(beats, detector)))
+        store.write("digest", pack(failed(beats, detector)))
     return beats
 
 
