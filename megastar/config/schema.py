@@ -263,7 +263,10 @@ class FaultsConfig:
         high=MOST_SECONDS,
     )
     join_timeout: float = knob(
-        600.0, "seconds that a starting rank waits for the others to join; then it names them and ends", low=1
+        600.0,
+        "seconds that a starting rank waits for the others to join; then it names them and ends",
+        low=1,
+        high=MOST_SECONDS,
     )
     spike_sigma: float = knob(
         6.0,
@@ -289,6 +292,7 @@ class FaultsConfig:
         0,
         "steps between checkpoints in the memory of another node, for runs of megastar elastic; 0: never",
         low=0,
+        high=MOST_STEPS,
     )
     slow_ratio: float = knob(
         1.5, "warn about a rank whose compute time per step is this many times the median; 0: never", low=0, high=LARGE

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from megastar.run_dir import checkpoint_dir
-from megastar.engine.checkpointer import load
-from megastar.engine.checkpointer import async_saver
+from megastar.engine.checkpointer import async_saver, load, snapshot
 from megastar.checkpoint.shard_format import KINDS, Piece, StateReader, state_file, write_pieces
 from megastar.errors import UserError
 from megastar.parallel.plan import split_of
@@ -131,13 +130,13 @@ def saver_for(folder: Path) -> async_saver.Saver:
 
 def test_training_goes_on_while_a_save_is_written(tmp_path, monkeypatch):
     save, gate = saver_for(tmp_path), threading.Event()
-    original = async_saver.write_pieces
+    original = snapshot.write_pieces
 
     def slow(*arguments):
         assert gate.wait(20)
         return original(*arguments)
 
-    monkeypatch.setattr(async_saver, "write_pieces", slow)
+    monkeypatch.setattr(snapshot, "write_pieces", slow)
     save.save(5, {})
     with torch.no_grad():
         Student.module["a"].fill_(-1.0)  # the next step

@@ -280,14 +280,14 @@ def test_force_removes_only_what_a_conversion_wrote(runs, run, tmp_path, capsys)
     words = ["--to", "checkpoint", "--data", "1", "--force", "--out"]
     told = refused([runs / "1x1", *words, run], capsys)
     assert "run also contains metrics.jsonl, which --force would remove: choose another path" in told
-    assert f"--out {run} contains the source {step_of(run)}: name another folder" in refused([run, *words, run], capsys)
+    assert f"--out {run} would overwrite the input {run}: name another" in refused([run, *words, run], capsys)
     assert "run is a folder: name the file to write" in refused(
         [runs / "1x1", "--to", "llamagen", "--out", run], capsys
     )
     told = refused([runs / "1x1", "--to", "universal", "--out", run / "metrics.jsonl"], capsys)
     assert "metrics.jsonl is not a folder: name the folder to write" in told
     told = refused([runs / "1x1", "--to", "universal", "--out", run / "metrics.jsonl" / "deep"], capsys)
-    assert f"{run / 'metrics.jsonl'} is a file, not a folder: choose another path" in told
+    assert f"{run / 'metrics.jsonl'} is not a folder: name another place" in told
 
 
 @pytest.mark.parametrize("to", convert.TARGETS)

@@ -24,7 +24,7 @@ def test_a_parameter_whose_name_is_a_path_is_refused(run, tmp_path, capsys, name
     manifest = json.loads(path.read_text())
     manifest["parameters"][name] = [0]  # no file needs to hold it
     path.write_text(json.dumps(manifest))
-    assert "no plain name: restore it" in refused([run, "--to", "universal", "--out", tmp_path / "u" / "v"], capsys)
+    assert "megastar.json is damaged: " in refused([run, "--to", "universal", "--out", tmp_path / "u" / "v"], capsys)
     assert not Path("/tmp/megastar-escape").exists() and not (tmp_path / "u").exists()
 
 

@@ -43,7 +43,9 @@ def checkpoint(request, tmp_path):
         pieces = [(Piece(n, 0, a, b), {k: value(n, k)[a:b].clone() for k in KINDS}) for n, a, b in some]
         write_pieces(tmp_path / state_file(rank), pieces)
         files[state_file(rank)] = {}
-    manifest = {"parameters": SHAPES, "mesh": {"tensor": 1}, "optimizer_step": 1, "files": files}
+    shapes = {name: list(shape) for name, shape in SHAPES.items()}
+    mesh = {"data": WORLD, "tensor": 1}
+    manifest = {"parameters": shapes, "mesh": mesh, "optimizer_step": 1, "config": {}, "files": files}
     return request.param, tmp_path, manifest
 
 

@@ -90,7 +90,7 @@ def test_an_exact_row_and_numbers_that_are_not_finite() -> None:
 def test_the_report_must_be_writable_before_anything_is_measured(tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("")
     assert cli.main(["check-gpu", "--device", "cpu", "--out", str(tmp_path / "file" / "report.json")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "file is not a folder: name another place" in capsys.readouterr().err
     assert cli.main(["check-gpu", "--device", "cpu", "--out", str(tmp_path)]) == 2
 
 

@@ -63,11 +63,11 @@ def test_the_value_is_used_and_the_expression_recorded(path, monkeypatch):
 
 def test_a_run_resumes_with_another_value_and_is_read_without_one(path, monkeypatch):
     cfg = load_config(path)
-    claim_run_folder(cfg, write=True)
+    claim_run_folder(cfg)
     config = path.parent / "run" / "config.yaml"
     assert "hunter2" not in config.read_text()
     monkeypatch.setenv("MEGASTAR_T_SECRET", "rotated")
-    claim_run_folder(load_config(path), write=True)
+    claim_run_folder(load_config(path))
     monkeypatch.delenv("MEGASTAR_T_SECRET")
     assert status_of(path.parent / "run").state == "new"
     assert read_yaml(config, lenient=True)["data"]["shards"] == "/data/${oc.env:MEGASTAR_T_SECRET}/codes"

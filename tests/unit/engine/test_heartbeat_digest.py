@@ -28,7 +28,7 @@ class Job:
             return {r: self.values[str(r)] for r in ranks}
 
         get = lambda key: self.values.get(key, b"")  # noqa: E731
-        return SimpleNamespace(rank=rank, world=self.world, read=read, set=self.values.__setitem__, get=get)
+        return SimpleNamespace(rank=rank, world=self.world, read=read, write=self.values.__setitem__, get=get)
 
     def seconds(self, count: int, silent: tuple[int, ...] = ()) -> None:
         for _ in range(count):

@@ -73,7 +73,7 @@ def test_few_shards_are_listed_in_the_manifest_as_before(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw[:-1] + b"x", "has SHA-256 .*, manifest.json records .*: copy both again"),
+        (lambda raw: raw[:-1] + b"x", "has SHA-256 .*, the manifest records .*: it is damaged or was changed"),
         (lambda raw: raw[:-40], "has SHA-256"),
         (lambda raw: None, "is missing though the manifest lists it"),
     ],
