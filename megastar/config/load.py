@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -367,7 +368,11 @@ def resolve_batch(train: TrainConfig, tensor_parallel: int, world_size: int) -> 
 
 def config_yaml(cfg: AnyConfig) -> str:
     """Every field, so that the text means the same under later defaults; environment variables as expressions."""
-    return OmegaConf.to_yaml(OmegaConf.create(recorded(asdict(cfg))))
+    tree = recorded(asdict(cfg))
+    try:
+        return OmegaConf.to_yaml(OmegaConf.create(tree))
+    except UnicodeEncodeError:  # a path that is not UTF-8: libyaml does not escape it
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def save_config(cfg: AnyConfig, path: str | Path) -> None:

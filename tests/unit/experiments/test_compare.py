@@ -215,7 +215,7 @@ def test_the_command_tells_mistakes_in_one_sentence(tmp_path, capsys, monkeypatc
     for words, message in (
         ([], "name a configuration such as configs/run/compare_emoji.yaml"),
         ([str(tmp_path / "compare.yaml"), "--evaluate", "star"], "--evaluate star: the runs are ar-seed0, star-seed0"),
-        (["--redraw", str(tmp_path)], "cannot read "),
+        (["--redraw", str(tmp_path)], "results.json cannot be read"),
         (["--redraw", str(tmp_path), "jobs=2"], "reads everything from that folder: leave out jobs=2"),
         (["--redraw", str(tmp_path), "--dry-run"], "not allowed with argument"),
     ):

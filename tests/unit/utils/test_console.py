@@ -41,7 +41,7 @@ def test_hostile_names_in_every_renderable_and_encoding(encoding):
         console.print(thing)
     console.rule(HOSTILE)
     text = content(file)
-    assert text.count(SHOWN) == 7
+    assert text.count(SHOWN) == 6
     assert printable(text) == text
     assert ("✓" in text) == (encoding == "utf-8") and ("\\u2713" in text) == (encoding != "utf-8")
     assert text.isascii() or encoding == "utf-8" or text.replace("ü", "").isascii()
