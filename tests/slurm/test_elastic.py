@@ -8,8 +8,8 @@ import numpy as np
 
 from megastar.run_dir.events import read_events
 from megastar.run_dir.status import status_of
+from tests.elastic.nodes import losses, write_config
 from tests.integration.conftest import ROOT, megastar
-from tests.integration.helpers.elastic import losses, write_config
 from tests.slurm.cluster import wait_for
 
 STEPS, EVERY, PATIENCE = 40, 3, 900
