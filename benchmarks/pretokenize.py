@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 from megastar.config.schema import TokenizerConfig
 from megastar.data.images.crops import parse_crops
 from megastar.data.images.dataset import ImageSet
+from megastar.data.images.image_files import FORMATS
 from megastar.data.pretokenize.encoding import Pipeline, ViewEncoder
 from megastar.data.pretokenize.runner import pretokenize
 from megastar.data.shards.reader import ShardSet
 from megastar.tokenizer.io import load_tokenizer, save_tokenizer
 from megastar.tokenizer.vq import VQModel
-from megastar.utils.image_files import FORMATS
 from tests.unit.data.images.test_dataset import tenfold
 
 SIZE = 256

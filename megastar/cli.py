@@ -15,7 +15,7 @@ from megastar.utils.hostname import shorten_dns_timeout
 from megastar.utils.parent import end_with_launcher
 from megastar.utils.printable import say, tolerate_any_text
 from megastar.utils.process_exit import run_and_leave
-from megastar.utils.signals import Stopped, raise_stopped
+from megastar.utils.signals import StopSignal, raise_stopped
 from megastar.version import __version__
 
 COMMANDS = {  # name -> (module of megastar.commands, description)
@@ -92,7 +92,7 @@ def run_reporting(words: list[str]) -> int:
         report_error(str(user_error), os.environ)
         return 2
     except KeyboardInterrupt as stop:
-        stopped = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
+        stopped = stop if isinstance(stop, StopSignal) else StopSignal(signal.SIGINT)
         if place_of(os.environ)[0] == 0:
             kept = (
                 "what is finished is kept, the same command continues"

@@ -157,7 +157,7 @@ class Batches:
         return torch.from_numpy(np.stack([random_crop(i, c.tokenizer.image_size, rng, c.max_scale) for i in images]))
 
     def read(self, i: int) -> Image.Image:
-        from megastar.utils.image_files import ImageError
+        from megastar.data.images.image_files import ImageError
 
         for k in range(len(self.pictures)):
             j = (i + k) % len(self.pictures)

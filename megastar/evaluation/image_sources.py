@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megastar.data.images.dataset import ImageSet, center_crop
+from megastar.data.images.image_files import ImageError
 from megastar.data.shards.reader import ShardSet
 from megastar.data.storage.shard_info import MANIFEST
 from megastar.data.storage.store import is_remote
@@ -20,7 +21,6 @@ from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.tokenizer.vq import to_pixels
 from megastar.utils.files import open_regular, sha256
-from megastar.utils.image_files import ImageError
 from megastar.utils.json_file import shown
 from megastar.utils.npz import NpzFile
 

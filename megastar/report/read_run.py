@@ -184,7 +184,7 @@ def last_finite(column: Column | None) -> float | None:
 
 def read_provenance(png: Path) -> dict[str, Any]:
     """The metadata that ``megastar sample`` stores in a grid's PNG; empty for other images."""
-    from megastar.utils.image_files import open_image
+    from megastar.data.images.image_files import open_image
 
     with suppress(Exception), open_image(png) as image:  # Pillow raises a dozen types for broken files
         provenance = json.loads(getattr(image, "text", {}).get("megastar", "null"))

@@ -50,7 +50,7 @@ def add_grids(
             draw_missing(cfg.data, cfg.model.num_classes, folder, options, console, run.name)
         except UserError as error:
             run.notes.append(f"samples: {' '.join(str(error).split())}")
-    from megastar.utils.image_files import open_image
+    from megastar.data.images.image_files import open_image
 
     found = sorted((int(m[1]), p) for p in (folder / SAMPLES).glob("step-*.png") if (m := NAME.fullmatch(p.name)))
     for step, path in evenly_spaced(found, GRIDS):

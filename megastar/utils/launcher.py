@@ -12,7 +12,7 @@ LAUNCHED_BY_US = "MEGASTAR_LAUNCHER"  # set for processes that commands/_launch.
 LISTEN_FD = "MEGASTAR_LISTEN_FD"  # on rank 0 of such a launch: its listening socket
 
 
-class Place(NamedTuple):
+class RankPlace(NamedTuple):
     rank: int
     world: int
     local: int  # rank on this node
@@ -26,10 +26,10 @@ def is_launched(environ: Mapping[str, str]) -> bool:
     return "SLURM_STEP_ID" in environ and slurm_tasks(environ) > 1
 
 
-def place_of(environ: Mapping[str, str]) -> Place:
+def place_of(environ: Mapping[str, str]) -> RankPlace:
     """The only reader of rank and world size; (0, 1, 0) without a launcher. Raises ``UserError``."""
     if not is_launched(environ):
-        return Place(0, 1, 0)
+        return RankPlace(0, 1, 0)
     if "RANK" in environ and "WORLD_SIZE" in environ:
         names = "RANK", "LOCAL_RANK"
         world = _integer(environ, "WORLD_SIZE")
@@ -39,7 +39,7 @@ def place_of(environ: Mapping[str, str]) -> Place:
     rank, local = _integer(environ, names[0]), _integer(environ, names[1], "0")
     if rank >= world:
         raise UserError(f"{names[0]}={rank} is not below the number of ranks, {world}: check the launcher's variables")
-    return Place(rank, world, local)
+    return RankPlace(rank, world, local)
 
 
 def slurm_tasks(environ: Mapping[str, str]) -> int:

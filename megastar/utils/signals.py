@@ -42,7 +42,7 @@ REPEATED = 2.0
 LONGEST_IMPORT = 120.0  # seconds
 
 
-class Stopped(KeyboardInterrupt):
+class StopSignal(KeyboardInterrupt):
     """A stop signal, raised where the main thread is: ``finally`` blocks remove what is incomplete."""
 
     def __init__(self, number: int):
@@ -55,7 +55,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def raise_stopped() -> Iterator[None]:
-    """In the block, the first stop signal raises ``Stopped``; one that follows it after ``REPEATED`` ends the process.
+    """In the block, the first stop signal raises ``StopSignal``; one that follows it after ``REPEATED`` ends the process.
 
     A signal that is ignored, as HUP is below nohup, stays so. One that arrives within an import is raised after it: the
     initialization of a C++ library may not survive an exception. Without effect outside the main thread.
@@ -75,7 +75,7 @@ def raise_stopped() -> Iterator[None]:
             later.start()
         elif not first:
             first.append(time.monotonic())
-            raise Stopped(number)
+            raise StopSignal(number)
         elif time.monotonic() - first[0] > REPEATED:
             os._exit(128 + number)
 

@@ -218,7 +218,7 @@ def test_image_files_are_opened_in_one_place():
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open")
     }
-    assert found == {"megastar.utils.image_files"}
+    assert found == {"megastar.data.images.image_files"}
 
 
 def test_a_public_class_name_exists_once():

@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 
 from megastar.data.images import sources
+from megastar.data.images.image_files import SUFFIXES, ImageError, open_image
 from megastar.data.images.listing import Listing, key_of
 from megastar.data.images.tars import RemoteTars, Report
 from megastar.data.storage.store import is_remote
 from megastar.errors import UserError
-from megastar.utils.image_files import SUFFIXES, ImageError, open_image
 
 MAX_BYTES = 512 << 20  # of a file: 40 megapixels of four 16-bit channels, uncompressed, are 305 MiB
 MAX_ASPECT = 100  # a longer strip, resized to the crop's short side, could exhaust the memory

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from megastar.data.images.image_files import SUFFIXES
 from megastar.errors import UserError
 from megastar.utils.files import write_atomic
-from megastar.utils.image_files import SUFFIXES
 
 CLASS_LIMIT = 1_000_000
 

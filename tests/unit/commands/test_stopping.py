@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megastar import cli
-from megastar.utils.signals import Stopped, raise_stopped
+from megastar.utils.signals import StopSignal, raise_stopped
 
 ROOT = Path(__file__).resolve().parents[3]
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -64,7 +64,7 @@ def test_a_signal_ends_a_command_with_a_sentence(number, resumes, monkeypatch, c
 
 
 def test_a_library_that_catches_errors_does_not_swallow_it():
-    with raise_stopped(), pytest.raises(Stopped):
+    with raise_stopped(), pytest.raises(StopSignal):
         try:
             signal.raise_signal(signal.SIGTERM)
         except Exception:
@@ -99,7 +99,7 @@ def test_a_signal_within_an_import_is_raised_after_it(tmp_path, monkeypatch):
     text = "import signal, time\nsignal.raise_signal(signal.SIGTERM)\ntime.sleep(0.2)\ndone = True\n"
     (tmp_path / "slow_to_import.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with raise_stopped(), pytest.raises(Stopped):
+    with raise_stopped(), pytest.raises(StopSignal):
         importlib.import_module("slow_to_import")
         time.sleep(30)
     assert sys.modules.pop("slow_to_import").done

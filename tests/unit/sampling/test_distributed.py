@@ -316,7 +316,7 @@ def test_a_folder_with_other_files_is_rejected(networks, tmp_path):
     with pytest.raises(UserError, match="records other images: count 10, not 11; labels_sha256"):
         open_folder(tmp_path / "new", make_pipeline(networks, 11).identity())
     (tmp_path / "new" / "plan.json").write_text("{")
-    with pytest.raises(UserError, match=r"plan.json is not a sampling plan"):
+    with pytest.raises(UserError, match=r"plan.json is damaged: it is not JSON"):
         open_folder(tmp_path / "new", p.identity())
 
 

@@ -25,7 +25,7 @@ from megastar.utils.files import sha256
 from tests.disks import with_disks
 from tests.integration import test_store
 from tests.integration.conftest import ROOT
-from tests.integration.test_store import SIZES, cached
+from tests.integration.storage.test_store import SIZES, cached
 from tests.unit.data.shards.test_shards import sample
 from tests.unit.data.test_loader import loader
 
