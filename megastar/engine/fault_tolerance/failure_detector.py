@@ -61,8 +61,9 @@ class FailureDetector:
     def receive(self, beats: dict[int, bytes]) -> None:
         """The result of one exchange with the store. An unchanged heartbeat counts as silence."""
         self.contact_at = self.clock
-        self.changed_at |= {rank: self.clock for rank, raw in beats.items() if raw != self.beats.get(rank)}
-        self.beats = dict(beats)
+        for rank, raw in beats.items():
+            if raw != self.beats.get(rank):
+                self.beats[rank], self.changed_at[rank] = raw, self.clock
 
     def diagnose(self, me: Heartbeat) -> Diagnosis | None:
         """``me``: this rank's own heartbeat. None while all is well."""
