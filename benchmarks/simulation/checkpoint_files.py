@@ -19,7 +19,7 @@ OPERATIONS: Counter[str] = Counter()
 
 def count_operations(event: str, arguments: tuple[Any, ...]) -> None:
     if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"):
-        OPERATIONS[event] += "step-" in str(arguments[0])
+        OPERATIONS[event] += event == "os.remove" or "step-" in str(arguments[0])  # rmtree names no folder
 
 
 def operations(work: Any) -> tuple[int, float, Any]:

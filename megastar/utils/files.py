@@ -82,7 +82,7 @@ def temporary_path(path: Path) -> Path:
 def remove_dead_temporaries(folder: Path) -> None:
     """Remove the temporary files of this machine's processes that were killed."""
     for path in folder.glob("*.tmp"):
-        found = re.fullmatch(r".*\.(\d+)-[0-9a-f]{8}\.tmp", path.name)
+        found = re.fullmatch(r".*\.(\d+)(-[0-9a-f]{8})?\.tmp", path.name)
         if found and f".{socket.gethostname()}." in path.name and not is_running(int(found[1])):
             with suppress(OSError):
                 path.unlink(missing_ok=True)

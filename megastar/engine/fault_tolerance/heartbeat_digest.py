@@ -25,7 +25,9 @@ def read_peers(store: HeartbeatStore, detector: FailureDetector, every: bool) ->
     if store.rank and not every:
         return store.read([0])
     if store.rank and store.world > ABOVE:
-        return store.read([0]) | unpack(store.get("digest"))
+        digest = unpack(store.get("digest"))
+        returned = set(detector.beats) - set(digest)  # once silent, no longer: their new heartbeats prove it
+        return store.read(sorted(returned | {0})) | digest
     beats = store.read(others)
     if store.rank == 0 and store.world > ABOVE:
         store.write("digest", pack(failed(beats, detector)))
