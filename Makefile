@@ -41,7 +41,7 @@ test-slurm: $(STAMP)
 	$(BIN)/pytest -m slurm tests/slurm
 
 test-elastic: $(STAMP)
-	$(BIN)/pytest -s -m slow tests/elastic
+	$(BIN)/pytest -s tests/elastic tests/dist/test_elastic.py
 	$(BIN)/pytest -s -m slurm tests/slurm/test_elastic.py
 
 test-browser: $(STAMP)

@@ -19,16 +19,16 @@ from tests.integration.conftest import ROOT, environment
 from tests.slurm.cluster import free_ports
 
 pytestmark = pytest.mark.dist
-PATIENCE = 60
+PATIENCE = 120
 
 
 class Nodes:
     """The nodes of one job, by their index among the hosts."""
 
-    def __init__(self, server: subprocess.Popen, folder: Path, nodes: str, hosts: int, ranks: int = 1, batch: int = 12):
+    def __init__(self, server: subprocess.Popen, folder: Path, nodes: str, hosts: int, batch: int = 12, join: int = 60):
         self.server, self.folder = server, folder
         (folder / "ranks").mkdir(exist_ok=True)
-        self.words = f"{nodes} {hosts} {free_ports(hosts)} {ranks} {batch}"
+        self.words = f"{nodes} {hosts} {free_ports(hosts)} 1 {batch} {join}"
         self.pids: dict[int, int] = {}
 
     def start(self, *indices: int) -> None:
@@ -130,6 +130,7 @@ def test_nodes_are_lost_join_and_end_together(nodes, tmp_path):
     assert [Path(r["MEGASTAR_MEMORY"]).exists() for r in again] == [False, False, True]
 
 
+@pytest.mark.slow
 def test_ranks_that_the_batch_cannot_use_wait_and_a_user_error_ends_all(nodes, tmp_path):
     job = nodes("1:3", hosts=3, batch=8)  # two data ranks of 4 images, or one of 8
     job.start(0, 1, 2)
@@ -144,7 +145,7 @@ def test_ranks_that_the_batch_cannot_use_wait_and_a_user_error_ends_all(nodes, t
 
 
 def test_too_few_nodes_are_an_error_that_names_the_number(nodes):
-    job = nodes("2:2", hosts=2)
+    job = nodes("2:2", hosts=2, join=5)
     job.start(0)
     ((status, why),) = job.ends().values()
-    assert status == 86 and "fewer than 2 nodes were there within 20 s" in why and "--nodes MIN:MAX" in why
+    assert status == 86 and "fewer than 2 nodes were there within 5 s" in why and "--nodes MIN:MAX" in why

@@ -1,6 +1,6 @@
 """Nodes of a run whose ranks train nothing: they report where they are, and end when they are told to.
 
-A process that has imported the agent forks a node for each line ``FOLDER INDEX NODES HOSTS PORT RANKS BATCH`` on its stdin, and prints
+A process that has imported the agent forks a node for each line ``FOLDER INDEX NODES HOSTS PORT RANKS BATCH JOIN`` on its stdin, and prints
 its process id; the node writes FOLDER/node-INDEX at its end. A rank (RANK is set) writes FOLDER/ranks/PID.json and exits
 with the status in FOLDER/exit-RANK or FOLDER/exit, with 87 on SIGUSR2, 85 on SIGTERM.
 """
@@ -35,7 +35,7 @@ def rank(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def agent(folder: Path, index: str, nodes: str, hosts: str, port: str, ranks: str, batch: str) -> None:
+def agent(folder: Path, index: str, nodes: str, hosts: str, port: str, ranks: str, batch: str, join: str) -> None:
     from megastar.config.load import as_run_config
     from megastar.engine.elastic.agent import run_node
     from megastar.engine.elastic.rendezvous import Nodes
@@ -44,7 +44,7 @@ def agent(folder: Path, index: str, nodes: str, hosts: str, port: str, ranks: st
     cfg = as_run_config(
         {"run": str(folder), "data": {"shards": "none"}, "train": {"global_batch": int(batch), "micro_batch": 2}}
     )
-    there = Nodes(least, most, ("127.0.0.1",) * int(hosts), int(port), int(index), "127.0.0.1", "job", 20.0)
+    there = Nodes(least, most, ("127.0.0.1",) * int(hosts), int(port), int(index), "127.0.0.1", "job", float(join))
     status, why = run_node(cfg, [str(folder)], int(ranks), there, 3, module="tests.dist.workers.elastic_worker")
     (folder / f"node-{index}").write_text(json.dumps([status, why]))
 
