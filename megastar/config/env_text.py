@@ -53,6 +53,16 @@ def resolve(tree: Any, lenient: bool = False) -> Any:
     return _env_texts(values, marked)
 
 
+def keep_expressions(section: Any, data: dict[str, Any]) -> None:
+    """Set the ``EnvText`` of ``data`` in the fields of ``section``, which OmegaConf made plain strings."""
+    for key, value in data.items():
+        inner = section.get(key) if isinstance(section, dict) else getattr(section, str(key), None)
+        if isinstance(value, dict) and inner is not None:
+            keep_expressions(inner, value)
+        elif isinstance(value, EnvText) and inner == str(value) and not isinstance(section, dict):
+            setattr(section, key, value)
+
+
 def _strings(tree: Any) -> Iterator[str]:
     if isinstance(tree, str):
         yield tree

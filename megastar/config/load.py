@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megastar.config.comparison import CompareConfig
 from megastar.config.convert import convert, shown
 from megastar.config.deepspeed import deepspeed_problems
-from megastar.config.env_text import ENV, EnvText, recorded, resolve
+from megastar.config.env_text import ENV, EnvText, keep_expressions, recorded, resolve
 from megastar.config.files import LONGEST_PATH, find_file, read_yaml, require_file
 from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
 from megastar.config.validate import Problem, divisors, find_problems, words
@@ -110,7 +110,7 @@ def _load(
         field, sentence = getattr(error, "full_key", None) or "a field", str(error).splitlines() or ["it is endless"]
         problems.append(Problem(f"{field}: its ${{...}} cannot be resolved ({sentence[0]})", ()))
         raise UserError(_report(str(where or "command line"), [p.text for p in problems])) from error
-    _keep_expressions(cfg, data)
+    keep_expressions(cfg, data)
     invalid = {name for problem in problems for name in problem.fields}
     problems += [p for p in find_problems(cfg) if not any(_concerns(p, b) for b in invalid)]
     run = cfg.base if isinstance(cfg, CompareConfig) else cfg
@@ -270,16 +270,6 @@ def _fill(
                 OmegaConf.update(config, name, convert(plain, hint))
             except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
                 problems.append(Problem(f"{name} = {shown(value)}: must be {_type_name(hint, value)}", (name,)))
-
-
-def _keep_expressions(section: Any, data: dict[str, Any]) -> None:
-    """Set the ``EnvText`` of ``data`` in the fields of ``section``, which OmegaConf made plain strings."""
-    for key, value in data.items():
-        inner = section.get(key) if isinstance(section, dict) else getattr(section, str(key), None)
-        if isinstance(value, dict) and inner is not None:
-            _keep_expressions(inner, value)
-        elif isinstance(value, EnvText) and inner == str(value) and not isinstance(section, dict):
-            setattr(section, key, value)
 
 
 def _choice(value: Any, choices: Sequence[str]) -> Any:
