@@ -222,8 +222,8 @@ class Trainer:
         cfg, ctx = self.cfg, self.ctx
         metrics = MetricsLogger(self.run, self.step, self.steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx))
         opened.callback(metrics.close)  # at once: what follows, or another rank, may fail
-        kind, text = start_event(cfg, ctx, self.data.train.manifest, self.found, self.step, self.steps)
         facts = process_environment(ctx.device) | chosen_kernels(self.engines.student.module.transformer)
+        kind, text = start_event(cfg, ctx, self.data.train.manifest, self.found, self.step, self.steps)
         facts["changes"] = self.metadata["changes"]
         metrics.event(kind, text, steps=self.steps, ranks=ctx.world, **facts)
         return metrics

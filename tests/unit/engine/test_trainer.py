@@ -106,6 +106,7 @@ def test_shards_without_a_tokenizer_hash_are_a_warning(tmp_path, caplog):
     network = SimpleNamespace(layers=[SimpleNamespace()])
     starting.engines = SimpleNamespace(student=SimpleNamespace(module=SimpleNamespace(transformer=network)))
     starting.data = SimpleNamespace(train=SimpleNamespace(manifest=SimpleNamespace(tokenizer_sha256="")))
+    starting.metadata = {"changes": []}
     with ExitStack() as opened, caplog.at_level("WARNING"):
         starting._open_metrics(opened)
     assert f"{tmp_path / 'codes'} records no tokenizer hash" in caplog.text

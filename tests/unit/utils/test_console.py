@@ -66,9 +66,7 @@ def test_a_value_cannot_begin_a_line(capsys):
     file = io.StringIO()
     configure_logging(console=PlainConsole(file=file, width=300), environ={})
     logging.getLogger("megastar.test").info("saved %s", "x\n2026-01-01 00:00:00 ERROR forged\r\rover")
-    assert (
-        file.getvalue().count("\n") == 1 and r"saved x\n2026-01-01 00:00:00 ERROR forged\r\rover" in file.getvalue()
-    )
+    assert file.getvalue().count("\n") == 1 and r"saved x\n2026-01-01 00:00:00 ERROR forged\r\rover" in file.getvalue()
     assert main(["train", "x\nmegastar: error: forged\x1b[2K.yaml"]) == 2
     assert capsys.readouterr().err == (
         r"megastar: error: configuration x\nmegastar: error: forged\x1b[2K.yaml does not exist: check the path" + "\n"
