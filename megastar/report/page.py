@@ -73,7 +73,7 @@ def page(runs: list[ReportRun], baseline: str, table: list[Difference], *, title
         distances=any(run.distances for run in runs),
         style=read("page.css"),
         script="\n".join(read(name) for name in SCRIPTS),
-        data=as_json(data),
+        data=as_json(printable_texts(data)),
     )
     return printable(html)  # a name must not reorder the text around it
 
@@ -100,6 +100,15 @@ def shown_events(events: list[dict[str, Any]], most: int = MAX_EVENTS) -> list[d
         shown = [e for e in shown if e.get("event") != "saved"][-most:]
     keys = ("step", "event", "text", "time", "host")
     return [{k: str(e[k])[:300] if k != "step" else e[k] for k in keys if k in e} for e in shown]
+
+
+def printable_texts(value: Any) -> Any:
+    """``value`` with ``printable`` keys and texts: the page's scripts show them."""
+    if isinstance(value, dict):
+        return {printable(str(k)): printable_texts(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [printable_texts(v) for v in value] if any(isinstance(v, (str, dict, list)) for v in value) else value
+    return printable(value) if isinstance(value, str) else value
 
 
 def as_json(value: Any) -> str:

@@ -84,7 +84,7 @@ def check_same_data(data: DataConfig, restored: dict[str, Any], digests: dict[st
             raise UserError(
                 f"{where} holds different shards than {found} {what}: restore them, or choose another run=..."
             )
-    before, now = restored.get("tokenizer", ""), digests["tokenizer"]
+    before, now = restored.get("tokenizer", ""), digests.get("tokenizer", "")
     if before and now and before != now:
         raise UserError(
             f"data.tokenizer = {data.tokenizer} has SHA-256 {now[:12]}..., {found} was trained with {before[:12]}...: "
