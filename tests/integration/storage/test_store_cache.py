@@ -23,8 +23,8 @@ from megastar.data.storage.shard_cache import ShardCache
 from megastar.errors import UserError
 from megastar.utils.files import sha256
 from tests.disks import with_disks
-from tests.integration.storage import test_store
 from tests.integration.conftest import ROOT
+from tests.integration.storage import test_store
 from tests.integration.storage.test_store import SIZES, cached
 from tests.unit.data.shards.test_shards import sample
 from tests.unit.data.test_loader import loader
