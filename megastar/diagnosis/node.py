@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding
-from megastar.errors import UserError
 from megastar.utils.files import existing_parent
 
 GIB = 2**30
@@ -164,7 +163,7 @@ def s3_read(url: str, sample: int = SAMPLE) -> list[Finding]:
         page = folder.client.list_objects_v2(Bucket=folder.bucket, Prefix=folder.key_of(""), MaxKeys=PAGE)
     except Exception as error:
         folder.raise_if_permanent(error, "")
-        raise UserError(f"{url} cannot be listed at {folder.endpoint}: {folder.describe(error)}") from error
+        raise OSError(folder.describe(error)) from error  # without secrets
     listed = time.perf_counter() - start
     contents, prefix = page.get("Contents", ()), folder.key_of("")
     objects = {item["Key"][len(prefix) :]: (int(item["Size"]), item["ETag"]) for item in contents}
@@ -191,7 +190,7 @@ def s3_write(url: str) -> list[Finding]:
         folder.client.put_object(Bucket=folder.bucket, Key=folder.key_of(name), Body=b"megastar doctor")
     except Exception as error:
         folder.raise_if_permanent(error, name)
-        raise UserError(f"{url} cannot be written at {folder.endpoint}: {folder.describe(error)}") from error
+        raise OSError(folder.describe(error)) from error
     try:
         folder.client.delete_object(Bucket=folder.bucket, Key=folder.key_of(name))
     except Exception:  # an upload never needs to remove an object
