@@ -15,7 +15,8 @@ _REPLACED = (*EXPIRED, "InvalidAccessKeyId", "InvalidToken", "InvalidClientToken
 
 def error_code(error: BaseException) -> str:
     """The code of an S3 error response, else the empty string."""
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    response = getattr(error, "response", None)  # a ClientError's; botocore's errors of a connection have None
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 def is_expired(error: BaseException) -> bool:

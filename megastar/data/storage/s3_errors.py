@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megastar.data.storage.s3_credentials import EXPIRED
+from megastar.data.storage.s3_credentials import EXPIRED, error_code
 from megastar.utils.redact import redact
 
 _RETRIED = (*EXPIRED, "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests")
@@ -23,6 +23,7 @@ _ADVICE = {
     "InvalidPayer": "the account of these credentials is suspended: ask its administrator",
 }
 _ADVICE["PathStyleRequestNotAllowed"] = _ADVICE["SecondLevelDomainForbidden"]
+_KEYS = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken")
 _REGION = (
     "PermanentRedirect",
     "TemporaryRedirect",
@@ -60,6 +61,8 @@ def permanent_error(error: Any, url: str, bucket: str, endpoint: str, source: st
         )
     if "virtual host" in text.lower().replace("-", " "):
         advice = _ADVICE["SecondLevelDomainForbidden"]
+    if advice and code in _KEYS:
+        return f"{endpoint} denies access to {url} ({code}): use credentials that may read it (those used are from {source}); {advice}"
     if advice:
         return f"{endpoint} rejects the request for {url} ({code}{f', {text}' if text else ''}): {advice}"
     if status in (401, 403):
@@ -75,7 +78,6 @@ def changed(url: str) -> str:
 
 def describe(error: BaseException, source: str) -> str:
     """The text of an error after which the request is tried again."""
-    code = getattr(error, "response", {}).get("Error", {}).get("Code", "")
-    if code in EXPIRED:
+    if (code := error_code(error)) in EXPIRED:
         return f"the credentials from {source} have expired ({code}): put new ones there"
     return redact(" ".join(f"{error}".split()))[:300] or type(error).__name__

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError
+from botocore.exceptions import ClientError, ConnectionClosedError, EndpointConnectionError
 
 from megastar.config.load import load_config
 from megastar.data.storage import s3_client
@@ -142,6 +142,17 @@ def test_expired_credentials_are_waited_for_and_named(keys, monkeypatch):
         StoreUnreachable, match=rf"last error: the credentials from {keys} have expired \(ExpiredToken\)"
     ):
         folder._call("a", folder.timer("a"), request)
+
+
+def test_broken_connections_are_retried(keys, monkeypatch):
+    folder, left = S3Folder("s3://bucket/p", patience=120.0, report=lambda _: None), [1, 2]
+
+    def request() -> str:
+        if left:
+            raise ConnectionClosedError(endpoint_url=ENDPOINT, request=None, error=OSError(left.pop()))
+        return "done"
+
+    assert folder._call("a", folder.timer("a"), request) == "done"
 
 
 def test_checksums_are_left_to_the_server(keys):
