@@ -11,7 +11,7 @@ from megastar.engine.context import Context
 from megastar.engine.elastic.node_memory import VARIABLE
 from megastar.engine.metrics.environment import process_environment
 from megastar.engine.metrics.logger import MetricsLogger
-from megastar.engine.rank_sync import gather
+from megastar.engine.rank_sync import gather, on_all_ranks
 from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.setup import chosen_kernels
 from megastar.run_dir.events import STARTED, read_events
@@ -30,14 +30,20 @@ def record_start(
 ) -> None:
     """The events of a start, ``started`` or ``resumed`` from ``found``, and ``mesh_changed``. A collective."""
     nodes = nodes_of_run(ctx)
-    changed = describe_change(cfg, ctx, nodes, engines.micro_batch, engines.accumulation) if found and ctx.main else ""
-    fresh = f"{cfg.run}: {steps} steps on {ctx.world} rank(s)"
-    text = f"resumed {found} at step {metrics.done}" if found else fresh
-    facts = process_environment(ctx.device) | chosen_kernels(engines.student.module.transformer)
-    facts |= {"nodes": nodes} if nodes else {}
-    metrics.event("resumed" if found else "started", text, steps=steps, ranks=ctx.world, **facts)
-    if changed:
-        metrics.event("mesh_changed", changed, ranks=ctx.world, nodes=nodes)
+
+    def record() -> None:
+        changed = (
+            describe_change(cfg, ctx, nodes, engines.micro_batch, engines.accumulation) if found and ctx.main else ""
+        )
+        fresh = f"{cfg.run}: {steps} steps on {ctx.world} rank(s)"
+        text = f"resumed {found} at step {metrics.done}" if found else fresh
+        facts = process_environment(ctx.device) | chosen_kernels(engines.student.module.transformer)
+        facts |= {"nodes": nodes} if nodes else {}
+        metrics.event("resumed" if found else "started", text, steps=steps, ranks=ctx.world, **facts)
+        if changed:
+            metrics.event("mesh_changed", changed, ranks=ctx.world, nodes=nodes)
+
+    on_all_ranks(ctx, record)
 
 
 def describe_change(cfg: RunConfig, ctx: Context, nodes: list[str], micro: int, passes: int) -> str:
