@@ -12,7 +12,7 @@ from megastar.engine.context import Context
 from megastar.engine.elastic.node_memory import VARIABLE
 from megastar.engine.metrics.environment import process_environment
 from megastar.engine.metrics.logger import MetricsLogger
-from megastar.engine.rank_sync import gather
+from megastar.engine.rank_sync import gather, on_all_ranks
 from megastar.engine.resume_checks import start_event
 from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.setup import chosen_kernels
@@ -39,13 +39,19 @@ def record_start(
 ) -> None:
     """The events of a start, ``started`` or ``resumed`` from ``found``, and ``mesh_changed``. A collective."""
     nodes = nodes_of_run(ctx)
-    changed = describe_change(cfg, ctx, nodes, engines.micro_batch, engines.accumulation) if found and ctx.main else ""
-    kind, text = start_event(cfg, ctx, manifest, found, metrics.done, steps)
-    facts = process_environment(ctx.device) | chosen_kernels(engines.student.module.transformer)
-    facts |= {"changes": changes} | ({"nodes": nodes} if nodes else {})
-    metrics.event(kind, text, steps=steps, ranks=ctx.world, **facts)
-    if changed:
-        metrics.event("mesh_changed", changed, ranks=ctx.world, nodes=nodes)
+
+    def record() -> None:
+        changed = (
+            describe_change(cfg, ctx, nodes, engines.micro_batch, engines.accumulation) if found and ctx.main else ""
+        )
+        kind, text = start_event(cfg, ctx, manifest, found, metrics.done, steps)
+        facts = process_environment(ctx.device) | chosen_kernels(engines.student.module.transformer)
+        facts |= {"changes": changes} | ({"nodes": nodes} if nodes else {})
+        metrics.event(kind, text, steps=steps, ranks=ctx.world, **facts)
+        if changed:
+            metrics.event("mesh_changed", changed, ranks=ctx.world, nodes=nodes)
+
+    on_all_ranks(ctx, record)
 
 
 def describe_change(cfg: RunConfig, ctx: Context, nodes: list[str], micro: int, passes: int) -> str:

@@ -92,7 +92,7 @@ def test_a_start_that_fails_closes_the_progress_bar(tmp_path, monkeypatch):
     monkeypatch.setattr(MetricsLogger, "close", lambda self: (closed.append(self), close(self)))
 
     starting = trainer(tmp_path)
-    starting.ctx, starting.found = CTX, None
+    starting.ctx, starting.data = CTX, SimpleNamespace(train=None)
     with pytest.raises(RuntimeError, match="no device"), ExitStack() as opened:
         starting._open_metrics(opened)
         raise RuntimeError("no device")
