@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from megastar.utils.image_files import open_image
+from megastar.data.images.image_files import open_image
 
 SIZE = 64
 MAX_BYTES = 20_000_000
