@@ -244,7 +244,7 @@ def test_files_round_trip_and_bad_files_are_rejected(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_tokenizer(tmp_path / "none.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"not a safetensors file")
-    with pytest.raises(UserError, match="not a safetensors file"):
+    with pytest.raises(UserError, match="not a readable safetensors file"):
         load_tokenizer(tmp_path / "junk.safetensors")
 
 
