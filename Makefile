@@ -2,6 +2,7 @@
 # make demo           run the whole pipeline, from images to scores, on this machine
 # make test           run the tests
 # make test-slurm     test the batch scripts on a local SLURM cluster (requires root and Debian)
+# make test-elastic   lose nodes of runs that train, on loopback and on the local SLURM cluster (minutes)
 # make test-browser   test the page of megastar report in a headless chromium
 # make test-nullgpu   test on a device that computes nothing: torch's CUDA build (5 GB, in .venv-nullgpu), no GPU needed
 # make lint           run ruff and mypy
@@ -18,7 +19,7 @@ GPU := command -v nvidia-smi >/dev/null
 # DeepSpeed's operators are compiled at first use, not during installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-slurm test-browser test-nullgpu lint clean install
+.PHONY: demo test test-slurm test-elastic test-browser test-nullgpu lint clean install
 
 install: $(STAMP)
 
@@ -38,6 +39,10 @@ test: $(STAMP)
 
 test-slurm: $(STAMP)
 	$(BIN)/pytest -m slurm tests/slurm
+
+test-elastic: $(STAMP)
+	$(BIN)/pytest -s tests/elastic tests/dist/test_elastic.py
+	$(BIN)/pytest -s -m slurm tests/slurm/test_elastic.py
 
 test-browser: $(STAMP)
 	$(BIN)/pytest -m browser tests/integration

@@ -42,6 +42,7 @@ setup(
         "tensorboard>=2.16",
         "pillow>=10.1",
         "safetensors>=0.4.5",
+        "pydantic>=2.5",  # its core checks what is read from files
     ],
     extras_require={
         # NVIDIA's apex is on no registry (the package of that name is another one): build it from NVIDIA's source.

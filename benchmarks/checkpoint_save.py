@@ -33,7 +33,8 @@ def main() -> None:
     import torch.distributed as dist
 
     from megastar.engine.checkpointer.async_saver import Saver
-    from megastar.engine.zero.setup import build, start
+    from megastar.engine.zero.process_group import start
+    from megastar.engine.zero.setup import build
 
     cfg = run_config(a.size, f"train.global_batch={a.ranks}", "parallel.deepspeed=zero3", f"run={a.folder}/run")
     ctx = start(cfg)

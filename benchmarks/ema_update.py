@@ -25,7 +25,8 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from megastar.engine.zero.setup import build, start
+    from megastar.engine.zero.process_group import start
+    from megastar.engine.zero.setup import build
     from megastar.teacher.ema import lerp_
 
     cfg = run_config(a.size, f"train.global_batch={a.ranks}", "parallel.deepspeed=zero3")

@@ -44,7 +44,8 @@ def main() -> None:
     from megastar.engine.fault_tolerance.step_consensus import StepConsensus
     from megastar.engine.fault_tolerance.watchdog import watch
     from megastar.engine.phase import PHASE
-    from megastar.engine.zero.setup import build, start
+    from megastar.engine.zero.process_group import start
+    from megastar.engine.zero.setup import build
 
     cfg = run_config("nano", f"train.global_batch={args.ranks}", "parallel.deepspeed=zero1", "data.shards=none")
     ctx = start(cfg)
@@ -116,7 +117,8 @@ def row_cost(a: argparse.Namespace) -> None:
 
     from megastar.engine.metrics.step_metrics import step_metrics
     from megastar.engine.train_step import losses
-    from megastar.engine.zero.setup import build, start
+    from megastar.engine.zero.process_group import start
+    from megastar.engine.zero.setup import build
 
     cfg = run_config(a.size, f"train.global_batch={a.batch}", "parallel.deepspeed=zero1")
     ctx = start(cfg)

@@ -22,7 +22,8 @@ from megastar.engine.context import Context
 from megastar.engine.student import Student
 from megastar.engine.train_step import losses, set_schedules
 from megastar.engine.zero.engines import Engines
-from megastar.engine.zero.setup import build, start
+from megastar.engine.zero.process_group import start
+from megastar.engine.zero.setup import build
 
 
 def ddp_times(cfg: RunConfig, ctx: Context, repeats: int) -> list[float]:

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from megastar.config.schema import TokenizerConfig
 from megastar.data.images.crops import parse_crops
 from megastar.data.images.dataset import ImageSet
+from megastar.data.images.image_files import FORMATS
 from megastar.data.pretokenize.encoding import Pipeline, ViewEncoder
 from megastar.data.pretokenize.runner import pretokenize
 from megastar.data.shards.reader import ShardSet
@@ -50,7 +51,7 @@ class TenCrops(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        with Image.open(self.paths[i]) as image:
+        with Image.open(self.paths[i], formats=FORMATS) as image:
             crops = tenfold(image.convert("RGB"), SIZE, 1.1)
         tensors = [torch.from_numpy(np.array(c)).permute(2, 0, 1).contiguous().float().div(255) for c in crops]
         return torch.stack(tensors).sub_(0.5).div_(0.5), 0
@@ -89,7 +90,7 @@ def compare(model: VQModel, paths: list[Path], ours: np.ndarray, theirs: np.ndar
         exact.load_state_dict(model.state_dict())
         book = torch.nn.functional.normalize(exact.quantize.embedding.weight, dim=-1)
     for n, view, t in differ:
-        crop = tenfold(Image.open(paths[n]).convert("RGB"), SIZE, 1.1)[view]
+        crop = tenfold(Image.open(paths[n], formats=FORMATS).convert("RGB"), SIZE, 1.1)[view]
         image = torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None].double().div(255).sub(0.5).div(0.5)
         z = torch.nn.functional.normalize(exact.latents(image)[0].flatten(1).T[t], dim=-1)
         near = [(z - book[int(c[n, view, t])]).square().sum() for c in (ours, theirs)]

@@ -32,7 +32,8 @@ from megastar.config.schema import RunConfig
 from megastar.engine.student import Student
 from megastar.engine.train_step import losses, set_schedules
 from megastar.engine.zero.partitions import parameter_groups
-from megastar.engine.zero.setup import build, start
+from megastar.engine.zero.process_group import start
+from megastar.engine.zero.setup import build
 
 Step = Callable[[], Tensor]
 # LlamaGen's schedule: a constant learning rate.

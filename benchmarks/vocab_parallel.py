@@ -28,7 +28,7 @@ def main() -> None:
     from deepspeed.module_inject.layers import LinearLayer, configure_tensor_parallel_runtime
     from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 
-    from megastar.engine.zero.setup import start
+    from megastar.engine.zero.process_group import start
     from megastar.parallel.cross_entropy import linear_cross_entropy
 
     cfg = run_config(a.size, f"parallel.tensor_parallel={a.ranks}", "train.global_batch=1")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megastar.commands._common import report_error
-from megastar.errors import UserError, nearest
+from megastar.commands._common import place_of, report_error
+from megastar.errors import MissingRanks, UserError, as_user_error, nearest
 from megastar.utils.hostname import shorten_dns_timeout
+from megastar.utils.parent import end_with_launcher
+from megastar.utils.printable import say, tolerate_any_text
 from megastar.utils.process_exit import run_and_leave
+from megastar.utils.signals import StopSignal, raise_stopped
 from megastar.version import __version__
 
 COMMANDS = {  # name -> (module of megastar.commands, description)
@@ -21,6 +24,7 @@ COMMANDS = {  # name -> (module of megastar.commands, description)
     "pretokenize": ("pretokenize", "encode images into token shards"),
     "data": ("data", "inspect, verify, count and index token shards"),
     "train": ("train", "train a model: ST-AR or the AR baseline"),
+    "elastic": ("elastic", "train on several nodes, and continue on the others if one is lost"),
     "convert": ("convert", "inspect a checkpoint, or convert it to weights or another format"),
     "sample": ("sample", "generate images from a run or a weights file"),
     "evaluate": ("evaluate", "score images against real images: FID, sFID, IS, precision/recall, KID, FD-EffLite0"),
@@ -32,6 +36,7 @@ COMMANDS = {  # name -> (module of megastar.commands, description)
     "report": ("report", "write an HTML report: curves, samples by step, attention, configuration"),
     "status": ("status", "show the state of runs: step, loss, speed, checkpoint, restarts, health, time left"),
 }
+RESUMED = ("demo", "train-tokenizer", "pretokenize", "train", "sample", "compare")  # by the same command
 EXAMPLES = """examples:
   megastar demo
   megastar train configs/run/demo.yaml --nproc 2
@@ -50,29 +55,52 @@ def usage() -> str:
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``main`` and end the process."""
     shorten_dns_timeout()
+    tolerate_any_text()
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        end_with_launcher()
     run_and_leave(lambda: main(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, or 2 after a user error, which is reported in one sentence."""
+    """Run one command. Returns the exit status: 0, 2 after a user error, which is reported in one sentence, or 128 plus
+    the number of a stop signal."""
     words = list(sys.argv[1:] if argv is None else argv)
+    with raise_stopped():
+        return run_reporting(words)
+
+
+def run_reporting(words: list[str]) -> int:
+    """``run``, with errors and stop signals reported in a sentence."""
     try:
         return run(words)
     except UserError as error:
-        report_error(str(error), os.environ)
+        if not error.reported or "TORCHELASTIC_ERROR_FILE" in os.environ:
+            report_error(str(error), os.environ)
         return 2
+    except MissingRanks as error:
+        from megastar.engine.exit_codes import RANK_FAILURE  # its package imports torch
+
+        if str(error):
+            report_error(str(error), os.environ)
+        return RANK_FAILURE
     except BrokenPipeError:  # the reader closed the pipe: `megastar train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EISDIR):
+        if (user_error := as_user_error(error)) is None:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        message = f"cannot write{where} ({error.strerror}): free space or name another place"
-        print(f"megastar: error: {message}", file=sys.stderr)
+        report_error(str(user_error), os.environ)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        stopped = stop if isinstance(stop, StopSignal) else StopSignal(signal.SIGINT)
+        if place_of(os.environ)[0] == 0:
+            kept = (
+                "what is finished is kept, the same command continues"
+                if words[0] in RESUMED
+                else "incomplete files are removed"
+            )
+            say(f"megastar: stopped by {stopped}: {kept}", sys.stderr)
+        return 128 + stopped.signal
 
 
 def run(words: list[str]) -> int:

@@ -22,6 +22,7 @@ ATTEMPT=${SLURM_RESTART_COUNT:-0}
 PREEMPTED=85 # exit status of megastar train after a stop signal and a completed save
 REQUEUE_LOG= # requeues.log of a training's run folder
 USER_EXCLUDED="" BAD="" HOST="" EXCLUDED_KNOWN=""
+TIME_LIMIT="" SIGNAL_LEAD="" # seconds: of the job, and what --signal reserves of it for the save
 SEPARATE_STDERR= # set if sbatch writes stderr to a separate file
 
 if [ -z "$JOB" ]; then
@@ -48,7 +49,7 @@ run_step() {
     if [ -n "${MEGASTAR_DRY_RUN:-}" ]; then
         printf '%q ' "${words[@]}" | sed 's/ $/\n/'
     else
-        info "${words[*]}"
+        info "$(printf '%q ' "${words[@]}" | sed 's/ $//')"
         "${words[@]}"
     fi
 }
@@ -58,24 +59,40 @@ run_step() {
 # (faults.lost_timeout).
 # --kill-on-bad-exit=1 would end them immediately, during the save requested by a signal, and hide status 85.
 train() {
-    local config="" run="" word cache=${MEGASTAR_SCRATCH:+data.cache=$MEGASTAR_SCRATCH/megastar} default=$1
+    local config="" word cache=${MEGASTAR_SCRATCH:+data.cache=$MEGASTAR_SCRATCH/megastar} default=$1
     shift
     for word; do
         case $word in
-        run=*) run=${word#run=} ;;
         data.cache=*) cache="" ;;
-        -* | *=*) ;;
+        -*) ;;
+        *=*) [[ ${word%%=*} != */* && ! -f $word ]] || config=$word ;; # a file in a folder whose name has an =
         *) config=$word ;;
         esac
     done
     [ -n "$config" ] || set -- "${config:=$default}" "$@"
     [ -r "$config" ] || fail "$config cannot be read in $PWD: run sbatch in the repository folder"
-    [ -n "$run" ] || run=$(sed -n "s/^run: *[\"']\{0,1\}\([^\"' #]*\).*/\1/p" "$config" | head -n 1)
-    REQUEUE_LOG=${run:=runs/run}/requeues.log
-    info "run folder $(realpath -m "$run"), last checkpoint $(last_checkpoint)"
+    find_run_folder "$@"
     [ -z "$JOB" ] || [ -n "${MEGASTAR_DRY_RUN:-}" ] || prepare_start
+    if [ -n "${MEGASTAR_ELASTIC:-}" ]; then
+        run_elastic "$@" ${cache:+"$cache"}
+        finish $?
+    fi
     run_step --label --wait=120 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar train "$@" ${cache:+"$cache"}
     finish $?
+}
+
+# run_elastic [CONFIG] [section.field=value ...]: one agent per node, which starts the node's ranks (docs/elastic.md). Needs
+# sbatch --no-kill: otherwise SLURM ends the job when it detects the lost node. --wait=0: a node that ends does not end the others.
+run_elastic() {
+    local status file=${REQUEUE_LOG%/*}/elastic.status ranks=${SLURM_NTASKS_PER_NODE:-1}
+    rm -f "$file"
+    run_step --label --no-kill --wait=0 --ntasks-per-node=1 --ntasks="${SLURM_NNODES:-1}" \
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$((SLURM_CPUS_PER_TASK * ranks))} \
+        ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar elastic --nodes "$MEGASTAR_ELASTIC" --nproc "$ranks" \
+        --hosts "$(paste -sd, <<<"${NODES:-FIRST_NODE}")" --port "$MASTER_PORT" --status-file "$file" "$@"
+    status=$?
+    [ ! -s "$file" ] || status=$(tail -n 1 "$file") # srun's may be that of the lost node
+    return "$status"
 }
 
 # run_independent COMMAND ...: processes that share a folder but no process group; if one dies, the others continue.
@@ -90,16 +107,37 @@ run_group() {
     finish $?
 }
 
+# find_run_folder WORD ...: set REQUEUE_LOG. megastar itself reads the configuration, where the ranks will run it.
+find_run_folder() {
+    local word run="" ask=(megastar train "$@" --print-run-folder) status=0
+    ask=(${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} "${ask[@]}")
+    if [ -n "${MEGASTAR_DRY_RUN:-}" ]; then
+        [ -z "${MEGASTAR_VENV:-}" ] || PATH=$MEGASTAR_VENV/bin:$PATH
+        if ! command -v "${ask[0]}" >/dev/null; then # on a login node: only an override can be shown
+            for word; do [[ $word != run=* ]] || run=$(realpath -m "${word#run=}"); done
+            info "run folder ${run:-unknown (${ask[0]} is not on PATH)}, last checkpoint $(REQUEUE_LOG=${run:-}/requeues.log && last_checkpoint)"
+            return
+        fi
+    elif [ -n "${MEGASTAR_SRUN[*]-}" ]; then # a container
+        ask=(srun --nodes=1 --ntasks=1 "${MEGASTAR_SRUN[@]}" "${ask[@]}")
+    fi
+    run=$("${ask[@]}") || status=$?
+    [ "$status" = 0 ] || { info "the run folder cannot be determined (status $status)"; finish "$status"; }
+    run=${run##*$'\n'} # modules or a prefix may print lines before it
+    REQUEUE_LOG=$run/requeues.log
+    info "run folder $run, last checkpoint $(last_checkpoint)"
+}
+
 last_checkpoint() { cat "${REQUEUE_LOG%/*}/checkpoints/latest" 2>/dev/null || echo none; }
 
 # prepare_start: called before training starts. Warns if the time limit is too short to train; records the failed host if the batch
 # script of the previous start ended without a message, because its own node failed; requeues the job if its allocation contains
 # hosts that must be excluded, which SLURM does not know when a new job is submitted.
 prepare_start() {
-    local lead limit before bad lost=""
-    lead=$(sed -n 's/^#SBATCH --signal=.*@//p' "$0") limit=$(seconds_of "$(job_field TimeLimit)")
-    if [ -n "$lead" ] && [ -n "$limit" ] && [ "$limit" -lt $((lead + 60)) ]; then
-        info "warning: the last $lead s of the time limit of $limit s are reserved for the save, and SLURM checks every 30 s: almost no step will run; request a longer --time"
+    local before bad lost=""
+    SIGNAL_LEAD=$(sed -n 's/^#SBATCH --signal=.*@//p' "$0") TIME_LIMIT=$(seconds_of "$(job_field TimeLimit)")
+    if [ -n "$SIGNAL_LEAD" ] && [ -n "$TIME_LIMIT" ] && [ "$TIME_LIMIT" -lt $((SIGNAL_LEAD + 60)) ]; then
+        info "warning: the last $SIGNAL_LEAD s of the time limit of $TIME_LIMIT s are reserved for the save, and SLURM checks every 30 s: almost no step will run; request a longer --time"
     fi
     [ -d "${REQUEUE_LOG%/*}" ] || return 0
     before=$(last_line)
@@ -143,10 +181,14 @@ finish() {
     "$PREEMPTED" | 138 | 143) why="a signal (status $status)" ;;
     *) why="a crash (status $status)" ;;
     esac
+    [[ $why != *signal* ]] || ! at_time_limit || why="a signal at the time limit (status $status)"
     [ -z "${MEGASTAR_DRY_RUN:-}" ] || exit "$status"
     requeue "$why"
     exit "$status"
 }
+
+# at_time_limit: whether the job has used its time, up to what --signal reserves for the save (SLURM checks every 30 s).
+at_time_limit() { [ -n "$TIME_LIMIT" ] && [ "$SECONDS" -ge $((TIME_LIMIT - ${SIGNAL_LEAD:-0} - 45)) ]; }
 
 # requeue WHY: requeue the job unless it was cancelled or has reached a limit.
 requeue() {
@@ -165,6 +207,7 @@ requeue() {
     fi
     case $why in
     *crash*) limit=$MEGASTAR_MAX_CRASHES ;;
+    *"time limit"*) [ -z "$REQUEUE_LOG" ] || limit=1 ;; # the second one: more starts of this length get no further
     *signal*) [ -z "$REQUEUE_LOG" ] || limit=$MEGASTAR_MAX_SIGNALS ;; # without a run folder, progress between signals is unknown
     esac
     # Do not requeue a cancelled job: scontrol would restart it. If the controller does not respond, assume that the job is running.
@@ -176,6 +219,8 @@ requeue() {
         info "ended by $why; not requeued: MEGASTAR_MAX_REQUEUES=$MEGASTAR_MAX_REQUEUES is reached"
     elif [[ $why == *crash* ]] && [ "$earlier" -ge "$limit" ]; then
         info "ended by $why; not requeued: $limit earlier crashes$stuck"
+    elif [[ $why == *"time limit"* ]] && [ "$earlier" -ge "$limit" ]; then
+        info "ended by $why; not requeued: two starts reached the time limit$stuck: --time must be longer than a start, one step and a save take, and --signal must reserve enough of it for the save; submit the same command with a longer --time"
     elif [[ $why == *signal* ]] && [ "$earlier" -ge "$limit" ]; then
         info "ended by $why; not requeued: $limit earlier signals$stuck; check that --time is longer than the time that --signal reserves for the save"
     else

@@ -31,6 +31,9 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 MEGASTAR_SCRATCH=${MEGASTAR_SCRATCH-}  # a local disk of each node, used to cache shards read from s3:// (data.cache)
 # export AWS_ENDPOINT_URL=https://s3.example.org AWS_PROFILE=project
 
+# --- node losses (docs/elastic.md); submit with sbatch --no-kill ---
+# export MEGASTAR_ELASTIC=3:4          # train on 3 to 4 of the job's nodes; the others are spare
+
 # --- limits of requeues ---
 MEGASTAR_MAX_REQUEUES=${MEGASTAR_MAX_REQUEUES:-50}  # total
 MEGASTAR_MAX_CRASHES=${MEGASTAR_MAX_CRASHES:-3}     # consecutive, without a new checkpoint

@@ -30,6 +30,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from megastar.data.images.image_files import open_image
+
 SIZE = 64
 MAX_BYTES = 20_000_000
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "assets" / "emoji64" / "emoji64.tar"
@@ -106,7 +108,7 @@ def render(svg: str) -> np.ndarray | None:
         png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE))
     except ValueError:
         return None
-    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    image = open_image(io.BytesIO(png)).convert("RGBA")
     if image.size != (SIZE, SIZE):  # not square: resvg keeps the aspect
         square = Image.new("RGBA", (SIZE, SIZE), (255, 255, 255, 0))
         image.thumbnail((SIZE, SIZE))
@@ -167,7 +169,7 @@ def from_packages(packages: Path, workers: int) -> list[Emoji]:
     for file in sorted(raster.iterdir()):
         label = find_label(labels, file.stem)
         if label is not None and wanted(label) and label.group != "Flags":
-            image = Image.open(file).convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+            image = open_image(file).convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
             images.append(Emoji(on_white(image), label.group, "fluent3d", label.concept))
     print(f"fluent3d: {len(images) - before} read", flush=True)
     return unique(images)

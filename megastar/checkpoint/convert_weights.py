@@ -24,10 +24,11 @@ from megastar.config.files import read_yaml, require_file
 from megastar.config.load import config_from_dict
 from megastar.config.schema import ModelConfig, TokenizerConfig
 from megastar.errors import UserError
-from megastar.model.io import check_fits, metadata_of
+from megastar.model.io import PROVENANCE, check_fits, metadata_of
 from megastar.tokenizer.io import check_tokenizer_fits, tokenizer_hash, tokenizer_metadata
 from megastar.utils.device import DTYPES
 from megastar.utils.files import sha256, write_atomic
+from megastar.utils.json_file import check, validator
 from megastar.utils.progress_bar import progress_bar
 
 USED = 65536  # size of the buffer in which LlamaGen's tokenizer keeps the last used codes
@@ -61,9 +62,12 @@ def open_weights(
     weights = weights_in(path, content)
     shapes, digest = {k: tuple(v.shape) for k, v in weights.items()}, sha256(path)
     if isinstance(content.get("megastar"), dict):  # written by megastar convert
-        provenance = content["megastar"] | {"source": path.name, "source_sha256": digest}
+        written = check(content["megastar"], f"megastar in {path}", validator(PROVENANCE), "download it again")
+        provenance = json.loads(json.dumps(written, default=str)) | {"source": path.name, "source_sha256": digest}
     else:
-        provenance = {"weights": "llamagen", "source": path.name, "source_sha256": digest, "step": content.get("steps")}
+        provenance = {"weights": "llamagen", "source": path.name, "source_sha256": digest, "step": None}
+        if type(content.get("steps")) is int:
+            provenance["step"] = content["steps"]
     if "quantize.embedding.weight" in weights:
         cfg = tokenizer_config(path, weights, image_size)
         check_tokenizer_fits(path, shapes, cfg)

@@ -33,7 +33,7 @@ from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
 from megastar.checkpoint.shard_format import KINDS
 from megastar.checkpoint.source import Source, elements_of, same_bits
 from megastar.errors import UserError
-from megastar.utils.files import write_atomic
+from megastar.utils.files import is_plain_name, write_atomic
 from megastar.utils.progress_bar import progress_bar
 
 VERSION = "0.19.8"  # DeepSpeed version of this layout; its loader requires one
@@ -42,14 +42,21 @@ HOLDS = ("latest_universal", "global_step*")
 
 def to_universal(source: Source, out: Path, force: bool) -> str:
     """Write the folder ``out``; returns what was written and how it was checked."""
-    reader = source.reader
-    tag = f"global_step{source.manifest['step']}"
+    reader, step = source.reader, source.manifest["step"]
+    if type(step) is not int or step < 0:
+        raise UserError(f"{source.folder}: step = {step!r:.100} in its manifest is not a number of steps: restore it")
+    for name in reader.shapes:
+        if not is_plain_name(name):  # it names a folder
+            raise UserError(
+                f"{source.folder}: its manifest names a parameter {name[:100]!r}, no plain name: restore it"
+            )
+    tag = f"global_step{step}"
     size = 4 * elements_of(reader.shapes) * len(KINDS)
     with staged(out, size + 8192 * len(reader.shapes) * (len(KINDS) + 1), force, HOLDS) as root:
         source.verify()
         zero = root / tag / "zero"
         zero.mkdir(parents=True)
-        step = torch.tensor(float(reader.optimizer_step))
+        updates = torch.tensor(float(reader.optimizer_step))
         with progress_bar(source.console, "writing", size, bytes=True, transient=True) as bar:
             for name in reader.shapes:
                 (zero / name).mkdir()
@@ -58,8 +65,8 @@ def to_universal(source: Source, out: Path, force: bool) -> str:
                     torch.save({"param": tensor}, zero / name / f"{kind}.pt")
                     settle(zero / name / f"{kind}.pt")
                     bar.advance(4 * tensor.numel())
-                save_small(step, zero / name / "step.pt")
-        save_small(optimizer_state(step, len(reader.shapes)), zero / "optimizer_state.pt")
+                save_small(updates, zero / name / "step.pt")
+        save_small(optimizer_state(updates, len(reader.shapes)), zero / "optimizer_state.pt")
         states = model_states(source)
         for name in ("mp_rank_00", "zero_pp_rank_0_mp_rank_00"):  # stages 1 and 2, stage 3
             save_small(states, root / tag / f"{name}_model_states.pt")

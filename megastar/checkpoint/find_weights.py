@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from megastar.config.files import find_file
-from megastar.config.load import config_from_dict
 from megastar.errors import UserError, nearest
 
 SHIPPED_WEIGHTS = "assets/weights/demo-nano.safetensors"
@@ -40,12 +39,13 @@ def find_weights(source: str | Path | None, weights: str = "ema") -> Weights:
         return Weights(find_file(path) or path, None, None)
     from megastar.checkpoint.convert import convert
     from megastar.run_dir.checkpoint_dir import MANIFEST, find_checkpoint, read_manifest
+    from megastar.run_dir.manifest import config_of
     from megastar.utils.files import sha256
 
     checkpoint = find_checkpoint(path)
+    cfg = config_of(checkpoint, read_manifest(checkpoint))
     digest = sha256(checkpoint / MANIFEST)[:8]  # a restarted run reuses checkpoint names
     file = checkpoint.parent.parent / "weights" / f"{weights}-{checkpoint.name}-{digest}.safetensors"
-    cfg = config_from_dict(read_manifest(checkpoint)["config"])
     if not file.is_file():
         convert(checkpoint, "safetensors", file, weights=weights, force=True)  # another process may convert it too
     return Weights(file, cfg.data.tokenizer or None, cfg.data.shards or None)

@@ -10,19 +10,22 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from megastar.checkpoint.safetensors_stream import read_header
-from megastar.checkpoint.shard_format import PREFIX, STATES, StateReader
-from megastar.config.load import config_from_dict
-from megastar.config.schema import ModelConfig, TokenizerConfig
+from megastar.checkpoint.shard_format import PREFIX, STATES, StateReader, check_parameters
+from megastar.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from megastar.errors import UserError
-from megastar.model.io import check_fits, read_model_metadata
-from megastar.run_dir.checkpoint_dir import find_checkpoint, parse_manifest
+from megastar.model.io import read_model_header
+from megastar.run_dir.checkpoint_dir import damaged, find_checkpoint, parse_manifest
+from megastar.run_dir.manifest import config_of, file_problem
 from megastar.tokenizer.io import FORMAT as TOKENIZER_FORMAT
-from megastar.tokenizer.io import read_tokenizer_metadata
+from megastar.tokenizer.io import read_tokenizer_header
 from megastar.utils.files import sha256
+from megastar.utils.json_file import SHA256, read_json, record, validator
 from megastar.utils.progress_bar import progress_bar
+from megastar.utils.safetensors_header import read_header
 
+_BESIDE = validator(record({"sha256": SHA256}))
 Shapes = dict[str, tuple[int, ...]]
 WeightsHeader = tuple[ModelConfig | TokenizerConfig, dict[str, Any], Shapes]  # architecture, provenance, shapes
 
@@ -34,46 +37,45 @@ def inspect(path: Path, verify: bool, console: Console) -> bool:
     """
     folder = find_checkpoint(Path(path))
     manifest = parse_manifest(folder)
+    cfg = config_of(folder, manifest)
     health, total = {}, sum(entry["bytes"] for entry in manifest["files"].values())
     with progress_bar(console if verify else None, "hashing", total, bytes=True, transient=True) as bar:
         for name, entry in manifest["files"].items():
             health[name] = health_of(folder / name, entry, verify)
             bar.advance(entry["bytes"])
-    problem = "damaged: see the files below; restore them, or resume from an earlier checkpoint"
+    problem = str(damaged(folder, "damaged, see the files below"))
     if all(h.startswith("ok") for h in health.values()):
         try:
+            check_parameters(folder, manifest, cfg.model)
             StateReader(folder, manifest).close()
             problem = ""
         except UserError as error:
             problem = str(error)
     head = Table("", "", show_header=False, box=None)
     head.columns[1].overflow = "fold"  # do not shorten paths
-    for name, value in summary(folder, manifest).items():
-        head.add_row(name, value)
+    for name, value in summary(folder, manifest, cfg).items():
+        head.add_row(name, Text(value, overflow="fold"))  # data, not markup
     checked = ", SHA-256 too" if verify else "; --verify compares hashes too"
     head.add_row("health", problem or f"complete: names and sizes match{checked}")
     console.print(head)
     files = Table("file", "written by", "MB", "health", title="files")
     for name, entry in manifest["files"].items():
-        files.add_row(name, entry["whose"], f"{entry['bytes'] / 1e6:.2f}", health[name])
+        files.add_row(name, Text(entry["whose"]), f"{entry['bytes'] / 1e6:.2f}", Text(health[name]))
     console.print(files)
     return not problem
 
 
 def health_of(file: Path, entry: dict[str, Any], verify: bool) -> str:
-    if not file.is_file():
-        return "missing"
-    if (size := file.stat().st_size) != entry["bytes"]:
-        return f"{size} bytes, not {entry['bytes']}"
+    if problem := file_problem(file, entry["bytes"]):
+        return problem.removeprefix("is ")
     if not verify:
         return "ok (size)"
     return "ok (SHA-256)" if sha256(file) == entry["sha256"] else "SHA-256 differs"
 
 
-def summary(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+def summary(folder: Path, manifest: dict[str, Any], cfg: RunConfig) -> dict[str, str]:
     """The manifest's content by the configuration's names."""
-    cfg, mesh = config_from_dict(manifest["config"]), manifest["mesh"]
-    m = cfg.model
+    m, mesh = cfg.model, manifest["mesh"]
     sizes = {n: math.prod(s) for n, s in manifest["parameters"].items()}
     inner = sum(n for name, n in sizes.items() if name.startswith(PREFIX))
     of = f" of {manifest['steps']}" if manifest.get("steps") else ""
@@ -110,29 +112,24 @@ def require_weights(path: Path) -> None:
 def read_weights_header(path: Path) -> WeightsHeader:
     """Architecture, provenance and shapes of a .safetensors file of a network or a tokenizer. Raises ``UserError``."""
     require_weights(path)
-    try:
-        metadata, entries = read_header(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from error
-    shapes = {name: entry.shape for name, entry in entries.items()}
-    if metadata.get("format") == TOKENIZER_FORMAT:
-        return *read_tokenizer_metadata(path), shapes
-    model, provenance = read_model_metadata(path)
-    check_fits(path, shapes, model)
-    return model, provenance, shapes
+    if read_header(path)[0].get("format") == TOKENIZER_FORMAT:
+        return read_tokenizer_header(path)
+    return read_model_header(path)
 
 
 def inspect_weights(path: Path, header: WeightsHeader, verify: bool, console: Console) -> bool:
     """Print what a weights file holds; with ``verify`` compare its hash with that in its .json. False if damaged."""
     cfg, provenance, shapes = header
     count = sum(map(math.prod, shapes.values()))
-    console.print_json(json.dumps({"parameters": count, "architecture": asdict(cfg), "provenance": provenance}))
+    console.print_json(
+        json.dumps({"parameters": count, "architecture": asdict(cfg), "provenance": provenance}), ensure_ascii=True
+    )
     if not verify:
         return True
     beside = path.with_suffix(".json")
     if not beside.is_file():
         raise UserError(f"{beside} does not exist: it records the hash of {path}; restore it, or leave out --verify")
-    same: bool = json.loads(beside.read_text()).get("sha256") == sha256(path)
+    same: bool = read_json(beside, _BESIDE, "restore it", 16 << 20)["sha256"] == sha256(path)
     if same:
         console.print("complete: SHA-256 matches")
     else:

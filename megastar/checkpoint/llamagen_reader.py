@@ -12,7 +12,7 @@ import pickle
 import re
 import types
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from torch import Tensor
 
 from megastar.checkpoint.llamagen_writer import SIZES
 from megastar.config.schema import ModelConfig, TokenizerConfig
+from megastar.config.validate import tokenizer_problems
 from megastar.errors import UserError
 from megastar.model.io import shape_fields
+from megastar.utils.files import open_regular
+from megastar.utils.json_file import shown
 
 WRAPPERS = ("model", "module", "state_dict")
 IGNORED = ("freqs_cis", "causal_mask", "quantize.codebook_used")  # computed buffers and counters
@@ -35,7 +38,7 @@ def load_pickled(path: Path) -> dict[str, Any]:
     # LlamaGen's trainer stores its command line; load it as a plain namespace.
     try:
         with torch.serialization.safe_globals([(types.SimpleNamespace, "argparse.Namespace")]):
-            mapped = zipfile.is_zipfile(path)  # older files are one pickle
+            mapped = _is_plain_zip(path)  # older files are one pickle
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -44,7 +47,9 @@ def load_pickled(path: Path) -> dict[str, Any]:
             f"{path} contains {what}, which can run code when loaded: "
             "ask its author for a file with tensors only, or for safetensors"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # torch.load raises many types for damaged files
         message = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path} is truncated or not a torch.save file ({message}): download it again") from error
     if not isinstance(content, dict):
@@ -54,17 +59,41 @@ def load_pickled(path: Path) -> dict[str, Any]:
     return content
 
 
+def _is_plain_zip(path: Path) -> bool:
+    """Whether the file is a zip as ``torch.save`` writes it: nothing compressed, so that it holds no more than its size."""
+    with open_regular(path) as f:
+        if not zipfile.is_zipfile(f):
+            return False
+        with zipfile.ZipFile(f) as archive:
+            if packed := [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]:
+                raise UserError(
+                    f"{path} is damaged or was not written by torch.save: {shown(packed[0])} in it is compressed: download it again"
+                )
+    return True
+
+
 def weights_in(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     """Name -> tensor, stored flat or under model, module or state_dict, without name prefixes and computed buffers."""
-    inner: Any = content
-    while not any(isinstance(v, Tensor) and "." in str(k) for k, v in inner.items()):
-        name = next((n for n in WRAPPERS if isinstance(inner.get(n), dict)), None)
-        if name is None:
-            keys = ", ".join(map(str, list(inner)[:6])) or "nothing"
-            raise UserError(f"{path} contains {keys}: expected weights at the top level or under {', '.join(WRAPPERS)}")
-        inner = inner[name]
-    out = {}
+    levels = list(_levels(content))
+    inner = next((i for i in levels if any(isinstance(v, Tensor) and "." in str(k) for k, v in i.items())), None)
+    if inner is None:
+        keys = ", ".join(shown(str(k)) for k in list(levels[-1])[:6]) or "nothing"
+        raise UserError(f"{path} contains {keys}: expected weights at the top level or under {', '.join(WRAPPERS)}")
+    out: dict[str, Tensor] = {}
+    size = left = path.stat().st_size
     for name, tensor in inner.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(
+                f"{path}: {shown(name)} is a {type(tensor).__name__}, not a named tensor: use a file of weights only"
+            )
+        if tensor.layout != torch.strided or not tensor.dtype.is_floating_point and name not in IGNORED:
+            raise UserError(f"{path}: {shown(name)} is {tensor.dtype} in {tensor.layout} layout, expected plain floats")
+        left -= tensor.numel() * tensor.itemsize
+        if left < 0:
+            raise UserError(
+                f"{path}: {shown(name)} has the shape {shown(str(tuple(tensor.shape)))}, with the others more than the "
+                f"{size} bytes of the file: its elements repeat, ask its author for another file"
+            )
         while stem := next((s for s in STEMS if name.startswith(s)), None):
             name = name.removeprefix(stem)
         if name not in IGNORED and not name.endswith(("k_cache", "v_cache")):
@@ -72,13 +101,21 @@ def weights_in(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     return out
 
 
+def _levels(content: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
+    """``content``, and the dictionaries in it under ``WRAPPERS``; a file's dictionaries may contain each other."""
+    inner: Mapping[Any, Any] | None = content
+    for _ in range(4):
+        if inner is not None:
+            yield inner
+            name = next((n for n in WRAPPERS if isinstance(inner.get(n), Mapping)), None)
+            inner = inner[name] if name else None
+
+
 def tokens_in(path: Path, content: Mapping[str, Any]) -> int | None:
     """T from the rows of a stored ``freqs_cis``, else from a released file's name (c2i_B_384.pt), else None."""
-    inner: Any = content
-    while isinstance(inner, Mapping):
-        if isinstance(table := inner.get("freqs_cis"), Tensor):
+    for inner in _levels(content):
+        if isinstance(table := inner.get("freqs_cis"), Tensor) and table.ndim:
             return table.shape[0] - 1
-        inner = next((inner[n] for n in WRAPPERS if isinstance(inner.get(n), Mapping)), None)
     found = re.search(r"_(256|384|512)$", path.stem)
     return (int(found.group(1)) // 16) ** 2 if found else None
 
@@ -142,9 +179,12 @@ def tokenizer_config(path: Path, weights: Mapping[str, Tensor], image_size: int)
         res = len({n.split(".")[4] for n in weights if n.startswith("encoder.conv_blocks.0.res.")})
         z_channels = weights["encoder.conv_out.weight"].shape[0]
         size, width = weights["quantize.embedding.weight"].shape
-    except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is not a VQ tokenizer of LlamaGen: {error} is missing") from error
-    made = TokenizerConfig(image_size, channels, [c // channels for c in outs], res, z_channels, size, width)
+        multipliers = [c // channels for c in outs]
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{path} is not a VQ tokenizer of LlamaGen: {shown(str(error))} is missing") from error
+    made = TokenizerConfig(image_size, channels, multipliers, res, z_channels, size, width)
+    if problem := next(tokenizer_problems(made), None) if image_size % made.downsample == 0 else None:
+        raise UserError(f"{path} is not a VQ tokenizer of LlamaGen: {problem.text}; download it again")
     if image_size % made.downsample:
         raise UserError(
             f"--image-size {image_size} is not a multiple of {made.downsample}, the tokenizer's downsampling factor"

@@ -11,4 +11,4 @@ def random_file(data_rank: int) -> str:
 
 def seed_dropout(seed: int, data_rank: int, step: int) -> None:
     """Seed torch's generator for the steps after ``step``: different per data rank, equal within a tensor group."""
-    torch.manual_seed((seed * 1_000_003 + step) * 100_003 + data_rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 100_003 + data_rank) % 2**64)

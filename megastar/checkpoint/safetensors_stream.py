@@ -1,4 +1,4 @@
-"""Write a safetensors file one tensor at a time, hashing while writing; read its header without torch."""
+"""Write a safetensors file one tensor at a time, hashing while writing."""
 
 from __future__ import annotations
 
@@ -9,41 +9,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 NAMES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.int64": "I64"}
-
-
-class Entry(NamedTuple):
-    """A tensor's location: safetensors type name, shape, and its byte range in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
-    """Metadata and tensors of a safetensors file. Raises ``ValueError`` if it is truncated, padded or malformed."""
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = json.loads(f.read(length))
-    metadata = header.pop("__metadata__", {})
-    entries, end = {}, 8 + length
-    for name, entry in header.items():
-        start, stop = (8 + length + int(n) for n in entry["data_offsets"])
-        entries[name] = Entry(entry["dtype"], tuple(entry["shape"]), start, stop)
-        end = max(end, stop)
-    if end != size:
-        raise ValueError(f"{size} bytes instead of {end}")
-    return metadata, entries
 
 
 def byte_view(tensor: Tensor) -> memoryview:

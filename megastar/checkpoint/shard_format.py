@@ -18,16 +18,29 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.checkpoint.safetensors_stream import TensorWriter, byte_view, read_header
+from megastar.checkpoint.safetensors_stream import TensorWriter, byte_view
+from megastar.config.schema import ModelConfig
 from megastar.errors import UserError
+from megastar.model.io import check_fits
+from megastar.parallel.budget import check_tensor
 from megastar.parallel.plan import split_of
+from megastar.run_dir.checkpoint_dir import damaged
+from megastar.run_dir.layout import MANIFEST
+from megastar.run_dir.manifest import require_weights
+from megastar.utils.files import open_regular
+from megastar.utils.json_file import WEIGHT_NAME, core, dict_of, integer, parse_json, shown, validator
+from megastar.utils.safetensors_header import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 STATES = ("exp_avg", "exp_avg_sq", "ema")
 KINDS = ("fp32", *STATES)  # tensors stored for each parameter
+PROJECTOR = "projector."
 PREFIX = "transformer."  # of the network's own weights; the projector is used in training only
+PIECES = validator(
+    dict_of(WEIGHT_NAME, core.list_schema(integer(), min_length=3, max_length=3, strict=True))
+)  # name -> tensor rank, start, stop
 OPEN_FILES = 64  # open at once; many systems limit a process to 1024
 
 
@@ -63,56 +76,86 @@ def write_pieces(path: Path, pieces: Sequence[tuple[Piece, dict[str, Tensor]]]) 
     return out.bytes, out.sha256
 
 
+def check_parameters(folder: Path, manifest: dict[str, Any], model: ModelConfig) -> None:
+    """Raise ``UserError`` unless the parameters in a manifest are those of its configuration, divisible as it says."""
+    shapes = {n: tuple(s) for n, s in manifest["parameters"].items()}
+    check_fits(folder, {n.removeprefix(PREFIX): s for n, s in shapes.items() if n.startswith(PREFIX)}, model)
+    if other := [n for n in shapes if not n.startswith((PREFIX, PROJECTOR))]:
+        raise damaged(folder, f"{folder / MANIFEST} is damaged: it names a parameter {shown(other[0])}")
+    check_tensor(model, manifest["mesh"]["tensor"])
+
+
 class StateReader:
     """Parameters of a checkpoint folder, for any tensor-parallel degree and any range.
 
-    Raises ``UserError`` for a missing or unreadable file, and for a parameter that the files do not cover.
+    With ``near``, a (rank, world), headers are read when a range needs them, those of the ranks at the same place first: as
+    many ranks as wrote the checkpoint read one header each, not all of them. Otherwise all are read and checked here.
+    Raises ``UserError`` for a missing or unreadable file, and for elements that no file holds.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
+    def __init__(self, folder: Path, manifest: dict[str, Any], near: tuple[int, int] | None = None):
         self.handles: dict[str, BufferedReader] = {}
         self.folder = folder
+        require_weights(folder, manifest)
         self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in manifest["parameters"].items()}
         self.tensor: int = manifest["mesh"]["tensor"]
         self.optimizer_step: int = manifest["optimizer_step"]
         self.locations: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
         self.first_byte: dict[tuple[str, str, str], int] = {}  # file, kind, name
-        for file in sorted(n for n in manifest["files"] if n.startswith("state-")):
-            for name, (rank, start, stop) in self._table(file).items():
-                self.locations.setdefault((name, rank), []).append((start, stop, file))
-        for name in self.shapes:
+        files = sorted(n for n in manifest["files"] if n.startswith("state-"))
+        if near is not None:
+            place, count = (near[0] + 0.5) / near[1], len(files)
+            files = [files[i] for i in sorted(range(count), key=lambda i: abs((i + 0.5) / count - place))]
+        self.unread = files[::-1]
+        while near is None and self.unread:
+            self._read_table()
+        for name in self.shapes if near is None else ():
             for rank in range(self.tensor if self._split(name, self.tensor) else 1):
-                self._check_covered(name, rank)
+                self._locate(name, rank, 0, math.prod(self.local_shape(name, self.tensor)))
 
     def _split(self, name: str, degree: int) -> Any:
         return split_of(name) if degree > 1 else None
 
+    def _read_table(self) -> None:
+        """Read the header of the next file: where it holds which elements."""
+        file = self.unread.pop()
+        for name, (rank, start, stop) in self._table(file).items():
+            self.locations.setdefault((name, rank), []).append((start, stop, file))
+
     def _table(self, file: str) -> dict[str, list[int]]:
+        """The pieces in a file: name -> tensor rank, start, stop; each lies within its parameter."""
+        path = self.folder / file
+        if not path.exists():
+            raise damaged(self.folder, f"{self.folder}: {file} is missing")
         try:
-            metadata, entries = read_header(self.folder / file)
-            table: dict[str, list[int]] = json.loads(metadata["pieces"])
-            for name, (_, start, stop) in table.items():
-                for kind in KINDS:
-                    entry = entries[f"{kind}/{name}"]
-                    if entry.dtype != "F32" or entry.stop - entry.start != 4 * (stop - start):
-                        raise ValueError(f"{kind}/{name} is {entry.dtype} {entry.shape}, not {stop - start} of F32")
-                    self.first_byte[file, kind, name] = entry.start
-            return table
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{self.folder}: {file} is missing: restore it, or resume from an earlier checkpoint"
-            ) from error
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self._damaged(file, error) from error
+            metadata, entries = read_header(path)
+            table: dict[str, list[int]] = parse_json(
+                metadata.get("pieces", ""), f"pieces in the header of {path}", PIECES
+            )
+        except UserError as error:
+            raise damaged(self.folder, error) from error
+        for name, (rank, start, stop) in table.items():
+            if (
+                name not in self.shapes
+                or rank >= self.tensor
+                or not start <= stop <= math.prod(self.local_shape(name, self.tensor))
+            ):
+                raise self._damaged(file, f"it holds elements {start} to {stop} of {name} of tensor rank {rank}")
+            for kind in KINDS:
+                entry = entries.get(f"{kind}/{name}")
+                if entry is None or entry.dtype != "F32" or entry.stop - entry.start != 4 * (stop - start):
+                    raise self._damaged(file, f"{kind}/{name} is {entry}, not {stop - start} elements of F32")
+                self.first_byte[file, kind, name] = entry.start
+        return table
 
     def _damaged(self, file: str, reason: object) -> UserError:
-        return UserError(f"{self.folder / file} is damaged ({reason}): restore it")
+        return damaged(self.folder, f"{self.folder / file} is damaged ({reason})")
 
     def _open(self, file: str) -> BufferedReader:
         if file not in self.handles:
             if len(self.handles) >= OPEN_FILES:
                 self.close()
-            self.handles[file] = (self.folder / file).open("rb")
+            self.handles[file] = open_regular(self.folder / file)
         return self.handles[file]
 
     def close(self) -> None:
@@ -127,24 +170,29 @@ class StateReader:
         split = self._split(name, degree)
         return split.local_shape(self.shapes[name], degree) if split else self.shapes[name]
 
-    def _check_covered(self, name: str, rank: int) -> None:
-        end = 0
-        for start, stop, _ in sorted(self.locations.get((name, rank), [])):
-            if start > end:
-                break
-            end = max(end, stop)
-        size = math.prod(self.local_shape(name, self.tensor))
-        if end < size:
-            raise UserError(
-                f"{self.folder}: no file holds elements {end} and above of the {size} of {name} (tensor rank {rank}): "
-                "a rank's file is missing or belongs to another checkpoint; restore it"
-            )
+    def _locate(self, name: str, rank: int, start: int, stop: int) -> list[tuple[int, int, str]]:
+        """(first, last, file) of the pieces of a parameter; headers are read until they cover start..stop."""
+        while True:
+            end, pieces = start, self.locations.get((name, rank), [])
+            for first, last, _ in sorted(pieces):
+                if first <= end:
+                    end = max(end, last)
+            if end >= stop:
+                return pieces
+            if not self.unread:
+                size = math.prod(self.local_shape(name, self.tensor))
+                raise damaged(
+                    self.folder,
+                    f"{self.folder}: no file holds elements {end} and above of the {size} of {name} (tensor rank {rank}), "
+                    "so a rank's file is missing or belongs to another checkpoint",
+                )
+            self._read_table()
 
     def _range(self, name: str, kind: str, rank: int, start: int, stop: int) -> Tensor:
         import torch
 
         out = torch.empty(stop - start)
-        for first, last, file in self.locations[(name, rank)]:
+        for first, last, file in self._locate(name, rank, start, stop):
             low, high = max(first, start), min(last, stop)
             if low < high:
                 source = self._open(file)

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from megastar.checkpoint.shard_format import PREFIX, StateReader
-from megastar.config.load import config_from_dict
+from megastar.checkpoint.shard_format import PREFIX, StateReader, check_parameters
 from megastar.config.schema import RunConfig
+from megastar.run_dir import manifest as manifests
 from megastar.run_dir.checkpoint_dir import find_checkpoint, read_manifest, verify
 from megastar.utils.progress_bar import progress_bar
 
@@ -66,7 +66,9 @@ def open_source(path: Path, console: Console | None = None) -> Source:
     """A run folder, its checkpoints folder, or one checkpoint, whose files have the names and sizes of the manifest."""
     folder = find_checkpoint(Path(path))
     manifest = read_manifest(folder)
-    return Source(folder, manifest, config_from_dict(manifest["config"]), StateReader(folder, manifest), console)
+    cfg = manifests.config_of(folder, manifest)
+    check_parameters(folder, manifest, cfg.model)
+    return Source(folder, manifest, cfg, StateReader(folder, manifest), console)
 
 
 def elements_of(shapes: dict[str, tuple[int, ...]]) -> int:

@@ -6,18 +6,29 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
+from megastar.config.convert import shown
+from megastar.config.schema import MOST_SEED, MOST_THREADS
 from megastar.errors import UserError
+from megastar.utils.files import check_output
+from megastar.utils.launcher import LAUNCHED_BY_US, is_launched, place_of
+from megastar.utils.printable import one_entry, one_line, say
+from megastar.utils.redact import redact
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+T = TypeVar("T", int, float)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -51,14 +62,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, words: list[str], console: Console | None = None) -> argparse.Namespace:
         """Parse ``words`` and configure logging to ``console`` (default: standard output, with --json standard error)."""
-        from rich.console import Console
-
+        from megastar.utils.console import PlainConsole
         from megastar.utils.logs import configure_logging
 
         args = self.parse_intermixed_args(words)
         rank = place_of(os.environ)[0] if is_launched(os.environ) else None
         level = "DEBUG" if args.verbose else "WARNING" if args.quiet else ""
-        configure_logging(level, console=console or Console(stderr="json" in args and args.json), rank=rank)
+        configure_logging(level, console=console or PlainConsole(stderr="json" in args and args.json), rank=rank)
         return args
 
     def error(self, message: str) -> NoReturn:
@@ -75,47 +85,41 @@ def logging_options() -> list[str]:
 
 
 def config_and_overrides(items: list[str]) -> tuple[str | None, list[str]]:
-    """Split ``[CONFIG] a.b=c ...``. Raises ``UserError`` for a second file."""
-    files = [i for i in items if "=" not in i]
+    """Split ``[CONFIG] a.b=c ...``. Raises ``UserError`` for a second file.
+
+    An ``=`` may occur in the path of CONFIG: a field's name holds no slash, and an override is no file.
+    """
+    files = [i for i in items if "=" not in i or "/" in i.partition("=")[0] or Path(i).is_file()]
     if len(files) > 1:
         raise UserError(f"two configurations, {files[0]} and {files[1]}: give one; write fields as section.field=value")
-    return (files[0] if files else None), [i for i in items if "=" in i]
+    return (files[0] if files else None), [i for i in items if i not in files]
 
 
-def integer(low: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least ``low``."""
+def bounded(kind: type[T], low: float, high: float) -> Callable[[str], T]:
+    """An argparse type: an int or a float from ``low`` to ``high``."""
 
-    def parse(text: str) -> int:
-        if not text.isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= {low}")
-        return int(text)
-
-    return parse
-
-
-positive, natural = integer(1), integer(0)
-
-
-def seconds(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a time from ``low`` to ``high``."""
-
-    def parse(text: str) -> float:
+    def parse(text: str) -> T:
+        number = re.fullmatch(r"[-+]?[0-9]{1,20}" if kind is int else r"[-+.0-9eE]{1,40}", text.strip())
         try:
-            value = float(text)
+            value = kind(text) if number else None
         except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from {low:g} to {high:g}")
+            value = None
+        if value is None or not low <= value <= high:
+            what = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {what} from {low:.16g} to {high:.16g}")
         return value
 
     return parse
 
 
-class FaultTolerantStream:
-    """A text stream that ignores write errors such as a full disk; the text is lost or written later.
+MOST = 10**9  # of what an option counts
+positive, natural = bounded(int, 1, MOST), bounded(int, 0, MOST)
+processes, threads = bounded(int, 1, 1024), bounded(int, 0, MOST_THREADS)
+seed = bounded(int, 0, MOST_SEED)
 
-    A closed pipe is still an error.
-    """
+
+class FaultTolerantStream:
+    """A text stream that ignores write errors such as a full disk, or a terminal or pipe that is closed."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -128,64 +132,46 @@ class FaultTolerantStream:
         self._ignoring_errors(self.stream.flush)
 
     def _ignoring_errors(self, call: Callable[..., object], *args: str) -> None:
-        try:
+        with suppress(OSError):
             call(*args)
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                raise
 
     def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding, buffer
         return getattr(self.stream, name)
 
 
+def check_outputs(outputs: Mapping[str, Path | None], *inputs: str | Path | None) -> None:
+    """``check_output`` of each option's file, before the work; two options may not name one file. Raises ``UserError``."""
+    seen: dict[str, str] = {}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        check_output(path, name, inputs)
+        if (other := seen.setdefault(os.path.realpath(path), name)) != name:
+            raise UserError(f"{other} and {name} both name {path}: give two files")
+
+
 def print_table(title: str, rows: dict[str, Any]) -> None:
     """Print ``rows`` under ``title`` to standard output; lines are not wrapped for programs that read them."""
-    from rich.console import Console
     from rich.table import Table
+
+    from megastar.utils.console import PlainConsole
 
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(_printable(name), _printable(str(value)))
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
+        table.add_row(one_line(name), one_line(str(value)))
+    console = PlainConsole(width=None if sys.stdout.isatty() else 1000)
     console.print(title, table, sep="\n")
-
-
-def _printable(text: str) -> str:
-    """Escape control characters, which names in foreign files may contain."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def main_console() -> Console:
     """The shared console, silent on all ranks but the first."""
-    from rich.console import Console
-
+    from megastar.utils.console import PlainConsole
     from megastar.utils.logs import shared_console
 
-    return shared_console() if place_of(os.environ)[0] == 0 else Console(quiet=True)
+    return shared_console() if place_of(os.environ)[0] == 0 else PlainConsole(quiet=True)
 
 
 # Launchers ---------------------------------------------------------------------------------------------------------
-LAUNCHED_BY_US = "MEGASTAR_LAUNCHER"  # set for processes that _launch.py starts
-
-
-def is_launched(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun, deepspeed or srun started this process as a rank."""
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return True
-    # A batch script has SLURM_PROCID too; only an srun step has SLURM_STEP_ID.
-    return "SLURM_STEP_ID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))) > 1
-
-
-def place_of(environ: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, world size, local rank) set by torchrun, deepspeed or srun; (0, 1, 0) without a launcher."""
-    if not is_launched(environ):
-        return 0, 1, 0
-    if "RANK" in environ:
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0"))
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
-    return int(environ["SLURM_PROCID"]), int(tasks), int(environ.get("SLURM_LOCALID", "0"))
-
-
 def own_device(name: str) -> str:
     """Under a launcher, "auto" and "cuda" select the GPU of this process's local rank."""
     import torch
@@ -200,11 +186,53 @@ def report_error(message: str, environ: Mapping[str, str]) -> None:
 
     Other ranks write it to the error file of torch's launchers, or print it if there is no such file.
     """
-    path = environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and (place_of(environ)[0] != 0 or LAUNCHED_BY_US in environ):
+    message, path = redact(message), environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and (environ.get("RANK") != "0" or LAUNCHED_BY_US in environ):
         try:
             Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
             return
         except OSError:  # a full disk
             pass
-    print(f"megastar: error: {message}", file=sys.stderr)
+    print_error(message)
+
+
+def print_error(message: str) -> None:
+    """One sentence on standard error."""
+    say(f"megastar: error: {one_entry(message)}", sys.stderr)
+
+
+def add_score_options(p: Any, *, required: bool) -> None:
+    """Add the scoring options of ``evaluate`` and ``sample --score``, except those whose names differ between commands (the input, --out, --batch)."""
+    p.add_argument(
+        "--real", required=required, help="reference: VIRTUAL_*.npz of ADM; folder, tar or .npz of images; token shards"
+    )
+    p.add_argument("--real-subset", help="use only real images in this top-level folder")
+    p.add_argument("--real-sha256", help="fail unless the reference has this SHA-256")
+    p.add_argument("--real-tokenizer", help="tokenizer that decodes the token shards of --real")
+    p.add_argument("--inception", help="file with FID's Inception weights; never downloaded")
+    p.add_argument("--inception-sha256", help="SHA-256 of a custom Inception file")
+    p.add_argument("--features", default="efflite0", help="without --inception: efflite0 or module:function")
+    p.add_argument(
+        "--metrics",
+        help="comma-separated: fid,sfid,is,pr,kid (default fid,sfid,is,pr); without --inception fd,pr,kid (default fd)",
+    )
+    p.add_argument("--is-split", type=positive, default=5000, help="images per split for IS (default 5000, as in ADM)")
+    p.add_argument("--kid-subsets", type=positive, default=100, help="random subsets for KID")
+    p.add_argument("--kid-size", type=positive, default=1000, help="images per subset for KID")
+    p.add_argument("--allow-few", action="store_true", help="score fewer images than a metric requires, for testing")
+
+
+def score_options_of(a: argparse.Namespace, seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments of ``evaluation.runner``; ``seed`` selects KID's subsets. Raises ``UserError``."""
+    from megastar.evaluation.options import Settings
+
+    if a.inception is not None and a.features not in ("efflite0", "inception"):
+        raise UserError(f"--inception and --features {a.features} select different networks: give one")
+    metrics = [m.strip().lower() for m in a.metrics.split(",") if m.strip()] if a.metrics else None
+    features = a.features
+    if metrics and set(metrics) & {"fid", "sfid", "is"} and features == "efflite0":
+        features = "inception"  # reports that --inception is missing
+    settings = {k: getattr(a, k) for k in ("is_split", "kid_subsets", "kid_size", "allow_few")}
+    names = ("inception", "inception_sha256", "real_subset", "real_sha256", "real_tokenizer")
+    kwargs = {name: getattr(a, name) for name in names}
+    return kwargs | {"metrics": metrics, "features": features, "settings": Settings(**settings, seed=seed)}

@@ -7,8 +7,9 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import print_table
+from megastar.commands._common import check_outputs, print_table
 from megastar.errors import UserError
+from megastar.utils.printable import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,7 @@ def stats(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
 
     if bool(a.sheet) != bool(a.tokenizer):
         raise UserError("--sheet and --tokenizer must be given together: the tokenizer decodes the codes into images")
+    check_outputs({"--sheet": a.sheet}, a.tokenizer)
     manifest = load_manifest(a.set, data)
     if a.tokenizer:
         check_tokenizer(manifest, a.tokenizer, a.set)
@@ -35,7 +37,7 @@ def stats(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
     if a.json:
         report |= {"set": a.set}
         report |= {"samples_of_each_class": counts.classes.tolist(), "uses_of_each_code": counts.codes.tolist()}
-        print(json.dumps(report, indent=1, ensure_ascii=False))
+        print(json.dumps(report, indent=1))
         return 0
     codes, classes, duplicates = report["codes"], report["classes"], report["duplicates"]
     print_table(
@@ -60,7 +62,7 @@ def stats(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
         groups = {str(i): ", ".join(map(str, g)) for i, g in enumerate(duplicates["first"])}
         print_table("\nfirst duplicates (sample ids)", groups)
     if a.sheet:
-        print(f"\n{a.sheet}")
+        say(f"\n{a.sheet}")
     return 0
 
 

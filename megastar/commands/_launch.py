@@ -1,45 +1,139 @@
-"""Start several local processes of a command through torch's launcher."""
+"""Start several local processes of a command. They listen on the loopback interface only (docs/security.md)."""
 
 from __future__ import annotations
 
-import logging
+import json
 import os
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
+import time
+from types import FrameType
+from typing import IO
 
-from megastar.commands._common import LAUNCHED_BY_US, logging_options
+from megastar.commands._common import logging_options, print_error
 from megastar.errors import UserError
+from megastar.utils.interfaces import LOOPBACK, loopback_environment
+from megastar.utils.launcher import LAUNCHED_BY_US, LISTEN_FD
+from megastar.utils.signals import STOP_SIGNALS, is_ignored
+
+# Seconds that ranks may take to save after a stop signal, or to end after another rank's failure.
+SHUTDOWN_TIMEOUT = 600.0
+POLL = 0.05
+OF_OTHER_LAUNCHERS = ("TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_", "CROSS_", "LOCAL_SIZE")
 
 
 def launch(nproc: int, words: list[str]) -> int:
-    """Run ``megastar WORDS`` as ``nproc`` ranks, which ignore --nproc; returns the first failing rank's status, else 0."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, parse_args, run
+    """Run ``megastar WORDS`` as ``nproc`` ranks, which ignore --nproc; returns the first failing rank's status, else 0.
 
-    # The ranks report their errors themselves; the launcher would repeat them as a traceback.
-    for name in logging.root.manager.loggerDict:
-        if name.startswith(("torch.distributed.elastic", "torch.distributed.run")):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-    # Ranks save a checkpoint on these signals, which may take longer than the launcher's default of 30 s.
-    options = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    if "--shutdown-timeout" in get_args_parser().format_help():
-        options.append("--shutdown-timeout=600")
-    # Without "--" the launcher takes --nproc among WORDS for an abbreviation of its own options.
-    options += [f"--nproc-per-node={nproc}", "-m", "--", "megastar"]
-    os.environ[LAUNCHED_BY_US] = "1"
-    try:
-        run(parse_args(["--standalone", *options, *words, *logging_options()]))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == 2 and failure.error_file_data.get("message"):
-            raise UserError(str(failure.message)) from error
-        if failure.exitcode < 0:
-            print(f"megastar: error: rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
-            return 128 - failure.exitcode
-        return failure.exitcode
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    finally:
-        del os.environ[LAUNCHED_BY_US]
-    return 0
+    After a stop signal, which the ranks receive too: 128 + its number, or 0 if they finished nonetheless.
+    """
+    return _Launcher(nproc, words).run()
+
+
+class _Launcher:
+    def __init__(self, nproc: int, words: list[str]):
+        self.nproc, self.words = nproc, words
+        self.ranks: list[subprocess.Popen[bytes]] = []
+        self.errors: list[IO[bytes]] = []  # of the ranks: unlinked files, so that no folder outlives the launcher
+        self.signal = 0
+        self.deadline = float("inf")
+
+    def run(self) -> int:
+        signals = [n for n in STOP_SIGNALS if not is_ignored(n)]
+        former = {n: signal.signal(n, self._forward) for n in signals}
+        former[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._suspend)
+        try:
+            self._start()
+            failed = self._wait()
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+            for rank in self.ranks:
+                if rank.poll() is None:
+                    rank.kill()
+                    rank.wait()
+            texts = [self._error_of(file) for file in self.errors]
+        if failed is None:
+            return 0
+        status = self.ranks[failed].returncode
+        if status == 2 and texts[failed] and not self.signal:
+            raise UserError(texts[failed])
+        if status < 0 and not self.signal:
+            texts[failed] = f"rank {failed} was killed by {signal.Signals(-status).name}"
+        if texts[failed]:
+            print_error(texts[failed])
+        return 128 + self.signal if self.signal else status if status >= 0 else 128 - status
+
+    def _start(self) -> None:
+        environ = {k: v for k, v in os.environ.items() if not k.startswith(OF_OTHER_LAUNCHERS)}
+        environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.nproc)))
+        with socket.create_server((LOOPBACK, 0)) as listening:
+            environ |= loopback_environment() | {
+                LAUNCHED_BY_US: "1",
+                "WORLD_SIZE": str(self.nproc),
+                "LOCAL_WORLD_SIZE": str(self.nproc),
+                "MASTER_ADDR": LOOPBACK,
+                "MASTER_PORT": str(listening.getsockname()[1]),
+            }
+            for rank in range(self.nproc):
+                self.errors.append(tempfile.TemporaryFile())  # noqa: SIM115
+                error = self.errors[rank].fileno()
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": f"/dev/fd/{error}"}
+                place |= {LISTEN_FD: str(listening.fileno())} if rank == 0 else {}
+                # A session of its own: the terminal's signals reach it once, through the launcher.
+                self.ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, "-u", "-m", "megastar", *self.words, *logging_options()],
+                        env=environ | place,
+                        pass_fds=(error, listening.fileno()) if rank == 0 else (error,),
+                        start_new_session=True,
+                    )
+                )
+                if self.signal:
+                    self.ranks[-1].send_signal(self.signal)
+
+    def _wait(self) -> int | None:
+        """Until all ranks have ended; the one that failed first."""
+        failed: int | None = None
+        while True:
+            statuses = [rank.poll() for rank in self.ranks]
+            if failed is None and any(statuses):
+                # The rank with a message, of several that ended at once.
+                bad = [i for i, status in enumerate(statuses) if status]
+                failed = next((i for i in bad if self._error_of(self.errors[i])), bad[0])
+                self._end_within(SHUTDOWN_TIMEOUT)
+                self._send(signal.SIGTERM)
+            if None not in statuses:
+                return failed
+            if time.monotonic() > self.deadline:
+                self._send(signal.SIGKILL)
+            time.sleep(POLL)
+
+    def _end_within(self, seconds: float) -> None:
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
+
+    def _send(self, number: int) -> None:
+        for rank in self.ranks:
+            rank.send_signal(number)  # none to one that has ended
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._end_within(SHUTDOWN_TIMEOUT)
+        self._send(number)
+
+    def _suspend(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-Z suspends the ranks too, whose watchdogs do not count the time, until the launcher goes on."""
+        self._send(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._send(signal.SIGCONT)
+
+    @staticmethod
+    def _error_of(file: IO[bytes]) -> str:
+        file.seek(0)
+        try:
+            return str(json.loads(file.read())["message"])
+        except ValueError:  # it is empty
+            return ""

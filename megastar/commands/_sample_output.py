@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
     from megastar.sampling.distributed import SamplingPipeline
 
+JOIN_TIMEOUT = 3600.0  # seconds that ranks wait for each other before they generate
 SHOWN_CLASSES = 16  # in the grid
 
 
@@ -124,7 +124,7 @@ def sample_and_score(
     """--score: generate and score this rank's share; with --folder, all ranks first write the images there."""
     import torch.distributed as dist
 
-    from megastar.commands._score_options import options_of
+    from megastar.commands._common import score_options_of
     from megastar.evaluation.runner import sample_and_evaluate
     from megastar.sampling import distributed
 
@@ -146,7 +146,7 @@ def sample_and_score(
         world=world,
         group=group,
         folder=a.folder,
-        **options_of(a),
+        **score_options_of(a),
         device=pipeline.sampler.decoder.device,
         batch=pipeline.batch,
         out=a.score if rank == 0 else None,
@@ -163,9 +163,9 @@ def join(rank: int, world: int) -> dist.ProcessGroup | None:
         return None
     import torch.distributed as dist
 
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(f"{missing[0]} is not set: start with --nproc or torchrun, or set it in the batch script")
+    from megastar.parallel import rendezvous
+
+    store = rendezvous.join(JOIN_TIMEOUT, setting="the limit of this command")
     # A rank may wait long while another reads the real set or generates the last images.
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(days=1))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(days=1))
     return dist.group.WORLD

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser
+from megastar.commands._common import Parser, bounded
 from megastar.errors import UserError
-from megastar.utils.files import write_json
+from megastar.utils.files import check_output, write_json
+from megastar.utils.printable import say
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ def parser() -> Parser:
     p.add_argument("--out", default="check-gpu.json", help="JSON file for the report")
     p.add_argument(
         "--seconds",
-        type=float,
+        type=bounded(float, 0, 86400),
         help="start no measurement after this time (default 450); limit of --tests (default 570)",
     )
     p.add_argument("--no-steps", action="store_true", help="skip the training steps")
@@ -58,12 +59,12 @@ def parser() -> Parser:
 
 def main(words: list[str]) -> int:
     import torch
-    from rich.console import Console
 
+    from megastar.utils.console import PlainConsole
     from megastar.utils.device import pick_device
 
     begun = time.perf_counter()
-    args = parser().parse(words, Console(markup=False, highlight=False))
+    args = parser().parse(words, PlainConsole())
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError(
             "check-gpu needs a CUDA GPU and torch finds none: run it on a machine with a GPU, or use --device cpu "
@@ -99,19 +100,13 @@ def main(words: list[str]) -> int:
     return 1 if wrong or report.content["failures"] else 0
 
 
-def say(text: str) -> None:
-    print(text, flush=True)  # a line of any length, at once, also without a terminal
-
-
 class GpuReport:
     """The JSON file, complete after each row."""
 
     def __init__(self, path: Path):
         self.path, self.content = path, {"failures": [], "compared": []}  # type: tuple[Path, dict[str, Any]]
-        try:
-            write_json(path, self.content)
-        except OSError as error:
-            raise UserError(f"--out {path} cannot be written ({error.strerror or error}): name another file") from error
+        check_output(path, "--out")
+        write_json(path, self.content)
 
     def set(self, key: str, value: Any) -> None:
         self.content[key] = value
@@ -290,7 +285,7 @@ def time_steps(report: GpuReport, device: torch.device, over: Callable[[], bool]
     from megastar.config.load import load_config
     from megastar.engine.memory_check import planned_bytes
     from megastar.engine.step_benchmark import step_speed
-    from megastar.engine.zero.setup import start
+    from megastar.engine.zero.process_group import start
 
     peak = report.content["device"]["bf16_tflops"]
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed places the student by it

@@ -12,6 +12,7 @@ from megastar.config.comparison import CompareConfig
 from megastar.config.help import fields_text
 from megastar.config.load import config_yaml, load_compare_config
 from megastar.errors import UserError
+from megastar.utils.printable import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +59,7 @@ def main(words: list[str]) -> int:
         )
     cfg = None if a.redraw is not None else load_compare_config(path, overrides)
     if cfg is not None and a.print_config:
-        print(config_yaml(cfg), end="")
+        say(config_yaml(cfg).rstrip("\n"))
         return 0
     import torch
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megastar.commands._common import Parser, positive
+from megastar.commands._common import Parser, bounded, processes
 from megastar.errors import UserError
+from megastar.utils.files import check_output
 
 EXAMPLES = """
 megastar convert --inspect runs/demo/run                              contents and health of a checkpoint
@@ -47,13 +48,15 @@ def parser() -> Parser:
     p.add_argument("--out", type=Path, help="file or folder to write; created only after verification")
     p.add_argument("--weights", choices=("ema", "student"), help="for safetensors and llamagen (default ema)")
     p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="for safetensors and llamagen (default fp32)")
-    p.add_argument("--data", type=positive, help="for --to checkpoint: number of data ranks")
-    p.add_argument("--tensor", type=positive, help="for --to checkpoint: number of tensor ranks (default 1)")
+    p.add_argument("--data", type=bounded(int, 1, 10**5), help="for --to checkpoint: number of data ranks")
+    p.add_argument("--tensor", type=processes, help="for --to checkpoint: number of tensor ranks (default 1)")
     p.add_argument(
         "--config", type=Path, help="for a .pt file: YAML file with its architecture, if LlamaGen's table lacks it"
     )
-    p.add_argument("--image-tokens", type=positive, help="for a .pt network: tokens per image, if the file lacks it")
-    p.add_argument("--image-size", type=positive, help="for a .pt tokenizer: image size (default 256)")
+    p.add_argument(
+        "--image-tokens", type=bounded(int, 4, 65536), help="for a .pt network: tokens per image, if the file lacks it"
+    )
+    p.add_argument("--image-size", type=bounded(int, 1, 4096), help="for a .pt tokenizer: image size (default 256)")
     p.add_argument("--tokenizer", type=Path, help="for a weights file: tokenizer of its codes, to record its hash")
     p.add_argument("--force", action="store_true", help="replace --out if it exists")
     return p
@@ -85,6 +88,8 @@ def check(a: argparse.Namespace) -> None:
         raise UserError(f"--to {a.to} needs a run's checkpoint: {a.source} has weights only")
     if is_file and a.weights:
         raise UserError(f"--weights applies to a run: {a.source} has only one set of weights, leave it out")
+    if a.out:
+        check_output(a.out, "--out", (a.source, a.tokenizer, a.config), folder=a.out.is_dir())
     if a.to == "checkpoint" and a.data is None:
         raise UserError("--to checkpoint needs --data, the number of data ranks (and --tensor, default 1)")
 

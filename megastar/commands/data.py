@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, positive, print_table, seconds
-from megastar.config.schema import DataConfig
+from megastar.commands._common import Parser, bounded, positive, print_table
+from megastar.config.schema import MOST_SECONDS, DataConfig
 from megastar.errors import UserError, nearest
+from megastar.utils.files import check_output
+from megastar.utils.printable import one_line, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,7 +65,7 @@ def parser(action: str) -> Parser:
     if action != "verify":
         p.add_argument("--cache", default="", help="cache folder for s3:// (default: a folder under $TMPDIR)")
     p.add_argument(
-        "--patience", type=seconds(0, math.inf), default=DataConfig().patience,
+        "--patience", type=bounded(float, 0, MOST_SECONDS), default=DataConfig().patience,
         help="seconds to wait for an unreachable s3://",
     )  # fmt: skip
     if action == "index":
@@ -96,11 +97,10 @@ def main(words: list[str]) -> int:
         raise SystemExit(0)  # as argparse does
     if words[0] not in ACTIONS:
         raise UserError(f"unknown action {words[0]!r} of megastar data: {nearest(words[0], ACTIONS)}")
-    from rich.console import Console
-
     from megastar.commands._data_stats import stats
+    from megastar.utils.console import PlainConsole
 
-    console = Console(stderr=True)  # for progress; standard output is for results
+    console = PlainConsole(stderr=True)  # for progress; standard output is for results
     a = parser(words[0]).parse(words[1:], console)
     data = DataConfig(cache=getattr(a, "cache", ""), patience=a.patience)
     return {"inspect": inspect, "verify": check, "stats": stats, "index": index}[words[0]](a, data, console)
@@ -117,7 +117,7 @@ def inspect(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
     with closing(ShardSet(a.set, data=data, max_open=1)) as shards:
         rows, first = describe(shards.manifest), first_samples(shards, a.samples)
     if a.json:
-        print(json.dumps({"set": a.set, **rows, "first": first}, indent=1, ensure_ascii=False))
+        print(json.dumps({"set": a.set, **rows, "first": first}, indent=1))
         return 0
     names, made_by, skipped = (rows.pop(name) for name in ("class_names", "made_by", "skipped"))
     rows["bytes"] = decimal(rows["bytes"])
@@ -169,16 +169,16 @@ def check(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
     broken = list(dict.fromkeys(p.shard for p in problems))
     if a.json:
         report = {"set": a.set, "shards": len(manifest.shards), "samples": manifest.samples, "broken": len(broken)}
-        print(json.dumps(report | {"problems": [p._asdict() for p in problems]}, indent=1, ensure_ascii=False))
+        print(json.dumps(report | {"problems": [p._asdict() for p in problems]}, indent=1))
     else:
         for problem in problems:
-            print(problem)
+            say(one_line(str(problem)))
         good = f"{len(manifest.shards)} shards, {manifest.samples} samples: all match the manifest"
         bad = (
             f"{len(broken)} of {len(manifest.shards)} shards are damaged: copy them again, or remove them "
             f"(rm -f {shlex.join(broken)}) and repeat megastar pretokenize, which writes missing shards only"
         )
-        print(bad if problems else good)
+        say(bad if problems else good)
     return 1 if problems else 0
 
 
@@ -190,6 +190,8 @@ def index(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
             raise UserError(f"--classes {a.classes} does not exist: name a file with one class name per line")
         text = Path(a.classes).read_text(encoding="utf-8")
         classes = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    if "://" not in a.set and Path(a.set).is_dir():
+        check_output(Path(a.set), "SET", folder=True)
     from megastar.data.shards.import_webdataset import index_webdataset
 
     manifest = index_webdataset(

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from megastar.checkpoint.find_weights import SHIPPED_WEIGHTS
-from megastar.commands._common import Parser, config_and_overrides, positive
+from megastar.commands._common import Parser, config_and_overrides, positive, processes
 from megastar.config.files import REPOSITORY, find_file
 from megastar.config.load import diff_configs, load_config
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.run_dir import layout
+from megastar.utils.files import check_output
 
 CONFIG = "configs/run/demo.yaml"
 PICTURES = "assets/emoji64/emoji64.tar"
@@ -30,7 +31,7 @@ def parser() -> Parser:
     p = Parser("demo", f"Encode the included emoji, train {CONFIG}, generate images and score them.", EXAMPLES)
     p.add_argument("items", nargs="*", metavar="section.field=value", help=f"fields of {CONFIG} to override")
     p.add_argument("--samples", type=positive, default=2000, help="images to score")
-    p.add_argument("--nproc", type=positive, help="processes (default: the number of GPUs, at most 2; 2 on a CPU)")
+    p.add_argument("--nproc", type=processes, help="processes (default: the number of GPUs, at most 2; 2 on a CPU)")
     return p
 
 
@@ -69,6 +70,7 @@ class Demo:
     def run(self) -> int:
         scores = self.finished()
         if scores is None:
+            check_output(self.folder, "the folder of run =", folder=True)
             self.heading("1/4  tokenizing")
             self.pretokenize()
             self.heading("2/4  training")
@@ -85,8 +87,11 @@ class Demo:
         return 0
 
     def heading(self, text: str) -> None:
+        from rich.text import Text
+
         seconds = time.perf_counter() - self.start
-        self.console.rule(f"[bold]{text}[/]  [dim]{seconds // 60:.0f} min {seconds % 60:.0f} s[/]", align="left")
+        took = f"  {seconds // 60:.0f} min {seconds % 60:.0f} s"
+        self.console.rule(Text.assemble((text, "bold"), (took, "dim")), align="left")
 
     def finished(self) -> dict[str, Any] | None:
         """The scores of a completed demo of the same configuration, if any."""
@@ -174,6 +179,7 @@ class Demo:
 
     def report(self, scores: dict[str, Any]) -> None:
         from rich.table import Table
+        from rich.text import Text
 
         first, last = ends_of(Path(self.cfg.run) / layout.METRICS)
         training = Table("this run", "step", *SHOWN, title="training")
@@ -184,7 +190,7 @@ class Demo:
         table = Table("weights", "steps", metric, "floor", title=title)
         for name, row in scores["rows"].items():
             table.add_row(name, f"{row['step']:,}", f"{row['value']:.2f}", f"{row['floor']:.2f}")
-        self.console.rule("[bold]results[/]", align="left")
+        self.console.rule(Text("results", "bold"), align="left")
         self.console.print(training, table)
         for what, path in (("image grid", self.grid), ("run folder", self.cfg.run), ("scores", self.scores_file)):
             self.console.print(f"{what + ':':<14}{Path(path).resolve()}", highlight=False, soft_wrap=True, markup=False)

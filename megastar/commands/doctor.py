@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from megastar.commands._common import Parser, is_launched, place_of, positive, seconds, terminal_width
+from megastar.commands._common import Parser, bounded, is_launched, place_of, processes, terminal_width
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,18 +38,18 @@ def parser() -> Parser:
     p.add_argument("--cache", default="", metavar="FOLDER", help="data.cache folder of the node to check")
     p.add_argument("--s3", default="", metavar="URL", help="s3:// prefix of token shards: list it and read a range")
     p.add_argument("--upload", default="", metavar="URL", help="train.upload: write a small object and remove it")
-    p.add_argument("--nproc", type=positive, default=1, help="local processes (default 1); ignored under a launcher")
+    p.add_argument("--nproc", type=processes, default=1, help="local processes (default 1); ignored under a launcher")
     p.add_argument(
-        "--patience", type=seconds(1, 3600), default=60.0, metavar="SECONDS", help="time limit of each check"
+        "--patience", type=bounded(float, 1, 3600), default=60.0, metavar="SECONDS", help="time limit of each check"
     )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return p
 
 
 def main(words: list[str]) -> int:
-    from rich.console import Console
+    from megastar.utils.console import PlainConsole
 
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = PlainConsole(stderr=True)
     args = parser().parse(words, console)
     from megastar.data.storage.s3_client import split_url
 
@@ -82,9 +82,9 @@ def main(words: list[str]) -> int:
 
 
 def show(report: Report) -> None:
-    from rich.console import Console
+    from megastar.utils.console import PlainConsole
 
-    console = Console(markup=False, highlight=False, width=terminal_width())
+    console = PlainConsole(width=terminal_width())
     console.print(table_of(report))
     levels = [a.finding.level for a in report.answers]
     count = {level: levels.count(level) for level in ("failure", "warning")}
@@ -98,6 +98,7 @@ def table_of(report: Report) -> Table:
     from rich.text import Text
 
     from megastar.diagnosis.finding import compact, shortened
+    from megastar.utils.printable import printable
 
     colours = {"OK": "green", "warning": "yellow", "failure": "bold red"}
     answers = shortened(report.answers)
@@ -111,7 +112,7 @@ def table_of(report: Report) -> Table:
         f = answer.finding
         where = [Text("" if answer.everywhere else compact(answer.nodes))] if differing else []
         name = f.name if f.name != before else ""
-        remedy = [Text(f.remedy)] if has_remedies else []
-        table.add_row(Text(name), Text(f.level, colours[f.level]), *where, Text(f.finding), *remedy)
+        remedy = [Text(printable(f.remedy))] if has_remedies else []
+        table.add_row(Text(name), Text(f.level, colours[f.level]), *where, Text(printable(f.finding)), *remedy)
         before = f.name
     return table

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megastar.commands._common import Parser, natural, positive
-from megastar.commands._score_options import add_options, options_of
+from megastar.commands._common import Parser, add_score_options, check_outputs, positive, score_options_of, seed
 from megastar.errors import UserError
 
 EXAMPLES = """
@@ -25,8 +24,8 @@ def parser() -> Parser:
     p.add_argument("generated", nargs="?", help="folder, tar or .npz (arr_0) of images to score")
     p.add_argument("--tokenizer", help="score this tokenizer's reconstructions of the real images instead")
     p.add_argument("--subset", help="use only generated images in this top-level folder")
-    add_options(p, required=True)
-    p.add_argument("--seed", type=natural, default=0, help="seed of KID's subsets")
+    add_score_options(p, required=True)
+    p.add_argument("--seed", type=seed, default=0, help="seed of KID's subsets")
     p.add_argument("--provenance", type=Path, help="JSON file with the samples' provenance (default: SAMPLES.npz.json)")
     p.add_argument("--out", type=Path, help="JSON file for the scores and their provenance")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
@@ -38,12 +37,13 @@ def main(words: list[str]) -> int:
     a = parser().parse(words)
     if (a.generated is None) == (a.tokenizer is None):
         raise UserError("give either images to score or --tokenizer; see megastar evaluate --help")
+    check_outputs({"--out": a.out}, a.generated, a.tokenizer, a.real, a.inception, a.provenance)
     from megastar.evaluation.runner import evaluate, evaluate_reconstruction, read_provenance
     from megastar.utils.device import pick_device
     from megastar.utils.logs import shared_console
 
     provenance = read_provenance(a.provenance) if a.provenance else {}
-    options = options_of(a, a.seed) | {
+    options = score_options_of(a, a.seed) | {
         "out": a.out,
         "device": pick_device(a.device),
         "batch": a.batch,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, config_and_overrides, positive, terminal_width
+from megastar.commands._common import MOST, Parser, bounded, config_and_overrides, positive, processes, terminal_width
 from megastar.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -45,17 +44,6 @@ MEASURES = {  # of a GPU -> help of the option that overrides it
 }
 
 
-def amount(text: str) -> float:
-    """An argparse type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
 def parser() -> Parser:
     p = Parser(
         "plan",
@@ -64,11 +52,11 @@ def parser() -> Parser:
     )
     items = f"configuration or size ({', '.join(SIZES)}), fields to override"
     p.add_argument("items", nargs="*", metavar="RUN section.field=value", help=items)
-    p.add_argument("--gpus", type=positive, default=8, help="total number of GPUs")
-    p.add_argument("--gpus-per-node", type=positive, help="GPUs per node (default 8, or all if fewer)")
+    p.add_argument("--gpus", type=bounded(int, 1, 10**6), default=8, help="total number of GPUs")
+    p.add_argument("--gpus-per-node", type=processes, help="GPUs per node (default 8, or all if fewer)")
     p.add_argument("--gpu", default="h100", help="type of GPU (default h100); an unknown name lists the types")
     for name, text in MEASURES.items():
-        p.add_argument(f"--{name}", type=amount, help=f"{text} (default: by --gpu)")
+        p.add_argument(f"--{name}", type=bounded(float, 1e-6, MOST), help=f"{text} (default: by --gpu)")
     p.add_argument("--tensor-parallel", type=positive, default=0, help="consider only this degree (default: all)")
     p.add_argument("--all", action="store_true", help="show every plan, not only the best")
     p.add_argument("--json", action="store_true", help="print every plan as JSON, in bytes and seconds")
@@ -201,14 +189,13 @@ def table_of(plans: list[Plan], best: Plan | None) -> Table:
 
 
 def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: Plan | None, every: bool) -> None:
-    from rich.console import Console
-
     from megastar.parallel.budget import trunk
     from megastar.parallel.cost import assumptions, elements
+    from megastar.utils.console import PlainConsole
 
     # Not a terminal: use the width that the table needs.
     width = None if sys.stdout.isatty() else max(118, terminal_width())
-    console = Console(width=width, highlight=False, markup=False)
+    console = PlainConsole(width=width)
     counts, g, gpu = elements(cfg.model, cfg.self_guided), cfg.self_guided, machine.gpu
     P, extra = trunk(counts), sum(counts.values()) - trunk(counts)
     views = f" x {cfg.student_views} views (teacher {g.views})" if g.enabled else ""
@@ -242,11 +229,21 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
             f"  {best.data} data ranks x {best.micro} images x {best.accumulation} accumulated, "
             f"{cfg.train.global_batch / best.seconds:.0f} images/s{host}"
         )
+        saved = checkpoint_of(cfg, machine, best)
+        console.print(f"  a checkpoint: {saved['files']:,} files, {saved['bytes'] / 1e9:.1f} GB")
         for t in best.transfers:
             console.print(f"  {t.what}: {t.bytes / 1e9:.2f} GB in {t.count} calls ({t.link} ranks)")
     console.print("\nTimes are estimates, not measurements. Assumptions:")
     for name, text in assumptions(cfg).items():
         console.print(f"  {name}: {text}")
+
+
+def checkpoint_of(cfg: RunConfig, machine: Machine, plan: Plan) -> dict[str, int]:
+    """Files and bytes of one: a state of four fp32 values an element, a rank; a random state a data rank; the manifest."""
+    from megastar.parallel.cost import elements
+
+    size = 16 * sum(elements(cfg.model, cfg.self_guided).values())
+    return {"files": machine.gpus + plan.data + 1, "bytes": size}
 
 
 def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: Plan | None) -> dict[str, Any]:
@@ -263,7 +260,9 @@ def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], bes
         "global_batch": cfg.train.global_batch,
         "machine": dataclasses.asdict(machine),
         "flops": step_flops(cfg),
-        "recommended": one(best) | {"why": why(best, plans)} if best else None,
+        "recommended": one(best) | {"why": why(best, plans), "checkpoint": checkpoint_of(cfg, machine, best)}
+        if best
+        else None,
         "plans": [one(p) for p in plans],
         "assumptions": assumptions(cfg),
     }

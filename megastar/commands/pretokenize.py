@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 from megastar.commands import data
 from megastar.commands._common import (
@@ -15,8 +16,12 @@ from megastar.commands._common import (
     own_device,
     place_of,
     positive,
+    processes,
+    seed,
+    threads,
 )
 from megastar.errors import UserError
+from megastar.utils.files import check_output
 
 EXAMPLES = """
 megastar pretokenize assets/emoji64/emoji64.tar --subset train --tokenizer assets/tokenizer/emoji64-vq.safetensors \\
@@ -44,12 +49,12 @@ def parser() -> Parser:
     p.add_argument("--crops", default="ten:1.1", help=crops)
     p.add_argument("--shard-size", type=positive, default=1000, help="images per shard")
     p.add_argument("--layout", default="plain", help="shard layout: plain or packed")
-    p.add_argument("--workers", type=natural, default=0, help="decoding threads; 0: one per core")
-    p.add_argument("--nproc", type=positive, default=1, help="local processes, one per GPU")
+    p.add_argument("--workers", type=threads, default=0, help="decoding threads; 0: one per core")
+    p.add_argument("--nproc", type=processes, default=1, help="local processes, one per GPU")
     p.add_argument("--device", default="auto", help="auto (one GPU per process), cpu, cuda or cuda:1")
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the encoder")
     p.add_argument("--batch", type=natural, default=0, help="crops per encoder call; 0: by device and size")
-    p.add_argument("--seed", type=natural, default=0, help="seed of the order of the images")
+    p.add_argument("--seed", type=seed, default=0, help="seed of the order of the images")
     p.add_argument("--verify", action="store_true", help="only verify --out; exit status 2 if a shard is damaged")
     return p
 
@@ -60,6 +65,7 @@ def main(words: list[str]) -> int:
         return 2 if data.main(["verify", a.out, *logging_options()]) else 0
     if a.source is None or a.tokenizer is None:
         raise UserError("pretokenize needs SOURCE and --tokenizer; see megastar pretokenize --help")
+    check_output(Path(a.out), "--out", [a.source], folder=True)
     if a.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, natural, positive
+from megastar.commands._common import MOST, Parser, bounded, check_outputs, natural, positive, seed
+from megastar.config.convert import shown
 from megastar.errors import UserError
+from megastar.utils.files import check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,12 +34,12 @@ def parser() -> Parser:
     p.add_argument("--positions", type=places, default=8, help="number of evenly spaced positions, or a list: 32,128")
     p.add_argument("--epochs", type=positive, default=90, help="training epochs")
     p.add_argument("--batch", type=natural, default=0, help="batch size; 0: 16384, or 1/78 of a small set")
-    p.add_argument("--lr", type=float, default=0.0, help="peak learning rate; 0: 0.1 * batch / 256")
+    p.add_argument("--lr", type=bounded(float, 0, MOST), default=0.0, help="peak learning rate; 0: 0.1 * batch / 256")
     p.add_argument(
         "--optimizer", choices=("lars", "sgd"), default="lars", help="lars (as in MAE), or sgd for small sets"
     )
     p.add_argument("--limit", type=positive, help="use at most this many images of each set")
-    p.add_argument("--seed", type=natural, default=0, help="random seed")
+    p.add_argument("--seed", type=seed, default=0, help="random seed")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     p.add_argument("--cache", type=Path, help="folder to cache the features in (default: in memory)")
     p.add_argument("--out", type=Path, help="JSON file for the accuracies")
@@ -48,10 +49,12 @@ def parser() -> Parser:
 
 def places(text: str) -> int | list[int]:
     """An argparse type: a number of positions, or a list of them."""
-    words = text.split(",")
-    if not all(w.strip().isdigit() for w in words):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of positions nor a list like 32,64")
-    return positive(text) if len(words) == 1 else [int(w) for w in words]
+    try:
+        numbers = [bounded(int, 1, 65536)(word) for word in text.split(",")]
+    except argparse.ArgumentTypeError:
+        message = f"{shown(text)} is neither a number of positions nor a list like 32,64"
+        raise argparse.ArgumentTypeError(message) from None
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def main(words: list[str]) -> int:
@@ -63,6 +66,9 @@ def main(words: list[str]) -> int:
         raise UserError(f"--names {','.join(names)}: give {len(a.source)} different names, one for each source")
     if a.figure and a.figure.suffix.lower() != ".png":
         raise UserError(f"--figure {a.figure} must end in .png")
+    check_outputs({"--out": a.out, "--figure": a.figure}, *a.source)
+    if a.cache:
+        check_output(a.cache, "--cache", folder=True)
     from megastar.evaluation.figure import draw_probes
     from megastar.utils.files import write_json
     from megastar.utils.logs import shared_console
@@ -102,12 +108,11 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
 
 def read_probe(path: str) -> dict[str, Any]:
     """An earlier result. Raises ``UserError``."""
-    try:
-        result: dict[str, Any] = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give the --out file of an earlier probe") from error
-    valid = isinstance(result, dict) and {"positions", "accuracy", "block"} <= result.keys()
-    if not valid or len(result["positions"]) != len(result["accuracy"]):
+    from megastar.utils.json_file import FLOAT, integer, list_of, read_json, record, validator
+
+    schema = validator(record({"positions": list_of(integer(1)), "accuracy": list_of(FLOAT), "block": integer(1)}))
+    result: dict[str, Any] = read_json(Path(path), schema, "give the --out file of an earlier probe of one source")
+    if len(result["positions"]) != len(result["accuracy"]):
         raise UserError(f"{path} is not the result of a probe of one source: give the --out file of such a probe")
     return result
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, natural, positive
+from megastar.commands._common import Parser, check_outputs, natural, positive
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def main(words: list[str]) -> int:
     folders = [f for source in a.runs for f in find_runs(Path(source))]
     names = run_names(folders, a.names)
     out = a.out or Path(a.runs[0]) / "report.html"
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder: name the file, {out / 'report.html'}")
+    check_outputs({"--out": out}, a.tokenizer)
     runs, options = [], RenderOptions(a.weights, a.tokenizer, a.shards, a.device, a.per_class, a.picture)
     for folder, name in zip(folders, names, strict=True):
         run, cfg = read_run(folder, name)

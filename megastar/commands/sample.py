@@ -7,12 +7,24 @@ from collections import Counter
 from pathlib import Path
 
 from megastar.checkpoint.find_weights import class_names, class_number, find_weights, labels_of
-from megastar.commands._common import Parser, main_console, natural, own_device, place_of, positive
+from megastar.commands._common import (
+    MOST,
+    Parser,
+    add_score_options,
+    bounded,
+    check_outputs,
+    main_console,
+    natural,
+    own_device,
+    place_of,
+    positive,
+    processes,
+    seed,
+)
 from megastar.commands._sample_output import SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
-from megastar.commands._score_options import add_options
 from megastar.errors import UserError
 from megastar.sampling.pipeline import open_pipeline
-from megastar.utils.files import check_regular
+from megastar.utils.files import check_output, check_regular
 
 EXAMPLES = """
 megastar sample                                                 the shipped weights, all classes -> samples.png
@@ -46,7 +58,9 @@ def parser() -> Parser:
         help="with --count: cycle through the classes, or draw each at random as LlamaGen does",
     )
     p.add_argument("--like", help="with --count: token shards whose class frequencies to follow")
-    p.add_argument("--cfg-scale", type=float, help="guidance scale; 1: none (default 3, with --count 1)")
+    p.add_argument(
+        "--cfg-scale", type=bounded(float, 0, 10**6), help="guidance scale; 1: none (default 3, with --count 1)"
+    )
     p.add_argument(
         "--cfg-schedule",
         choices=("constant", "linear", "cosine"),
@@ -54,21 +68,30 @@ def parser() -> Parser:
         help="guidance scale over the tokens: constant, or a ramp from 1 to --cfg-scale",
     )
     p.add_argument("--cfg-passes", type=int, choices=(1, 2), default=1, help="2: separate pass for the null class")
-    p.add_argument("--cfg-interval", type=int, default=-1, help="last token with guidance; -1: all tokens")
-    p.add_argument("--temperature", type=float, help="softmax temperature (default 0.9, with --count 1)")
+    p.add_argument(
+        "--cfg-interval", type=bounded(int, -1, MOST), default=-1, help="last token with guidance; -1: all tokens"
+    )
+    p.add_argument(
+        "--temperature", type=bounded(float, 0, 10**6), help="softmax temperature (default 0.9, with --count 1)"
+    )
     p.add_argument("--top-k", type=natural, default=0, help="sample from the k most likely codes; 0: all")
     p.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from the most likely codes of this total probability"
+        "--top-p",
+        type=bounded(float, 0, 1),
+        default=1.0,
+        help="sample from the most likely codes of this total probability",
     )
-    p.add_argument("--seed", type=natural, default=0, help="image i depends on the seed, i and its class only")
+    p.add_argument("--seed", type=seed, default=0, help="image i depends on the seed, i and its class only")
     p.add_argument("--batch", type=positive, default=64, help="images per batch")
-    p.add_argument("--size", type=positive, help="resize to this size, bicubic as in LlamaGen (default: no resizing)")
+    p.add_argument(
+        "--size", type=bounded(int, 1, 4096), help="resize to this size, bicubic as in LlamaGen (default: no resizing)"
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     p.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="fp32", help="precision")
-    p.add_argument("--nproc", type=positive, default=1, help="local processes (default 1); ignored under a launcher")
+    p.add_argument("--nproc", type=processes, default=1, help="local processes (default 1); ignored under a launcher")
     scores = p.add_argument_group("scoring without writing images")
     scores.add_argument("--score", type=Path, help="score while sampling; JSON file for the result")
-    add_options(scores, required=False)
+    add_score_options(scores, required=False)
     return p
 
 
@@ -112,8 +135,13 @@ def main(words: list[str]) -> int:
         raise UserError("--score (the output file) and --real (the reference images) must be given together")
     if a.score and (a.npz or a.out):
         raise UserError("--score keeps no images: leave out --npz and --out, or score an .npz with megastar evaluate")
-    if a.out:
-        check_regular(a.out)
+    grid = None if a.score else a.out or Path("samples.png")
+    for path in filter(None, (grid, a.npz)):
+        check_regular(path)
+    source = a.source if a.source and Path(a.source).is_file() else None
+    check_outputs({"--out": grid, "--npz": a.npz, "--score": a.score}, source, a.tokenizer, a.real)
+    if a.folder:
+        check_output(a.folder, "--folder", folder=True)
     if a.nproc > 1 and world == 1:
         from megastar.commands._launch import launch
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, seconds, terminal_width
+from megastar.commands._common import Parser, bounded, print_error, terminal_width
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,19 +33,21 @@ def parser() -> Parser:
         EXAMPLES,
     )
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    p.add_argument("--watch", type=seconds(0.1, 86400), metavar="SECONDS", help="refresh after this many seconds")
+    p.add_argument(
+        "--watch", type=bounded(float, 0.1, 86400), metavar="SECONDS", help="refresh after this many seconds"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object per run and line")
     return p
 
 
 def main(words: list[str]) -> int:
     args = parser().parse(words)
-    from rich.console import Console
     from rich.live import Live
 
     from megastar.run_dir.status import status_of
+    from megastar.utils.console import PlainConsole
 
-    console = Console(markup=False, highlight=False)
+    console = PlainConsole()
     if not console.is_terminal:
         console.width = terminal_width()
 
@@ -78,7 +79,7 @@ def main(words: list[str]) -> int:
                 break
             time.sleep(args.watch)
     for problem in problems:
-        print(f"megastar: error: {problem}", file=sys.stderr)
+        print_error(problem)
     return 2 if problems else 0
 
 
@@ -95,10 +96,12 @@ def table_of(found: list[Status]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from megastar.utils.printable import one_line, printable
+
     colours = {"running": "green", "finished": "green", "starting": "yellow", "stopped": "red"}
     table = Table("")
     for s in found:
-        table.add_column(Text(s.run), overflow="fold")
+        table.add_column(Text(one_line(s.run)), overflow="fold")
     columns = [lines_of(s) for s in found]
     for name in columns[0]:
         cells = [c[name] for c in columns]
@@ -107,7 +110,7 @@ def table_of(found: list[Status]) -> Table:
         styles = [colours.get(s.state, "") for s in found] if name == "state" else [""] * len(found)
         if name == "health":
             styles = ["red" if s.health else "green" for s in found]
-        table.add_row(name, *(Text(cell, style) for cell, style in zip(cells, styles, strict=True)))
+        table.add_row(name, *(Text(printable(cell), style) for cell, style in zip(cells, styles, strict=True)))
     return table
 
 
@@ -135,11 +138,13 @@ def lines_of(s: Status) -> dict[str, str]:
         "validation": f"next-token loss {s.val_loss:.4f} at step {s.val_step}" if s.val_loss is not None else "",
         "speed": f"{s.images_per_s:.3g} images/s, {s.step_s:.3g} s per step" if s.images_per_s and s.step_s else "",
         "data wait": data_wait,
+        "held by": s.holder,
         "ranks": s.ranks,
         "checkpoint": checkpoint,
         "upload": s.upload,
         "time left": duration(s.left_s) if s.left_s is not None else "",
         "restarts": restarts,
+        "ranks and nodes": "\n".join(s.mesh[-5:]),
         "excluded": f"{', '.join(s.excluded)}: see bad_hosts.log" if s.excluded else "",
         "health": "\n".join(s.health) or "no problems found",
     }

@@ -11,9 +11,11 @@ from megastar.commands._common import (
     Parser,
     config_and_overrides,
     is_launched,
-    positive,
+    processes,
     terminal_width,
 )
+from megastar.utils.printable import say
+from megastar.utils.process_exit import die_with_agent
 from megastar.utils.signals import StopFlag
 
 EXAMPLES = """
@@ -39,14 +41,16 @@ def parser() -> Parser:
         fields_text(RunConfig, terminal_width()),
     )
     p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="a YAML file, fields to override")
-    p.add_argument("--nproc", type=positive, default=1, help="local processes (default 1); ignored under a launcher")
+    p.add_argument("--nproc", type=processes, default=1, help="local processes (default 1); ignored under a launcher")
     p.add_argument("--dry-run", action="store_true", help="build everything, run one fake step, print memory and batch")
     p.add_argument("--print-config", action="store_true", help="print every field as YAML and exit")
+    p.add_argument("--print-run-folder", action="store_true", help="print the run folder's absolute path and exit")
     return p
 
 
 def main(words: list[str]) -> int:
     # Ranks handle signals before the imports below, which take seconds: a signal must not kill one rank only.
+    die_with_agent()
     stop = StopFlag() if is_launched(os.environ) or "SLURM_STEP_ID" in os.environ else None
     from megastar.config.load import config_yaml, load_config, resolve_batch
 
@@ -54,7 +58,10 @@ def main(words: list[str]) -> int:
     path, overrides = config_and_overrides(args.items)
     cfg = load_config(path, overrides)
     if args.print_config:
-        print(config_yaml(cfg), end="")
+        say(config_yaml(cfg).rstrip("\n"))
+        return 0
+    if args.print_run_folder:  # the batch scripts of slurm/ ask for it
+        print(os.path.abspath(cfg.run))
         return 0
     if args.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, config_and_overrides, terminal_width
+from megastar.config.env_text import recorded
 from megastar.config.help import fields_text
 from megastar.config.load import config_yaml, load_tokenizer_config, save_config
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
 from megastar.run_dir import layout
+from megastar.run_dir.lease import hold
+from megastar.utils.printable import say
+from megastar.utils.signals import Preempted, StopFlag
 
 if TYPE_CHECKING:
     import torch
@@ -50,18 +54,21 @@ def main(words: list[str]) -> int:
     path, overrides = config_and_overrides(args.items)
     cfg = load_tokenizer_config(path, overrides)
     if args.print_config:
-        print(config_yaml(cfg), end="")
+        say(config_yaml(cfg).rstrip("\n"))
         return 0
     from megastar.utils.logs import shared_console
 
     command = " ".join(["megastar train-tokenizer", *([path] if path else []), *overrides])
     result, scores = train_tokenizer(cfg, shared_console(), command)
-    print(f"{result}: " + "; ".join(f"{k}: {v['psnr']:.2f} dB, {v['codes_used']:.1%} codes" for k, v in scores.items()))
+    say(f"{result}: " + "; ".join(f"{k}: {v['psnr']:.2f} dB, {v['codes_used']:.1%} codes" for k, v in scores.items()))
     return 0
 
 
 def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = "") -> tuple[Path, dict[str, Any]]:
-    """Train to ``cfg.steps``, resuming, and write ``out/tokenizer.safetensors``; returns its path and scores by subset."""
+    """Train to ``cfg.steps``, resuming, and write ``out/tokenizer.safetensors``; returns its path and scores by subset.
+
+    Raises ``Preempted`` after a stop signal, when the state is saved.
+    """
     import torch
 
     from megastar.data.images.dataset import ImageSet
@@ -69,33 +76,45 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     from megastar.tokenizer.io import read_tokenizer_metadata, save_tokenizer
     from megastar.tokenizer.train import TokenizerTrainer
     from megastar.utils.device import pick_device, pick_dtype
-    from megastar.utils.files import write_json
+    from megastar.utils.files import check_output, write_json
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device, out = pick_device(), Path(cfg.out)
+    check_output(out, "out =", folder=True)  # before the images are listed
     pictures = ImageSet(cfg.pictures, cfg.subset or None)
     if len(pictures) < cfg.batch:
         raise UserError(f"{cfg.pictures} holds {len(pictures)} images, fewer than batch {cfg.batch}: lower batch")
     subsets = [s for s in (cfg.val_subset, cfg.test_subset) if s]
     size = cfg.tokenizer.image_size
     held_out = {s: torch.from_numpy(load_images(cfg.pictures, subset=s, size=size)) for s in subsets}
-    out.mkdir(parents=True, exist_ok=True)
-    with Batches(pictures, cfg) as batches:
-        trainer = TokenizerTrainer(cfg, device, pick_dtype(cfg.dtype, device), batches)
-        trainer.fit(held_out.get(cfg.val_subset), out, console)
-    if batches.broken:
-        names = ", ".join(sorted(batches.broken)[:3])
-        logger.warning("%d unreadable images were replaced by the next one: %s", len(batches.broken), names)
-    scores = {s: trainer.score(crops) for s, crops in held_out.items()}
-    provenance: dict[str, Any] = {"command": command, "seed": cfg.seed, "steps": cfg.steps}
-    provenance |= {"pictures": len(pictures), "scores": scores}
-    if cfg.init:
-        provenance["init"] = read_tokenizer_metadata(cfg.init)[1]  # provenance of the initial weights
-    save_config(cfg, out / layout.CONFIG)
-    result = out / "tokenizer.safetensors"
-    save_tokenizer(trainer.average, result, provenance | {"config": asdict(cfg)})
-    write_json(out / "scores.json", provenance)
+    with hold(out, "megastar train-tokenizer", "out") as lease:
+        with Batches(pictures, cfg) as batches:
+            trainer = TokenizerTrainer(cfg, device, pick_dtype(cfg.dtype, device), batches)
+            stop = StopFlag()
+            try:
+                trainer.fit(held_out.get(cfg.val_subset), out, console, lambda: bool(stop.signal), lease.check)
+            finally:
+                stop.restore()
+        if trainer.step < cfg.steps:
+            logger.warning(
+                "signal %d: the state after step %d of %d is saved in %s; the same command resumes",
+                stop.signal, trainer.step, cfg.steps, out,
+            )  # fmt: skip
+            raise Preempted(stop.signal)
+        if batches.broken:
+            names = ", ".join(sorted(batches.broken)[:3])
+            logger.warning("%d unreadable images were replaced by the next one: %s", len(batches.broken), names)
+        scores = {s: trainer.score(crops) for s, crops in held_out.items()}
+        provenance: dict[str, Any] = {"command": command, "seed": cfg.seed, "steps": cfg.steps}
+        provenance |= {"pictures": len(pictures), "scores": scores}
+        if cfg.init:
+            provenance["init"] = read_tokenizer_metadata(cfg.init)[1]  # provenance of the initial weights
+        lease.check()
+        save_config(cfg, out / layout.CONFIG)
+        result = out / "tokenizer.safetensors"
+        save_tokenizer(trainer.average, result, provenance | {"config": recorded(asdict(cfg))})
+        write_json(out / "scores.json", provenance)
     return result, scores
 
 
@@ -138,7 +157,7 @@ class Batches:
         return torch.from_numpy(np.stack([random_crop(i, c.tokenizer.image_size, rng, c.max_scale) for i in images]))
 
     def read(self, i: int) -> Image.Image:
-        from megastar.data.images.dataset import ImageError
+        from megastar.data.images.image_files import ImageError
 
         for k in range(len(self.pictures)):
             j = (i + k) % len(self.pictures)

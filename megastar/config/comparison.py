@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megastar.config.schema import RunConfig, knob
+from megastar.config.schema import LARGE, MOST_BATCH, MOST_SEED, MOST_STEPS, RunConfig, knob
 
 SPLITS = ("train", "val", "test")
 WEIGHTS = ("ema", "student")
@@ -21,7 +21,7 @@ class VariantConfig:
     label: str = knob("", "name in tables and figures; empty: its key")
     kind: str = knob("main", "main, or ablation (thinner lines in figures)", choices=KINDS)
     overrides: list[str] = knob([], "fields that differ from the base run, each as section.field=value")
-    seeds: list[int] = knob([], "seeds of its runs; empty: those of the comparison", low=0)
+    seeds: list[int] = knob([], "seeds of its runs; empty: those of the comparison", low=0, high=MOST_SEED)
 
 
 @dataclass
@@ -30,28 +30,28 @@ class ProbeConfig:
 
     fit_on: str = knob("train", "split to fit the probe on", choices=SPLITS)
     score_on: str = knob("test", "split to evaluate it on: val to tune, test to report", choices=SPLITS)
-    fit_crops: int = knob(1, "stored crops per image to fit on; 1: the centre crop, as in MAE", low=1)
-    block: int = knob(6, "transformer block whose output is used, counted from 1", low=1)
-    positions: int = knob(8, "evenly spaced positions; the last one is the end of the sequence", low=1)
-    epochs: int = knob(90, "passes over the features", low=1)
-    batch: int = knob(0, "images per step; 0: 16384, or 1/78 of a small set", low=0)
-    lr: float = knob(0.0, "peak learning rate; 0: 0.1 * batch / 256", low=0)
+    fit_crops: int = knob(1, "stored crops per image to fit on; 1: the centre crop, as in MAE", low=1, high=1024)
+    block: int = knob(6, "transformer block whose output is used, counted from 1", low=1, high=1024)
+    positions: int = knob(8, "evenly spaced positions; the last one is the end of the sequence", low=1, high=65536)
+    epochs: int = knob(90, "passes over the features", low=1, high=10**6)
+    batch: int = knob(0, "images per step; 0: 16384, or 1/78 of a small set", low=0, high=MOST_BATCH)
+    lr: float = knob(0.0, "peak learning rate; 0: 0.1 * batch / 256", low=0, high=LARGE)
     optimizer: str = knob("lars", "lars, as in MAE; sgd for small sets", choices=("lars", "sgd"))
-    seed: int = knob(0, "seed of the weights and the data order; the same for all runs", low=0)
+    seed: int = knob(0, "seed of the weights and the data order; the same for all runs", low=0, high=MOST_SEED)
 
 
 @dataclass
 class SampleConfig:
     """The sampler, the same for all runs (megastar sample)."""
 
-    count: int = knob(2000, "images sampled from the last checkpoint of each run", low=4)
+    count: int = knob(2000, "images sampled from the last checkpoint of each run", low=4, high=10**9)
     like: str = knob("train", "split whose class frequencies the samples follow", choices=SPLITS)
-    cfg_scale: float = knob(1.0, "classifier-free guidance; 1: none", low=1)
-    temperature: float = knob(1.0, "1: the model's own distribution", above=0)
-    top_k: int = knob(0, "keep the k most likely codes; 0: all", low=0)
+    cfg_scale: float = knob(1.0, "classifier-free guidance; 1: none", low=1, high=10**6)
+    temperature: float = knob(1.0, "1: the model's own distribution", above=0, high=10**6)
+    top_k: int = knob(0, "keep the k most likely codes; 0: all", low=0, high=2**20)
     top_p: float = knob(1.0, "keep the most likely codes up to this probability mass", above=0, high=1)
-    seed: int = knob(0, "image i depends only on the seed, i and its class", low=0)
-    batch: int = knob(64, "images per batch", low=1)
+    seed: int = knob(0, "image i depends only on the seed, i and its class", low=0, high=MOST_SEED)
+    batch: int = knob(64, "images per batch", low=1, high=MOST_BATCH)
 
 
 @dataclass
@@ -63,15 +63,19 @@ class ScoreConfig:
         [], "of fid, sfid, is, pr, kid, fd; the first one is the main score. Empty: fid,sfid,is,pr, or fd"
     )
     inception: str = knob("", "Inception weights file for FID; empty: FD-EffLite0, which needs no file")
-    batch: int = knob(32, "images per batch", low=1)
+    batch: int = knob(32, "images per batch", low=1, high=MOST_BATCH)
 
 
 @dataclass
 class CurveConfig:
     """Scores during training: the figure of score against images seen."""
 
-    every: int = knob(0, "steps between scored checkpoints, a multiple of train.save_every; 0: none", low=0)
-    count: int = knob(1000, "images per checkpoint; the last one is scored with as many too, for comparison", low=4)
+    every: int = knob(
+        0, "steps between scored checkpoints, a multiple of train.save_every; 0: none", low=0, high=MOST_STEPS
+    )
+    count: int = knob(
+        1000, "images per checkpoint; the last one is scored with as many too, for comparison", low=4, high=10**9
+    )
     probe: bool = knob(False, "also probe these checkpoints")
 
 
@@ -83,15 +87,18 @@ class CompareConfig:
     pictures: str = knob("", "folder or tar of images with the top-level folders train, val and test")
     codes: str = knob("", "folder with token shards train/, val/ and test/; missing ones are made; empty: OUT/codes")
     seeds: list[int] = knob(
-        [0, 1, 2], "seeds of weights, data order and all random numbers; one run per variant and seed", low=0
+        [0, 1, 2],
+        "seeds of weights, data order and all random numbers; one run per variant and seed",
+        low=0,
+        high=MOST_SEED,
     )
     weights: list[str] = knob(
         ["ema", "student"],
         "weights to probe and score: ema (ST-AR's teacher; AR runs keep it too), student (the trained weights). The "
         "first one is the main one",
     )
-    jobs: int = knob(1, "runs at a time", low=1)
-    nproc: int = knob(1, "processes per run", low=1)
+    jobs: int = knob(1, "runs at a time", low=1, high=1024)
+    nproc: int = knob(1, "processes per run", low=1, high=1024)
     variants: dict[str, VariantConfig] = knob({}, "key -> what differs")
     probe: ProbeConfig = knob(ProbeConfig, "the linear probe")
     sample: SampleConfig = knob(SampleConfig, "the sampler")

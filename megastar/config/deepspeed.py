@@ -10,9 +10,12 @@ import difflib
 import json
 from typing import Any
 
+from megastar.config.convert import shown
 from megastar.config.files import require_file
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
+from megastar.utils.files import read_regular
+from megastar.utils.json_file import parse_json
 
 KNOWN = (
     *("zero_optimization", "tensor_parallel", "aio", "checkpoint", "data_types", "sparse_gradients", "steps_per_print"),
@@ -24,6 +27,11 @@ KNOWN = (
     *("bf16", "fp16"),
 )
 ZERO_PLUS_PLUS = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+SHAPES: tuple[tuple[str, str, type, str], ...] = (  # (name, of the section, type, in words) of what is read here
+    *((name, "", dict, "an object") for name in ("zero_optimization", "tensor_parallel", "data_types")),
+    *((name, "zero_optimization", dict, "an object") for name in ("offload_param", "offload_optimizer")),
+    *((name, "zero_optimization", int, "an integer") for name in ("zero_hpz_partition_size", "mics_shard_size")),
+)
 REFUSED = {
     "optimizer": "megastar uses its own AdamW, which also updates the EMA teacher; set the optim section of the run",
     "scheduler": "optim.schedule of the run sets the schedule",
@@ -43,12 +51,15 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     """
     bare = name and "/" not in name and not name.endswith(".json")
     path = require_file(f"configs/ds/{name}.json" if bare else name, "parallel.deepspeed:")
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"parallel.deepspeed: {path} is not JSON ({error})") from error
+    data = parse_json(read_regular(path, 1 << 20), f"parallel.deepspeed: {path}")
     if not isinstance(data, dict):
         raise UserError(f"parallel.deepspeed: {path} does not contain a JSON object")
+    for name, of_section, kind, what in SHAPES:
+        section = data.get(of_section, {}) if of_section else data
+        value = section.get(name) if isinstance(section, dict) else None
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            field = f"{of_section}.{name}" if of_section else name
+            raise UserError(f"parallel.deepspeed: {path}: {field} = {shown(value)}: must be {what}")
     return data
 
 

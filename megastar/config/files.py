@@ -1,19 +1,21 @@
-"""Finding files that a configuration names, and reading YAML. No torch."""
+"""Finding files that a configuration names, and reading YAML and other text. No torch."""
 
 from __future__ import annotations
 
 import difflib
+import os.path
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from megastar.config.env_text import resolve
+from megastar.config.yaml_text import MOST_BYTES, YamlError, parse_yaml
 from megastar.errors import UserError
+from megastar.utils.files import read_regular
 
+MAX_YAML = 4 << 20  # bytes
 REPOSITORY = Path(__file__).resolve().parents[2]
+LONGEST_PATH = 4000
 INSTALLED = Path(sys.prefix) / "share" / "megastar"  # setup.py puts configs/ there
 
 
@@ -22,9 +24,9 @@ def find_file(name: str | Path, near: Path | None = None) -> Path | None:
 
     Returns the first that exists, or None.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     for root in [Path(), *(near.resolve().parents if near else ()), REPOSITORY, INSTALLED]:
-        if (root / path).is_file():
+        if os.path.isfile(root / path):  # False also for a name that no file can have
             return root / path
     return None
 
@@ -35,41 +37,44 @@ def require_file(name: str | Path, what: str, near: Path | None = None) -> Path:
     if found is not None:
         return found
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{what} {path} is a folder: name a file in it")
+    if os.path.exists(path):
+        raise UserError(f"{what} {path} is a device or pipe: name a file")
+    if len(str(name)) > LONGEST_PATH or "\0" in str(name):
+        raise UserError(f"{what} {str(name)[:60]!r}... cannot be the path of a file: check it")
     roots = [Path(), *([near.parent] if near else []), REPOSITORY, INSTALLED]
-    folders = [root / path.parent for root in roots if (root / path.parent).is_dir()]
-    beside = [p.name for folder in folders for p in sorted(folder.iterdir()) if p.suffix == path.suffix]
+    folders = [root / path.parent for root in roots if os.path.isdir(root / path.parent)]
+    beside = [p.name for folder in folders for p in sorted(folder.glob("*")) if p.suffix == path.suffix][:1000]
     close = difflib.get_close_matches(path.name, beside, 1, 0.5)
     hint = f"did you mean {path.parent / close[0]}?" if close else "check the path"
     raise UserError(f"{what} {path} does not exist: {hint}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a dict, ``${...}`` resolved. Raises ``UserError`` if it is not a mapping of sections."""
+def read_text(path: Path) -> str:
+    """The text of a configuration file. Raises ``UserError`` for one that is not UTF-8 text of a plausible size."""
+    data = read_regular(path, MOST_BYTES)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path} is UTF-16 text: save it as UTF-8")
     try:
-        loaded = OmegaConf.load(path)
-        data = as_written(OmegaConf.to_container(loaded, resolve=True), path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where} is not YAML ({getattr(error, 'problem', None) or error})") from error
-    except (OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} contains a list instead of sections of `field: value`")
-    return {str(k): v for k, v in data.items()}
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} line {line} is not UTF-8 text: save it as UTF-8") from error
 
 
-def as_written(value: Any, text: str) -> Any:
-    """``value``, read from the YAML ``text``, where words such as ``off``, booleans in YAML 1.1, are strings."""
-
-    def visit(value: Any, node: yaml.Node | None) -> Any:
-        if isinstance(value, dict) and isinstance(node, yaml.MappingNode):
-            nodes = {key.value: inner for key, inner in node.value}
-            return {key: visit(inner, nodes.get(str(key))) for key, inner in value.items()}
-        if isinstance(value, bool) and isinstance(node, yaml.ScalarNode) and node.tag.endswith(":bool"):
-            return value if node.value.lower() in ("true", "false") else node.value
-        return value
-
-    return visit(value, yaml.compose(text, Loader=yaml.SafeLoader))
+def read_yaml(path: Path, lenient: bool = False) -> dict[str, Any]:
+    """A YAML file as a dict, ``${...}`` resolved as ``resolve`` does. Raises ``UserError`` if it is not a mapping of sections."""
+    text = read_text(path)
+    try:
+        data = parse_yaml(text)
+        if data is None:
+            return {}
+        if isinstance(data, dict):
+            return cast("dict[str, Any]", resolve(data, lenient))
+    except YamlError as error:
+        where = f" line {error.line}" if error.line else ""
+        what = "is not YAML" if error.syntax else "cannot be read"
+        raise UserError(f"{path}{where} {what} ({error})") from error
+    kind = "a list" if isinstance(data, list) else "a single value"
+    raise UserError(f"{path} contains {kind} instead of sections of `field: value`")

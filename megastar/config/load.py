@@ -13,10 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megastar.config.comparison import CompareConfig
+from megastar.config.convert import convert, shown
 from megastar.config.deepspeed import deepspeed_problems
-from megastar.config.files import as_written, find_file, read_yaml, require_file
+from megastar.config.env_text import ENV, EnvText, keep_expressions, recorded, resolve
+from megastar.config.files import LONGEST_PATH, find_file, read_yaml, require_file
 from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
 from megastar.config.validate import Problem, divisors, find_problems, words
+from megastar.config.yaml_text import YamlError, parse_value
 from megastar.errors import UserError
 from megastar.utils.files import write_atomic
 
@@ -57,7 +60,7 @@ def config_from_dict(data: dict[str, Any], near: Path | None = None) -> RunConfi
 
     ``near`` is the file that ``data`` is from, if any.
     """
-    return _load(data, (), RunConfig, near or "saved configuration", near, files=False)
+    return _load(_resolved(data, lenient=True), (), RunConfig, near or "saved configuration", near, files=False)
 
 
 def _load_file(path: str | Path | None, overrides: Sequence[str], schema: type[T]) -> T:
@@ -70,10 +73,17 @@ def as_run_config(config: RunConfig | str | Path | Mapping[str, Any]) -> RunConf
     if isinstance(config, (str, Path)):
         return load_config(config)
     if isinstance(config, Mapping):
-        return _load(dict(config), (), RunConfig, "configuration", None)
+        return _load(_resolved(dict(config)), (), RunConfig, "configuration", None)
     if isinstance(config, RunConfig):
         return override_config(config, (), "configuration")
     raise UserError(f"configuration {config!r}: give a RunConfig, the path of a YAML file, or a dict of its sections")
+
+
+def _resolved(data: dict[str, Any], lenient: bool = False) -> dict[str, Any]:
+    try:
+        return dict(resolve(data, lenient))
+    except YamlError as error:
+        raise UserError(f"configuration cannot be read ({error})") from error
 
 
 def _load(
@@ -94,7 +104,13 @@ def _load(
 
     config = OmegaConf.structured(schema)
     _fill(config, data, schema, "", _leaves(schema), problems)
-    cfg = cast(T, OmegaConf.to_object(config))
+    try:
+        cfg = cast(T, OmegaConf.to_object(config))
+    except (OmegaConfBaseException, RecursionError) as error:  # a ${...} of an override
+        field, sentence = getattr(error, "full_key", None) or "a field", str(error).splitlines() or ["it is endless"]
+        problems.append(Problem(f"{field}: its ${{...}} cannot be resolved ({sentence[0]})", ()))
+        raise UserError(_report(str(where or "command line"), [p.text for p in problems])) from error
+    keep_expressions(cfg, data)
     invalid = {name for problem in problems for name in problem.fields}
     problems += [p for p in find_problems(cfg) if not any(_concerns(p, b) for b in invalid)]
     run = cfg.base if isinstance(cfg, CompareConfig) else cfg
@@ -157,7 +173,7 @@ class _Includes:
                 found = [str(error)]
         else:
             example = "method/star" if is_method else "model/b"
-            found = [f"{label} = {path!r}: must be the path of a file, as configs/{example}.yaml"]
+            found = [f"{label} = {shown(path)}: must be the path of a file, as configs/{example}.yaml"]
         for name in NOT_IN_METHOD if is_method else NOT_IN_METHOD[:1]:
             if name in data:
                 kind = "a method file" if is_method else "an included file"
@@ -197,18 +213,19 @@ def _report(where: str, texts: list[str]) -> str:
 def _override(data: dict[str, Any], text: str, problems: list[Problem]) -> None:
     name, equals, raw = text.partition("=")
     if not equals or not name or not all(name.split(".")):
-        problems.append(Problem(f"override {text!r} is not of the form section.field=value", ()))
+        problems.append(Problem(f"override {shown(text)} is not of the form section.field=value", ()))
         return
     try:
-        value = OmegaConf.select(OmegaConf.from_dotlist([text]), name)
-        value = as_written(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, raw)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        problems.append(Problem(f"override {text!r} cannot be read ({str(error).splitlines()[0]})", (name,)))
+        value = parse_value(raw)
+        if ENV in raw:
+            value = resolve({name: value})[name]
+    except YamlError as error:
+        problems.append(Problem(f"override {shown(text)} cannot be read ({error})", (name,)))
         return
     *parents, last = name.split(".")
     if parents and last == "base":
         section = ".".join(parents)
-        problems.append(Problem(f"override {text!r}: give {section}=FILE, then {section}.field=value", (section,)))
+        problems.append(Problem(f"override {shown(text)}: give {section}=FILE, then {section}.field=value", (section,)))
         return
     node = data
     for parent in parents:
@@ -242,20 +259,17 @@ def _fill(
             if isinstance(value, dict):
                 _fill(config, value, cast(type, hint), name + ".", leaves, problems)
             elif value is not None:
-                problems.append(Problem(f"{name} = {value!r}: is a section; write {name}.field: value", (name,)))
+                problems.append(Problem(f"{name} = {shown(value)}: is a section; write {name}.field: value", (name,)))
         elif get_origin(hint) is dict:
             _fill_named(config, value, get_args(hint)[1], name, leaves, problems)
         else:
-            if hint is int and isinstance(value, float) and value.is_integer():
-                value = int(value)  # 1e4 is a float in YAML
-            if hint is str and value is None:
-                value = ""  # `data.val_shards=`
             if hint is str and key in choices:
                 value = _choice(value, choices[key])
             try:
-                OmegaConf.update(config, name, value)
-            except (OmegaConfBaseException, ValueError, TypeError):
-                problems.append(Problem(f"{name} = {value!r}: must be {_type_name(hint)}", (name,)))
+                plain = str(value).replace("${", "\\${") if isinstance(value, EnvText) else value  # it is resolved
+                OmegaConf.update(config, name, convert(plain, hint))
+            except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
+                problems.append(Problem(f"{name} = {shown(value)}: must be {_type_name(hint, value)}", (name,)))
 
 
 def _choice(value: Any, choices: Sequence[str]) -> Any:
@@ -273,14 +287,16 @@ def _fill_named(
     """Sections that the user names; an empty value means no sections."""
     value = {} if value is None else value
     if not isinstance(value, dict):
-        problems.append(Problem(f"{name} = {value!r}: contains sections; write {name}.NAME.field: value", (name,)))
+        problems.append(Problem(f"{name} = {shown(value)}: contains sections; write {name}.NAME.field: value", (name,)))
         return
     for key, section in value.items():
         OmegaConf.select(config, name)[str(key)] = schema()
         if isinstance(section, dict):
             _fill(config, section, schema, f"{name}.{key}.", leaves, problems)
         elif section is not None:
-            problems.append(Problem(f"{name}.{key} = {section!r}: is a section; write {name}.{key}.field: value", ()))
+            problems.append(
+                Problem(f"{name}.{key} = {shown(section)}: is a section; write {name}.{key}.field: value", ())
+            )
 
 
 def _unknown(key: str, prefix: str, siblings: list[str], leaves: list[str]) -> str:
@@ -299,9 +315,13 @@ def _unknown(key: str, prefix: str, siblings: list[str], leaves: list[str]) -> s
     return f"unknown key {prefix}{key}: {hint}"
 
 
-def _type_name(hint: Any) -> str:
+def _type_name(hint: Any, value: Any = None) -> str:
     if get_origin(hint) is list:
         return f"a list of {_type_name(get_args(hint)[0]).split()[-1]}s"
+    if isinstance(value, str) and "${" in value:
+        return "a value in which each ${ has its }"
+    if hint is str and isinstance(value, str):
+        return f"a string of at most {LONGEST_PATH} characters without NUL"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     return names[hint]
 
@@ -337,8 +357,12 @@ def resolve_batch(train: TrainConfig, tensor_parallel: int, world_size: int) -> 
 
 
 def config_yaml(cfg: AnyConfig) -> str:
-    """Every field, so that the text means the same under later defaults."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+    """Every field, so that the text means the same under later defaults; environment variables as expressions."""
+    tree = recorded(asdict(cfg))
+    try:
+        return OmegaConf.to_yaml(OmegaConf.create(tree))
+    except UnicodeEncodeError:  # a path that is not UTF-8: libyaml does not escape it
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def save_config(cfg: AnyConfig, path: str | Path) -> None:
@@ -354,7 +378,7 @@ def diff_configs(a: Any, b: Any, ignore: Collection[str] = ()) -> list[str]:
     """
     one, other = flatten(asdict(a)), flatten(asdict(b))
     return [
-        f"{name}: {one.get(name)} -> {other.get(name)}"
+        f"{name}: {recorded(one.get(name))} -> {recorded(other.get(name))}"
         for name in dict.fromkeys([*one, *other])
         if one.get(name) != other.get(name) and not any(name == i or name.startswith(i + ".") for i in ignore)
     ]

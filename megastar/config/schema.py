@@ -10,6 +10,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+# Upper bounds: far above what anyone uses, below what overflows or fills a machine. Weights of losses and rates that
+# make a run diverge are allowed.
+MOST_SEED = 2**63 - 1
+MOST_STEPS = 99_999_999  # folders of checkpoints have eight digits
+MOST_BATCH = 2**24
+MOST_THREADS = 1024
+MOST_SECONDS = 10**9
+LARGE = 1e30
+
 
 def knob(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with its help text; lists are copied for each instance.
@@ -28,17 +37,17 @@ def knob(default: Any, help: str, **metadata: Any) -> Any:
 class TokenizerConfig:
     """The VQ auto-encoder. Defaults are LlamaGen's VQ-16."""
 
-    image_size: int = knob(256, "side of the square images in pixels", low=1)
-    channels: int = knob(128, "width at full resolution; each level multiplies it", low=1)
+    image_size: int = knob(256, "side of the square images in pixels", low=1, high=4096)
+    channels: int = knob(128, "width at full resolution; each level multiplies it", low=1, high=4096)
     channel_multipliers: list[int] = knob(
-        [1, 1, 2, 2, 4], "one per level; n levels downsample the image by 2^(n-1)", low=1
+        [1, 1, 2, 2, 4], "one per level; n levels downsample the image by 2^(n-1)", low=1, high=64
     )
-    res_blocks: int = knob(2, "residual blocks per level of the encoder; the decoder has one more", low=1)
-    z_channels: int = knob(256, "channels between the networks and the codebook", low=1)
-    codebook_size: int = knob(16384, "number of codes V", low=2)
-    codebook_embed_dim: int = knob(8, "dimension of a code", low=1)
+    res_blocks: int = knob(2, "residual blocks per level of the encoder; the decoder has one more", low=1, high=64)
+    z_channels: int = knob(256, "channels between the networks and the codebook", low=1, high=4096)
+    codebook_size: int = knob(16384, "number of codes V", low=2, high=2**20)
+    codebook_embed_dim: int = knob(8, "dimension of a code", low=1, high=4096)
     codebook_l2_norm: bool = knob(True, "L2-normalize codes before comparing them")
-    norm_groups: int = knob(32, "groups of every GroupNorm; LlamaGen: 32", low=1)
+    norm_groups: int = knob(32, "groups of every GroupNorm; LlamaGen: 32", low=1, high=4096)
     dropout: float = knob(0.0, "dropout in the residual blocks", low=0, below=1)
 
     @property
@@ -62,26 +71,30 @@ class TokenizerTrainConfig:
     test_subset: str = knob("", "evaluate at the end on the images below this top-level folder")
     out: str = knob("runs/tokenizer", "run folder")
     init: str = knob("", "tokenizer file to continue from, with continuous_steps 0; empty: random weights")
-    steps: int = knob(20000, "optimizer steps", low=1)
-    batch: int = knob(64, "images per step", low=1)
-    lr: float = knob(1e-3, "peak learning rate of AdamW; cosine decay to 1 % of it", above=0)
-    warmup: int = knob(200, "steps of linear warm-up", low=0)
-    weight_decay: float = knob(1e-4, "AdamW weight decay", low=0)
+    steps: int = knob(20000, "optimizer steps", low=1, high=MOST_STEPS)
+    batch: int = knob(64, "images per step", low=1, high=MOST_BATCH)
+    lr: float = knob(1e-3, "peak learning rate of AdamW; cosine decay to 1 % of it", above=0, high=LARGE)
+    warmup: int = knob(200, "steps of linear warm-up", low=0, high=MOST_STEPS)
+    weight_decay: float = knob(1e-4, "AdamW weight decay", low=0, high=LARGE)
     ema_decay: float = knob(0.999, "decay of the EMA weights, which are what is saved", low=0, below=1)
-    commitment: float = knob(0.25, "weight of the commitment loss", low=0)
-    perceptual: float = knob(0.1, "weight of the perceptual loss; 0: off", low=0)
-    adversarial: float = knob(0.0, "weight of the PatchGAN hinge loss; 0: off", low=0)
-    adversarial_start: int = knob(10000, "first step with the adversarial loss", low=0)
-    continuous_steps: int = knob(500, "steps without quantization, before k-means initializes the codebook", low=0)
-    revive_every: int = knob(250, "steps between replacements of dead codes; none in the last fifth of the run", low=1)
-    max_scale: float = knob(1.25, "maximum random upscaling before the random crop", low=1)
-    seed: int = knob(0, "seed of the weights and the data order", low=0)
+    commitment: float = knob(0.25, "weight of the commitment loss", low=0, high=LARGE)
+    perceptual: float = knob(0.1, "weight of the perceptual loss; 0: off", low=0, high=LARGE)
+    adversarial: float = knob(0.0, "weight of the PatchGAN hinge loss; 0: off", low=0, high=LARGE)
+    adversarial_start: int = knob(10000, "first step with the adversarial loss", low=0, high=MOST_STEPS)
+    continuous_steps: int = knob(
+        500, "steps without quantization, before k-means initializes the codebook", low=0, high=MOST_STEPS
+    )
+    revive_every: int = knob(
+        250, "steps between replacements of dead codes; none in the last fifth of the run", low=1, high=MOST_STEPS
+    )
+    max_scale: float = knob(1.25, "maximum random upscaling before the random crop", low=1, high=16)
+    seed: int = knob(0, "seed of the weights and the data order", low=0, high=MOST_SEED)
     dtype: str = knob(
         "auto", "fp32, bf16, or auto: bf16 where the hardware supports it", choices=("bf16", "fp32", "auto")
     )
-    threads: int = knob(0, "CPU threads; 0: torch's default", low=0)
-    eval_every: int = knob(1000, "steps between evaluations on val_subset", low=1)
-    save_every: int = knob(500, "steps between checkpoints", low=1)
+    threads: int = knob(0, "CPU threads; 0: torch's default", low=0, high=MOST_THREADS)
+    eval_every: int = knob(1000, "steps between evaluations on val_subset", low=1, high=MOST_STEPS)
+    save_every: int = knob(500, "steps between checkpoints", low=1, high=MOST_STEPS)
 
 
 @dataclass
@@ -89,17 +102,19 @@ class ModelConfig:
     """LlamaGen's AR transformer (autoregressive/models/gpt.py)."""
 
     name: str = knob("b", "name of the size, for logs")
-    n_layer: int = knob(12, "transformer blocks", low=1)
-    n_head: int = knob(12, "attention heads H", low=1)
-    dim: int = knob(768, "width D; the head dimension D / H must be a multiple of 4 (2-D RoPE)", low=1)
-    multiple_of: int = knob(256, "the SwiGLU width int(8 D / 3) is rounded up to a multiple of this", low=1)
+    n_layer: int = knob(12, "transformer blocks", low=1, high=1024)
+    n_head: int = knob(12, "attention heads H", low=1, high=1024)
+    dim: int = knob(768, "width D; the head dimension D / H must be a multiple of 4 (2-D RoPE)", low=1, high=65536)
+    multiple_of: int = knob(256, "the SwiGLU width int(8 D / 3) is rounded up to a multiple of this", low=1, high=65536)
     vocab_size: int = knob(16384, "codebook size V of the tokenizer", low=2, high=65536)
-    num_classes: int = knob(1000, "classes; the embedding table has one more row, the null class", low=1)
-    image_tokens: int = knob(256, "tokens per image T, a square number; the sequence is class + T - 1 tokens", low=4)
-    rope_base: float = knob(10000.0, "base of the 2-D rotary embedding", above=0)
-    norm_eps: float = knob(1e-5, "epsilon of RMSNorm", above=0)
+    num_classes: int = knob(1000, "classes; the embedding table has one more row, the null class", low=1, high=10**6)
+    image_tokens: int = knob(
+        256, "tokens per image T, a square number; the sequence is class + T - 1 tokens", low=4, high=65536
+    )
+    rope_base: float = knob(10000.0, "base of the 2-D rotary embedding", above=0, high=LARGE)
+    norm_eps: float = knob(1e-5, "epsilon of RMSNorm", above=0, high=1)
     initializer_range: float = knob(
-        0.02, "standard deviation of the initial weights; the output head starts at zero", above=0
+        0.02, "standard deviation of the initial weights; the output head starts at zero", above=0, high=100
     )
     class_dropout_prob: float = knob(0.1, "probability of training a sample with the null class [P]", low=0, high=1)
     token_dropout_p: float = knob(0.1, "dropout after the embeddings [P]", low=0, below=1)
@@ -130,12 +145,17 @@ class DataConfig:
     )
     val_shards: str = knob("", "token shards of the validation split; empty: no validation loss")
     tokenizer: str = knob("", "tokenizer .safetensors that decodes samples; its hash is compared with the manifest's")
-    window: int = knob(16, "shards whose samples are shuffled together", low=1)
+    window: int = knob(16, "shards whose samples are shuffled together", low=1, high=10**6)
     cache: str = knob("", "local folder for shards read from s3://; empty: a per-user directory under $TMPDIR")
     cache_gib: float = knob(
-        64.0, "cache limit in GiB; evicts the least recently used shards first, never shards in use", above=0
+        64.0,
+        "cache limit in GiB; evicts the least recently used shards first, never shards in use",
+        above=0,
+        high=10**9,
     )
-    patience: float = knob(1800.0, "seconds that an outage of s3:// may last before the run stops", low=0)
+    patience: float = knob(
+        1800.0, "seconds that an outage of s3:// may last before the run stops", low=0, high=MOST_SECONDS
+    )
 
 
 @dataclass
@@ -143,26 +163,30 @@ class SelfGuidedConfig:
     """The ST-AR objectives. ``enabled: false`` is the LlamaGen baseline: next-token loss only, no mask, no teacher."""
 
     enabled: bool = knob(True, "self-guided training; false is the AR baseline")
-    alpha: float = knob(1.0, "weight of the masked-image loss [P]", low=0)
-    beta: float = knob(0.5, "weight of the mean of the two contrastive losses [P]", low=0)
+    alpha: float = knob(1.0, "weight of the masked-image loss [P]", low=0, high=LARGE)
+    beta: float = knob(0.5, "weight of the mean of the two contrastive losses [P]", low=0, high=LARGE)
     mask_ratio: float = knob(0.25, "share of the T - 1 image-token keys hidden from the student [P]", low=0, below=1)
-    views: int = knob(2, "crops M of an image per step [P]; distinct stored crops [C]", low=1)
+    views: int = knob(2, "crops M of an image per step [P]; distinct stored crops [C]", low=1, high=1024)
     baseline_views: int = knob(
         1,
         "crops of an image per step, each a sequence, when enabled is false; 2: control for twice as many sequences",
         low=1,
+        high=1024,
     )
     student_views: int = knob(
         2, "views that the student processes, 1 or 2; the paper has 2 in its text, 1 in its figure [C]", choices=(1, 2)
     )
     contrastive_block: int = knob(
-        6, "block, counted from 1, whose output feeds the contrastive losses [P: B 6, L 18, XL 18]", low=1
+        6, "block, counted from 1, whose output feeds the contrastive losses [P: B 6, L 18, XL 18]", low=1, high=1024
     )
     positions: int = knob(
-        4, "positions K drawn once per step, shared by the batch and the views [P]; never that of the class [C]", low=1
+        4,
+        "positions K drawn once per step, shared by the batch and the views [P]; never that of the class [C]",
+        low=1,
+        high=65536,
     )
-    temperature: float = knob(0.2, "tau of both InfoNCE losses [C]", above=0)
-    projector_dim: int = knob(2048, "hidden width of the student's projector [C]", low=1)
+    temperature: float = knob(0.2, "tau of both InfoNCE losses [C]", above=0, high=LARGE)
+    projector_dim: int = knob(2048, "hidden width of the student's projector [C]", low=1, high=65536)
     step_loss: bool = knob(True, "contrastive loss between positions (L_step); false: ablation")
     view_loss: bool = knob(True, "contrastive loss between views (L_view); false: ablation")
     share_label_drop: bool = knob(True, "drop the same class labels in teacher and student [C]")
@@ -191,17 +215,19 @@ class AttentionConfig:
 class OptimConfig:
     """AdamW on fp32 master weights."""
 
-    lr: float = knob(1e-4, "learning rate at a global batch of 256 images; scaled linearly with the batch [P]", above=0)
+    lr: float = knob(
+        1e-4, "learning rate at a global batch of 256 images; scaled linearly with the batch [P]", above=0, high=LARGE
+    )
     scale_lr: bool = knob(True, "multiply lr by global_batch / 256; false: use lr as is")
     beta1: float = knob(0.9, "AdamW beta 1 [P]", low=0, below=1)
     beta2: float = knob(0.95, "AdamW beta 2 [P; printed as 0.05, read as a misprint]", low=0, below=1)
-    eps: float = knob(1e-8, "AdamW epsilon [C]", above=0)
-    weight_decay: float = knob(0.05, "weight decay of tensors with two or more dimensions [P]", low=0)
-    grad_clip: float = knob(1.0, "maximum gradient norm; 0: no clipping [P]", low=0)
+    eps: float = knob(1e-8, "AdamW epsilon [C]", above=0, high=1)
+    weight_decay: float = knob(0.05, "weight decay of tensors with two or more dimensions [P]", low=0, high=LARGE)
+    grad_clip: float = knob(1.0, "maximum gradient norm; 0: no clipping [P]", low=0, high=LARGE)
     schedule: str = knob(
         "constant", "constant [P], cosine (to min_lr_ratio), or linear", choices=("constant", "cosine", "linear")
     )
-    warmup_steps: int = knob(0, "steps of linear warm-up", low=0)
+    warmup_steps: int = knob(0, "steps of linear warm-up", low=0, high=MOST_STEPS)
     min_lr_ratio: float = knob(0.01, "final lr of cosine and linear, as a fraction of the peak", low=0, high=1)
 
 
@@ -214,7 +240,7 @@ class ParallelConfig:
         "DeepSpeed JSON, or zero1, zero2, zero3, zero3_offload; it sets ZeRO stage and offload, not batch, clipping or dtype",
     )
     tensor_parallel: int = knob(
-        1, "ranks that split each layer; must divide the heads, the ffn width and the vocabulary", low=1
+        1, "ranks that split each layer; must divide the heads, the ffn width and the vocabulary", low=1, high=1024
     )
     check_batches: bool = knob(False, "debugging: compare the batches of the ranks of a tensor group at each step")
     activation_checkpointing: bool = knob(False, "recompute the activations of each block in the backward pass")
@@ -228,34 +254,54 @@ class FaultsConfig:
         600.0,
         "seconds without progress after which the watchdog of each rank writes all stacks and ends the rank; 0: never",
         low=0,
+        high=MOST_SECONDS,
     )
     lost_timeout: float = knob(
         60.0,
         "seconds without a heartbeat after which a rank counts as lost; the others name it and end; 0: never",
         low=0,
+        high=MOST_SECONDS,
+    )
+    join_timeout: float = knob(
+        600.0,
+        "seconds that a starting rank waits for the others to join; then it names them and ends",
+        low=1,
+        high=MOST_SECONDS,
     )
     spike_sigma: float = knob(
         6.0,
         "skip a step whose loss is this many standard deviations above the last spike_window losses; 0: never",
         low=0,
+        high=LARGE,
     )
-    spike_window: int = knob(128, "number of last steps whose losses a loss is compared with", low=2)
+    spike_window: int = knob(128, "number of last steps whose losses a loss is compared with", low=2, high=10**6)
     max_skips: int = knob(
         3,
         "maximum skipped steps per spike_window; one more triggers a rollback to the last good checkpoint",
         low=0,
+        high=10**6,
     )
-    max_rollbacks: int = knob(2, "maximum rollbacks of a run; one more stops it", low=0)
+    max_rollbacks: int = knob(2, "maximum rollbacks of a run; one more stops it", low=0, high=10**6)
     checksum_every: int = knob(
-        0, "steps between bitwise comparisons of the state that must be equal on several ranks; 0: never", low=0
+        0,
+        "steps between bitwise comparisons of the state that must be equal on several ranks; 0: never",
+        low=0,
+        high=MOST_STEPS,
+    )
+    memory_every: int = knob(
+        0,
+        "steps between checkpoints in the memory of another node, for runs of megastar elastic; 0: never",
+        low=0,
+        high=MOST_STEPS,
     )
     slow_ratio: float = knob(
-        1.5, "warn about a rank whose compute time per step is this many times the median; 0: never", low=0
+        1.5, "warn about a rank whose compute time per step is this many times the median; 0: never", low=0, high=LARGE
     )
     save_patience: float = knob(
         600.0,
         "seconds to retry writing the last checkpoint, or the record of a rollback, before the run ends without it",
         low=0,
+        high=MOST_SECONDS,
     )
 
 
@@ -263,25 +309,30 @@ class FaultsConfig:
 class TrainConfig:
     """Length, batch, precision, logging, checkpoints."""
 
-    global_batch: int = knob(256, "images (not views) per optimizer step, over all ranks [C]", low=1)
+    global_batch: int = knob(256, "images (not views) per optimizer step, over all ranks [C]", low=1, high=MOST_BATCH)
     micro_batch: int = knob(
-        0, "images per rank and forward pass, the rest is gradient accumulation; 0: global_batch / data ranks", low=0
+        0,
+        "images per rank and forward pass, the rest is gradient accumulation; 0: global_batch / data ranks",
+        low=0,
+        high=MOST_BATCH,
     )
-    steps: int = knob(0, "optimizer steps; 0: set by epochs", low=0)
-    epochs: float = knob(50, "passes over the shards when steps is 0", low=0)
+    steps: int = knob(0, "optimizer steps; 0: set by epochs", low=0, high=MOST_STEPS)
+    epochs: float = knob(50, "passes over the shards when steps is 0", low=0, high=10**8)
     dtype: str = knob(
         "bf16", "bf16, fp32, or auto: bf16 where the hardware supports it", choices=("bf16", "fp32", "auto")
     )
-    seed: int = knob(0, "seed of all random numbers", low=0)
+    seed: int = knob(0, "seed of all random numbers", low=0, high=MOST_SEED)
     init: str = knob("", "weights file to start from; empty: random weights. The projector always starts at random")
-    log_every: int = knob(10, "steps between rows of metrics", low=1)
-    val_every: int = knob(1000, "steps between validation losses; 0: never", low=0)
-    val_images: int = knob(1024, "images of the validation split that the loss is computed on, always the same", low=1)
-    save_every: int = knob(1000, "steps between checkpoints; the last step is always saved", low=1)
-    keep_last: int = knob(
-        2, "number of checkpoints to keep; older ones are removed once a newer one is complete", low=1
+    log_every: int = knob(10, "steps between rows of metrics", low=1, high=MOST_STEPS)
+    val_every: int = knob(1000, "steps between validation losses; 0: never", low=0, high=MOST_STEPS)
+    val_images: int = knob(
+        1024, "images of the validation split that the loss is computed on, always the same", low=1, high=10**9
     )
-    keep_every: int = knob(0, "also keep checkpoints whose step is a multiple of this; 0: none", low=0)
+    save_every: int = knob(1000, "steps between checkpoints; the last step is always saved", low=1, high=MOST_STEPS)
+    keep_last: int = knob(
+        2, "number of checkpoints to keep; older ones are removed once a newer one is complete", low=1, high=MOST_STEPS
+    )
+    keep_every: int = knob(0, "also keep checkpoints whose step is a multiple of this; 0: none", low=0, high=MOST_STEPS)
     keep_best: bool = knob(False, "also keep the checkpoint with the lowest validation loss at its step")
     upload: str = knob("", "s3://bucket/prefix to copy each complete checkpoint to; empty: no copy")
     compile: str = knob(
@@ -299,7 +350,9 @@ class TrainConfig:
         "torch's on first use; off: torch's",
         choices=("auto", "off"),
     )
-    threads: int = knob(0, "CPU threads per rank; 0: cores / local ranks on a CPU, torch's default on a GPU", low=0)
+    threads: int = knob(
+        0, "CPU threads per rank; 0: cores / local ranks on a CPU, torch's default on a GPU", low=0, high=MOST_THREADS
+    )
 
 
 @dataclass

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -21,12 +23,14 @@ class Problem:
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    """All of them, or for a huge ``n`` those below a million and their quotients."""
+    small = [d for d in range(1, min(math.isqrt(n), 10**6) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def words(values: list[Any]) -> str:
     """1, 2 or 4"""
-    shown = [str(v) for v in values]
+    shown = [str(v) for v in values] or ["other values"]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
 
 
@@ -45,7 +49,20 @@ def find_problems(cfg: Any) -> list[Problem]:
         TokenizerTrainConfig: _tokenizer_rules,
     }
     rules = kinds[type(cfg)]
-    return found + [p for p in rules(cfg) if not invalid & set(p.fields)]
+    return found + [p for p in rules(_with_defaults(cfg, invalid)) if not invalid & set(p.fields)]
+
+
+def _with_defaults(cfg: Any, names: set[str]) -> Any:
+    """A copy with the defaults of the fields ``names``: rules compute with numbers within the bounds only."""
+    cfg = copy.deepcopy(cfg) if names else cfg
+    for name in names:
+        *sections, last = name.split(".")
+        section = cfg
+        with suppress(KeyError, AttributeError):  # a name of a variant with a dot in it: another rule refuses it
+            for key in sections:
+                section = section[key] if isinstance(section, dict) else getattr(section, key)
+            setattr(section, last, getattr(type(section)(), last))
+    return cfg
 
 
 def _bounds(section: Any, prefix: str = "") -> Iterator[Problem]:
@@ -77,7 +94,7 @@ def _bounds(section: Any, prefix: str = "") -> Iterator[Problem]:
 
 
 def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
-    yield from _model_rules(cfg.model)
+    yield from model_problems(cfg.model)
     if cfg.self_guided.enabled:
         yield from _self_guided_rules(cfg.self_guided, cfg.model)
     m, tp, t = cfg.model, cfg.parallel.tensor_parallel, cfg.train
@@ -96,7 +113,7 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
             f"use {words(_near(divisors(t.global_batch), t.micro_batch))}",
             ("train.micro_batch", "train.global_batch"),
         )
-    if t.upload and not (t.upload.startswith("s3://") and t.upload.removeprefix("s3://").split("/")[0]):
+    if t.upload and not (t.upload[:5].lower() == "s3://" and t.upload[5:].split("/")[0]):
         yield Problem(f"train.upload = {t.upload}: must have the form s3://bucket/prefix", ("train.upload",))
     if not cfg.run:
         yield Problem("run is empty: name the run folder", ("run",))
@@ -106,7 +123,7 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
         )
     for name in ("shards", "val_shards"):
         scheme, mark, rest = getattr(cfg.data, name).partition("://")
-        if mark and (scheme != "s3" or not rest.split("/")[0]):
+        if mark and (scheme.lower() != "s3" or not rest.split("/")[0]):
             yield Problem(
                 f"data.{name} = {scheme}://{rest}: must be a folder or have the form s3://bucket/prefix",
                 (f"data.{name}",),
@@ -128,7 +145,7 @@ def _near(values: list[int], wanted: int, count: int = 4) -> list[int]:
     return sorted(sorted(values, key=lambda v: abs(v - wanted))[:count])
 
 
-def _model_rules(m: ModelConfig) -> Iterator[Problem]:
+def model_problems(m: ModelConfig) -> Iterator[Problem]:
     if m.dim % m.n_head:
         yield Problem(
             f"model.n_head = {m.n_head}: must divide model.dim {m.dim}; "
@@ -178,8 +195,7 @@ def _self_guided_rules(s: SelfGuidedConfig, m: ModelConfig) -> Iterator[Problem]
         )
 
 
-def _tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
-    t: TokenizerConfig = cfg.tokenizer
+def tokenizer_problems(t: TokenizerConfig) -> Iterator[Problem]:
     here = "tokenizer."
     if not t.channel_multipliers:
         yield Problem(f"{here}channel_multipliers is empty: give one number per level", (here + "channel_multipliers",))
@@ -197,6 +213,12 @@ def _tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
             f"{here}norm_groups = {t.norm_groups}: must divide the width of every level, but does not divide {words(odd)}",
             (here + "norm_groups", here + "channels", here + "channel_multipliers"),
         )
+
+
+def _tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
+    yield from tokenizer_problems(cfg.tokenizer)
+    if not cfg.tokenizer.channel_multipliers:
+        return
     if cfg.continuous_steps >= cfg.steps:
         yield Problem(
             f"continuous_steps = {cfg.continuous_steps}: must be below steps {cfg.steps}, otherwise no codebook is made",

@@ -19,6 +19,7 @@ from megastar.data.order import OrderSpec, sample_ids, shards_from, slot_of
 from megastar.data.prefetch import Batch, ReadAhead, ToDevice
 from megastar.data.shards.manifest import Manifest
 from megastar.data.shards.reader import ShardSet
+from megastar.data.shards.shard_table import largest
 from megastar.data.storage.store import is_remote
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
@@ -74,7 +75,7 @@ class TokenLoader:
     ``device`` codes and labels are there already, copied ahead of use; ids and epochs stay on the CPU.
     ``shards`` come from ``open_shards``; the loader closes their files when it is closed. Of ``cfg`` it uses the
     model's sizes and class dropout, the number of views, ``data.window``, ``train.seed`` and ``train.global_batch``.
-    The shards of this window and as many behind it are fetched in the background from s3://. Raises ``UserError`` for
+    The shards of this window and as many behind it are fetched and verified in the background. Raises ``UserError`` for
     shards or sizes that do not match, here or when a row is read.
     """
 
@@ -103,7 +104,7 @@ class TokenLoader:
         check_enough(shards.folder, manifest, self.global_batch)
         if window < 1:
             raise UserError(f"window {window} must be at least 1 shard")
-        shards.store.check_room(sorted(manifest.shards, key=lambda s: -s.bytes)[: window + 1])
+        shards.store.check_room(largest(manifest.shards, window + 1))
         self.order = OrderSpec(self.seed, manifest.shard_sizes, window)
         self.step, self._micro, self._prefetch = start_step, 0, prefetch
         b = self.global_batch // (accumulation * world)
@@ -199,9 +200,8 @@ class TokenLoader:
                 self.close()
 
     def _from(self, step: int) -> Iterator[list[Batch]]:
-        """All from ``step`` on. The shards of the first batch are fetched first, because the caller waits for it."""
-        if self.shards.store.remote:
-            self._fetch(np.unique(self.shards.starts.searchsorted(self._rows(step, 0)[0], side="right") - 1))
+        """All from ``step`` on. The shards of the first batch come first, because the caller waits for it."""
+        self._fetch(np.unique(self.shards.starts.searchsorted(self._rows(step, 0)[0], side="right") - 1))
         micros = ((k, micro) for k in count(step) for micro in range(self.accumulation))
         together = 1  # the first batch does not wait for later ones
         while True:
@@ -213,8 +213,7 @@ class TokenLoader:
                     raise
                 for one in group:  # return the batches before the one that cannot be read
                     yield self._send([one])
-            if self.shards.store.remote:
-                self._announce(group[-1][0])
+            self._announce(group[-1][0])
             together = self._together
 
     def _send(self, micros: Sequence[tuple[int, int]]) -> list[Batch]:

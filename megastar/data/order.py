@@ -32,7 +32,7 @@ class OrderSpec:
     """Everything the order of a run depends on."""
 
     seed: int
-    shard_sizes: tuple[int, ...]  # samples of each shard
+    shard_sizes: tuple[int, ...] | np.ndarray  # samples of each shard
     window: int  # shards whose samples are mixed
 
     @cached_property
@@ -64,9 +64,9 @@ def permutation(n: int, *key: int) -> np.ndarray:
 class _Epoch:
     """The plan of one epoch: its S non-empty shards in order, and the slots (one, if no window slides)."""
 
-    shards: np.ndarray  # (S,) int64
+    shards: np.ndarray  # (S,) int32
     sliding: bool
-    cuts: np.ndarray  # (S,) int64: rounding offset of a shard, so that tiny shards do not all fall into the same part
+    cuts: np.ndarray  # (S,) int32: rounding offset of a shard, so that tiny shards do not all fall into the same part
     ends: np.ndarray  # (slots,) int64: place in the epoch after each slot's last sample
 
     def part(self, spec: OrderSpec, place: int | np.ndarray, j: int | np.ndarray) -> np.ndarray:
@@ -79,11 +79,11 @@ class _Epoch:
 @lru_cache(maxsize=4)  # a batch spans one epoch or two; reading ahead may need a third
 def _epoch(spec: OrderSpec, epoch: int) -> _Epoch:
     shards = permutation(len(spec.shard_sizes), spec.seed, epoch, _SHARDS)
-    shards = shards[spec.sizes[shards] > 0]
+    shards = shards[spec.sizes[shards] > 0].astype(np.int32)
     S, W = len(shards), spec.window
     if S <= W:
-        return _Epoch(shards, False, np.zeros(S, np.int64), np.array([spec.samples]))
-    cuts = (_raw(S, spec.seed, epoch, _CUTS) % np.uint64(W)).astype(np.int64)
+        return _Epoch(shards, False, np.zeros(S, np.int32), np.array([spec.samples]))
+    cuts = (_raw(S, spec.seed, epoch, _CUTS) % np.uint64(W)).astype(np.int32)
     plan = _Epoch(shards, True, cuts, np.zeros(S + W - 1, np.int64))
     places, sizes = np.arange(S), plan.ends
     for j in range(W):
@@ -95,7 +95,7 @@ def _epoch(spec: OrderSpec, epoch: int) -> _Epoch:
 @lru_cache(maxsize=128)
 def _shard_order(spec: OrderSpec, epoch: int, shard: int) -> np.ndarray:
     """The ids of a shard's samples in this epoch's order; its parts belong to different slots."""
-    ids: np.ndarray = spec.starts[shard] + permutation(spec.shard_sizes[shard], spec.seed, epoch, _SHARD, shard)
+    ids: np.ndarray = spec.starts[shard] + permutation(int(spec.shard_sizes[shard]), spec.seed, epoch, _SHARD, shard)
     return ids
 
 

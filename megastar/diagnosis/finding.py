@@ -13,6 +13,7 @@ from megastar.errors import UserError
 OK, WARNING, FAILURE = "OK", "warning", "failure"
 LEVELS = (OK, WARNING, FAILURE)
 hung: list[str] = []  # checks that timed out; their threads still run
+cancelled = threading.Event()  # checks end early
 SHOWN = 4  # different OK results of a check that are shown; all warnings and failures are
 
 
@@ -53,8 +54,13 @@ def with_timeout(name: str, check: Callable[[], Iterable[Finding]], seconds: flo
         ended.set()
 
     threading.Thread(target=work, daemon=True).start()
-    if ended.wait(seconds):
-        return findings
+    try:
+        if ended.wait(seconds):
+            return findings
+    except BaseException:  # a stop signal: the check removes its files
+        cancelled.set()
+        ended.wait(2.0)
+        raise
     hung.append(name)
     remedy = remedy or "find out what blocks it on that node (dmesg, mounts)"
     return [Finding(name, FAILURE, f"no response within {seconds:g} s", remedy)]

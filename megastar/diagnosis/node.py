@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding
+from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding, cancelled
+from megastar.errors import UserError
 from megastar.utils.files import existing_parent
 
 GIB = 2**30
@@ -134,6 +135,8 @@ def _speed(path: Path, size: int) -> tuple[float, float]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the shard cache and claims use locks
             start = time.perf_counter()
             for _ in range(max(1, size // BLOCK)):
+                if cancelled.is_set():
+                    raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
                 f.write(block)
             f.flush()
             os.fsync(f.fileno())
@@ -163,7 +166,7 @@ def s3_read(url: str, sample: int = SAMPLE) -> list[Finding]:
         page = folder.client.list_objects_v2(Bucket=folder.bucket, Prefix=folder.key_of(""), MaxKeys=PAGE)
     except Exception as error:
         folder.raise_if_permanent(error, "")
-        raise
+        raise UserError(f"{url} cannot be listed at {folder.endpoint}: {folder.describe(error)}") from error
     listed = time.perf_counter() - start
     contents, prefix = page.get("Contents", ()), folder.key_of("")
     objects = {item["Key"][len(prefix) :]: (int(item["Size"]), item["ETag"]) for item in contents}
@@ -190,7 +193,7 @@ def s3_write(url: str) -> list[Finding]:
         folder.client.put_object(Bucket=folder.bucket, Key=folder.key_of(name), Body=b"megastar doctor")
     except Exception as error:
         folder.raise_if_permanent(error, name)
-        raise
+        raise UserError(f"{url} cannot be written at {folder.endpoint}: {folder.describe(error)}") from error
     try:
         folder.client.delete_object(Bucket=folder.bucket, Key=folder.key_of(name))
     except Exception:  # an upload never needs to remove an object

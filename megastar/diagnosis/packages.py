@@ -21,6 +21,7 @@ REQUIRED = {  # package -> minimum version, as in setup.py
     "deepspeed": "0.19.8",
     "jinja2": "3.1",
     "psutil": "5.9",
+    "pydantic": "2.5",
     "numpy": "1.26",
     "omegaconf": "2.3",
     "pyyaml": "6.0",

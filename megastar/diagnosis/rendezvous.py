@@ -10,7 +10,6 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 from megastar.errors import UserError
@@ -50,15 +49,14 @@ class Rendezvous:
     def __init__(self, rank: int, world: int, patience: float, environ: Mapping[str, str] = os.environ):
         import torch.distributed as dist
 
+        from megastar.parallel.rendezvous import agent_hosts_store, host_store, open_client
+
         self.rank, self.world, self.patience = rank, world, patience
         self.node = host_name(environ)
         host, port = master_address(environ)
-        # Otherwise a process of torchrun listens.
-        listens = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        listens = rank == 0 and not agent_hosts_store(environ)
         try:
-            store = dist.TCPStore(
-                host, port, is_master=listens, timeout=timedelta(seconds=patience), wait_for_workers=False
-            )
+            store = host_store(host, port, environ) if listens else open_client(host, port, patience)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(

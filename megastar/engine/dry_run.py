@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from megastar.config.schema import RunConfig
@@ -17,6 +16,7 @@ from megastar.engine.step_benchmark import one_step, random_batch
 from megastar.engine.zero.engines import Engines, full_shapes
 from megastar.engine.zero.state_memory import state_bytes
 from megastar.teacher.schedule import decay_at
+from megastar.utils.console import PlainConsole
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k, assumed where there are no shards
 
@@ -65,4 +65,4 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest 
     table = Table(title=f"dry run of {cfg.run}", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    PlainConsole().print(table)

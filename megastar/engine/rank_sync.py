@@ -1,17 +1,24 @@
-"""Values and decisions that are the same on all ranks. Every function but ``wait_for`` is a collective."""
+"""Values and decisions that are the same on all ranks. Every function but ``wait_for`` is a collective.
+
+Ranks exchange JSON in tensors, never pickles: tuples arrive as lists, on one rank too.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megastar.engine.context import Context
 from megastar.engine.phase import PHASE, SAVING
-from megastar.errors import UserError
+from megastar.errors import UserError, as_user_error
+from megastar.parallel.signed_store import SignedStore
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -19,19 +26,36 @@ PATIENCE = 3600.0  # seconds that ranks wait for each other's files
 
 
 def from_main(ctx: Context, value: T) -> T:
-    """The main rank's ``value``, on all ranks."""
-    values = [value]
+    """The main rank's ``value``, of JSON's types, on all ranks."""
+    data = _encode(ctx, value)
     if ctx.world > 1:
-        dist.broadcast_object_list(values, src=0, device=ctx.device)
-    return values[0]
+        length = torch.tensor([len(data)], device=ctx.device)
+        dist.broadcast(length, src=0)
+        data = data if ctx.main else data.new_empty(int(length.item()))
+        dist.broadcast(data, src=0)
+    return cast(T, _decode(data))
 
 
 def gather(ctx: Context, value: T) -> list[T]:
-    """The ``value`` of each rank, on all ranks."""
-    values = [value] * ctx.world
-    if ctx.world > 1:
-        dist.all_gather_object(values, value)
-    return values
+    """The ``value`` of each rank, of JSON's types, on all ranks."""
+    data = _encode(ctx, value)
+    if ctx.world == 1:
+        return [cast(T, _decode(data))]
+    lengths = [torch.zeros(1, dtype=torch.int64, device=ctx.device) for _ in range(ctx.world)]
+    dist.all_gather(lengths, torch.tensor([len(data)], device=ctx.device))
+    counts = [int(n.item()) for n in lengths]
+    padded = torch.nn.functional.pad(data, (0, max(counts) - len(data)))
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return [cast(T, _decode(part[:count])) for part, count in zip(parts, counts, strict=True)]
+
+
+def _encode(ctx: Context, value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(ctx.device)
+
+
+def _decode(data: Tensor) -> Any:
+    return json.loads(data.cpu().numpy().tobytes())
 
 
 def on_main(ctx: Context, work: Callable[[], None]) -> str:
@@ -62,15 +86,14 @@ def retry(ctx: Context, attempt: Callable[[], str], patience: float, stop: Calla
         pause = min(2 * pause, 10.0)
 
 
-def wait_for(store: Any, key: str, otherwise: str, patience: float = PATIENCE) -> str:
+def wait_for(store: SignedStore, key: str, otherwise: str, patience: float = PATIENCE) -> str:
     """The value of ``key`` once some rank has set it. Polls: a blocking wait would hold the store for every thread."""
     deadline = time.monotonic() + patience
-    while not store.check([key]):
+    while not (store.check([key]) and (found := store.get_all([key]))):
         if time.monotonic() > deadline:
             raise OSError(f"{otherwise} within {patience:.0f} s")
         time.sleep(0.02)
-    value: bytes = store.get(key)
-    return value.decode()
+    return found[key].decode()
 
 
 def on_all_ranks(ctx: Context, make: Callable[[], T]) -> T:
@@ -87,15 +110,17 @@ def on_all_ranks(ctx: Context, make: Callable[[], T]) -> T:
 def error_of_any_rank(ctx: Context, error: Exception | None) -> Exception | None:
     """This rank's own error, or else that of the first rank that has one. Called by all ranks alike.
 
-    A ``UserError`` is one on the other ranks too; any other error is a ``RuntimeError`` there, and the job is requeued.
+    A ``UserError`` is one on the other ranks too, where it is not reported again; any other error is a ``RuntimeError``
+    there, and the job is requeued.
     """
+    error = as_user_error(error) or error
     is_user_error = isinstance(error, UserError)
     every = gather(ctx, (f"{error}" if is_user_error else repr(error) if error else "", is_user_error))
     if error is not None:
         return error
     for rank, (text, user) in enumerate(every):
         if text:
-            return UserError(text) if user else RuntimeError(f"rank {rank}: {text}")
+            return UserError(text, reported=True) if user else RuntimeError(f"rank {rank}: {text}")
     return None
 
 

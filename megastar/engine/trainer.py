@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from megastar.data.storage.store import is_remote
 from megastar.engine.checkpointer.async_saver import Saver, grace_period
 from megastar.engine.checkpointer.load import load_checkpoint, load_initial
 from megastar.engine.dry_run import describe
-from megastar.engine.exit_codes import PREEMPTED
+from megastar.engine.elastic.memory_checkpoint import MemoryCheckpoints
+from megastar.engine.elastic.mesh_change import record_start
 from megastar.engine.fault_tolerance import replica_checksum
 from megastar.engine.fault_tolerance.errors import CorruptReplica
 from megastar.engine.fault_tolerance.rollback import commit_rollback, finish_rollback, plan_rollback
@@ -29,23 +29,28 @@ from megastar.engine.fault_tolerance.step_consensus import StepConsensus, any_st
 from megastar.engine.fault_tolerance.stragglers import Stragglers
 from megastar.engine.fault_tolerance.watchdog import watch
 from megastar.engine.input_pipeline.batch_fetcher import BatchFetcher, OutOfData
-from megastar.engine.input_pipeline.data_checks import check_same_data, check_same_order, open_data
+from megastar.engine.input_pipeline.data_checks import open_data
 from megastar.engine.lr_schedule import learning_rate, peak_rate, row_due, total_steps
 from megastar.engine.memory_check import check_run
-from megastar.engine.metrics.environment import command_line, process_environment
+from megastar.engine.metrics.environment import command_line
 from megastar.engine.metrics.health_monitor import HealthMonitor
 from megastar.engine.metrics.logger import MetricsLogger
 from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks, run_on_main
+from megastar.engine.resume_checks import check_resumed
+from megastar.engine.run_folder import hold_run_folder
+from megastar.engine.train_result import TrainResult
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
-from megastar.engine.zero.setup import build, chosen_kernels, collective_timeout, set_timeouts, start
+from megastar.engine.zero.process_group import collective_timeout, set_timeouts, start
+from megastar.engine.zero.setup import build
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.config_file import claim_run_folder
 from megastar.run_dir.events import append_event
-from megastar.utils.signals import StopFlag
+from megastar.run_dir.lease import in_use
+from megastar.utils.signals import Preempted, StopFlag, status_after
 
 logger = logging.getLogger(__name__)
 
@@ -60,30 +65,9 @@ def train(cfg: RunConfig, *, dry_run: bool = False, stop: StopFlag | None = None
     if dry_run:
         flag.release()  # there is nothing to save
         trainer.dry_run()
-    elif trainer.fit().signal:
+    elif signal_number := trainer.fit().signal:
         flag.ignore()  # a further signal must not replace the exit status
-        raise SystemExit(PREEMPTED)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How ``Trainer.fit`` ended. ``signal``: the stop signal that ended it early, 0 where all steps are done."""
-
-    step: int
-    checkpoint: Path | None
-    signal: int = 0
-
-    @property
-    def finished(self) -> bool:
-        return not self.signal
-
-
-class _Preempted(SystemExit):
-    """All ranks stop because of a signal. A SystemExit, so that the watchdog counts it as a clean end."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(PREEMPTED)
-        self.signal = signal_number
+        raise SystemExit(status_after(signal_number))
 
 
 class Trainer:
@@ -109,7 +93,7 @@ class Trainer:
         self.cfg, self.watchdog, self._stop = as_run_config(config), watchdog, stop
         self.run, self.checkpoints = Path(self.cfg.run), checkpoint_dir.folder_of(self.cfg.run)
         self.step = self.steps = 0  # done; in all
-        self.hooks: list[Callable[[StepRecord], None]] = [self._log, self._validate, self._save]
+        self.hooks: list[Callable[[StepRecord], None]] = [self._log, self._validate, self._save, self._remember]
 
     # Set-up ------------------------------------------------------------------------------------------------------
     def fit(self) -> TrainResult:
@@ -124,13 +108,15 @@ class Trainer:
         self.stop = self._stop or StopFlag()
         PHASE.reset()
         try:
-            self.ctx = check_run(cfg, start(cfg))  # before the run folder exists
+            self.ctx = check_run(cfg, start(cfg, lambda: self.stop.signal))  # before the run folder exists
             self._leave_if_stopped()
-            claim_run_folder(cfg, write=self.ctx.main)
-            with watch(cfg, self.ctx.rank, self.ctx.world) if self.watchdog else nullcontext():
-                self._build()
-                self._train()
-        except _Preempted as leaving:
+            with hold_run_folder(cfg, self.ctx, self.stop) as self.lease:
+                self._leave_if_stopped()
+                run_on_main(self.ctx, lambda: claim_run_folder(cfg))
+                with watch(cfg, self.ctx.rank, self.ctx.world, self.ctx.secret) if self.watchdog else nullcontext():
+                    self._build()
+                    self._train()
+        except Preempted as leaving:
             saver: Saver | None = getattr(self, "saver", None)  # none before the first step
             return TrainResult(self.step, saver.done if saver else None, leaving.signal)
         finally:
@@ -159,14 +145,17 @@ class Trainer:
         set_timeouts(collective_timeout(cfg.faults, cfg.data))
         rollbacks = finish_rollback(self.run, ctx)
         self.policy = SkipPolicy(cfg.faults, len(rollbacks))
-        found = run_on_main(ctx, lambda: checkpoint_dir.latest(self.checkpoints))  # views of a shared disk may differ
-        if found:
+        newest = run_on_main(
+            ctx, lambda: str(checkpoint_dir.latest(self.checkpoints) or "")
+        )  # views of a disk may differ
+        self.memory = MemoryCheckpoints(cfg, ctx, self.engines)
+        if found := self.memory.newest(Path(newest) if newest else None, len(rollbacks)):
             restored = load_checkpoint(ctx, self.engines, found, cfg.train.seed)
             self.step, origin = restored["step"], restored.get("init")
             self.policy.restore(restored, len(rollbacks), rollbacks[-1]["position"] if rollbacks else 0)
-            check_same_data(cfg.data, restored, self.data.digests, found)
-            check_same_order(cfg.data.window, manifest, restored, found)
+            changes = check_resumed(cfg, ctx, self.data, restored, found)
         else:
+            changes = []
             self.step, origin = 0, load_initial(cfg.train.init, ctx, self.engines) if cfg.train.init else None
             seed_dropout(cfg.train.seed, ctx.mesh.data_rank, 0)
         self.steps = total_steps(cfg.train, manifest.samples)
@@ -177,6 +166,7 @@ class Trainer:
             "order": ORDER,
             "classes": manifest.classes,
             "init": origin,
+            "changes": changes,
             "command": command_line(),
         }
 
@@ -191,8 +181,13 @@ class Trainer:
         with ExitStack() as opened:
             self.loader = on_all_ranks(ctx, lambda: opened.enter_context(closing(self._open_loader())))
             self.metrics = on_all_ranks(ctx, lambda: self._open_metrics(opened))
+            opened.callback(self.memory.close)
+            changes = self.metadata["changes"]
+            record_start(
+                self.metrics, cfg, ctx, self.engines, self.data.train.manifest, self.found, self.steps, changes
+            )
             self.fetcher = BatchFetcher(self.loader, ctx, lambda: bool(self.stop.signal), self.run)
-            self.saver = Saver(cfg, ctx, self.engines, self.step)
+            self.saver = Saver(cfg, ctx, self.engines, self.step, self.lease)
             self.stragglers = Stragglers(ctx, self.engines, self.fetcher, cfg.faults.slow_ratio)
             if ctx.main and (shortfall := self.saver.disk_shortfall(self.steps)):
                 self.metrics.event("warning", shortfall)
@@ -220,12 +215,6 @@ class Trainer:
         cfg, ctx = self.cfg, self.ctx
         metrics = MetricsLogger(self.run, self.step, self.steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx))
         opened.callback(metrics.close)  # at once: what follows, or another rank, may fail
-        fresh = f"{cfg.run}: {self.steps} steps on {ctx.world} rank(s)"
-        text = f"resumed {self.found} at step {self.step}" if self.found else fresh
-        facts = process_environment(ctx.device) | chosen_kernels(self.engines.student.module.transformer)
-        metrics.event("resumed" if self.found else "started", text, steps=self.steps, ranks=ctx.world, **facts)
-        if ctx.main and not self.data.train.manifest.tokenizer_sha256:
-            logger.warning("%s records no tokenizer hash; assuming it matches data.tokenizer", cfg.data.shards)
         return metrics
 
     # The loop ----------------------------------------------------------------------------------------------------
@@ -241,6 +230,8 @@ class Trainer:
                 PHASE.at("backward")
                 engines.student.backward(loss)
                 result = consensus.result()
+                if result.save_failed:
+                    self.saver.check_folder()
                 if result.out_of_data:
                     raise OutOfData(result.signal)
                 record.add(result, metrics, batch["ids"])
@@ -305,6 +296,7 @@ class Trainer:
         self.loader.load_state_dict({"samples": (self.step + self.policy.offset) * self.loader.global_batch})
         self.fetcher.restart()
         self.saver.rewind(plan.target, self.step)
+        self.memory.discard()
         self.metrics.rewind(self.step, plan.target)
         self.metrics.event("rolled_back", plan.text, left=left, to=self.step, position=plan.record["position"])
 
@@ -334,7 +326,7 @@ class Trainer:
             self.metrics.note(f"step {self.step}: validation next-token loss {value:.4f}")
 
     def _save(self, record: StepRecord) -> None:
-        """Save where it is due, and stop after a signal. Raises ``_Preempted``."""
+        """Save where it is due, and stop after a signal. Raises ``Preempted``."""
         self.metrics.saved(self.saver.done)
         PHASE.at(SAVING)
         last = self.step == self.steps
@@ -348,6 +340,10 @@ class Trainer:
             self.metrics.saved(self.saver.done)
             self._stop_for(record.signal, unsaved or f"saved {self.saver.done}")  # the next start completes uploads
 
+    def _remember(self, record: StepRecord) -> None:
+        if (blocked := self.memory.save(self.step, self._checkpoint_metadata())) is not None:
+            self.metrics.write(self.step, {"memory_blocked_s": blocked})
+
     # The end -----------------------------------------------------------------------------------------------------
     def _finish(self) -> None:
         """The last checkpoint is on the disk and uploaded, or the run fails."""
@@ -357,10 +353,10 @@ class Trainer:
             raise UserError(f"{problem}, and run the same command again")
         PHASE.at(ENDING)
         if problem := self.saver.close():
-            self.metrics.event("warning", problem, situation="upload")
+            self.metrics.event("warning", problem, situation="upload", note=False)
         self.metrics.saved(self.saver.done)
         self.metrics.warn(self.saver.take_events())
-        self.metrics.event("finished", f"{self.steps} steps are done", note=False)
+        self.metrics.event("finished", f"{self.steps} steps are done{problem and '; '}{problem}", note=bool(problem))
 
     def _stop_without_data(self, signal_number: int) -> None:
         """Some rank has no batch for the next step: save the last whole step and stop. Called by all ranks alike."""
@@ -380,7 +376,7 @@ class Trainer:
 
     def _stop_for(self, signal_number: int, kept: str, when: str = "") -> None:
         self.metrics.event("signal", f"signal {signal_number}{when}: {kept}; the same command resumes")
-        raise _Preempted(signal_number)
+        raise Preempted(signal_number)
 
     def _leave_if_stopped(self) -> None:
         """Before the first step there is nothing to save. Called by all ranks alike."""
@@ -389,9 +385,10 @@ class Trainer:
         if self.ctx.main:
             found = checkpoint_dir.latest(self.checkpoints)
             text = f"signal {signal_number} before the first step: nothing to save; the same command starts again"
-            append_event(self.run, "signal", checkpoint_dir.step_in(found) if found else 0, text)
+            if not in_use(self.run):
+                append_event(self.run, "signal", checkpoint_dir.step_in(found) if found else 0, text)
             logger.warning(text)
-        raise _Preempted(signal_number)
+        raise Preempted(signal_number)
 
     def _checkpoint_metadata(self) -> dict[str, Any]:
         return {**self.metadata, "guard": self.policy.state(self.step)}

@@ -100,8 +100,12 @@ class Collector:
         return out | ({"features": self.features} if self.keep else {})
 
     def restore(self, arrays: dict[str, np.ndarray]) -> Collector:
-        """Load the state returned by ``arrays``. Raises ``KeyError`` if a part is missing."""
-        self.count, self.dim = int(arrays["count"][0]), len(arrays["mean"])
+        """Load the state returned by ``arrays``. Raises ``KeyError`` or ``ValueError`` for another content."""
+        self.count, self.dim = int(arrays["count"].item()), arrays["mean"].size
+        kinds = [("mean", "scatter")] + ([("spatial_mean", "spatial_scatter")] if self.spatial else [])
+        shapes = [arrays[scatter].shape == 2 * arrays[mean].shape for mean, scatter in kinds]
+        if not all(shapes) or (self.keep and arrays["features"].shape != (self.count, self.dim)):
+            raise ValueError("the shapes differ")
         self.stats = Statistics(self.count, arrays["mean"], arrays["scatter"])
         if self.spatial:
             self.spatial_stats = Statistics(self.count, arrays["spatial_mean"], arrays["spatial_scatter"])

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from megastar.data.images.dataset import ImageError, ImageSet, center_crop
+from megastar.data.images.dataset import ImageSet, center_crop
+from megastar.data.images.image_files import ImageError
 from megastar.data.shards.reader import ShardSet
 from megastar.data.storage.shard_info import MANIFEST
 from megastar.data.storage.store import is_remote
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.tokenizer.vq import to_pixels
-from megastar.utils.files import sha256
+from megastar.utils.files import open_regular, sha256
+from megastar.utils.json_file import shown
+from megastar.utils.npz import NpzFile
 
 logger = logging.getLogger(__name__)
 NPZ_NAMES = ("arr_0", "images")
+MAX_IMAGES, MAX_SIDE = 10_000_000, 4096  # of an .npz
+BATCH_BYTES = 128 << 20
 
 
 class ImageSource(Protocol):
@@ -138,36 +141,44 @@ class NpzImages:
     """ADM's layout, read from the archive in batches: 50,000 images of 256 x 256 are 9.8 GB, never in memory at once."""
 
     def __init__(self, path: Path, limit: int | None = None):
-        self.path = path
+        self.path, self.file = path, NpzFile(path)
         names = npz_names(path)
         name = next((n for n in NPZ_NAMES if n in names), None)
         if name is None:
-            raise UserError(f"{path} contains {', '.join(names) or 'nothing'}: expected arr_0 or images")
-        self.name = name
-        with _readable(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-            shape, fortran, dtype = _header(member)
-            actual_bytes = archive.getinfo(f"{name}.npy").file_size - member.tell()
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-            raise UserError(f"{path}: {name} is {dtype} {shape}, expected uint8 (N, H, W, 3) with N above 0")
-        if fortran:
+            raise UserError(f"{path} contains {shown(', '.join(names)) or 'nothing'}: expected arr_0 or images")
+        self.name, header = name, self.file.header(name)
+        shape = header.shape
+        if header.dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+            raise UserError(
+                f"{path}: {name} is {header.dtype} {shown(str(shape))}, expected uint8 (N, H, W, 3) with N above 0"
+            )
+        if header.fortran:
             raise UserError(f"{path}: {name} is stored in Fortran order: save np.ascontiguousarray of it")
-        if actual_bytes != np.prod(shape, dtype=object):
-            raise UserError(f"{path}: {name} has the shape {shape} but {actual_bytes} bytes: create it again")
+        if shape[0] > MAX_IMAGES or max(shape[1:3]) > MAX_SIDE:
+            raise UserError(
+                f"{path}: {name} has the shape {shape}: at most {MAX_IMAGES} images of at most {MAX_SIDE} pixels a side "
+                "are scored; resize them"
+            )
         self.count, self.height, self.width = min(shape[0], limit or shape[0]), shape[1], shape[2]
 
     def batches(self, batch: int) -> Iterator[np.ndarray]:
-        with _readable(self.path), zipfile.ZipFile(self.path) as archive, archive.open(f"{self.name}.npy") as member:
-            _header(member)
+        size = 3 * self.height * self.width
+        batch = max(1, min(batch, BATCH_BYTES // size))
+        with self.file.open(self.name) as member:
             for first in range(0, self.count, batch):
                 shape = (min(batch, self.count - first), self.height, self.width, 3)
-                data = member.read(int(np.prod(shape)))
+                data = member.read(shape[0] * size)
+                if len(data) < shape[0] * size:
+                    raise UserError(f"{self.path}: {self.name} is truncated: create it again")
                 yield np.frombuffer(bytearray(data), np.uint8).reshape(shape)
 
     def labels(self) -> np.ndarray | None:
-        labels = read_arrays(self.path, ["arr_1"]).get("arr_1")
-        if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) < self.count:
+        if "arr_1" not in self.file.names():
             return None
-        return labels[: self.count]
+        header = self.file.header("arr_1")
+        if len(header.shape) != 1 or header.dtype.kind not in "iu" or not self.count <= header.shape[0] <= MAX_IMAGES:
+            return None
+        return self.file.read("arr_1")[: self.count]
 
     def sha256(self) -> str:
         return sha256(self.path)
@@ -211,35 +222,14 @@ class TokenImages:
         return digest.hexdigest()
 
 
-def read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
-    """Those of ``names`` that an .npz contains. Raises ``UserError``."""
-    with _readable(path), np.load(path, allow_pickle=False) as archive:
-        return {n: archive[n] for n in names if n in archive.files}
-
-
 def npz_names(path: Path) -> list[str]:
     """The names of an .npz's arrays. Raises ``UserError``."""
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path} does not exist: name a folder, a .tar, an .npz or token shards")
-    with _readable(path), zipfile.ZipFile(path) as archive:
-        return [n.removesuffix(".npy") for n in archive.namelist()]
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
-        raise UserError(f"{path} is not a readable .npz ({error}): create it again") from error
-
-
-def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    if np.lib.format.read_magic(member) == (1, 0):
-        return np.lib.format.read_array_header_1_0(member)
-    return np.lib.format.read_array_header_2_0(member)
+    return NpzFile(path).names()
 
 
 def _add_file(digest: hashlib._Hash, path: Path) -> None:
-    with path.open("rb") as f:
+    with open_regular(path) as f:
         while block := f.read(1 << 20):
             digest.update(block)

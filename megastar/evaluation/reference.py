@@ -16,10 +16,13 @@ from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector, collect
 from megastar.evaluation.features import Network
 from megastar.evaluation.frechet import Statistics
-from megastar.evaluation.image_sources import NPZ_NAMES, ImageSource, npz_names, open_images, read_arrays
+from megastar.evaluation.image_sources import NPZ_NAMES, ImageSource, npz_names, open_images
 from megastar.evaluation.inception import POOL, SPATIAL
 from megastar.evaluation.options import EvaluationOptions
 from megastar.utils.files import atomic_file, sha256
+from megastar.utils.json_file import shown
+from megastar.utils.npz import NpzFile
+from megastar.utils.safetensors_header import read_header
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +95,14 @@ def read_reference(
 
 
 def _given(path: Path, mean: str, covariance: str, dim: int) -> Statistics:
-    found = read_arrays(path, [mean, covariance])
-    if len(found) < 2:
+    file = NpzFile(path)
+    if not {mean, covariance} <= set(file.names()):
         raise UserError(f"{path} has no {mean} and {covariance}: use ADM's VIRTUAL_*.npz, or images, as the reference")
-    m, c = found[mean], found[covariance]
-    if m.shape != (dim,) or c.shape != (dim, dim) or m.dtype.kind != "f" or c.dtype.kind != "f":
-        raise UserError(
-            f"{path}: {mean} is {m.dtype} {m.shape}, {covariance} {c.dtype} {c.shape}; expected floats ({dim},) and "
-            f"({dim}, {dim})"
-        )
+    heads = {name: file.header(name) for name in (mean, covariance)}
+    if [h.shape for h in heads.values()] != [(dim,), (dim, dim)] or any(h.dtype.kind != "f" for h in heads.values()):
+        found = ", ".join(f"{name} is {h.dtype} {shown(str(h.shape))}" for name, h in heads.items())
+        raise UserError(f"{path}: {found}; expected floats ({dim},) and ({dim}, {dim})")
+    m, c = (file.read(name) for name in heads)
     if not (np.isfinite(m).all() and np.isfinite(c).all()):
         raise UserError(f"{path}: {mean} or {covariance} contains NaN or infinity: download it again")
     return Statistics.given(m, c)
@@ -110,9 +112,10 @@ def _restore(collector: Collector, file: Path) -> bool:
     if not file.is_file():
         return False
     try:
+        read_header(file)
         collector.restore(load_file(file))
         return True
-    except (SafetensorError, KeyError, OSError):
+    except (UserError, SafetensorError, KeyError, ValueError, OSError):
         file.unlink(missing_ok=True)  # a damaged cache file is written again
         return False
 

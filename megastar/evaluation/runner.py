@@ -33,11 +33,13 @@ from megastar.tokenizer.losses import psnr
 from megastar.tokenizer.train import summary_of
 from megastar.tokenizer.vq import to_images, to_pixels
 from megastar.utils.files import write_atomic
+from megastar.utils.json_file import ANY, dict_of, read_json, shown, text, validator
 from megastar.version import __version__
 
 logger = logging.getLogger(__name__)
 SAMPLED = "drawn while scoring"  # a result's source without a file
 # Provenance that generated images should have, under the sampler's names. A result lists what is missing.
+_PROVENANCE = validator(dict_of(text(1000), ANY))
 EXPECTED = ("label_plan", "cfg_scale", "weights", "dtype", "seed")
 
 
@@ -56,7 +58,7 @@ def evaluate(
     provenance = _read_record(Path(generated))
     if provenance.get("count", images.count) != images.count:
         raise UserError(
-            f"{record_of(Path(generated))} records {provenance['count']} images, but {generated} contains {images.count}: "
+            f"{record_of(Path(generated))} records {shown(provenance['count'])} images, but {generated} contains {images.count}: "
             "remove the wrong file"
         )
     metrics, made = _prepare(o, images.count, generated)
@@ -240,12 +242,7 @@ def _read_record(generated: Path) -> dict[str, Any]:
 
 def read_provenance(file: str | Path) -> dict[str, Any]:
     """A JSON object. Raises ``UserError``."""
-    try:
-        provenance = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"provenance {file} cannot be read ({error}): expected a JSON object") from error
-    if not isinstance(provenance, dict):
-        raise UserError(f"provenance {file} contains a {type(provenance).__name__}: expected a JSON object")
+    provenance: dict[str, Any] = read_json(Path(file), _PROVENANCE, "write a JSON object, or leave the file out")
     return provenance
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +19,15 @@ from megastar.experiments.job_queue import Attempt, Job, JobQueue, QueueStopped,
 from megastar.experiments.plan import PlannedRun, check_folder, check_order, codes_folder, is_trained, needed_splits
 from megastar.experiments.results import Results, gather
 from megastar.run_dir.layout import METRICS
+from megastar.run_dir.lease import hold
 from megastar.utils.files import write_atomic
+from megastar.utils.json_file import ANY, FLOAT, dict_of, integer, read_json, record, text, validator
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_TIMES = validator(dict_of(text(1000), dict_of(text(1000), FLOAT)))
+_RESULTS = validator(record({"runs": ANY, "command": text()}, {"gpus": integer()}))
 OUTPUTS = ("table.md", "results.json", "probe.png", "score.png")
 
 
@@ -42,8 +44,7 @@ class Comparison:
 
     def run(self) -> int:
         """Returns the exit status: 0, 1 if a run failed, 128 + the signal that stopped it. Raises ``UserError``."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(self.out):
+        with hold(self.out, "megastar compare", "out"):
             check_folder(self.cfg, self.runs)
             save_config(self.cfg, self.out / "compare.yaml")
             self.pretokenize()
@@ -61,7 +62,9 @@ class Comparison:
             results, summary = self.write()
         tables.show(results, summary, self.console)
         for attempt in self.failed.values():
-            self.console.print(f"[red]failed[/] {attempt.job.title}, see {attempt.job.log}", highlight=False)
+            self.console.print(
+                f"failed: {attempt.job.title}, see {attempt.job.log}", style="red", markup=False, highlight=False
+            )
         print_files(self.out, self.console)
         return 1 if self.failed else 0
 
@@ -103,7 +106,9 @@ class Comparison:
             if not attempt.interrupted:
                 self.write()
         except OSError as error:  # the runs continue; results are written again at the end
-            self.console.print(f"[yellow]warning[/] cannot write to {self.out}: {error.strerror}", highlight=False)
+            self.console.print(
+                f"cannot write to {self.out}: {error.strerror}", style="yellow", markup=False, highlight=False
+            )
         if attempt.interrupted:
             return []
         if attempt.status:
@@ -116,10 +121,12 @@ class Comparison:
 
     def fail(self, attempt: Attempt, how: str) -> list[Job]:
         """Print why an attempt failed. This run has no further jobs; the others continue."""
+        from rich.text import Text
+
         job = attempt.job
         self.failed[job.run] = attempt
-        self.console.print(f"[red]failed[/] {job.title} {how}; end of {job.log}:", highlight=False)
-        self.console.print(tail(job.log), markup=False, highlight=False)
+        self.console.print(f"failed: {job.title} {how}; end of {job.log}:", style="red", markup=False, highlight=False)
+        self.console.print(Text(tail(job.log)))
         return []
 
     def record_times(self, attempt: Attempt) -> None:
@@ -135,9 +142,9 @@ class Comparison:
 
     def times(self) -> dict[str, dict[str, float]]:
         try:
-            times: dict[str, dict[str, float]] = json.loads((self.out / "times.json").read_text())
+            times: dict[str, dict[str, float]] = read_json(self.out / "times.json", _TIMES)
             return times
-        except (FileNotFoundError, ValueError):
+        except UserError:
             return {}
 
     def environments(self) -> list[dict[str, str]]:
@@ -183,10 +190,7 @@ def redraw(folder: Path, console: Console) -> None:
     from megastar.config.load import load_compare_config
     from megastar.experiments.plan import plan_runs
 
-    try:
-        content = json.loads((folder / "results.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder}/results.json ({error}): name the out folder of a comparison") from error
+    content = read_json(folder / "results.json", _RESULTS, "name the out folder of a comparison")
     cfg = load_compare_config(folder / "compare.yaml")
     results = Results(cfg, plan_runs(cfg, 0), content["runs"], content.get("gpus", 0))
     content |= {"summary": results.summary(), "majority": content.get("majority") or majority(cfg)}
@@ -221,16 +225,3 @@ def majority(cfg: CompareConfig) -> dict[str, Any] | None:
         return None
     label = int(np.bincount(fitted).argmax())
     return {"class": label, "accuracy": float(np.mean(np.asarray(scored) == label))}
-
-
-@contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Raises ``UserError`` while another comparison uses ``folder``."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another megastar compare uses {folder}: wait for it, or choose another out=..."
-            ) from error
-        yield

@@ -16,10 +16,12 @@ from megastar.experiments.plan import PlannedRun, codes_folder
 from megastar.run_dir.checkpoint_dir import name_of
 from megastar.run_dir.layout import CHECKPOINTS, MANIFEST
 from megastar.utils.files import sha256, write_atomic
+from megastar.utils.json_file import ANY, dict_of, read_json, text, validator
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_RESULT = validator(dict_of(text(1000), ANY))
 VERSION = 1  # of the meaning of results; those of another version are not read
 
 
@@ -110,8 +112,8 @@ class Evaluation:
         """A stored result, or None."""
         file = self.file(part)
         try:
-            return json.loads(file.read_text()) if file else None
-        except (FileNotFoundError, ValueError):  # a damaged file is measured again
+            return read_json(file, _RESULT) if file else None
+        except UserError:  # a damaged file is measured again
             return None
 
     def missing(self, run: PlannedRun) -> list[Part]:

@@ -105,13 +105,13 @@ class JobQueue:
     def run(self, jobs: Iterable[Job], after: Callable[[Attempt], list[Job]]) -> None:
         """Run all jobs, and those that ``after`` returns for an ended one, which go first.
 
-        Raises ``QueueStopped`` after SIGINT or SIGTERM, when the jobs have saved and ended.
+        Raises ``QueueStopped`` after SIGINT, SIGTERM or SIGHUP, when the jobs have saved and ended.
         """
         from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
         waiting = deque(jobs)
         columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-        handlers = {s: signal.signal(s, self._handle_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {s: signal.signal(s, self._handle_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             hidden = not self.console.is_terminal  # then a line is printed per start
             with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:

@@ -167,12 +167,14 @@ def order_digest(run: PlannedRun) -> str:
 
     from megastar.data.order import OrderSpec, sample_ids
     from megastar.data.shards.manifest import load_manifest
+    from megastar.data.shards.shard_table import update_digest
     from megastar.data.views import draw_label_drop, draw_views
 
     cfg = run.cfg
     manifest = load_manifest(cfg.data.shards, cfg.data)
     spec, seed = OrderSpec(cfg.train.seed, manifest.shard_sizes, cfg.data.window), cfg.train.seed
-    digest = hashlib.sha256("".join(s.sha256 for s in manifest.shards).encode())
+    digest = hashlib.sha256()
+    update_digest(digest, manifest.shards)
     total, part = run.images, 65536
     starts = [s for s in range(0, total, part) if s < MAX_HASHED or s >= total - MAX_HASHED]
     for start in starts:

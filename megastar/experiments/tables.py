@@ -77,12 +77,14 @@ def markdown(results: Results, summary: Mapping[str, Any], command: str) -> str:
 
 def show(results: Results, summary: Mapping[str, Any], console: Console) -> None:
     """Print the tables."""
+    from rich.text import Text
+
     for weights in results.cfg.weights:
-        console.print(f"\n[bold]{weights} weights[/], mean ± standard deviation over seeds", highlight=False)
+        console.print(Text.assemble(("\n" + weights + " weights", "bold"), ", mean ± standard deviation over seeds"))
         print_rows(quantities_table(results, summary, weights), console)
         if len(pairs := differences_table(results, summary, weights)) > 1:
             print_rows(pairs, console)
-    console.print("\n[bold]cost[/]", highlight=False)
+    console.print(Text("\ncost", "bold"))
     print_rows(cost_table(results, summary), console)
     console.print(description(results), cost_note(results), sep="\n", highlight=False, markup=False)
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from megastar.config.from_file import check_section
 from megastar.config.schema import ModelConfig
+from megastar.config.validate import model_problems
 from megastar.errors import UserError
 from megastar.parallel.budget import parameter_shapes
+from megastar.utils.json_file import ANY, dict_of, integer, list_of, optional, parse_json, record, text, validator
+from megastar.utils.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     from megastar.model.transformer import Transformer
 
 FORMAT = "megastar-model"
+PROVENANCE = record({}, {"classes": optional(list_of(text(10_000))), "step": optional(integer())})
+_CONTENT = validator(record({"model": dict_of(text(200), ANY), "provenance": PROVENANCE}))
 
 
 def metadata_of(cfg: ModelConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
@@ -33,26 +39,28 @@ def metadata_of(cfg: ModelConfig, provenance: Mapping[str, Any]) -> dict[str, st
 
 def read_model_metadata(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Configuration and provenance, without reading the weights. Raises ``UserError``."""
+    cfg, provenance, _ = read_model_header(path)
+    return cfg, provenance
+
+
+def read_model_header(path: str | Path) -> tuple[ModelConfig, dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Configuration, provenance and shapes, which fit together. Raises ``UserError``."""
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"weights {path} do not exist: name a .safetensors file written by megastar")
-    try:
-        with safe_open(path, "np") as f:
-            metadata = f.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"weights {path}: not a readable safetensors file ({error}); copy or convert it again"
-        ) from error
+    metadata, entries = read_header(path)
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "none")
-        raise UserError(f"{path}: format {found!r}, not megastar weights ({FORMAT!r}): run megastar convert")
-    content = json.loads(metadata["megastar"])
-    unknown = sorted(set(content["model"]) - {f.name for f in fields(ModelConfig)})
-    if unknown:
-        raise UserError(
-            f"weights {path}: unknown fields {', '.join(unknown)}, written by a newer megastar; update megastar"
-        )
-    return ModelConfig(**content["model"]), content["provenance"]
+        raise UserError(f"{path}: format {found!r:.80}, not megastar weights ({FORMAT!r}): run megastar convert")
+    content = parse_json(
+        metadata.get("megastar", ""), f"megastar in the header of {path}", _CONTENT, "convert it again"
+    )
+    cfg = ModelConfig(**check_section(ModelConfig, content["model"], f"weights {path}: model"))
+    if problem := next(model_problems(cfg), None):
+        raise UserError(f"weights {path}: {problem.text}; convert the file again")
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    check_fits(path, shapes, cfg)
+    return cfg, content["provenance"], shapes
 
 
 def load_model(
@@ -66,11 +74,9 @@ def load_model(
 
     from megastar.model.transformer import Transformer
 
-    cfg, provenance = read_model_metadata(path)
+    cfg, provenance, shapes = read_model_header(path)
     with safe_open(path, "pt") as f:
-        names = list(f.keys())
-        check_fits(Path(path), {k: tuple(f.get_slice(k).get_shape()) for k in names}, cfg)
-        state = {k: f.get_tensor(k).to(device, dtype or torch.float32) for k in names}
+        state = {k: f.get_tensor(k).to(device, dtype or torch.float32) for k in shapes}
     with torch.device("meta"):  # no initial weights are drawn: the file's replace them
         model = Transformer(cfg)
     model.load_state_dict(state, assign=True)
@@ -82,11 +88,15 @@ def check_fits(path: Path, found: Mapping[str, tuple[int, ...]], cfg: ModelConfi
 
     The ``UserError`` lists the fields of the architecture that differ, or each kind of mismatch with three examples.
     """
-    expected = {k.removeprefix("transformer."): shape for k, shape in parameter_shapes(cfg).items()}
-    actual, wanted = shape_fields(found), shape_fields(expected)
+    wanted = {name: getattr(cfg, name) for name in ("n_layer", "vocab_size", "dim", "num_classes", "ffn_dim")}
+    wanted["qkv_dim"] = 3 * cfg.dim
+    actual = shape_fields(found)
     differ = [f"{k} {actual[k]}, not {wanted[k]}" for k in actual if actual[k] != wanted[k]]
+    if cfg.n_layer > len(found) and not differ:  # before the shapes of that many blocks are listed
+        differ = [f"{len(found)} tensors, too few for {cfg.n_layer} blocks"]
     if differ:
         raise UserError(f"weights {path} have a different architecture: {'; '.join(differ)}")
+    expected = {k.removeprefix("transformer."): shape for k, shape in parameter_shapes(cfg).items()}
     missing = [k for k in expected if k not in found]
     extra = [k for k in found if k not in expected]
     shapes = [f"{k} is {found[k]}, not {s}" for k, s in expected.items() if k in found and found[k] != s]
@@ -102,15 +112,20 @@ def check_fits(path: Path, found: Mapping[str, tuple[int, ...]], cfg: ModelConfi
 def shape_fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """The architecture's fields that follow from the weights' shapes; ``qkv_dim`` is 3 D for multi-head attention."""
     out: dict[str, int] = {}
-    blocks = {int(m.group(1)) for n in shapes if (m := re.match(r"layers\.(\d+)\.", n))}
+    blocks = {int(m.group(1)) for n in shapes if (m := re.match(r"layers\.(\d{1,9})\.", n))}
     if blocks:
         out["n_layer"] = max(blocks) + 1
-    if table := shapes.get("tok_embeddings.weight"):
+
+    def matrix(name: str) -> tuple[int, ...]:
+        shape = shapes.get(name, ())
+        return shape if len(shape) == 2 else ()
+
+    if table := matrix("tok_embeddings.weight"):
         out["vocab_size"], out["dim"] = table
-    if table := shapes.get("cls_embedding.embedding_table.weight"):
+    if table := matrix("cls_embedding.embedding_table.weight"):
         out["num_classes"] = table[0] - 1  # the last row is the null class
-    if w1 := shapes.get("layers.0.feed_forward.w1.weight"):
+    if w1 := matrix("layers.0.feed_forward.w1.weight"):
         out["ffn_dim"] = w1[0]
-    if qkv := shapes.get("layers.0.attention.wqkv.weight"):
+    if qkv := matrix("layers.0.attention.wqkv.weight"):
         out["qkv_dim"] = qkv[0]
     return out

@@ -15,6 +15,7 @@ from PIL import Image
 from megastar.report.charts import charts_for
 from megastar.report.differences import Difference
 from megastar.report.series import Column, thin, training_hours
+from megastar.utils.printable import printable
 
 POINTS = 16_000  # of one value over all runs, shared among them
 MAX_EVENTS = 200  # of one run
@@ -59,7 +60,7 @@ def page(runs: list[ReportRun], baseline: str, table: list[Difference], *, title
     points = max(100, min(1000, POINTS // max(1, len(runs))))
     data = {"groups": charts_for(names), "runs": [script_data(run, points) for run in runs]}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(read("page.html")).render(
+    html = environment.from_string(read("page.html")).render(
         runs=runs,
         title=title,
         made=made,
@@ -72,8 +73,9 @@ def page(runs: list[ReportRun], baseline: str, table: list[Difference], *, title
         distances=any(run.distances for run in runs),
         style=read("page.css"),
         script="\n".join(read(name) for name in SCRIPTS),
-        data=as_json(data),
+        data=as_json(printable_texts(data)),
     )
+    return printable(html)  # a name must not reorder the text around it
 
 
 def script_data(run: ReportRun, points: int) -> dict[str, Any]:
@@ -98,6 +100,15 @@ def shown_events(events: list[dict[str, Any]], most: int = MAX_EVENTS) -> list[d
         shown = [e for e in shown if e.get("event") != "saved"][-most:]
     keys = ("step", "event", "text", "time", "host")
     return [{k: str(e[k])[:300] if k != "step" else e[k] for k in keys if k in e} for e in shown]
+
+
+def printable_texts(value: Any) -> Any:
+    """``value`` with ``printable`` keys and texts: the page's scripts show them."""
+    if isinstance(value, dict):
+        return {printable(str(k)): printable_texts(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [printable_texts(v) for v in value] if any(isinstance(v, (str, dict, list)) for v in value) else value
+    return printable(value) if isinstance(value, str) else value
 
 
 def as_json(value: Any) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megastar.config.env_text import recorded
 from megastar.config.files import read_yaml
 from megastar.config.load import config_from_dict, resolve_batch
 from megastar.config.schema import RunConfig
@@ -20,6 +21,7 @@ from megastar.run_dir.events import NAME as EVENTS
 from megastar.run_dir.events import STARTED, read_events
 from megastar.run_dir.layout import CHECKPOINTS, CONFIG, METRICS
 from megastar.run_dir.status import Status, duration, status_of
+from megastar.utils.files import read_lines
 
 MAX_CONFIG = 200_000  # characters of a configuration that are shown
 MAX_WARNINGS = 20
@@ -67,20 +69,24 @@ def read_config(folder: Path) -> tuple[RunConfig | None, dict[str, Any] | None, 
     if not path.is_file():
         return None, None, f"{path} is missing"
     try:
-        fields = read_yaml(path)
+        fields = read_yaml(path, lenient=True)
     except UserError as error:
         return None, None, str(error)
     try:
         cfg = config_from_dict(dict(fields))
     except UserError as error:
-        return None, fields, " ".join(str(error).split())
-    return cfg, asdict(cfg), ""
+        return None, recorded(fields), " ".join(str(error).split())
+    return cfg, recorded(asdict(cfg)), ""
 
 
 def read_run(folder: Path, name: str) -> tuple[ReportRun, RunConfig | None]:
     """All but samples and attention, and the configuration if it is valid."""
     cfg, fields, problem = read_config(folder)
-    run = ReportRun(name, config=fields, columns=read_columns(folder / METRICS), events=read_events(folder))
+    run = ReportRun(name, config=fields, events=read_events(folder))
+    try:
+        run.columns = read_columns(folder / METRICS)
+    except (OSError, UserError) as error:
+        run.notes.append(f"metrics: {error}")
     if problem:
         run.notes.append(f"configuration: {problem}")
     status = None
@@ -92,8 +98,7 @@ def read_run(folder: Path, name: str) -> tuple[ReportRun, RunConfig | None]:
     warnings = {str(e.get("text")): e.get("step") for e in run.events if e["event"] == "warning"}
     past = [f"step {step}: {text}" for text, step in reversed(warnings.items()) if text not in run.health]
     run.health += past[:MAX_WARNINGS]
-    with suppress(OSError):
-        run.config_text = (folder / CONFIG).read_text(errors="replace")[:MAX_CONFIG]
+    run.config_text = "\n".join(read_lines(folder / CONFIG))[:MAX_CONFIG]
     if cfg is not None:
         run.global_batch, run.chance = cfg.train.global_batch, chance_accuracy(cfg, run.events)
     run.facts, run.origin = find_facts(run, cfg, status), find_origin(run, status, folder)
@@ -106,7 +111,7 @@ def chance_accuracy(cfg: RunConfig, events: list[dict[str, Any]]) -> float | Non
         return None
     if not cfg.train.micro_batch:
         return 1 / cfg.train.global_batch
-    ranks = [e["ranks"] for e in events if isinstance(e.get("ranks"), int)]
+    ranks = [e["ranks"] for e in events if "ranks" in e]
     with suppress(UserError):
         if ranks:
             return resolve_batch(cfg.train, cfg.parallel.tensor_parallel, ranks[-1])[1] / cfg.train.global_batch
@@ -152,7 +157,7 @@ def find_origin(run: ReportRun, status: Status | None, folder: Path) -> list[tup
     starts = [e for e in run.events if e["event"] in STARTED]
     command = next((str(e["command"]) for e in reversed(starts) if e.get("command")), "")
     if not command:
-        with suppress(UserError, OSError, ValueError, KeyError, TypeError):
+        with suppress(UserError):
             if (newest := checkpoint_dir.latest(folder / CHECKPOINTS)) is not None:
                 command = str(checkpoint_dir.parse_manifest(newest).get("command") or "")
     if command:
@@ -162,7 +167,7 @@ def find_origin(run: ReportRun, status: Status | None, folder: Path) -> list[tup
         ranks = next((f"{e['ranks']} rank(s)" for e in reversed(starts) if "ranks" in e), "")
         device = next((str(e["device"]) for e in reversed(starts) if e.get("device")), "")
         found.append(("hosts", ", ".join(filter(None, [*hosts[-8:], ranks, device]))))
-    packages = [e["packages"] for e in starts if isinstance(e.get("packages"), dict)]
+    packages = [e["packages"] for e in starts if "packages" in e]
     if packages and packages[-1]:
         found.append(("packages", ", ".join(f"{k} {v}" for k, v in packages[-1].items())))
     if status is not None and status.restarts:
@@ -179,9 +184,9 @@ def last_finite(column: Column | None) -> float | None:
 
 def read_provenance(png: Path) -> dict[str, Any]:
     """The metadata that ``megastar sample`` stores in a grid's PNG; empty for other images."""
-    from PIL import Image
+    from megastar.data.images.image_files import open_image
 
-    with suppress(OSError, ValueError, SyntaxError, TypeError), Image.open(png) as image:
+    with suppress(Exception), open_image(png) as image:  # Pillow raises a dozen types for broken files
         provenance = json.loads(getattr(image, "text", {}).get("megastar", "null"))
         return provenance if isinstance(provenance, dict) else {}
     return {}

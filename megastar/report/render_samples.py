@@ -50,14 +50,14 @@ def add_grids(
             draw_missing(cfg.data, cfg.model.num_classes, folder, options, console, run.name)
         except UserError as error:
             run.notes.append(f"samples: {' '.join(str(error).split())}")
-    from PIL import Image
+    from megastar.data.images.image_files import open_image
 
     found = sorted((int(m[1]), p) for p in (folder / SAMPLES).glob("step-*.png") if (m := NAME.fullmatch(p.name)))
     for step, path in evenly_spaced(found, GRIDS):
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 source = embedded(image)
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # Pillow raises a dozen types for broken files
             run.notes.append(f"samples: cannot read {path.name} ({error})")
             continue
         run.grids.append(Grid(step, source, grid_caption(read_provenance(path))))

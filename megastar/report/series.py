@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from megastar.run_dir.jsonl import iter_jsonl
+from megastar.run_dir.jsonl import METRICS_ROW, iter_jsonl
 
 POINTS = 1000  # of one value on the page
+MAX_COLUMNS = 500  # names of values
 MAX_NON_FINITE = 100  # marked steps with a non-finite value
 NON_FINITE = {"nan", "inf", "-inf"}  # written as strings, since JSON has no such numbers
 
@@ -48,16 +49,14 @@ def read_columns(path: Path) -> dict[str, Column]:
     """
     columns: dict[str, Column] = {}
     newest = -1
-    for row in iter_jsonl(path) if path.exists() else ():
-        step = row.pop("step", None)
-        if type(step) is not int or not 0 <= step < 2**53:
-            continue
+    for row in iter_jsonl(path, METRICS_ROW) if path.exists() else ():
+        step = row.pop("step")
         if step < newest:
             for column in columns.values():
                 column.truncate(step)
         newest = step
         for name, value in row.items():
-            if (number := _number(value)) is not None:
+            if (number := _number(value)) is not None and (name in columns or len(columns) < MAX_COLUMNS):
                 columns.setdefault(name, Column()).append(step, number)
     return {name: column for name, column in columns.items() if len(column)}
 

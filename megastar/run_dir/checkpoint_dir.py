@@ -8,16 +8,20 @@ checkpoints/.writing/        one that is being written; it is renamed when it is
 from __future__ import annotations
 
 import json
+import math
 import re
+import shlex
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megastar.config.schema import TrainConfig
 from megastar.errors import UserError
-from megastar.run_dir.layout import CHECKPOINTS, FORMAT, MANIFEST
-from megastar.utils.files import sha256, sync_folder, write_atomic
+from megastar.run_dir import manifest
+from megastar.run_dir.layout import CHECKPOINTS, FORMAT, MANIFEST  # noqa: F401
+from megastar.utils.files import read_small, sha256, sync_folder, write_atomic
 
 WRITING = ".writing"
 OLD = ".old"  # suffix of a checkpoint that a new one of the same step replaces
@@ -50,9 +54,9 @@ def remove(checkpoint: Path) -> None:
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint of ``folder``, or None."""
-    pointer = folder / "latest"
-    if pointer.is_file() and (folder / pointer.read_text().strip() / MANIFEST).is_file():
-        return folder / pointer.read_text().strip()
+    name = (read_small(folder / "latest", 100) or b"").decode(errors="replace").strip()
+    if NAME.fullmatch(name) and (folder / name / MANIFEST).is_file():
+        return folder / name
     return next(reversed(complete(folder)), None)
 
 
@@ -66,10 +70,10 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"no complete checkpoint in {path}: name a run folder or a folder step-*")
 
 
-def publish(folder: Path, name: str, manifest: dict[str, Any], written: Path | None = None) -> Path:
-    """Rename ``written`` (``.writing/name``) to ``name``, with its manifest, and only then update ``latest``."""
+def publish(folder: Path, name: str, content: dict[str, Any], written: Path | None = None) -> Path:
+    """Rename ``written`` (``.writing/name``) to ``name``, with its manifest ``content``, and only then update ``latest``."""
     written = written or folder / WRITING / name
-    write_atomic(written / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_atomic(written / MANIFEST, json.dumps(content, indent=1).encode())
     before = folder / (name + OLD)
     if (folder / name).exists():  # the same step again, after a resume from an earlier one
         if before.exists():  # left by a killed save
@@ -92,8 +96,12 @@ def retire(train: TrainConfig, folder: Path) -> None:
     if train.keep_every:
         keep |= {p for p in found if step_in(p) % train.keep_every == 0}
     if train.keep_best:
-        scores = {p: json.loads((p / MANIFEST).read_text()).get("val_loss_ar") for p in found}
-        scored = [p for p in found if scores[p] is not None]
+        scores: dict[Path, float] = {}
+        for p in found:
+            with suppress(UserError):  # a damaged one is not the best
+                if (loss := manifest.load(p).get("val_loss_ar")) is not None and not math.isnan(loss):
+                    scores[p] = loss
+        scored = [p for p in found if p in scores]
         keep |= set(sorted(scored, key=lambda p: scores[p])[:1])
     for old in set(found) - keep:
         remove(old)
@@ -101,43 +109,56 @@ def retire(train: TrainConfig, folder: Path) -> None:
 
 def parse_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises ``UserError`` where it is missing, damaged or of another format."""
-    path = checkpoint / MANIFEST
-    if not path.is_file():
+    if not (checkpoint / MANIFEST).exists():
         raise UserError(
             f"{checkpoint} is not a complete checkpoint: {MANIFEST} is missing; name a folder step-* of a run"
         )
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): restore it") from error
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{checkpoint} has format {manifest.get('format')}, this megastar reads {FORMAT}: use the version that wrote it"
+        return manifest.load(checkpoint)
+    except manifest.OtherFormat:
+        raise
+    except UserError as error:
+        raise damaged(checkpoint, error) from error
+
+
+def read_manifest(checkpoint: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """``parse_manifest``, with a check of the names and sizes of the checkpoint's files (all, or ``names``)."""
+    content = parse_manifest(checkpoint)
+    try:
+        manifest.check_files(checkpoint, content, names)
+    except UserError as error:
+        raise damaged(checkpoint, error) from error
+    return content
+
+
+def damaged(checkpoint: Path, what: object) -> UserError:
+    """The error about a checkpoint that cannot be used: it names the older one that can be, and how."""
+    remedy = "restore it"
+    if older := whole_before(checkpoint):
+        aside = checkpoint.parent.parent / f"{checkpoint.name}.damaged"
+        remedy += (
+            f", or use the older checkpoint {older}, whose files are whole: name it in place of the run folder, or, to "
+            f"resume training from it, run `mv {shlex.quote(str(checkpoint))} {shlex.quote(str(aside))}` and train again"
         )
-    return manifest
+    return UserError(f"{what}: {remedy}")
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """``parse_manifest``, with a check of the names and sizes of the checkpoint's files."""
-    manifest = parse_manifest(checkpoint)
-    for name, entry in manifest["files"].items():
-        file = checkpoint / name
-        if not file.is_file():
-            raise UserError(
-                f"{checkpoint} lacks {name} ({entry['whose']}): restore it, or remove the folder to resume from an earlier one"
-            )
-        if file.stat().st_size != entry["bytes"]:
-            raise UserError(
-                f"{file} is damaged: it has {file.stat().st_size} bytes, its manifest records {entry['bytes']}; restore it, or remove its folder"
-            )
-    return manifest
+def whole_before(checkpoint: Path) -> Path | None:
+    """The newest checkpoint before ``checkpoint`` in its folder whose manifest and sizes of files are right, or None."""
+    if not NAME.fullmatch(checkpoint.name):
+        return None
+    for older in reversed(complete(checkpoint.parent)):
+        if older.name != checkpoint.name and step_in(older) <= step_in(checkpoint):
+            with suppress(UserError):
+                manifest.check_files(older, manifest.load(older))
+                return older
+    return None
 
 
 def verify(checkpoint: Path, names: Iterable[str] | None = None) -> None:
     """Compare the files' hashes (all, or those of ``names``) with the manifest. Raises ``UserError`` for a damaged file."""
-    files = read_manifest(checkpoint)["files"]
+    names = names if names is None else list(names)
+    files = read_manifest(checkpoint, names)["files"]
     for name in files if names is None else names:
         if sha256(checkpoint / name) != files[name]["sha256"]:
-            raise UserError(
-                f"{checkpoint / name} is damaged: its SHA-256 differs from the manifest's; restore it, or remove its folder"
-            )
+            raise damaged(checkpoint, f"{checkpoint / name} is damaged: its SHA-256 differs from the manifest's")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os.path
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from megastar.config.load import diff_configs, load_config, save_config
+from megastar.config.files import read_yaml
+from megastar.config.load import config_from_dict, diff_configs, flatten, save_config
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.run_dir.layout import CONFIG
+from megastar.utils.files import sha256
 
+PATHS = ("run", "data.shards", "data.val_shards", "data.tokenizer", "data.cache", "train.init")
 # Fields, and sections ending in a dot, that may differ when a run is resumed.
 RESUMABLE = (
+    "run",  # the folder was moved
     "model.name",
     "attention.",
     "data.shards",  # the same shards in another place: the checkpoint's digests decide
     "data.val_shards",
+    "data.tokenizer",  # likewise
     "data.cache",
     "data.patience",
     "faults.",
@@ -31,20 +39,56 @@ RESUMABLE = (
     "train.fused_ops",
     "train.upload",
     "train.micro_batch",
+    "train.init",  # the same file in another place, see ``check_same_init``
     "parallel.",
 )
 
 
-def claim_run_folder(cfg: RunConfig, *, write: bool) -> None:
-    """Compare ``cfg`` with the run folder's config.yaml, and ``write`` it where it is new or differs.
+def claim_run_folder(cfg: RunConfig) -> None:
+    """Compare ``cfg`` with the run folder's config.yaml, and write it where it is new or differs.
 
     Raises ``UserError`` that names the fields in which a run of another configuration differs.
     """
     path = Path(cfg.run) / CONFIG
-    differing = diff_configs(load_config(path), cfg) if path.is_file() else ["all"]
+    differing = diff_configs(config_from_dict(read_yaml(path, lenient=True), path), cfg) if path.is_file() else ["all"]
     if path.is_file() and (refused := [d for d in differing if not d.startswith(RESUMABLE)]):
         raise UserError(
             f"{cfg.run} holds a run of another configuration: {'; '.join(refused)}: choose another run=... or restore the fields"
         )
-    if write and differing:  # a full disk needs no second write of the same file
+    if differing:  # a full disk needs no second write of the same file
         save_config(cfg, path)
+
+
+def changes_since(recorded: Any, cfg: RunConfig) -> list[str]:
+    """Fields of ``cfg`` that differ from the configuration in a checkpoint: ``optim.lr 0.001 -> 0.0005``.
+
+    Fields that an older version did not record count as unchanged; so does the same place under another path.
+    """
+    before, now = flatten(recorded if isinstance(recorded, dict) else {}), flatten(asdict(cfg))
+    changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
+    return [
+        f"{name} {old if old != '' else chr(34) * 2} -> {new if new != '' else chr(34) * 2}"
+        for name, (old, new) in changed.items()
+        if name not in PATHS or not _same_place(old, new)
+    ]
+
+
+def _same_place(one: Any, other: Any) -> bool:
+    both = bool(one) and bool(other) and "://" not in f"{one}{other}"
+    return both and os.path.realpath(str(one)) == os.path.realpath(str(other))
+
+
+def check_same_init(init: str, recorded: Any, recorded_init: str, checkpoint: Path) -> None:
+    """Raise ``UserError`` if ``train.init`` names other weights than those that the run started from.
+
+    ``recorded``: what the checkpoint holds of them. A file in another place is the same if its SHA-256 is.
+    """
+    if init == recorded_init or _same_place(init, recorded_init):
+        return
+    digest = recorded.get("sha256") if isinstance(recorded, dict) else None
+    if init and digest and os.path.isfile(init) and sha256(Path(init)) == digest:
+        return
+    raise UserError(
+        f"train.init = {init!r}: {checkpoint} started from {recorded_init or 'random weights'!r}, which cannot change on "
+        "resume: restore the field, or choose another run=..."
+    )

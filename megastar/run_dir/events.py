@@ -14,14 +14,27 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megastar.run_dir.jsonl import JsonlWriter, read_jsonl
+from megastar.run_dir import lease
+from megastar.run_dir.jsonl import MAX_EVENTS, JsonlWriter, read_jsonl
 from megastar.utils.clock import utc_now
 from megastar.utils.hostname import host_name
+from megastar.utils.json_file import ANY, dict_of, integer, optional, record, text, validator
+from megastar.utils.redact import redact
 
 NAME = "events.jsonl"
 STARTED = ("started", "resumed")
 ENDED = ("finished", "signal", "error", "hang", "lost")
-KINDS = (*STARTED, *ENDED, "saved", "warning", "slow", "skipped", "rolled_back")
+KINDS = (*STARTED, *ENDED, "saved", "warning", "slow", "skipped", "rolled_back", "mesh_changed")
+NOT_UPLOADED = " was not uploaded to "  # in the text about an upload that failed
+_EVENT = validator(
+    record(
+        {"time": text(100), "event": text(100)},
+        {
+            "step": integer(), "steps": optional(integer()), "ranks": integer(1, 1 << 24), "text": text(), "host": text(1000),
+            "job": text(1000), "command": text(), "device": text(1000), "packages": dict_of(text(200), ANY),
+        },
+    )
+)  # fmt: skip
 _writers: dict[Path, JsonlWriter] = {}
 
 
@@ -29,12 +42,15 @@ def append_event(folder: Path, event: str, step: int, text: str, **fields: Any) 
     """Append one line, synced to the disk when this returns.
 
     On a disk error the line stays in memory and the next call, or ``flush_events``, retries. The fields ``situation`` and
-    ``over`` mark the beginning and the end of a lasting condition: see ``open_situations``.
+    ``over`` mark the beginning and the end of a lasting condition: see ``open_situations``. Nothing is written into a
+    folder that another process has taken over.
     """
     assert event in KINDS, event
+    if lease.held_elsewhere(folder):
+        return
     writer = _writers.setdefault(folder, JsonlWriter(folder / NAME, sync_every=0.0))
-    row = time_and_job() | {"host": host_name(), "event": event, "step": step, "text": text}
-    writer.append({**row, **fields})
+    row = time_and_job() | {"host": host_name(), "event": event, "step": step, "text": redact(text)}
+    writer.append({**row, **{k: redact(v) if isinstance(v, str) else v for k, v in fields.items()}})
 
 
 def time_and_job() -> dict[str, Any]:
@@ -63,12 +79,12 @@ def open_situations(happened: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """The events of a run, oldest first; none without a file. Damaged lines are skipped."""
-    return [e for e in read_jsonl(folder / NAME) if "event" in e and "time" in e]
+    return read_jsonl(folder / NAME, _EVENT, MAX_EVENTS)
 
 
 def seconds_of(event: dict[str, Any]) -> float:
     """Seconds since 1970; 0 for an invalid time."""
     try:
         return datetime.fromisoformat(event["time"]).timestamp()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0

@@ -5,16 +5,27 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from megastar.utils.files import ends_within_line, write_atomic
+from pydantic_core import SchemaValidator, from_json
 
+from megastar.errors import UserError
+from megastar.utils.files import ends_within_line, open_regular, write_atomic
+from megastar.utils.json_file import ANY, dict_of, integer, record, text, validator
+
+MAX_BYTES = 4 << 30  # of metrics.jsonl: ten million rows
+MAX_EVENTS = 32 << 20  # bytes of a file that is held in memory
+MAX_LINE = 1 << 20
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")  # in names of files that are not UTF-8
+_ROW = validator(dict_of(text(200), ANY))
+METRICS_ROW = validator(record({"step": integer()}))  # values are compared where they are used: see finite
 MAX_PENDING = 100_000  # rows buffered in memory; beyond that the oldest are dropped
 
 
@@ -94,16 +105,19 @@ class JsonlWriter:
         self._unsynced.clear()
 
 
-def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; other lines, such as one truncated by a crash, are skipped. Raises ``OSError``."""
-    with path.open("rb") as f:
-        yield from _objects(f)
+def iter_jsonl(path: Path, schema: SchemaValidator | None = None, most: int = MAX_BYTES) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file that fit ``schema``; other lines, such as one truncated by a crash, are skipped.
+
+    Reads at most the last ``most`` bytes. Raises ``OSError``, and ``UserError`` for a path that is not a regular file.
+    """
+    with _opened(path, most) as f:
+        yield from _objects(_lines(f), schema)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """``iter_jsonl`` as a list, empty for a file that cannot be read."""
-    with suppress(OSError):
-        return list(iter_jsonl(path))
+def read_jsonl(path: Path, schema: SchemaValidator | None = None, most: int = MAX_BYTES) -> list[dict[str, Any]]:
+    """``iter_jsonl`` as a list; empty for a file that cannot be read."""
+    with suppress(OSError, UserError):
+        return list(iter_jsonl(path, schema, most))
     return []
 
 
@@ -112,26 +126,47 @@ def read_ends(path: Path, first: int, last: int) -> list[dict[str, Any]]:
     newest validation, and the ``last`` other rows. Memory does not grow with the length of the run."""
     head: list[tuple[int, bytes]] = []
     steps, others, validated = (deque[tuple[int, bytes]](maxlen=n) for n in (last, last, 1))
-    with suppress(OSError), path.open("rb") as f:
-        for numbered in enumerate(f):
+    with suppress(OSError, UserError), _opened(path) as f:
+        for numbered in enumerate(_lines(f)):
             if b'"loss_ar"' not in numbered[1]:
                 (validated if b'"val_loss_ar"' in numbered[1] else others).append(numbered)
             elif len(head) < first:
                 head.append(numbered)
             else:
                 steps.append(numbered)
-    return list(_objects(line for _, line in sorted([*head, *steps, *others, *validated])))
+    return list(_objects((line for _, line in sorted([*head, *steps, *others, *validated])), METRICS_ROW))
 
 
-def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+def _opened(path: Path, most: int = MAX_BYTES) -> BinaryIO:
+    """At the beginning, or at the last ``most`` bytes."""
+    f = open_regular(path)
+    f.seek(max(0, os.fstat(f.fileno()).st_size - most))
+    return f
+
+
+def _lines(f: BinaryIO) -> Iterator[bytes]:
+    """The lines of at most ``MAX_LINE`` bytes."""
+    while line := f.readline(MAX_LINE):
+        if line.endswith(b"\n") or len(line) < MAX_LINE:
+            yield line
+        else:
+            while line and not line.endswith(b"\n"):
+                line = f.readline(MAX_LINE)
+
+
+def _objects(lines: Iterable[bytes], schema: SchemaValidator | None = None) -> Iterator[dict[str, Any]]:
     for line in lines:
-        with suppress(ValueError, RecursionError):
-            value = json.loads(line.decode(errors="replace"))
-            if isinstance(value, dict):
-                yield value
+        with suppress(ValueError):  # ValidationError is one
+            line = line if line.isascii() else line.decode(errors="replace").encode()
+            try:
+                value = from_json(line)
+            except ValueError:
+                value = from_json(_SURROGATE.sub(b"?", line))
+            (schema or _ROW).validate_python(value)
+            yield value
 
 
 def _step(line: bytes) -> float:
     """The step of a row; infinite for a damaged line."""
     step = next((row.get("step") for row in _objects([line])), None)
-    return step if isinstance(step, int) else float("inf")
+    return step if type(step) is int else float("inf")

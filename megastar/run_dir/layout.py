@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+LEASE, LOCK = "lease.json", ".lock"  # of the process that writes into the folder
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 HEARTBEATS = "heartbeats"
 STACKS, LOST = "stacks", "lost.jsonl"

@@ -17,11 +17,18 @@ from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir, events, training_checks
 from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import CHECKPOINTS, CONFIG, HEARTBEATS, MANIFEST, METRICS
+from megastar.run_dir.lease import read_holder
+from megastar.utils.files import read_lines
+from megastar.utils.json_file import integer, record, shown, text, validator
 
 RECENT = 20  # rows of metrics whose median is the run's speed
 STARTING = 900.0  # seconds without a row that a start may take: imports, engines, the first steps
 MIN_SILENCE = 120.0  # seconds without a row before a run counts as stopped, however fast its steps are
 MAX_WAIT = 0.1  # share of a step that may be spent on waiting for data
+MAX_SECONDS = 1e9  # of a step
+_HEARTBEAT = validator(
+    record({"time": text(100)}, {"rank": integer(), "host": text(1000), "phase": text(1000), "step": integer()})
+)
 MIN_SPEED = 0.7  # of the median throughput
 
 
@@ -41,6 +48,7 @@ class Status:
     step_s: float | None = None
     data_wait_s: float | None = None
     last_sign_s: float | None = None  # age of the newest row or event
+    holder: str = ""  # the process that holds the run folder, and its last heartbeat
     ranks: str = ""  # their heartbeats: the age of the newest, and the rank of the oldest
     left_s: float | None = None
     checkpoint: str = ""
@@ -50,6 +58,7 @@ class Status:
     saving: bool = False
     upload: str = ""
     restarts: list[str] = field(default_factory=list)  # the reason of each
+    mesh: list[str] = field(default_factory=list)  # changes of the ranks or nodes, of elastic runs and between starts
     excluded: list[str] = field(default_factory=list)  # hosts that the batch script excludes
     health: list[str] = field(default_factory=list)
 
@@ -63,11 +72,11 @@ def status_of(run: Path, now: float | None = None) -> Status:
     if not path.is_file():
         raise UserError(f"{run} is not a run folder: it contains no {CONFIG}; name the `run` of a configuration")
     try:
-        cfg = config_from_dict(read_yaml(path))
+        cfg = config_from_dict(read_yaml(path, lenient=True))
     except UserError as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{path} cannot be used ({problem}): restore the file that `megastar train` wrote") from error
-    rows = [r for r in training_checks.read_rows(run) if isinstance(r.get("step"), int)]
+    rows = training_checks.read_rows(run)
     past = events.read_events(run)
     checkpoint, manifest = read_checkpoint(run, now)
     status = Status(
@@ -76,9 +85,11 @@ def status_of(run: Path, now: float | None = None) -> Status:
         "nothing was trained yet",
         steps=total_of(cfg.train, past, manifest),
         last_sign_s=last_sign(run, now),
+        holder=describe_holder(run, now),
         ranks=describe_heartbeats(run, now),
         upload=describe_upload(cfg.train, past),
         restarts=restart_reasons(past),
+        mesh=[f"{e['time']} at step {e.get('step')}: {e.get('text')}" for e in past if e["event"] == "mesh_changed"],
         excluded=excluded_hosts(run),
         **read_metrics(rows),
         **checkpoint,
@@ -102,9 +113,15 @@ def status_of(run: Path, now: float | None = None) -> Status:
 def number(value: Any) -> float | None:
     """A number of a row; non-finite ones are stored as words."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+
+
+def finite(value: Any) -> float | None:
+    """A finite number of a row."""
+    found = number(value)
+    return found if found is not None and math.isfinite(found) else None
 
 
 def last(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -115,14 +132,14 @@ def read_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The fields of ``Status`` that metrics.jsonl contains."""
     steps = [r for r in rows if "step_s" in r]
     validated = last(rows, "val_loss_ar")
-    seconds = [s for r in steps[-RECENT:] if (s := number(r["step_s"]))]
+    seconds = [s for r in steps[-RECENT:] if (s := finite(r["step_s"])) and 0 < s < MAX_SECONDS]
     return {
         "step": max((r["step"] for r in rows), default=0),
         "loss": number(last(rows, "loss").get("loss")),
         "val_loss": number(validated.get("val_loss_ar")),
         "val_step": validated.get("step"),
-        "images_per_s": number(last(steps, "images_per_s").get("images_per_s")),
-        "data_wait_s": number(last(steps, "data_wait_s").get("data_wait_s")),
+        "images_per_s": finite(last(steps, "images_per_s").get("images_per_s")),
+        "data_wait_s": finite(last(steps, "data_wait_s").get("data_wait_s")),
         "step_s": statistics.median(seconds) if seconds else None,
     }
 
@@ -137,14 +154,14 @@ def read_checkpoint(run: Path, now: float) -> tuple[dict[str, Any], dict[str, An
             fields |= {"checkpoint": found.name, "checkpoint_step": checkpoint_dir.step_in(found)}
             fields["checkpoint_age_s"] = max(0.0, now - (found / MANIFEST).stat().st_mtime)
             manifest = checkpoint_dir.read_manifest(found)
-    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, OSError) as error:
         fields["checkpoint_problem"] = " ".join(str(error).split())
     return fields, manifest
 
 
 def total_of(train: TrainConfig, past: list[dict[str, Any]], manifest: dict[str, Any]) -> int | None:
     """Steps of the whole run: from the configuration, or as the run computed them from its number of samples."""
-    recorded = [e["steps"] for e in past if isinstance(e.get("steps"), int)]
+    recorded = [e["steps"] for e in past if e.get("steps") is not None]
     return train.steps or (recorded[-1] if recorded else manifest.get("steps"))
 
 
@@ -158,7 +175,8 @@ def find_state(status: Status, train: TrainConfig, run: Path, past: list[dict[st
     """The state and its reason. Only files are read, so a run counts as stopped once it was silent for too long."""
     end = past[-1] if past else {}
     if status.steps and status.checkpoint_step is not None and status.checkpoint_step >= status.steps:
-        return "finished", f"all {status.steps} steps are done and saved"
+        failed = f", but {status.upload}" if events.NOT_UPLOADED in status.upload else ""
+        return "finished", f"all {status.steps} steps are done and saved{failed}"
     if end.get("event") in events.ENDED:
         return "stopped", str(end.get("text", ""))
     if status.last_sign_s is None:
@@ -179,7 +197,7 @@ def describe_heartbeats(run: Path, now: float) -> str:
     """The ranks' last heartbeats (engine/fault_tolerance/watchdog.py) in a sentence; empty without any."""
     beats = []
     for path in sorted((run / HEARTBEATS).glob("rank-*.json")):
-        for beat in read_jsonl(path)[:1]:
+        for beat in read_jsonl(path, _HEARTBEAT, 1 << 16)[:1]:
             if seconds := events.seconds_of(beat):
                 beats.append((max(0.0, now - seconds), beat))
     if not beats:
@@ -188,6 +206,14 @@ def describe_heartbeats(run: Path, now: float) -> str:
     rank, host, phase, step = (oldest.get(name) for name in ("rank", "host", "phase", "step"))
     where = f'rank {rank} on {host}, at "{phase}" of step {step}'
     return f"{len(beats)} rank(s), last heartbeat {duration(youngest)} ago; the oldest {duration(age)} ago: {where}"
+
+
+def describe_holder(run: Path, now: float) -> str:
+    """Who holds the run folder (run_dir/lease.py); empty if nobody does."""
+    if (found := read_holder(run)) is None:
+        return ""
+    holder, renewed = found
+    return f"{holder}, last heartbeat {duration(max(0.0, now - renewed))} ago"
 
 
 def restart_reasons(past: list[dict[str, Any]]) -> list[str]:
@@ -204,14 +230,10 @@ def restart_reasons(past: list[dict[str, Any]]) -> list[str]:
 
 def excluded_hosts(run: Path) -> list[str]:
     """Hosts that slurm/bad_hosts.sh excluded at the last requeue and that nobody has readmitted since."""
-    bad = {words[2] for line in lines_of(run / "bad_hosts.log") if len(words := line.split()) > 2}
-    requeues = lines_of(run / "requeues.log")
+    bad = {words[2] for line in read_lines(run / "bad_hosts.log") if len(words := line.split()) > 2}
+    requeues = read_lines(run / "requeues.log")
     hosts = requeues[-1].partition(", excluding ")[2].split(",")[0].split() if requeues else []
     return [host for host in hosts if host in bad]
-
-
-def lines_of(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines() if path.is_file() else []
 
 
 def describe_upload(train: TrainConfig, past: list[dict[str, Any]]) -> str:
@@ -220,7 +242,7 @@ def describe_upload(train: TrainConfig, past: list[dict[str, Any]]) -> str:
     uploads = [e for e in past if e.get("situation") == "upload"]
     saved = max((e.get("step", 0) for e in past if e["event"] == "saved"), default=0)
     if uploads and not uploads[-1].get("over") and uploads[-1].get("step", 0) >= saved:
-        return str(uploads[-1]["text"])
+        return str(uploads[-1].get("text", ""))
     return f"to {train.upload}; no failure recorded"
 
 
@@ -234,16 +256,16 @@ def health_of_rows(rows: list[dict[str, Any]]) -> list[str]:
         value = number(row.get(name))
         if row and (value is None or not math.isfinite(value)):
             found.append(
-                f"{name} is {row[name]} at step {row['step']}: resume from an earlier checkpoint, lower optim.lr"
+                f"{name} is {shown(row[name])} at step {row['step']}: resume from an earlier checkpoint, lower optim.lr"
             )
-    steps = [r for r in rows if number(r.get("step_s")) and number(r.get("images_per_s"))][-RECENT:]
-    waits = [(number(r.get("data_wait_s")), number(r["step_s"])) for r in steps[-5:]]
+    steps = [r for r in rows if finite(r.get("step_s")) and finite(r.get("images_per_s"))][-RECENT:]
+    waits = [(finite(r.get("data_wait_s")), finite(r["step_s"])) for r in steps[-5:]]
     shares = [w / s for w, s in waits if w is not None and s]
     if shares and (share := statistics.median(shares)) > MAX_WAIT:
         found.append(
             f"{share:.0%} of a step is spent on waiting for data: see docs/loader.md, and megastar doctor for disk and S3"
         )
-    rates = [number(r["images_per_s"]) or 0.0 for r in steps]
+    rates = [finite(r["images_per_s"]) or 0.0 for r in steps]
     if len(rates) >= 5 and rates[-1] < MIN_SPEED * (median := statistics.median(rates[:-1])):
         found.append(
             f"throughput fell to {rates[-1]:.3g} images/s at step {newest}, its median was {median:.3g}: "

@@ -11,7 +11,6 @@ the number of ranks, on crashes or on restarts. Ranks share only a folder: no pr
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import socket
 import time
@@ -38,10 +37,13 @@ from megastar.sampling.sampler import (
 )
 from megastar.tokenizer.vq import VQModel
 from megastar.utils.device import DTYPES
-from megastar.utils.lockfile import Claims, is_running
+from megastar.utils.files import remove_dead_temporaries
+from megastar.utils.json_file import ANY, dict_of, read_json, record, shown, text, validator
+from megastar.utils.lockfile import Claims
 from megastar.utils.progress_bar import progress_bar
 
 PLAN = "plan.json"
+_PLAN = validator(record({"identity": dict_of(text(1000), ANY)}))
 FORMAT = 1
 LABEL_PLANS = ("balanced", "random")
 POLL = 0.5  # seconds between checks for the chunks of other ranks
@@ -180,13 +182,10 @@ def open_folder(folder: Path, identity: Mapping[str, Any], metadata: Mapping[str
 
 def check_plan(path: Path, identity: Mapping[str, Any]) -> None:
     """Raises ``UserError`` if the plan in the file differs from ``identity``."""
-    try:
-        found = json.loads(path.read_text())["identity"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a sampling plan ({error}): choose another output path") from error
+    found = read_json(path, _PLAN, "choose another output path")["identity"]
 
     def short(value: Any) -> str:
-        return str(value)[:12] if isinstance(value, str) else str(value)
+        return shown(value, 12 if isinstance(value, str) else 80)
 
     keys = [k for k in sorted({*found, *identity}) if found.get(k) != identity.get(k)]
     if keys:
@@ -241,10 +240,7 @@ def remove_leftovers(folder: Path) -> None:
     for claim in folder.glob("*.claim"):
         if part_of(folder, int(claim.stem)).is_file():
             claim.unlink(missing_ok=True)
-    for temporary in folder.glob("part-*.tmp"):
-        host, pid = temporary.name.removesuffix(".tmp").split(".npz.")[1].rsplit(".", 1)
-        if host == socket.gethostname() and not is_running(int(pid.partition("-")[0])):
-            temporary.unlink(missing_ok=True)
+    remove_dead_temporaries(folder)
 
 
 def join_parts(pipeline: SamplingPipeline, folder: Path, out: Path) -> None:

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from megastar.errors import UserError
 from megastar.utils.files import atomic_file
+from megastar.utils.printable import one_line
 
 GAP = 2  # pixels between images
 INK, PAPER, RULE = (30, 30, 30), (255, 255, 255), (210, 210, 210)
@@ -37,6 +38,7 @@ def image_grid(blocks: Sequence[Block], class_names: Sequence[str], *, columns: 
         raise UserError("no images for the grid: sample at least one class")
     cell = max(64, blocks[0].images.shape[1])
     caption_size = max(15, cell // 4)
+    class_names = [one_line(name) for name in class_names]
     font, bold = ImageFont.load_default(max(12, cell // 5)), ImageFont.load_default(caption_size)
     widest = max(font.getlength(class_names[label]) for label in shown)
     margin = min(int(widest) + 16, 4 * cell)  # a long name is shortened

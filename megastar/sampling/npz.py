@@ -16,6 +16,7 @@ import numpy as np
 
 from megastar.errors import UserError
 from megastar.utils.files import atomic_file, write_atomic
+from megastar.utils.npz import NpzFile
 
 
 def record_of(npz: Path) -> Path:
@@ -49,10 +50,10 @@ def save_npz(path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], la
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images and classes of a part. Raises ``UserError`` for a damaged file."""
+    file = NpzFile(path)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return archive["arr_0"], archive["arr_1"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        return file.read("arr_0", "u", 1 << 30), file.read("arr_1", "iu")
+    except UserError as error:
         raise UserError(
             f"{path} is damaged ({error}): remove it and run again; only this part is sampled again"
         ) from error

@@ -12,11 +12,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from megastar.config.from_file import check_section
 from megastar.config.schema import TokenizerConfig
+from megastar.config.validate import tokenizer_problems
 from megastar.errors import UserError
 from megastar.utils.files import atomic_file
+from megastar.utils.json_file import ANY, dict_of, parse_json, text, validator
+from megastar.utils.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from megastar.tokenizer.vq import VQModel
 
 FORMAT = "megastar-tokenizer"
+_PROVENANCE = validator(dict_of(text(1000), ANY))
 
 
 def save_tokenizer(
@@ -62,30 +67,44 @@ def check_tokenizer_fits(path: Path, found: Mapping[str, tuple[int, ...]], confi
 
 def read_tokenizer_metadata(path: str | Path) -> tuple[TokenizerConfig, dict[str, Any]]:
     """Architecture and provenance, without reading the weights. Raises ``UserError``."""
+    config, provenance, _ = read_tokenizer_header(path)
+    return config, provenance
+
+
+def read_tokenizer_header(path: str | Path) -> tuple[TokenizerConfig, dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Architecture, provenance and shapes; ``check_tokenizer_fits`` compares them. Raises ``UserError``."""
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"tokenizer {path} does not exist: name another file, or run `megastar train-tokenizer`")
-    try:
-        with safe_open(path, "np") as f:
-            metadata = f.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"tokenizer {path}: not a safetensors file ({error}); copy or train it again") from error
+    metadata, entries = read_header(path)
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: format {metadata.get('format', 'none')!r}, not a megastar tokenizer ({FORMAT!r})")
-    return TokenizerConfig(**json.loads(metadata["config"])), json.loads(metadata["provenance"])
+        raise UserError(
+            f"{path}: format {metadata.get('format', 'none')!r:.80}, not a megastar tokenizer ({FORMAT!r}): name another file"
+        )
+    where, remedy = f"in the header of {path}", "copy or train it again"
+    data = parse_json(metadata.get("config", ""), f"config {where}", None, remedy)
+    config = TokenizerConfig(**check_section(TokenizerConfig, data, f"tokenizer {path}: config"))
+    if problem := next(tokenizer_problems(config), None):
+        raise UserError(f"tokenizer {path}: {problem.text}; {remedy}")
+    blocks = len(config.channel_multipliers) * config.res_blocks
+    if blocks > len(entries):  # before that many blocks are built
+        raise UserError(f"tokenizer {path}: {len(entries)} tensors are too few for {blocks} residual blocks; {remedy}")
+    provenance = parse_json(metadata.get("provenance", ""), f"provenance {where}", _PROVENANCE, remedy)
+    return config, provenance, {name: entry.shape for name, entry in entries.items()}
 
 
 def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> VQModel:
     """The tokenizer in fp32, frozen, in eval mode."""
+    import torch
+
     from megastar.tokenizer.vq import VQModel
 
-    config, _ = read_tokenizer_metadata(path)
-    model = VQModel(config)
+    config, _, shapes = read_tokenizer_header(path)
+    check_tokenizer_fits(Path(path), shapes, config)
+    with torch.device("meta"):  # no initial weights are drawn: the file's replace them
+        model = VQModel(config)
     with safe_open(path, "pt") as f:
-        names = list(f.keys())
-        check_tokenizer_fits(Path(path), {k: tuple(f.get_slice(k).get_shape()) for k in names}, config)
-        state = {k: f.get_tensor(k).float() for k in names}
-    model.load_state_dict(state)
+        model.load_state_dict({k: f.get_tensor(k).float() for k in shapes}, assign=True)
     return model.to(device).requires_grad_(False).eval()
 
 
@@ -96,10 +115,11 @@ def tokenizer_hash(path: str | Path) -> str:
     """
     import torch
 
-    read_tokenizer_metadata(path)
+    config, _, shapes = read_tokenizer_header(path)
+    check_tokenizer_fits(Path(path), shapes, config)
     digest = hashlib.sha256()
     with safe_open(path, "pt") as f:
-        for name in sorted(f.keys()):
+        for name in sorted(shapes):
             if name.startswith(("encoder.", "quant_conv.", "quantize.")):
                 tensor = f.get_tensor(name)
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

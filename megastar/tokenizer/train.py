@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import time
@@ -18,11 +17,13 @@ from torch import Tensor
 
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
+from megastar.run_dir.jsonl import JsonlWriter
 from megastar.run_dir.layout import METRICS
 from megastar.tokenizer.io import load_tokenizer
 from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
 from megastar.tokenizer.vq import VQModel, to_images
 from megastar.utils.files import atomic_file
+from megastar.utils.json_file import shown
 from megastar.utils.progress_bar import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -184,13 +185,19 @@ class TokenizerTrainer:
     # Checkpoints ---------------------------------------------------------------------------------------------
     def save(self, path: Path) -> None:
         state = {k: getattr(self, k).state_dict() for k in NETWORKS if getattr(self, k)}
-        state |= {"step": self.step, "uses": self.uses, "rng": torch.get_rng_state(), "config": asdict(self.c)}
+        state |= {"step": self.step, "uses": self.uses, "dead": self.dead}
+        state |= {"rng": torch.get_rng_state(), "config": asdict(self.c)}
         with atomic_file(path) as temporary:
             torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        old, new = state["config"], asdict(self.c)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            old, new = dict(state["config"]), asdict(self.c)
+        except Exception as error:  # torch.load raises many types for damaged files
+            raise UserError(
+                f"{path} is damaged ({shown(str(error))}): restore it, or remove it to start again"
+            ) from error
         differing = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if k not in MAY_DIFFER and old.get(k) != v]
         if differing:
             raise UserError(
@@ -199,22 +206,32 @@ class TokenizerTrainer:
         for k in NETWORKS:
             if getattr(self, k) and k in state:
                 getattr(self, k).load_state_dict(state[k])
-        self.step, self.uses = state["step"], state["uses"]
+        self.step, self.uses, self.dead = state["step"], state["uses"], state.get("dead", 0)
         torch.set_rng_state(state["rng"])
 
     # The loop ------------------------------------------------------------------------------------------------
-    def fit(self, holdout: Tensor | None, out: Path, console: Console) -> dict[str, float]:
-        """Train to ``steps``, resuming from ``out/last.pt`` if it exists. Returns the last scores."""
+    def fit(
+        self,
+        holdout: Tensor | None,
+        out: Path,
+        console: Console,
+        stop: Callable[[], bool] = lambda: False,
+        check: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """Train to ``steps``, resuming from ``out/last.pt`` if it exists. Returns the last scores.
+
+        ``stop``: save after this step and return. ``check`` is called before each save; it raises if ``out`` is another
+        process's by now.
+        """
         c, last = self.c, out / "last.pt"
         if last.is_file():
             self.load(last)
             logger.info("resumed %s at step %d", last, self.step)
         scores: dict[str, float] = {}
-        with (
-            (out / METRICS).open("a") as log,
-            progress_bar(console, "tokenizer", c.steps, done=self.step) as bar,
-        ):
-            while self.step < c.steps:
+        rows = JsonlWriter(out / METRICS)
+        rows.cut_after(self.step)
+        with progress_bar(console, "tokenizer", c.steps, done=self.step) as bar:
+            while self.step < c.steps and not stop():
                 start = time.perf_counter()
                 metrics = self.train_step(to_images(self.batch_of(self.step), self.device))
                 rate = c.batch / (time.perf_counter() - start)
@@ -230,10 +247,13 @@ class TokenizerTrainer:
                     scores = self.score(holdout)
                     row |= scores
                 if self.step % 50 == 0 or scores.keys() & row.keys():
-                    log.write(json.dumps(row) + "\n")
-                    log.flush()
-                if is_last or self.step % c.save_every == 0:
+                    rows.append(row)
+                if is_last or self.step % c.save_every == 0 or stop():
+                    check()
                     self.save(last)
+        if self.step < c.steps and not last.is_file():  # stopped before the first step
+            self.save(last)
+        rows.flush(sync=True)
         return scores
 
 

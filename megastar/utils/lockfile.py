@@ -26,7 +26,7 @@ class Claims:
     def __init__(self, folder: Path, renew_every: float = RENEW_EVERY, limit: float = LIMIT):
         self.folder, self.renew_every, self.limit = folder, renew_every, limit
         self.token = uuid.uuid4().hex
-        self.holder = {"machine": _machine(), "pid": os.getpid(), "start": _start(os.getpid()), "token": self.token}
+        self.holder = {"machine": machine(), "pid": os.getpid(), "start": start_of(os.getpid()), "token": self.token}
         self._held: set[Path] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lock files", daemon=True)
@@ -78,25 +78,16 @@ class Claims:
     def _is_stale(self, path: Path) -> bool:
         """Whether the holder of a lock is gone."""
         try:
-            content, age = path.read_text(), self.now() - path.stat().st_mtime
+            content, age = path.read_text(), file_server_time(self.folder) - path.stat().st_mtime
         except FileNotFoundError:
             return False
         try:
             other = json.loads(content)
-            if other["machine"] == self.holder["machine"] and _start(other["pid"]) != other["start"]:
+            if other["machine"] == self.holder["machine"] and start_of(other["pid"]) != other["start"]:
                 return True
         except (ValueError, KeyError, TypeError):  # not written yet, or its holder was killed before writing it
             return age > self.renew_every
         return age > self.limit
-
-    def now(self) -> float:
-        """The time by the file server's clock."""
-        path = self.folder / f"{self.token}.now"
-        path.touch()
-        try:
-            return path.stat().st_mtime
-        finally:
-            path.unlink(missing_ok=True)
 
     def _renew(self) -> None:
         while not self._stop.wait(self.renew_every):
@@ -105,7 +96,17 @@ class Claims:
                     os.utime(path)
 
 
-def _machine() -> str:
+def file_server_time(folder: Path) -> float:
+    """Seconds since 1970 by the clock that dates the files of ``folder``, which may be another machine's."""
+    path = folder / f".{uuid.uuid4().hex}.now"
+    path.touch()
+    try:
+        return path.stat().st_mtime
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def machine() -> str:
     """Identifies this boot of this machine and the PID namespace (containers have their own)."""
     parts = [socket.gethostname()]
     with suppress(OSError):
@@ -117,10 +118,10 @@ def _machine() -> str:
 
 def is_running(pid: int) -> bool:
     """Whether a process ``pid`` exists on this machine and is not a zombie."""
-    return bool(_start(pid))
+    return bool(start_of(pid))
 
 
-def _start(pid: int) -> str:
+def start_of(pid: int) -> str:
     """The start time of process ``pid`` in kernel ticks; empty if it does not exist or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -7,12 +7,23 @@ import os
 from collections.abc import Mapping
 
 from rich.console import Console
+from rich.text import Text
 
 from megastar.errors import UserError
+from megastar.utils.console import PlainConsole
+from megastar.utils.printable import one_entry
+from megastar.utils.redact import redact
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 VARIABLE = "MEGASTAR_LOG_LEVEL"
 ROOT = logging.getLogger("megastar")
+
+
+class EntryFormatter(logging.Formatter):
+    """A record is one entry: a value in it cannot begin a line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_entry(super().formatMessage(record))
 
 
 class ConsoleHandler(logging.Handler):
@@ -22,11 +33,11 @@ class ConsoleHandler(logging.Handler):
         super().__init__()
         self.console = console
         place = "" if rank is None else f"rank {rank} "
-        self.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {place}%(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.setFormatter(EntryFormatter(f"%(asctime)s %(levelname)s {place}%(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+            self.console.print(Text(redact(self.format(record))), soft_wrap=True)
         except Exception:
             self.handleError(record)
 
@@ -44,11 +55,11 @@ def configure_logging(
         raise UserError(f"{VARIABLE}={name}: unknown log level; choose one of {', '.join(LEVELS)}")
     for handler in [h for h in ROOT.handlers if isinstance(h, ConsoleHandler)]:
         ROOT.removeHandler(handler)
-    ROOT.addHandler(ConsoleHandler(console or Console(), rank))
+    ROOT.addHandler(ConsoleHandler(console or PlainConsole(), rank))
     ROOT.setLevel(name)
     ROOT.propagate = False  # otherwise an application's root logger prints each line again
 
 
 def shared_console() -> Console:
     """The console of the installed handler, for progress bars; a new one if logging is not configured."""
-    return next((h.console for h in ROOT.handlers if isinstance(h, ConsoleHandler)), None) or Console()
+    return next((h.console for h in ROOT.handlers if isinstance(h, ConsoleHandler)), None) or PlainConsole()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -11,6 +13,8 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 PATIENCE = 10.0  # seconds to wait for non-daemon threads
+AGENT = "MEGASTAR_AGENT"  # process id of the elastic agent that started this rank
+PR_SET_PDEATHSIG = 1
 
 
 def run_and_leave(main: Callable[[], int]) -> NoReturn:
@@ -29,8 +33,8 @@ def run_and_leave(main: Callable[[], int]) -> NoReturn:
 
 def is_rank() -> bool:
     """Whether this process has a process group, and with it C++ threads unknown to Python."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    dist = getattr(sys.modules.get("torch"), "distributed", None)  # none while torch is being imported
+    return dist is not None and dist.is_available() and dist.is_initialized()
 
 
 def leave(status: Any) -> NoReturn:
@@ -65,3 +69,11 @@ def finish_threads() -> None:
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()
+
+
+def die_with_agent() -> None:
+    """A rank of an elastic agent ends when the agent is killed: the other nodes restart without both."""
+    if agent := os.environ.get(AGENT):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(agent):
+            os._exit(1)

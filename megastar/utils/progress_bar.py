@@ -19,6 +19,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from megastar.utils.printable import printable
+
 LOG_EVERY = 30.0  # seconds between log lines without a terminal
 logger = logging.getLogger(__name__)
 ROOT = logging.getLogger("megastar")
@@ -29,7 +31,7 @@ class ProgressBar:
 
     def __init__(self, bar: Progress, title: str, total: float, done: float, log: bool):
         self.bar, self.title, self.total, self.done, self.log = bar, title, total, done, log
-        self.task = bar.add_task(title, total=total, completed=int(done), text="")
+        self.task = bar.add_task(printable(title), total=total, completed=int(done), text="")
         self.first, self.start = done, time.perf_counter()
         self._logged = self.start
 
@@ -46,7 +48,7 @@ class ProgressBar:
         self.done = done
         self.bar.update(self.task, completed=done)
         if text is not None:
-            self.bar.update(self.task, text=text)
+            self.bar.update(self.task, text=printable(text))
         if self.log and time.perf_counter() - self._logged >= LOG_EVERY:
             self._logged = time.perf_counter()
             logger.info("%s: %d of %d%s", self.title, done, self.total, f", {text}" if text else "")
@@ -61,8 +63,8 @@ def progress_bar(
     ``bytes``: show units as bytes, with their rate. ``transient``: remove the bar at the end.
     """
     numbers: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()] if bytes else [MofNCompleteColumn()]
-    columns = [TextColumn("{task.description}"), BarColumn(), *numbers, TimeRemainingColumn()]
-    columns.append(TextColumn("{task.fields[text]}"))
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), *numbers, TimeRemainingColumn()]
+    columns.append(TextColumn("{task.fields[text]}", markup=False))
     quiet = console is None or console.quiet or ROOT.level > logging.INFO
     hidden = quiet or console is None or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=transient) as bar:

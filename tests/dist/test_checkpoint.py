@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from megastar.run_dir import checkpoint_dir
-from megastar.engine.checkpointer import load
-from megastar.engine.checkpointer import async_saver
+from megastar.engine.checkpointer import async_saver, load, snapshot
 from megastar.checkpoint.shard_format import KINDS, Piece, StateReader, state_file, write_pieces
 from megastar.errors import UserError
 from megastar.parallel.plan import split_of
@@ -59,7 +58,7 @@ def write(folder: Path, data: int, tensor: int) -> tuple[dict[str, dict[str, tor
         files[state_file(rank)] = {"bytes": size, "sha256": digest, "whose": f"rank {rank}"}
     manifest = {
         "format": checkpoint_dir.FORMAT, "step": 3, "optimizer_step": 3, "mesh": {"data": data, "tensor": tensor},
-        "parameters": {n: list(s) for n, s in SHAPES.items()}, "files": files,
+        "parameters": {n: list(s) for n, s in SHAPES.items()}, "files": files, "config": {},
     }  # fmt: skip
     checkpoint_dir.publish(folder, checkpoint_dir.name_of(3), manifest)
     return whole, manifest
@@ -131,13 +130,13 @@ def saver_for(folder: Path) -> async_saver.Saver:
 
 def test_training_goes_on_while_a_save_is_written(tmp_path, monkeypatch):
     save, gate = saver_for(tmp_path), threading.Event()
-    original = async_saver.write_pieces
+    original = snapshot.write_pieces
 
     def slow(*arguments):
         assert gate.wait(20)
         return original(*arguments)
 
-    monkeypatch.setattr(async_saver, "write_pieces", slow)
+    monkeypatch.setattr(snapshot, "write_pieces", slow)
     save.save(5, {})
     with torch.no_grad():
         Student.module["a"].fill_(-1.0)  # the next step

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from megastar.data.shards.reader import ShardSet
+from megastar.utils.files import sha256
 from tests import forker
 from tests.integration.conftest import environment
 from tests.unit.data.shards.test_shards import T, V, write_set
@@ -18,6 +21,9 @@ def test_a_validation_set_that_one_rank_cannot_read(tmp_path):
     with (folder / "shard-00000.tar").open("r+b") as f:  # sample 2 is the second rank's
         f.seek(int(ShardSet(folder).index(0).offsets[2]))
         f.write(np.full(T, V, "<u2").tobytes())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = sha256(folder / "shard-00000.tar")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     config = tmp_path / "run.yaml"
     config.write_text(f"""
 run: {tmp_path / "run"}

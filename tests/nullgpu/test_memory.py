@@ -20,7 +20,7 @@ import json, sys
 from megastar.config.deepspeed import read_deepspeed
 from megastar.config.load import load_config
 from megastar.engine.step_benchmark import step_speed
-from megastar.engine.zero.setup import start
+from megastar.engine.zero.process_group import start
 from megastar.model.kernels import select
 from megastar.parallel.budget import Zero, memory_bytes
 

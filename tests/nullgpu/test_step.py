@@ -18,7 +18,8 @@ import json, os, sys, warnings
 import torch
 from megastar.config.load import load_config
 from megastar.engine.step_benchmark import one_step, random_batch
-from megastar.engine.zero.setup import build, start
+from megastar.engine.zero.process_group import start
+from megastar.engine.zero.setup import build
 
 cfg = load_config("configs/run/star_b_50ep.yaml", sys.argv[1:])
 ctx = start(cfg)

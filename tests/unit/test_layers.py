@@ -210,6 +210,17 @@ def test_only_the_layout_names_the_files_of_a_run_folder():
     assert not found
 
 
+def test_image_files_are_opened_in_one_place():
+    tools = {p.stem: ast.parse(p.read_text()) for p in (ROOT / "tools").glob("*.py")}
+    found = {
+        module
+        for module, tree in (sources() | tools).items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open")
+    }
+    assert found == {"megastar.data.images.image_files"}
+
+
 def test_a_public_class_name_exists_once():
     found: dict[str, list[str]] = {}
     for module, tree in sources().items():

@@ -10,26 +10,22 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from megastar.data.images import sources
-from megastar.data.images.listing import SUFFIXES, Listing, key_of
+from megastar.data.images.image_files import SUFFIXES, ImageError, open_image
+from megastar.data.images.listing import Listing, key_of
 from megastar.data.images.tars import RemoteTars, Report
 from megastar.data.storage.store import is_remote
 from megastar.errors import UserError
 
-MAX_PIXELS = 40_000_000  # checked in the header, before decoding
 MAX_BYTES = 512 << 20  # of a file: 40 megapixels of four 16-bit channels, uncompressed, are 305 MiB
 MAX_ASPECT = 100  # a longer strip, resized to the crop's short side, could exhaust the memory
-
-# Pillow warns from 89 megapixels; the limit here is 40. A filter set around each call is not thread-safe.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -41,10 +37,6 @@ class ImageEntry:
     file: Path
     offset: int = -1
     size: int = -1
-
-
-class ImageError(ValueError):
-    """An image that cannot be used; the caller skips and counts it."""
 
 
 class ImageSet:
@@ -160,15 +152,10 @@ def _check_size(key: str, size: int) -> None:
 def decode(data: bytes, name: str) -> Image.Image:
     """Bytes of an image file -> RGB, transparency composited on white. Raises ``ImageError``."""
     try:
-        try:
-            image: Image.Image = Image.open(io.BytesIO(data))
-        except Image.DecompressionBombError as error:  # Pillow's own limit, twice 89 megapixels
-            raise ImageError(f"{name}: exceeds {MAX_PIXELS // 1_000_000} megapixels ({error})") from error
+        image = open_image(io.BytesIO(data))
         width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ImageError(f"{name}: {width} x {height} exceeds {MAX_PIXELS // 1_000_000} megapixels")
         if max(width, height) > MAX_ASPECT * min(width, height):
-            raise ImageError(f"{name}: {width} x {height} has an aspect ratio over {MAX_ASPECT}")
+            raise ImageError(f"{width} x {height} has an aspect ratio over {MAX_ASPECT}")
         if image.mode.startswith("I;16"):  # convert("RGB") would clip, not scale
             image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -177,10 +164,8 @@ def decode(data: bytes, name: str) -> Image.Image:
             white.alpha_composite(image)
             image = white
         return image.convert("RGB")
-    except ImageError:
-        raise
-    except UnidentifiedImageError as error:  # its text holds a memory address, which varies
-        raise ImageError(f"{name}: unreadable (unknown image format)") from error
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
     except Exception as error:  # Pillow raises a dozen types for broken files
         raise ImageError(f"{name}: unreadable ({type(error).__name__}: {error})") from error
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from megastar.data.images.image_files import SUFFIXES
 from megastar.errors import UserError
 from megastar.utils.files import write_atomic
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 CLASS_LIMIT = 1_000_000
 
 Stamp = list[Any]  # [path, bytes, mtime in ns or ETag]: while all are unchanged, the listing is current

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from megastar.data.images.crops import Crops
-from megastar.data.images.dataset import ImageError, ImageSet
+from megastar.data.images.dataset import ImageSet
+from megastar.data.images.image_files import ImageError
 from megastar.tokenizer.vq import VQModel
 
 _CPU_BYTES = 5 << 20  # of one full-resolution activation: 20 crops in the demo, 1.4 times as fast as 80

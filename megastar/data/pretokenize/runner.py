@@ -27,20 +27,47 @@ from megastar.data.images.crops import parse_crops
 from megastar.data.images.dataset import ImageSet
 from megastar.data.order import permutation
 from megastar.data.pretokenize.encoding import Pipeline, ViewEncoder
-from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, load_manifest
+from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, load_manifest, write_manifest
 from megastar.data.shards.sample_parser import check_layout
 from megastar.data.shards.writer import open_writer
 from megastar.data.storage.shard_info import MANIFEST, ShardInfo
+from megastar.data.storage.store import FolderStore
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
+from megastar.utils.console import PlainConsole
 from megastar.utils.device import DTYPES, pick_device
 from megastar.utils.files import write_atomic
+from megastar.utils.json_file import (
+    ANY,
+    FILE_NAME,
+    SHA256,
+    dict_of,
+    integer,
+    list_of,
+    read_json,
+    record,
+    text,
+    validator,
+)
+from megastar.utils.launcher import local_world
 from megastar.utils.lockfile import Claims
 from megastar.utils.progress_bar import ProgressBar, progress_bar
 
 SKIPPED = "skipped.jsonl"
 PROGRESS = ".progress"
 POLL = 0.5  # seconds between checks for shards that other processes finish
+_PLAN = validator(dict_of(text(1000), ANY))
+_RECORD = validator(
+    record(
+        {
+            "name": FILE_NAME,
+            "samples": integer(),
+            "bytes": integer(),
+            "sha256": SHA256,
+            "skipped": list_of(dict_of(text(), text())),
+        }
+    )
+)
 logger = logging.getLogger(__name__)
 
 
@@ -76,7 +103,7 @@ def pretokenize(
     Finished shards are never written again; shards that a finished folder lacks are. Raises ``UserError`` for a bad
     source, tokenizer or setting, and if ``out`` holds shards of other settings.
     """
-    console, out = console or Console(), Path(out)
+    console, out = console or PlainConsole(), Path(out)
     make, views = parse_crops(crops)
     if shard_size < 1:
         raise UserError(f"shard_size {shard_size} must be at least 1")
@@ -115,7 +142,7 @@ def pretokenize(
         )
 
     def pipeline(images: ImageSet) -> Pipeline:
-        threads = workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        threads = workers or max(1, len(os.sched_getaffinity(0)) // (local_world(os.environ) or 1))
         if images.remote is not None and where.type != "cpu" and not workers:
             threads *= 4  # most of their time is spent waiting for S3
         return Pipeline(images, make, views, ViewEncoder(model, where, DTYPES[dtype], batch), threads)
@@ -230,7 +257,7 @@ class PretokenizeRun:
                         write_atomic(plan, (json.dumps(_settings(self.template), indent=1) + "\n").encode())
             else:
                 time.sleep(POLL / 5)
-        _check_settings(self.out, json.loads(plan.read_text(encoding="utf-8")), _settings(self.template))
+        _check_settings(self.out, read_json(plan, _PLAN, "remove it"), _settings(self.template))
         for path in self.progress.glob("shard-*.json"):
             if not _is_complete(self.out, _record(path)[0]):
                 path.unlink(missing_ok=True)
@@ -292,15 +319,14 @@ class PretokenizeRun:
         if skipped:
             lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in skipped)
             write_atomic(self.out / SKIPPED, lines.encode())
-        write_atomic(self.out / MANIFEST, manifest.to_json().encode())
+        write_manifest(FolderStore(self.out), manifest)
         _clear(self.out)
         return manifest
 
 
 def _record(path: Path) -> tuple[ShardInfo, list[dict[str, str]]]:
-    record = json.loads(path.read_text(encoding="utf-8"))
-    skipped = record.pop("skipped")
-    return ShardInfo(**record), skipped
+    found = read_json(path, _RECORD, "remove it and run the same command again")
+    return ShardInfo(*(found[name] for name in ("name", "samples", "bytes", "sha256"))), found["skipped"]
 
 
 def _list_once(progress: Path, claims: Claims, list_images: Callable[..., ImageSet]) -> ImageSet:

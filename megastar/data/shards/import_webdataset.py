@@ -16,13 +16,14 @@ from rich.console import Console
 
 from megastar.config.schema import DataConfig
 from megastar.data.shards.index import ShardIndex, pack_index
-from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, is_plain_name, parse_manifest
+from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, parse_manifest, write_manifest
 from megastar.data.shards.sample_parser import Expected, Samples, check_classes, check_codes, check_layout, find_samples
 from megastar.data.shards.tar_reader import shown
-from megastar.data.storage.shard_info import MANIFEST, ShardInfo, index_name
+from megastar.data.storage.shard_info import MANIFEST, ShardInfo, index_name, is_shard_name
 from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
 from megastar.tokenizer.io import read_tokenizer_metadata, tokenizer_hash
+from megastar.utils.console import PlainConsole
 from megastar.utils.progress_bar import progress_bar
 
 WRITER = "megastar data index"
@@ -74,7 +75,7 @@ def index_webdataset(
     expected: Expected | None = None
     shards, highest = list[ShardInfo](), -1
     num_classes = classes if isinstance(classes, int) or classes is None else len(classes)
-    with progress_bar(console or Console(), "index", len(names), transient=True) as bar:
+    with progress_bar(console or PlainConsole(), "index", len(names), transient=True) as bar:
         for name in names:
             path, (f, sha256) = store.where(name), store.open_uncached(name)
             with f:
@@ -111,7 +112,7 @@ def index_webdataset(
         layout=layout,
         dtype=expected.dtype,
     )
-    store.put(MANIFEST, manifest.to_json().encode())
+    write_manifest(store, manifest)
     return manifest
 
 
@@ -120,7 +121,7 @@ def _tars(store: Store, where: str | Path) -> list[str]:
     files = store.names()
     if MANIFEST in files and parse_manifest(store).made_by.get("writer") != WRITER:
         raise UserError(f"{where} has a {MANIFEST} written by pretokenize and needs no index")
-    names = sorted(name for name in files if is_plain_name(name))
+    names = sorted(name for name in files if is_shard_name(name))
     if not names:
         raise UserError(f"{where} contains no .tar: give the folder that contains the shards, uncompressed")
     return names

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
+from pydantic_core import from_json
 
 from megastar.config.schema import DataConfig
 from megastar.data.shards.sample_parser import DTYPES, LAYOUTS, Expected
-from megastar.data.storage.shard_info import MANIFEST, ShardInfo
+from megastar.data.shards.shard_table import (
+    TABLE,
+    TABLE_ABOVE,
+    ShardTable,
+    describe_table,
+    pack_table,
+    read_table,
+)
+from megastar.data.storage.shard_info import MANIFEST, ShardInfo, is_shard_name
 from megastar.data.storage.store import Store, open_store
 from megastar.errors import UserError
 
 FORMAT = 1
+TABLE_FORMAT = 2  # the shards are listed in a table (shard_table.py)
 MAX_VIEWS = 1024  # drawing among them takes 8 bytes each, for each sample of a batch
 MAX_CODEBOOK = 2**16  # codes are stored as uint16
 _MAX_BYTES = 2**45  # of a shard
@@ -34,7 +45,7 @@ class Manifest:
     crops: str  # how the views were cut, e.g. "ten:1.1"
     image_size: int
     tokenizer_sha256: str  # empty: unknown, for a set of another writer
-    shards: list[ShardInfo]
+    shards: Sequence[ShardInfo]
     skipped: list[dict[str, str]] = field(default_factory=list)  # {"picture": key, "reason": message}
     # subset, seed, shard size, dtype, digest of the image list
     made_by: dict[str, object] = field(default_factory=dict)
@@ -43,8 +54,8 @@ class Manifest:
     format: int = FORMAT
 
     @property
-    def shard_sizes(self) -> tuple[int, ...]:
-        return tuple(s.samples for s in self.shards)
+    def shard_sizes(self) -> tuple[int, ...] | np.ndarray:
+        return self.shards.samples if isinstance(self.shards, ShardTable) else tuple(s.samples for s in self.shards)
 
     @property
     def centre_view(self) -> int:
@@ -60,6 +71,17 @@ class Manifest:
         return json.dumps({"format": self.format, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 
 
+def write_manifest(store: Store, manifest: Manifest) -> None:
+    """Write manifest.json, and before it a table of the shards if they are many. Raises ``UserError``."""
+    text = ""
+    if len(manifest.shards) > TABLE_ABOVE:
+        table = pack_table(manifest.shards)
+        store.put(TABLE, table)
+        rest = asdict(replace(manifest, shards=[], format=TABLE_FORMAT))
+        text = json.dumps({**rest, "table": describe_table(table)}, indent=1, ensure_ascii=False) + "\n"
+    store.put(MANIFEST, (text or manifest.to_json()).encode())
+
+
 def load_manifest(folder: str | Path, data: DataConfig | None = None) -> Manifest:
     """Read manifest.json of a folder or s3:// URL. Raises ``UserError`` if it is missing or invalid."""
     return parse_manifest(open_store(folder, data))
@@ -69,15 +91,17 @@ def parse_manifest(store: Store) -> Manifest:
     """Read and check the manifest of a store. Errors as ``load_manifest``."""
     text, path = store.manifest(), store.where(MANIFEST)
     try:
-        data = json.loads(text)
-        if (version := data["format"]) != FORMAT:
+        data = from_json(text)  # unlike json.loads it refuses half a surrogate pair, which cannot be printed
+        if (version := data["format"]) not in (FORMAT, TABLE_FORMAT):
             raise UserError(
-                f"{path} has format {version!r:.80}, but this version of megastar reads format {FORMAT}: pretokenize again"
+                f"{path} has format {version!r:.80}, but this version of megastar reads formats {FORMAT} and {TABLE_FORMAT}: pretokenize again"
             )
         names = {f.name for f in fields(Manifest)}
-        data = {k: v for k, v in data.items() if k in names}
-        manifest = Manifest(**{**data, "shards": [ShardInfo(**s) for s in data["shards"]]})
+        known = {k: v for k, v in data.items() if k in names}
+        manifest = Manifest(**{**known, "shards": [ShardInfo(**s) for s in data["shards"]]})
         _check_types(manifest)
+        if version == TABLE_FORMAT:
+            manifest = replace(manifest, shards=read_table(store, data["table"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(f"{error}".split())[:200]
         raise UserError(
@@ -90,7 +114,7 @@ def parse_manifest(store: Store) -> Manifest:
 
 def _check_types(manifest: Manifest) -> None:
     """Raise ``TypeError`` for a field whose value is not of its declared type."""
-    kinds = {"int": int, "str": str, "list": list, "dict": dict}
+    kinds = {"int": int, "str": str, "list": list, "Sequence": list, "dict": dict}
     entries: list[Manifest | ShardInfo] = [manifest, *manifest.shards]
     for entry in entries:
         for f in fields(entry):
@@ -115,16 +139,22 @@ def _problem(m: Manifest) -> str:
         return f"declares {m.views} views of {m.tokens} tokens"
     if not 1 <= m.codebook_size <= MAX_CODEBOOK:
         return f"has a codebook of {m.codebook_size}, not of 1 to {MAX_CODEBOOK} codes"
-    if m.samples != sum(m.shard_sizes):
-        return f"declares {m.samples} samples, its shards {sum(m.shard_sizes)}"
+    if m.samples != (total := sum(m.shard_sizes) if isinstance(m.shards, list) else int(np.sum(m.shard_sizes))):
+        return f"declares {m.samples} samples, its shards {total}"
     if m.samples < 1:
         return "holds no samples"
     if not m.classes:
         return "names no classes"
     sample = m.views * m.tokens * np.dtype(DTYPES[m.dtype]).itemsize
     names = set[str]()
-    for s in m.shards:
-        if not is_plain_name(s.name):
+    if isinstance(m.shards, ShardTable):  # its names and hashes are checked when a shard is used
+        sizes, samples = m.shards.rows["bytes"], m.shards.samples
+        bad = (sizes < 0) | (sizes > _MAX_BYTES) | (samples < 0) | (samples > sizes // sample)
+        suspects: Sequence[ShardInfo] = [m.shards[int(bad.argmax())]] if bad.any() else []
+    else:
+        suspects = m.shards
+    for s in suspects:
+        if not is_shard_name(s.name):
             return f"names a shard {s.name[:200]!r}: it must be the plain name of a .tar beside it"
         if s.name in names:
             return f"names the shard {s.name} twice"
@@ -134,9 +164,3 @@ def _problem(m: Manifest) -> str:
             return f"declares {s.samples} samples of {sample} bytes in the {s.bytes} bytes of {s.name}"
         names.add(s.name)
     return ""
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether ``name`` is a visible .tar in the folder itself."""
-    plain = name.isprintable() and not set(name) & set("/\\") and len(name.encode(errors="replace")) <= 250
-    return plain and name.endswith(".tar") and not name.startswith(".")

@@ -34,6 +34,7 @@ class _Open:
     """An open shard. A window is the codes of one view; a window starts every ``stride`` bytes."""
 
     file: BinaryIO
+    version: tuple[int, ...]  # when it was verified
     map: mmap.mmap
     index: ShardIndex
     windows: np.ndarray  # (positions,) void, a view of the map
@@ -199,18 +200,24 @@ class ShardSet:
         self.store.close()
 
     def _shut(self) -> None:
-        """Close the least recently used shard."""
+        """Close the first of the open shards, the least recently used one."""
         shard, opened = self._maps.popitem(last=False)
         self._slots[shard] = -1
         opened.file.close()
 
     def open(self, shard: int) -> mmap.mmap:
-        """Map shard ``shard`` and check its size, index and number of samples. Raises ``UserError`` if it changed."""
+        """Map shard ``shard``, verified by the store, and check its size, index and number of samples.
+
+        Raises ``UserError`` if it changed.
+        """
         if (found := self._maps.get(shard)) is not None:
             self._maps.move_to_end(shard)
             if (size := found.map.size()) != len(found.map):  # reading beyond it would be fatal
                 raise self._cut(self.manifest.shards[shard], size)
-            return found.map
+            if self.store.verifier.version(found.file) == found.version:
+                return found.map
+            self._maps.move_to_end(shard, last=False)  # written to since it was verified
+            self._shut()
         info = self.manifest.shards[shard]
         if len(self._maps) >= self._max_open:  # before the next is opened: an open shard stays in the cache
             self._shut()
@@ -258,7 +265,7 @@ class ShardSet:
         stride = math.gcd(self._row, int(np.gcd.reduce(index.offsets)))
         positions = max(0, (len(data) - self._row) // stride + 1)
         windows = np.ndarray((positions,), f"V{self._row}", data, 0, (stride,))
-        return _Open(file, data, index, windows, stride, slot)
+        return _Open(file, self.store.verifier.version(file), data, index, windows, stride, slot)
 
 
 def walk_shard(data: mmap.mmap, where: str, manifest: Manifest, info: ShardInfo) -> ShardIndex:

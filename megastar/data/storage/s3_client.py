@@ -19,8 +19,11 @@ from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
 from megastar.data.storage.errors import CacheFull, Stopped
+from megastar.data.storage.s3_credentials import S3Client
+from megastar.data.storage.s3_errors import changed, describe, permanent_error
 from megastar.data.storage.stall_timer import NEVER, PATIENCE, THREADS, StallTimer, log_on_first_rank, run_in_threads
 from megastar.errors import UserError
+from megastar.utils.redact import redact
 
 T = TypeVar("T")
 PART = 8 << 20  # minimum bytes of a ranged GET (the maximum is four times that): each costs 3 ms of a core
@@ -35,7 +38,7 @@ def split_url(url: str) -> tuple[str, str]:
     """s3://bucket/some/prefix -> (bucket, some/prefix). Raises ``UserError``."""
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")
-    if scheme != "s3" or not bucket:
+    if scheme.lower() != "s3" or not bucket:
         raise UserError(f"{url}: must have the form s3://bucket/prefix")
     return bucket, prefix.strip("/")
 
@@ -50,27 +53,19 @@ class S3Folder:
     def __init__(self, url: str, patience: float = PATIENCE, report: Callable[[str], None] = log_on_first_rank):
         self.url, self.patience, self.report = url.rstrip("/"), patience, report
         self.bucket, self.prefix = split_url(url)
-        import boto3
-        from botocore import UNSIGNED
-        from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
-        options: dict[str, Any] = {
-            "retries": {"total_max_attempts": 1, "mode": "standard"},
-            "connect_timeout": 10,
-            "read_timeout": 20,
-            "max_pool_connections": 4 * THREADS,
-            "response_checksum_validation": "when_required",  # ranges have no checksum
-        }
+        retries = {"total_max_attempts": 1, "mode": "standard"}
         try:
-            session = boto3.session.Session()
-            self.signed = session.get_credentials() is not None
-            if not self.signed:
-                options["signature_version"] = UNSIGNED
-            self.client = session.client("s3", config=Config(**options))
+            self.aws = S3Client(retries=retries, connect_timeout=10, read_timeout=20, max_pool_connections=4 * THREADS)
         except (BotoCoreError, ValueError) as error:
-            raise UserError(f"{url} cannot be opened ({error}): correct the AWS_... settings") from error
-        self.endpoint: str = self.client.meta.endpoint_url
+            raise UserError(f"{url} cannot be opened ({redact(error)}): correct the AWS_... settings") from error
+        self.signed = self.aws.signed
+        self.endpoint = redact(self.client.meta.endpoint_url)
+
+    @property
+    def client(self) -> Any:
+        return self.aws.client
 
     def url_of(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -127,8 +122,8 @@ class S3Folder:
 
     def put(self, name: str, data: bytes) -> None:
         """Write a small object."""
-        put = partial(self.client.put_object, Bucket=self.bucket, Key=self.key_of(name), Body=data)
-        self._call(name, self.timer(name), put)
+        key = self.key_of(name)
+        self._call(name, self.timer(name), lambda: self.client.put_object(Bucket=self.bucket, Key=key, Body=data))
 
     def fetch(self, name: str, out: BinaryIO, size: int | None, timer: StallTimer) -> str:
         """Write object ``name`` to ``out`` and return its SHA-256; ``size`` is its expected size (None: any).
@@ -169,6 +164,10 @@ class S3Folder:
         key, span = self.key_of(name), f"bytes={start}-{end - 1}"
         response: dict[str, Any] = self.client.get_object(Bucket=self.bucket, Key=key, Range=span, **condition)
         if not response.get("ContentRange", "").startswith(f"bytes {start}-"):
+            if response.get("ContentType", "").startswith("text/html"):
+                raise UserError(
+                    f"{self.endpoint} answers with a web page for {self.url_of(name)}: a proxy or login page stands in between; correct AWS_ENDPOINT_URL_S3 or NO_PROXY"
+                )
             raise UserError(
                 f"{self.endpoint} does not support ranged GETs ({self.url_of(name)}): use an S3 server that does"
             )
@@ -213,12 +212,14 @@ class S3Folder:
         """Call ``request`` until it succeeds, or raises a permanent error."""
         failures = 0
         while not timer.cancelled.is_set():
-            before = timer.progress_count
+            before, generation = timer.progress_count, self.aws.generation
             try:
                 return request()
             except Exception as error:
+                if self.aws.renew(error, generation):
+                    continue
                 self.raise_if_permanent(error, name)
-                timer.failed(error)
+                timer.failed(self.describe(error))
             failures = 1 if timer.progress_count > before else failures + 1
             pause = min(_LONGEST_PAUSE, 0.1 * 2 ** min(failures, 10))
             timer.cancelled.wait(pause * _random.uniform(0.5, 1.0))
@@ -227,41 +228,29 @@ class S3Folder:
     def raise_if_permanent(self, error: Exception, name: str) -> None:
         """Return if a retry after ``error`` may succeed. Otherwise raise a ``UserError`` that explains the error, or
         the error itself if it is not one of a store."""
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError, SSLError
         from botocore.parsers import ResponseParserError
         from urllib3.exceptions import HTTPError
 
+        url, source = self.url_of(name), self.aws.source if self.signed else ""
         if isinstance(error, ClientError):
-            if message := self._permanent_error(error, name):
+            if message := permanent_error(error, url, self.bucket, self.endpoint, source):
                 raise UserError(message) from error
         elif isinstance(error, (ParamValidationError, NoCredentialsError)):
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.url_of(name)} cannot be requested ({reason}): correct the URL") from error
+            raise UserError(f"{url} cannot be requested ({self.describe(error)}): correct the URL") from error
+        elif isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise UserError(
+                f"the certificate of {self.endpoint} cannot be verified ({self.describe(error)}): name its authority in AWS_CA_BUNDLE"
+            ) from error
         elif not isinstance(error, (BotoCoreError, HTTPError, ResponseParserError, OSError, http.client.HTTPException)):
             raise error
 
-    def _permanent_error(self, error: Any, name: str) -> str:
-        """The message for a response that a retry does not change, else the empty string."""
-        code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
-        url = self.url_of(name)
-        if code == "NoSuchBucket":
-            return f"bucket {self.bucket} of {url} does not exist at {self.endpoint}: correct the URL, or the endpoint (AWS_ENDPOINT_URL_S3)"
-        if status == 404:
-            return f"{url} does not exist at {self.endpoint}: upload the whole folder, or correct the URL"
-        if status in (401, 403):
-            if self.signed:
-                return f"{self.endpoint} denies access to {url} ({code}): use credentials that may read it"
-            return f"{self.endpoint} denies access to {url} ({code}) and no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        if status == 412:
-            return str(self.changed(name))
-        if status < 500 and status not in (408, 429) and code not in ("RequestTimeout", "SlowDown", "Throttling"):
-            return f"{self.endpoint} rejects the request for {url} ({code}, {error.response['Error'].get('Message', '')}): correct the URL, the region (AWS_DEFAULT_REGION) or the endpoint (AWS_ENDPOINT_URL_S3)"
-        return ""
+    def describe(self, error: Exception) -> str:
+        """The text of an error, without secrets."""
+        return describe(error, self.aws.source)
 
     def changed(self, name: str) -> UserError:
-        return UserError(
-            f"{self.url_of(name)} changed while it was read: restore it, or start a new run on shards that do not change"
-        )
+        return UserError(changed(self.url_of(name)))
 
 
 class _FileSink:

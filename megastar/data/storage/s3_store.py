@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property
@@ -17,9 +17,12 @@ from megastar.data.storage.errors import CacheFull
 from megastar.data.storage.s3_client import S3Folder
 from megastar.data.storage.shard_cache import ShardCache
 from megastar.data.storage.shard_info import MANIFEST, MAX_MANIFEST_BYTES, ShardInfo, index_name, max_index_bytes
+from megastar.data.storage.shard_queue import ShardQueue
 from megastar.data.storage.stall_timer import NEVER, REPORT_EVERY, StallTimer, log_on_first_rank, run_in_threads
+from megastar.data.storage.verification import BeingVerified, Verifier
 from megastar.errors import UserError
 
+logger = logging.getLogger(__name__)
 _FETCHERS = 3  # threads that read ahead, one shard each
 _SPARE = 1 << 30  # bytes of memory to leave free
 _POLL = 0.02  # seconds between checks for a shard that another process fetches
@@ -46,11 +49,8 @@ class S3Store:
         self.last_message = self.degraded = ""
         self.s3 = S3Folder(url, data.patience, self._report)
         self.cache_folder, self.max_bytes = data.cache, int(data.cache_gib * 2**30)
-        self._changed = threading.Condition()
-        self._wanted: deque[ShardInfo] = deque()
-        self._first: ShardInfo | None = None  # of ``_wanted``: fetched before, not beside, the others
-        self._closed = threading.Event()
-        self._fetchers: list[threading.Thread] = []
+        self.verifier = Verifier(ctime=False)
+        self._queue = ShardQueue(self._fetch_ahead, _FETCHERS, first_alone=True)
 
     def _report(self, message: str) -> None:
         self.last_message = message
@@ -78,9 +78,9 @@ class S3Store:
         timer = self.s3.timer(info.name, stop)
         activity, checked_at = 0, time.monotonic()
         while True:
-            if f := self.cache.open(info):
-                return f
             try:
+                if f := self._open_cached(info, stop):
+                    return f
                 if part := self.cache.claim(info):
                     f = self._fetch(info, part, timer, required=True)
                     assert f is not None
@@ -96,6 +96,23 @@ class S3Store:
                 checked_at = time.monotonic()
             timer.tick()
             time.sleep(_POLL)
+
+    def _open_cached(self, info: ShardInfo, stop: threading.Event, wait: bool = True) -> BinaryIO | None:
+        """The cached shard, compared with its SHA-256; a damaged one is removed, so that it is fetched again."""
+        if (f := self.cache.open(info)) is None:
+            return None
+        try:
+            found = self.verifier.digest(f, info, stop, wait)
+        except OSError as error:
+            found = f"is unreadable: {error.strerror}"
+        except BaseException:
+            f.close()
+            raise
+        if found == info.sha256:
+            return f
+        place = self.cache.remove(f, info)
+        logger.warning("%s is damaged in the cache (%s, SHA-256 %s): fetching it again", info.name, place, found)
+        return None
 
     def _probe(self, info: ShardInfo, timer: StallTimer) -> None:
         """Find out why another process's fetch does not progress."""
@@ -114,7 +131,9 @@ class S3Store:
                 cache.discard(part, info)
                 return None
             self._fetch_checked(info, part, timer)
-            return cache.commit(part, info)
+            done = cache.commit(part, info)
+            self.verifier.trust(done, info)
+            return done
         except BaseException:
             cache.discard(part, info)
             raise
@@ -180,50 +199,21 @@ class S3Store:
                 if room < 0:  # it would evict a shard that comes before it
                     break
                 wanted[info.sha256] = info
-        with self._changed:
-            if self._closed.is_set():
-                self._closed = threading.Event()
-            self._wanted = deque(wanted.values())
-            self._first = self._wanted[0] if self._wanted else None
-            self._changed.notify_all()
-        while len(self._fetchers) < _FETCHERS:
-            thread = threading.Thread(
-                target=self._read_ahead, args=(self._closed,), name="shard-read-ahead", daemon=True
-            )
-            self._fetchers.append(thread)
-            thread.start()
-
-    def _read_ahead(self, closed: threading.Event) -> None:
-        while not closed.is_set():
-            with self._changed:
-                if not self._wanted or (self._first is not None and self._wanted[0] is not self._first):
-                    self._changed.wait(0.5)
-                    continue
-                info = self._wanted.popleft()
-            try:
-                done = self._fetch_ahead(info, closed)
-            except Exception:
-                closed.wait(1.0)  # ``open`` will meet the error too and raise it
-                done = True
-            with self._changed:
-                if not done:  # another process is fetching it: check again later
-                    self._wanted.appendleft(info) if info is self._first else self._wanted.append(info)
-                elif info is self._first:
-                    self._first = None
-                    self._changed.notify_all()
-            if not done:
-                closed.wait(0.1)
+        self._queue.replace(wanted.values())
 
     def _fetch_ahead(self, info: ShardInfo, closed: threading.Event) -> bool:
-        """Fetch a shard if it is not cached and there is room; False while another process is fetching it."""
-        if f := self.cache.open(info):
-            f.close()
-        elif part := self.cache.claim(info):
-            timer = self.s3.timer(info.name, closed, report=lambda _: None)
-            if f := self._fetch(info, part, timer, required=False):
+        """Fetch a shard if it is not cached and there is room; False while another process does that."""
+        try:
+            if f := self._open_cached(info, closed, wait=False):
                 f.close()
-        else:
+                return True
+        except BeingVerified:
             return False
+        if not (part := self.cache.claim(info)):
+            return False
+        timer = self.s3.timer(info.name, closed, report=lambda _: None)
+        if f := self._fetch(info, part, timer, required=False):
+            f.close()
         return True
 
     def check_room(self, shards: Iterable[ShardInfo]) -> None:
@@ -234,11 +224,4 @@ class S3Store:
             )
 
     def close(self) -> None:
-        with self._changed:
-            self._closed.set()
-            self._wanted.clear()
-            self._first = None
-            self._changed.notify_all()
-        for thread in self._fetchers:
-            thread.join()
-        self._fetchers = []
+        self._queue.close()

@@ -7,6 +7,9 @@ protocol consists of kernel locks (flock), which end with the process that holds
     SHA.idx    the index of that shard: optional, unchecked, removed with the shard
     SHA.part   being fetched by the process that holds its exclusive lock; without a lock it is left over
     lock       held while space is freed
+
+Only regular files of this user are opened. A folder that others may write to is not used itself, but a folder of this
+user in it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import errno
 import fcntl
 import os
 import re
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,7 +28,8 @@ from typing import BinaryIO
 from megastar.data.storage.errors import CacheFull
 from megastar.data.storage.shard_info import ShardInfo, max_index_bytes
 from megastar.errors import UserError
-from megastar.utils.files import read_small, sync_folder, write_atomic
+from megastar.utils.files import read_at_most, sync_folder, write_atomic
+from megastar.utils.own_files import open_own, own_folder
 
 _SUFFIX = ".idx"  # of an index
 _INDEX_SECONDS = 60.0  # after that a temporary file of an index is left over
@@ -40,17 +43,14 @@ class ShardCache:
 
     def __init__(self, folder: str | Path, max_bytes: int):
         self.max_bytes = max_bytes
-        own = Path(tempfile.gettempdir()) / f"megastar-{os.getuid()}"
-        self.folder = Path(folder or own)
         try:
-            self.folder.mkdir(mode=0o755 if folder else 0o700, parents=True, exist_ok=True)
-            if not folder and (own.is_symlink() or own.stat().st_uid != os.getuid()):
-                raise UserError(f"{own} belongs to another user: set data.cache to a folder of your own")
+            self.folder = own_folder(folder)
             with self._locked():
                 self._sweep()
-        except OSError as error:
+        except (OSError, UserError) as error:
+            reason = str(error) if isinstance(error, UserError) or error.errno else f"{error.filename} {error.strerror}"
             raise UserError(
-                f"data.cache = {self.folder} cannot be used ({error}): set it to a folder on a disk of this node"
+                f"data.cache = {folder or 'the default'} cannot be used ({reason}): set it to a folder on a disk of this node"
             ) from error
 
     def open(self, info: ShardInfo) -> BinaryIO | None:
@@ -58,7 +58,10 @@ class ShardCache:
         path = self._path(info)
         while True:
             try:
-                f = path.open("rb")
+                f = open_own(path)
+            except PermissionError:  # a link, or not ours: it must not be used, nor be in the way
+                self._clear(path, info)
+                return None
             except OSError:  # missing, or the disk has failed
                 return None
             fcntl.flock(f, fcntl.LOCK_SH)
@@ -70,16 +73,38 @@ class ShardCache:
                 path.unlink(missing_ok=True)
             f.close()
             return None
-        with suppress(OSError):  # owned by another user
-            os.utime(path)  # removal is by time of use
+        self._used(f)
         return f
+
+    def remove(self, f: BinaryIO, info: ShardInfo) -> Path:
+        """Remove a damaged shard, which was opened by ``open``, even if another process reads it; returns its path."""
+        path = self._path(info)
+        with self._disk_errors(info), f:
+            if _is_at(f, path):
+                path.unlink(missing_ok=True)
+                path.with_suffix(_SUFFIX).unlink(missing_ok=True)
+        return path
+
+    def _used(self, f: BinaryIO) -> None:
+        """Record the time of use, by which shards are removed. The time of modification identifies a verified file."""
+        with suppress(OSError):
+            os.utime(f.fileno(), ns=(time.time_ns(), os.fstat(f.fileno()).st_mtime_ns))
+
+    def _clear(self, path: Path, info: ShardInfo) -> None:
+        with self._disk_errors(info):
+            path.unlink(missing_ok=True)
 
     def claim(self, info: ShardInfo) -> BinaryIO | None:
         """The temporary file of a shard, for the one process that fetches it; None if another process has it."""
         part = self._part(info)
         while True:
-            with self._disk_errors(info):
-                f = open(part, "r+b", opener=_create)  # noqa: SIM115
+            try:
+                f = open_own(part, os.O_RDWR | os.O_CREAT)
+            except PermissionError:
+                self._clear(part, info)
+                continue
+            except OSError as error:
+                raise self._full(info, error) from error
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -106,7 +131,7 @@ class ShardCache:
                 with suppress(FileNotFoundError):
                     stat, index = path.stat(), path.with_suffix(_SUFFIX)
                     size = stat.st_size + (index.stat().st_size if index.exists() else 0)
-                    held.append((stat.st_mtime_ns, size, path))
+                    held.append((stat.st_atime_ns, size, path))
             used = info.bytes + sum(size for _, size, _ in held)
             oldest = deque((size, path) for _, size, path in sorted(held) if path.suffix == ".tar")
 
@@ -137,6 +162,7 @@ class ShardCache:
             self._part(info).rename(self._path(info))
             sync_folder(self.folder)
         fcntl.flock(part, fcntl.LOCK_SH)
+        self._used(part)
         return part
 
     def discard(self, part: BinaryIO, info: ShardInfo) -> None:
@@ -154,13 +180,16 @@ class ShardCache:
 
     def index(self, info: ShardInfo) -> bytes | None:
         """The index stored by ``keep_index``, unchecked."""
-        return read_small(self._path(info).with_suffix(_SUFFIX), max_index_bytes(info))
+        with suppress(OSError), open_own(self._path(info).with_suffix(_SUFFIX)) as f:
+            return read_at_most(f, max_index_bytes(info))
+        return None
 
     def keep_index(self, info: ShardInfo, data: bytes) -> None:
         """Store the index of a cached shard; does nothing where that is not possible."""
-        if self._path(info).exists():
+        path = self._path(info).with_suffix(_SUFFIX)
+        if self._path(info).exists() and not path.is_symlink():
             with suppress(OSError):
-                write_atomic(self._path(info).with_suffix(_SUFFIX), data)
+                write_atomic(path, data)
 
     @contextmanager
     def _disk_errors(self, info: ShardInfo) -> Iterator[None]:
@@ -168,9 +197,12 @@ class ShardCache:
         try:
             yield
         except OSError as error:
-            raise CacheFull(
-                f"{info.name} ({info.bytes} bytes) cannot be written to the cache {self.folder} ({error.strerror}): free some space there, or set another data.cache"
-            ) from error
+            raise self._full(info, error) from error
+
+    def _full(self, info: ShardInfo, error: OSError) -> CacheFull:
+        return CacheFull(
+            f"{info.name} ({info.bytes} bytes) cannot be written to the cache {self.folder} ({error.strerror}): free some space there, or set another data.cache"
+        )
 
     def _path(self, info: ShardInfo) -> Path:
         if not re.fullmatch("[0-9a-f]{64}", info.sha256):  # it names a file and comes from a remote manifest
@@ -196,13 +228,9 @@ class ShardCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with open(self.folder / "lock", "r+b", opener=_create) as f:
+        with open_own(self.folder / "lock", os.O_RDWR | os.O_CREAT) as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             yield
-
-
-def _create(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o644)
 
 
 def _is_at(f: BinaryIO, path: Path) -> bool:
@@ -216,7 +244,7 @@ def _is_at(f: BinaryIO, path: Path) -> bool:
 def _remove(path: Path) -> bool:
     """Remove a file that is not in use; whether it was removed."""
     try:
-        with path.open("rb") as f:
+        with open_own(path) as f:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(f, path):
                 return False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megastar.utils.files import is_plain_name
+
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 256 << 20  # enough for a million skipped images
 
@@ -26,3 +28,8 @@ def max_index_bytes(info: ShardInfo) -> int:
 def index_name(shard: str) -> str:
     """shard-00000.tar -> shard-00000.idx"""
     return f"{shard.removesuffix('.tar')}.idx"
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether ``name`` is a visible .tar in the folder itself."""
+    return is_plain_name(name) and name.endswith(".tar")

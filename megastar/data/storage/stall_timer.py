@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from megastar.data.storage.errors import Stopped, StoreUnreachable
+from megastar.utils.launcher import place_of
 
 PATIENCE = 1800.0  # seconds that an outage may last, by default
 REPORT_EVERY = 10.0  # seconds between the messages about one stall
@@ -79,7 +80,7 @@ class StallTimer:
 
 def log_on_first_rank(message: str) -> None:
     """Log a message about a stall; one rank of a job is enough."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if place_of(os.environ).rank == 0:
         logger.warning("%s", message)
 
 

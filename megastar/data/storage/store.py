@@ -1,12 +1,13 @@
 """Stores of token shards: a folder, or s3://bucket/prefix read through a cache on the node.
 
-A shard on S3 is fetched whole, checked against the manifest and mapped from the cache, so that training reads the same
-bytes as from a folder. The shards that come next are fetched in the background; a run waits for S3 only when that falls
-behind, and logs the wait.
+A shard on S3 is fetched whole and mapped from the cache, so that training reads the same bytes as from a folder. Every
+shard is compared with its SHA-256 before it is read (verification.py). The shards that come next are fetched and
+verified in the background; a run waits for S3 only when that falls behind, and logs the wait.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
@@ -16,9 +17,13 @@ from typing import BinaryIO
 from megastar.config.schema import DataConfig
 from megastar.data.storage.s3_store import S3Store
 from megastar.data.storage.shard_info import MANIFEST, MAX_MANIFEST_BYTES, ShardInfo, index_name, max_index_bytes
+from megastar.data.storage.shard_queue import ShardQueue
 from megastar.data.storage.stall_timer import NEVER
+from megastar.data.storage.verification import BeingVerified, Verifier
 from megastar.errors import UserError
 from megastar.utils.files import read_small, sha256_of, write_atomic
+
+_HASHERS = 2  # threads that verify ahead, one shard each
 
 
 class FolderStore:
@@ -30,6 +35,8 @@ class FolderStore:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.verifier = Verifier(ctime=True)
+        self._queue = ShardQueue(self._verify_ahead, _HASHERS, first_alone=False)
 
     def where(self, name: str) -> str:
         """Path or URL of a file, for messages."""
@@ -51,10 +58,31 @@ class FolderStore:
     def open(self, info: ShardInfo, stop: threading.Event = NEVER) -> BinaryIO:
         """A shard as a local file, which is kept while the file or a map of it exists.
 
-        ``stop`` cancels a wait with ``Stopped``. Raises ``UserError`` for a shard that is missing, changed or
+        Its SHA-256 is that of the manifest: it is hashed here unless that was done by a process of this node that still
+        runs. ``stop`` cancels a wait with ``Stopped``. Raises ``UserError`` for a shard that is missing, changed or
         unreachable.
         """
-        return self._open(info.name)
+        f = self._open(info.name)
+        try:
+            if os.fstat(f.fileno()).st_size == info.bytes:  # the reader compares the size too
+                self._verify(f, info, stop)
+            return f
+        except BaseException:
+            f.close()
+            raise
+
+    def _verify(self, f: BinaryIO, info: ShardInfo, stop: threading.Event, wait: bool = True) -> None:
+        path = self.folder / info.name
+        try:
+            found = self.verifier.digest(f, info, stop, wait)
+        except OSError as error:
+            raise UserError(
+                f"token shard {path} cannot be read ({error.strerror}): check the disk, or copy it again"
+            ) from error
+        if found != info.sha256:
+            raise UserError(
+                f"token shard {path} has SHA-256 {found}, the manifest records {info.sha256}: it is damaged or was changed; copy it again, and find all such shards with `megastar data verify {self.folder}`"
+            )
 
     def _open(self, name: str) -> BinaryIO:
         path = self.folder / name
@@ -110,20 +138,30 @@ class FolderStore:
             raise UserError(f"cannot write {self.where(name)} ({error.strerror}): make the folder writable") from error
 
     def read_ahead(self, shards: Iterable[ShardInfo]) -> None:
-        """Fetch these shards next, in this order, in the background. Replaces the previous list."""
+        """Fetch and verify these shards next, in this order, in the background. Replaces the previous list."""
+        self._queue.replace(dict.fromkeys(shards))
+
+    def _verify_ahead(self, info: ShardInfo, closed: threading.Event) -> bool:
+        try:
+            with self._open(info.name) as f:
+                self._verify(f, info, closed, wait=False)
+        except BeingVerified:
+            return False
+        return True
 
     def check_room(self, shards: Iterable[ShardInfo]) -> None:
         """Raise ``UserError`` unless the cache can hold all of these at once."""
 
     def close(self) -> None:
         """Stop the background threads. The store can be used again."""
+        self._queue.close()
 
 
 Store = FolderStore | S3Store
 
 
 def is_remote(url: str | Path) -> bool:
-    return str(url).startswith("s3://")
+    return str(url)[:5].lower() == "s3://"
 
 
 def open_store(url: str | Path, data: DataConfig | None = None) -> Store:

@@ -9,9 +9,7 @@ A save that fails does not stop the training: it is reported, its files are remo
 from __future__ import annotations
 
 import errno
-import io
 import json
-import os
 import secrets
 import shutil
 import signal
@@ -19,26 +17,24 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from megastar.checkpoint.rng_state import random_file
-from megastar.checkpoint.shard_format import KINDS, Piece, state_file, write_pieces
+from megastar.checkpoint.shard_format import KINDS, state_file
 from megastar.config.schema import RunConfig
 from megastar.engine.checkpointer.s3_upload import Uploader
+from megastar.engine.checkpointer.snapshot import Snapshot, Snapshots
 from megastar.engine.context import Context
-from megastar.engine.rank_sync import from_main, on_main, retry, wait_for
+from megastar.engine.rank_sync import from_main, on_main, retry, run_on_main, wait_for
 from megastar.engine.zero.engines import Engines, elements_of, full_shapes, owned
-from megastar.parallel.plan import split_of
+from megastar.parallel.signed_store import SignedStore
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import WRITING, folder_of, name_of
-from megastar.run_dir.layout import FORMAT
-from megastar.utils.files import sha256
+from megastar.run_dir.folder_guard import FolderGuard
+from megastar.run_dir.lease import RunLease
 
 UPLOAD_PATIENCE = 86400.0
 RETRY_EVERY = 60.0  # seconds from a failed save to the next attempt, unless a save is due before
@@ -57,18 +53,19 @@ class Saver:
     ``problem`` describes the last save if it failed, the same on all ranks; it is cleared when one is complete.
     """
 
-    def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines, step: int = -1):
-        self.cfg, self.ctx, self.engines = cfg, ctx, engines
+    def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines, step: int = -1, lease: RunLease | None = None):
+        self.cfg, self.ctx, self.engines, self.lease = cfg, ctx, engines, lease
         self.folder = folder_of(cfg.run)
-        self.shapes = full_shapes(engines, ctx)
-        self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+        self.snapshots = Snapshots(cfg, ctx, engines, full_shapes(engines, ctx))
+        store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+        self.store = SignedStore(store, ctx.secret)
         self.token = ""  # of the last save: a name that no other save has, in this job or in one that is dying
         self.step = step  # of the last attempt
-        self.host: Tensor | None = None  # the copies, pinned for a GPU, kept from save to save
         self.thread: threading.Thread | None = None
         self.error: OSError | None = None
         self.problem = ""
         self.uploader = Uploader(cfg.train.upload, cfg.data.patience) if cfg.train.upload and ctx.main else None
+        self.guard = FolderGuard(self.folder.parent) if ctx.main else None
         self.done: Path | None = None
         self._due: float | None = None  # when a save that failed is tried again
         self._failures, self._reported_at = 0, 0.0
@@ -80,12 +77,28 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether a save failed on this rank, or (main rank) one that failed is due again: then ``retry_due``, all ranks."""
-        return self.error is not None or (self.ctx.main and self._due is not None and time.monotonic() >= self._due)
+        """Whether a save failed on this rank, or (main rank) one that failed is due again, or the run folder is gone or
+        taken over: then ``check_folder`` and ``retry_due``, all ranks."""
+        due = self._due is not None and time.monotonic() >= self._due
+        gone = self.guard is not None and bool(self.guard.gone())
+        lost = self.lease is not None and bool(self.lease.lost)
+        return self.error is not None or (self.ctx.main and (due or gone or lost))
+
+    def check_folder(self) -> None:
+        """Raise on all ranks: ``UserError`` if the run folder is gone, ``LeaseLost`` if another process has taken it over.
+        A collective."""
+        run_on_main(self.ctx, self._check_folder)
+
+    def _check_folder(self) -> None:
+        if self.guard is not None:
+            self.guard.check()
+        if self.lease is not None:
+            self.lease.check()
 
     def retry_due(self) -> bool:
         """After a step in which some rank had ``failed``: whether to save now. A collective."""
         self.finish()
+        self.check_folder()
         return from_main(self.ctx, self.failed)
 
     def take_events(self) -> list[tuple[str, dict[str, Any]]]:
@@ -99,32 +112,16 @@ class Saver:
         A save that fails, here or while it is written, sets ``problem``; the former checkpoint stays valid.
         """
         self.finish()
+        self.check_folder()
         start = time.perf_counter()
         self.step, self._due = step, None
-        align_replicas(self.engines, self.ctx)
-        mine = owned(self.engines, self.ctx)
         self.token = from_main(self.ctx, secrets.token_hex(4))
         self.written = self.folder / WRITING / self.token / name_of(step)
         if problem := on_main(self.ctx, self._prepare):
             self._settle(problem)
             return time.perf_counter() - start
-        pieces = self._copy(mine, elements_of(mine))
-        random = {"torch": torch.get_rng_state()}  # all other draws are functions of the seed and the step
-        if self.ctx.device.type == "cuda":
-            torch.cuda.synchronize()
-            random["cuda"] = torch.cuda.get_rng_state(self.ctx.device)
-        stage = self.engines.student.zero_optimization_stage()
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            **metadata,
-            "mesh": {"data": self.ctx.mesh.data, "tensor": self.ctx.tensor, "zero_stage": stage},
-            "dtype": str(self.ctx.dtype),
-            "optimizer_step": self.engines.updates(),
-            "parameters": self.shapes,
-            "config": asdict(self.cfg),
-        }
-        self.thread = threading.Thread(target=self._write, args=(pieces, random, manifest), daemon=True)
+        snapshot = self.snapshots.take(step, metadata)
+        self.thread = threading.Thread(target=self._write, args=(snapshot,), daemon=True)
         self.thread.start()
         return time.perf_counter() - start
 
@@ -168,22 +165,6 @@ class Saver:
             f"once, need {gib(count * self.need - held)} more: free space, or lower train.keep_last or train.keep_every"
         )
 
-    def _copy(self, mine: list[Any], elements: int) -> list[tuple[Piece, dict[str, Tensor]]]:
-        """This rank's states in one host buffer."""
-        if self.host is None or self.host.numel() < elements * len(KINDS):
-            cuda = self.ctx.device.type == "cuda"
-            self.host = torch.empty(elements * len(KINDS), dtype=torch.float32, pin_memory=cuda)
-        offset, pieces = 0, []
-        for shard in mine:
-            rank = self.ctx.mesh.tensor_rank if split_of(shard.name) else 0
-            copies = {}
-            for kind in KINDS:
-                copies[kind] = self.host.narrow(0, offset, shard.stop - shard.start)
-                copies[kind].copy_(shard.view(kind), non_blocking=True)
-                offset += shard.stop - shard.start
-            pieces.append((Piece(shard.name, rank, shard.start, shard.stop), copies))
-        return pieces
-
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.folder / WRITING, ignore_errors=True)  # what a killed save left
@@ -192,11 +173,11 @@ class Saver:
             raise OSError(errno.ENOSPC, f"it needs {gib(self.need)}, {gib(free)} are free")
         self.written.mkdir(parents=True)
 
-    def _write(self, pieces: Any, random: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+    def _write(self, snapshot: Snapshot) -> None:
         """The thread: this rank's files, then a report to rank 0, which completes the checkpoint."""
         note: dict[str, Any] = {}
         try:
-            note = {"files": self._write_files(pieces, random)}
+            note = {"files": snapshot.write(self.written, self.ctx)}
         except Exception as error:  # of any kind: the loop must know
             self.error = as_os_error(error)
             note = {"problem": f"rank {self.ctx.rank}: {self.error}"}
@@ -207,29 +188,16 @@ class Saver:
         if self.ctx.main:
             problem = ""
             try:
-                self.done = self._complete(manifest)
+                self.done = self._complete(snapshot.manifest)
             except Exception as error:
                 self.error = self.error or as_os_error(error)
                 problem = str(error)
-                shutil.rmtree(self.folder / WRITING, ignore_errors=True)
+                shutil.rmtree(
+                    self.written.parent, ignore_errors=True
+                )  # not another process's, if it took over the folder
+                with suppress(OSError):
+                    (self.folder / WRITING).rmdir()
             self.store.set(self._key("all"), problem)
-
-    def _write_files(self, pieces: Any, random: dict[str, Tensor]) -> dict[str, Any]:
-        mesh = self.ctx.mesh
-        self.written.mkdir(parents=True, exist_ok=True)  # another node may not see it yet
-        size, digest = write_pieces(self.written / state_file(mesh.rank), pieces)
-        whose = f"rank {mesh.rank}: data rank {mesh.data_rank}, tensor rank {mesh.tensor_rank}"
-        files = {state_file(mesh.rank): {"bytes": size, "sha256": digest, "whose": whose}}
-        if mesh.tensor_rank == 0:
-            file = self.written / random_file(mesh.data_rank)
-            data = io.BytesIO()  # torch.save to a file would hide the disk's error
-            torch.save(random, data)
-            with file.open("wb") as f:
-                f.write(data.getvalue())
-                f.flush()
-                os.fsync(f.fileno())
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file), "whose": whose}
-        return files
 
     def _key(self, whose: int | str) -> str:
         return f"megastar/save/{self.token}/{whose}"
@@ -240,11 +208,14 @@ class Saver:
         problems = []
         for rank in range(self.ctx.world):  # of all ranks: none still writes when the files are removed
             report = json.loads(wait_for(self.store, self._key(rank), f"rank {rank} wrote no files"))
+            self.store.delete_key(self._key(rank))  # else every save adds a few hundred bytes a rank to the store
             problems += [report["problem"]] if "problem" in report else []
             files |= report.get("files", {})
         if problems:
             raise OSError(problems[0])
         manifest |= {"files": dict(sorted(files.items()))}
+        if self.lease is not None:
+            self.lease.check()
         done = checkpoint_dir.publish(self.folder, name_of(self.step), manifest, self.written)
         try:
             checkpoint_dir.retire(self.cfg.train, self.folder)
@@ -290,6 +261,8 @@ class Saver:
         No rank may exit while rank 0 still uploads: a launcher takes the first exit for the end of the job.
         """
         self.finish()
+        if self.guard:
+            self.guard.close()
         if not self.cfg.train.upload:
             return ""
         if self.uploader:
@@ -317,24 +290,3 @@ def gib(n: float) -> str:
 
 def as_os_error(error: Exception) -> OSError:
     return error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
-
-
-@torch.no_grad()
-def align_replicas(engines: Engines, ctx: Context) -> None:
-    """Give all ranks of a tensor group tensor rank 0's values of the weights that each holds whole.
-
-    Their gradients are the same sum, but reduced in different groups, which may round differently: without this they
-    would drift apart, and a checkpoint would stitch parts of different replicas together.
-    """
-    if ctx.tensor_group is None:
-        return
-    source = ctx.mesh.rank - ctx.mesh.tensor_rank
-    for shard in engines.shards():
-        if not split_of(shard.name):
-            for kind in KINDS:
-                view = shard.view(kind)
-                value = view.to(ctx.device)
-                dist.broadcast(value, src=source, group=ctx.tensor_group)
-                if value is not view:
-                    view.copy_(value)
-    engines.publish_masters()

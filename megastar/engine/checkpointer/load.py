@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 
 from megastar.checkpoint.rng_state import random_file, seed_dropout
 from megastar.checkpoint.shard_format import KINDS, StateReader
 from megastar.engine.context import Context
+from megastar.engine.rank_sync import on_all_ranks
 from megastar.engine.zero.engines import Engines, full_shapes
 from megastar.errors import UserError
-from megastar.model.io import read_model_metadata
+from megastar.model.io import read_model_header
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.manifest import require_weights
+from megastar.utils.files import sha256
+from megastar.utils.json_file import shown
 
 
 @torch.no_grad()
@@ -26,13 +29,12 @@ def load_checkpoint(ctx: Context, engines: Engines, checkpoint: Path, seed: int)
     With another number of data ranks, dropout draws different numbers from here on, as ``seed`` determines; nothing else changes. Raises
     ``UserError`` for another network and for files that are not what was written.
     """
-    metadata = checkpoint_dir.read_manifest(checkpoint)
-    names = list(metadata["files"])
-    checkpoint_dir.verify(checkpoint, names[ctx.rank :: ctx.world])  # the ranks share the hashing
-    if ctx.world > 1:
-        dist.barrier()
+    metadata = checkpoint_dir.parse_manifest(checkpoint)
+    require_weights(checkpoint, metadata)
+    names = list(metadata["files"])[ctx.rank :: ctx.world]  # the ranks share the hashing
+    on_all_ranks(ctx, lambda: checkpoint_dir.verify(checkpoint, names))
     _same_network(metadata["parameters"], full_shapes(engines, ctx), checkpoint)
-    reader = StateReader(checkpoint, metadata)
+    reader = StateReader(checkpoint, metadata, (ctx.rank, ctx.world))
     for shard in engines.shards():
         where = (ctx.tensor, ctx.mesh.tensor_rank, shard.start, shard.stop)
         for kind in KINDS:
@@ -42,10 +44,13 @@ def load_checkpoint(ctx: Context, engines: Engines, checkpoint: Path, seed: int)
     engines.set_step(metadata["step"])
     random = checkpoint / random_file(ctx.mesh.data_rank)
     if metadata["mesh"]["data"] == ctx.mesh.data:
-        state = torch.load(random, weights_only=True)
-        torch.set_rng_state(state["torch"])
-        if "cuda" in state and ctx.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], ctx.device)
+        try:
+            state = torch.load(random, weights_only=True)
+            torch.set_rng_state(state["torch"])
+            if "cuda" in state and ctx.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda"], ctx.device)
+        except Exception as error:  # torch.load raises many types for damaged files
+            raise checkpoint_dir.damaged(checkpoint, f"{random} is damaged ({shown(str(error))})") from error
     else:
         seed_dropout(seed, ctx.mesh.data_rank, metadata["step"])
     return metadata
@@ -57,9 +62,9 @@ def load_initial(init: str, ctx: Context, engines: Engines) -> dict[str, Any]:
 
     Every rank reads one whole tensor at a time. Raises ``UserError`` for a file of another network.
     """
-    model, provenance = read_model_metadata(init)
+    model, provenance, shapes = read_model_header(init)
     with safe_open(init, "pt") as f:
-        theirs = {"transformer." + n: list(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118
+        theirs = {"transformer." + n: list(shape) for n, shape in shapes.items()}
         ours = {n: s for n, s in full_shapes(engines, ctx).items() if n.startswith("transformer.")}
         _same_network(theirs, ours, Path(init))
         for shard in engines.shards():
@@ -70,7 +75,8 @@ def load_initial(init: str, ctx: Context, engines: Engines) -> dict[str, Any]:
                 for kind in ("fp32", "ema"):
                     shard.view(kind).copy_(local.reshape(-1)[shard.start : shard.stop])
     engines.publish_masters()
-    return {"file": init, "model": model.name, **provenance}
+    digest = {"sha256": sha256(Path(init))} if ctx.main else {}  # the main rank writes the manifest
+    return {"file": init, "model": model.name, **provenance, **digest}
 
 
 def _same_network(theirs: dict[str, list[int]], ours: dict[str, list[int]], checkpoint: Path) -> None:

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megastar.data.storage.s3_client import split_url
+from megastar.data.storage.s3_credentials import S3Client, is_expired
+from megastar.data.storage.s3_errors import describe, permanent_error
+from megastar.run_dir.events import NOT_UPLOADED
 from megastar.run_dir.layout import MANIFEST
+from megastar.utils.redact import redact
 
 RETRY_FIRST, RETRY_MOST = 5.0, 120.0  # seconds between attempts; doubled from the first to the last
 OVER = {"situation": "upload", "over": True}
@@ -33,6 +37,7 @@ class Uploader:
         self.lock = threading.Lock()
         self.uploaded: list[str] = []
         self.problem = ""
+        self._aws: S3Client | None = None  # of the last attempt
         self._woken = threading.Event()  # something new to upload, or the end of patience
         self._until: float | None = None  # when to stop waiting for the end of an outage; None: never
         self._events: list[tuple[str, dict[str, Any]]] = []
@@ -78,7 +83,9 @@ class Uploader:
                 self.problem, pause = "", RETRY_FIRST
                 continue
             except Exception as error:  # whatever it is, the run and its local checkpoints are fine
-                text = f"{checkpoint.name} was not uploaded to {self.url} ({error}); it is complete in {checkpoint}"
+                text = (
+                    f"{checkpoint.name}{NOT_UPLOADED}{self.url} ({self._reason(error)}); it is complete in {checkpoint}"
+                )
                 if not self.problem:
                     self._events.append((text, {"situation": "upload"}))
                 self.problem = text
@@ -91,12 +98,21 @@ class Uploader:
                 self.waiting = self.waiting or checkpoint
 
     def _upload(self, checkpoint: Path) -> None:
-        import boto3
-        from boto3.s3.transfer import TransferConfig
-        from botocore.config import Config
+        retries = {"mode": "standard", "total_max_attempts": 3}
+        self._aws = aws = S3Client(
+            retries=retries, connect_timeout=10, read_timeout=60
+        )  # endpoint and keys may have changed
+        while True:
+            generation = aws.generation
+            try:
+                return self._send(checkpoint, aws.client)
+            except Exception as error:
+                if not aws.renew(cause_of(error), generation):
+                    raise
 
-        patient = Config(retries={"mode": "standard", "total_max_attempts": 3}, connect_timeout=10, read_timeout=60)
-        client = boto3.client("s3", config=patient)
+    def _send(self, checkpoint: Path, client: Any) -> None:
+        from boto3.s3.transfer import TransferConfig
+
         parts = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=64 << 20, max_concurrency=4)
         files = sorted(p for p in checkpoint.iterdir() if p.name != MANIFEST) + [checkpoint / MANIFEST]
         for file in files:
@@ -107,19 +123,36 @@ class Uploader:
                 raise OSError(f"{key} has {there} bytes in S3, {file} has {file.stat().st_size}")
         client.put_object(Bucket=self.bucket, Key=self._key("latest"), Body=f"{checkpoint.name}\n".encode())
 
+    def _reason(self, error: Exception) -> str:
+        """The text of an error, with advice if another attempt cannot succeed."""
+        from botocore.exceptions import ClientError
+
+        cause, source = cause_of(error), self._aws.source if self._aws else ""
+        if self._aws and isinstance(cause, ClientError):
+            endpoint = redact(self._aws.client.meta.endpoint_url)
+            if message := permanent_error(cause, self.url, self.bucket, endpoint, source):
+                return message
+        return describe(cause if is_expired(cause) else error, source)
+
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
 
-def is_retryable(error: BaseException | None) -> bool:
+def cause_of(error: BaseException) -> BaseException:
+    """boto3's error that the error of a transfer was raised for; the error itself without one."""
+    from botocore.exceptions import ClientError, NoCredentialsError
+
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, (ClientError, NoCredentialsError)):
+        found = found.__cause__ or found.__context__
+    return found or error
+
+
+def is_retryable(error: BaseException) -> bool:
     """Whether another attempt can succeed: not after a refusal, such as wrong credentials or a missing bucket."""
     from botocore.exceptions import ClientError, NoCredentialsError
 
-    while error is not None:
-        if isinstance(error, NoCredentialsError):
-            return False
-        if isinstance(error, ClientError):
-            status = error.response["ResponseMetadata"].get("HTTPStatusCode", 500)
-            return status >= 500 or status in (408, 429)
-        error = error.__cause__ or error.__context__
-    return True
+    cause = cause_of(error)
+    if isinstance(cause, ClientError):
+        return not permanent_error(cause, "", "", "", "")
+    return not isinstance(cause, NoCredentialsError)

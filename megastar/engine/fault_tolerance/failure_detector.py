@@ -6,7 +6,6 @@ that slept or an overloaded machine loses no time.
 
 from __future__ import annotations
 
-import os
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,8 +15,10 @@ from megastar.config.schema import RunConfig
 from megastar.engine.exit_codes import CLEAN, RANK_FAILURE
 from megastar.engine.fault_tolerance.heartbeat import ABORTED, EXITED, OVERDUE, Heartbeat, decode, flag_of
 from megastar.engine.phase import PHASE, STARTING, describe, limit_of
+from megastar.parallel.rendezvous import agent_hosts_store
 from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import HEARTBEATS
+from megastar.utils.parent import launcher_is_suspended
 
 START_FACTOR = 5  # a starting rank may be silent this many times longer: imports and compilation can hold Python's lock
 
@@ -58,12 +59,16 @@ class FailureDetector:
             self.moves, self.moved_at = PHASE.moves, self.clock
         self.overdue = self.clock - self.moved_at > limit_of(self.cfg)
 
-    def receive(self, beats: dict[int, bytes]) -> None:
-        """The result of one exchange with the store. An unchanged heartbeat counts as silence."""
-        self.contact_at = self.clock
-        for rank, raw in beats.items():
-            if raw != self.beats.get(rank):
-                self.beats[rank], self.changed_at[rank] = raw, self.clock
+    def receive(self, beats: dict[int, bytes], forged: set[int] | None = None) -> None:
+        """The result of one exchange with the store. An unchanged heartbeat counts as silence; a rank whose heartbeat
+        another process overwrote (``forged``) does not."""
+        gap, self.contact_at = self.clock - self.contact_at, self.clock
+        if gap > self.silence:  # the store was suspended: the others could not write to it either
+            self.changed_at = {rank: at + gap for rank, at in self.changed_at.items()}
+        kept = {rank: self.beats[rank] for rank in forged or () if rank in self.beats}
+        self.changed_at |= {rank: self.clock for rank, raw in beats.items() if raw != self.beats.get(rank)}
+        self.changed_at |= dict.fromkeys(kept, self.clock)
+        self.beats = kept | beats
 
     def diagnose(self, me: Heartbeat) -> Diagnosis | None:
         """``me``: this rank's own heartbeat. None while all is well."""
@@ -99,7 +104,7 @@ class FailureDetector:
         if not limit or not self.host or (rank_0_hosts_store() and rank_0_exited):
             return None
         if self.clock - self.contact_at > limit * (START_FACTOR if PHASE.phase == STARTING else 1):
-            return self.store_loss()
+            return None if agent_hosts_store() and launcher_is_suspended() else self.store_loss()
         long_silent = self.silent_ranks(START_FACTOR * limit)
         silent = [b for b in self.silent_ranks(limit) if b.phase != STARTING or b in long_silent]
         if silent and self.clock - self.contact_at < limit / 2:
@@ -174,7 +179,7 @@ def error_of(beat: Heartbeat) -> Diagnosis | None:
 
 def rank_0_hosts_store() -> bool:
     """Whether the store lives in rank 0's process; under torchrun it lives in the launcher."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return not agent_hosts_store()
 
 
 def names_of(beats: list[Heartbeat]) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megastar.parallel.signed_store import SignedStore
+
 ALIVE, OVERDUE, INVESTIGATING, EXITED, ABORTED = ".", "O", "C", "L", "E"
 # INVESTIGATING: its connection to a peer broke, and it looks for the cause. EXITED: finished, or failed with an error of
 # its own. ABORTED: ended because of another rank.
@@ -58,16 +60,19 @@ def flag_of(raw: bytes) -> str:
 class HeartbeatStore:
     """This rank's connection to the store. Every method may block as long as the network does."""
 
-    def __init__(self, rank: int, world: int, attempt: int, timeout: float):
+    def __init__(self, rank: int, world: int, attempt: int, timeout: float, secret: bytes):
         store: Any = dist.distributed_c10d._get_default_store()
         while hasattr(store, "underlying_store"):
             store = store.underlying_store
         self.host, self.port = store.host, store.port  # AttributeError: another kind of store
         self.rank, self.world, self.timeout = rank, world, timeout
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # A store of the launcher outlives its ranks; the counts of several launchers may differ, but rank 0's store is new.
+        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shared else "0"
         self.prefix = f"megastar/beats/{restarts}/{attempt}/"
         self.present: set[int] = set()  # ranks whose key exists
-        self.store: Any = None
+        self.store: SignedStore | None = None
+        self.secret = secret
         self.liveness: socket.socket | None = None
         self.connect(CONNECT_TIMEOUT)
 
@@ -78,10 +83,11 @@ class HeartbeatStore:
         seconds = max(self.timeout, patience)
         if self.world <= MAX_LIVENESS_SOCKETS:
             self.liveness = socket.create_connection((self.host, self.port), seconds)
-        self.store = dist.TCPStore(
+        store = dist.TCPStore(
             self.host, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds)
         )
-        self.store.set_timeout(timedelta(seconds=self.timeout))
+        store.set_timeout(timedelta(seconds=self.timeout))
+        self.store = SignedStore(store, self.secret)
 
     def closed(self) -> bool:
         """Whether the store's process has ended. A host that vanished without closing its connections is not detected."""
@@ -91,18 +97,35 @@ class HeartbeatStore:
         return s is not None and s.fileno() >= 0 and bool(select.select([s], [], [], 0)[0])
 
     def publish(self, raw: bytes) -> None:
-        self.store.set(self.prefix + str(self.rank), raw)
+        self.write(str(self.rank), raw)
+
+    def write(self, key: str, raw: bytes) -> None:
+        assert self.store is not None
+        self.store.set(self.prefix + key, raw)
+
+    def get(self, key: str) -> bytes:
+        """The value of ``key``; empty while it has none, or a forged one."""
+        assert self.store is not None
+        key = self.prefix + key
+        return self.store.get_all([key]).get(key, b"") if self.store.check([key]) else b""
 
     def read(self, ranks: list[int]) -> dict[int, bytes]:
-        """The last heartbeats of those ``ranks`` that have published one."""
+        """The last heartbeats of those ``ranks`` that have published one, without forged ones."""
+        assert self.store is not None
         for rank in ranks:
             if rank not in self.present and self.store.check([self.prefix + str(rank)]):
                 self.present.add(rank)
         there = [rank for rank in ranks if rank in self.present]
         if not there:
             return {}
-        values = self.store.multi_get([self.prefix + str(rank) for rank in there])
-        return {rank: bytes(value) for rank, value in zip(there, values, strict=True)}
+        found = self.store.get_all([self.prefix + str(rank) for rank in there])
+        return {int(key.removeprefix(self.prefix)): raw for key, raw in found.items()}
+
+    def forged(self) -> set[int]:
+        """The ranks whose heartbeat another process had overwritten at the last ``read``."""
+        store = self.store
+        keys = [key.removeprefix(self.prefix) for key in store.forged] if store else []
+        return {int(key) for key in keys if key.isdigit()}
 
     def close(self) -> None:
         with suppress(OSError):

@@ -20,6 +20,7 @@ from megastar.run_dir.layout import LOST, STACKS
 from megastar.utils.clock import utc_now
 from megastar.utils.files import append_line
 from megastar.utils.hostname import host_name
+from megastar.utils.printable import one_entry
 
 REASONS = ("lost", "hung", "corrupt")
 COLLECTIVES = 8  # newest ones listed in a stacks file
@@ -98,5 +99,6 @@ def collectives_entered() -> int:
 def print_error(text: str) -> None:
     """On stderr, even while the main thread is blocked; the cursor that a progress bar hides is shown again."""
     with suppress(OSError):
+        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
         show_cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-        os.write(2, f"{show_cursor}megastar: error: {text}\n".encode())
+        os.write(2, f"{show_cursor}megastar: error: {one_entry(text)}\n".encode(encoding, "backslashreplace"))

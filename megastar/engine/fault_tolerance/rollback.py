@@ -20,9 +20,14 @@ from megastar.engine.rank_sync import on_main, retry, run_on_main
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.events import time_and_job
-from megastar.run_dir.jsonl import read_ends, read_jsonl
+from megastar.run_dir.jsonl import MAX_EVENTS, read_ends, read_jsonl
 from megastar.run_dir.layout import METRICS, ROLLBACKS, SKIPPED
 from megastar.utils.files import append_line, write_atomic
+from megastar.utils.json_file import FILE_NAME, integer, list_of, record, text, validator
+
+_ROLLBACK = validator(record({"step": integer(), "to": FILE_NAME, "position": integer()}))
+_PLACES = list_of(record({"rank": integer(), "host": text(1000)}))
+_SKIPPED = validator(record({"step": integer(), "why": text()}, {"suspects": _PLACES, "hosts": integer()}))
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class RollbackPlan:
 
 def read_rollbacks(run: Path) -> list[dict[str, Any]]:
     """The run's rollbacks, oldest first: the ``step`` left, the checkpoint ``to``, the ``position`` in the data."""
-    return [r for r in read_jsonl(run / ROLLBACKS) if {"step", "to", "position"} <= r.keys()]
+    return read_jsonl(run / ROLLBACKS, _ROLLBACK, MAX_EVENTS)
 
 
 def finish_rollback(run: Path, ctx: Context) -> list[dict[str, Any]]:
@@ -57,7 +62,8 @@ def finish_rollback(run: Path, ctx: Context) -> list[dict[str, Any]]:
 
 def rollbacks_before(path: Path) -> int:
     """The number of rollbacks before a checkpoint was written."""
-    return int(checkpoint_dir.parse_manifest(path).get("guard", {}).get("rollbacks", 0))
+    rollbacks: int = checkpoint_dir.parse_manifest(path).get("guard", {}).get("rollbacks", 0)
+    return rollbacks
 
 
 def discard_after(target: Path) -> None:
@@ -91,15 +97,16 @@ def plan_rollback(run: Path, lr: float, ctx: Context, policy: SkipPolicy, step: 
     ``faults.max_rollbacks``.
     """
 
-    def choose() -> tuple[Path | None, str, str]:
+    def choose() -> tuple[str, str, str]:
         target, shortcoming = choose_checkpoint(checkpoint_dir.folder_of(run), policy.skips[0])
         exhausted = policy.rollbacks >= policy.faults.max_rollbacks
-        return target, shortcoming, diagnosis(run, lr, policy, step, target) if exhausted or not target else ""
+        end = diagnosis(run, lr, policy, step, target) if exhausted or not target else ""
+        return str(target), shortcoming, end
 
-    target, shortcoming, end = run_on_main(ctx, choose)
+    chosen, shortcoming, end = run_on_main(ctx, choose)
     if end:
         raise NonFiniteLoss(end)
-    assert target is not None
+    target = Path(chosen)
     position, number = step + policy.offset + 1, policy.rollbacks + 1
     record = {**time_and_job(), "step": step, "to": target.name, "position": position, "skipped": policy.skips}
     text = (
@@ -129,7 +136,7 @@ def commit_rollback(run: Path, ctx: Context, plan: RollbackPlan, patience: float
 def diagnosis(run: Path, lr: float, policy: SkipPolicy, step: int, target: Path | None) -> str:
     """What happened, the likely cause, what to do."""
     faults = policy.faults
-    rows = [r for r in read_jsonl(run / SKIPPED) if "step" in r]
+    rows = read_jsonl(run / SKIPPED, _SKIPPED, MAX_EVENTS)
     recent = [r for r in rows if r["step"] in policy.skips][-len(policy.skips) :]
     losses = ", ".join(f"step {r['step']}: {r['why']}" for r in recent[-4:])
     why = (

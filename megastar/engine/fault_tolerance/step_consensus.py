@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import NamedTuple
 
 import torch
@@ -10,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megastar.engine.context import Context
+from megastar.utils.signals import RANK_SIGNALS
 
-SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # rising
+SIGNALS = sorted(RANK_SIGNALS)
 
 
 def any_stop_signal(ctx: Context, signal_number: int) -> int:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megastar.engine.rank_sync import gather
 from megastar.parallel.collectives import gather_rows
 from megastar.utils.hostname import host_name
+from megastar.utils.launcher import place_of
 
 if TYPE_CHECKING:  # it imports deepspeed
     from megastar.engine.context import Context
@@ -122,8 +123,9 @@ class Stragglers:
 
     def __init__(self, ctx: Context, engines: Engines, fetcher: BatchFetcher, slow_ratio: float):
         self.ctx, self.fetcher = ctx, fetcher
-        gpu = int(os.environ.get("SLURM_LOCALID", ctx.device.index or 0)) if ctx.device.type == "cuda" else None
-        self.tracker = StragglerTracker(gather(ctx, Place(host_name(), gpu)), slow_ratio)
+        # With a GPU per SLURM task the device's own index is always 0.
+        gpu = (place_of(os.environ).local or ctx.device.index or 0) if ctx.device.type == "cuda" else None
+        self.tracker = StragglerTracker([Place(*p) for p in gather(ctx, (host_name(), gpu))], slow_ratio)
         fetcher.timer.sample(comm_free_module(engines, ctx))
         self._since = time.perf_counter()
 

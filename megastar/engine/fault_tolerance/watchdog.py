@@ -2,7 +2,8 @@
 
 Three threads that wake once a second. One exchanges heartbeats with the other ranks over the process group's store, one
 writes this rank's heartbeat into the run folder, one diagnoses; a network or a disk that blocks delays only its own thread.
-Rank 0 watches all ranks, the others watch rank 0 and adopt its diagnosis: traffic per rank does not grow with their number.
+Rank 0 watches all ranks, the others watch rank 0 and adopt its diagnosis: traffic per rank does not grow with their number
+(heartbeat_digest.py).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from megastar.engine.fault_tolerance.heartbeat import (
     HeartbeatStore,
     flag_of,
 )
+from megastar.engine.fault_tolerance.heartbeat_digest import read_peers
 from megastar.engine.fault_tolerance.postmortem import collectives_entered, print_error, record_lost_rank, write_stacks
 from megastar.engine.phase import PHASE, STARTING
 from megastar.errors import UserError
@@ -42,18 +44,21 @@ from megastar.utils.hostname import host_name
 
 REPORT_TIMEOUT = 10.0  # seconds that the disk may take for the final report before the process ends without it
 INVESTIGATION_TIME = 10.0  # seconds for finding the rank that broke a connection
+FILES_PER_SECOND = 100  # heartbeat files that all ranks together write into the run folder
 RETRY = 3.0  # seconds between attempts to reconnect to the store
 _starts = 0  # of this process
 
 
 @contextmanager
-def watch(cfg: RunConfig, rank: int, world: int) -> Iterator[Watchdog]:
+def watch(cfg: RunConfig, rank: int, world: int, secret: bytes = b"") -> Iterator[Watchdog]:
     """Watch the ranks inside the block. Called on all of them, once the run folder and the process group exist.
+
+    ``secret``: of the launch, signs the heartbeats.
 
     An error of this rank is reported to the others and re-raised. One caused by a rank that is gone ends the process here,
     with a sentence that names the rank.
     """
-    dog = Watchdog(cfg, rank, world)
+    dog = Watchdog(cfg, rank, world, secret)
     dog.start()
     try:
         yield dog
@@ -86,9 +91,10 @@ def first_line(error: BaseException) -> str:
 class Watchdog:
     """``start`` it, ``close`` it in the end. ``tick``: seconds between heartbeats."""
 
-    def __init__(self, cfg: RunConfig, rank: int, world: int):
+    def __init__(self, cfg: RunConfig, rank: int, world: int, secret: bytes = b""):
         global _starts
         _starts += 1
+        self.secret = secret
         self.cfg, self.rank, self.world, self.run = cfg, rank, world, Path(cfg.run)
         self.enabled = bool(cfg.faults.hang_timeout or cfg.faults.lost_timeout)
         shortest = min((t for t in (cfg.faults.lost_timeout, cfg.faults.hang_timeout) if t), default=60.0)
@@ -118,7 +124,7 @@ class Watchdog:
     def _connect(self) -> HeartbeatStore | None:
         """None where the process group's store is not a TCPStore or does not respond."""
         try:
-            store = HeartbeatStore(self.rank, self.world, _starts, max(5.0, self.cfg.faults.lost_timeout))
+            store = HeartbeatStore(self.rank, self.world, _starts, max(5.0, self.cfg.faults.lost_timeout), self.secret)
             store.publish(self.me.encode())
             return store
         except (OSError, RuntimeError, AttributeError) as error:
@@ -130,7 +136,7 @@ class Watchdog:
             return
         jobs = [
             ("diagnose", self._diagnose, self.over, self.tick),
-            ("file", self._write_file, self.over, 5 * self.tick),
+            ("file", self._write_file, self.over, max(5 * self.tick, self.world / FILES_PER_SECOND)),
         ]
         if self.store is not None:
             jobs.append(("exchange", self._exchange, self.wake, self.tick))
@@ -181,7 +187,7 @@ class Watchdog:
                 store.connect()
             beat = self._beat()
             store.publish(beat.encode())
-            self.peer_beats = store.read(self._others() if self.read_all else [0] * (self.rank != 0))
+            self.peer_beats = read_peers(store, self.detector, self.read_all)
             self.retry_at = clock + RETRY
             if beat.flag in (EXITED, ABORTED):
                 self.sent.set()
@@ -194,9 +200,6 @@ class Watchdog:
     def _hosts_store(self) -> bool:
         """Whether the store ends with this process, which therefore waits until the others have read its last heartbeat."""
         return self.rank == 0 and rank_0_hosts_store()
-
-    def _others(self) -> list[int]:
-        return [r for r in range(self.world) if r != self.rank]
 
     def _write_file(self) -> None:
         path = self.run / HEARTBEATS / f"rank-{self.rank:05d}.json"
@@ -211,7 +214,7 @@ class Watchdog:
         self.detector.advance(time.monotonic())
         if (beats := self.peer_beats) is not self.processed:
             self.processed = beats
-            self.detector.receive(beats)
+            self.detector.receive(beats, self.store.forged() if self.store else set())
         if not self.stage and (diagnosis := self.detector.diagnose(self._beat())):
             self.abort(diagnosis)
 
@@ -312,6 +315,6 @@ class Watchdog:
         if (no_contact and patience < REPORT_TIMEOUT) or not self.sent.wait(patience) or not self._hosts_store():
             return
         deadline = time.monotonic() + max(2.0, 4 * self.tick)
-        while time.monotonic() < deadline and not all(self._has_ended(r) for r in self._others()):
+        while time.monotonic() < deadline and not all(self._has_ended(r) for r in range(1, self.world)):
             self.wake.set()
             time.sleep(0.02)

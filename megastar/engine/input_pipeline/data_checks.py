@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megastar.config.schema import DataConfig, RunConfig, TrainConfig
 from megastar.data.loader import check_enough, check_manifest, open_shards, validation_batches
@@ -13,6 +14,7 @@ from megastar.data.order import VERSION as ORDER
 from megastar.data.prefetch import Batch
 from megastar.data.shards.manifest import Manifest
 from megastar.data.shards.reader import ShardSet
+from megastar.data.shards.shard_table import digest_of
 from megastar.engine.context import Context
 from megastar.errors import UserError
 from megastar.tokenizer.io import tokenizer_hash
@@ -24,11 +26,13 @@ class RunData:
 
     train: ShardSet
     val: ShardSet | None
+    tokenizer: str = ""  # SHA-256 of the tokenizer that the shards were made with, or of data.tokenizer
 
     @property
     def digests(self) -> dict[str, str]:
         """What a checkpoint records of them."""
-        return {"data": digest_of(self.train.manifest), "val_data": digest_of(self.val.manifest) if self.val else ""}
+        val = digest_of(self.val.manifest.shards) if self.val else ""
+        return {"data": digest_of(self.train.manifest.shards), "val_data": val, "tokenizer": self.tokenizer}
 
     def validation_batches(self, train: TrainConfig, ctx: Context, micro_batch: int) -> list[Batch]:
         """This rank's part of the fixed validation images; empty where there is no validation."""
@@ -55,7 +59,7 @@ def open_data(cfg: RunConfig) -> RunData:
     check_manifest(manifest, cfg.model, expected, cfg.views)
     check_enough(cfg.data.shards, manifest, cfg.train.global_batch)
     if not cfg.data.val_shards:
-        return RunData(train, None)
+        return RunData(train, None, manifest.tokenizer_sha256 or expected or "")
     val = ShardSet(cfg.data.val_shards, data=cfg.data, max_open=1)  # its shards are read one after the other
     check_manifest(val.manifest, cfg.model, expected, 1)
     if val.manifest.classes != manifest.classes:
@@ -67,7 +71,7 @@ def open_data(cfg: RunConfig) -> RunData:
         raise UserError(
             f"{cfg.data.shards} was made with the tokenizer {hashes[0][:12]}..., {cfg.data.val_shards} with {hashes[1][:12]}...: pretokenize both with one"
         )
-    return RunData(train, val)
+    return RunData(train, val, manifest.tokenizer_sha256 or expected or "")
 
 
 def check_same_data(data: DataConfig, restored: dict[str, Any], digests: dict[str, str], found: Path) -> None:
@@ -80,6 +84,12 @@ def check_same_data(data: DataConfig, restored: dict[str, Any], digests: dict[st
             raise UserError(
                 f"{where} holds different shards than {found} {what}: restore them, or choose another run=..."
             )
+    before, now = restored.get("tokenizer", ""), digests.get("tokenizer", "")
+    if before and now and before != now:
+        raise UserError(
+            f"data.tokenizer = {data.tokenizer} has SHA-256 {now[:12]}..., {found} was trained with {before[:12]}...: "
+            "restore the file, or choose another run=..."
+        )
 
 
 def check_same_order(window: int, manifest: Manifest, restored: dict[str, Any], found: Path) -> None:
@@ -87,13 +97,8 @@ def check_same_order(window: int, manifest: Manifest, restored: dict[str, Any], 
 
     With no more shards than are mixed, all versions of the order are equal.
     """
-    shards, order = sum(n > 0 for n in manifest.shard_sizes), restored.get("order", 1)
+    shards, order = np.count_nonzero(manifest.shard_sizes), restored.get("order", 1)
     if order != ORDER and shards > window:
         raise UserError(
             f"{found} was trained in sample order {order}, this version of megastar has order {ORDER}: finish that run with the version that started it, or start another run=... from it with train.init={found}"
         )
-
-
-def digest_of(manifest: Manifest) -> str:
-    """SHA-256 over the shards' own: a run resumes on the samples it was trained on, or not at all."""
-    return hashlib.sha256("".join(s.sha256 for s in manifest.shards).encode()).hexdigest()

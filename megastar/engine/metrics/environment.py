@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from megastar.utils.redact import redact
 from megastar.version import __version__
 
 PACKAGES = ("torch", "deepspeed", "triton", "flash-attn", "liger-kernel", "numpy")
 
 
 def command_line() -> str:
-    return " ".join(["megastar", *sys.argv[1:]])
+    return redact(" ".join(["megastar", *sys.argv[1:]]))
 
 
 def process_environment(device: torch.device) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class TensorBoardWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # its names are UTF-8
             self._drop(error)
 
     def add(self, row: dict[str, Any], step: int) -> None:

@@ -1,4 +1,4 @@
-"""The process group and the two DeepSpeed engines: the student with its optimizer, the teacher without."""
+"""The two DeepSpeed engines: the student with its optimizer, the teacher without."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.constants import default_pg_timeout
-from deepspeed.utils import groups
 from torch import nn
 
 from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
-from megastar.config.schema import DataConfig, FaultsConfig, RunConfig
-from megastar.data.storage.store import is_remote
+from megastar.config.schema import RunConfig
 from megastar.engine.context import Context
-from megastar.engine.phase import DATA_EXTRA
 from megastar.engine.student import Student
 from megastar.engine.zero.compiled_blocks import compile_blocks, wants_compiled
 from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
@@ -32,7 +27,6 @@ from megastar.engine.zero.one_data_rank import keep_gradients
 from megastar.engine.zero.partitions import AdamWEMA, parameter_groups
 from megastar.engine.zero.step_skip import install_step_skip
 from megastar.engine.zero.streams import order_streams
-from megastar.errors import UserError
 from megastar.model.attention import plan_attention
 from megastar.model.fused import set_fused
 from megastar.model.kernels import set_backend
@@ -41,95 +35,9 @@ from megastar.model.masks import MaskSpec, draw_hidden
 from megastar.model.transformer import Transformer
 from megastar.parallel.cross_entropy import linear_cross_entropy
 from megastar.parallel.plan import autotp_section
-from megastar.utils.device import pick_dtype
 
 # Its warnings concern deliberate choices, such as a client optimizer under ZeRO.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-
-
-def start(cfg: RunConfig) -> Context:
-    """Join the process group described by torchrun, deepspeed or srun; a group of one process without a launcher."""
-    slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    for name, other in slurm.items():
-        if name not in os.environ and "SLURM_STEP_ID" in os.environ:
-            os.environ[name] = os.environ[other]
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError("MASTER_ADDR is not set: start with torchrun or deepspeed, or set it in the batch script")
-    launched = "RANK" in os.environ
-    if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
-        os.environ["LOCAL_RANK"] = "0"  # --gpus-per-task=1: each task sees only its own GPU, as number 0
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    # A stop signal to the process group would end inductor's worker processes, and a rank that compiles would wait for them.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    if cfg.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-        torch.use_deterministic_algorithms(True)
-        importlib.import_module("torch.utils.deterministic").fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if cuda:
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local} has no GPU, this process sees {torch.cuda.device_count()}: start at most one process per GPU"
-            )
-        torch.cuda.set_device(device)
-        set_nccl_timeouts(cfg.faults)
-        if cfg.train.threads:
-            torch.set_num_threads(cfg.train.threads)
-    else:
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(cfg.train.threads or max(1, cores // local_world))
-        # Compiling DeepSpeed's shared-memory collective takes minutes, and gloo does not need it.
-        # (import_module, because the attribute deepspeed.comm.torch is torch itself.)
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    backend = "nccl" if cuda else "gloo"
-    own, timeout = device if cuda else None, collective_timeout(cfg.faults, cfg.data)
-    if not launched and not dist.is_initialized():  # a HashStore needs no free port
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=own)
-    elif cuda and not dist.is_initialized():  # DeepSpeed gives no device_id, without which torch warns at a barrier
-        dist.init_process_group(backend, timeout=timeout, device_id=own)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
-    context = Context(rank, world, device, pick_dtype(cfg.train.dtype, device), cfg.parallel.tensor_parallel)
-    resolve_batch(cfg.train, cfg.parallel.tensor_parallel, world)  # validates the world size before groups are created
-    context.data_group = dist.group.WORLD if world > 1 else None
-    if context.tensor > 1:
-        groups._init_tp_mesh_device(tensor_model_parallel_size=context.tensor)
-        context.tensor_group = groups.get_tensor_model_parallel_group()
-        context.data_group = groups.get_data_parallel_group()
-        assert dist.get_rank(context.tensor_group) == context.mesh.tensor_rank
-        assert dist.get_rank(context.data_group) == context.mesh.data_rank
-    return context
-
-
-def set_nccl_timeouts(faults: FaultsConfig) -> None:
-    """NCCL's own watchdog thread ends the process some time after an error or a hang: let megastar's watchdogs, which name
-    the rank, act first (torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp waits four times the first of these values)."""
-    if faults.lost_timeout:
-        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(int(250 * (faults.lost_timeout + 60))))
-    if faults.hang_timeout:
-        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(faults.hang_timeout + 120)))
-
-
-def collective_timeout(faults: FaultsConfig, data: DataConfig) -> timedelta:
-    """Timeout of a collective, longer than that of the watchdogs, which report more.
-
-    After it NCCL's own watchdog ends the process (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, torch's default), and gloo raises. A
-    rank may wait for S3 while the others wait for it in a collective.
-    """
-    seconds = faults.hang_timeout + 60 if faults.hang_timeout else default_pg_timeout.total_seconds()
-    if is_remote(data.shards) or is_remote(data.val_shards):
-        seconds = max(seconds, faults.hang_timeout + data.patience + DATA_EXTRA + 60)
-    return timedelta(seconds=seconds)
-
-
-def set_timeouts(timeout: timedelta) -> None:
-    """Set the timeout of all groups: those created by DeepSpeed and the tensor mesh have NCCL's default of 10 minutes."""
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def build(cfg: RunConfig, ctx: Context) -> Engines:

@@ -8,12 +8,13 @@ import signal
 import sys
 from pathlib import Path
 
-from megastar.run_dir import checkpoint_dir
 from megastar.engine.checkpointer import load
-from megastar.engine.zero.setup import build, start
-from megastar.engine.zero.engines import Engines
 from megastar.engine.checkpointer.async_saver import Saver
 from megastar.engine.train_step import losses, set_schedules
+from megastar.engine.zero.engines import Engines
+from megastar.engine.zero.process_group import start
+from megastar.engine.zero.setup import build
+from megastar.run_dir import checkpoint_dir
 from tests.dist.reference import STEPS, batch_of, config
 
 WATCHED = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")

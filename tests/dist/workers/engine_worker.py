@@ -20,11 +20,12 @@ from megastar.engine.checkpointer import load
 from megastar.engine.checkpointer.async_saver import Saver
 from megastar.engine.metrics.step_metrics import step_metrics
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
-from megastar.engine.zero.setup import build, start
+from megastar.engine.zero.process_group import start
+from megastar.engine.zero.setup import build
 from megastar.engine.zero.state_memory import state_bytes
 from megastar.run_dir import checkpoint_dir
-from tests.dist.reference import BATCH, STEPS, batch_of, config, initial_weights
 from tests.checkpoints import full_weights, save_model
+from tests.dist.reference import BATCH, STEPS, batch_of, config, initial_weights
 
 
 def forget_mesh() -> None:

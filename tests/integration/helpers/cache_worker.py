@@ -10,7 +10,7 @@ from megastar.config.schema import DataConfig
 from megastar.data.shards.manifest import load_manifest
 from megastar.data.shards.reader import ShardSet
 from tests.disks import fill, remount
-from tests.integration.test_store import SIZES
+from tests.integration.storage.test_store import SIZES
 from tests.unit.data.shards.test_shards import sample
 
 

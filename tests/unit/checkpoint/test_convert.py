@@ -223,7 +223,7 @@ def test_a_missing_or_damaged_file_is_named(run, tmp_path, capsys):
     good = file.read_bytes()
     words = [run, "--to", "safetensors", "--out", tmp_path / "w.safetensors"]
     file.write_bytes(good[:-9] + b"x" + good[-8:])
-    assert "state-00002.safetensors is damaged: its SHA-256 differs from the manifest's; restore it" in refused(
+    assert "state-00002.safetensors is damaged: its SHA-256 differs from the manifest's: restore it" in refused(
         words, capsys
     )
     file.write_bytes(good[:-1])
@@ -280,14 +280,14 @@ def test_force_removes_only_what_a_conversion_wrote(runs, run, tmp_path, capsys)
     words = ["--to", "checkpoint", "--data", "1", "--force", "--out"]
     told = refused([runs / "1x1", *words, run], capsys)
     assert "run also contains metrics.jsonl, which --force would remove: choose another path" in told
-    assert f"--out {run} contains the source {step_of(run)}: name another folder" in refused([run, *words, run], capsys)
+    assert f"--out {run} would overwrite the input {run}: name another" in refused([run, *words, run], capsys)
     assert "run is a folder: name the file to write" in refused(
         [runs / "1x1", "--to", "llamagen", "--out", run], capsys
     )
     told = refused([runs / "1x1", "--to", "universal", "--out", run / "metrics.jsonl"], capsys)
     assert "metrics.jsonl is not a folder: name the folder to write" in told
     told = refused([runs / "1x1", "--to", "universal", "--out", run / "metrics.jsonl" / "deep"], capsys)
-    assert f"{run / 'metrics.jsonl'} is a file, not a folder: choose another path" in told
+    assert f"{run / 'metrics.jsonl'} is not a folder: name another place" in told
 
 
 @pytest.mark.parametrize("to", convert.TARGETS)

@@ -214,7 +214,7 @@ def test_other_contents_are_told(tmp_path, capsys):
     torch.save({}, path)
     for more, sentence in [
         (["--weights", "ema"], "--weights applies to a run"),
-        (["--image-size", "0"], "'0' is not an integer >= 1"),
+        (["--image-size", "0"], "'0' is not an integer from 1 to 4096"),
     ]:
         assert sentence in refused(capsys, *words, *more)
     assert "needs a run's checkpoint" in refused(capsys, path, "--to", "universal", "--out", tmp_path / "u")

@@ -90,7 +90,7 @@ def test_an_exact_row_and_numbers_that_are_not_finite() -> None:
 def test_the_report_must_be_writable_before_anything_is_measured(tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("")
     assert cli.main(["check-gpu", "--device", "cpu", "--out", str(tmp_path / "file" / "report.json")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "file is not a folder: name another place" in capsys.readouterr().err
     assert cli.main(["check-gpu", "--device", "cpu", "--out", str(tmp_path)]) == 2
 
 
@@ -157,7 +157,7 @@ def test_timings_and_the_ratio_to_their_peer() -> None:
 def measured(guided: bool) -> tuple[dict, dict]:
     """A step's row and its arithmetic. It joins a process group: in a process of its own."""
     from megastar.engine.step_benchmark import step_speed
-    from megastar.engine.zero.setup import start
+    from megastar.engine.zero.process_group import start
     from megastar.parallel.cost import step_flops
 
     os.chdir(ROOT)

@@ -226,7 +226,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys):
         capsys, "data", "stats", str(folder), "--sheet", "x.png"
     )
     text = error(capsys, "data", "verify", str(folder), "--patience=-1")
-    assert "argument --patience: '-1' is not a number of seconds from 0 to inf; see megastar data verify" in text
+    assert "argument --patience: '-1' is not a number from 0 to 1000000000; see megastar data verify" in text
     data = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(data | {"tokenizer_sha256": "0" * 64}))
     words = ("data", "stats", str(folder), "--tokenizer", str(TOKENIZER), "--sheet", str(tmp_path / "x.png"))

@@ -192,13 +192,13 @@ def test_bad_files(tmp_path, base):
     base.write_text("train:\n  steps: [1\nrun: x\n")
     assert failure(base).startswith(f"{base} line 3 is not YAML (")
     base.write_text("run: a\nrun: b\n")
-    assert "is not YAML (found duplicate key run)" in failure(base)
+    assert f"{base} line 2 is not YAML (the key run occurs twice)" in failure(base)
     base.write_text("- a\n- b\n")
     assert failure(base) == f"{base} contains a list instead of sections of `field: value`"
     base.write_text("run: ${oc.env:MEGASTAR_NO_SUCH_VARIABLE}\n")
     assert "Environment variable 'MEGASTAR_NO_SUCH_VARIABLE' not found" in failure(base)
     base.write_bytes(b"run: \xff\xfe\n")
-    assert f"{base} cannot be read (" in failure(base)
+    assert f"{base} line 1 is not UTF-8 text: save it as UTF-8" in failure(base)
 
 
 # The batch ---------------------------------------------------------------------------------------------------------

@@ -45,7 +45,12 @@ def test_the_papers_runs_are_there():
     assert {p.stem for p in RUNS} >= wanted | {"star_xxl", "star_3b", "demo"}
 
 
-LATER = {"train.compile": "auto", "train.deterministic": False}  # defaults that later versions changed or added
+LATER = {
+    "train.compile": "auto",
+    "train.deterministic": False,
+    "faults.join_timeout": 600.0,
+    "faults.memory_every": 0,
+}  # defaults that later versions changed or added
 
 
 def test_every_file_resolves_to_the_configuration_of_version_0_1_0():

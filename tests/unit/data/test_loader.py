@@ -156,6 +156,7 @@ def holdings(folder: Path) -> tuple[list[str], list[str], int, list[str]]:
     for fd in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
             files.append(os.readlink(fd))
+    files = [f for f in files if not f.startswith("/dev/shm/megastar")]  # of a store, for as long as it exists
     maps = Path("/proc/self/maps").read_text().count(str(folder))
     return sorted(t.name for t in threading.enumerate()), sorted(files), maps, sorted(map(str, folder.rglob("*")))
 
@@ -167,7 +168,7 @@ def test_nothing_is_left_behind_however_the_iteration_ends(folder):
     def consume(source: TokenLoader) -> None:
         for n, _ in enumerate(source):
             if n == 2:
-                assert len(threading.enumerate()) == len(before[0]) + 1 and holdings(folder)[2] > before[2]
+                assert len(threading.enumerate()) == len(before[0]) + 3 and holdings(folder)[2] > before[2]
                 raise ZeroDivisionError
 
     def leave(source: TokenLoader) -> None:

@@ -298,7 +298,7 @@ def test_a_missing_package_is_a_failure(capsys, monkeypatch):
     ("words", "sentence"),
     [
         (["--s3", "bucket/codes"], "bucket/codes: must have the form s3://bucket/prefix"),
-        (["--patience", "0"], "'0' is not a number of seconds from 1 to 3600"),
+        (["--patience", "0"], "'0' is not a number from 1 to 3600"),
         (["--run", "x"], "unrecognized arguments: --run"),
     ],
 )

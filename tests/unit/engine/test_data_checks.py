@@ -93,7 +93,7 @@ def test_a_run_goes_on_with_its_shards_wherever_they_lie(folder, tmp_path):
     digests = [open_data(run_config(f)).digests["data"] for f in (folder, copied, other)]
     assert digests[0] == digests[1] != digests[2] and open_data(run_config(folder)).digests["val_data"] == ""
     cfg, found = run_config(other, f"data.val_shards={other}"), tmp_path / "step-1"
-    was = {"data": digests[0], "val_data": digests[0]}
+    was = {"data": digests[0], "val_data": digests[0], "tokenizer": ""}
     check_same_data(cfg.data, was, was, found)
     check_same_data(cfg.data, {"data": digests[0]}, was, found)  # a checkpoint that does not say
     with pytest.raises(UserError, match=r"data.shards = .*other holds different shards than .*step-1 was trained on"):

@@ -18,7 +18,7 @@ from megastar.engine.fault_tolerance.step_consensus import StepConsensus
 from megastar.engine.lr_schedule import learning_rate, total_steps
 from megastar.engine.metrics.logger import MetricsLogger
 from megastar.engine.zero.partitions import AdamWEMA, parameter_groups
-from megastar.engine.zero.setup import collective_timeout
+from megastar.engine.zero.process_group import collective_timeout
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
 from megastar.utils.device import pick_dtype

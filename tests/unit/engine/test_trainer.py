@@ -14,7 +14,9 @@ from megastar.config.schema import DataConfig, RunConfig, TrainConfig
 from megastar.engine import trainer as module
 from megastar.engine.context import Context
 from megastar.engine.metrics.logger import MetricsLogger
-from megastar.engine.trainer import Trainer, TrainResult
+from megastar.engine.resume_checks import start_event
+from megastar.engine.train_result import TrainResult
+from megastar.engine.trainer import Trainer
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
 from megastar.utils.signals import StopFlag
@@ -89,25 +91,19 @@ def test_a_start_that_fails_closes_the_progress_bar(tmp_path, monkeypatch):
     closed, close = [], MetricsLogger.close
     monkeypatch.setattr(MetricsLogger, "close", lambda self: (closed.append(self), close(self)))
 
-    def fail(device):
-        raise RuntimeError("no device")
-
-    monkeypatch.setattr(module, "process_environment", fail)
     starting = trainer(tmp_path)
-    starting.ctx, starting.found = CTX, None
+    starting.ctx, starting.data = CTX, SimpleNamespace(train=None)
     with pytest.raises(RuntimeError, match="no device"), ExitStack() as opened:
         starting._open_metrics(opened)
+        raise RuntimeError("no device")
     assert len(closed) == 1
 
 
 def test_shards_without_a_tokenizer_hash_are_a_warning(tmp_path, caplog):
-    starting = trainer(tmp_path)
-    starting.ctx, starting.found = CTX, None
-    network = SimpleNamespace(layers=[SimpleNamespace()])
-    starting.engines = SimpleNamespace(student=SimpleNamespace(module=SimpleNamespace(transformer=network)))
-    starting.data = SimpleNamespace(train=SimpleNamespace(manifest=SimpleNamespace(tokenizer_sha256="")))
-    with ExitStack() as opened, caplog.at_level("WARNING"):
-        starting._open_metrics(opened)
+    cfg = trainer(tmp_path).cfg
+    with caplog.at_level("WARNING"):
+        kind, text = start_event(cfg, CTX, SimpleNamespace(tokenizer_sha256=""), None, 0, 8)
+    assert (kind, text) == ("started", f"{cfg.run}: 8 steps on 1 rank(s)")
     assert f"{tmp_path / 'codes'} records no tokenizer hash" in caplog.text
 
 

@@ -136,7 +136,7 @@ def test_bad_npz_files_have_their_sentence(tmp_path):
     with pytest.raises(UserError, match=r"arr_0 is float32 \(3, 16, 16, 3\), expected uint8"):
         load_images(path)
     np.savez(path, np.array([{}], dtype=object))
-    with pytest.raises(UserError, match=r"arr_0 is object \(1,\), expected uint8"):
+    with pytest.raises(UserError, match="arr_0 contains Python objects, which can run code when loaded"):
         load_images(path)
     np.savez(path, np.asfortranarray(random_images(3)))
     with pytest.raises(UserError, match="Fortran order"):
@@ -145,7 +145,7 @@ def test_bad_npz_files_have_their_sentence(tmp_path):
     np.save(short, random_images(3))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", short.getvalue()[:-5])
-    with pytest.raises(UserError, match=r"arr_0 has the shape \(3, 16, 16, 3\) but 2299 bytes"):
+    with pytest.raises(UserError, match=r"arr_0 has the shape \(3, 16, 16, 3\) of uint8 but 2299 bytes"):
         load_images(path)
 
 
@@ -235,10 +235,10 @@ def test_the_samplers_record_is_part_of_the_provenance(tmp_path, fewer_features)
     with pytest.raises(UserError, match="made.npz.json records 8 images, but .*made.npz contains 9: remove the wrong"):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz")
     sidecar.write_text("[1]")
-    with pytest.raises(UserError, match="contains a list: expected a JSON object"):
+    with pytest.raises(UserError, match="is damaged: the content is a list"):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz")
     sidecar.write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="it is not JSON"):
         evaluate(tmp_path / "made.npz", tmp_path / "made.npz")
 
 

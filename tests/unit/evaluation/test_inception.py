@@ -203,7 +203,9 @@ def test_references_without_what_a_metric_needs(tmp_path, weights, digest):
     with pytest.raises(UserError, match="contains only statistics: precision, recall and KID also require images"):
         read(keep=True)
     np.savez(real, mu=np.zeros(64), sigma=np.eye(64))
-    with pytest.raises(UserError, match=r"mu is float64 \(64,\), sigma float64 \(64, 64\); expected floats \(2048,\)"):
+    with pytest.raises(
+        UserError, match=r"mu is float64 \(64,\), sigma is float64 \(64, 64\); expected floats \(2048,\)"
+    ):
         read()
     np.savez(real, mu=np.full(2048, np.nan), sigma=np.eye(2048))
     with pytest.raises(UserError, match="mu or sigma contains NaN"):

@@ -208,7 +208,7 @@ def test_two_probes_become_a_table_and_a_figure(tmp_path, capsys):
     ):
         assert main([*words, *more]) == 2 and message in capsys.readouterr().err
     (tmp_path / "ar.json").write_text(json.dumps({"runs": {}}))
-    assert main(words) == 2 and "is not the result of a probe of one source" in capsys.readouterr().err
+    assert main(words) == 2 and "give the --out file of an earlier probe of one source" in capsys.readouterr().err
 
 
 def test_a_figure_without_matplotlib_reports_what_to_install(tmp_path, monkeypatch):

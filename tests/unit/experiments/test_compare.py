@@ -23,11 +23,12 @@ from megastar.engine.context import Context
 from megastar.engine.student import Student
 from megastar.engine.train_step import hidden_mask, losses
 from megastar.errors import UserError
-from megastar.experiments.comparison import Comparison, exclusive_lock
+from megastar.experiments.comparison import Comparison
 from megastar.experiments.evaluation import Evaluation
 from megastar.experiments.job_queue import Attempt, Job, Steady
 from megastar.experiments.plan import check_folder, check_order, is_trained, order_digest, plan_runs
 from megastar.run_dir.checkpoint_dir import MANIFEST, name_of
+from megastar.run_dir.lease import hold
 from megastar.sampling.distributed import labels_like
 from tests.unit.data.shards.test_shards import VIEWS, T, V, write_set
 
@@ -214,7 +215,7 @@ def test_the_command_tells_mistakes_in_one_sentence(tmp_path, capsys, monkeypatc
     for words, message in (
         ([], "name a configuration such as configs/run/compare_emoji.yaml"),
         ([str(tmp_path / "compare.yaml"), "--evaluate", "star"], "--evaluate star: the runs are ar-seed0, star-seed0"),
-        (["--redraw", str(tmp_path)], "cannot read "),
+        (["--redraw", str(tmp_path)], "results.json cannot be read"),
         (["--redraw", str(tmp_path), "jobs=2"], "reads everything from that folder: leave out jobs=2"),
         (["--redraw", str(tmp_path), "--dry-run"], "not allowed with argument"),
     ):
@@ -253,11 +254,11 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
 
 
 def test_two_comparisons_do_not_share_a_folder(tmp_path):
-    with exclusive_lock(tmp_path):
-        again = exclusive_lock(tmp_path)
-        with pytest.raises(UserError, match="another megastar compare uses"), again:
+    with hold(tmp_path, "megastar compare", "out"):
+        again = hold(tmp_path, "megastar compare", "out")
+        with pytest.raises(UserError, match="is in use by megastar compare"), again:
             pass
-    with exclusive_lock(tmp_path):  # it is free again
+    with hold(tmp_path, "megastar compare", "out"):  # it is free again
         pass
 
 

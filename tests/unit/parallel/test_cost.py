@@ -227,7 +227,7 @@ def test_nothing_fits(capsys):
         (["3b", "--tensor-parallel", "16"], "must divide the 8 GPUs of a node; use 1, 2, 4 or 8"),
         (["b", "--gpus", "64", "train.global_batch=100"], "world size 64 does not divide train.global_batch 100"),
         (["b", "--gpus", "12"], "--gpus 12 is not a multiple of 8 GPUs per node"),
-        (["b", "--memory", "-1"], "argument --memory: '-1' is not a positive number"),
+        (["b", "--memory", "-1"], "argument --memory: '-1' is not a number from 1e-06 to 1000000000"),
         (["b", "modle.dim=3"], "unknown key modle"),
     ],
 )

@@ -273,7 +273,7 @@ def test_the_command(run, cfg, tmp_path, capsys):
         == f"megastar: error: {tmp_path / 'none'} is not a folder: name a run folder, the `run` of its configuration\n"
     )
     assert cli.main(["status", str(run), "--watch", "x"]) == 2
-    assert "'x' is not a number of seconds from 0.1 to 86400" in capsys.readouterr().err
+    assert "'x' is not a number from 0.1 to 86400" in capsys.readouterr().err
 
 
 def test_watching_ends_with_the_run(run, cfg, capsys):

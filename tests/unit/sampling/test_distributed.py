@@ -179,7 +179,7 @@ def test_sampling_continues_after_a_rank_was_killed(files, tmp_path, monkeypatch
     victim.join()
     first = {p: p.stat().st_ino for p in folder.glob("part-*.npz")}
     assert 0 < len(first) < 30
-    (folder / "00029.claim").write_text(json.dumps({"machine": lockfile._machine(), "pid": victim.pid, "start": "1"}))
+    (folder / "00029.claim").write_text(json.dumps({"machine": lockfile.machine(), "pid": victim.pid, "start": "1"}))
     (folder / f"part-00029.npz.{socket.gethostname()}.{victim.pid}.tmp").write_bytes(b"half")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -316,7 +316,7 @@ def test_a_folder_with_other_files_is_rejected(networks, tmp_path):
     with pytest.raises(UserError, match="records other images: count 10, not 11; labels_sha256"):
         open_folder(tmp_path / "new", make_pipeline(networks, 11).identity())
     (tmp_path / "new" / "plan.json").write_text("{")
-    with pytest.raises(UserError, match=r"plan.json is not a sampling plan"):
+    with pytest.raises(UserError, match=r"plan.json is damaged: it is not JSON"):
         open_folder(tmp_path / "new", p.identity())
 
 

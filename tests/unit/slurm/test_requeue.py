@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,16 @@ class Play:
         for name, text in {
             "scontrol": SCONTROL,
             "sinfo": '#!/bin/bash\ncat "$PLAY/sinfo"\n',
+            "megastar": "#!/bin/bash\nfor w; do [[ $w != run=* ]] || echo ${w#run=}; done\n",
             "srun": '#!/bin/bash\ncat "$PLAY/said" >&2\ncp "$PLAY/silence" "$PLAY/mute"\nexit $(cat "$PLAY/status")\n',
         }.items():
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(0o755)
+
+    def install_megastar(self) -> None:
+        """The real one, which reads the configuration."""
+        text = f'#!/bin/bash\nPYTHONPATH={ROOT} exec {sys.executable} -m megastar "$@"\n'
+        (self.folder / "bin/megastar").write_text(text)
 
     def nodes(self, *lines: str) -> None:
         (self.folder / "sinfo").write_text("".join(f"{x}\n" for x in lines))
@@ -286,3 +293,60 @@ def test_a_time_limit_that_leaves_no_time_is_told(play):
     for limit, short in (("00:03:00", True), ("00:05:00", False), ("1-00:00:00", False), ("UNLIMITED", False)):
         play.limit = limit
         assert ("warning: the last 180 s of the time limit of 180 s are reserved" in play.start(1, 0)) == short
+
+
+def test_a_job_that_reaches_its_limit_twice_without_a_checkpoint_is_not_requeued(play):
+    play.limit = "00:03:45"  # USR1 comes 180 s before the limit, SLURM checks every 30 s
+    assert "ended by a signal at the time limit (status 85); requeued" in play.start(1, 85)
+    play.checkpoint(5)  # by an earlier save of this start
+    assert "requeued" in play.start(2, 85) and "requeued" in play.start(3, 138, MEGASTAR_MAX_SIGNALS="3")
+    told = play.start(4, 85)
+    assert "not requeued: two starts reached the time limit since checkpoint step-00000005: --time must be" in told
+    assert play.calls() == [] and "ended by a signal at the time limit (status 85), checkpoint" in play.ledger()[-1]
+    play.checkpoint(6)
+    assert "requeued" in play.start(5, 85)
+
+
+def test_preemptions_before_the_limit_are_counted_as_before(play):
+    for start in range(1, 10):
+        assert "ended by a signal (status 85); requeued" in play.start(start, 85)
+
+
+@pytest.mark.parametrize(
+    "run",
+    ["runs/with a space", "'a quoted # one'", "${data.tokenizer}/x", "lr=1e-4; touch oops", "$HOME/x", '"dou\'ble"'],
+)
+def test_the_run_folder_is_that_of_the_configuration(play, run):
+    config = play.folder / "conf=1" / "run.yaml"
+    config.parent.mkdir()
+    config.write_text(f"run: {run}\ndata: {{shards: codes, tokenizer: tok}}\n")
+    play.install_megastar()
+    play.script = ["slurm/train_b.sh", str(config)]
+    asked = subprocess.run(
+        [sys.executable, "-m", "megastar", "train", "--print-run-folder", str(config)], cwd=ROOT, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert asked.returncode == 0 and asked.stdout.startswith(f"{ROOT}/"), asked.stderr
+    told = play.start(1, 0)
+    assert f"run folder {asked.stdout.strip()}, last checkpoint none" in told and play.status == 0
+
+
+def test_a_run_folder_with_a_space_keeps_its_list_of_requeues(play):
+    play.install_megastar()
+    play.run = play.folder / "a run"
+    play.run.mkdir()
+    play.script = ["slurm/train_b.sh", f"run={play.run}"]
+    assert "requeued" in play.start(1, 85) and len(play.ledger()) == 1
+
+
+def test_a_faulty_configuration_ends_the_job_before_srun(play):
+    play.install_megastar()
+    play.script.append("optim.lrr=1")
+    told = play.start(1, 0)
+    assert "did you mean optim.lr?" in told and "ended by a user error (status 2); not requeued" in told
+    assert play.status == 2 and play.calls() == []
+
+
+def test_a_node_without_megastar_is_a_crash_not_a_user_error(play):
+    (play.folder / "bin/megastar").write_text("#!/bin/bash\nexit 127\n")
+    assert "requeued" in play.start(1, 0) and play.status == 127 and play.calls() == ["requeue 417"]

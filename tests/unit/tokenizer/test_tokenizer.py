@@ -244,5 +244,37 @@ def test_files_round_trip_and_bad_files_are_rejected(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_tokenizer(tmp_path / "none.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"not a safetensors file")
-    with pytest.raises(UserError, match="not a safetensors file"):
+    with pytest.raises(UserError, match="not a readable safetensors file"):
         load_tokenizer(tmp_path / "junk.safetensors")
+
+
+def test_a_stopped_training_resumes_bit_for_bit_and_writes_each_row_once(tmp_path):
+    changes = {"eval_every": 1}
+    whole, _ = _fit(tmp_path / "a", **changes)
+    (tmp_path / "b").mkdir()
+    for stops_at in (1, 5, 8, 9, None):
+        trainer = _trainer(_config(**changes))
+        trainer.fit(_batch(99), tmp_path / "b", Console(quiet=True), lambda t=trainer, s=stops_at: t.step == s)
+        assert trainer.step == (stops_at or 12)
+    states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("a", "b")]
+    for name in states[0]:
+        first, second = ({f"{k}": v for k, v in leaves_of(state[name])} for state in states)
+        assert first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items()), name
+    rows = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("a", "b")]
+    for row in rows[0] + rows[1]:
+        row.pop("images_per_s")
+    assert rows[0] == rows[1] and [r["step"] for r in rows[1]] == list(range(4, 13))
+
+
+def leaves_of(value, name=()):
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield from leaves_of(one, (*name, key))
+    elif isinstance(value, (list, tuple)):
+        for i, one in enumerate(value):
+            yield from leaves_of(one, (*name, i))
+    elif isinstance(value, torch.Tensor):
+        yield name, value
+    else:
+        assert isinstance(value, (int, float, str, bool, type(None))), value
+        yield name, torch.tensor(hash(value))

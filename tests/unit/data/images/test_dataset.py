@@ -26,10 +26,6 @@ def png(value: int = 0, size=(20, 16), mode: str = "RGB") -> bytes:
 
 def gigantic(width: int, height: int) -> bytes:
     """A PNG whose header declares an image without data."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
@@ -158,6 +154,39 @@ def test_broken_tars(tmp_path):
         ImageSet(tmp_path / "b.tar.gz")
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_with(chunks: bytes) -> bytes:
+    plain = png()
+    return plain[:33] + chunks + plain[33:]  # behind the header
+
+
+def tiled_tiff(width: int, height: int) -> bytes:
+    """An image of 64 x 64 in one deflated tile of this size."""
+    data = zlib.compress(bytes(1000))
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: width, 323: height, 324: 134, 325: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + data
+
+
+OTHER_FORMATS = [
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(x) run\nshowpage\n",
+    struct.pack("<IHHhhhhH", 0x9AC6CDD7, 0, 0, 0, 0, 640, 480, 96) + bytes(20) + b"\x01\0\t\0\0\3",  # WMF
+    struct.pack("<IHHHHHHI", 128, 0xAF11, 1, 8, 8, 8, 3, 1) + bytes(200),  # FLI
+    b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"/>',
+    b"#define x_width 8\n#define x_height 8\nstatic char x_bits[] = {0};",  # XBM
+]
+_LARGE = zlib.compress(bytes(64 << 20), 9)
+TEXT_BOMBS = [
+    png_with(chunk(b"iCCP", b"x\0\0" + _LARGE)),
+    png_with(chunk(b"zTXt", b"x\0\0" + _LARGE)),
+    png_with(chunk(b"iTXt", b"x\0\1\0\0\0" + _LARGE)),
+    png_with(b"".join(chunk(b"zTXt", b"%d\0\0" % k + zlib.compress(bytes(1 << 20))) for k in range(70))),
+]
+
+
 # Bad images ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("data", "message"),
@@ -168,12 +197,16 @@ def test_broken_tars(tmp_path):
         (gigantic(8000, 6000), "x: 8000 x 6000 exceeds 40 megapixels"),
         (gigantic(40000, 40000), "x: exceeds 40 megapixels"),  # Pillow itself refuses
         (gigantic(6000, 10), "x: 6000 x 10 has an aspect ratio over 100"),
+        *((data, "x: unreadable .unknown image format, not PNG, JPEG,") for data in OTHER_FORMATS),
+        *((data, "x: unreadable .*(Decompressed data too large|Too much memory used)") for data in TEXT_BOMBS),
+        (tiled_tiff(20000, 40000), "x: tiles of 20000 x 40000 exceed 40 megapixels"),
     ],
 )
 def test_unusable_images(data, message, monkeypatch):
     decoded = []
     load = Image.Image.load
     monkeypatch.setattr(Image.Image, "load", lambda self: decoded.append(self.size) or load(self))
+    monkeypatch.setattr("subprocess.Popen", None)  # Ghostscript
     with pytest.raises(ImageError, match=message):
         decode(data, "x")
     assert (8000, 6000) not in decoded and (6000, 10) not in decoded

@@ -18,7 +18,7 @@ from megastar.errors import UserError
 from megastar.tokenizer.io import save_tokenizer, tokenizer_hash
 from megastar.tokenizer.vq import VQModel
 from tests.loaders import make_loader
-from tests.unit.data.shards.test_shards import write_set
+from tests.unit.data.shards.test_shards import record, write_set
 from tests.unit.data.shards.test_tar_reader import tar_of
 
 wds = pytest.importorskip("webdataset")
@@ -287,5 +287,6 @@ def test_codes_that_changed_since_are_found_by_training(tmp_path):
     tar[at : at + 8] = (-3).to_bytes(8, "little", signed=True)
     (folder / "train-000.tar").write_bytes(tar)
     (folder / "manifest.json").write_text(json.dumps(data))
+    record(folder)
     with pytest.raises(UserError, match=r"holds codes from -3 to \d+, outside the vocabulary of 50"):
         ShardSet(folder).gather([1], np.zeros((1, 1), np.int64))

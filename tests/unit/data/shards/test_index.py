@@ -10,7 +10,7 @@ from megastar.data.shards.index import ShardIndex, pack_index
 from megastar.data.shards.reader import ShardSet
 from megastar.data.shards.sample_parser import Expected
 from megastar.data.shards.verify import verify
-from tests.unit.data.shards.test_shards import VIEWS, T, layouts, sample, write_set
+from tests.unit.data.shards.test_shards import VIEWS, T, layouts, record, sample, write_set
 
 
 def read_all(folder) -> None:
@@ -68,6 +68,7 @@ def test_a_tar_replaced_by_one_of_the_same_size_has_its_own_index(tmp_path):
             out.addfile(member, tar.extractfile(member))
     newer = (folder / "shard-00000.tar").stat().st_mtime_ns + 10**9
     os.utime(folder / "shard-00000.idx", ns=(newer, newer))
+    record(folder)
     read_all(folder)
 
 

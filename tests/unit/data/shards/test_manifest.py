@@ -14,7 +14,7 @@ SHARD = {"name": "a.tar", "samples": 9, "bytes": 99999, "sha256": "0" * 64}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 9}, "has format 9, but this version of megastar reads format 1"),
+        ({"format": 9}, "has format 9, but this version of megastar reads formats 1 and 2"),
         ({"samples": 8}, "declares 8 samples, its shards 9"),
         ({"samples": 0, "shards": []}, "holds no samples: pretokenize again"),
         ({"shards": [{"nonsense": 1}]}, "is not a manifest of token shards"),

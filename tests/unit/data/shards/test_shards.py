@@ -223,14 +223,20 @@ def member_ends(path) -> list[int]:
         return [m.offset_data + -(-m.size // 512) * 512 for m in tar]
 
 
+def record(folder):
+    """Make the manifest agree with the tars, as if a faulty writer had written them."""
+    data = json.loads((folder / "manifest.json").read_text())
+    for shard in data["shards"]:
+        path = folder / shard["name"]
+        shard |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    (folder / "manifest.json").write_text(json.dumps(data))
+
+
 def cut(folder, size: int, honest: bool) -> None:
-    """Cut the last shard; ``honest``: tell the manifest the new size, so that only the contents betray it."""
-    path = folder / "shard-00002.tar"
-    os.truncate(path, size)
+    """Cut the last shard; ``honest``: tell the manifest, so that only the contents betray it."""
+    os.truncate(folder / "shard-00002.tar", size)
     if honest:
-        data = json.loads((folder / "manifest.json").read_text())
-        data["shards"][2]["bytes"] = size
-        (folder / "manifest.json").write_text(json.dumps(data))
+        record(folder)
 
 
 def test_cut_at_a_member_boundary(tmp_path):
@@ -269,6 +275,7 @@ def test_broken_header_in_the_middle(tmp_path):
     with path.open("r+b") as f:
         f.seek(position + 10)
         f.write(b"\xff\xff")
+    record(folder)
     with pytest.raises(UserError, match=f"shard-00000.tar has a broken header at byte {position}"):
         ShardSet(folder).read(0, 0)
 

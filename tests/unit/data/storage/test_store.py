@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError, ConnectTimeoutError, IncompleteRead
 from megastar.config.schema import DataConfig
 from megastar.data.order import OrderSpec, shards_from
 from megastar.data.storage import s3_client
-from megastar.data.storage.errors import Stopped
+from megastar.data.storage.errors import CacheFull, Stopped
 from megastar.data.storage.s3_client import S3Folder, split_url
 from megastar.data.storage.shard_cache import ShardCache
 from megastar.data.storage.shard_info import ShardInfo
@@ -129,11 +129,9 @@ def test_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     mine = ShardCache("", 1).folder
     assert mine == tmp_path / f"megastar-{os.getuid()}" and mine.stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr("os.getuid", lambda: 12345)
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
     (tmp_path / "megastar-12345").mkdir()
-    with pytest.raises(
-        UserError, match="megastar-12345 belongs to another user: set data.cache to a folder of your own"
-    ):
+    with pytest.raises(UserError, match="megastar-12345 is a link, belongs to another user, or others may write to it"):
         ShardCache("", 1)
 
 
@@ -282,8 +280,7 @@ def answer(status: int, code: str) -> ClientError:
         (404, "NoSuchKey", "s3://bucket/some/prefix/a.tar does not exist at http://store:1: upload the whole folder"),
         (403, "AccessDenied", r"denies access to s3://bucket/some/prefix/a.tar \(AccessDenied\) and no credentials were found"),
         (412, "PreconditionFailed", "s3://bucket/some/prefix/a.tar changed while it was read"),
-        (301, "PermanentRedirect", r"rejects the request for s3://bucket/some/prefix/a.tar \(PermanentRedirect, reason\): correct the URL, the region"),
-        (400, "ExpiredToken", r"rejects the request for s3://bucket/some/prefix/a.tar \(ExpiredToken, reason\)"),
+        (301, "PermanentRedirect", r"rejects the request for s3://bucket/some/prefix/a.tar \(PermanentRedirect, reason\): the bucket is in another region: correct the region"),
     ],
 )  # fmt: skip
 def test_permanent_errors(remote, monkeypatch, status, code, sentence):
@@ -291,7 +288,9 @@ def test_permanent_errors(remote, monkeypatch, status, code, sentence):
         remote.raise_if_permanent(answer(status, code), "a.tar")
     if status == 403:
         monkeypatch.setattr(remote, "signed", True)
-        with pytest.raises(UserError, match=r"\(AccessDenied\): use credentials that may read it"):
+        with pytest.raises(
+            UserError, match=r"\(AccessDenied\): use credentials that may read it \(those used are from"
+        ):
             remote.raise_if_permanent(answer(status, code), "a.tar")
 
 
@@ -299,7 +298,7 @@ def test_permanent_errors(remote, monkeypatch, status, code, sentence):
     "error",
     [
         answer(503, "SlowDown"), answer(500, "InternalError"), answer(429, "TooManyRequests"),
-        answer(408, "RequestTimeout"), answer(400, "RequestTimeout"), ConnectionResetError(),
+        answer(400, "ExpiredToken"), answer(408, "RequestTimeout"), answer(400, "RequestTimeout"), ConnectionResetError(),
         ConnectTimeoutError(endpoint_url="x"), IncompleteReadError(actual_bytes=1, expected_bytes=2),
     ],
 )  # fmt: skip
@@ -330,9 +329,65 @@ def test_requests_without_credentials_are_unsigned(remote):
     assert not remote.signed and remote.client.meta.config.signature_version is UNSIGNED
 
 
+# What others may have planted in a cache ---------------------------------------------------------------------------
+@pytest.mark.parametrize("suffix", [".tar", ".part", ".idx"])
+def test_a_planted_link_is_replaced_and_its_target_stays(tmp_path, suffix):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"x" * 1000)
+    cache, shard = ShardCache(tmp_path / "c", 10_000), info(1)
+    path = cache.folder / f"{shard.sha256}{suffix}"
+    path.symlink_to(victim)
+    assert cache.open(shard) is None and cache.index(shard) is None
+    put(cache, shard)
+    cache.keep_index(shard, b"index")
+    with cache.open(shard) as f:
+        assert f.read() == bytes(1000)
+    ShardCache(tmp_path / "c", 10_000)  # sweeps
+    assert victim.read_bytes() == b"x" * 1000
+
+
+def test_a_planted_lock_file_is_named(tmp_path):
+    (tmp_path / "c").mkdir(mode=0o700)
+    (tmp_path / "victim").write_bytes(b"x")
+    (tmp_path / "c" / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match=r"data.cache = .*c cannot be used \(.*c/lock is a symbolic link\)"):
+        ShardCache(tmp_path / "c", 1)
+
+
+def test_a_folder_in_the_place_of_a_shard(tmp_path):
+    cache, shard = ShardCache(tmp_path / "c", 10_000), info(1)
+    (cache.folder / f"{shard.sha256}.tar").mkdir()
+    with pytest.raises(CacheFull, match="cannot be written to the cache"):
+        cache.open(shard)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give files away")
+def test_files_of_other_users_are_not_used(tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    assert ShardCache(shared, 1).folder == shared / "megastar-0"
+    cache, shard = ShardCache(tmp_path / "c", 10_000), info(1)
+    put(cache, shard)
+    path = cache.folder / f"{shard.sha256}.tar"
+    os.chown(path, 12345, 12345)
+    assert cache.open(shard) is None and not path.exists()
+    put(cache, shard)
+    cache.keep_index(shard, b"index")
+    os.chown(path.with_suffix(".idx"), 12345, 12345)
+    assert cache.index(shard) is None
+    (cache.folder / f"{shard.sha256}.part").write_bytes(b"theirs")
+    os.chown(cache.folder / f"{shard.sha256}.part", 12345, 12345)
+    cache.claim(info(1))
+    os.chown(cache.folder / "lock", 12345, 12345)
+    with pytest.raises(UserError, match=r"lock is not a file of this user alone\): set it to a folder on a disk"):
+        ShardCache(tmp_path / "c", 1)
+
+
 # Which store -------------------------------------------------------------------------------------------------------
 def test_stores_and_urls(tmp_path):
     assert isinstance(open_store(tmp_path), FolderStore) and is_remote("s3://b") and not is_remote(tmp_path)
+    assert is_remote("S3://b") and split_url("S3://Bucket/a") == ("Bucket", "a")
     assert split_url("s3://bucket/a/b/") == ("bucket", "a/b") and split_url("s3://bucket") == ("bucket", "")
     with pytest.raises(UserError, match="s3:///a: must have the form s3://bucket/prefix"):
         split_url("s3:///a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -22,9 +23,9 @@ from megastar.data.storage.shard_cache import ShardCache
 from megastar.errors import UserError
 from megastar.utils.files import sha256
 from tests.disks import with_disks
-from tests.integration import test_store
 from tests.integration.conftest import ROOT
-from tests.integration.test_store import SIZES, cached
+from tests.integration.storage import test_store
+from tests.integration.storage.test_store import SIZES, cached
 from tests.unit.data.shards.test_shards import sample
 from tests.unit.data.test_loader import loader
 
@@ -168,3 +169,32 @@ def test_four_processes_killed_at_random_leave_a_good_cache(s3, use_s3, url, fol
     (cache.folder / f"{infos[1].sha256}.tar").unlink(missing_ok=True)  # it is fetched again, and room made
     shards.read(1, 0)
     assert sum(p.stat().st_size for p in cache.folder.glob("*.*")) <= cache.max_bytes
+
+
+def rot(path: Path) -> None:
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[1000:21000] = bytes(b ^ 0x15 for b in content[1000:21000])
+    with path.open("r+b") as f:
+        f.write(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_a_rotten_shard_of_the_cache_is_fetched_again(s3, use_s3, url, folder, data, caplog):
+    use_s3(s3)
+    infos = load_manifest(folder).shards
+    shards = ShardSet(url, data=data)
+    for shard in range(4):
+        shards.read(shard, 0)
+    shards.close()
+    del shards
+    gc.collect()  # the end of a run
+    for info in infos:
+        rot(Path(data.cache) / f"{info.sha256}.tar")
+    shards = ShardSet(url, data=data)
+    shards.store.read_ahead(shards.manifest.shards[2:])
+    for shard, size in enumerate(SIZES):
+        for row in (0, size - 1):
+            np.testing.assert_array_equal(shards.read(shard, row)[0], sample(sum(SIZES[:shard]) + row)[0])
+    assert caplog.text.count("is damaged in the cache") == 4 and "fetching it again" in caplog.text
+    assert all(sha256(Path(data.cache) / f"{info.sha256}.tar") == info.sha256 for info in infos)
+    shards.close()

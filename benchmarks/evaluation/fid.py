@@ -1,6 +1,6 @@
 """Values and times of FID and related scores, compared with torch-fidelity and pytorch-fid.
 
-FID_PEERS=FOLDER python -m benchmarks.fid [--dim 512] [--repeats 3]
+FID_PEERS=FOLDER python -m benchmarks.evaluation.fid [--dim 512] [--repeats 3]
 
 Goals: scores of the same features agree to 1e-6 (relative), Inception features of the same images, with the same random
 weights, to 1e-4. For torch-fidelity the features are computed from uint8 images. pytorch-fid resizes with half-pixel
@@ -32,7 +32,7 @@ from megastar.evaluation.kid import mmd2
 from megastar.evaluation.prdc import precision_recall
 from tests.unit.evaluation.test_inception import random_state
 
-HOW = "pip install --no-deps --target FOLDER torch-fidelity pytorch-fid scipy, then FID_PEERS=FOLDER python -m benchmarks.fid"
+HOW = "pip install --no-deps --target FOLDER torch-fidelity pytorch-fid scipy, then FID_PEERS=FOLDER python -m benchmarks.evaluation.fid"
 ARITHMETIC, PATH = 1e-6, 1e-4
 
 

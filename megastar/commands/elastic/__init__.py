@@ -1,0 +1,122 @@
+"""``megastar elastic``: train on the nodes that are there."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from megastar.commands._common import (
+    Parser,
+    bounded,
+    config_and_overrides,
+    logging_options,
+    natural,
+    positive,
+    processes,
+)
+from megastar.errors import UserError
+from megastar.utils.hostname import host_name
+
+EXAMPLES = """
+megastar elastic --nodes 3:4 --hosts n1,n2,n3,n4 --nproc 8 configs/run/star_xl_50ep.yaml faults.memory_every=50
+MEGASTAR_ELASTIC=3:4 sbatch --no-kill --nodes=5 slurm/train_xl.sh           with a spare node; docs/elastic.md
+"""
+
+
+def nodes(text: str) -> tuple[int, int]:
+    """An argparse type: MIN:MAX."""
+    least, _, most = text.partition(":")
+    if not (least.isdigit() and most.isdigit() and 1 <= int(least) <= int(most)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX, two numbers of nodes with 1 <= MIN <= MAX")
+    return int(least), int(most)
+
+
+def parser() -> Parser:
+    p = Parser(
+        "elastic",
+        "Train on several nodes, each of which runs this command. If a node is lost, the others continue within a minute, "
+        "from the last checkpoint in memory (faults.memory_every) or on disk; a node that joins is used. The global batch "
+        "does not change.",
+        EXAMPLES,
+    )
+    p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="as of megastar train")
+    p.add_argument(
+        "--nodes", type=nodes, required=True, metavar="MIN:MAX", help="nodes that train at a time; more are spare"
+    )
+    p.add_argument("--nproc", type=processes, default=1, help="ranks of each node (default 1)")
+    p.add_argument(
+        "--hosts", required=True, metavar="HOST,HOST,...", help="all nodes; one of them keeps their common store"
+    )
+    p.add_argument(
+        "--port",
+        type=bounded(int, 1, 65000),
+        default=29400,
+        help="of the store on the first host; +1 on the second, ...",
+    )
+    p.add_argument("--index", type=natural, help="which of the hosts this is (default: the one with this host's name)")
+    p.add_argument("--job", default="", help="name of the job, equal on all nodes (default: SLURM's, else of the run)")
+    p.add_argument(
+        "--join-timeout", type=bounded(float, 1, 86400), default=600.0, metavar="S", help="to wait for MIN nodes"
+    )
+    p.add_argument("--max-restarts", type=positive, default=20, help="failures in a row, each within 10 minutes")
+    p.add_argument("--status-file", type=Path, help="write the exit status there: a launcher may report a lost node's")
+    return p
+
+
+def main(words: list[str]) -> int:
+    from megastar.config.load import load_config
+
+    args = parser().parse(words)
+    cfg = load_config(*config_and_overrides(args.items))
+    hosts = tuple(filter(None, args.hosts.split(",")))
+    index = args.index if args.index is not None else hosts.index(host_name()) if host_name() in hosts else -1
+    if not hosts or index >= len(hosts):
+        raise UserError(f"--index {index}: --hosts names {len(hosts)} host(s), counted from 0")
+    # torch reports a connection to a lost node in thirty lines of C++; in the ranks it keeps its own level.
+    level = {} if "TORCH_CPP_LOG_LEVEL" in os.environ else {"TORCH_CPP_LOG_LEVEL": "FATAL"}
+    os.environ.update(level)
+    from megastar.engine.elastic.agent import run_node
+    from megastar.engine.elastic.batch import fit_batch
+    from megastar.engine.elastic.rendezvous import Nodes
+
+    for name in level:
+        del os.environ[name]
+    least, most = args.nodes
+    fit_batch(cfg, least * args.nproc, most * args.nproc)  # raises before anything is started
+    job = args.job or os.environ.get("SLURM_JOB_ID") or str(Path(cfg.run).resolve())
+    address = hosts[index] if index >= 0 else host_name()
+    there = Nodes(least, most, hosts, args.port, index, address, job, args.join_timeout)
+    status, why = run_node(cfg, ["train", *args.items, *logging_options()], args.nproc, there, args.max_restarts)
+    if why:
+        print(f"megastar: error: {why}", file=sys.stderr)
+    if status is None:
+        return 0
+    if args.status_file and not why:
+        args.status_file.write_text(f"{status}\n")
+    if "SLURM_SRUN_COMM_PORT" in os.environ and not srun_is_there(os.environ):
+        end_job(os.environ["SLURM_JOB_ID"], status)
+    return status
+
+
+def srun_is_there(environ: Mapping[str, str]) -> bool:
+    """Whether the srun that started this process still runs, and with it the batch script."""
+    place = environ.get("SLURM_SRUN_COMM_HOST", ""), int(environ["SLURM_SRUN_COMM_PORT"])
+    with suppress(OSError), socket.create_connection(place, 5.0):
+        return True
+    return False
+
+
+def end_job(job: str, status: int) -> None:
+    """The node of the batch script is lost: SLURM would keep the job to its time limit. The script's next start ends it."""
+    command = ["scancel", job] if status == 2 else ["scontrol", "requeue", job]
+    print(f"megastar: the batch script of job {job} is gone with its node; {' '.join(command)}", file=sys.stderr)
+    try:
+        subprocess.run(command, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"megastar: error: {' '.join(command)} failed ({error}): run it yourself", file=sys.stderr)

@@ -1,0 +1,247 @@
+"""Checkpoints in the memory of the nodes: each rank's files in its own node's, and a copy in another node's.
+
+Every ``faults.memory_every`` steps the ranks copy their state to host memory; a thread writes it to the node's folder
+(node_memory.py) and sends it to a rank of the next node. A generation is complete when every rank has said so; only then is
+the one before removed, so there are at most two. After a loss the nodes that are left look for the newest generation that
+they hold together, send each other what each lacks, and load it as any checkpoint, whatever their number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megastar.checkpoint.rng_state import random_file
+from megastar.checkpoint.shard_format import KINDS, state_file
+from megastar.config.schema import RunConfig
+from megastar.engine.checkpointer.async_saver import SLACK, as_os_error, gib
+from megastar.engine.checkpointer.snapshot import Snapshot, Snapshots
+from megastar.engine.context import Context
+from megastar.engine.elastic.node_memory import VARIABLE
+from megastar.engine.elastic.transfer import exchange
+from megastar.engine.phase import PHASE, SAVING, STARTING
+from megastar.engine.rank_sync import from_main, gather
+from megastar.engine.zero.engines import Engines, elements_of, full_shapes, owned
+from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.checkpoint_dir import name_of
+from megastar.run_dir.layout import MANIFEST
+from megastar.utils.files import sha256, write_atomic
+
+logger = logging.getLogger(__name__)
+PATIENCE = 30.0  # seconds
+
+
+def peers_of(nodes: list[int]) -> list[int | None]:
+    """For each rank the rank that keeps its copy: one of the next node. None where there is a single node."""
+    order = sorted(set(nodes))
+    ranks = {node: [r for r, n in enumerate(nodes) if n == node] for node in order}
+    if len(order) == 1:
+        return [None] * len(nodes)
+    after = {node: ranks[order[(i + 1) % len(order)]] for i, node in enumerate(order)}
+    return [after[node][ranks[node].index(rank) % len(after[node])] for rank, node in enumerate(nodes)]
+
+
+def note_file(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def files_of(rank: int, tensor: int) -> list[str]:
+    """The files of a rank: its state, the random state of a data rank, and last the note that describes both."""
+    random = [] if rank % tensor else [random_file(rank // tensor)]
+    return [state_file(rank), *random, note_file(rank)]
+
+
+class MemoryCheckpoints:
+    """Constructed on all ranks alike. Off where ``faults.memory_every`` is 0 or no elastic agent started the ranks."""
+
+    def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines):
+        self.every, self.ctx = cfg.faults.memory_every, ctx
+        self.folder = Path(os.environ.get(VARIABLE, ""))
+        self.problem = ""  # of the last generation
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.kept: list[str] = []  # names of the generations in memory, oldest first
+        if not (self.every and VARIABLE in os.environ):
+            if self.every and ctx.main:
+                logger.warning("faults.memory_every = %d has no effect without megastar elastic", self.every)
+            self.every = 0
+            return
+        self.nodes = [int(n) for n in gather(ctx, os.environ.get("GROUP_RANK", "0"))]
+        self.leaders = {self.nodes.index(n) for n in self.nodes}  # the first rank of each node
+        self.peers = peers_of(self.nodes)
+        self.sources = [r for r, peer in enumerate(self.peers) if peer == ctx.rank]
+        self.group = dist.new_group(backend="gloo") if ctx.world > 1 else None
+        self.snapshots = Snapshots(cfg, ctx, engines, full_shapes(engines, ctx))
+        self.token = from_main(ctx, secrets.token_hex(4))
+        size = 4 * len(KINDS) * elements_of(owned(engines, ctx)) + SLACK
+        self._check_space(gather(ctx, size))
+
+    def _check_space(self, sizes: list[int]) -> None:
+        """Two generations of a node's ranks and of those that they keep copies of must fit."""
+        ctx = self.ctx
+        mine = [r for r, n in enumerate(self.nodes) if n == self.nodes[ctx.rank]]
+        need = 2 * sum(sizes[r] for r in mine) + 2 * sum(sizes[r] for r, p in enumerate(self.peers) if p in mine)
+        there = sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
+        free = shutil.disk_usage(self.folder).free + there
+        short = f"{self.folder.parent} of node {self.nodes[ctx.rank]} has {gib(free)} free" if free < need else ""
+        if problem := next(filter(None, gather(ctx, short)), ""):
+            self.every, self.problem = 0, f"{problem}, two generations need {gib(need)}: faults.memory_every is off"
+            if ctx.main:
+                logger.warning(self.problem)
+
+    # Save --------------------------------------------------------------------------------------------------------
+    def save(self, step: int, metadata: dict[str, Any]) -> float | None:
+        """After ``step`` steps, where a generation is due; the seconds that it blocked training. Called by all ranks alike."""
+        if not self.every or step % self.every:
+            return None
+        start = time.perf_counter()
+        PHASE.at(SAVING)
+        self._settle()
+        snapshot, name = self.snapshots.take(step, metadata), f"{name_of(step)}-{self.token}"
+        self.kept.append(name)
+        self.thread = threading.Thread(target=self._write, args=(name, snapshot), name="memory checkpoint", daemon=True)
+        self.thread.start()
+        return time.perf_counter() - start
+
+    def _write(self, name: str, snapshot: Snapshot) -> None:
+        """The thread. ``error`` is set where a rank cannot be reached, or the memory is full."""
+        ctx, folder = self.ctx, self.folder / name
+        try:
+            files = snapshot.write(folder, ctx)
+            note = {"manifest": snapshot.manifest, "files": files}
+            write_atomic(folder / note_file(ctx.rank), json.dumps(note).encode())
+            self._exchange(folder)
+        except Exception as error:  # of any kind: a copy is no reason to end the run
+            self.error = error
+
+    def _exchange(self, folder: Path) -> None:
+        tensor, peer = self.ctx.tensor, self.peers[self.ctx.rank]
+        send = {} if peer is None else {peer: [folder / f for f in files_of(self.ctx.rank, tensor)]}
+        receive = {r: [folder / f"{f}.part" for f in files_of(r, tensor)] for r in self.sources}
+        if self.group is not None and (send or receive):
+            exchange(self.group, send, receive)
+        for source in self.sources:
+            accept(folder, source, tensor)
+
+    def _settle(self) -> None:
+        """The generation under way is complete on all ranks, and the older one removed; or it is removed itself."""
+        if self.thread is None:
+            return
+        self.thread.join()
+        self.thread = None
+        problems = gather(self.ctx, "" if self.error is None else str(as_os_error(self.error)))
+        self.error = None
+        before, self.problem = self.problem, next(filter(None, problems), "")
+        if self.problem and not before and self.ctx.main:
+            logger.warning("the checkpoint in memory could not be made (%s); training continues", self.problem)
+        self._keep(self.kept[:-1] if self.problem else self.kept[-1:])
+
+    def _keep(self, names: list[str]) -> None:
+        self.kept = names
+        if self.every and self.ctx.rank in self.leaders:
+            for path in self.folder.glob("step-*"):
+                if path.name not in names:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def discard(self) -> None:
+        """The run has ended, or was rolled back: what is in memory is outdated."""
+        self.close()
+        self._keep([])
+
+    def close(self) -> None:
+        if self.thread is not None:
+            self.thread.join(PATIENCE)  # it may wait for a rank that is lost
+            self.thread = None
+
+    # Load --------------------------------------------------------------------------------------------------------
+    def newest(self, disk: Path | None, rollbacks: int) -> Path | None:
+        """The newest whole generation that is newer than ``disk``, as a checkpoint on this node; else ``disk``. A collective."""
+        if not self.every:
+            return disk
+        PHASE.at(STARTING)
+        here = [r for r, n in enumerate(self.nodes) if n == self.nodes[self.ctx.rank]]
+        mine = inventory(self.folder, here.index(self.ctx.rank), len(here))
+        holders: dict[
+            str, dict[int, set[int]]
+        ] = {}  # generation -> rank that wrote -> leaders of the nodes that have its files
+        for rank, there in enumerate(gather(self.ctx, mine)):
+            for name, whose in there.items():
+                for r in whose:
+                    holders.setdefault(name, {}).setdefault(r, set()).add(self.nodes.index(self.nodes[rank]))
+        on_disk = checkpoint_dir.step_in(disk) if disk else -1
+        for name in sorted(holders, reverse=True):
+            if checkpoint_dir.step_in(Path(name.rpartition("-")[0])) <= on_disk:
+                break
+            if not (problem := self._collect(name, dict(sorted(holders[name].items())), rollbacks)):
+                self._keep([name])
+                return self.folder / name
+            if self.ctx.main:
+                logger.warning("the checkpoint %s in memory is not used: %s", name, problem)
+        self._keep([])
+        return disk
+
+    def _collect(self, name: str, holders: dict[int, set[int]], rollbacks: int) -> str:
+        """Bring all files of a generation to each node; why not, or the empty string, on all ranks alike."""
+        ctx, folder, (first, having) = self.ctx, self.folder / name, next(iter(holders.items()))
+        note = json.loads((folder / note_file(first)).read_text()) if ctx.rank == min(having) else {}
+        manifest: dict[str, Any] = gather(ctx, note.get("manifest", {}))[min(having)]
+        ranks = range(manifest["mesh"]["data"] * manifest["mesh"]["tensor"])
+        if missing := [r for r in ranks if r not in holders]:
+            return f"no node that is left has the files of rank {missing[0]}"
+        if manifest.get("guard", {}).get("rollbacks", 0) != rollbacks:
+            return "it is from before a rollback"
+        problem = ""
+        try:
+            if ctx.rank in self.leaders:
+                folder.mkdir(mode=0o700, exist_ok=True)
+                self._fetch(folder, holders, manifest["mesh"]["tensor"])
+                notes = [json.loads((folder / note_file(rank)).read_text()) for rank in ranks]
+                files = {name: entry for note in notes for name, entry in note["files"].items()}
+                whole = manifest | {"files": dict(sorted(files.items()))}
+                write_atomic(folder / MANIFEST, json.dumps(whole).encode())
+        except (OSError, RuntimeError, ValueError) as error:
+            problem = f"rank {ctx.rank}: {error}"
+        return next(filter(None, gather(ctx, problem)), "")
+
+    def _fetch(self, folder: Path, holders: dict[int, set[int]], tensor: int) -> None:
+        """One transfer after the other, in an order that all nodes know; those of separate pairs run at the same time."""
+        for rank, having in holders.items():
+            names = files_of(rank, tensor)
+            for lacking in sorted(self.leaders - having):
+                if self.ctx.rank == min(having):
+                    exchange(self.group, {lacking: [folder / f for f in names]}, {})
+                elif self.ctx.rank == lacking:
+                    exchange(self.group, {}, {min(having): [folder / f"{f}.part" for f in names]})
+                    accept(folder, rank, tensor)
+
+
+def accept(folder: Path, rank: int, tensor: int) -> None:
+    """Take over the received files of ``rank`` once their hashes are those of its note. Raises ``ValueError``."""
+    names = files_of(rank, tensor)
+    note = json.loads((folder / f"{names[-1]}.part").read_text())
+    for name in names[:-1]:
+        if sha256(folder / f"{name}.part") != note["files"][name]["sha256"]:
+            raise ValueError(f"{name} of rank {rank} arrived damaged")
+    for name in names:  # the note last: it stands for all
+        (folder / f"{name}.part").replace(folder / name)
+
+
+def inventory(folder: Path, part: int, parts: int) -> dict[str, list[int]]:
+    """Name of a generation -> the ranks whose files in this node's memory are whole; ``parts`` ranks share the hashing."""
+    found: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("step-*-*/rank-*.json"))[part::parts]:
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            files = json.loads(path.read_text())["files"]
+            if all(sha256(path.parent / name) == entry["sha256"] for name, entry in files.items()):
+                found.setdefault(path.parent.name, []).append(int(path.stem.removeprefix("rank-")))
+    return found

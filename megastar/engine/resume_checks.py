@@ -1,0 +1,45 @@
+"""What may differ between a checkpoint and the configuration that resumes it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from megastar.config.schema import RunConfig
+from megastar.data.shards.manifest import Manifest
+from megastar.engine.context import Context
+from megastar.engine.input_pipeline.data_checks import RunData, check_same_data, check_same_order
+from megastar.engine.rank_sync import run_on_main
+from megastar.run_dir.config_file import changes_since, check_same_init
+
+logger = logging.getLogger(__name__)
+
+
+def check_resumed(cfg: RunConfig, ctx: Context, data: RunData, restored: dict[str, Any], found: Path) -> list[str]:
+    """The fields that changed since the checkpoint ``found``, whose manifest is ``restored``: logged, one per line.
+
+    Raises ``UserError`` for other data, another order of it, or other initial weights. A collective.
+    """
+    check_same_data(cfg.data, restored, data.digests, found)
+    check_same_order(cfg.data.window, data.train.manifest, restored, found)
+    recorded = restored.get("config")
+    before = recorded if isinstance(recorded, dict) else {}
+    init = str((before.get("train") or {}).get("init") or "")
+    run_on_main(ctx, lambda: check_same_init(cfg.train.init, restored.get("init"), init, found))
+    changes = changes_since(before, cfg)
+    if ctx.main:
+        for change in changes:
+            logger.info("changed since %s: %s", found.name, change)
+    return changes
+
+
+def start_event(
+    cfg: RunConfig, ctx: Context, manifest: Manifest, found: Path | None, step: int, steps: int
+) -> list[str]:
+    """Kind and text of the event of a start."""
+    if ctx.main and not manifest.tokenizer_sha256:
+        logger.warning("%s records no tokenizer hash; assuming it matches data.tokenizer", cfg.data.shards)
+    if found:
+        return ["resumed", f"resumed {found} at step {step}"]
+    return ["started", f"{cfg.run}: {steps} steps on {ctx.world} rank(s)"]

@@ -1,0 +1,206 @@
+"""How the ranks of a launch meet: rank 0 listens for the ranks' key-value store, all connect and wait for each other.
+
+Nothing here or in the store is pickled (docs/security.md). Under torchrun the launcher hosts the store instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from megastar.errors import MissingRanks, UserError
+from megastar.utils.hostname import host_name
+from megastar.utils.interfaces import LOOPBACK, listen_address
+from megastar.utils.launcher import LISTEN_FD, local_world, place_of
+from megastar.utils.signals import Preempted
+
+REPORT_EVERY = 10.0  # seconds between reports of missing ranks
+STOP_GRACE = 10.0  # seconds that a rank with a stop signal waits for others: ranks that all meet leave together
+CONNECT_TIMEOUT = 20.0  # seconds for one connection to rank 0's node
+GAVE_UP = "gave up"
+
+logger = logging.getLogger(__name__)
+
+
+def agent_hosts_store(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun's agent hosts the ranks' store, not rank 0."""
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def on_one_node(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher says that all ranks are on this node."""
+    return local_world(environ) == place_of(environ).world
+
+
+def master_address(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Where rank 0's store is. Raises ``UserError``."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not environ.get(name):
+            raise UserError(f"{name} is not set: start with --nproc or torchrun, or set it in the batch script")
+    port = environ["MASTER_PORT"]
+    if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
+        raise UserError(f"MASTER_PORT={port!r} is not a port from 1 to 65535")
+    if on_one_node(environ) and not agent_hosts_store(environ):
+        return LOOPBACK, int(port)
+    return environ["MASTER_ADDR"], int(port)
+
+
+def host_store(host: str, port: int, environ: Mapping[str, str] = os.environ) -> dist.TCPStore:
+    """On rank 0: listen, on the socket that the launcher opened or at ``host``. Raises ``UserError``."""
+    if LISTEN_FD in environ:
+        address, fd = LOOPBACK, int(environ[LISTEN_FD])
+    else:
+        address = listen_address(host, environ)
+        both = not address and socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both or ":" in address else socket.AF_INET
+        try:
+            fd = socket.create_server((address, port), family=family, dualstack_ipv6=both).detach()
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise UserError(
+                f"rank 0 cannot listen on {address or host}:{port} ({reason}): set MASTER_PORT to a free port"
+            ) from error
+    return dist.TCPStore(address or LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
+
+
+def join(
+    timeout: float,
+    stopped: Callable[[], int] = lambda: 0,
+    environ: Mapping[str, str] = os.environ,
+    setting: str = "faults.join_timeout",
+) -> dist.TCPStore:
+    """The store of this launch, once all ranks have joined it. ``setting``: the name of ``timeout``.
+
+    Reports the missing ranks every 10 s. Raises ``MissingRanks`` after ``timeout`` seconds, ``Preempted`` where
+    ``stopped`` returns the number of a signal, here or on another rank, and ``UserError``.
+    """
+    return _Joining(timeout, stopped, environ, setting).run()
+
+
+class _Joining:
+    def __init__(self, timeout: float, stopped: Callable[[], int], environ: Mapping[str, str], setting: str):
+        self.rank, self.world, _ = place_of(environ)
+        self.timeout, self.stopped, self.environ, self.setting = timeout, stopped, environ, setting
+        self.host, self.port = master_address(environ)
+        self.begin = self.reported = time.monotonic()
+        self.stop: tuple[int, float] | None = None  # signal, when it was noticed
+        self.liveness: socket.socket | None = None
+        # A store of the launcher outlives its ranks; the counts of several launchers may differ, but rank 0's store is new.
+        restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_hosts_store(environ) else "0"
+        self.prefix = f"megastar/join/{restarts}/"
+
+    def run(self) -> dist.TCPStore:
+        hosts = self.rank == 0 and not agent_hosts_store(self.environ)
+        store = host_store(self.host, self.port, self.environ) if hosts else self._connect()
+        try:
+            self._meet(store)
+        except (RuntimeError, OSError) as error:  # of the store; for a UserError it is a subclass of neither
+            raise self._lost() from error
+        finally:
+            if self.liveness is not None:
+                self.liveness.close()
+        return store
+
+    def _connect(self) -> dist.TCPStore:
+        result: list[Any] = []
+
+        def attempt() -> None:
+            try:  # a refused connection of torch's own would print a trace
+                self.liveness = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
+                # Longer than this rank waits: torch prints a trace after its own timeout.
+                result.append(open_client(self.host, self.port, 2 * self.timeout + 60))
+            except (OSError, RuntimeError) as error:
+                result.append(error)
+
+        reason = "no answer"
+        while True:
+            # In a thread: torch waits without end for the answer of a server that is not a store.
+            thread = threading.Thread(target=attempt, daemon=True)
+            thread.start()
+            while True:
+                self._check(lambda: f"rank 0 at {self.host}:{self.port} ({reason})")  # noqa: B023
+                thread.join(0.1)
+                if not thread.is_alive():
+                    break
+            found = result.pop()
+            if isinstance(found, dist.TCPStore):
+                return found
+            reason = found.strerror or str(found) if isinstance(found, OSError) else "its answer is not that of a store"
+            time.sleep(0.2)
+
+    def _meet(self, store: dist.TCPStore) -> None:
+        """Rank 0 looks for the others, and publishes that all are there or that it gives up."""
+        store.set(f"{self.prefix}{self.rank}", host_name(self.environ))
+        all_here, stop = self.prefix + "all", self.prefix + "stop"
+        here, pause, stop_sent = 0, 0.01, False  # ranks below ``here`` have joined
+        while not store.check([all_here]):
+            while self.rank == 0 and here < self.world and store.check([f"{self.prefix}{here}"]):
+                here += 1
+            if here == self.world:
+                store.set(all_here, "")
+                return
+            if self.liveness is not None and select.select([self.liveness], [], [], 0)[0]:
+                raise self._lost()
+            if self.stopped() and not stop_sent:
+                store.set(stop, "")
+                stop_sent = True
+            try:
+                self._check(lambda: self._missing(store), bool(store.check([stop])))
+            except MissingRanks:
+                if self.rank == 0:
+                    store.set(all_here, GAVE_UP)
+                    time.sleep(2.0)  # the others read it
+                raise
+            time.sleep(pause)
+            pause = min(0.5, 1.2 * pause)
+        if bytes(store.get(all_here)) == GAVE_UP.encode():
+            raise MissingRanks("")  # rank 0 reports it
+
+    def _missing(self, store: dist.TCPStore) -> str:
+        """The ranks that have not joined; empty on a rank that leaves the report to a lower one."""
+        if any(store.check([f"{self.prefix}{r}"]) for r in range(self.rank)):
+            return ""
+        missing = [r for r in range(self.world) if r != self.rank and not store.check([f"{self.prefix}{r}"])]
+        names = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        return f"rank{'s' * (len(missing) > 1)} {names} of {self.world}"
+
+    def _check(self, missing: Callable[[], str], others_stop: bool = False) -> None:
+        now = time.monotonic()
+        if self.stop is None and (self.stopped() or others_stop):
+            self.stop = self.stopped() or signal.SIGTERM, now
+            if names := missing():
+                logger.warning("signal %d while rank %d waits for %s: leaving", self.stop[0], self.rank, names)
+        if self.stop is not None and now - self.stop[1] > STOP_GRACE:
+            raise Preempted(self.stop[0])
+        if now - self.begin > self.timeout:
+            names = missing()
+            text = (
+                f"rank {self.rank} waited {self.timeout:.0f} s ({self.setting}) for {names}: check that these ranks "
+                f"are started and their nodes are up, and that they reach {self.host}:{self.port}"
+            )
+            raise MissingRanks(text if names else "")
+        if now - self.reported > REPORT_EVERY:
+            self.reported = now
+            if names := missing():
+                waited = now - self.begin
+                logger.warning(
+                    "rank %d has waited %.0f s for %s, of at most %.0f s", self.rank, waited, names, self.timeout
+                )
+
+    def _lost(self) -> MissingRanks:
+        return MissingRanks(f"rank 0 at {self.host}:{self.port} left while rank {self.rank} waited for other ranks")
+
+
+def open_client(host: str, port: int, seconds: float) -> dist.TCPStore:
+    timeout = timedelta(seconds=seconds)
+    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)

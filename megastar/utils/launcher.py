@@ -1,0 +1,71 @@
+"""The place of this process among the ranks of a launch, as torchrun, deepspeed, srun or ``--nproc`` describe it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from megastar.errors import UserError
+
+LAUNCHED_BY_US = "MEGASTAR_LAUNCHER"  # set for processes that commands/_launch.py starts
+LISTEN_FD = "MEGASTAR_LISTEN_FD"  # on rank 0 of such a launch: its listening socket
+
+
+class RankPlace(NamedTuple):
+    rank: int
+    world: int
+    local: int  # rank on this node
+
+
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process as a rank. A single RANK or WORLD_SIZE is a leftover in the shell."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return True
+    # A batch script or an salloc shell has SLURM_PROCID too; only an srun step has SLURM_STEP_ID.
+    return "SLURM_STEP_ID" in environ and slurm_tasks(environ) > 1
+
+
+def place_of(environ: Mapping[str, str]) -> RankPlace:
+    """The only reader of rank and world size; (0, 1, 0) without a launcher. Raises ``UserError``."""
+    if not is_launched(environ):
+        return RankPlace(0, 1, 0)
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        names = "RANK", "LOCAL_RANK"
+        world = _integer(environ, "WORLD_SIZE")
+    else:
+        names = "SLURM_PROCID", "SLURM_LOCALID"
+        world = slurm_tasks(environ)
+    rank, local = _integer(environ, names[0]), _integer(environ, names[1], "0")
+    if rank >= world:
+        raise UserError(f"{names[0]}={rank} is not below the number of ranks, {world}: check the launcher's variables")
+    return RankPlace(rank, world, local)
+
+
+def slurm_tasks(environ: Mapping[str, str]) -> int:
+    """Tasks of this job step. Inside salloc SLURM_NTASKS is that of the allocation, not of the step."""
+    return _integer(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS", "1")
+
+
+def local_world(environ: Mapping[str, str]) -> int:
+    """Ranks on this node, 0 where the launcher does not say."""
+    world = place_of(environ).world
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # of torchrun, deepspeed
+        if name in environ and world > 1 and "RANK" in environ:
+            return _integer(environ, name)
+    if world == 1:
+        return 1
+    if "RANK" in environ or "SLURM_STEP_ID" not in environ:
+        return 0
+    counts: list[int] = []  # SLURM_STEP_TASKS_PER_NODE: "4(x2),3"
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(times or 1)
+    node = int(environ.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else 0
+
+
+def _integer(environ: Mapping[str, str], name: str, default: str = "") -> int:
+    text = environ.get(name, default)
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UserError(f"{name}={text!r} is not a count: unset it, or let the launcher set it")
+    return int(text)

@@ -1,0 +1,56 @@
+"""The launcher of this rank: whether it has ended or is suspended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+POLL = 1.0  # seconds
+
+
+def end_with_launcher() -> None:
+    """Send this process SIGTERM when the launcher that started it has ended: nobody else would end the run.
+
+    Only a Python process is taken for a launcher: a shell that started ranks in the background may end before them.
+    """
+    parent = os.getppid()
+    words = _words(parent)
+    if not words or not Path(words[0]).name.startswith("python"):
+        return
+    # The deepspeed command starts this module, which starts the ranks and does not notice that the command ends.
+    above = _ppid(parent) if "deepspeed.launcher.launch" in words else 0
+    if not any(Path(word).name == "deepspeed" or word.startswith("deepspeed.launcher") for word in _words(above)):
+        above = 0
+
+    def watch() -> None:
+        while os.getppid() == parent and (not above or _ppid(parent) == above):
+            time.sleep(POLL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def launcher_is_suspended() -> bool:
+    """Whether the parent process is stopped, as by Ctrl-Z."""
+    return _stat(os.getppid())[:1] == ["T"]
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent and further fields of a process; empty where there is no such process, or no /proc."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
+def _ppid(pid: int) -> int:
+    return int((_stat(pid) or ["", "0"])[1])
+
+
+def _words(pid: int) -> list[str]:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    return []

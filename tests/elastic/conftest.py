@@ -1,0 +1,1 @@
+from tests.integration.conftest import world  # noqa: F401

@@ -1,0 +1,159 @@
+"""Hostile and damaged weights, tokenizers and LlamaGen files."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.fuzz import DEEP, GIB, Tally, byte_variants, dumps, json_variants, odd_files
+from tests.integration.fuzz.conftest import Box
+from tests.integration.fuzz.test_checkpoint import join_header, split_header
+
+WEIGHTS = [
+    ["convert", "--inspect", "weights.safetensors"],
+    ["sample", "weights.safetensors", "--tokenizer", "tokenizer.safetensors", "--count", "1", "--device", "cpu"],
+    ["convert", "weights.safetensors", "--to", "llamagen", "--out", "o.pt"],
+    ["convert", "--inspect", "--verify", "weights.safetensors"],
+]
+TOKENIZER = [
+    ["convert", "--inspect", "tokenizer.safetensors"],
+    ["sample", "weights.safetensors", "--tokenizer", "tokenizer.safetensors", "--count", "1", "--device", "cpu"],
+    ["data", "index", "codes", "--tokenizer", "tokenizer.safetensors"],
+    ["convert", "tokenizer.safetensors", "--to", "llamagen", "--out", "o.pt"],
+]
+# Values of the fields of both architectures.
+FIELDS: dict[str, list[Any]] = {
+    "num_classes": [10**12, -1, 0], "n_layer": [10**7, "x", -1, True, 2.0], "vocab_size": [10**12], "dim": [10**9, 3],
+    "n_head": [10**6, 0, 7], "image_tokens": [10**10, 10, 4], "multiple_of": [10**12, 0], "evil": [1], "norm_eps": ["x"],
+    "image_size": [10**12, 10**6, 60000, 0, 17], "channels": [10**9, 0, 7], "res_blocks": [10**9], "z_channels": [10**12],
+    "channel_multipliers": [[], [1] * 10**5, [10**12], [0, 1, 2], "x", [1, 2, True]], "codebook_size": [10**12, 1],
+    "codebook_embed_dim": [10**12], "norm_groups": [3, 10**9, 0], "dropout": [float("nan"), 2.0, 10**400],
+    "rope_base": [1e400],
+}  # fmt: skip
+PROVENANCE: list[Any] = [
+    [], "[/]", None, {"classes": ["a"]}, {"classes": 5}, {"classes": [1, None]}, {"step": "[/]"}, {"step": 10**30},
+    {"classes": ["[/]", "\x1b]0;x\x07<script>"] + ["c"] * 3}, {"tokenizer": 5}, {"tokenizer": "f" * 64}, {"command": [1]},
+]  # fmt: skip
+
+
+def test_weights(box: Box) -> None:
+    tally, rng = Tally("weights"), random.Random("weights")
+    path = box.path / "weights.safetensors"
+    header, data = split_header(path.read_bytes())
+    whole = json.loads(header["__metadata__"]["megastar"])
+
+    def with_content(text: str | bytes) -> bytes:
+        plain = text if isinstance(text, str) else text.decode(errors="replace")
+        metadata = header["__metadata__"] | {"megastar": plain}
+        return join_header(json.dumps(header | {"__metadata__": metadata}).encode(), data)
+
+    variants = [
+        (f"{n} = {v!s:.20}", with_content(dumps(whole | {"model": whole["model"] | {n: v}})))
+        for n, v in pairs(whole["model"])
+    ]
+    variants += [(f"provenance {p!s:.20}", with_content(json.dumps(whole | {"provenance": p}))) for p in PROVENANCE]
+    variants += [(label, with_content(text)) for label, text in json_variants(whole, rng, 24)]
+    variants += [(label, join_header(text, data)) for label, text in json_variants(header, rng, 16)]
+    variants += [(label, text) for label, text in byte_variants(path.read_bytes(), rng, 16)]
+    variants += [("deep", with_content(DEEP)), ("list", with_content("[1]")), ("no JSON", with_content("{"))]
+    variants += [("2^63", struct.pack("<Q", 2**63) + b"{}"), ("spaces", join_header(b" " * 60_000_000, b""))]
+    try_all(box, tally, path, variants, WEIGHTS)
+
+
+def test_tokenizer(box: Box) -> None:
+    tally, rng = Tally("tokenizer"), random.Random("tokenizer")
+    path = box.path / "tokenizer.safetensors"
+    header, data = split_header(path.read_bytes())
+    config = json.loads(header["__metadata__"]["config"])
+
+    def with_metadata(**fields: str) -> bytes:
+        return join_header(json.dumps(header | {"__metadata__": header["__metadata__"] | fields}).encode(), data)
+
+    variants = [(f"{n} = {v!s:.20}", with_metadata(config=dumps(config | {n: v}).decode())) for n, v in pairs(config)]
+    variants += [(f"provenance {p!s:.20}", with_metadata(provenance=json.dumps(p))) for p in PROVENANCE[:4]]
+    variants += [(label, join_header(text, data)) for label, text in json_variants(header, rng, 24)]
+    variants += [(label, text) for label, text in byte_variants(path.read_bytes(), rng, 16)]
+    variants += [("deep", with_metadata(config=DEEP)), ("list", with_metadata(config="[1]"))]
+    try_all(box, tally, path, variants, TOKENIZER)
+
+
+def pairs(fields: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, found in FIELDS.items() if name in fields or name == "evil" for value in found]
+
+
+def try_all(box: Box, tally: Tally, path: Path, variants: list[tuple[str, bytes]], commands: list[list[str]]) -> None:
+    for i, (label, content) in enumerate(variants):
+        box.variant(path, content)
+        box.run(tally, label, *commands[0 if i % 2 else i // 2 % len(commands)])
+    for kind, make in odd_files().items():
+        box.instead(path, make)
+        box.run(tally, f"a {kind}", *commands[0])
+        box.instead(path, make)
+        box.run(tally, f"a {kind}", *commands[1])
+    tally.check()
+
+
+def test_llamagen(box: Box) -> None:
+    tally, rng = Tally("LlamaGen's .pt"), random.Random("pt")
+    convert = ["convert", "weights.safetensors", "--to", "llamagen", "--out", "whole.pt"]
+    box.run(tally, "whole", *convert)
+    model = torch.load(box.path / "whole.pt", weights_only=True)["model"]
+    whole = (box.path / "whole.pt").read_bytes()
+    (box.path / "model.yaml").write_text(
+        "{n_layer: 3, n_head: 2, dim: 16, multiple_of: 16, vocab_size: 64, num_classes: 5, image_tokens: 16}"
+    )
+    extra = {"config": (box.path / "model.yaml").read_bytes()}
+    target = box.path / "x.pt"
+    first = "cls_embedding.embedding_table.weight"
+    loop: dict[str, Any] = {}
+    loop["model"] = loop
+
+    contents: dict[str, Any] = {
+        "object": {"model": Path("x")}, "no dictionary": [1], "loop": loop, "number for a name": {"model": model | {1: torch.zeros(2)}},
+        "text for a tensor": {"model": model | {"a.b": "x"}}, "no weights": {}, "tensor": torch.zeros(3),
+        "repeated elements": {"model": model | {first: torch.zeros(1).expand(3_000_000_001, 16)}},
+        "all repeated": {"model": {n: torch.zeros(1).expand(t.shape) for n, t in model.items()}},
+        "one dimension": {"model": model | {first: torch.zeros(4)}}, "integers": {"model": {n: t.long() for n, t in model.items()}},
+        "sparse": {"model": model | {first: model[first].to_sparse()}}, "scalar": {"model": model | {first: torch.tensor(1.0)}},
+        "steps": {"model": model, "steps": "x"}, "provenance": {"model": model, "megastar": {"classes": 5}},
+        "unusual provenance": {"model": model, "megastar": {"x": torch.zeros(2)}}, "many blocks": {"model": model | {"layers.999999999.x": torch.zeros(1)}},
+        "complex": {"model": model | {first: model[first].to(torch.complex64)}}, "freqs": {"model": model | {"freqs_cis": torch.tensor(1.0)}},
+        "tokenizer without widths": {"model": {"quantize.embedding.weight": torch.zeros(4, 4), "encoder.conv_in.weight": torch.zeros(0, 3)}},
+    }  # fmt: skip
+
+    def go(label: str) -> None:
+        for words in (
+            ["convert", "--inspect", "x.pt"],
+            ["convert", "x.pt", "--config", "model.yaml", "--to", "safetensors", "--out", "o.safetensors"],
+        ):
+            (box.path / "model.yaml").write_bytes(extra["config"])
+            box.run(tally, label, *words)
+
+    for label, content in contents.items():
+        box.fresh()
+        torch.save(content, target)
+        go(label)
+    for legacy in ("repeated elements", "object"):
+        box.fresh()
+        torch.save(contents[legacy], target, _use_new_zipfile_serialization=False)
+        go(f"{legacy}, older format")
+    box.fresh()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x/data.pkl", "w") as member:
+        for _ in range(2 * GIB >> 20):
+            member.write(bytes(1 << 20))
+    go("2 GiB of zeros, compressed")
+    for label, data in [("text", b"hello"), ("empty", b""), *byte_variants(whole, rng, 24)]:
+        box.variant(box.path / "weights.safetensors", b"")
+        target.write_bytes(data)
+        go(label)
+    for kind, make in odd_files().items():
+        box.fresh()
+        make(target)
+        box.run(tally, f"a {kind}", "convert", "--inspect", "x.pt")
+    tally.check()

@@ -1,0 +1,120 @@
+"""Ranks that wait for each other, as threads of one process."""
+
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from megastar.errors import MissingRanks, UserError
+from megastar.parallel import rendezvous
+from megastar.parallel.rendezvous import host_store, join, master_address
+from megastar.utils.launcher import LISTEN_FD
+from megastar.utils.signals import Preempted
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(rendezvous, "REPORT_EVERY", 0.3)
+    monkeypatch.setattr(rendezvous, "STOP_GRACE", 1.0)
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return str(s.getsockname()[1])
+
+
+def ranks(ranks_here, world, timeout=30.0, stopped=None, port=""):
+    """What ``join`` returned or raised, by rank."""
+    stopped, port = stopped or {}, port or free_port()
+    results = {}
+
+    def start(rank):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        try:
+            results[rank] = join(timeout, lambda: stopped.get(rank, 0), place)
+        except BaseException as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=start, args=(r,)) for r in ranks_here]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+def test_all_ranks_meet():
+    stores = ranks([2, 1, 0], 3)
+    stores[1].set("key", "value")
+    assert stores[0].get("key") == b"value" == stores[2].get("key")
+
+
+def test_missing_ranks_are_reported_and_named(caplog):
+    found = ranks([0, 1], 4, timeout=2.0)
+    assert type(found[0]) is type(found[1]) is MissingRanks
+    assert "rank 0 waited 2 s (faults.join_timeout) for ranks 2, 3 of 4: check that" in str(found[0])
+    assert str(found[1]) == ""  # reported once
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) > 2 and all("rank 0 has waited" in s and "for ranks 2, 3 of 4" in s for s in said)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
+def test_a_missing_rank_0_is_named(monkeypatch, caplog, host):
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": free_port()}
+    with pytest.raises(MissingRanks, match=f"rank 1 waited 1 s .* for rank 0 at {host}:.*: check that"):
+        join(1.0, environ=place)
+    assert any(f"has waited 0 s for rank 0 at {host}" in r.getMessage() for r in caplog.records)
+
+
+def test_a_server_that_is_not_a_store_is_no_hang():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        found = ranks([1], 2, timeout=1.5, port=str(silent.getsockname()[1]))
+    assert "for rank 0 at 127.0.0.1" in str(found[1])
+
+
+def test_a_signal_ends_the_wait_on_all_ranks(caplog):
+    begin = time.monotonic()
+    found = ranks([0, 1], 3, stopped={1: signal.SIGINT})
+    assert [type(found[r]) for r in (0, 1)] == [Preempted] * 2 and time.monotonic() - begin < 20
+    assert found[1].signal == signal.SIGINT and found[0].code == 85
+    assert "while rank 0 waits for rank 2 of 3: leaving" in caplog.text
+    found = ranks([1], 2, stopped={1: signal.SIGTERM})  # rank 0 does not listen
+    assert isinstance(found[1], Preempted)
+
+
+def test_ranks_with_a_signal_that_all_meet_leave_later_together():
+    assert not any(isinstance(f, BaseException) for f in ranks([0, 1], 2, stopped={1: signal.SIGTERM}).values())
+
+
+def test_a_port_in_use_is_a_sentence():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = ranks([0], 2, port=str(port))
+    assert isinstance(found[0], UserError)
+    assert str(found[0]) == (
+        f"rank 0 cannot listen on 127.0.0.1:{port} (Address already in use): set MASTER_PORT to a free port"
+    )
+
+
+def test_the_store_uses_the_socket_of_the_launcher():
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    store = host_store("127.0.0.1", port, {LISTEN_FD: str(listening.detach())})
+    store.set("a", "b")
+    assert (store.host, store.port, store.get("a")) == ("127.0.0.1", port, b"b")
+
+
+def test_the_address_of_rank_0():
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    assert master_address(place) == ("node1", 29500)
+    assert master_address(place | {"LOCAL_WORLD_SIZE": "2"}) == ("127.0.0.1", 29500)  # all ranks are on this node
+    assert master_address(place | {"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"})[0] == "node1"
+    for change, message in (
+        ({"MASTER_PORT": ""}, "MASTER_PORT is not set: start with"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a port"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT='99999' is not a port"),
+    ):
+        with pytest.raises(UserError, match=message):
+            master_address(place | change)

@@ -1,0 +1,69 @@
+"""A rank notices the end of its launcher. Real processes, without torch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from megastar.utils.parent import launcher_is_suspended
+
+ROOT = Path(__file__).parents[3]
+RANK = """
+import signal, sys, time
+from pathlib import Path
+from megastar.utils.parent import end_with_launcher, launcher_is_suspended
+def leave(*_):
+    Path(sys.argv[1]).with_suffix(".left").touch()
+    sys.exit(85)
+signal.signal(signal.SIGTERM, leave)
+end_with_launcher()
+Path(sys.argv[1]).touch()
+for _ in range(600):
+    time.sleep(0.1)
+    if launcher_is_suspended():
+        Path(sys.argv[1]).with_suffix(".suspended").touch()
+"""
+LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]).wait()"
+
+
+def wait(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_a_rank_ends_with_its_launcher(tmp_path, above):
+    """``above``: the process above the launcher, as with deepspeed's two."""
+    ready = tmp_path / "rank"
+    words = [sys.executable, "-c", LAUNCHER, RANK, str(ready)]
+    if above:  # the middle process is found by its words
+        middle = "import runpy, sys; sys.argv[1:] = sys.argv[2:]; exec(sys.argv.pop(1))"
+        words = [
+            *(sys.executable, "-c", "import subprocess, sys; subprocess.Popen(sys.argv[2:]).wait()"),
+            *("deepspeed", sys.executable, "-c", middle, "deepspeed.launcher.launch", LAUNCHER, RANK, str(ready)),
+        ]
+    launcher = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    try:
+        wait(ready)
+        launcher.send_signal(signal.SIGSTOP)
+        if not above:
+            wait(ready.with_suffix(".suspended"))
+        time.sleep(1.5)
+        assert not ready.with_suffix(".left").exists()
+        launcher.kill()
+        launcher.wait()
+        wait(ready.with_suffix(".left"))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def test_this_process_has_a_running_parent():
+    assert not launcher_is_suspended()
