@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 PER_NODE, WINDOW, SHARD = 8, 16, 1000  # pretokenize's and the configuration's defaults
@@ -83,7 +84,7 @@ def measure_s3(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
             def patched(self: Any, url: str, patience: float = 60.0, report: Any = print, client: Any = client) -> None:
                 self.url, self.patience, self.report = url, patience, report
                 self.bucket, self.prefix = s3_client.split_url(url)
-                self.client, self.signed, self.endpoint = client, False, "none"
+                self.aws, self.signed, self.endpoint = SimpleNamespace(client=client), False, "none"
 
             s3_client.S3Folder.__init__ = patched
             for cached in (True, False):

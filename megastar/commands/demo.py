@@ -17,6 +17,7 @@ from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.run_dir import layout
 from megastar.utils.files import check_output
+from megastar.utils.npz import NpzFile
 
 CONFIG = "configs/run/demo.yaml"
 PICTURES = "assets/emoji64/emoji64.tar"
@@ -149,11 +150,11 @@ class Demo:
                 origin["label_plan"] = f"like {self.cfg.data.shards}"
                 write_record(record_of(file), options | {"dtype": "fp32", "seed": seed}, origin)
                 save_npz(file, images.shape, [images], np.asarray(labels))
-            with np.load(file) as archive:
-                caption = f"{name}: {provenance['step']:,} steps"
-                if former := provenance.get("init"):  # trained from other weights
-                    caption += f", after {former['step']:,}"
-                blocks.append(Block(caption, archive["arr_0"], archive["arr_1"].tolist()))
+            archive = NpzFile(file)
+            caption = f"{name}: {provenance['step']:,} steps"
+            if former := provenance.get("init"):  # trained from other weights
+                caption += f", after {former['step']:,}"
+            blocks.append(Block(caption, archive.read("arr_0"), archive.read("arr_1").tolist()))
             names = class_names(model.num_classes, provenance)
             made.append((name, file, provenance))
         save_grid(image_grid(blocks, names), self.grid, {n: provenance for n, _, provenance in made})

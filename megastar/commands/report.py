@@ -54,7 +54,7 @@ def main(words: list[str]) -> int:
     from megastar.report.page import page
     from megastar.report.read_run import find_runs, read_run, run_names
     from megastar.report.render_samples import RenderOptions, add_attention, add_grids
-    from megastar.utils.files import write_atomic
+    from megastar.utils.files import write_output
     from megastar.utils.logs import shared_console
     from megastar.version import __version__
 
@@ -79,7 +79,7 @@ def main(words: list[str]) -> int:
         made=f"made {datetime.now().astimezone():%Y-%m-%d %H:%M %Z} by megastar {__version__}: {' '.join(['megastar report', *words])}",
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, html.encode())
+    write_output(out, html.encode())
     for run in runs:
         for note in run.notes:
             console.print(f"{run.name}: {note}", markup=False, highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,10 @@ def probe_features(
         else:
             file = Path(cache) / f"probe-{_fingerprint(model, codes, block, positions)}.npy"
             if file.is_file():
-                return np.load(file, mmap_mode="r")
+                with suppress(OSError, ValueError, EOFError):  # a damaged file is computed again
+                    known = np.load(file, mmap_mode="r")
+                    if known.shape == shape and known.dtype == np.float32:
+                        return known
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = stack.enter_context(atomic_file(file))
             out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)

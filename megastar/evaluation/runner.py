@@ -32,7 +32,7 @@ from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, token
 from megastar.tokenizer.losses import psnr
 from megastar.tokenizer.train import summary_of
 from megastar.tokenizer.vq import to_images, to_pixels
-from megastar.utils.files import write_atomic
+from megastar.utils.files import write_output
 from megastar.utils.json_file import ANY, dict_of, read_json, shown, text, validator
 from megastar.version import __version__
 
@@ -215,7 +215,7 @@ def _score(
         _show(result, o.console)
     if o.out is not None:
         Path(o.out).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(o.out), (json.dumps(result, indent=2) + "\n").encode())
+        write_output(Path(o.out), (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 

@@ -122,21 +122,26 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """After a crash the file has all of ``data`` or its former content. A device or pipe is written to directly.
+    """After a crash the file has all of ``data`` or its former content. Errors as ``atomic_file``.
 
     Several processes may write the same file: the last one wins.
     """
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
     with atomic_file(path) as temporary:
         temporary.write_bytes(data)
 
 
+def write_output(path: Path, data: bytes) -> None:
+    """``write_atomic`` of a file that the user names: a device or a pipe is written to directly."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+    else:
+        write_atomic(path, data)
+
+
 def write_json(path: Path, content: object) -> None:
-    """``write_atomic`` of indented JSON; makes the folder."""
+    """``write_output`` of indented JSON; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_output(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def append_line(path: Path, line: str) -> None:

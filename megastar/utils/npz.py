@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ MAX_BYTES = 256 << 20  # of an array that is read at once
 _KINDS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes; others are decompressed without a limit
 _ERRORS = (
     OSError, ValueError, EOFError, KeyError, TypeError, RuntimeError, NotImplementedError, OverflowError, SyntaxError,
-    MemoryError, zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile,
+    MemoryError, zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile, tokenize.TokenError,
 )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,11 @@ import numpy as np
 from megastar.data.images.image_files import SUFFIXES
 from megastar.errors import UserError
 from megastar.utils.files import write_atomic
+from megastar.utils.npz import NpzFile
 
 CLASS_LIMIT = 1_000_000
 
+_MAX_COLUMN = 4 << 30  # bytes; a hundred million images have names of about 3 GB
 Stamp = list[Any]  # [path, bytes, mtime in ns or ETag]: while all are unchanged, the listing is current
 
 
@@ -54,12 +55,12 @@ class Listing:
     def load(cls, path: Path) -> Listing | None:
         """Read what ``save`` wrote; None for a file that is missing or broken."""
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                columns = {k: archive[k] for k in archive.files}
+            archive = NpzFile(path)
+            columns = {k: archive.read(k, "iu", _MAX_COLUMN) for k in archive.names()}
             classes, folders, files, stamps = json.loads(columns.pop("about").tobytes())
             names = columns.pop("names").tobytes()
             return cls(names=names, classes=classes, folders=folders, files=files, stamps=stamps, **columns)
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        except (UserError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
 

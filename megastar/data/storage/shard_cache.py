@@ -188,7 +188,7 @@ class ShardCache:
         """Store the index of a cached shard; does nothing where that is not possible."""
         path = self._path(info).with_suffix(_SUFFIX)
         if self._path(info).exists() and not path.is_symlink():
-            with suppress(OSError):
+            with suppress(OSError, UserError):
                 write_atomic(path, data)
 
     @contextmanager

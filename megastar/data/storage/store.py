@@ -109,7 +109,7 @@ class FolderStore:
         """Store the index of a shard for later readers, where that is possible."""
         if self.index(info) == data:  # another rank has walked the same tar
             return
-        with suppress(OSError):  # no permission to write
+        with suppress(OSError, UserError):  # no permission to write, or a folder or a pipe of that name
             write_atomic(self._index(info), data)
 
     def open_uncached(self, name: str) -> tuple[BinaryIO, str]:

@@ -144,7 +144,10 @@ def test_llamagen(box: Box) -> None:
         torch.save(contents[legacy], target, _use_new_zipfile_serialization=False)
         go(f"{legacy}, older format")
     box.fresh()
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x/data.pkl", "w") as member:
+    with (
+        zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("x/data.pkl", "w", force_zip64=True) as member,
+    ):
         for _ in range(2 * GIB >> 20):
             member.write(bytes(1 << 20))
     go("2 GiB of zeros, compressed")

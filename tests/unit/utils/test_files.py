@@ -24,6 +24,7 @@ from megastar.utils.files import (
     remove_dead_temporaries,
     temporary_path,
     write_atomic,
+    write_output,
 )
 
 
@@ -32,7 +33,7 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
     reader.start()
-    write_atomic(pipe, b"page")
+    write_output(pipe, b"page")
     reader.join(10)
     assert read == [b"page"] and stat.S_ISFIFO(pipe.stat().st_mode) and os.listdir(tmp_path) == ["pipe"]
 
