@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
 from megastar.data.storage.shard_info import ShardInfo
+
+_IDLE = 5.0  # seconds after which a thread without work ends: a reader may not be closed
 
 
 class ShardQueue:
@@ -33,18 +36,22 @@ class ShardQueue:
             self._wanted = deque(shards)
             self._first = self._wanted[0] if self._wanted and self._first_alone else None
             self._changed.notify_all()
-        while len(self._threads) < self._count:
-            thread = threading.Thread(target=self._work, args=(self._closed,), name="shard-read-ahead", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            while self._wanted and len(self._threads) < self._count:
+                thread = threading.Thread(target=self._work, args=(self._closed,), name="shard-read-ahead", daemon=True)
+                self._threads.append(thread)
+                thread.start()
 
     def _work(self, closed: threading.Event) -> None:
+        since = time.monotonic()
         while not closed.is_set():
             with self._changed:
                 if not self._wanted or (self._first is not None and self._wanted[0] is not self._first):
+                    if not self._wanted and time.monotonic() - since > _IDLE and not closed.is_set():
+                        self._threads.remove(threading.current_thread())
+                        return
                     self._changed.wait(0.5)
                     continue
-                info = self._wanted.popleft()
+                info, since = self._wanted.popleft(), time.monotonic()
             try:
                 done = self._prepare(info, closed)
             except Exception:
@@ -67,6 +74,6 @@ class ShardQueue:
             self._wanted.clear()
             self._first = None
             self._changed.notify_all()
-        for thread in self._threads:
+            threads, self._threads = self._threads, []
+        for thread in threads:
             thread.join()
-        self._threads = []
