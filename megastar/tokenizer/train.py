@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from megastar.config.env_text import recorded
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
 from megastar.run_dir.jsonl import JsonlWriter
@@ -186,19 +187,24 @@ class TokenizerTrainer:
     def save(self, path: Path) -> None:
         state = {k: getattr(self, k).state_dict() for k in NETWORKS if getattr(self, k)}
         state |= {"step": self.step, "uses": self.uses, "dead": self.dead}
-        state |= {"rng": torch.get_rng_state(), "config": asdict(self.c)}
+        state |= {"rng": torch.get_rng_state(), "config": recorded(asdict(self.c))}
         with atomic_file(path) as temporary:
             torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            old, new = dict(state["config"]), asdict(self.c)
+            old, values = dict(state["config"]), asdict(self.c)
         except Exception as error:  # torch.load raises many types for damaged files
             raise UserError(
                 f"{path} is damaged ({shown(str(error))}): restore it, or remove it to start again"
             ) from error
-        differing = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if k not in MAY_DIFFER and old.get(k) != v]
+        new = recorded(values)
+        differing = [
+            f"{k}: {old.get(k)} -> {new[k]}"
+            for k in new
+            if k not in MAY_DIFFER and old.get(k) not in (new[k], values[k])
+        ]
         if differing:
             raise UserError(
                 f"{path} has another configuration ({'; '.join(differing)}): choose another out=... or remove it"
