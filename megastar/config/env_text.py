@@ -81,8 +81,11 @@ def keep_expressions(cfg: Any, config: DictConfig, data: dict[str, Any]) -> None
 
 
 def _set_expressions(section: Any, marked: Any) -> None:
-    fields = section if isinstance(section, (dict, list)) else vars(section)
-    for key, value in list(enumerate(section) if isinstance(section, list) else fields.items()):
+    if isinstance(section, list):
+        pairs: list[tuple[Any, Any]] = list(enumerate(section))
+    else:
+        pairs = list((section if isinstance(section, dict) else vars(section)).items())
+    for key, value in pairs:
         try:
             text = marked[key]
         except (OmegaConfBaseException, KeyError, IndexError):
