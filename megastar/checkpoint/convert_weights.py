@@ -20,6 +20,7 @@ from megastar.checkpoint.llamagen_reader import load_pickled, model_config, toke
 from megastar.checkpoint.llamagen_writer import check_written, how_to_load, save_streaming
 from megastar.checkpoint.safetensors_stream import TensorWriter
 from megastar.checkpoint.source import elements_of
+from megastar.config.env_text import recorded
 from megastar.config.files import read_yaml, require_file
 from megastar.config.load import config_from_dict
 from megastar.config.schema import ModelConfig, TokenizerConfig
@@ -176,5 +177,5 @@ def write_json(out: Path, cfg: ModelConfig | TokenizerConfig, provenance: dict[s
     """``OUT.json`` beside ``OUT.safetensors``: configuration, provenance, and the SHA-256 of the file."""
     section = "model" if isinstance(cfg, ModelConfig) else "config"
     head = {"file": out.name, "sha256": digest} | {k: provenance.get(k) for k in ("step", "tokenizer")}
-    text = json.dumps(head | {section: asdict(cfg), "provenance": provenance}, indent=1)
+    text = json.dumps(head | {section: recorded(asdict(cfg)), "provenance": provenance}, indent=1)
     write_atomic(out.with_suffix(".json"), (text + "\n").encode())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from megastar.config.env_text import recorded
 from megastar.config.from_file import check_section
 from megastar.config.schema import ModelConfig
 from megastar.config.validate import model_problems
@@ -34,7 +35,7 @@ _CONTENT = validator(record({"model": dict_of(text(200), ANY), "provenance": PRO
 
 def metadata_of(cfg: ModelConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
     """The safetensors metadata of a weights file."""
-    return {"format": FORMAT, "megastar": json.dumps({"model": asdict(cfg), "provenance": dict(provenance)})}
+    return {"format": FORMAT, "megastar": json.dumps({"model": recorded(asdict(cfg)), "provenance": dict(provenance)})}
 
 
 def read_model_metadata(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:

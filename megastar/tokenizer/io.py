@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from megastar.config.env_text import recorded
 from megastar.config.from_file import check_section
 from megastar.config.schema import TokenizerConfig
 from megastar.config.validate import tokenizer_problems
@@ -46,7 +47,11 @@ def save_tokenizer(
 
 def tokenizer_metadata(config: TokenizerConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
     """The safetensors metadata of a tokenizer file."""
-    return {"format": FORMAT, "config": json.dumps(asdict(config)), "provenance": json.dumps(dict(provenance))}
+    return {
+        "format": FORMAT,
+        "config": json.dumps(recorded(asdict(config))),
+        "provenance": json.dumps(dict(provenance)),
+    }
 
 
 def check_tokenizer_fits(path: Path, found: Mapping[str, tuple[int, ...]], config: TokenizerConfig) -> None:
