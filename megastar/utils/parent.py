@@ -1,4 +1,4 @@
-"""The launcher of this rank: whether it has ended or is suspended."""
+"""The launcher of this rank: whether it has ended."""
 
 from __future__ import annotations
 
@@ -32,11 +32,6 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
-
-
-def launcher_is_suspended() -> bool:
-    """Whether the parent process is stopped, as by Ctrl-Z."""
-    return _stat(os.getppid())[:1] == ["T"]
 
 
 def _stat(pid: int) -> list[str]:

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from megastar.utils.parent import launcher_is_suspended
-
 ROOT = Path(__file__).parents[3]
 RANK = """
 import signal, sys, time
 from pathlib import Path
-from megastar.utils.parent import end_with_launcher, launcher_is_suspended
+from megastar.utils.parent import end_with_launcher
 def leave(*_):
     Path(sys.argv[1]).with_suffix(".left").touch()
     sys.exit(85)
@@ -25,8 +23,6 @@ end_with_launcher()
 Path(sys.argv[1]).touch()
 for _ in range(600):
     time.sleep(0.1)
-    if launcher_is_suspended():
-        Path(sys.argv[1]).with_suffix(".suspended").touch()
 """
 LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]).wait()"
 
@@ -53,8 +49,6 @@ def test_a_rank_ends_with_its_launcher(tmp_path, above):
     try:
         wait(ready)
         launcher.send_signal(signal.SIGSTOP)
-        if not above:
-            wait(ready.with_suffix(".suspended"))
         time.sleep(1.5)
         assert not ready.with_suffix(".left").exists()
         launcher.kill()
@@ -63,7 +57,3 @@ def test_a_rank_ends_with_its_launcher(tmp_path, above):
     finally:
         with suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
-
-
-def test_this_process_has_a_running_parent():
-    assert not launcher_is_suspended()
