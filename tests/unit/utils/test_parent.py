@@ -12,13 +12,16 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 RANK = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from megastar.utils.parent import end_with_launcher
 def leave(*_):
     Path(sys.argv[1]).with_suffix(".left").touch()
     sys.exit(85)
 signal.signal(signal.SIGTERM, leave)
+Path(sys.argv[1]).with_suffix(".started").touch()
+while "LATE" in os.environ and os.getppid() == int(os.environ["LATE"]):
+    time.sleep(0.05)
 end_with_launcher()
 Path(sys.argv[1]).touch()
 for _ in range(600):
@@ -51,6 +54,22 @@ def test_a_rank_ends_with_its_launcher(tmp_path, above):
         launcher.send_signal(signal.SIGSTOP)
         time.sleep(1.5)
         assert not ready.with_suffix(".left").exists()
+        launcher.kill()
+        launcher.wait()
+        wait(ready.with_suffix(".left"))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["MEGASTAR_LAUNCHER", "TORCHELASTIC_RUN_ID", "CROSS_RANK"])
+def test_a_launcher_that_ended_before_its_rank_looked_is_noticed(tmp_path, name):
+    ready = tmp_path / "rank"
+    late = "import os, subprocess, sys; os.environ |= {'LATE': str(os.getpid()), sys.argv.pop(1): str(os.getpid())}; "
+    words = [sys.executable, "-c", late + LAUNCHER.partition("; ")[2], name, RANK, str(ready)]
+    launcher = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    try:
+        wait(ready.with_suffix(".started"))
         launcher.kill()
         launcher.wait()
         wait(ready.with_suffix(".left"))
