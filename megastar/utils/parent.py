@@ -33,8 +33,9 @@ def end_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
         return
     # The deepspeed command starts this module, which starts the ranks and does not notice that the command ends.
     above = _ppid(parent) if "deepspeed.launcher.launch" in words else 0
-    if not any(Path(word).name == "deepspeed" or word.startswith("deepspeed.launcher") for word in _words(above)):
-        above = 0
+    if not _is_deepspeed(above):
+        # The command, which gives this option, has ended already; or another program started the module.
+        above = -1 if above == 1 and any(word.startswith("--enable_each_rank_log=") for word in words) else 0
 
     def watch() -> None:
         while os.getppid() == parent and (not above or _ppid(parent) == above):
@@ -42,6 +43,10 @@ def end_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _is_deepspeed(pid: int) -> bool:
+    return any(Path(word).name == "deepspeed" or word.startswith("deepspeed.launcher") for word in _words(pid))
 
 
 def _stat(pid: int) -> list[str]:

@@ -20,7 +20,7 @@ def leave(*_):
     sys.exit(85)
 signal.signal(signal.SIGTERM, leave)
 Path(sys.argv[1]).with_suffix(".started").touch()
-while "LATE" in os.environ and os.getppid() == int(os.environ["LATE"]):
+while Path("/proc", os.environ.get("LATE", "none")).exists():
     time.sleep(0.05)
 end_with_launcher()
 Path(sys.argv[1]).touch()
@@ -62,11 +62,15 @@ def test_a_rank_ends_with_its_launcher(tmp_path, above):
             os.killpg(launcher.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("name", ["MEGASTAR_LAUNCHER", "TORCHELASTIC_RUN_ID", "CROSS_RANK"])
+@pytest.mark.parametrize("name", ["MEGASTAR_LAUNCHER", "TORCHELASTIC_RUN_ID", "CROSS_RANK", "deepspeed"])
 def test_a_launcher_that_ended_before_its_rank_looked_is_noticed(tmp_path, name):
-    ready = tmp_path / "rank"
+    ready, above = tmp_path / "rank", name == "deepspeed"
     late = "import os, subprocess, sys; os.environ |= {'LATE': str(os.getpid()), sys.argv.pop(1): str(os.getpid())}; "
     words = [sys.executable, "-c", late + LAUNCHER.partition("; ")[2], name, RANK, str(ready)]
+    if above:  # RANK waits for the end of the process above its launcher
+        middle = "import sys, subprocess; subprocess.Popen([sys.executable, '-c', *sys.argv[3:]]).wait()"
+        words[2] = late + "subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]).wait()"
+        words[4:] = [middle, "deepspeed.launcher.launch", "--enable_each_rank_log=None", RANK, str(ready)]
     launcher = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
     try:
         wait(ready.with_suffix(".started"))
