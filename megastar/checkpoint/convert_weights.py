@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import safe_open
 from torch import Tensor
 
 from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
@@ -31,6 +30,7 @@ from megastar.utils.device import DTYPES
 from megastar.utils.files import sha256, write_atomic
 from megastar.utils.json_file import check, validator
 from megastar.utils.progress_bar import progress_bar
+from megastar.utils.safetensors_header import open_tensors
 
 USED = 65536  # size of the buffer in which LlamaGen's tokenizer keeps the last used codes
 
@@ -57,7 +57,7 @@ def open_weights(
     path = Path(path)
     if path.suffix == ".safetensors":
         cfg, provenance, shapes = read_weights_header(path)
-        return WeightsFile(path, cfg, shapes, safe_open(path, "pt").get_tensor, provenance)
+        return WeightsFile(path, cfg, shapes, open_tensors(path).get_tensor, provenance)
     require_weights(path)
     content = load_pickled(path)
     weights = weights_in(path, content)

@@ -50,6 +50,7 @@ LATER = {
     "train.deterministic": False,
     "faults.join_timeout": 600.0,
     "faults.memory_every": 0,
+    "faults.memory_copies": 1,
 }  # defaults that later versions changed or added
 
 
