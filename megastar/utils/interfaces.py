@@ -41,7 +41,7 @@ def listen_address(host: str, environ: Mapping[str, str] = os.environ) -> str:
     local = [ip for ips in cards.values() for ip in ips if ip in found and not ip.startswith("127.")]
     if not local and all(ip.startswith(LOOPBACKS) for ip in chosen):
         # The loopback card answers at every address of 127.0.0.0/8: nodes in namespaces of one machine may have others.
-        local = [ip for ip in found if str(ip).startswith(LOOPBACKS)]
+        local = [str(ip) for ip in found if str(ip).startswith(LOOPBACKS)]
     return str(next((ip for ip in chosen if ip in local), (local or chosen)[0]))
 
 
