@@ -199,7 +199,7 @@ class TokenizerTrainer:
             old, values = dict(state["config"]), asdict(self.c)
             new = recorded(values)
             differing = [
-                f"{k}: {shown(old.get(k))} -> {new[k]}"
+                f"{k}: {shown(str(old.get(k)), 400)} -> {new[k]}"
                 for k in new
                 if k not in MAY_DIFFER and old.get(k) not in (new[k], values[k])
             ]
