@@ -36,6 +36,7 @@ def test_a_signal_is_reported_outside_its_handler(tmp_path, monkeypatch, number)
             stopping.clear()
 
     monkeypatch.setattr(JobQueue, "_handle_signal", watched)
+    former = signal.getsignal(number)
     file = Text()
     queue = JobQueue([{}], Console(file=file))
     job = Job("a", "train", ["doctor", "--help"], tmp_path / "log", 1)
@@ -44,7 +45,7 @@ def test_a_signal_is_reported_outside_its_handler(tmp_path, monkeypatch, number)
     with pytest.raises(QueueStopped) as error:
         queue.run([job], lambda attempt: [job])
     assert error.value.signal == number and "stopping: the runs save a checkpoint first" in file.getvalue()
-    assert signal.getsignal(number) == signal.SIG_DFL and not queue.running
+    assert signal.getsignal(number) == former and not queue.running
 
 
 def test_an_ignored_hangup_stays_ignored(tmp_path):
