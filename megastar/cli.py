@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_reporting(words: list[str]) -> int:
-    """``run``, with errors and stop signals reported in a sentence."""
+    """``run``, with errors and stop signals reported in one sentence."""
     try:
         return run(words)
     except UserError as error:
@@ -95,7 +95,7 @@ def run_reporting(words: list[str]) -> int:
         stopped = stop if isinstance(stop, StopSignal) else StopSignal(signal.SIGINT)
         if place_of(os.environ)[0] == 0:
             kept = (
-                "what is finished is kept, the same command continues"
+                "completed work is kept, the same command resumes"
                 if words[0] in RESUMED
                 else "incomplete files are removed"
             )

@@ -48,7 +48,7 @@ def to_universal(source: Source, out: Path, force: bool) -> str:
     for name in reader.shapes:
         if not is_plain_name(name):  # it names a folder
             raise UserError(
-                f"{source.folder}: its manifest names a parameter {name[:100]!r}, no plain name: restore it"
+                f"{source.folder}: its manifest names a parameter {name[:100]!r}, not a plain name: restore it"
             )
     tag = f"global_step{step}"
     size = 4 * elements_of(reader.shapes) * len(KINDS)

@@ -92,7 +92,7 @@ def weights_in(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
         if left < 0:
             raise UserError(
                 f"{path}: {shown(name)} has the shape {shown(str(tuple(tensor.shape)))}, with the others more than the "
-                f"{size} bytes of the file: its elements repeat, ask its author for another file"
+                f"{size} bytes of the file: its elements repeat; ask its author for another file"
             )
         while stem := next((s for s in STEMS if name.startswith(s)), None):
             name = name.removeprefix(stem)

@@ -77,7 +77,7 @@ def write_pieces(path: Path, pieces: Sequence[tuple[Piece, dict[str, Tensor]]]) 
 
 
 def check_parameters(folder: Path, manifest: dict[str, Any], model: ModelConfig) -> None:
-    """Raise ``UserError`` unless the parameters in a manifest are those of its configuration, divisible as it says."""
+    """Raise ``UserError`` unless a manifest's parameters fit its configuration and its tensor-parallel degree."""
     shapes = {n: tuple(s) for n, s in manifest["parameters"].items()}
     check_fits(folder, {n.removeprefix(PREFIX): s for n, s in shapes.items() if n.startswith(PREFIX)}, model)
     if other := [n for n in shapes if not n.startswith((PREFIX, PROJECTOR))]:
@@ -88,9 +88,10 @@ def check_parameters(folder: Path, manifest: dict[str, Any], model: ModelConfig)
 class StateReader:
     """Parameters of a checkpoint folder, for any tensor-parallel degree and any range.
 
-    With ``near``, a (rank, world), headers are read when a range needs them, those of the ranks at the same place first: as
-    many ranks as wrote the checkpoint read one header each, not all of them. Otherwise all are read and checked here.
-    Raises ``UserError`` for a missing or unreadable file, and for elements that no file holds.
+    With ``near`` (a rank and the number of ranks), headers are read when a range needs them, beginning with those of
+    the ranks at the same place: if as many ranks as wrote the checkpoint read it, each reads one header instead of
+    all. Otherwise all headers are read and checked here. Raises ``UserError`` for a missing or unreadable file, and for
+    elements that no file contains.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], near: tuple[int, int] | None = None):
@@ -117,7 +118,7 @@ class StateReader:
         return split_of(name) if degree > 1 else None
 
     def _read_table(self) -> None:
-        """Read the header of the next file: where it holds which elements."""
+        """Read the header of the next file, which gives the positions of its elements."""
         file = self.unread.pop()
         for name, (rank, start, stop) in self._table(file).items():
             self.locations.setdefault((name, rank), []).append((start, stop, file))

@@ -87,7 +87,7 @@ def logging_options() -> list[str]:
 def config_and_overrides(items: list[str]) -> tuple[str | None, list[str]]:
     """Split ``[CONFIG] a.b=c ...``. Raises ``UserError`` for a second file.
 
-    An ``=`` may occur in the path of CONFIG: a field's name holds no slash, and an override is no file.
+    The path of CONFIG may contain ``=``: a field name contains no slash, and an override is not an existing file.
     """
     files = [i for i in items if "=" not in i or "/" in i.partition("=")[0] or Path(i).is_file()]
     if len(files) > 1:
@@ -112,7 +112,7 @@ def bounded(kind: type[T], low: float, high: float) -> Callable[[str], T]:
     return parse
 
 
-MOST = 10**9  # of what an option counts
+MOST = 10**9  # upper bound of options that are counts
 positive, natural = bounded(int, 1, MOST), bounded(int, 0, MOST)
 processes, threads = bounded(int, 1, 1024), bounded(int, 0, MOST_THREADS)
 seed = bounded(int, 0, MOST_SEED)
@@ -140,7 +140,7 @@ class FaultTolerantStream:
 
 
 def check_outputs(outputs: Mapping[str, Path | None], *inputs: str | Path | None) -> None:
-    """``check_output`` of each option's file, before the work; two options may not name one file. Raises ``UserError``."""
+    """``check_output`` of each option's file, before the work; two may not be the same file. Raises ``UserError``."""
     seen: dict[str, str] = {}
     for name, path in outputs.items():
         if path is None:
@@ -197,7 +197,7 @@ def report_error(message: str, environ: Mapping[str, str]) -> None:
 
 
 def print_error(message: str) -> None:
-    """One sentence on standard error."""
+    """Print one sentence on standard error."""
     say(f"megastar: error: {one_entry(message)}", sys.stderr)
 
 

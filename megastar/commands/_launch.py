@@ -37,7 +37,7 @@ class _Launcher:
     def __init__(self, nproc: int, words: list[str]):
         self.nproc, self.words = nproc, words
         self.ranks: list[subprocess.Popen[bytes]] = []
-        self.errors: list[IO[bytes]] = []  # of the ranks: unlinked files, so that no folder outlives the launcher
+        self.errors: list[IO[bytes]] = []  # one per rank, unlinked: no folder outlives the launcher
         self.signal = 0
         self.deadline = float("inf")
 
@@ -83,7 +83,7 @@ class _Launcher:
                 error = self.errors[rank].fileno()
                 place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": f"/dev/fd/{error}"}
                 place |= {LISTEN_FD: str(listening.fileno())} if rank == 0 else {}
-                # A session of its own: the terminal's signals reach it once, through the launcher.
+                # In a separate session: the terminal's signals reach it once, through the launcher.
                 self.ranks.append(
                     subprocess.Popen(
                         [sys.executable, "-u", "-m", "megastar", *self.words, *logging_options()],
@@ -96,12 +96,12 @@ class _Launcher:
                     self.ranks[-1].send_signal(self.signal)
 
     def _wait(self) -> int | None:
-        """Until all ranks have ended; the one that failed first."""
+        """Wait until all ranks have ended; returns the one that failed first."""
         failed: int | None = None
         while True:
             statuses = [rank.poll() for rank in self.ranks]
             if failed is None and any(statuses):
-                # The rank with a message, of several that ended at once.
+                # Of several ranks that ended at once, the one with a message.
                 bad = [i for i, status in enumerate(statuses) if status]
                 failed = next((i for i in bad if self._error_of(self.errors[i])), bad[0])
                 self._end_within(SHUTDOWN_TIMEOUT)
@@ -117,7 +117,7 @@ class _Launcher:
 
     def _send(self, number: int) -> None:
         for rank in self.ranks:
-            rank.send_signal(number)  # none to one that has ended
+            rank.send_signal(number)  # no effect on a rank that has ended
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -125,7 +125,7 @@ class _Launcher:
         self._send(number)
 
     def _suspend(self, number: int, frame: FrameType | None) -> None:
-        """Ctrl-Z suspends the ranks too, whose watchdogs do not count the time, until the launcher goes on."""
+        """Ctrl-Z suspends the ranks too, until the launcher continues; their watchdogs do not count the time."""
         self._send(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
         self._send(signal.SIGCONT)

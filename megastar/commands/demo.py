@@ -100,7 +100,7 @@ class Demo:
             return None
         try:
             scores: dict[str, Any] = read_json(self.scores_file, SCORES)
-        except UserError:  # damaged: it is made again
+        except UserError:  # damaged: it is created again
             return None
         wanted = {
             "config": asdict(self.cfg),

@@ -239,7 +239,7 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
 
 
 def checkpoint_of(cfg: RunConfig, machine: Machine, plan: Plan) -> dict[str, int]:
-    """Files and bytes of one: a state of four fp32 values an element, a rank; a random state a data rank; the manifest."""
+    """Files and bytes of a checkpoint: a state of four fp32 values an element per rank, random states, the manifest."""
     from megastar.parallel.cost import elements
 
     size = 16 * sum(elements(cfg.model, cfg.self_guided).values())

@@ -1,4 +1,4 @@
-"""A value of YAML, of an override or of a dict as the type of its field."""
+"""Converts a value from YAML, an override or a dict to the type of its field."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def shown(value: Any) -> str:
 def convert(value: Any, hint: Any) -> Any:
     """``value`` as ``hint``: str, int, float, bool, or a list of these. Raises ``ValueError`` for another type.
 
-    A string with ``${`` is left to OmegaConf. 1e4 is an integer, true is not a number, 007 is the string "007" where a
-    string is due.
+    A string with ``${`` is left to OmegaConf. 1e4 is an integer, true is not a number, and 007 is the string "007" for
+    a field of type str.
     """
     if isinstance(value, str) and "${" in value:
         return value

@@ -33,7 +33,7 @@ class EnvText(str):
 
 
 def recorded(tree: Any) -> Any:
-    """``dataclasses.asdict`` of a configuration, with expressions in the place of environment variables."""
+    """``dataclasses.asdict`` of a configuration, with expressions in place of environment variables."""
     if isinstance(tree, dict):
         return {key: recorded(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -60,7 +60,7 @@ def resolve(tree: Any, lenient: bool = False) -> Any:
     except YamlError as error:
         if values is None:
             raise
-        raise YamlError("an environment variable cannot be the name of a field, write the name") from error
+        raise YamlError("an environment variable cannot be the name of a field: write the name") from error
     return _env_texts(marked if values is None else values, marked)
 
 
@@ -138,7 +138,7 @@ def _mark_of(expression: str) -> str:
 
 
 def _expanded(text: str) -> str:
-    """``text`` with the expressions in the place of their marks."""
+    """``text`` with the expressions in place of their marks."""
     return _MARK.sub(lambda m: bytes.fromhex(m[1]).decode(errors="surrogatepass"), text)
 
 

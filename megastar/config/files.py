@@ -26,7 +26,7 @@ def find_file(name: str | Path, near: Path | None = None) -> Path | None:
     """
     path = Path(os.path.expanduser(name))
     for root in [Path(), *(near.resolve().parents if near else ()), REPOSITORY, INSTALLED]:
-        if os.path.isfile(root / path):  # False also for a name that no file can have
+        if os.path.isfile(root / path):  # False also for an invalid name
             return root / path
     return None
 

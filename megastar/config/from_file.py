@@ -20,8 +20,8 @@ MAX_LEVELS = 16
 def check_section(section: type, data: Any, where: str) -> dict[str, Any]:
     """``data`` as arguments of the dataclass ``section``; missing fields take their defaults.
 
-    Raises ``UserError`` for a field of another type or out of its bounds, and for an unknown field: whatever it means, a
-    network built without it would be another one.
+    Raises ``UserError`` for a field of another type or out of its bounds, and for an unknown field: a network that is
+    built without it would be a different one.
     """
     checked: dict[str, Any] = check(data, where, _validator(section), "copy or convert the file again")
     unknown = sorted(set(checked) - {f.name for f in fields(section)})

@@ -269,7 +269,7 @@ def _fill(
             if hint is str and key in choices:
                 value = _choice(value, choices[key])
             try:
-                plain = str(value).replace("${", "\\${") if isinstance(value, EnvText) else value  # it is resolved
+                plain = str(value).replace("${", "\\${") if isinstance(value, EnvText) else value  # already resolved
                 OmegaConf.update(config, name, convert(plain, hint))
             except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
                 problems.append(Problem(f"{name} = {shown(value)}: must be {_type_name(hint, value)}", (name,)))
@@ -322,7 +322,7 @@ def _type_name(hint: Any, value: Any = None) -> str:
     if get_origin(hint) is list:
         return f"a list of {_type_name(get_args(hint)[0]).split()[-1]}s"
     if isinstance(value, str) and "${" in value:
-        return "a value in which each ${ has its }"
+        return "a value in which each ${ has a matching }"
     if hint is str and isinstance(value, str):
         return f"a string of at most {LONGEST_PATH} characters without NUL"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}

@@ -24,7 +24,7 @@ class Problem:
 
 
 def divisors(n: int) -> list[int]:
-    """All of them, or for a huge ``n`` those below a million and their quotients."""
+    """All divisors, or for a huge ``n`` those below a million and their quotients."""
     small = [d for d in range(1, min(math.isqrt(n), 10**6) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 

@@ -1,4 +1,4 @@
-"""YAML text -> strings, numbers, booleans, lists and mappings, within limits. No other tags, no code, no bombs."""
+"""YAML text -> strings, numbers, booleans, lists and mappings, within limits of size and depth. No other tags."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _Loader.add_implicit_resolver(
 
 
 class YamlError(Exception):
-    """Text that is not read: the message is the end of a sentence. ``line``: where, counted from 1; 0: unknown.
+    """Text that is refused: the message is the end of a sentence. ``line``: where, counted from 1; 0: unknown.
     ``syntax``: it is not YAML at all."""
 
     def __init__(self, message: str, line: int = 0, syntax: bool = False):
@@ -78,7 +78,7 @@ def parse_value(text: str) -> Any:
     if re.search("[\ud800-\udfff]", text):  # bytes that are not UTF-8: the path of a file
         return text.strip()
     if text.lstrip().startswith("&"):
-        raise YamlError("an anchor has no use here: quote a value that begins with &")
+        raise YamlError("an anchor is not allowed here: quote a value that begins with &")
     node = _compose(text)
     if isinstance(node, yaml.ScalarNode) and node.style is None and not node.tag.startswith("!"):
         more = "\n" in text.strip() or text[node.end_mark.index :].strip()
@@ -87,7 +87,7 @@ def parse_value(text: str) -> Any:
 
 
 def _compose(text: str) -> yaml.Node | None:
-    """The nodes of a text that is neither deep nor long."""
+    """The nodes of a text that is within the limits of depth and number of values."""
     depth = count = 0
     try:
         for event in yaml.parse(text, Loader=_Loader):
@@ -201,7 +201,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _cost(path: str, texts: dict[str, str], costs: dict[str, float]) -> float:
-    """Values that the leaf ``path`` takes to resolve; infinite for one that refers to itself."""
+    """The number of values needed to resolve the leaf ``path``; infinite if it refers to itself."""
     if path in costs:
         return costs[path]
     costs[path] = float("inf")
@@ -216,7 +216,7 @@ def _cost(path: str, texts: dict[str, str], costs: dict[str, float]) -> float:
 
 
 def _plain(tree: Any) -> Any:
-    """OmegaConf takes no subclasses of numbers."""
+    """OmegaConf does not accept subclasses of numbers."""
     if isinstance(tree, dict):
         return {key: _plain(value) for key, value in tree.items()}
     if isinstance(tree, list):

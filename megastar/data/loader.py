@@ -75,7 +75,7 @@ class TokenLoader:
     ``device`` codes and labels are there already, copied ahead of use; ids and epochs stay on the CPU.
     ``shards`` come from ``open_shards``; the loader closes their files when it is closed. Of ``cfg`` it uses the
     model's sizes and class dropout, the number of views, ``data.window``, ``train.seed`` and ``train.global_batch``.
-    The shards of this window and as many behind it are fetched and verified in the background. Raises ``UserError`` for
+    The shards of this window and as many after it are fetched and verified in the background. Raises ``UserError`` for
     shards or sizes that do not match, here or when a row is read.
     """
 

@@ -191,7 +191,7 @@ def _unavailable(folder: S3Folder, error: Exception, what: str) -> UserError:
     from megastar.data.storage.s3_credentials import is_expired
 
     found = folder.describe(error)
-    if is_expired(error):  # it ends with what to do
+    if is_expired(error):  # the message already states the remedy
         return UserError(f"{folder.url} cannot be {what}: {found}")
     return UserError(f"{folder.url} cannot be {what} at {folder.endpoint} ({found}): check that it is up")
 

@@ -148,4 +148,4 @@ def test_too_few_nodes_are_an_error_that_names_the_number(nodes):
     job = nodes("2:2", hosts=2, join=5)
     job.start(0)
     ((status, why),) = job.ends().values()
-    assert status == 86 and "fewer than 2 nodes were there within 5 s" in why and "--nodes MIN:MAX" in why
+    assert status == 86 and "fewer than 2 nodes joined within 5 s" in why and "--nodes MIN:MAX" in why

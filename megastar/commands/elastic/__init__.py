@@ -1,4 +1,4 @@
-"""``megastar elastic``: train on the nodes that are there."""
+"""``megastar elastic``: train on the available nodes."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ def parser() -> Parser:
     p = Parser(
         "elastic",
         "Train on several nodes, each of which runs this command. If a node is lost, the others continue within a minute, "
-        "from the last checkpoint in memory (faults.memory_every) or on disk; a node that joins is used. The global batch "
-        "does not change.",
+        "from the last checkpoint in memory (faults.memory_every) or on disk. A node that joins takes part. The "
+        "global batch does not change.",
         EXAMPLES,
     )
-    p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="as of megastar train")
+    p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="as for megastar train")
     p.add_argument(
-        "--nodes", type=nodes, required=True, metavar="MIN:MAX", help="nodes that train at a time; more are spare"
+        "--nodes", type=nodes, required=True, metavar="MIN:MAX", help="nodes that train at a time; others are spare"
     )
     p.add_argument("--nproc", type=processes, default=1, help="ranks of each node (default 1)")
     p.add_argument(
-        "--hosts", required=True, metavar="HOST,HOST,...", help="all nodes; one of them keeps their common store"
+        "--hosts", required=True, metavar="HOST,HOST,...", help="all nodes; one of them hosts their common store"
     )
     p.add_argument(
         "--port",
         type=bounded(int, 1, 65000),
         default=29400,
-        help="of the store on the first host; +1 on the second, ...",
+        help="port of the store on the first host; +1 on the second, ...",
     )
     p.add_argument("--index", type=natural, help="which of the hosts this is (default: the one with this host's name)")
-    p.add_argument("--job", default="", help="name of the job, equal on all nodes (default: SLURM's, else of the run)")
+    p.add_argument("--job", default="", help="name of the job, equal on all nodes (default: SLURM's, else the run's)")
     p.add_argument(
-        "--join-timeout", type=bounded(float, 1, 86400), default=600.0, metavar="S", help="to wait for MIN nodes"
+        "--join-timeout", type=bounded(float, 1, 86400), default=600.0, metavar="S", help="limit for MIN nodes to join"
     )
-    p.add_argument("--max-restarts", type=positive, default=20, help="failures in a row, each within 10 minutes")
-    p.add_argument("--status-file", type=Path, help="write the exit status there: a launcher may report a lost node's")
+    p.add_argument("--max-restarts", type=positive, default=20, help="failures in a row, at most 10 minutes apart")
+    p.add_argument("--status-file", type=Path, help="file for the exit status; srun's may be that of a lost node")
     return p
 
 
@@ -81,7 +81,7 @@ def main(words: list[str]) -> int:
     index = args.index if args.index is not None else hosts.index(host_name()) if host_name() in hosts else -1
     if not hosts or index >= len(hosts):
         raise UserError(f"--index {index}: --hosts names {len(hosts)} host(s), counted from 0")
-    # torch reports a connection to a lost node in thirty lines of C++; in the ranks it keeps its own level.
+    # torch reports a connection to a lost node in thirty lines of C++; in the ranks its log level is unchanged.
     level = {} if "TORCH_CPP_LOG_LEVEL" in os.environ else {"TORCH_CPP_LOG_LEVEL": "FATAL"}
     os.environ.update(level)
     from megastar.engine.elastic.agent import run_node
@@ -116,9 +116,9 @@ def srun_is_there(environ: Mapping[str, str]) -> bool:
 
 
 def end_job(job: str, status: int) -> None:
-    """The node of the batch script is lost: SLURM would keep the job to its time limit. The script's next start ends it."""
+    """After the loss of the batch script's node, SLURM would keep the job to its time limit: its next start ends it."""
     command = ["scancel", job] if status == 2 else ["scontrol", "requeue", job]
-    say(f"megastar: the batch script of job {job} is gone with its node; {' '.join(command)}", sys.stderr)
+    say(f"megastar: the batch script of job {job} was lost with its node; {' '.join(command)}", sys.stderr)
     try:
         subprocess.run(command, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-# Pillow would also try formats that start other programs (PostScript) or have decoders that are hardly ever used.
+# Pillow would also try formats that start other programs (PostScript) or have rarely used decoders.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 MAX_PIXELS = 40_000_000  # checked in the header, before decoding

@@ -139,7 +139,7 @@ def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: by
             at = 0
             while (member := archive.next()) is not None:
                 archive.members.clear()  # a million members take a gigabyte
-                if not at < archive.offset or member.size < 0:  # else older versions of tarfile read it for ever
+                if not at < archive.offset or member.size < 0:  # older versions of tarfile would loop endlessly
                     raise tarfile.ReadError(f"the size {member.size} of {text(os.fsencode(member.name))}")
                 at = archive.offset
                 if not member.isreg() or member.issparse():

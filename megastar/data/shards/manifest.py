@@ -72,7 +72,7 @@ class Manifest:
 
 
 def write_manifest(store: Store, manifest: Manifest) -> None:
-    """Write manifest.json, and before it a table of the shards if they are many. Raises ``UserError``."""
+    """Write manifest.json, and before it a table of the shards if there are many. Raises ``UserError``."""
     text = ""
     if len(manifest.shards) > TABLE_ABOVE:
         table = pack_table(manifest.shards)

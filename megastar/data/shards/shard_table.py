@@ -2,7 +2,7 @@
 
 As JSON, a million shards take 200 MB, 9 s and 700 MB of memory on each rank, and a set of 10 billion images in shards of
 1,000 would exceed the limit of a manifest. The table is mapped, so the ranks of a node share one copy of it, and from
-s3:// it is fetched once a node. ``manifest.shards``, little-endian:
+s3:// it is fetched once per node. ``manifest.shards``, little-endian:
 
     magic 8s, version u32, bytes of a name u32, rows u64, then for each shard
     samples i64, bytes i64, SHA-256 32s, name in UTF-8, padded with zeros
@@ -27,7 +27,7 @@ from megastar.errors import UserError
 from megastar.utils.files import sha256_of
 
 TABLE = "manifest.shards"
-TABLE_ABOVE = 100_000  # shards: manifest.json lists up to so many itself
+TABLE_ABOVE = 100_000  # shards: up to this number, manifest.json lists them itself
 _MAGIC, _VERSION = b"MSTARTAB", 1
 _HEAD = struct.Struct("<8sIIQ")
 _MAX_BYTES, _MAX_NAME = 2**36, 250
@@ -111,6 +111,6 @@ def update_digest(digest: hashlib._Hash, shards: Sequence[ShardInfo]) -> None:
 
 
 def digest_of(shards: Sequence[ShardInfo]) -> str:
-    """SHA-256 over the shards' own: a run resumes on the samples it was trained on, or not at all."""
+    """SHA-256 over those of the shards: a run resumes only on the samples that it was trained on."""
     update_digest(digest := hashlib.sha256(), shards)
     return digest.hexdigest()

@@ -166,7 +166,7 @@ class S3Folder:
         if not response.get("ContentRange", "").startswith(f"bytes {start}-"):
             if response.get("ContentType", "").startswith("text/html"):
                 raise UserError(
-                    f"{self.endpoint} answers with a web page for {self.url_of(name)}: a proxy or login page stands in between; correct AWS_ENDPOINT_URL_S3 or NO_PROXY"
+                    f"{self.endpoint} answers with a web page for {self.url_of(name)}: a proxy or login page is in between; correct AWS_ENDPOINT_URL_S3 or NO_PROXY"
                 )
             raise UserError(
                 f"{self.endpoint} does not support ranged GETs ({self.url_of(name)}): use an S3 server that does"

@@ -9,7 +9,7 @@ from typing import Any
 
 # A store that is not AWS may refuse the checksums that boto3 adds by default.
 _CHECKSUMS = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")  # waited for; the others are not
+EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")  # a run waits for new ones after these only
 _REPLACED = (*EXPIRED, "InvalidAccessKeyId", "InvalidToken", "InvalidClientTokenId")
 
 
@@ -59,7 +59,7 @@ class S3Client:
                 return True
             self._used.add(_values(self.credentials))
             for provider in botocore.session.Session().get_component("credential_provider").providers:
-                with suppress(Exception):  # a file that is being written, a role that is not there
+                with suppress(Exception):  # a file that is being written, a missing role
                     if (values := _values(provider.load())) and values not in self._used:
                         session = botocore.session.Session()
                         session.register_component("credential_provider", CredentialResolver([provider]))

@@ -16,7 +16,7 @@ _ADVICE = {
     "InvalidToken": "the session token does not belong to the access key: correct or unset AWS_SESSION_TOKEN",
     "InvalidObjectState": "the object is archived (Glacier): restore it (aws s3api restore-object) or copy it to the standard storage class",
     "SecondLevelDomainForbidden": "the server expects the bucket in the host name: set addressing_style = virtual in the s3 section of ~/.aws/config (AWS_CONFIG_FILE)",
-    "RequestLimitExceeded": "the account has too many requests: ask its administrator",
+    "RequestLimitExceeded": "the account sends too many requests: ask its administrator",
     "NotImplemented": "the server does not implement the request: use another S3 server, or correct the endpoint (AWS_ENDPOINT_URL_S3)",
     "MethodNotAllowed": "the server does not allow the request: correct the endpoint (AWS_ENDPOINT_URL_S3), which may be a website's",
     "AccountProblem": "the account of these credentials is suspended: ask its administrator",
@@ -57,7 +57,7 @@ def permanent_error(error: Any, url: str, bucket: str, endpoint: str, source: st
     advice = _ADVICE.get(code, "")
     if code.startswith("KMS."):
         advice = (
-            "the key of its encryption (KMS) cannot be used: enable it, or let these credentials use it (kms:Decrypt)"
+            "its encryption key (KMS) cannot be used: enable it, or let these credentials use it (kms:Decrypt)"
         )
     if "virtual host" in text.lower().replace("-", " "):
         advice = _ADVICE["SecondLevelDomainForbidden"]

@@ -59,7 +59,7 @@ class ShardCache:
         while True:
             try:
                 f = open_own(path)
-            except PermissionError:  # a link, or not ours: it must not be used, nor be in the way
+            except PermissionError:  # a link, or another user's file: it must neither be used nor block the name
                 self._clear(path, info)
                 return None
             except OSError:  # missing, or the disk has failed
@@ -86,7 +86,7 @@ class ShardCache:
         return path
 
     def _used(self, f: BinaryIO) -> None:
-        """Record the time of use, by which shards are removed. The time of modification identifies a verified file."""
+        """Record the time of use, which decides what is removed. The modification time identifies a verified file."""
         with suppress(OSError):
             os.utime(f.fileno(), ns=(time.time_ns(), os.fstat(f.fileno()).st_mtime_ns))
 

@@ -1,4 +1,4 @@
-"""Threads that prepare the shards that are read next."""
+"""Threads that prepare the shards to be read next."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class ShardQueue:
     """Calls ``prepare(shard, closed)`` in threads, for each shard of the newest list in its order.
 
     ``prepare`` returns False while another process prepares the shard: it is tried again later. Its errors are ignored,
-    because the reader of the shard meets them too. With ``first_alone`` the first shard is prepared before, not beside,
-    the others.
+    because the reader of the shard raises them too. With ``first_alone`` the first shard is prepared before the others,
+    not at the same time.
     """
 
     def __init__(self, prepare: Callable[[ShardInfo, threading.Event], bool], threads: int, first_alone: bool):
@@ -29,7 +29,7 @@ class ShardQueue:
         self._threads: list[threading.Thread] = []
 
     def replace(self, shards: Iterable[ShardInfo]) -> None:
-        """Prepare these, and no longer those of the previous list."""
+        """Prepare these shards instead of those of the previous list."""
         with self._changed:
             if self._closed.is_set():
                 self._closed = threading.Event()

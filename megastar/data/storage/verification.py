@@ -1,9 +1,9 @@
 """Compares shards with their SHA-256 before they are read: once for all processes of a node that run at the same time.
 
 A process that has verified a file keeps a shared lock on one byte of an empty file in /dev/shm until it ends; the byte
-is chosen by the file's device, inode, size, times and expected hash. Another process that finds the byte locked need
-not hash the file again. The kernel releases the locks with the process, so that nothing is recorded beyond the run: a
-file that was damaged between two runs, with an unchanged time, is found by the second one.
+is chosen by the file's device, inode, size, times and expected hash. Another process that finds the byte locked does
+not need to hash the file again. The kernel releases the locks when the process ends, so nothing is recorded beyond the
+run: the second of two runs finds a file that was damaged between them, even if its times are unchanged.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Verifier:
         self._verified: set[int] = set()
         self._hashing: set[int] = set()
         self._locks: BinaryIO | None = None
-        with suppress(OSError, AttributeError):  # otherwise each store hashes for itself
+        with suppress(OSError, AttributeError):  # on failure, each store hashes the files itself
             assert fcntl.F_OFD_SETLK  # Linux
             self._locks = open_own(Path(f"/dev/shm/megastar-{os.geteuid()}.locks"), os.O_RDWR | os.O_CREAT, 0o600)
 
     def digest(self, f: BinaryIO, info: ShardInfo, stop: threading.Event, wait: bool = True) -> str:
-        """The SHA-256 of an open shard, read from the disk unless a running process of this node has compared it.
+        """The SHA-256 of an open shard, computed unless a running process of this node has already compared it.
 
         ``stop`` ends the call with ``Stopped``. Without ``wait``, raises ``BeingVerified`` for a file that is being
         hashed elsewhere. Raises ``OSError`` of a failing disk.
@@ -75,7 +75,7 @@ class Verifier:
         self._settle(self._key(f, info), True)
 
     def version(self, f: BinaryIO) -> tuple[int, ...]:
-        """Changes when the content of an open file does."""
+        """A value that changes when the content of an open file changes."""
         s = os.fstat(f.fileno())
         return (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns if self._ctime else 0)
 
@@ -106,7 +106,7 @@ class Verifier:
                 self._verified.add(key)
 
     def _lock(self, key: int, kind: int) -> bool:
-        """Set this store's lock on byte ``key``; whether no other store's lock forbids it."""
+        """Set this store's lock on byte ``key``; returns whether no other store's lock prevents it."""
         if self._locks is None:
             return True
         try:
@@ -119,7 +119,7 @@ class Verifier:
 
 
 def _sha256(fd: int, stop: threading.Event) -> str:
-    """Hash a file by plain reads: pages of a map would count as memory of this process."""
+    """Hash a file with plain reads: mapped pages would count as memory of this process."""
     digest, buffer, at = hashlib.sha256(), bytearray(_CHUNK), 0
     while n := os.preadv(fd, [buffer], at):
         if stop.is_set():

@@ -77,8 +77,8 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether a save failed on this rank, or (main rank) one that failed is due again, or the run folder is gone or
-        taken over: then ``check_folder`` and ``retry_due``, all ranks."""
+        """Whether a save failed on this rank, or (main rank) a failed one is due again, or the run folder is gone or
+        taken over: then all ranks call ``check_folder`` and ``retry_due``."""
         due = self._due is not None and time.monotonic() >= self._due
         gone = self.guard is not None and bool(self.guard.gone())
         lost = self.lease is not None and bool(self.lease.lost)
@@ -186,7 +186,7 @@ class Saver:
                     (self.written / name).unlink()  # it may be what fills the disk
         try:
             self.store.set(self._key(self.ctx.rank), json.dumps(note))
-        except RuntimeError as error:  # rank 0 is gone, which the loop notices too
+        except RuntimeError as error:  # rank 0 has ended, which the loop detects too
             self.error = self.error or as_os_error(error)
         if self.ctx.main:
             problem = ""
@@ -211,7 +211,7 @@ class Saver:
         problems = []
         for rank in range(self.ctx.world):  # of all ranks: none still writes when the files are removed
             report = json.loads(wait_for(self.store, self._key(rank), f"rank {rank} wrote no files"))
-            self.store.delete_key(self._key(rank))  # else every save adds a few hundred bytes a rank to the store
+            self.store.delete_key(self._key(rank))  # otherwise the store grows with every save
             problems += [report["problem"]] if "problem" in report else []
             files |= report.get("files", {})
         if problems:

@@ -139,7 +139,7 @@ class Uploader:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """boto3's error that the error of a transfer was raised for; the error itself without one."""
+    """boto3's error that caused the error of a transfer; the error itself if there is none."""
     from botocore.exceptions import ClientError, NoCredentialsError
 
     found: BaseException | None = error

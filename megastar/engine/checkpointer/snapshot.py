@@ -51,14 +51,14 @@ class Snapshot:
 
 
 class Snapshots:
-    """Copies into one host buffer, pinned for a GPU and kept from copy to copy: a snapshot holds until the next."""
+    """Copies into one host buffer, pinned for a GPU and reused by each copy: a snapshot is valid until the next."""
 
     def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines, shapes: dict[str, Any]):
         self.cfg, self.ctx, self.engines, self.shapes = cfg, ctx, engines, shapes
         self.host: Tensor | None = None
 
     def take(self, step: int, metadata: dict[str, Any]) -> Snapshot:
-        """After ``step`` steps. A collective in a tensor group."""
+        """Copy this rank's state after ``step`` steps. A collective in a tensor group."""
         align_replicas(self.engines, self.ctx)
         mine = owned(self.engines, self.ctx)
         pieces = self._copy(mine, elements_of(mine))
@@ -98,10 +98,10 @@ class Snapshots:
 
 @torch.no_grad()
 def align_replicas(engines: Engines, ctx: Context) -> None:
-    """Give all ranks of a tensor group tensor rank 0's values of the weights that each holds whole.
+    """Copy tensor rank 0's values of the weights that each rank holds whole to all ranks of a tensor group.
 
     Their gradients are the same sum, but reduced in different groups, which may round differently: without this they
-    would drift apart, and a checkpoint would stitch parts of different replicas together.
+    would drift apart, and a checkpoint would combine parts of different replicas.
     """
     if ctx.tensor_group is None:
         return

@@ -1,5 +1,5 @@
-"""torch's elastic agent with megastar's exit statuses: it starts the ranks of its node, and restarts them on fewer nodes
-when one is lost, on more when one joins."""
+"""torch's elastic agent with megastar's exit statuses: it starts the ranks of its node, and restarts them on fewer
+nodes when one is lost, and on more when one joins."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from megastar.run_dir.events import append_event
 from megastar.utils.process_exit import AGENT
 
 logger = logging.getLogger(__name__)
-JOINING = signal.SIGUSR2  # to the ranks: save and exit with RESTART, because a node joins
-FINAL = (2, PREEMPTED)  # exit statuses of a rank that no restart follows
-SAVE_TIME = 600  # seconds that ranks have to save and exit
-ALONE = 8.0  # seconds that ranks have to exit by themselves once ranks of another node are gone: the watchdogs' time
+JOINING = signal.SIGUSR2  # requests the ranks to save and exit with RESTART, because a node joins
+FINAL = (2, PREEMPTED)  # exit statuses of a rank after which there is no restart
+SAVE_TIME = 600  # seconds for ranks to save and exit
+ALONE = 8.0  # seconds for ranks to exit by themselves once ranks of another node are lost: time for the watchdogs
 LEAVING = 5.0  # seconds that a node may take from leaving a round to joining the next
 SETTLED = 600.0  # seconds without a failure after which earlier ones no longer count
 LINGER = 3.0  # seconds that the store outlives the run, so that waiting nodes see its end
 
 
 class Agent(LocalElasticAgent):
-    """The ranks of one node, of ``most``."""
+    """Runs the ranks of one node, of at most ``most`` nodes."""
 
     def __init__(
         self, spec: WorkerSpec, logs: DefaultLogsSpecs, cfg: RunConfig, handler: Handler, timeouts: Timeouts, most: int
@@ -53,10 +53,10 @@ class Agent(LocalElasticAgent):
         known = inspect.signature(LocalElasticAgent.__init__).parameters
         super().__init__(spec, logs, exit_barrier_timeout=60, **_supported(known, shutdown_timeout=SAVE_TIME))
         self.cfg, self.timeouts, self.words = cfg, timeouts, spec.args
-        self.planned = most * spec.local_world_size  # ranks, if no node is missing
-        self.nodes: set[Any] = set()  # of the present round
+        self.planned = most * spec.local_world_size  # number of ranks if no node is missing
+        self.nodes: set[Any] = set()  # of the current round
         self.handler = handler
-        self.use = 0  # ranks of the present round
+        self.use = 0  # number of ranks of the current round
         self.lost_at = 0.0
         self.missing_since = time.monotonic()
 
@@ -66,20 +66,22 @@ class Agent(LocalElasticAgent):
             try:
                 super()._rendezvous(worker_group)
                 break
-            except DistStoreError:  # a node of the new round is lost before it has told where its ranks are
-                logger.warning("a node has not answered within %.0f s: the others meet again", REPLY.total_seconds())
+            except DistStoreError:  # a node of the new round was lost before it published the places of its ranks
+                logger.warning(
+                    "a node has not answered within %.0f s: the others repeat the rendezvous", REPLY.total_seconds()
+                )
             except DistNetworkError as error:
                 raise RendezvousConnectionError(str(error)) from error
         self.timeouts.started = True
         self.nodes = self.handler.participants()
         per_node = worker_group.spec.local_world_size
         group: Any = worker_group
-        group.group_world_size = -(-self.use // per_node)  # nodes with ranks: those that end together
+        group.group_world_size = -(-self.use // per_node)  # nodes with ranks, which end together
 
     def _assign_worker_ranks(
         self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
     ) -> list[Worker]:
-        """Only as many ranks as the batch can be divided among; a node may get none."""
+        """As many ranks as the batch can be divided among; a node may get none."""
         workers: list[Worker] = super()._assign_worker_ranks(store, group_rank, group_world_size, spec)
         there = workers[0].world_size
         self.use, micro = fit_batch(self.cfg, there, self.planned)
@@ -100,11 +102,11 @@ class Agent(LocalElasticAgent):
         started: dict[int, Any] = super()._start_workers(worker_group) if worker_group.workers else {}
         return started
 
-    # Their end ---------------------------------------------------------------------------------------------------
+    # End of the ranks --------------------------------------------------------------------------------------------
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if worker_group.workers:
             result: RunResult = super()._monitor_workers(worker_group)
-        else:  # this node waits until it is needed, or the run is over
+        else:  # this node waits until it is needed or the run ends
             result = RunResult(WorkerState.SUCCEEDED if self.handler.is_closed() else WorkerState.HEALTHY)
         if result.state == WorkerState.HEALTHY and (lost := self._lost()):
             self._report_lost(sorted(node.addr for node in lost))
@@ -130,13 +132,13 @@ class Agent(LocalElasticAgent):
         return missing if time.monotonic() - self.missing_since > LEAVING else set()
 
     def _report_lost(self, addresses: list[str]) -> None:
-        text = f"node {', '.join(addresses)} has given no sign of life: it or its network is down"
+        text = f"node {', '.join(addresses)} sends no heartbeat: it or its network is down"
         logger.warning(text)
         if self.handler.is_first():
             append_event(Path(self.cfg.run), "lost", 0, text)
 
     def _shutdown(self, death_sig: signal.Signals = JOINING, timeout: int = SAVE_TIME) -> None:
-        """By default the ranks save and exit, as long as those of all nodes of the round can."""
+        """End the ranks; by default they save and exit, as long as no node of the round is lost."""
         if death_sig == JOINING:
             handlers = getattr(self._pcontext, "subprocess_handlers", {})
             running = [h.proc for h in handlers.values() if h.proc.poll() is None]
@@ -163,7 +165,7 @@ class Agent(LocalElasticAgent):
         return bool(self._worker_group.workers)
 
     def statuses(self) -> list[int]:
-        """Exit statuses of the ranks that have ended, last."""
+        """Exit statuses of the ranks that ended last."""
         handlers = getattr(self._pcontext, "subprocess_handlers", {})
         return [s for h in handlers.values() if (s := h.proc.poll()) is not None]
 
@@ -175,9 +177,9 @@ def _supported(known: Any, **options: Any) -> dict[str, Any]:
 def run_node(
     cfg: RunConfig, words: list[str], per_node: int, nodes: Nodes, max_restarts: int, module: str = "megastar"
 ) -> tuple[int | None, str]:
-    """Run ``module WORDS`` as ``per_node`` ranks of this node until the run ends; returns (exit status, why).
+    """Run ``module WORDS`` as ``per_node`` ranks of this node until the run ends; returns (exit status, reason).
 
-    The status is None where this node had no ranks at the end: those of the others count.
+    The status is None if this node had no ranks at the end: the statuses of the other nodes are used.
     """
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a fresh store for each round, in its rank 0
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -205,18 +207,18 @@ def run_node(
             except RendezvousConnectionError as error:
                 timeouts.started = True
                 logger.warning("the nodes' store on %s is lost (%s)", nodes.hosts[k], error)
-    return RANK_FAILURE, f"no host of {', '.join(nodes.hosts)} keeps the nodes' store: they or the network are down"
+    return RANK_FAILURE, f"none of {', '.join(nodes.hosts)} hosts the nodes' store: they or the network are down"
 
 
 def _run_agent(agent: Agent, handler: Handler, nodes: Nodes) -> tuple[int | None, str]:
-    """``RendezvousConnectionError``: the store is lost, the ranks have ended."""
+    """Raises ``RendezvousConnectionError`` if the store is lost; the ranks have then ended."""
     try:
         while True:
             try:
                 result = agent.run()
                 break
             except RendezvousTimeoutError:
-                if not handler.participants():  # else this node has only waited too long to be needed
+                if not handler.participants():  # otherwise this node waited as a spare until the timeout
                     raise
     except SignalException as error:
         statuses = agent.statuses()
@@ -226,15 +228,15 @@ def _run_agent(agent: Agent, handler: Handler, nodes: Nodes) -> tuple[int | None
     except RendezvousStateError as error:
         return (
             RANK_FAILURE,
-            f"{error}: another program writes to the nodes' store, port {nodes.port} and above; close them to it",
+            f"{error}: another program writes to the nodes' store, port {nodes.port} and up; restrict access to them",
         )
     except RendezvousTimeoutError:
         return RANK_FAILURE, (
-            f"fewer than {nodes.least} nodes were there within {nodes.join:.0f} s: the run needs a new job, or a lower MIN "
+            f"fewer than {nodes.least} nodes joined within {nodes.join:.0f} s: the run needs a new job, or a lower MIN "
             "in --nodes MIN:MAX"
         )
     handler.shutdown()
-    if result is None or not agent.has_ranks:  # None: this node was spare to the end
+    if result is None or not agent.has_ranks:  # None: this node was a spare until the end
         return None, ""
     if not result.is_failed():
         return 0, ""

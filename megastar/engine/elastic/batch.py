@@ -1,4 +1,4 @@
-"""How many of the ranks that are there a run uses, and its micro-batch on them. The global batch never changes."""
+"""How many of the available ranks a run uses, and its micro-batch on them. The global batch never changes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def usable_ranks(global_batch: int, tensor: int, ranks: int) -> int:
 
 
 def fit_batch(cfg: RunConfig, ranks: int, planned: int) -> tuple[int, int]:
-    """(ranks to use, ``train.micro_batch`` on them) of the ``ranks`` that are there, where ``planned`` were wanted.
+    """(ranks to use, ``train.micro_batch`` on them) if ``ranks`` of ``planned`` ranks are available.
 
-    Fewer ranks accumulate more micro-batches, no larger than on the planned ranks, so that they fit the same memory. The
+    Fewer ranks accumulate more micro-batches, no larger than on the planned ranks, so they fit the same memory. The
     contrastive losses compare the images of one forward pass: with ``train.micro_batch = 0`` these stay one pass.
     """
     t, tensor = cfg.train, cfg.parallel.tensor_parallel

@@ -1,9 +1,10 @@
-"""Checkpoints in the memory of the nodes: each rank's files in its own node's, and copies in other nodes'.
+"""Checkpoints in the memory of the nodes: each rank's files on its own node, and copies on other nodes.
 
 Every ``faults.memory_every`` steps the ranks copy their state to host memory; a thread writes it to the node's folder
-(node_memory.py) and sends it to a rank of each of the next ``faults.memory_copies`` nodes. A generation is complete when every rank has said so; only then is
-the one before removed, so there are at most two. After a loss the nodes that are left look for the newest generation that
-they hold together, send each other what each lacks, and load it as any checkpoint, whatever their number.
+(node_memory.py) and sends it to a rank of each of the next ``faults.memory_copies`` nodes. A generation is complete
+when every rank has reported that its files are; only then is the previous generation removed, so there are at most two.
+After a loss, the remaining nodes select the newest generation whose files they hold together, exchange the missing
+files, and load it like any checkpoint, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ PATIENCE = 30.0  # seconds
 
 
 def peers_of(nodes: list[int], copies: int = 1) -> list[list[int]]:
-    """For each rank the ranks that keep its copies: one of each of the next nodes, as far as there are as many."""
+    """For each rank the ranks that keep its copies: one of each of the next nodes, at most all other nodes."""
     order = sorted(set(nodes))
     ranks = {node: [r for r, n in enumerate(nodes) if n == node] for node in order}
     found: list[list[int]] = []
@@ -64,7 +65,7 @@ def files_of(rank: int, tensor: int) -> list[str]:
 
 
 class MemoryCheckpoints:
-    """Constructed on all ranks alike. Off where ``faults.memory_every`` is 0 or no elastic agent started the ranks."""
+    """Constructed on all ranks. Disabled if ``faults.memory_every`` is 0 or no elastic agent started the ranks."""
 
     def __init__(self, cfg: RunConfig, ctx: Context, engines: Engines):
         self.every, self.ctx = cfg.faults.memory_every, ctx
@@ -89,7 +90,7 @@ class MemoryCheckpoints:
         self._check_space(gather(ctx, size))
 
     def _check_space(self, sizes: list[int]) -> None:
-        """Two generations of a node's ranks and of those that they keep copies of must fit."""
+        """Disable the feature unless two generations fit, of a node's ranks and of those that it keeps copies of."""
         ctx = self.ctx
         mine = [r for r, n in enumerate(self.nodes) if n == self.nodes[ctx.rank]]
         need = 2 * sum(sizes[r] for r in mine) + 2 * sum(
@@ -105,7 +106,7 @@ class MemoryCheckpoints:
 
     # Save --------------------------------------------------------------------------------------------------------
     def save(self, step: int, metadata: dict[str, Any]) -> float | None:
-        """After ``step`` steps, where a generation is due; the seconds that it blocked training. Called by all ranks alike."""
+        """Save if a generation is due after ``step`` steps; returns the seconds that it blocked. Called on all ranks."""
         if not self.every or step % self.every:
             return None
         start = time.perf_counter()
@@ -118,14 +119,14 @@ class MemoryCheckpoints:
         return time.perf_counter() - start
 
     def _write(self, name: str, snapshot: Snapshot) -> None:
-        """The thread. ``error`` is set where a rank cannot be reached, or the memory is full."""
+        """Runs in the thread. ``error`` is set if a rank cannot be reached or the memory is full."""
         ctx, folder = self.ctx, self.folder / name
         try:
             files = snapshot.write(folder, ctx)
             note = {"manifest": snapshot.manifest, "files": files}
             write_atomic(folder / note_file(ctx.rank), json.dumps(note).encode())
             self._exchange(folder)
-        except Exception as error:  # of any kind: a copy is no reason to end the run
+        except Exception as error:  # of any kind: a failed copy must not end the run
             self.error = error
 
     def _exchange(self, folder: Path) -> None:
@@ -138,7 +139,7 @@ class MemoryCheckpoints:
             accept(folder, source, tensor)
 
     def _settle(self) -> None:
-        """The generation under way is complete on all ranks, and the older one removed; or it is removed itself."""
+        """Wait for the generation in progress: keep it, if it is complete on all ranks, or else the previous one."""
         if self.thread is None:
             return
         self.thread.join()
@@ -147,7 +148,7 @@ class MemoryCheckpoints:
         self.error = None
         before, self.problem = self.problem, next(filter(None, problems), "")
         if self.problem and not before and self.ctx.main:
-            logger.warning("the checkpoint in memory could not be made (%s); training continues", self.problem)
+            logger.warning("the checkpoint in memory could not be written (%s); training continues", self.problem)
         self._keep(self.kept[:-1] if self.problem else self.kept[-1:])
 
     def _keep(self, names: list[str]) -> None:
@@ -158,7 +159,7 @@ class MemoryCheckpoints:
                     shutil.rmtree(path, ignore_errors=True)
 
     def discard(self) -> None:
-        """The run has ended, or was rolled back: what is in memory is outdated."""
+        """Remove all generations: the run has ended or was rolled back."""
         self.close()
         self._keep([])
 
@@ -169,7 +170,7 @@ class MemoryCheckpoints:
 
     # Load --------------------------------------------------------------------------------------------------------
     def newest(self, disk: Path | None, rollbacks: int) -> Path | None:
-        """The newest whole generation that is newer than ``disk``, as a checkpoint on this node; else ``disk``. A collective."""
+        """The newest complete generation after ``disk``, as a checkpoint on this node; else ``disk``. A collective."""
         if not self.every:
             return disk
         PHASE.at(STARTING)
@@ -195,13 +196,13 @@ class MemoryCheckpoints:
         return disk
 
     def _collect(self, name: str, holders: dict[int, set[int]], rollbacks: int) -> str:
-        """Bring all files of a generation to each node; why not, or the empty string, on all ranks alike."""
+        """Copy all files of a generation to each node; returns the problem, or "", the same on all ranks."""
         ctx, folder, (first, having) = self.ctx, self.folder / name, next(iter(holders.items()))
         note = json.loads((folder / note_file(first)).read_text()) if ctx.rank == min(having) else {}
         manifest: dict[str, Any] = gather(ctx, note.get("manifest", {}))[min(having)]
         ranks = range(manifest["mesh"]["data"] * manifest["mesh"]["tensor"])
         if missing := [r for r in ranks if r not in holders]:
-            return f"no node that is left has the files of rank {missing[0]}"
+            return f"no remaining node has the files of rank {missing[0]}"
         if manifest.get("guard", {}).get("rollbacks", 0) != rollbacks:
             return "it is from before a rollback"
         problem = ""
@@ -218,7 +219,7 @@ class MemoryCheckpoints:
         return next(filter(None, gather(ctx, problem)), "")
 
     def _fetch(self, folder: Path, holders: dict[int, set[int]], tensor: int) -> None:
-        """One transfer after the other, in an order that all nodes know; those of separate pairs run at the same time."""
+        """Transfer one rank's files after another, in the same order on all nodes; separate pairs run concurrently."""
         for rank, having in holders.items():
             names = files_of(rank, tensor)
             for lacking in sorted(self.leaders - having):
@@ -230,18 +231,18 @@ class MemoryCheckpoints:
 
 
 def accept(folder: Path, rank: int, tensor: int) -> None:
-    """Take over the received files of ``rank`` once their hashes are those of its note. Raises ``ValueError``."""
+    """Rename the received files of ``rank`` if their hashes match its note. Raises ``ValueError`` otherwise."""
     names = files_of(rank, tensor)
     note = json.loads((folder / f"{names[-1]}.part").read_text())
     for name in names[:-1]:
         if sha256(folder / f"{name}.part") != note["files"][name]["sha256"]:
             raise ValueError(f"{name} of rank {rank} arrived damaged")
-    for name in names:  # the note last: it stands for all
+    for name in names:  # the note last: it marks the files as complete
         (folder / f"{name}.part").replace(folder / name)
 
 
 def inventory(folder: Path, part: int, parts: int) -> dict[str, list[int]]:
-    """Name of a generation -> the ranks whose files in this node's memory are whole; ``parts`` ranks share the hashing."""
+    """Generation -> the ranks whose files in this node's memory are intact; ``parts`` ranks share the hashing."""
     found: dict[str, list[int]] = {}
     for path in sorted(folder.glob("step-*-*/rank-*.json"))[part::parts]:
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):

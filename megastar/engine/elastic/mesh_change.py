@@ -1,4 +1,4 @@
-"""The event ``mesh_changed``: a start on other ranks or nodes than the one before."""
+"""The event ``mesh_changed``: a start on other ranks or nodes than the previous one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megastar.utils.hostname import host_name
 
 
 def nodes_of_run(ctx: Context) -> list[str]:
-    """The host of each node that an elastic agent runs, in the order of their ranks; empty without agents. A collective."""
+    """The host of each node with an elastic agent, in the order of the ranks; empty without agents. A collective."""
     places = gather(ctx, [os.environ.get("GROUP_RANK", "0"), host_name()])
     return [host for _, host in dict.fromkeys(map(tuple, places))] if VARIABLE in os.environ else []
 
@@ -37,7 +37,7 @@ def record_start(
     steps: int,
     changes: list[str],
 ) -> None:
-    """The events of a start, ``started`` or ``resumed`` from ``found``, and ``mesh_changed``. A collective."""
+    """Record the events of a start: ``started`` or ``resumed`` from ``found``, and ``mesh_changed``. A collective."""
     nodes = nodes_of_run(ctx)
 
     def record() -> None:
@@ -55,7 +55,7 @@ def record_start(
 
 
 def describe_change(cfg: RunConfig, ctx: Context, nodes: list[str], micro: int, passes: int) -> str:
-    """What differs from the run's previous start, in a sentence; empty where nothing does. Call it before this start's event."""
+    """What differs from the run's previous start, or "" if nothing does. Call it before this start is recorded."""
     before: dict[str, Any] = next((e for e in reversed(read_events(Path(cfg.run))) if e["event"] in STARTED), {})
     former, ranks = before.get("nodes") or [], before.get("ranks")
     if not isinstance(ranks, int) or (ranks == ctx.world and (not nodes or not former or former == nodes)):
@@ -63,7 +63,7 @@ def describe_change(cfg: RunConfig, ctx: Context, nodes: list[str], micro: int, 
     gone, new = ([host for host in some if host not in others] for some, others in ((former, nodes), (nodes, former)))
     moves = [f"{', '.join(hosts)} {what}" for hosts, what in ((gone, "left"), (new, "joined")) if hosts]
     text = (
-        f"{_ranks(ctx.world, nodes)}, before {_ranks(ranks, former)}{': ' if moves else ''}{', '.join(moves)}; "
+        f"{_ranks(ctx.world, nodes)}, previously {_ranks(ranks, former)}{': ' if moves else ''}{', '.join(moves)}; "
         f"train.global_batch {cfg.train.global_batch} = {ctx.mesh.data} data rank(s) x {micro} images x {passes} pass(es)"
     )
     if uses_contrastive(cfg.self_guided) and passes > 1:

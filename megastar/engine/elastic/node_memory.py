@@ -1,7 +1,7 @@
-"""The folder in a node's memory where its ranks keep checkpoints. It belongs to the node's agent, so it outlives the ranks.
+"""The folder in a node's memory for the checkpoints of its ranks. It belongs to the node's agent, so it outlives them.
 
-/dev/shm/megastar-UID-RUN-xxxxxxxx/lock                     held by the agent as long as it runs
-/dev/shm/megastar-UID-RUN-xxxxxxxx/step-00000040-3f2a9c01/  state-*, random-*, rank-*.json: of its ranks and of their peers
+/dev/shm/megastar-UID-RUN-xxxxxxxx/lock                     held by the agent while it runs
+/dev/shm/megastar-UID-RUN-xxxxxxxx/step-00000040-3f2a9c01/  state-*, random-*, rank-*.json: of its ranks and their peers
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 
 MEMORY = Path("/dev/shm")
 LOCK = "lock"
-VARIABLE = "MEGASTAR_MEMORY"  # the folder, for the ranks
-STARTUP = 60.0  # seconds that a new folder may lack its lock
+VARIABLE = "MEGASTAR_MEMORY"  # passes the folder to the ranks
+STARTUP = 60.0  # seconds for which a new folder may lack its lock
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def node_memory(run: Path) -> Iterator[Path]:
 
 
 def remove_stale() -> None:
-    """Remove this user's folders, of any run, whose agent is gone: a lock holds in containers too, a process's number not."""
+    """Remove this user's folders, of any run, whose agent has ended. Unlike process ids, locks work in containers."""
     for folder in MEMORY.glob(f"megastar-{os.getuid()}-*-*"):
         with suppress(OSError):
             found = folder.lstat()

@@ -1,4 +1,4 @@
-"""torch's rendezvous of agents: a store on one of the nodes, another one if its node is lost, states that carry a signature."""
+"""torch's rendezvous of agents with signed states, and with a store on another node if the store's node is lost."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError, Rend
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, Token
 
-# torch names the caller of each of its (unused) log records by inspect.stack(), which costs up to a second: signs of life would
-# be late on a busy node.
+# torch finds the caller of each of its (unused) log records with inspect.stack(), which takes up to a second: on a busy
+# node heartbeats would be late.
 dynamic_rendezvous.get_method_name = lambda depth=2: ""
 
 logger = logging.getLogger(__name__)
-KEEP_ALIVE, ATTEMPTS = 2, 5  # seconds between an agent's signs of life, and how many may be missing
-REPLY = timedelta(seconds=10)  # for an answer of the store
-PROBE = timedelta(seconds=3)  # for an answer of a node whose store is not in use yet
-FIRST_CALL, LAST_CALL = 30, 5  # seconds to wait for more nodes than MIN: at the first start, at a restart
+KEEP_ALIVE, ATTEMPTS = 2, 5  # seconds between an agent's heartbeats, and how many may be missing
+REPLY = timedelta(seconds=10)  # timeout for a response of the store
+PROBE = timedelta(seconds=3)  # timeout for a response of a node whose store is not in use yet
+FIRST_CALL, LAST_CALL = 30, 5  # seconds to wait for more than MIN nodes: at the first start, at a restart
 KEY_FILE = "rendezvous.key"  # in the run folder
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The nodes of a job. ``hosts`` may each open the store, the k-th on ``port`` + k; this node is the ``index``-th (-1: none)."""
+    """The nodes of a job. Each of ``hosts`` can open the store, the k-th on ``port`` + k. This node is the ``index``-th
+    (-1: not one of them)."""
 
     least: int
     most: int
     hosts: tuple[str, ...]
     port: int
     index: int
-    address: str  # of this node, for the others
+    address: str  # of this node, as the others reach it
     job: str
-    join: float  # seconds within which ``least`` nodes have to be there
+    join: float  # seconds within which ``least`` nodes must join
 
 
 class Timeouts(RendezvousTimeout):
-    """``started``: from then on the nodes that are left do not wait long for more."""
+    """``started``: set after the first start; the remaining nodes then wait only briefly for others."""
 
     started = False
 
@@ -57,14 +58,14 @@ class Timeouts(RendezvousTimeout):
 
 
 class Handler(DynamicRendezvousHandler):
-    """A node that waits while as many as may train do so is no reason to restart them."""
+    """Ignores waiting nodes while the largest permitted number of nodes trains: no restart is needed."""
 
     def num_nodes_waiting(self) -> int:
         waiting: int = super().num_nodes_waiting()
         return waiting if len(self.participants()) < self.settings.max_nodes else 0
 
     def participants(self) -> set[Any]:
-        """The nodes of the present round that have given a sign of life lately, as of the last exchange."""
+        """The nodes of the current round with a recent heartbeat, as of the last exchange."""
         return set(self._state_holder.state.participants)
 
     def waiting(self) -> set[Any]:
@@ -76,7 +77,7 @@ class Handler(DynamicRendezvousHandler):
 
 
 class SignedBackend(C10dRendezvousBackend):
-    """torch pickles the state of a rendezvous: only one that an agent of this run has signed is read."""
+    """torch pickles the state of a rendezvous: only a state that was signed by an agent of this run is unpickled."""
 
     def __init__(self, store: TCPStore, run_id: str, key: bytes):
         self.key = key
@@ -109,25 +110,25 @@ def run_key(run: Path) -> bytes:
     with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as f:
         f.write(secrets.token_hex(32))
     with suppress(FileExistsError):
-        os.link(temporary, path)  # whole or not at all, and only the first time
+        os.link(temporary, path)  # atomic, and only if it does not exist
     temporary.unlink()
     return bytes.fromhex(path.read_text())
 
 
 def find_store(nodes: Nodes) -> int:
-    """Which host has the store, as a node sees it that comes later than others; at the start it will be the first."""
+    """The index of the host whose store is in use, for a node that joins later; at the start it is the first."""
     for k, host in enumerate(nodes.hosts):
         with suppress(OSError, RuntimeError, ValueError):
             if k != nodes.index:
                 socket.create_connection((host, nodes.port + k), 1.0).close()
                 store = TCPStore(host, nodes.port + k, is_master=False, wait_for_workers=False, timeout=PROBE)
-                if store.check([f"torch.rendezvous.{nodes.job}"]):  # it is a store, and of this job
+                if store.check([f"torch.rendezvous.{nodes.job}"]):  # it is a store of this job
                     return k
     return 0
 
 
 def wait_for_port(host: str, port: int, patience: float) -> None:
-    """Raises ``OSError`` where nothing listens within ``patience`` seconds; torch's store would print its own attempts."""
+    """Raises ``OSError`` if nothing listens within ``patience`` seconds. torch's store would print each attempt."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -139,7 +140,7 @@ def wait_for_port(host: str, port: int, patience: float) -> None:
 
 
 def open_store(nodes: Nodes) -> TCPStore | None:
-    """This host's store, from the start: if the nodes before it in ``hosts`` are lost, the others find it there at once."""
+    """This host's store, open from the start, for the case that the nodes before it in ``hosts`` are lost."""
     if nodes.index < 0:
         return None
     host, port = nodes.hosts[nodes.index], nodes.port + nodes.index
@@ -147,12 +148,12 @@ def open_store(nodes: Nodes) -> TCPStore | None:
         listening = socket.create_server((host, port)).detach()  # on this address only
         return TCPStore(host, port, is_master=True, multi_tenant=True, timeout=REPLY, master_listen_fd=listening)
     except (OSError, RuntimeError, ValueError) as error:
-        logger.warning("this node cannot keep the nodes' store, %s:%d is not free (%s)", host, port, error)
+        logger.warning("this node cannot host the nodes' store: %s:%d is not free (%s)", host, port, error)
         return None
 
 
 def join(nodes: Nodes, k: int, key: bytes, timeouts: Timeouts, own: TCPStore | None) -> Handler:
-    """The rendezvous over the store of host ``k``; ``own`` is this host's. Raises ``RendezvousConnectionError``."""
+    """The rendezvous over the store of host ``k``; ``own``: this host's store. Raises ``RendezvousConnectionError``."""
     host, port = nodes.hosts[k], nodes.port + k
     try:
         if k == nodes.index:

@@ -1,4 +1,4 @@
-"""Files from rank to rank over gloo: raw bytes, whose sizes come first. What a file is called, its receiver decides."""
+"""Files from rank to rank over gloo: their sizes, then raw bytes. The receiver chooses the name of each file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CHUNK = 16 << 20  # bytes
 
 
 def exchange(group: Any, send: dict[int, list[Path]], receive: dict[int, list[Path]]) -> None:
-    """Send files to ranks, and write those that ranks send, at the same time. Every pair names as many files on both sides.
+    """Send files to ranks and write those that they send, at the same time. Both sides of a pair name as many files.
 
-    Raises torch's errors where a rank is gone, ``OSError`` where a file cannot be written.
+    Raises torch's errors if a rank is lost, and ``OSError`` if a file cannot be written.
     """
     sizes = {rank: torch.tensor([p.stat().st_size for p in files]) for rank, files in send.items()}
     theirs = {rank: torch.zeros(len(files), dtype=torch.int64) for rank, files in receive.items()}

@@ -57,7 +57,7 @@ def test_a_signal_ends_a_command_with_a_sentence(number, resumes, monkeypatch, c
     if resumes:
         monkeypatch.setattr(cli, "RESUMED", ("stub",))
     assert cli.main(["stub"]) == 128 + number
-    kept = "what is finished is kept, the same command continues" if resumes else "incomplete files are removed"
+    kept = "completed work is kept, the same command resumes" if resumes else "incomplete files are removed"
     out, err = capsys.readouterr()
     assert out == "" and err == f"megastar: stopped by {signal.Signals(number).name}: {kept}\n"
     assert not list(tmp_path.iterdir()) and {n: signal.getsignal(n) for n in NUMBERS} == handlers

@@ -92,7 +92,7 @@ def test_a_string_is_what_was_written(tmp_path, written):
         ("run={a: b}", "run = {'a': 'b'}: must be a string"),
         ("train.steps=" + "[" * 3000, "(3014 characters) cannot be read (it has more than 32 levels)"),
         ("run=${x}", "run: its ${...} cannot be resolved (Interpolation key 'x' not found)"),
-        ("run=${", "must be a value in which each ${ has its }"),
+        ("run=${", "must be a value in which each ${ has a matching }"),
         ("train.steps=${train.steps}", "cannot be resolved"),
         ("run=a\x1b[31m", "override 'run=a\\x1b[31m' cannot be read (the character '\\x1b' is not allowed)"),
         ("train.steps=1e400", "train.steps = 1e400: must be an integer"),

@@ -37,7 +37,7 @@ def answer(status: int, code: str, message: str = "", headers: dict | None = Non
         (answer(403, "InvalidObjectState"), "is archived (Glacier): restore it"),
         (answer(403, "SecondLevelDomainForbidden", "Please use virtual hosted style"), "set addressing_style = virtual"),
         (answer(400, "InvalidRequest", "use virtual-host style"), "set addressing_style = virtual"),
-        (answer(400, "KMS.DisabledException"), "the key of its encryption (KMS) cannot be used"),
+        (answer(400, "KMS.DisabledException"), "its encryption key (KMS) cannot be used"),
         (answer(400, "AuthorizationHeaderMalformed", Region="eu-west-1"), "set AWS_DEFAULT_REGION=eu-west-1"),
         (answer(301, "PermanentRedirect", headers={"x-amz-bucket-region": "eu-1"}, Endpoint="b.s3.eu-1.x"), "set AWS_DEFAULT_REGION=eu-1, or AWS_ENDPOINT_URL_S3=https://b.s3.eu-1.x"),
         (answer(501, "NotImplemented", "Transfer-Encoding"), "the server does not implement the request"),
