@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Bad input: the message says what is wrong, the value, and what to do. ``reported``: by another rank."""
+    """Bad input: the message states the problem, the value and the remedy. ``reported``: by another rank."""
 
     def __init__(self, *message: object, reported: bool = False):
         super().__init__(*message)
@@ -16,11 +16,11 @@ class UserError(Exception):
 
 
 class MissingRanks(Exception):
-    """Ranks that never joined: reported as a sentence (empty: another rank reports it), and the job may be requeued."""
+    """Ranks that never joined: reported in one sentence (empty: another rank reports it); the job may be requeued."""
 
 
 def as_user_error(error: BaseException | None) -> UserError | None:
-    """The sentence for an ``OSError`` that the user can correct, else None: a disk that fails, as with EIO or ESTALE, may
+    """A ``UserError`` for an ``OSError`` that the user can correct, otherwise None: a failing disk (EIO, ESTALE) may
     recover, and the job is requeued."""
     if not isinstance(error, OSError):
         return None
@@ -37,7 +37,7 @@ def as_user_error(error: BaseException | None) -> UserError | None:
 
 
 def _is_blocked(path: object) -> bool:
-    """Whether a file, or a link that leads nowhere, is where a folder has to be: no race of several processes."""
+    """Whether a file or a dangling link is in place of a folder, which is not a race of several processes."""
     if not isinstance(path, (str, bytes, os.PathLike)):
         return False
     there = Path(os.fsdecode(path))

@@ -22,7 +22,7 @@ ATTEMPT=${SLURM_RESTART_COUNT:-0}
 PREEMPTED=85 # exit status of megastar train after a stop signal and a completed save
 REQUEUE_LOG= # requeues.log of a training's run folder
 USER_EXCLUDED="" BAD="" HOST="" EXCLUDED_KNOWN=""
-TIME_LIMIT="" SIGNAL_LEAD="" # seconds: of the job, and what --signal reserves of it for the save
+TIME_LIMIT="" SIGNAL_LEAD="" # seconds: of the job, and the part that --signal reserves for the save
 SEPARATE_STDERR= # set if sbatch writes stderr to a separate file
 
 if [ -z "$JOB" ]; then
@@ -91,7 +91,7 @@ run_elastic() {
         ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar elastic --nodes "$MEGASTAR_ELASTIC" --nproc "$ranks" \
         --hosts "$(paste -sd, <<<"${NODES:-FIRST_NODE}")" --port "$MASTER_PORT" --status-file "$file" "$@"
     status=$?
-    [ ! -s "$file" ] || status=$(tail -n 1 "$file") # srun's may be that of the lost node
+    [ ! -s "$file" ] || status=$(tail -n 1 "$file") # srun's status may be that of the lost node
     return "$status"
 }
 
@@ -107,7 +107,7 @@ run_group() {
     finish $?
 }
 
-# find_run_folder WORD ...: set REQUEUE_LOG. megastar itself reads the configuration, where the ranks will run it.
+# find_run_folder WORD ...: set REQUEUE_LOG. megastar itself reads the configuration, in the environment of the ranks.
 find_run_folder() {
     local word run="" ask=(megastar train "$@" --print-run-folder) status=0
     ask=(${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} "${ask[@]}")
@@ -123,7 +123,7 @@ find_run_folder() {
     fi
     run=$("${ask[@]}") || status=$?
     [ "$status" = 0 ] || { info "the run folder cannot be determined (status $status)"; finish "$status"; }
-    run=${run##*$'\n'} # modules or a prefix may print lines before it
+    run=${run##*$'\n'} # modules or a prefix may print lines before the folder
     REQUEUE_LOG=$run/requeues.log
     info "run folder $run, last checkpoint $(last_checkpoint)"
 }
@@ -207,7 +207,7 @@ requeue() {
     fi
     case $why in
     *crash*) limit=$MEGASTAR_MAX_CRASHES ;;
-    *"time limit"*) [ -z "$REQUEUE_LOG" ] || limit=1 ;; # the second one: more starts of this length get no further
+    *"time limit"*) [ -z "$REQUEUE_LOG" ] || limit=1 ;; # the second one: more starts of this length make no progress
     *signal*) [ -z "$REQUEUE_LOG" ] || limit=$MEGASTAR_MAX_SIGNALS ;; # without a run folder, progress between signals is unknown
     esac
     # Do not requeue a cancelled job: scontrol would restart it. If the controller does not respond, assume that the job is running.

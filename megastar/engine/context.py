@@ -21,7 +21,7 @@ class Context:
     tensor: int = 1
     data_group: dist.ProcessGroup | None = None
     tensor_group: dist.ProcessGroup | None = None
-    secret: bytes = b""  # of this launch, known to its ranks: authenticates what they write to their store
+    secret: bytes = b""  # shared by the ranks of this launch: authenticates what they write to their store
 
     @property
     def main(self) -> bool:

@@ -26,7 +26,7 @@ PATIENCE = 3600.0  # seconds that ranks wait for each other's files
 
 
 def from_main(ctx: Context, value: T) -> T:
-    """The main rank's ``value``, of JSON's types, on all ranks."""
+    """The main rank's ``value``, which JSON can represent, on all ranks."""
     data = _encode(ctx, value)
     if ctx.world > 1:
         length = torch.tensor([len(data)], device=ctx.device)
@@ -37,7 +37,7 @@ def from_main(ctx: Context, value: T) -> T:
 
 
 def gather(ctx: Context, value: T) -> list[T]:
-    """The ``value`` of each rank, of JSON's types, on all ranks."""
+    """The ``value`` of each rank, which JSON can represent, on all ranks."""
     data = _encode(ctx, value)
     if ctx.world == 1:
         return [cast(T, _decode(data))]
@@ -110,8 +110,8 @@ def on_all_ranks(ctx: Context, make: Callable[[], T]) -> T:
 def error_of_any_rank(ctx: Context, error: Exception | None) -> Exception | None:
     """This rank's own error, or else that of the first rank that has one. Called by all ranks alike.
 
-    A ``UserError`` is one on the other ranks too, where it is not reported again; any other error is a ``RuntimeError``
-    there, and the job is requeued.
+    A ``UserError`` of one rank is a ``UserError`` on the other ranks too, which do not report it again. Any other error
+    is a ``RuntimeError`` on the other ranks, and the job is requeued.
     """
     error = as_user_error(error) or error
     is_user_error = isinstance(error, UserError)

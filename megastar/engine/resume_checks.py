@@ -1,4 +1,4 @@
-"""What may differ between a checkpoint and the configuration that resumes it."""
+"""Compares a checkpoint with the configuration that resumes it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_resumed(cfg: RunConfig, ctx: Context, data: RunData, restored: dict[st
 def start_event(
     cfg: RunConfig, ctx: Context, manifest: Manifest, found: Path | None, step: int, steps: int
 ) -> list[str]:
-    """Kind and text of the event of a start."""
+    """Kind and text of the event that records a start."""
     if ctx.main and not manifest.tokenizer_sha256:
         logger.warning("%s records no tokenizer hash; assuming it matches data.tokenizer", cfg.data.shards)
     if found:

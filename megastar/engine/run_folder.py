@@ -1,4 +1,4 @@
-"""The run folder of a training: held by rank 0, of one configuration."""
+"""The run folder of a training: held by rank 0, with one configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megastar.utils.signals import StopFlag
 @contextmanager
 def hold_run_folder(cfg: RunConfig, ctx: Context, stop: StopFlag) -> Iterator[RunLease]:
     """Hold the run folder's lease on rank 0 in the block. Raises ``UserError`` on all ranks if another process holds it,
-    or the folder cannot be made or written. A stop signal ends the wait for a holder that may be gone."""
+    or the folder cannot be created or written. A stop signal ends the wait for a holder that may have ended."""
     run = Path(cfg.run)
     lease = RunLease(run, "megastar train", "run")
     try:

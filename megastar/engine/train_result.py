@@ -1,4 +1,4 @@
-"""What a training returns."""
+"""The result of a training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How ``Trainer.fit`` ended. ``signal``: the stop signal that ended it early, 0 where all steps are done."""
+    """How ``Trainer.fit`` ended. ``signal``: the stop signal that ended it early, 0 if all steps are done."""
 
     step: int
     checkpoint: Path | None

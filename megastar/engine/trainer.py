@@ -326,7 +326,7 @@ class Trainer:
             self.metrics.note(f"step {self.step}: validation next-token loss {value:.4f}")
 
     def _save(self, record: StepRecord) -> None:
-        """Save where it is due, and stop after a signal. Raises ``Preempted``."""
+        """Save if a save is due, and stop after a signal. Raises ``Preempted``."""
         self.metrics.saved(self.saver.done)
         PHASE.at(SAVING)
         last = self.step == self.steps

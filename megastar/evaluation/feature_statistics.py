@@ -100,7 +100,7 @@ class Collector:
         return out | ({"features": self.features} if self.keep else {})
 
     def restore(self, arrays: dict[str, np.ndarray]) -> Collector:
-        """Load the state returned by ``arrays``. Raises ``KeyError`` or ``ValueError`` for another content."""
+        """Load the state returned by ``arrays``. Raises ``KeyError`` or ``ValueError`` for other contents."""
         self.count, self.dim = int(arrays["count"].item()), arrays["mean"].size
         kinds = [("mean", "scatter")] + ([("spatial_mean", "spatial_scatter")] if self.spatial else [])
         shapes = [arrays[scatter].shape == 2 * arrays[mean].shape for mean, scatter in kinds]

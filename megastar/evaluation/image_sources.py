@@ -156,8 +156,8 @@ class NpzImages:
             raise UserError(f"{path}: {name} is stored in Fortran order: save np.ascontiguousarray of it")
         if shape[0] > MAX_IMAGES or max(shape[1:3]) > MAX_SIDE:
             raise UserError(
-                f"{path}: {name} has the shape {shape}: at most {MAX_IMAGES} images of at most {MAX_SIDE} pixels a side "
-                "are scored; resize them"
+                f"{path}: {name} has the shape {shape}: at most {MAX_IMAGES} images with sides of at most {MAX_SIDE} "
+                "pixels are scored; resize them"
             )
         self.count, self.height, self.width = min(shape[0], limit or shape[0]), shape[1], shape[2]
 

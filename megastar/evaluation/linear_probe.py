@@ -98,7 +98,7 @@ def probe_features(
 
 
 def _stored(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The array in ``file`` if its header is the one that numpy writes for ``shape``; a damaged one is not parsed."""
+    """The array in ``file`` if its header is the one that numpy writes for ``shape``; a damaged file is not parsed."""
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": shape})
     start = head.tell()

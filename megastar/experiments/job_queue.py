@@ -103,7 +103,7 @@ class JobQueue:
         self.environments, self.console = environments, console
         self.running: dict[int, Running] = {}
         self.stop_signal = 0
-        self.message = ""  # of the signal handler: a console that is printing cannot be printed to
+        self.message = ""  # from the signal handler, which must not print while the console is printing
 
     def run(self, jobs: Iterable[Job], after: Callable[[Attempt], list[Job]]) -> None:
         """Run all jobs, and those that ``after`` returns for an ended one, which go first.

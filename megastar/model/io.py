@@ -43,7 +43,7 @@ def read_model_metadata(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def read_model_header(path: str | Path) -> tuple[ModelConfig, dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Configuration, provenance and shapes, which fit together. Raises ``UserError``."""
+    """Configuration, provenance and shapes, checked against each other. Raises ``UserError``."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"weights {path} do not exist: name a .safetensors file written by megastar")

@@ -1,7 +1,7 @@
-"""How the ranks of a launch meet: rank 0 listens for the ranks' key-value store, all connect and wait for each other.
+"""Rendezvous of the ranks of a launch: rank 0 hosts their key-value store; all ranks connect and wait for each other.
 
-Nothing here or in the store is pickled (docs/security.md). Under torchrun the agent's store only passes on the address of
-rank 0's: ranks whose agent is killed can still save.
+Nothing here or in the store is pickled (docs/security.md). Under torchrun, the agent's store only passes on the address
+of rank 0's store: ranks whose agent is killed can still save.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megastar.utils.launcher import LISTEN_FD, local_world, place_of
 from megastar.utils.signals import Preempted
 
 REPORT_EVERY = 10.0  # seconds between reports of missing ranks
-STOP_GRACE = 10.0  # seconds that a rank with a stop signal waits for others: ranks that all meet leave together
+STOP_GRACE = 10.0  # seconds that a rank with a stop signal waits for others, so that all stop together
 CONNECT_TIMEOUT = 20.0  # seconds for one connection to rank 0's node
 GAVE_UP = "gave up"
 PREFIX = "megastar/join/"
@@ -36,17 +36,17 @@ logger = logging.getLogger(__name__)
 
 
 def agent_hosts_store(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether MASTER_ADDR and MASTER_PORT are those of a store of torchrun's agent."""
+    """Whether MASTER_ADDR and MASTER_PORT name the store of torchrun's agent."""
     return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def on_one_node(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launcher says that all ranks are on this node."""
+    """Whether all ranks are on this node, according to the launcher."""
     return local_world(environ) == place_of(environ).world
 
 
 def master_address(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Where rank 0's store is, or that of torchrun's agent. Raises ``UserError``."""
+    """Host and port of rank 0's store, or of the store of torchrun's agent. Raises ``UserError``."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environ.get(name):
             raise UserError(f"{name} is not set: start with --nproc or torchrun, or set it in the batch script")
@@ -59,7 +59,7 @@ def master_address(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
 
 
 def host_store(host: str, port: int, environ: Mapping[str, str] = os.environ) -> dist.TCPStore:
-    """On rank 0: listen, on the socket that the launcher opened or at ``host``. Raises ``UserError``."""
+    """On rank 0: listen on the socket that the launcher opened, or at ``host``. Raises ``UserError``."""
     if LISTEN_FD in environ:
         address, fd = LOOPBACK, int(environ[LISTEN_FD])
     else:
@@ -82,7 +82,7 @@ def join(
     environ: Mapping[str, str] = os.environ,
     setting: str = "faults.join_timeout",
 ) -> dist.TCPStore:
-    """The store of this launch, once all ranks have joined it. ``setting``: the name of ``timeout``.
+    """Wait until all ranks have joined the store of this launch; returns it. ``setting``: the name of ``timeout``.
 
     Reports the missing ranks every 10 s. Raises ``MissingRanks`` after ``timeout`` seconds, ``Preempted`` where
     ``stopped`` returns the number of a signal, here or on another rank, and ``UserError``.
@@ -96,7 +96,7 @@ class _Joining:
         self.timeout, self.stopped, self.environ, self.setting = timeout, stopped, environ, setting
         self.host, self.port = master_address(environ)
         self.begin = self.reported = time.monotonic()
-        self.stop: tuple[int, float] | None = None  # signal, when it was noticed
+        self.stop: tuple[int, float] | None = None  # signal, and the time at which it was noticed
         self.liveness: socket.socket | None = None
 
     def run(self) -> dist.TCPStore:
@@ -106,14 +106,14 @@ class _Joining:
         try:
             store = self._open(agent) if self.rank == 0 else self._connect(lambda: self._address_of_rank_0(agent))
             self._meet(store)
-        except (RuntimeError, OSError) as error:  # of the store; for a UserError it is a subclass of neither
+        except (RuntimeError, OSError) as error:  # from the store; UserError is a subclass of neither
             raise self._lost() from error
         finally:
             self._close_liveness()
         return store
 
     def _open(self, agent: dist.TCPStore | None) -> dist.TCPStore:
-        """On rank 0: the store. The agent's tells where it is."""
+        """On rank 0: open the store, and publish its port in the agent's store."""
         self._close_liveness()
         store = host_store(self.host, 0 if agent is not None else self.port, self.environ)
         if agent is not None:
@@ -123,16 +123,16 @@ class _Joining:
         return store
 
     def _address(self) -> tuple[int, str]:
-        """Its port, and a key that it holds; no key: any store."""
+        """Port of the store, and a key that it must hold; no key: any store."""
         return self.port, ""
 
     def _address_of_rank_0(self, agent: dist.TCPStore | None) -> tuple[int, str]:
-        """Raises ``OSError`` as long as rank 0 has not published it."""
+        """The same for rank 0's store. Raises ``OSError`` until rank 0 has published it."""
         if agent is None:
             return self._address()
         if not agent.check([PREFIX + "store"]):
             raise OSError("it has not started")
-        # The agent's store outlives the ranks: this may be the address of an earlier rank 0, whose port another process has.
+        # The agent's store outlives the ranks: this may be the port of an earlier rank 0, now used by another process.
         port, token = bytes(agent.get(PREFIX + "store")).decode().split()
         return int(port), PREFIX + token
 
@@ -157,7 +157,7 @@ class _Joining:
 
         reason = "no answer"
         while True:
-            # In a thread: torch waits without end for the answer of a server that is not a store.
+            # In a thread: torch waits forever for the response of a server that is not a store.
             thread = threading.Thread(target=attempt, daemon=True)
             thread.start()
             while True:
@@ -172,7 +172,7 @@ class _Joining:
             time.sleep(0.2)
 
     def _meet(self, store: dist.TCPStore) -> None:
-        """Rank 0 looks for the others, and publishes that all are there or that it gives up."""
+        """Rank 0 checks for the others, and publishes that all have joined or that it gives up."""
         store.set(f"{PREFIX}{self.rank}", host_name(self.environ))
         all_here, stop = PREFIX + "all", PREFIX + "stop"
         here, pause, stop_sent = 0, 0.01, False  # ranks below ``here`` have joined
@@ -200,7 +200,7 @@ class _Joining:
             raise MissingRanks("")  # rank 0 reports it
 
     def _missing(self, store: dist.TCPStore) -> str:
-        """The ranks that have not joined; empty on a rank that leaves the report to a lower one."""
+        """The ranks that have not joined; empty if a lower rank reports them."""
         if any(store.check([f"{PREFIX}{r}"]) for r in range(self.rank)):
             return ""
         missing = [r for r in range(self.world) if r != self.rank and not store.check([f"{PREFIX}{r}"])]
@@ -219,7 +219,7 @@ class _Joining:
             names = missing()
             text = (
                 f"rank {self.rank} waited {self.timeout:.0f} s ({self.setting}) for {names}: check that these ranks "
-                f"are started and their nodes are up, and that they reach {self.host}:{self.port}"
+                f"are started and their nodes are up, and that they can reach {self.host}:{self.port}"
             )
             raise MissingRanks(text if names else "")
         if now - self.reported > REPORT_EVERY:

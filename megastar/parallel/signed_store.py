@@ -1,4 +1,4 @@
-"""Values in the ranks' key-value store that only a rank of the same launch can have written (docs/security.md)."""
+"""Signed values in the ranks' key-value store: only ranks of the same launch can write them (docs/security.md)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SignedStore:
         return bool(self.store.check(keys))
 
     def get_all(self, keys: list[str]) -> dict[str, bytes]:
-        """The values of existing ``keys``, without those that no rank of this launch has written."""
+        """The values of existing ``keys`` that a rank of this launch has written."""
         found = {}
         for key, signed in zip(keys, map(bytes, self.store.multi_get(keys)), strict=True):
             mac, raw = signed[:MAC_BYTES], signed[MAC_BYTES:]

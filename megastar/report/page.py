@@ -103,7 +103,7 @@ def shown_events(events: list[dict[str, Any]], most: int = MAX_EVENTS) -> list[d
 
 
 def printable_texts(value: Any) -> Any:
-    """``value`` with ``printable`` keys and texts: the page's scripts show them."""
+    """``value`` with ``printable`` keys and texts, because the page's scripts show them."""
     if isinstance(value, dict):
         return {printable(str(k)): printable_texts(v) for k, v in value.items()}
     if isinstance(value, list):

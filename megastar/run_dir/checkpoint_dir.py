@@ -132,7 +132,7 @@ def read_manifest(checkpoint: Path, names: Iterable[str] | None = None) -> dict[
 
 
 def damaged(checkpoint: Path, what: object) -> UserError:
-    """The error about a checkpoint that cannot be used: it names the older one that can be, and how."""
+    """The error for a checkpoint that cannot be used: it names an older usable one, and how to use it."""
     remedy = "restore it"
     if older := whole_before(checkpoint):
         aside = checkpoint.parent.parent / f"{checkpoint.name}.damaged"
@@ -144,7 +144,7 @@ def damaged(checkpoint: Path, what: object) -> UserError:
 
 
 def whole_before(checkpoint: Path) -> Path | None:
-    """The newest checkpoint before ``checkpoint`` in its folder whose manifest and sizes of files are right, or None."""
+    """The newest checkpoint before ``checkpoint`` in its folder whose manifest and file sizes are correct, or None."""
     if not NAME.fullmatch(checkpoint.name):
         return None
     for older in reversed(complete(checkpoint.parent)):

@@ -46,7 +46,7 @@ RESUMABLE = (
 
 
 def claim_run_folder(cfg: RunConfig) -> None:
-    """Compare ``cfg`` with the run folder's config.yaml, and write it where it is new or differs.
+    """Compare ``cfg`` with the run folder's config.yaml, and write it if it is new or differs.
 
     Raises ``UserError`` that names the fields in which a run of another configuration differs.
     """
@@ -63,7 +63,7 @@ def claim_run_folder(cfg: RunConfig) -> None:
 def changes_since(old: Any, cfg: RunConfig) -> list[str]:
     """Fields of ``cfg`` that differ from the configuration in a checkpoint: ``optim.lr 0.001 -> 0.0005``.
 
-    Fields that an older version did not record count as unchanged; so does the same place under another path.
+    Fields that an older version did not record count as unchanged, as does another path to the same place.
     """
     before, values = flatten(old if isinstance(old, dict) else {}), flatten(asdict(cfg))
     now = flatten(recorded(asdict(cfg)))
@@ -81,9 +81,9 @@ def _same_place(one: Any, other: Any) -> bool:
 
 
 def check_same_init(init: str, recorded: Any, recorded_init: str, checkpoint: Path) -> None:
-    """Raise ``UserError`` if ``train.init`` names other weights than those that the run started from.
+    """Raise ``UserError`` if ``train.init`` names weights other than those that the run started from.
 
-    ``recorded``: what the checkpoint holds of them. A file in another place is the same if its SHA-256 is.
+    ``recorded``: their entry in the checkpoint. A file in another place is the same if its SHA-256 is the same.
     """
     if init == recorded_init or _same_place(init, recorded_init):
         return

@@ -1,4 +1,4 @@
-"""Notices that a run folder was removed, moved or replaced while a run writes into it."""
+"""Detects that a run folder was removed, moved or replaced while a run writes to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHECK_EVERY = 1.0  # seconds
 
 
 class FolderGuard:
-    """Holds ``folder`` open, so that no new folder gets its inode, and compares it with what lies at its path."""
+    """Keeps ``folder`` open, so that no new folder gets its inode, and compares it with the folder at its path."""
 
     def __init__(self, folder: Path):
         self.folder = Path(os.path.abspath(folder))
@@ -24,7 +24,7 @@ class FolderGuard:
             self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def gone(self, now: bool = False) -> str:
-        """What happened to the folder; empty: nothing. Looks once a second, or ``now``."""
+        """What happened to the folder; empty: nothing. Checks at most once per second, or ``now``."""
         if self._fd < 0 or self._gone or not (now or time.monotonic() - self._checked >= CHECK_EVERY):
             return self._gone
         self._checked = time.monotonic()

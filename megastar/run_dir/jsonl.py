@@ -150,7 +150,7 @@ def read_ends(path: Path, first: int, last: int) -> list[dict[str, Any]]:
 
 
 def _opened(path: Path, most: int = MAX_BYTES) -> BinaryIO:
-    """At the beginning, or at the last ``most`` bytes."""
+    """The position of the beginning, or of the last ``most`` bytes."""
     f = open_regular(path)
     f.seek(max(0, os.fstat(f.fileno()).st_size - most))
     return f

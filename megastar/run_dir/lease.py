@@ -1,10 +1,10 @@
 """The lease of a run folder: one process at a time writes into it.
 
 Its holder locks ``.lock`` (flock), which the kernel releases when the process ends, and describes itself in
-``lease.json``, whose time a thread renews. The record names the holder, and replaces the lock where a file system has
-none or a lost node's lock stays for a while. A holder is gone if its process has ended (same machine), if this process
-is a later start of its job, or if its record was not renewed for ``LIMIT`` seconds by the file server's clock. Its
-successor writes a record with another token; a former holder that is alive after all finds it, and stops writing.
+``lease.json``, whose time a thread renews. The record names the holder, and replaces the lock if the file system has
+none, or if the lock of a lost node remains for a while. A holder is gone if its process has ended (same machine), if
+this process is a later start of its job, or if its record was not renewed for ``LIMIT`` s by the file server's clock.
+Its successor writes a record with another token; a former holder that is still alive finds it, and stops writing.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Holder:
     host: str
     machine: str
     pid: int
-    start: str  # of the process, in kernel ticks: process ids are used again
+    start: str  # of the process, in kernel ticks: process ids are reused
     since: str
     job: str  # SLURM's, and the number of its restarts and its step; empty without SLURM
     restart: str
     step: str
     launch: str  # the id of a torchrun launch, if it has one
     token: str
-    lock: int  # inode of the lock file: a copy of the folder has another
+    lock: int  # inode of the lock file; that of a copy of the folder differs
 
     def __str__(self) -> str:
         job = f", job {self.job}" if self.job else ""
@@ -64,7 +64,7 @@ class Holder:
 
 
 def read_holder(folder: Path) -> tuple[Holder, float] | None:
-    """The record in ``folder`` and its time (seconds since 1970, by the file server's clock), if there is a valid one."""
+    """The record in ``folder`` and its time (seconds since 1970, by the file server's clock); None if there is no valid one."""
     content = read_small(folder / LEASE, MAX_RECORD)
     try:
         found = json.loads(content or b"")
@@ -78,32 +78,32 @@ def read_holder(folder: Path) -> tuple[Holder, float] | None:
 
 
 def held_elsewhere(folder: Path) -> bool:
-    """Whether this process knows that another one holds ``folder``."""
+    """Whether this process has found that another one holds ``folder``."""
     return os.path.abspath(folder) in _not_ours
 
 
 def in_use(folder: Path) -> bool:
-    """Whether ``folder`` has a record of another process, which may be gone."""
+    """Whether ``folder`` has a record of another process, which may have ended."""
     found = read_holder(folder)
     return found is not None and (found[0].machine, found[0].pid) != (machine(), os.getpid())
 
 
 class RunLease:
-    """The lease of ``folder``. ``command`` and ``field`` (of the configuration, to choose another folder) are for messages."""
+    """The lease of ``folder``. Messages contain ``command`` and ``field``, the configuration field of the folder."""
 
     def __init__(self, folder: Path, command: str, field: str, renew_every: float = RENEW_EVERY, limit: float = LIMIT):
         self.folder, self.command, self.field = folder, command, field
         self.renew_every, self.limit = renew_every, limit
         self.path = folder / LEASE
         self.held = False
-        self.lost = ""  # who took it over
-        self.taken_over = ""  # from whom, and why
+        self.lost = ""  # the process that took it over
+        self.taken_over = ""  # message about the former holder
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._fd = -1
 
     def acquire(self, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Make the folder and take its lease; False if ``stop`` ended the wait for a holder that may be gone.
+        """Create the folder and take its lease; False if ``stop`` ended the wait for a holder that may be gone.
 
         Raises ``UserError`` if another process holds it, or the folder cannot be written.
         """
@@ -157,12 +157,12 @@ class RunLease:
         return True
 
     def _is_of_original(self, holder: Holder) -> bool:
-        """Whether this folder is a copy, made on this machine, of the one that the record is about."""
+        """Whether this folder is a copy, made on this machine, of the folder that the record belongs to."""
         same_machine = machine().split(" ")[1:2] == holder.machine.split(" ")[1:2]
         return same_machine and holder.lock != os.fstat(self._fd).st_ino
 
     def _lock(self) -> bool | None:
-        """Whether this process holds the lock file; None where the file system has no locks."""
+        """Whether this process holds the lock file; None if the file system has no locks."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -170,7 +170,7 @@ class RunLease:
             return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
 
     def _why_gone(self, holder: Holder, locked: bool | None, age: float) -> str | None:
-        """Why the holder is gone; empty: it is alive; None: unknown."""
+        """The reason why the holder is gone; empty: it is alive; None: unknown."""
         here, there = machine().split(" ")[1:], holder.machine.split(" ")[1:]
         if here == there and len(here) == 2:  # the same boot and the same process ids
             return "" if start_of(holder.pid) == holder.start else "which has ended"
@@ -204,7 +204,7 @@ class RunLease:
             logger.warning(
                 "%s cannot be written (%s): only the lock file guards the run folder", self.path, error.strerror
             )
-        if not locked:  # another process may have decided the same at the same time: the last record counts
+        if not locked:  # another process may do the same at the same time: the last record is valid
             time.sleep(min(1.0, self.renew_every / 2))
             found = read_holder(self.folder)
             if found is not None and found[0].token != self.holder.token:
@@ -228,7 +228,7 @@ class RunLease:
                             self._write_record()
 
     def _is_ours(self) -> bool:
-        """Whether the record is still this process's; sets ``lost``."""
+        """Whether the record still belongs to this process; sets ``lost``."""
         found = read_holder(self.folder)
         if found is not None and found[0].token != self.holder.token:
             self.lost = str(found[0])
@@ -244,7 +244,7 @@ class RunLease:
             )
 
     def release(self) -> None:
-        """Let the next process in."""
+        """Release the lease."""
         if self.held:
             self._stop.set()
             if self._thread is not None:
@@ -275,13 +275,13 @@ def hold(folder: Path, command: str, field: str) -> Iterator[RunLease]:
 
 
 def is_successor(holder: Holder) -> bool:
-    """Of a holder in the same SLURM job: whether this process is of a later start of the job, or of the same step, whose
-    ranks the launcher has restarted. Two steps of one allocation may be two runs."""
+    """For a holder in the same SLURM job: whether this process belongs to a later start of the job, or to the same step
+    after the launcher restarted its ranks. Two steps of one allocation may be two runs."""
     restart, step = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("SLURM_STEP_ID", "")
     return holder.restart != restart or (bool(step) and holder.step == step)
 
 
 def launch_id() -> str:
-    """The id of torchrun's rendezvous, empty without one of its own."""
+    """The id of torchrun's rendezvous; empty unless it was set explicitly."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return "" if name == "none" else name

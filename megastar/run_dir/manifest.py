@@ -1,4 +1,4 @@
-"""``megastar.json``, the manifest of a checkpoint: its schema, and the checkpoint that remains when one is damaged.
+"""``megastar.json``, the manifest of a checkpoint: its schema and checks.
 
 The manifest is checked once, here. Fields of newer versions are kept; a manifest of another format is refused.
 """
@@ -94,7 +94,7 @@ def require_weights(checkpoint: Path, manifest: dict[str, Any]) -> None:
 
 
 def check_files(checkpoint: Path, manifest: dict[str, Any], names: Iterable[str] | None = None) -> None:
-    """Raise ``UserError`` unless the files of a checkpoint (all, or ``names``) are there, with the manifest's sizes."""
+    """Raise ``UserError`` unless the files of a checkpoint (all, or ``names``) exist with the manifest's sizes."""
     for name in manifest["files"] if names is None else names:
         entry = manifest["files"][name]
         if found := file_problem(checkpoint / name, entry["bytes"]):
@@ -103,7 +103,7 @@ def check_files(checkpoint: Path, manifest: dict[str, Any], names: Iterable[str]
 
 
 def file_problem(path: Path, size: int) -> str:
-    """What is wrong with a file of a checkpoint, apart from its content; else the empty string."""
+    """The problem with a file of a checkpoint, apart from its content, or the empty string."""
     try:
         if path.is_symlink() and path.parent.resolve() not in path.resolve().parents:
             return "is a link to a file outside the checkpoint: copy the file there"
@@ -119,7 +119,7 @@ def file_problem(path: Path, size: int) -> str:
 
 
 def config_of(checkpoint: Path, manifest: dict[str, Any]) -> RunConfig:
-    """The configuration in a manifest, which names no other files as a YAML file may. Raises ``UserError``."""
+    """The configuration in a manifest, which may not refer to other files as a YAML file may. Raises ``UserError``."""
     require_weights(checkpoint, manifest)
     path, data = checkpoint / MANIFEST, manifest["config"]
     for name, section in data.items():

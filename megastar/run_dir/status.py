@@ -209,7 +209,7 @@ def describe_heartbeats(run: Path, now: float) -> str:
 
 
 def describe_holder(run: Path, now: float) -> str:
-    """Who holds the run folder (run_dir/lease.py); empty if nobody does."""
+    """The process that holds the run folder (run_dir/lease.py); empty if there is none."""
     if (found := read_holder(run)) is None:
         return ""
     holder, renewed = found

@@ -104,7 +104,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> VQMo
 
     config, _, shapes = read_tokenizer_header(path)
     check_tokenizer_fits(Path(path), shapes, config)
-    with torch.device("meta"):  # no initial weights are drawn: the file's replace them
+    with torch.device("meta"):  # no initial weights: those of the file replace them
         model = VQModel(config)
     with open_tensors(path) as f:
         model.load_state_dict({k: f.get_tensor(k).float() for k in shapes}, assign=True)

@@ -193,7 +193,7 @@ class TokenizerTrainer:
             torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
-        """Continue from a state that ``save`` wrote. Raises ``UserError``, also for one of another configuration."""
+        """Continue from a state that ``save`` wrote. Raises ``UserError``, also if its configuration differs."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             old, values = dict(state["config"]), asdict(self.c)

@@ -1,4 +1,4 @@
-"""The consoles of the package. What they print is data: no markup, no highlighting, no control characters."""
+"""The consoles of the package. They print strings as data: no markup, no highlighting, no control characters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PlainConsole(Console):
     """Prints strings as they are: ``[red]`` is text, not a style; styles come with ``Text`` and ``style=``.
 
     Control characters are printed as escapes, in every renderable, and so are characters that the stream's encoding
-    lacks. A newline within a string that ``print`` gets is escaped unless the next line is indented: print a ``Text``
+    lacks. A newline in a string passed to ``print`` is escaped unless the next line is indented: print a ``Text``
     where several lines are meant.
     """
 
@@ -27,11 +27,11 @@ class PlainConsole(Console):
         super().__init__(**{"markup": False, "highlight": False, "emoji": False} | options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """``rich``'s ``print`` of data."""
+        """``rich``'s ``print`` for data."""
         super().print(*(_INNER_LINE.sub(r"\\n", o) if isinstance(o, str) else o for o in objects), **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """A string as ``Text``; escapes are made here, so that tables measure them."""
+        """A string as ``Text``, escaped here so that tables measure the escapes."""
         return super().render_str(printable(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:

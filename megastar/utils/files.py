@@ -41,10 +41,10 @@ def existing_parent(path: Path) -> Path:
 
 
 def check_output(path: Path, name: str, inputs: Iterable[str | Path | None] = (), folder: bool = False) -> None:
-    """Raise ``UserError`` unless the file (or ``folder``) ``path`` can be written, before hours of work; nothing stays there.
+    """Raise ``UserError`` unless the file (or ``folder``) ``path`` can be written. Called before hours of work.
 
-    ``name``: the option, for the message. ``inputs``: what must not be overwritten. A device or pipe, which is not replaced,
-    may be written.
+    Leaves no file. ``name``: the option, for the message. ``inputs``: files that must not be overwritten. A device or
+    pipe is allowed: it is written to, not replaced.
     """
     there = existing_parent(path)
     if folder and there == path and not os.path.isdir(path):
@@ -89,7 +89,7 @@ def remove_dead_temporaries(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` and its parents. Raises ``UserError`` where something else is there, or it cannot be made."""
+    """Create ``folder`` and its parents. Raises ``UserError`` if something else exists there, or creation fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,7 +100,7 @@ def make_folder(folder: Path) -> None:
             problem = f"{there} is not a folder"
         else:
             problem = error.strerror or str(error)
-        raise UserError(f"the folder {folder} cannot be made ({problem}): choose another folder") from error
+        raise UserError(f"the folder {folder} cannot be created ({problem}): choose another folder") from error
 
 
 @contextmanager
@@ -161,9 +161,9 @@ def ends_within_line(f: BinaryIO) -> bool:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading, or what a link to one names.
+    """Open a regular file, or a link to one, for reading.
 
-    Raises ``UserError`` for a pipe, a device, a folder or a socket, without waiting for what they would deliver, and
+    Raises ``UserError`` for a pipe, a device, a folder or a socket, without blocking, and
     ``OSError`` for a file that cannot be opened.
     """
     try:
@@ -191,7 +191,7 @@ def read_regular(path: Path, most: int) -> bytes:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or restore it") from error
     if size > most:
-        raise UserError(f"{path} has {size} bytes, more than the {most} that such a file may have: restore it")
+        raise UserError(f"{path} has {size} bytes, more than the limit of {most} for this file: restore it")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Network interfaces: on which one a process listens. No torch."""
+"""The network interface on which a process listens. No torch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def loopback_interface() -> str:
 
 
 def loopback_environment() -> dict[str, str]:
-    """Variables with which gloo and NCCL listen on the loopback interface only."""
+    """Environment variables that make gloo and NCCL listen on the loopback interface only."""
     return dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback_interface())
 
 
 def listen_address(host: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The address on which rank 0 listens: where ``host`` is only local, or a network card is configured
-    (GLOO_SOCKET_IFNAME, else NCCL_SOCKET_IFNAME), not all of them. Empty: all."""
+    """The address on which rank 0 listens, if ``host`` is a local address or a network card is configured
+    (GLOO_SOCKET_IFNAME, else NCCL_SOCKET_IFNAME). Empty: all addresses."""
     try:
         found = [info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     except OSError:
@@ -37,7 +37,7 @@ def listen_address(host: str, environ: Mapping[str, str] = os.environ) -> str:
     chosen = [ip for name, ips in cards.items() for ip in ips if any(p and name.startswith(p) for p in prefixes)]
     if not chosen:
         return ""
-    # The other ranks connect to the address of ``host``, which may be that of another card.
+    # The other ranks connect to the address of ``host``, which may belong to another card.
     local = [ip for ips in cards.values() for ip in ips if ip in found and not ip.startswith("127.")]
     if not local and all(ip.startswith(LOOPBACKS) for ip in chosen):
         # The loopback card answers at every address of 127.0.0.0/8: nodes in namespaces of one machine may have others.

@@ -20,7 +20,7 @@ from megastar.utils.files import read_regular
 Schema = core.CoreSchema
 MAX_BYTES = 64 << 20  # of a JSON file: the manifest of a checkpoint of 100,000 ranks has 20 MB
 MAX_CONTAINERS = 4_000_000  # lists and objects, each of which takes 60 bytes or more in memory
-MAX_INT = 2**53  # larger integers are exact in no other program
+MAX_INT = 2**53  # other programs cannot represent larger integers exactly
 SHA256 = core.str_schema(strict=True, pattern="^[0-9a-f]{64}$")
 # The name of a file in a folder, and the dotted name of a weight.
 FILE_NAME = core.str_schema(strict=True, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$")
@@ -56,7 +56,7 @@ def dict_of(keys: Schema, values: Schema) -> Schema:
 
 
 def record(required: Mapping[str, Schema], others: Mapping[str, Schema] | None = None, closed: bool = False) -> Schema:
-    """An object with the ``required`` fields and perhaps ``others``; ``closed``: and no further ones."""
+    """An object with the ``required`` fields and optionally ``others``; ``closed``: no further fields."""
     fields = {name: core.typed_dict_field(schema) for name, schema in required.items()}
     fields |= {name: core.typed_dict_field(schema, required=False) for name, schema in (others or {}).items()}
     return core.typed_dict_schema(fields, extra_behavior="forbid" if closed else "allow", strict=True)
@@ -67,7 +67,7 @@ def validator(schema: Schema) -> SchemaValidator:
 
 
 def parse_json(data: bytes | str, where: object, schema: SchemaValidator | None = None, remedy: str = "") -> Any:
-    """The content of ``data``. Raises ``UserError`` that names ``where`` it is from and the field that is wrong."""
+    """The content of ``data``. Raises a ``UserError`` that names its origin ``where`` and the invalid field."""
     end = f": {remedy}" if remedy else ""
     opened = data.count(b"[") + data.count(b"{") if isinstance(data, bytes) else data.count("[") + data.count("{")
     if len(data) > MAX_BYTES or opened > MAX_CONTAINERS:
@@ -80,7 +80,7 @@ def parse_json(data: bytes | str, where: object, schema: SchemaValidator | None 
 
 
 def check(content: Any, where: object, schema: SchemaValidator, remedy: str = "") -> Any:
-    """``content`` if it fits ``schema``; else a ``UserError`` about the first field that does not."""
+    """``content`` if it fits ``schema``; raises a ``UserError`` about the first field that does not."""
     try:
         schema.validate_python(content)
     except ValidationError as error:

@@ -43,12 +43,12 @@ def place_of(environ: Mapping[str, str]) -> RankPlace:
 
 
 def slurm_tasks(environ: Mapping[str, str]) -> int:
-    """Tasks of this job step. Inside salloc SLURM_NTASKS is that of the allocation, not of the step."""
+    """Tasks of this job step. Inside salloc, SLURM_NTASKS is the number of the allocation, not of the step."""
     return _integer(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS", "1")
 
 
 def local_world(environ: Mapping[str, str]) -> int:
-    """Ranks on this node, 0 where the launcher does not say."""
+    """The number of ranks on this node, 0 if the launcher does not provide it."""
     world = place_of(environ).world
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # of torchrun, deepspeed
         if name in environ and world > 1 and "RANK" in environ:

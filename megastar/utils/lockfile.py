@@ -97,7 +97,7 @@ class Claims:
 
 
 def file_server_time(folder: Path) -> float:
-    """Seconds since 1970 by the clock that dates the files of ``folder``, which may be another machine's."""
+    """Seconds since 1970 by the clock that dates the files of ``folder``, possibly that of a file server."""
     path = folder / f".{uuid.uuid4().hex}.now"
     path.touch()
     try:

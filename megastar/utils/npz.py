@@ -1,6 +1,6 @@
 """Reading an .npz archive: each array's header is compared with the archive before anything is decompressed.
 
-``numpy.load`` allocates whatever a header or a highly compressed member asks for.
+``numpy.load`` allocates whatever size a header or a highly compressed member requests.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ArrayHeader:
 
 
 class NpzFile:
-    """An .npz of another program. Every method raises ``UserError``, naming the file and the array."""
+    """An .npz of another program. Every method raises a ``UserError`` that names the file and the array."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -69,7 +69,7 @@ class NpzFile:
                 yield member
 
     def read(self, name: str, dtypes: str = "iuf", most: int = MAX_BYTES) -> np.ndarray:
-        """A whole array of at most ``most`` bytes whose type is of one of the numpy kinds ``dtypes``."""
+        """A whole array of at most ``most`` bytes, of one of the numpy kinds ``dtypes``."""
         header = self.header(name)
         if header.dtype.kind not in dtypes or header.bytes > most:
             raise self._unreadable(

@@ -14,7 +14,7 @@ from megastar.errors import UserError
 def own_folder(folder: str | Path) -> Path:
     """``folder`` if only this user may write to it, otherwise ``megastar-UID`` in it (empty: in the temporary directory).
 
-    Makes the folder. Raises ``UserError`` for a folder or link of another user, ``OSError`` where none can be made.
+    Creates the folder. Raises ``UserError`` for a folder or link of another user, ``OSError`` if creation fails.
     """
     path = Path(folder or tempfile.gettempdir())
     if path.is_symlink() and path.lstat().st_uid not in (0, os.geteuid()):

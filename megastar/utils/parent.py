@@ -16,15 +16,15 @@ POLL = 1.0  # seconds
 
 
 def end_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
-    """Send this process SIGTERM when the launcher that started it has ended: nobody else would end the run.
+    """Send this process SIGTERM when the launcher that started it has ended: otherwise the run would not end.
 
-    Only a Python process is taken for a launcher: a shell that started ranks in the background may end before them.
+    Only a Python process counts as a launcher: a shell that started ranks in the background may end before them.
     """
     parent = os.getppid()
     words = _words(parent)
     is_python = bool(words) and Path(words[0]).name.startswith("python")
-    # The launcher may have ended while Python started here. Those of torchrun and deepspeed do not pass on their number,
-    # but a child of theirs never has another process 1 for a parent.
+    # The launcher may have ended while Python was starting here. torchrun and deepspeed do not pass on their process
+    # id, but the parent of their ranks is never process 1 unless they are process 1 themselves.
     theirs = "TORCHELASTIC_RUN_ID" in environ or "CROSS_RANK" in environ
     if environ.get(LAUNCHED_BY_US, str(parent)) != str(parent) or (theirs and parent == 1 and not is_python):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -50,7 +50,7 @@ def _is_deepspeed(pid: int) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """State, parent and further fields of a process; empty where there is no such process, or no /proc."""
+    """State, parent and further fields of a process; empty if the process or /proc does not exist."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return []

@@ -72,7 +72,7 @@ def finish_threads() -> None:
 
 
 def die_with_agent() -> None:
-    """A rank of an elastic agent ends when the agent is killed: the other nodes restart without both."""
+    """End a rank of an elastic agent when the agent is killed: the other nodes restart without both."""
     if agent := os.environ.get(AGENT):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(agent):

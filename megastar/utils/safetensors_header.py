@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
 @contextmanager
 def utf8_name(path: str | Path) -> Iterator[str]:
-    """A name in UTF-8 of the file at ``path``, valid in the block: the safetensors library takes no other."""
+    """A UTF-8 name of the file at ``path``, valid in the block: the safetensors library accepts no other names."""
     name = os.fspath(path)
     try:
         name.encode()

@@ -16,16 +16,16 @@ PREEMPTED = 85
 RESTART = 87  # saved because a node joins an elastic run: its agents start the ranks again
 # HUP, QUIT: a closed terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-RANK_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR2)  # SIGUSR2: of an elastic agent, because a node joins
+RANK_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR2)  # SIGUSR2: sent by an elastic agent when a node joins
 
 
 def is_ignored(number: int) -> bool:
-    """Whether this process ignores SIGHUP, as below nohup."""
+    """Whether this process ignores SIGHUP, as under nohup."""
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
 def status_after(signal_number: int) -> int:
-    """Of a rank that has saved after a stop signal."""
+    """The exit status of a rank that has saved after a stop signal."""
     return RESTART if signal_number == signal.SIGUSR2 else PREEMPTED
 
 
@@ -37,13 +37,13 @@ class Preempted(SystemExit):
         self.signal = signal_number
 
 
-# Seconds within which further signals are the same request: a launcher, a shell and timeout(1) all send one.
+# Seconds within which further signals count as the same request: a launcher, a shell and timeout(1) all send one.
 REPEATED = 2.0
 LONGEST_IMPORT = 120.0  # seconds
 
 
 class StopSignal(KeyboardInterrupt):
-    """A stop signal, raised where the main thread is: ``finally`` blocks remove what is incomplete."""
+    """A stop signal, raised in the main thread, where ``finally`` blocks remove incomplete files."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -55,10 +55,10 @@ class StopSignal(KeyboardInterrupt):
 
 @contextmanager
 def raise_stopped() -> Iterator[None]:
-    """In the block, the first stop signal raises ``StopSignal``; one that follows it after ``REPEATED`` ends the process.
+    """In the block, the first stop signal raises ``StopSignal``; one more than ``REPEATED`` s later ends the process.
 
-    A signal that is ignored, as HUP is below nohup, stays so. One that arrives within an import is raised after it: the
-    initialization of a C++ library may not survive an exception. Without effect outside the main thread.
+    An ignored signal, such as HUP under nohup, stays ignored. A signal during an import is raised after the import: the
+    initialization of a C++ library may not survive an exception. Has no effect outside the main thread.
     """
     first: list[float] = []
     deferred: list[float] = []

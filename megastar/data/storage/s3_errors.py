@@ -56,9 +56,7 @@ def permanent_error(error: Any, url: str, bucket: str, endpoint: str, source: st
         return f"{endpoint} rejects the request for {url} ({code}, {text}): the bucket is in another region: correct the region, set {where}{at}"
     advice = _ADVICE.get(code, "")
     if code.startswith("KMS."):
-        advice = (
-            "its encryption key (KMS) cannot be used: enable it, or let these credentials use it (kms:Decrypt)"
-        )
+        advice = "its encryption key (KMS) cannot be used: enable it, or let these credentials use it (kms:Decrypt)"
     if "virtual host" in text.lower().replace("-", " "):
         advice = _ADVICE["SecondLevelDomainForbidden"]
     if advice and code in _KEYS:

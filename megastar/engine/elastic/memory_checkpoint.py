@@ -106,7 +106,7 @@ class MemoryCheckpoints:
 
     # Save --------------------------------------------------------------------------------------------------------
     def save(self, step: int, metadata: dict[str, Any]) -> float | None:
-        """Save if a generation is due after ``step`` steps; returns the seconds that it blocked. Called on all ranks."""
+        """Save if a generation is due after ``step`` steps; returns the seconds that it blocked. All ranks call it."""
         if not self.every or step % self.every:
             return None
         start = time.perf_counter()

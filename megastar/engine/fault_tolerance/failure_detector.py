@@ -58,7 +58,7 @@ class FailureDetector:
         self.overdue = self.clock - self.moved_at > limit_of(self.cfg)
 
     def receive(self, beats: dict[int, bytes], forged: set[int] | None = None) -> None:
-        """The result of one exchange with the store. An unchanged heartbeat counts as silence; a rank whose heartbeat
+        """Process one exchange with the store. An unchanged heartbeat counts as silence; a rank whose heartbeat
         another process overwrote (``forged``) does not."""
         gap, self.contact_at = self.clock - self.contact_at, self.clock
         if gap > self.silence:  # the store was suspended: the others could not write to it either
@@ -119,7 +119,7 @@ class FailureDetector:
         return Diagnosis("lost", f"{text}: the process or its host is down", silent)
 
     def store_loss(self) -> Diagnosis:
-        """The store does not respond: rank 0, which hosts it, is gone."""
+        """The store does not respond: rank 0, which hosts it, is lost."""
         zero = decode(self.beats[0]) if 0 in self.beats else Heartbeat(0, self.host, 0)
         seconds = self.clock - self.contact_at
         text = f"{zero} has not responded for {seconds:.0f} s, last seen at {place(zero)}"

@@ -100,13 +100,13 @@ class HeartbeatStore:
         self.store.set(self.prefix + key, raw)
 
     def get(self, key: str) -> bytes:
-        """The value of ``key``; empty while it has none, or a forged one."""
+        """The value of ``key``; empty if it is missing or forged."""
         assert self.store is not None
         key = self.prefix + key
         return self.store.get_all([key]).get(key, b"") if self.store.check([key]) else b""
 
     def read(self, ranks: list[int]) -> dict[int, bytes]:
-        """The last heartbeats of those ``ranks`` that have published one, without forged ones."""
+        """The last heartbeats of ``ranks``; those not yet published and forged ones are left out."""
         assert self.store is not None
         for rank in ranks:
             if rank not in self.present and self.store.check([self.prefix + str(rank)]):
@@ -118,7 +118,7 @@ class HeartbeatStore:
         return {int(key.removeprefix(self.prefix)): raw for key, raw in found.items()}
 
     def forged(self) -> set[int]:
-        """The ranks whose heartbeat another process had overwritten at the last ``read``."""
+        """The ranks whose heartbeat was found overwritten by another process at the last ``read``."""
         store = self.store
         keys = [key.removeprefix(self.prefix) for key in store.forged] if store else []
         return {int(key) for key in keys if key.isdigit()}

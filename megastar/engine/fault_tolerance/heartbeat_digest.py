@@ -1,8 +1,8 @@
 """Which heartbeats a rank reads. In a large job rank 0, which reads all of them, publishes a digest for the others.
 
-When a connection breaks and when a run ends, each rank needs to know which others have failed. If each read every
-heartbeat, the load of the store would grow with the square of the number of ranks: at 1,024 ranks one such round takes the
-store several seconds. The digest holds only what a diagnosis by another rank can use.
+When a connection breaks and when a run ends, each rank needs to know which others have failed. If each rank read every
+heartbeat, the load of the store would grow with the square of the number of ranks: at 1,024 ranks one such round takes
+several seconds of the store's time. The digest contains only what a diagnosis by another rank can use.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from megastar.engine.exit_codes import CLEAN
 from megastar.engine.fault_tolerance.failure_detector import FailureDetector
 from megastar.engine.fault_tolerance.heartbeat import ABORTED, EXITED, HeartbeatStore, decode, flag_of
 
-ABOVE = 128  # ranks: up to so many read each other's heartbeats themselves
+ABOVE = 128  # ranks: up to this number, each rank reads all heartbeats
 MOST = 64  # heartbeats in a digest
 SILENT = 2.5  # ticks without a new heartbeat
 
 
 def read_peers(store: HeartbeatStore, detector: FailureDetector, every: bool) -> dict[int, bytes]:
-    """The heartbeats that this rank's detector needs: of rank 0, or with ``every`` of all that may have failed."""
+    """The heartbeats that this rank's detector needs: rank 0's, or with ``every`` those of all possibly failed ranks."""
     others = [rank for rank in range(store.world) if rank != store.rank]
     if store.rank and not every:
         return store.read([0])
     if store.rank and store.world > ABOVE:
         digest = unpack(store.get("digest"))
-        returned = set(detector.beats) - set(digest)  # once silent, no longer: their new heartbeats prove it
+        returned = set(detector.beats) - set(digest)  # no longer silent: the detector needs their new heartbeats
         return store.read(sorted(returned | {0})) | digest
     beats = store.read(others)
     if store.rank == 0 and store.world > ABOVE:

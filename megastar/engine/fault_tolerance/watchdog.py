@@ -53,7 +53,7 @@ _starts = 0  # of this process
 def watch(cfg: RunConfig, rank: int, world: int, secret: bytes = b"") -> Iterator[Watchdog]:
     """Watch the ranks inside the block. Called on all of them, once the run folder and the process group exist.
 
-    ``secret``: of the launch, signs the heartbeats.
+    ``secret``: the secret of the launch, which signs the heartbeats.
 
     An error of this rank is reported to the others and re-raised. One caused by a rank that is gone ends the process here,
     with a sentence that names the rank.

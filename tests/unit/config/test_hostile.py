@@ -45,7 +45,7 @@ def refusal(text: str | bytes, folder: Path) -> str:
         ("run: " + "[" * 5000 + "]" * 5000, "it has more than 32 levels"),
         ("".join(" " * i + "a:\n" for i in range(1200)), "line 33 cannot be read (it has more than 32 levels)"),
         ("run: [" + "x," * 30_000 + "]", "it has more than 10000 values"),
-        ("x" * (2 << 20), "more than the 1048576 that such a file may have"),
+        ("x" * (2 << 20), "more than the limit of 1048576 for this file"),
         ("run: a\nrun: b", "line 2 is not YAML (the key run occurs twice)"),
         ("run: x\n\tdata: 5", "line 2 is not YAML (found character '\\t' that cannot start any token)"),
         (b"run: a\0b", "line 1 is not YAML (the character '\\x00' is not allowed)"),

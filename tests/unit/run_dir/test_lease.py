@@ -187,7 +187,7 @@ def test_a_folder_that_cannot_be_made_or_written_gets_a_sentence(tmp_path):
         (tmp_path / "file/run", "file is not a folder"),
         (tmp_path / "link", "is a symbolic link to .*gone, which does not exist"),
         (tmp_path / "link/run", "is a symbolic link to .*gone, which does not exist"),
-        (Path("/proc/no-run"), "cannot be made"),
+        (Path("/proc/no-run"), "cannot be created"),
         (tmp_path / ("x" * 300), "File name too long"),
     ):
         with pytest.raises(UserError, match=problem):
