@@ -64,7 +64,7 @@ class Holder:
 
 
 def read_holder(folder: Path) -> tuple[Holder, float] | None:
-    """The record in ``folder`` and its time (seconds since 1970, by the file server's clock); None if there is no valid one."""
+    """The record in ``folder`` and its time (seconds since 1970, by the file server's clock), or None."""
     content = read_small(folder / LEASE, MAX_RECORD)
     try:
         found = json.loads(content or b"")

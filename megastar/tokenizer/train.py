@@ -237,8 +237,8 @@ class TokenizerTrainer:
     ) -> dict[str, float]:
         """Train to ``steps``, resuming from ``out/last.pt`` if it exists. Returns the last scores.
 
-        ``stop``: save after this step and return. ``check`` is called before each save; it raises if ``out`` is another
-        process's by now.
+        ``stop``: save after this step and return. ``check`` is called before each save; it raises if another process
+        has taken over ``out``.
         """
         c, last = self.c, out / "last.pt"
         if last.is_file():

@@ -20,7 +20,7 @@ SILENT = 2.5  # ticks without a new heartbeat
 
 
 def read_peers(store: HeartbeatStore, detector: FailureDetector, every: bool) -> dict[int, bytes]:
-    """The heartbeats that this rank's detector needs: rank 0's, or with ``every`` those of all possibly failed ranks."""
+    """The heartbeats that this rank's detector needs: rank 0's, or with ``every`` those of possibly failed ranks."""
     others = [rank for rank in range(store.world) if rank != store.rank]
     if store.rank and not every:
         return store.read([0])
