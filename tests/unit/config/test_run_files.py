@@ -50,6 +50,8 @@ LATER = {
     "train.deterministic": False,
     "faults.join_timeout": 600.0,
     "faults.memory_every": 0,
+    "self_guided.negatives": "auto",
+    "parallel.teacher_features": "keep",
 }  # defaults that later versions changed or added
 
 
