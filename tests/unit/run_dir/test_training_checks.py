@@ -169,7 +169,9 @@ def test_few_negatives_are_reported_at_the_start():
         "ranks; train.global_batch 2, train.micro_batch 0): raise them or use more ranks, since accumulated micro-batches "
         "do not add negatives, or set self_guided.beta=0"
     )
-    assert "from 3 others (a forward" in message(4, "train.micro_batch=4", one_pass) and "from no other, so nothing" in message(1)
+    assert "from 3 others (a forward" in message(
+        4, "train.micro_batch=4", one_pass
+    ) and "from no other, so nothing" in message(1)
     assert message(8) == message(2, "self_guided.beta=0") == message(2, "self_guided.enabled=false") == ""
     assert message(2, "self_guided.step_loss=false", "self_guided.view_loss=false") == ""
     assert training_checks.few_negatives(demo().self_guided, demo().train, 2, 50) == ""  # a trial
