@@ -53,7 +53,7 @@ SPLITS = [("zero1", 1), ("zero3", 1), ("zero1", 2), ("zero3", 2)]
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ranks", type=int, default=4)
-    p.add_argument("--size", default="b", choices=("b", "l", "xl", "xxl", "3b"))
+    p.add_argument("--size", default="b", choices=("nano", "b", "l", "xl", "xxl", "3b"))
     p.add_argument("--batch", type=int, default=0, help="global batch (default: one image per rank)")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--blocks", type=int, default=0, help="number of blocks (default: all blocks of the size)")
