@@ -61,7 +61,7 @@ def main() -> None:
     relaunch(a.ranks)
 
     batch = a.batch or a.ranks
-    fewer = [f"model.n_layer={a.blocks}", f"self_guided.contrastive_block={a.blocks // 2}"] if a.blocks else []
+    fewer = [f"model.n_layer={a.blocks}", f"self_guided.contrastive_block={max(1, a.blocks // 2)}"] if a.blocks else []
     cfg = run_config(a.size, f"train.global_batch={batch}", *fewer)
     ctx = start(cfg)
     rows = {"DDP, replicated teacher (torch)": ddp_times(cfg, ctx, a.repeats)}
