@@ -19,7 +19,7 @@ from common import relaunch, report, run_config, seconds
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ranks", type=int, default=2)
-    p.add_argument("--size", default="b", choices=("b", "l", "xl", "xxl", "3b"))
+    p.add_argument("--size", default="b", choices=("nano", "b", "l", "xl", "xxl", "3b"))
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument(
         "--folder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -32,14 +33,13 @@ def run_config(size: str, *overrides: str):
 
 
 def random_batch(cfg, ctx, step: int = 0) -> dict:
+    """This rank's images, of as many views as the run trains on: one without self-guidance."""
     import torch
 
     images = cfg.train.global_batch // ctx.mesh.data
     g = torch.Generator().manual_seed(1000 * step + ctx.mesh.data_rank)
     batch = {
-        "codes": torch.randint(
-            0, cfg.model.vocab_size, (images, cfg.self_guided.views, cfg.model.image_tokens), generator=g
-        ),
+        "codes": torch.randint(0, cfg.model.vocab_size, (images, cfg.views, cfg.model.image_tokens), generator=g),
         "labels": torch.randint(0, cfg.model.num_classes, (images,), generator=g),
         "ids": torch.arange(images),
         "epochs": torch.zeros(images, dtype=torch.int64),
@@ -72,10 +72,21 @@ def seconds(
     return out
 
 
+def processor() -> str:
+    """The name of what is measured on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown processor"
+
+
 def report(title: str, rows: dict[str, list[float]], peer: str) -> None:
-    """Print the median seconds of each row, and those of the row ``peer`` divided by them."""
+    """Print the processor, the median seconds of each row, and those of the row ``peer`` divided by them."""
     base = statistics.median(rows[peer])
-    print(title)
+    print(f"{title}, {processor()}")
     for name, times in rows.items():
         m = statistics.median(times)
         print(f"  {name:<44} {m:9.4f} s  ({min(times):.4f} to {max(times):.4f})   {peer} / this = {base / m:.2f}")

@@ -53,7 +53,7 @@ SPLITS = [("zero1", 1), ("zero3", 1), ("zero1", 2), ("zero3", 2)]
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ranks", type=int, default=4)
-    p.add_argument("--size", default="b", choices=("b", "l", "xl", "xxl", "3b"))
+    p.add_argument("--size", default="b", choices=("nano", "b", "l", "xl", "xxl", "3b"))
     p.add_argument("--batch", type=int, default=0, help="global batch (default: one image per rank)")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--blocks", type=int, default=0, help="number of blocks (default: all blocks of the size)")
@@ -61,7 +61,7 @@ def main() -> None:
     relaunch(a.ranks)
 
     batch = a.batch or a.ranks
-    fewer = [f"model.n_layer={a.blocks}", f"self_guided.contrastive_block={a.blocks // 2}"] if a.blocks else []
+    fewer = [f"model.n_layer={a.blocks}", f"self_guided.contrastive_block={max(1, a.blocks // 2)}"] if a.blocks else []
     cfg = run_config(a.size, f"train.global_batch={batch}", *fewer)
     ctx = start(cfg)
     rows = {"DDP, replicated teacher (torch)": ddp_times(cfg, ctx, a.repeats)}

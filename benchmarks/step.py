@@ -9,18 +9,22 @@
 The AR step consists of forward, loss, backward, gradient clipping and AdamW on both sides. LlamaGen runs as in its
 train_c2i.py: fp32 weights, autocast for bf16, torch's fused AdamW. megastar has bf16 weights and fp32 masters. ``--level
 model`` excludes DeepSpeed and the average of the weights; ``--level engine`` is the step of `megastar train` on one rank,
-including the average. The losses are first compared without dropout; then the steps are timed with the dropout of the
-model size (or ``--dropout``).
+including the average. The losses and gradients of the networks are first compared without dropout, then the first steps,
+at either level: the same sequences and tokens and an equal loss, or nothing is timed. The steps are timed with the
+dropout of the model size (or ``--dropout``). ``--compiled`` adds LlamaGen's network under torch.compile, which is the default
+of train_c2i.py. ``--tiny`` checks the script in seconds; its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -114,7 +118,8 @@ def model_step(cfg: RunConfig, student: nn.Module, batch: dict, dtype: torch.dty
     return step
 
 
-def engine_step(cfg: RunConfig, batch: dict, weights: dict | None = None) -> Step:
+def engine_step(cfg: RunConfig, batch: dict, weights: dict | None = None) -> tuple[nn.Module, Step]:
+    """The student's transformer, and a step of it."""
     ctx = start(cfg)
     engines = build(cfg, ctx)
     if weights:
@@ -135,7 +140,44 @@ def engine_step(cfg: RunConfig, batch: dict, weights: dict | None = None) -> Ste
         engines.refresh_teacher()
         return loss.detach()
 
-    return step
+    return engines.student.module.transformer, step
+
+
+def first_step(net: nn.Module, step: Step) -> tuple[list[tuple[int, ...]], float]:
+    """One step without dropout: the shape of each batch of tokens that ``net`` embeds, and the loss."""
+    shapes: list[tuple[int, ...]] = []
+    hook = net.tok_embeddings.register_forward_hook(
+        lambda module, inputs, output: shapes.append(tuple(inputs[0].shape))
+    )
+    try:
+        with without_dropout(net):
+            return shapes, step().item()
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def without_dropout(*nets: nn.Module) -> Iterator[None]:
+    probabilities = {m: m.p for net in nets for m in net.modules() if isinstance(m, nn.Dropout)}
+    for m in probabilities:
+        m.p = 0.0
+    yield
+    for m, value in probabilities.items():
+        m.p = value
+
+
+def check_equal_work(firsts: dict[str, tuple[list[tuple[int, ...]], float]], tolerance: float) -> None:
+    """Exit unless all have embedded the same shapes and, to ``tolerance`` of it, have the same loss."""
+    (peer, (shapes, loss)), *others = firsts.items()
+    for name, (own, value) in others:
+        if own != shapes:
+            sys.exit(f"not timed: {peer} trains on sequences x tokens {shapes}, {name} on {own}")
+        if not abs(value - loss) <= tolerance * abs(loss):
+            sys.exit(f"not timed: the first loss of {peer} is {loss:.6f}, of {name} {value:.6f}")
+    print(
+        f"first step without dropout: sequences x tokens {shapes[0]}, losses "
+        + ", ".join(f"{v:.6f}" for _, v in firsts.values())
+    )
 
 
 def main() -> None:
@@ -151,12 +193,25 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--star", action="store_true", help="compare ST-AR with AR, per sequence that the student processes")
     p.add_argument("--host", action="store_true", help="CPU time of the host in AR and ST-AR steps; needs a GPU")
+    p.add_argument("--compiled", action="store_true", help="also time LlamaGen's network under torch.compile")
+    p.add_argument(
+        "--tiny", action="store_true", help="two narrow blocks, 2 images, one repeat: a check of this script"
+    )
     p.add_argument("--student-views", type=int, default=2, choices=(1, 2))
     a = p.parse_args()
 
     torch.set_num_threads(a.threads)
     drop = [f"model.{k}_dropout_p={a.dropout}" for k in ("token", "resid", "ffn")] if a.dropout is not None else []
     fewer = [f"model.n_layer={a.blocks}", f"self_guided.contrastive_block={max(1, a.blocks // 2)}"] if a.blocks else []
+    if a.tiny:
+        a.size, a.batch, a.repeats, a.blocks = "nano", 2, 1, 2
+        fewer = [
+            "model.n_layer=2",
+            "self_guided.contrastive_block=1",
+            "model.dim=32",
+            "model.n_head=2",
+            "model.vocab_size=64",
+        ]
     common = [f"train.dtype={a.dtype}", f"train.threads={a.threads}", f"parallel.deepspeed={a.stage}", *drop, *fewer]
     if a.star or a.host:
         (star if a.star else host)(a, common)
@@ -173,33 +228,46 @@ def main() -> None:
     student.transformer.load_state_dict(weights)
     compare(cfg, peer, student, batch, device)
     theirs = their_step(cfg, peer, batch, dtype, device)
-    ours = model_step(cfg, student, batch, dtype, device) if a.level == "model" else engine_step(cfg, batch, weights)
-    rows: dict[str, list[float]] = {"LlamaGen": [], f"megastar ({a.level})": []}
-    last: dict[str, list[float]] = {name: [] for name in rows}
-    for name, step in zip(rows, (theirs, ours), strict=True):
-        last[name].append(step().item())
+    net, ours = student.transformer, None
+    if a.level == "model":
+        ours = model_step(cfg, student, batch, dtype, device)
+    else:
+        net, ours = engine_step(cfg, batch, weights)
+    mine, steps = f"megastar ({a.level})", {"LlamaGen": theirs}
+    firsts = {}
+    if a.compiled:
+        copied = copy.deepcopy(peer)
+        steps["LlamaGen, compiled"] = compiled = their_step(cfg, torch.compile(copied), batch, dtype, device)
+    firsts["LlamaGen"] = first_step(peer, theirs)
+    if a.compiled:
+        with without_dropout(copied):
+            firsts["LlamaGen, compiled"] = (firsts["LlamaGen"][0], compiled().item())  # it was given the same codes
+    steps[mine] = ours
+    firsts[mine] = first_step(net, ours)
+    check_equal_work(firsts, 1e-5 if a.dtype == "fp32" else 5e-3)
+    rows: dict[str, list[float]] = {name: [] for name in steps}
+    last: dict[str, list[float]] = {name: [step().item()] for name, step in steps.items()}
     clock = time.process_time if a.threads == 1 and not torch.cuda.is_available() else time.perf_counter
     for _ in range(a.repeats):
-        for name, step in zip(rows, (theirs, ours), strict=True):
+        for name, step in steps.items():
             rows[name] += seconds(lambda name=name, step=step: last[name].append(step().item()), 1, clock=clock)
     blocks = f", {a.blocks} blocks" if a.blocks else ""
     title = f"AR step of {a.size}{blocks}, {a.batch} images, {a.dtype}, {device.type}, {a.threads} thread(s), dropout {cfg.model.ffn_dropout_p:g}"
     report(title, rows, "LlamaGen")
-    ratio = statistics.median(x / y for x, y in zip(*rows.values(), strict=True))
-    print(f"  losses after {a.repeats + 1} steps: " + ", ".join(f"{k} {v[-1]:.4f}" for k, v in last.items()))
-    print(f"LlamaGen / megastar = {ratio:.2f} (median of the pairs' ratios)")
+    print(f"  losses after {a.repeats + 2} steps: " + ", ".join(f"{k} {v[-1]:.4f}" for k, v in last.items()))
+    for name in [n for n in rows if n != mine]:
+        ratio = statistics.median(x / y for x, y in zip(rows[name], rows[mine], strict=True))
+        print(f"{name} / megastar = {ratio:.2f} (median of the pairs' ratios)")
 
 
 def compare(cfg: RunConfig, peer: nn.Module, student: nn.Module, batch: dict, device: torch.device) -> None:
     """Assert equal loss and gradients in fp32 without dropout, so that both sides compute the same."""
-    probabilities = {m: m.p for net in (peer, student) for m in net.modules() if isinstance(m, nn.Dropout)}
-    for m in probabilities:
-        m.p = 0.0
     codes, labels = batch["codes"][:, 0].contiguous().to(device), batch["labels"].to(device)
-    _, want = peer(cond_idx=labels, idx=codes[:, :-1], targets=codes)
-    got = our_loss(student, codes, labels)
-    want.backward()
-    got.backward()
+    with without_dropout(peer, student):
+        _, want = peer(cond_idx=labels, idx=codes[:, :-1], targets=codes)
+        got = our_loss(student, codes, labels)
+        want.backward()
+        got.backward()
     grads = dict(peer.named_parameters())
     worst = max(
         ((q.grad - grads[n].grad).norm() / grads[n].grad.norm()).item()
@@ -209,8 +277,6 @@ def compare(cfg: RunConfig, peer: nn.Module, student: nn.Module, batch: dict, de
     print(f"equal weights, no dropout, fp32: losses {want:.6f} and {got:.6f}, gradients within {worst:.1e}")
     for net in (peer, student):
         net.zero_grad(set_to_none=True)
-    for m, value in probabilities.items():
-        m.p = value
 
 
 def star(a: argparse.Namespace, common: list[str]) -> None:
@@ -227,12 +293,15 @@ def star(a: argparse.Namespace, common: list[str]) -> None:
     ):
         cfg = run_config(a.size, *common, f"train.global_batch={images}", *more)
         made[name] = engine_step(cfg, random_batch(cfg, start(cfg)))
+    seen = {name: first_step(net, step)[0] for name, (net, step) in made.items()}
+    if seen["AR"] != seen["ST-AR"] or seen["AR"][0][0] != sequences:
+        sys.exit(f"not timed: the students train on sequences x tokens {seen}, {sequences} sequences are expected")
     rows: dict[str, list[float]] = {name: [] for name in made}
-    for step in made.values():
+    for _, step in made.values():
         step()
     clock = time.process_time if a.threads == 1 and not torch.cuda.is_available() else time.perf_counter
     for _ in range(a.repeats):
-        for name, step in made.items():
+        for name, (_, step) in made.items():
             rows[name] += seconds(step, 1, clock=clock)
     depth = cfg.self_guided.contrastive_block / cfg.model.n_layer
     arithmetic = (4 + (depth if a.student_views == 1 else 0)) / 3
@@ -250,12 +319,12 @@ def host(a: argparse.Namespace, common: list[str]) -> None:
     assert ctx.device.type == "cuda", "--host needs a GPU or the null CUDA device"
     batch = random_batch(cfg, ctx)
     peer = llamagen(cfg).to(ctx.device)
-    one_view = batch | {"codes": batch["codes"][:, :1]}
+    guided = run_config(a.size, *common, f"train.global_batch={a.batch}")
     made = {
-        "LlamaGen": their_step(cfg, peer, one_view, dtype, ctx.device),
-        "megastar AR": engine_step(cfg, one_view),
-        "megastar ST-AR": engine_step(run_config(a.size, *common, f"train.global_batch={a.batch}"), batch),
-        "megastar AR, graph": graph_step(cfg, one_view),
+        "LlamaGen": their_step(cfg, peer, batch, dtype, ctx.device),
+        "megastar AR": engine_step(cfg, batch)[1],
+        "megastar ST-AR": engine_step(guided, random_batch(guided, ctx))[1],
+        "megastar AR, graph": graph_step(cfg, batch),
     }
     work = [products(made[name]) for name in ("LlamaGen", "megastar AR")]
     assert abs(work[0] / work[1] - 1) < 1e-3, (

@@ -134,11 +134,11 @@ def why(plan: Plan, plans: list[Plan]) -> str:
     return f"it is simple{simple}, and its estimated time is only {slower:.1%} above the shortest"
 
 
-def hint(plans: list[Plan], machine: Machine) -> str:
+def hint(plans: list[Plan], machine: Machine, one_pass: bool) -> str:
     """Advice if nothing fits."""
     near = min(plans, key=lambda p: p.need)
     more = "use more GPUs" + (f", or set train.micro_batch below {near.micro}" if near.micro > 1 else "")
-    note = " (which leaves the contrastive losses fewer negatives)" if near.micro > 1 else ""
+    note = " (which leaves the contrastive losses fewer negatives)" if near.micro > 1 and one_pass else ""
     return f"no plan fits {machine.gpu.memory:g} GiB: the closest one needs {gib(near.need)} GiB; {more}{note}"
 
 
@@ -158,7 +158,7 @@ def row(plan: Plan, best: Plan | None) -> list[str]:
         *(gib(m[k]) for k in ("weights", "gradients")),
         gib(m["optimizer"] + m["ema"]),
         *(gib(m[k]) for k in ("teacher", "activations", "head")),
-        gib(m["features"] + m["contrastive"] + m["working"]),
+        gib(m["features"] + m["contrastive"] + m["kept"] + m["working"]),
         gib(m["gather"] + m["buckets"]),
         gib(plan.need),
         f"{plan.sent('tensor') / 1e9:.1f}",
@@ -191,6 +191,7 @@ def table_of(plans: list[Plan], best: Plan | None) -> Table:
 def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: Plan | None, every: bool) -> None:
     from megastar.parallel.budget import trunk
     from megastar.parallel.cost import assumptions, elements
+    from megastar.run_dir.training_checks import compares_one_pass
     from megastar.utils.console import PlainConsole
 
     # Not a terminal: use the width that the table needs.
@@ -215,12 +216,12 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     if len(shown) < len(plans):
         console.print(f"{len(shown)} of {len(plans)} plans shown, {len(fitting)} fit; --all shows all\n")
     console.print(
-        "GiB per rank at the peak of a step. other: L_MIM's features, contrastive losses, working memory; buffers: ZeRO-3's gathered "
+        "GiB per rank at the peak of a step. other: L_MIM's features, contrastive losses, what accumulated passes share, working memory; buffers: ZeRO-3's gathered "
         "weights, reduction buckets; needs: the sum with a reserve; plans below the line do not fit. tensor, data: GB that "
         f"a rank sends per step in tensor groups (NVLink) and between data ranks ({data}). MFU counts student and teacher."
     )
     if best is None:
-        console.print(f"\n{hint(plans, machine)}")
+        console.print(f"\n{hint(plans, machine, compares_one_pass(g))}")
     else:
         console.print(f"\nrecommended: {' '.join(best.overrides)}", soft_wrap=True)
         console.print(f"  because {why(best, plans)}", soft_wrap=True)
@@ -229,6 +230,8 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
             f"  {best.data} data ranks x {best.micro} images x {best.accumulation} accumulated, "
             f"{cfg.train.global_batch / best.seconds:.0f} images/s{host}"
         )
+        if kept := kept_line(cfg, best, dtype):
+            console.print(f"  {kept}", soft_wrap=True)
         saved = checkpoint_of(cfg, machine, best)
         console.print(f"  a checkpoint: {saved['files']:,} files, {saved['bytes'] / 1e9:.1f} GB")
         for t in best.transfers:
@@ -236,6 +239,23 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     console.print("\nTimes are estimates, not measurements. Assumptions:")
     for name, text in assumptions(cfg).items():
         console.print(f"  {name}: {text}")
+
+
+def kept_line(cfg: RunConfig, plan: Plan, dtype: str) -> str:
+    """What the teacher, which runs on all micro-batches of a step first, leaves in memory; empty where it does not."""
+    from megastar.parallel.budget import kept_bytes
+
+    sizes = kept_bytes(cfg.model, cfg.self_guided, plan.micro, plan.data, dtype, plan.accumulation)
+    if not sizes["targets"]:
+        return ""
+    kept = cfg.parallel.teacher_features == "keep"
+    text = f"the teacher runs first, on {plan.accumulation} passes: its targets for the step take {sizes['targets'] / 2**20:.1f} MiB"
+    if not cfg.self_guided.alpha:
+        return text
+    size = f"{sizes['teacher features'] / 2**20:.1f} MiB"
+    if kept:
+        return f"{text}, its last features {size} (parallel.teacher_features=recompute: 0, and its first {cfg.self_guided.contrastive_block} blocks run twice)"
+    return f"{text}, its last features are recomputed (parallel.teacher_features=keep: {size}, and no block runs twice)"
 
 
 def checkpoint_of(cfg: RunConfig, machine: Machine, plan: Plan) -> dict[str, int]:

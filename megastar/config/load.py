@@ -62,7 +62,10 @@ def config_from_dict(data: dict[str, Any], near: Path | None = None) -> RunConfi
 
     ``near`` is the file that ``data`` is from, if any.
     """
-    return _load(_resolved(data, lenient=True), (), RunConfig, near or "saved configuration", near, files=False)
+    data = _resolved(data, lenient=True)
+    if isinstance(guided := data.get("self_guided") or {}, dict):  # saved before this field: its only reading
+        data["self_guided"] = {"negatives": "micro_batch", **guided}
+    return _load(data, (), RunConfig, near or "saved configuration", near, files=False)
 
 
 def _load_file(path: str | Path | None, overrides: Sequence[str], schema: type[T]) -> T:

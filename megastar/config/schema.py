@@ -189,6 +189,12 @@ class SelfGuidedConfig:
     projector_dim: int = knob(2048, "hidden width of the student's projector [C]", low=1, high=65536)
     step_loss: bool = knob(True, "contrastive loss between positions (L_step); false: ablation")
     view_loss: bool = knob(True, "contrastive loss between views (L_view); false: ablation")
+    negatives: str = knob(
+        "auto",
+        "images that an anchor is compared with: global_batch, all of the step, however it is cut; micro_batch, those of "
+        "one forward pass of all data ranks; auto: what the run folder has (before this field: micro_batch), else global_batch",
+        choices=("auto", "global_batch", "micro_batch"),
+    )
     share_label_drop: bool = knob(True, "drop the same class labels in teacher and student [C]")
     teacher_decay: float = knob(0.9999, "EMA decay of the teacher [P]", low=0, high=1)
     teacher_warmup: bool = knob(False, "use the decay min(teacher_decay, (1+t)/(10+t)), for short runs [C]")
@@ -244,6 +250,11 @@ class ParallelConfig:
     )
     check_batches: bool = knob(False, "debugging: compare the batches of the ranks of a tensor group at each step")
     activation_checkpointing: bool = knob(False, "recompute the activations of each block in the backward pass")
+    teacher_features: str = knob(
+        "keep",
+        "the teacher's last features, when it runs on several micro-batches first: keep them, or recompute them",
+        choices=("keep", "recompute"),
+    )
 
 
 @dataclass

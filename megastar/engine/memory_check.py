@@ -25,7 +25,7 @@ def planned_bytes(cfg: RunConfig, world: int, dtype: str) -> tuple[int, int]:
     states, _ = state_bytes(cfg.model, cfg.self_guided, zero.stage, tensor, world // tensor, dtype, zero.offload)
     memory, _ = memory_bytes(
         cfg.model, cfg.self_guided, zero, tensor, world // tensor, micro, p.activation_checkpointing, dtype,
-        compiled, accumulation,
+        compiled, accumulation, p.teacher_features == "keep",
     )  # fmt: skip
     return sum(states.values()), sum(memory.values())
 

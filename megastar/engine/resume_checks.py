@@ -11,9 +11,26 @@ from megastar.data.shards.manifest import Manifest
 from megastar.engine.context import Context
 from megastar.engine.input_pipeline.data_checks import RunData, check_same_data, check_same_order
 from megastar.engine.rank_sync import run_on_main
-from megastar.run_dir.config_file import changes_since, check_same_init
+from megastar.run_dir import config_file
+from megastar.run_dir.training_checks import uses_contrastive
 
 logger = logging.getLogger(__name__)
+
+
+def claim_run_folder(cfg: RunConfig, ctx: Context) -> None:
+    """``config_file.claim_run_folder`` on the main rank, with the negatives that the run has always had. A collective."""
+    wanted = cfg.self_guided.negatives
+    cfg.self_guided.negatives = run_on_main(ctx, lambda: config_file.negatives_of_run(cfg))
+    if (
+        ctx.main
+        and (wanted, cfg.self_guided.negatives) == ("auto", "micro_batch")
+        and uses_contrastive(cfg.self_guided)
+    ):
+        logger.info(
+            "%s keeps self_guided.negatives=micro_batch, with which it began: the contrastive losses compare the images of "
+            "one forward pass of all data ranks", cfg.run,
+        )  # fmt: skip
+    run_on_main(ctx, lambda: config_file.claim_run_folder(cfg))
 
 
 def check_resumed(cfg: RunConfig, ctx: Context, data: RunData, restored: dict[str, Any], found: Path) -> list[str]:
@@ -26,8 +43,10 @@ def check_resumed(cfg: RunConfig, ctx: Context, data: RunData, restored: dict[st
     recorded = restored.get("config")
     before = recorded if isinstance(recorded, dict) else {}
     init = str((before.get("train") or {}).get("init") or "")
-    run_on_main(ctx, lambda: check_same_init(cfg.train.init, restored.get("init"), init, found))
-    changes = changes_since(before, cfg)
+    run_on_main(ctx, lambda: config_file.check_same_init(cfg.train.init, restored.get("init"), init, found))
+    if uses_contrastive(cfg.self_guided):
+        config_file.check_same_negatives(cfg.self_guided.negatives, config_file.recorded_negatives(before), found)
+    changes = config_file.changes_since(before, cfg)
     if ctx.main:
         for change in changes:
             logger.info("changed since %s: %s", found.name, change)

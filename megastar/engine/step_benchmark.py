@@ -12,6 +12,7 @@ import torch
 
 from megastar.config.schema import ModelConfig, RunConfig
 from megastar.engine.context import Context
+from megastar.engine.teacher_pass import teacher_first
 from megastar.engine.train_step import losses
 from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.setup import build, chosen_kernels
@@ -74,8 +75,8 @@ def step_speed(
 
 def one_step(cfg: RunConfig, ctx: Context, engines: Engines, batch: dict[str, Any], step: int) -> torch.Tensor:
     """An optimizer step in which each micro-batch is ``batch``; returns the last loss."""
-    for _ in range(engines.accumulation):
-        loss, _ = losses(cfg, engines, ctx, batch, step)
+    for micro in teacher_first(cfg, engines, ctx, [batch] * engines.accumulation, step):
+        loss, _ = losses(cfg, engines, ctx, micro, step)
         engines.student.backward(loss)
         engines.step()
     engines.refresh_teacher()

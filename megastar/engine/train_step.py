@@ -13,21 +13,16 @@ from megastar.config.schema import RunConfig
 from megastar.engine.context import Context
 from megastar.engine.lr_schedule import learning_rate
 from megastar.engine.phase import PHASE, VALIDATION
+from megastar.engine.teacher_pass import StepTargets, step_positions, teacher_labels, teacher_pass
 from megastar.engine.zero.engines import Engines
 from megastar.errors import UserError
 from megastar.model.masks import MaskSpec, draw_hidden
-from megastar.model.transformer import Output
-from megastar.objectives.self_guided import at_positions, draw_positions, total
+from megastar.objectives.contrastive import identity
+from megastar.objectives.self_guided import total
 from megastar.parallel.collectives import gather_rows
 from megastar.parallel.tensor_hash import hash_tensor
 from megastar.teacher.schedule import decay_at
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on ``device``; a copy to a GPU is made from pinned memory, and the host does not wait for it."""
-    if x.device.type == "cpu" and device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+from megastar.utils.device import to_device
 
 
 def hidden_mask(cfg: RunConfig, batch: dict[str, Any], views: int, device: torch.device) -> MaskSpec | None:
@@ -44,13 +39,14 @@ def losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The total loss of one micro-batch, with a graph through the student only, and its parts.
 
-    ``batch``: codes (B, M, T) int64, labels (B,) with dropped ones already the null class, ids and epochs (B,).
+    ``batch``: codes (B, M, T) int64, labels (B,) with dropped ones already the null class, ids and epochs (B,); from
+    ``teacher_first`` also ``teacher``, ``StepTargets``. Without it the contrastive losses compare this micro-batch's images.
     ``spreads``: the features' spread among the parts; asked for where a row of metrics is due.
     """
     if cfg.parallel.check_batches:
         check_batch(ctx, batch, step)
     codes, labels = to_device(batch["codes"], ctx.device), to_device(batch["labels"], ctx.device)
-    B, M, T = codes.shape
+    B, M = codes.shape[:2]
     guided = cfg.self_guided
     if not guided.enabled:
         return total(guided, loss_ar=engines.student(labels.repeat_interleave(M), codes.flatten(0, 1)).loss)
@@ -58,28 +54,33 @@ def losses(
     assert engines.teacher is not None
     Ms = guided.student_views
     contrastive = engines.student.module.contrastive  # false in the ablation without both contrastive losses
-    block = guided.contrastive_block if contrastive else None
-    positions = None
-    if contrastive:
-        positions = to_device(draw_positions(cfg.train.seed, step, T, guided.positions), ctx.device)  # (K,)
+    positions = step_positions(cfg, step, ctx.device) if contrastive else None  # (K,)
     mask = hidden_mask(cfg, batch, Ms, ctx.device)
     student_codes = codes[:, :Ms].flatten(0, 1)  # (B*Ms, T)
     student_labels = labels.repeat_interleave(Ms)
     out = engines.student(student_labels, student_codes, mask=mask, positions=positions)
-    teacher_labels = labels if guided.share_label_drop else to_device(batch["true_labels"], ctx.device)
-    last, targets = teacher_pass(engines, codes, teacher_labels, Ms, block, positions)
     anchors = None if out.anchors is None else out.anchors.unflatten(0, (B, Ms))  # (B, Ms, K, D)
-    return total(
+    seen: StepTargets | None = batch.get("teacher")
+    last, targets = (None, None) if seen is None else (seen.last, seen.targets)
+    if seen is None or (last is None and guided.alpha):
+        at = positions if seen is None else None
+        last, own = teacher_pass(cfg, engines, codes, teacher_labels(cfg, batch, ctx.device), at)
+        targets = own if seen is None else targets
+    ranks, rank = ctx.mesh.data, ctx.mesh.data_rank
+    loss, metrics = total(
         guided,
         loss_ar=out.loss,
         student_last=out.last,
         teacher_last=last,
         anchors=anchors,
         targets=targets,
-        gather=lambda x: gather_rows(x, ctx.data_group),
-        rank_offset=ctx.mesh.data_rank,
-        spreads=spreads,
+        gather=(lambda x: gather_rows(x, ctx.data_group)) if seen is None else identity,
+        rank_offset=rank if seen is None else seen.index * ranks + rank,
+        spreads=spreads and seen is None,
     )
+    if seen is not None and spreads and anchors is not None:
+        metrics |= seen.spreads(anchors, ctx)
+    return loss, metrics
 
 
 def check_batch(ctx: Context, batch: dict[str, Any], step: int) -> None:
@@ -95,37 +96,6 @@ def check_batch(ctx: Context, batch: dict[str, Any], step: int) -> None:
             f"step {step}: the ranks of a tensor group (rank {ctx.rank} among them) got different batches "
             f"({seen.tolist()}): the loader must be given the data rank, not the rank"
         )
-
-
-@torch.no_grad()
-def teacher_pass(
-    engines: Engines, codes: Tensor, labels: Tensor, student_views: int, block: int | None, positions: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Unmasked teacher on codes (B, M, T): last-layer features of the student's views (B * Ms, T, D), and block
-    ``block``'s of all views at the positions, (B, M, K, D), or None without positions."""
-    M, Ms = codes.shape[1], student_views
-    teacher = engines.teacher
-    assert teacher is not None
-
-    def see(views: Tensor, last_block: int | None = None) -> tuple[Tensor, Tensor | None]:  # views (B, m, T)
-        inputs = views.flatten(0, 1)[:, :-1]
-        repeated = labels.repeat_interleave(views.shape[1])
-        out: Output = teacher(repeated, inputs, features_at=block, last_block=last_block, need_logits=False)
-        assert out.last is not None
-        return out.last, out.features
-
-    def at(features: Tensor | None, m: int) -> Tensor:
-        assert features is not None and positions is not None
-        return at_positions(features, positions, m)
-
-    if positions is None:
-        return see(codes[:, :Ms])[0], None
-    last, features = see(codes[:, :Ms])
-    if Ms == M:
-        return last, at(features, M)
-    # The views that the student does not see are needed no deeper than the contrastive block.
-    _, rest = see(codes[:, Ms:], last_block=block)
-    return last, torch.cat([at(features, Ms), at(rest, M - Ms)], dim=1)
 
 
 @torch.no_grad()

@@ -38,8 +38,9 @@ from megastar.engine.metrics.logger import MetricsLogger
 from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks, run_on_main
-from megastar.engine.resume_checks import check_resumed
+from megastar.engine.resume_checks import check_resumed, claim_run_folder
 from megastar.engine.run_folder import hold_run_folder
+from megastar.engine.teacher_pass import teacher_first
 from megastar.engine.train_result import TrainResult
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.zero.process_group import collective_timeout, set_timeouts, start
@@ -47,7 +48,6 @@ from megastar.engine.zero.setup import build
 from megastar.errors import UserError
 from megastar.model.io import read_model_metadata
 from megastar.run_dir import checkpoint_dir
-from megastar.run_dir.config_file import claim_run_folder
 from megastar.run_dir.events import append_event
 from megastar.run_dir.lease import in_use
 from megastar.utils.signals import Preempted, StopFlag, status_after
@@ -112,7 +112,7 @@ class Trainer:
             self._leave_if_stopped()
             with hold_run_folder(cfg, self.ctx, self.stop) as self.lease:
                 self._leave_if_stopped()
-                run_on_main(self.ctx, lambda: claim_run_folder(cfg))
+                claim_run_folder(cfg, self.ctx)
                 with watch(cfg, self.ctx.rank, self.ctx.world, self.ctx.secret) if self.watchdog else nullcontext():
                     self._build()
                     self._train()
@@ -224,7 +224,8 @@ class Trainer:
         while self.step < self.steps:
             PHASE.begin(self.step + 1)
             record = StepRecord()
-            for batch in self.fetcher.micro_batches(engines.accumulation):
+            batches = self.fetcher.micro_batches(engines.accumulation)
+            for batch in teacher_first(self.cfg, engines, self.ctx, batches, self.step, self.fetcher.timer):
                 loss, metrics = self._forward(batch)
                 consensus = self._ask_all_ranks(loss)  # its reduction overlaps with the backward pass
                 PHASE.at("backward")

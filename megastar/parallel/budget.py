@@ -74,6 +74,11 @@ def has_projector(guided: SelfGuidedConfig) -> bool:
     return guided.enabled and guided.beta > 0 and (guided.step_loss or guided.view_loss)
 
 
+def runs_teacher_first(guided: SelfGuidedConfig, accumulation: int) -> bool:
+    """Whether the teacher runs on all ``accumulation`` micro-batches of a step before the student's first pass."""
+    return accumulation > 1 and has_projector(guided) and guided.negatives != "micro_batch"
+
+
 def parameter_shapes(model: ModelConfig, guided: SelfGuidedConfig | None = None) -> dict[str, tuple[int, ...]]:
     """Every weight of the student by its name, in the module's order: ``transformer.*``, then ``projector.*``."""
     D, F, V = model.dim, model.ffn_dim, model.vocab_size
@@ -230,12 +235,14 @@ def backward_working_bytes(
     return tokens * e * (model.dim + (1 if compiled else 2) * model.ffn_dim // tensor)
 
 
-def loss_bytes(m: ModelConfig, g: SelfGuidedConfig, micro: int, tensor: int, data: int, dtype: str) -> dict[str, int]:
+def loss_bytes(
+    m: ModelConfig, g: SelfGuidedConfig, micro: int, tensor: int, data: int, dtype: str, accumulation: int = 1
+) -> dict[str, int]:
     """Memory of the losses of ``micro`` images: the head's gradients, kept for the backward pass; features of L_MIM; the
-    contrastive losses over ``data`` ranks.
+    contrastive losses over ``data`` ranks, and all ``accumulation`` passes where the teacher runs first.
 
     L_MIM: both networks' last features, in fp32 the student's (a copy in bf16) and the teacher's unit vectors.
-    Contrastive: the gathered targets, their fp32 unit vectors and copies for each pair of views, and four copies of
+    Contrastive: the gathered targets (unless ``kept_bytes`` counts them), their fp32 unit vectors and copies for each pair of views, and four copies of
     the logits (product, selection, log-softmax, gradient).
     """
     e, N = ELEMENT[dtype], micro * g.sequences
@@ -243,11 +250,26 @@ def loss_bytes(m: ModelConfig, g: SelfGuidedConfig, micro: int, tensor: int, dat
     if g.enabled and g.alpha:
         out["features"] = N * m.image_tokens * m.dim * (2 * e + 4 + (4 if e < 4 else 0))
     if has_projector(g):
-        K, Ms, pairs, images = g.positions, g.student_views, g.student_views * (g.views - 1), micro * data
-        vectors = images * K * m.dim * (e * g.views + 4 * (2 * g.views + pairs))
+        first = runs_teacher_first(g, accumulation)
+        K, Ms, pairs = g.positions, g.student_views, g.student_views * (g.views - 1)
+        images = micro * data * (accumulation if first else 1)
+        vectors = images * K * m.dim * (e * g.views * (not first) + 4 * (2 * g.views + pairs))
         logits = micro * images * (Ms * K * (4 * K - 3) * g.step_loss + 4 * pairs * K * g.view_loss)
         out["contrastive"] = vectors + 4 * logits
     return out
+
+
+def kept_bytes(
+    m: ModelConfig, g: SelfGuidedConfig, micro: int, data: int, dtype: str, accumulation: int, keep: bool = True
+) -> dict[str, int]:
+    """What a step holds where the teacher runs first: targets of all images of the step, and with ``keep`` the last
+    features of this rank's micro-batches other than the current one."""
+    if not runs_teacher_first(g, accumulation):
+        return {"targets": 0, "teacher features": 0}
+    e = ELEMENT[dtype]
+    features = (accumulation - 1) * micro * g.sequences * m.image_tokens * m.dim * e
+    targets = accumulation * micro * data * g.views * g.positions * m.dim * e
+    return {"targets": targets, "teacher features": features if keep and g.alpha else 0}
 
 
 def _head_bytes(model: ModelConfig, sequences: int, tensor: int, dtype: str) -> tuple[int, int]:
@@ -313,20 +335,24 @@ def memory_bytes(
     dtype: str = "bf16",
     compiled: bool = False,
     accumulation: int = 1,
+    keep_features: bool = True,
 ) -> tuple[dict[str, int], int]:
     """Peak bytes of one rank's device by cause, and bytes of its host memory. The sum of the former is the peak of a step
     of ``accumulation`` passes of ``micro`` images; each value is that at the peak.
 
     ``activations`` is kept for the backward pass, with the mask; ``head``, ``features``, ``contrastive`` belong to the
     losses; ``working`` is what the phase of the peak needs besides: the head, the teacher's forward pass, a recomputed
-    block and its backward pass, or the optimizer's step.
+    block and its backward pass, or the optimizer's step; ``kept`` is ``kept_bytes``, which passes of the step share.
     """
     N, options = micro * guided.sequences, (tensor, dtype)
     states, host = state_bytes(model, guided, zero.stage, tensor, data, dtype, zero.offload)
     kept = kept_activation_bytes(model, N, *options, checkpointing, compiled)
     if guided.enabled and guided.mask_ratio:  # sdpa's additive mask, once for all blocks (model/masks.py)
         kept += N * model.image_tokens**2 * ELEMENT[dtype]
-    losses, buffers = loss_bytes(model, guided, micro, tensor, data, dtype), buffer_bytes(model, guided, zero, *options)
+    losses = loss_bytes(model, guided, micro, tensor, data, dtype, accumulation)
+    buffers = buffer_bytes(model, guided, zero, *options)
+    first = keep_features and runs_teacher_first(guided, accumulation)
+    held = {"kept": sum(kept_bytes(model, guided, micro, data, dtype, accumulation, keep_features).values())}
     head_kept, head = {"activations": kept, "head": losses["head"]}, _head_bytes(model, N, *options)[1]
     backward = backward_working_bytes(model, N, *options, compiled)
     block = block_activation_bytes(model, N, *options, compiled)
@@ -345,11 +371,11 @@ def memory_bytes(
     shard = sum(elements(model, guided, tensor).values()) // (data if zero.stage else 1)
     teacher = forward_working_bytes(model, micro * guided.views, *options, compiled) if guided.enabled else 0
     phases: list[dict[str, int]] = [
-        head_kept | early | student | {"working": head},
-        head_kept | early | buffers | {"working": teacher},
-        head_kept | early | student | losses,
+        head_kept | early | student | held | {"working": head},
+        ({} if first else head_kept) | early | buffers | held | {"working": teacher},
+        head_kept | early | student | held | losses,
         # The backward pass: before the first bucket of gradients is full, and when only the first block is left.
-        head_kept | {"buckets": first_bucket} | early | student | {"working": backward + checkpointing * block},
+        head_kept | {"buckets": first_bucket} | early | student | held | {"working": backward + checkpointing * block},
         late | student | {"activations": 0 if checkpointing else block, "working": backward + checkpointing * block},
         late
         | {
@@ -357,6 +383,6 @@ def memory_bytes(
             "working": 0 if "optimizer" in zero.offload else STEP_BYTES * shard,
         },
     ]
-    causes = ("gradients", "activations", "head", "features", "contrastive", "working", "gather", "buckets")
+    causes = ("gradients", "activations", "head", "features", "contrastive", "kept", "working", "gather", "buckets")
     peak = max(phases, key=lambda phase: sum(phase.values()))
     return states | {name: peak.get(name, 0) for name in causes}, host

@@ -25,6 +25,7 @@ from megastar.parallel.budget import (
     kept_elements,
     memory_bytes,
     parameter_shapes,
+    runs_teacher_first,
     trunk,
 )
 
@@ -212,11 +213,13 @@ class Plan:
 
 
 # Arithmetic --------------------------------------------------------------------------------------------------------
-def teacher_blocks(model: ModelConfig, g: SelfGuidedConfig) -> int:
-    """Blocks that the teacher runs on an image's views: those without a student end at the contrastive block."""
+def teacher_blocks(model: ModelConfig, g: SelfGuidedConfig, again: bool = False) -> int:
+    """Blocks that the teacher runs on an image's views: those without a student end at the contrastive block.
+
+    ``again``: it runs on all views up to that block first (``parallel.teacher_features: recompute``)."""
     if not g.enabled:
         return 0
-    others = (g.views - g.student_views) * g.contrastive_block if has_projector(g) else 0
+    others = (g.views - (not again) * g.student_views) * g.contrastive_block if has_projector(g) else 0
     return g.student_views * model.n_layer + others
 
 
@@ -242,16 +245,17 @@ def step_flops(cfg: RunConfig) -> dict[str, int]:
 
 
 def compute_seconds(
-    cfg: RunConfig, machine: Machine, tensor: int, checkpointing: bool, compiled: bool, dtype: str
+    cfg: RunConfig, machine: Machine, tensor: int, checkpointing: bool, compiled: bool, dtype: str, again: bool = False
 ) -> float:
     """Matrix products split over all GPUs, the rest bound by memory, the residual stream replicated on tensor ranks."""
     m, e, flops = cfg.model, ELEMENT[dtype], step_flops(cfg)
-    operations = flops["student"] + flops["teacher"] + checkpointing * flops["recompute"]
+    once, ran = teacher_blocks(m, cfg.self_guided), teacher_blocks(m, cfg.self_guided, again)
+    operations = flops["student"] + flops["teacher"] * ran / max(1, once) + checkpointing * flops["recompute"]
     peak = machine.gpu.tflops * 1e12 / (FP32_SLOWDOWN if dtype == "fp32" else 1)
     images = cfg.train.global_batch * tensor / machine.gpus  # per rank
     blocks = cfg.student_views * m.n_layer
     forward, backward = (pass_.bytes(m, tensor) for pass_ in (COMPILED if compiled else EAGER))
-    moved = ((blocks * (1 + checkpointing) + teacher_blocks(m, cfg.self_guided)) * forward + blocks * backward) * e / 2
+    moved = ((blocks * (1 + checkpointing) + ran) * forward + blocks * backward) * e / 2
     moved += cfg.student_views * (SPLIT_LOGIT_BYTES if tensor > 1 else LOGIT_BYTES) * m.vocab_size / tensor
     traffic = images * m.image_tokens * moved / (machine.gpu.hbm * 1e9 * MEMORY_EFFICIENCY)
     return operations / (machine.gpus * peak * MATMUL_EFFICIENCY) + traffic
@@ -268,6 +272,7 @@ def transfers(
     accumulation: int,
     checkpointing: bool,
     dtype: str,
+    again: bool = False,
 ) -> list[Transfer]:
     """The collectives of an optimizer step on ``tensor`` x ``data`` ranks, without small reductions of metrics.
 
@@ -275,7 +280,7 @@ def transfers(
     DeepSpeed's stages 1 and 2 reduce gradients by all-reduce (use_multi_rank_bucket_allreduce), stage 3 by
     reduce-scatter; from stage 2 on for each micro-batch. Stages 1 and 2 gather new weights, and the teacher's, once.
     """
-    e, A, ran = ELEMENT[dtype], accumulation, teacher_blocks(m, g)
+    e, A, ran = ELEMENT[dtype], accumulation, teacher_blocks(m, g, again)
     counts = elements(m, g, tensor)
     P, teacher, L = sum(counts.values()), trunk(counts), m.n_layer
     out: list[Transfer] = []
@@ -307,8 +312,8 @@ def transfers(
             share("reduce-scatter gradients", wide * P, A, zero.reduce_bucket or P)
             if g.enabled:
                 used = teacher - counts["transformer.output.weight"] - counts["transformer.norm.weight"]
-                again = (ran > g.student_views * L) * g.contrastive_block * block_elements(counts)
-                share("all-gather teacher", used + again, A, ahead)
+                second = (ran > g.student_views * L) * g.contrastive_block * block_elements(counts)
+                share("all-gather teacher", used + second, A, ahead)
         else:
             share("all-reduce gradients", wide * 2 * P, A if zero.stage == 2 else 1, zero.reduce_bucket or 2 * P)
             if zero.stage:
@@ -316,7 +321,10 @@ def transfers(
             if zero.stage and g.enabled:
                 share("all-gather teacher", teacher, 1, hidden=False)
         if has_projector(g):
-            share("all-gather targets", micro * data * g.views * g.positions * m.dim, A, hidden=False)
+            passes = A if runs_teacher_first(g, A) else 1  # of one gather
+            share(
+                "all-gather targets", passes * micro * data * g.views * g.positions * m.dim, A // passes, hidden=False
+            )
     return out
 
 
@@ -326,12 +334,14 @@ def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpo
     data = machine.gpus // tensor
     micro, accumulation = resolve_batch(cfg.train, tensor, machine.gpus)
     compiled = cfg.train.compile != "off" and tensor == 1
+    keep = cfg.parallel.teacher_features == "keep"
+    again = not keep and bool(cfg.self_guided.alpha) and runs_teacher_first(cfg.self_guided, accumulation)
     memory, host = memory_bytes(
-        cfg.model, cfg.self_guided, zero, tensor, data, micro, checkpointing, dtype, compiled, accumulation
+        cfg.model, cfg.self_guided, zero, tensor, data, micro, checkpointing, dtype, compiled, accumulation, keep
     )
     need = sum(memory.values()) * (1 + FRAGMENTATION) + RESERVED_GIB * GIB
-    sent = transfers(cfg.model, cfg.self_guided, zero, tensor, data, micro, accumulation, checkpointing, dtype)
-    compute = compute_seconds(cfg, machine, tensor, checkpointing, compiled, dtype)
+    sent = transfers(cfg.model, cfg.self_guided, zero, tensor, data, micro, accumulation, checkpointing, dtype, again)
+    compute = compute_seconds(cfg, machine, tensor, checkpointing, compiled, dtype, again)
     exposed, hidden = 0.0, 0.0
     for t in sent:
         rate = machine.tensor_rate() if t.link == "tensor" else machine.data_rate(tensor)

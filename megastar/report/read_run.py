@@ -21,6 +21,7 @@ from megastar.run_dir.events import NAME as EVENTS
 from megastar.run_dir.events import STARTED, read_events
 from megastar.run_dir.layout import CHECKPOINTS, CONFIG, METRICS
 from megastar.run_dir.status import Status, duration, status_of
+from megastar.run_dir.training_checks import compares_one_pass
 from megastar.utils.files import read_lines
 
 MAX_CONFIG = 200_000  # characters of a configuration that are shown
@@ -106,10 +107,10 @@ def read_run(folder: Path, name: str) -> tuple[ReportRun, RunConfig | None]:
 
 
 def chance_accuracy(cfg: RunConfig, events: list[dict[str, Any]]) -> float | None:
-    """The contrastive accuracy of guessing: 1 / the images of a forward pass over all ranks; None if unknown."""
+    """The contrastive accuracy of guessing: 1 / the images that an anchor is compared with; None if unknown."""
     if not cfg.self_guided.enabled:
         return None
-    if not cfg.train.micro_batch:
+    if not cfg.train.micro_batch or not compares_one_pass(cfg.self_guided):
         return 1 / cfg.train.global_batch
     ranks = [e["ranks"] for e in events if "ranks" in e]
     with suppress(UserError):

@@ -12,9 +12,11 @@ from megastar.config.files import read_yaml
 from megastar.config.load import config_from_dict, diff_configs, flatten, save_config
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
+from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.layout import CONFIG
 from megastar.utils.files import sha256
 
+WHOLE = {"auto", "global_batch"}  # of self_guided.negatives: the same objective
 PATHS = ("run", "data.shards", "data.val_shards", "data.tokenizer", "data.cache", "train.init")
 # Fields, and sections ending in a dot, that may differ when a run is resumed.
 RESUMABLE = (
@@ -58,6 +60,35 @@ def claim_run_folder(cfg: RunConfig) -> None:
         )
     if differing:  # a full disk needs no second write of the same file
         save_config(cfg, path)
+
+
+def negatives_of_run(cfg: RunConfig) -> str:
+    """``self_guided.negatives`` of ``cfg``; auto and its synonym become what the run folder has, so that a run's objective
+    does not change on resume. Decided by config.yaml, without one by the newest checkpoint. Raises ``UserError``."""
+    path, wanted = Path(cfg.run) / CONFIG, cfg.self_guided.negatives
+    newest = checkpoint_dir.latest(checkpoint_dir.folder_of(cfg.run))
+    if path.is_file():
+        recorded = config_from_dict(read_yaml(path, lenient=True), path).self_guided.negatives
+    elif newest is not None:
+        recorded = recorded_negatives(checkpoint_dir.read_manifest(newest).get("config"))
+    else:
+        return wanted
+    return recorded if wanted == "auto" or {wanted, recorded} <= WHOLE else wanted
+
+
+def recorded_negatives(config: Any) -> str:
+    """That of the configuration in a checkpoint; versions without the field compared the images of a micro-batch."""
+    guided = config.get("self_guided") if isinstance(config, dict) else None
+    return str((guided if isinstance(guided, dict) else {}).get("negatives", "micro_batch"))
+
+
+def check_same_negatives(negatives: str, recorded: str, checkpoint: Path) -> None:
+    """Raise ``UserError`` if they mean another objective than the checkpoint's."""
+    if (negatives in WHOLE) != (recorded in WHOLE):
+        raise UserError(
+            f"self_guided.negatives = {negatives}: {checkpoint} was trained with {recorded}, which cannot change on resume: "
+            "restore the field, or choose another run=..."
+        )
 
 
 def changes_since(old: Any, cfg: RunConfig) -> list[str]:

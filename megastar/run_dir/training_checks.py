@@ -68,13 +68,21 @@ def initial_weight_share(cfg: SelfGuidedConfig, steps: int) -> float:
 
 
 def contrastive_images(cfg: RunConfig, ranks: int) -> int:
-    """Number of images that a contrastive anchor is compared with: those of one forward pass of all data ranks."""
+    """Number of images that a contrastive anchor is compared with: those of a step, or of one forward pass of all data
+    ranks."""
+    if not compares_one_pass(cfg.self_guided):
+        return cfg.train.global_batch
     micro, _ = resolve_batch(cfg.train, cfg.parallel.tensor_parallel, ranks)
     return micro * (ranks // cfg.parallel.tensor_parallel)
 
 
 def uses_contrastive(cfg: SelfGuidedConfig) -> bool:
     return cfg.enabled and bool(cfg.beta and (cfg.step_loss or cfg.view_loss))
+
+
+def compares_one_pass(cfg: SelfGuidedConfig) -> bool:
+    """Whether an anchor is compared with the images of one forward pass of all data ranks, not of the step."""
+    return uses_contrastive(cfg) and cfg.negatives == "micro_batch"
 
 
 def uses_teacher(cfg: SelfGuidedConfig) -> bool:
@@ -102,10 +110,12 @@ def few_negatives(g: SelfGuidedConfig, train: TrainConfig, images: int, steps: i
         return ""
     few = {1: "no other, so nothing is learned from it", 2: "1 other"}
     among = few.get(images, f"{images - 1} others")
-    return (
-        f"the contrastive terms have few negatives: each anchor distinguishes its image from {among} (a forward pass of all data "
-        f"ranks; train.global_batch {train.global_batch}, train.micro_batch {train.micro_batch}): raise them or use "
-        "more ranks, since accumulated micro-batches do not add negatives, or set self_guided.beta=0"
+    start = f"the contrastive terms have few negatives: each anchor distinguishes its image from {among} "
+    if not compares_one_pass(g):
+        return start + f"(train.global_batch {train.global_batch}): raise it, or set self_guided.beta=0"
+    return start + (
+        f"(a forward pass of all data ranks; train.global_batch {train.global_batch}, train.micro_batch {train.micro_batch}): "
+        "raise them or use more ranks, since accumulated micro-batches do not add negatives, or set self_guided.beta=0"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from megastar.errors import UserError
 
@@ -47,3 +48,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
             f"dtype bf16: {gpu.name} (compute capability {gpu.major}.{gpu.minor}) lacks it; use fp32 or auto"
         )
     return DTYPES[name]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device``; a copy to a GPU is made from pinned memory, and the host does not wait for it."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

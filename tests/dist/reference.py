@@ -144,3 +144,22 @@ def _guided(cfg, student, teacher, b, step):
         anchors=out.anchors.unflatten(0, (B, Ms)) if contrastive else None, targets=targets if contrastive else None,
         spreads=True,
     )  # fmt: skip
+
+
+def uncut_step(cfg: RunConfig, passes: int = 1) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Losses and gradients of the first step from ``initial_weights``, in ``passes`` that know nothing of each other."""
+    from megastar.engine.student import Student
+    from megastar.model.transformer import Transformer
+
+    torch.manual_seed(cfg.train.seed)
+    student, teacher, weights = Student(cfg), Transformer(cfg.model).eval(), initial_weights()
+    student.transformer.load_state_dict(weights)
+    teacher.load_state_dict(weights)
+    sums: dict[str, float] = {}
+    for a in range(passes):
+        rows = slice(a * BATCH // passes, (a + 1) * BATCH // passes)
+        loss, parts = _guided(cfg, student, teacher, batch_of(cfg, 0, rows), 0)
+        (loss / passes).backward()
+        for k, v in parts.items():
+            sums[k] = sums.get(k, 0.0) + v.item() / passes
+    return sums, {n: p.grad for n, p in student.named_parameters()}

@@ -35,6 +35,8 @@ BASELINE = {"self_guided": {"enabled": False}, "optim": {"grad_clip": 0.05}}
 MIM = {"self_guided": {"step_loss": False, "view_loss": False}}
 COMPILED = {"train": {"compile": "on"}}
 RECOMPUTED = {"parallel": {"activation_checkpointing": True}}
+PER_MICRO_BATCH = {"self_guided": {"negatives": "micro_batch", "student_views": 1}}
+AGAIN = {"parallel": {"teacher_features": "recompute"}}
 DROPOUT = {"model": {"token_dropout_p": 0.1, "resid_dropout_p": 0.1, "ffn_dropout_p": 0.1}}
 EVERY_STAGE = ("0", "1", "2", "3")
 # Small weights stay gathered in the real configuration; here each must be cut, to count what a rank holds.
@@ -45,6 +47,7 @@ CASES: dict[int, list[dict]] = {
     + [case(f"t{t}_stage{s}_accumulated", s, t, 2, **ONE_VIEW) for t, s in ((1, "2"), *((2, s) for s in EVERY_STAGE))]
     + [case(f"t{t}_stage{s}_bf16", s, t, **BF16) for t, s in ((1, "2"), (2, "1"), (2, "2"), (2, "3"))]
     + [case("t2_offload", "3_offload", 2), case("t2_recomputed", "3", 2, **RECOMPUTED), case("t2_mim", "3", 2, **MIM)]
+    + [case("t2_micro_batch", "3", 2, 2, **PER_MICRO_BATCH), case("t2_again", "3", 2, 2, **AGAIN)]
     + [case("t2_baseline", "3", 2, 2, **BASELINE), case("t2_dropout", "3", 2, dropout=True, **DROPOUT)]
     + [case("t2_initial", "3", 2, init=True), case("t1_initial", "1", init=True)]
     + [case("saved", "3", 2, save_at=SAVED), case("t2_resumed", "3", 2, resume="saved")]
@@ -56,6 +59,7 @@ CASES: dict[int, list[dict]] = {
     + [case("t1_baseline", "3", 1, 2, **BASELINE), case("t1_mim", "2", **MIM), case("t1_recomputed", "1", **RECOMPUTED)]
     + [case("t1_offload", "3_offload", 1), case("t2_offload_bf16", "3_offload", 2, **BF16)]
     + [case("t1_cut_accumulated", "3_cut", 1, 2, validate=True, **ONE_VIEW)]
+    + [case("t1_micro_batch", "2", 1, 2, **PER_MICRO_BATCH), case("t1_again", "2", 1, 4, **{**ONE_VIEW, **AGAIN})]
     + [case("t1_small", "3_small", 1, 2, validate=True, **ONE_VIEW), case("t2_small", "3_small", 2, **RECOMPUTED)]
     + [case("t1_offload_cut", "3_offload_cut", 1, 2, validate=True, **ONE_VIEW), case("t1_cut_mim", "3_cut", **MIM)]
     + [case("t1_dropout", "3", 1, dropout=True, **DROPOUT)]
@@ -101,11 +105,13 @@ REFERENCES: dict[str, dict] = {}
 
 
 def reference(c: dict) -> dict:
-    """Plain training of a case's configuration; how it is split and computed makes no difference to it."""
+    """Plain training of a case's configuration; how it is split and computed makes no difference to it. Nor does how the
+    batch is cut, unless the negatives are those of a micro-batch."""
     told = {k: v for k, v in c["changes"].items() if k not in ("parallel", "train")}
-    key = json.dumps([told, c["accumulation"], c.get("init")], sort_keys=True)
+    cut = c["accumulation"] if told.get("self_guided", {}).get("negatives") == "micro_batch" else 1
+    key = json.dumps([told, cut, c.get("init")], sort_keys=True)
     if key not in REFERENCES:
-        REFERENCES[key] = train(config(**told), c["accumulation"], initial_weights() if c.get("init") else None)
+        REFERENCES[key] = train(config(**told), cut, initial_weights() if c.get("init") else None)
     return REFERENCES[key]
 
 

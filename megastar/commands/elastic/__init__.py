@@ -87,10 +87,12 @@ def main(words: list[str]) -> int:
     from megastar.engine.elastic.agent import run_node
     from megastar.engine.elastic.batch import fit_batch
     from megastar.engine.elastic.rendezvous import Nodes
+    from megastar.run_dir.config_file import negatives_of_run
 
     for name in level:
         del os.environ[name]
     least, most = args.nodes
+    cfg.self_guided.negatives = negatives_of_run(cfg)
     fit_batch(cfg, least * args.nproc, most * args.nproc)  # raises before anything is started
     job = args.job or os.environ.get("SLURM_JOB_ID") or str(Path(cfg.run).resolve())
     address = hosts[index] if index >= 0 else host_name()

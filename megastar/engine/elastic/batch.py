@@ -6,7 +6,7 @@ from megastar.config.load import resolve_batch
 from megastar.config.schema import RunConfig
 from megastar.config.validate import divisors
 from megastar.errors import UserError
-from megastar.run_dir.training_checks import uses_contrastive
+from megastar.run_dir.training_checks import compares_one_pass
 
 
 def usable_ranks(global_batch: int, tensor: int, ranks: int) -> int:
@@ -17,8 +17,9 @@ def usable_ranks(global_batch: int, tensor: int, ranks: int) -> int:
 def fit_batch(cfg: RunConfig, ranks: int, planned: int) -> tuple[int, int]:
     """(ranks to use, ``train.micro_batch`` on them) if ``ranks`` of ``planned`` ranks are available.
 
-    Fewer ranks accumulate more micro-batches, no larger than on the planned ranks, so they fit the same memory. The
-    contrastive losses compare the images of one forward pass: with ``train.micro_batch = 0`` these stay one pass.
+    Fewer ranks accumulate more micro-batches, no larger than on the planned ranks, so that they fit the same memory. The
+    contrastive losses of ``self_guided.negatives = micro_batch`` compare the images of one forward pass: with
+    ``train.micro_batch = 0`` these stay one pass.
     """
     t, tensor = cfg.train, cfg.parallel.tensor_parallel
     most = usable_ranks(t.global_batch, tensor, planned)
@@ -27,7 +28,7 @@ def fit_batch(cfg: RunConfig, ranks: int, planned: int) -> tuple[int, int]:
         raise UserError(
             f"{ranks} rank(s) cannot hold parallel.tensor_parallel = {tensor}: start more ranks per node, or more nodes"
         )
-    if not t.micro_batch and uses_contrastive(cfg.self_guided):
+    if not t.micro_batch and compares_one_pass(cfg.self_guided):
         return use, 0
     limit, _ = resolve_batch(t, tensor, most)
     return use, max(d for d in divisors(t.global_batch // (use // tensor)) if d <= limit)

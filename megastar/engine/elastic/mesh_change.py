@@ -17,7 +17,7 @@ from megastar.engine.resume_checks import start_event
 from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.setup import chosen_kernels
 from megastar.run_dir.events import STARTED, read_events
-from megastar.run_dir.training_checks import contrastive_images, uses_contrastive
+from megastar.run_dir.training_checks import compares_one_pass, contrastive_images
 from megastar.utils.hostname import host_name
 
 
@@ -66,7 +66,7 @@ def describe_change(cfg: RunConfig, ctx: Context, nodes: list[str], micro: int, 
         f"{_ranks(ctx.world, nodes)}, previously {_ranks(ranks, former)}{': ' if moves else ''}{', '.join(moves)}; "
         f"train.global_batch {cfg.train.global_batch} = {ctx.mesh.data} data rank(s) x {micro} images x {passes} pass(es)"
     )
-    if uses_contrastive(cfg.self_guided) and passes > 1:
+    if compares_one_pass(cfg.self_guided) and passes > 1:
         text += f"; the contrastive losses compare the {contrastive_images(cfg, ctx.world)} images of one pass"
     return text
 

@@ -66,9 +66,9 @@ class StepRecord:
         return any(r.save_failed for r in self.results)
 
     def means(self) -> dict[str, Tensor]:
-        """Each metric's mean over the micro-batches of this rank."""
-        zero, n = torch.zeros(()), len(self.metrics)
-        return {name: sum((m[name].float() for m in self.metrics), start=zero) / n for name in self.metrics[0]}
+        """Each metric's mean over the micro-batches of this rank that have it; the last one has all."""
+        found = {name: [m[name].float() for m in self.metrics if name in m] for name in self.metrics[-1]}
+        return {name: sum(values, start=torch.zeros(())) / len(values) for name, values in found.items()}
 
 
 class SkipPolicy:

@@ -18,7 +18,9 @@ from deepspeed.utils import groups
 from megastar.checkpoint.rng_state import seed_dropout
 from megastar.engine.checkpointer import load
 from megastar.engine.checkpointer.async_saver import Saver
+from megastar.engine.fault_tolerance.skip_policy import StepRecord
 from megastar.engine.metrics.step_metrics import step_metrics
+from megastar.engine.teacher_pass import teacher_first
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
 from megastar.engine.zero.process_group import start
 from megastar.engine.zero.setup import build
@@ -70,19 +72,17 @@ def run_case(
     per, micro = BATCH // accumulation, cfg.train.micro_batch
     history, memory = [], []
     for step in range(done, STEPS):
-        sums: dict = {}
-        for a in range(accumulation):
-            first = a * per + ctx.mesh.data_rank * micro
-            loss, parts = losses(
-                cfg, engines, ctx, batch_of(cfg, step, slice(first, first + micro)), step, spreads=True
-            )
+        record = StepRecord()
+        starts = [a * per + ctx.mesh.data_rank * micro for a in range(accumulation)]
+        batches = [batch_of(cfg, step, slice(first, first + micro)) for first in starts]
+        for batch in teacher_first(cfg, engines, ctx, batches, step):
+            loss, parts = losses(cfg, engines, ctx, batch, step, spreads=True)
             engines.student.backward(loss)
             set_schedules(cfg, engines, step, STEPS)
             engines.student.step()
-            for k, v in parts.items():
-                sums[k] = sums.get(k, 0.0) + v.float() / accumulation
+            record.metrics.append(parts)
         engines.refresh_teacher()
-        row = average_over_ranks(ctx, sums)
+        row = average_over_ranks(ctx, record.means())
         row["grad_norm"] = engines.grad_norm()
         row |= step_metrics(ctx, engines)
         memory.append(row.pop("memory_gib"))  # no two runs have the same

@@ -51,6 +51,8 @@ LATER = {
     "faults.join_timeout": 600.0,
     "faults.memory_every": 0,
     "faults.memory_copies": 1,
+    "self_guided.negatives": "auto",
+    "parallel.teacher_features": "keep",
 }  # defaults that later versions changed or added
 
 

@@ -21,13 +21,13 @@ from megastar.errors import UserError
 from megastar.utils.files import sha256
 
 
-def config(batch: int, micro: int = 0, tensor: int = 1, guided: bool = False):
+def config(batch: int, micro: int = 0, tensor: int = 1, guided: bool = False, negatives: str = "auto"):
     return as_run_config(
         {
             "data": {"shards": "x"},
             "train": {"global_batch": batch, "micro_batch": micro},
             "parallel": {"tensor_parallel": tensor},
-            "self_guided": {"enabled": guided},
+            "self_guided": {"enabled": guided, "negatives": negatives},
         }
     )
 
@@ -41,18 +41,19 @@ def test_the_most_ranks_that_divide_the_batch_are_used(batch, tensor, ranks, usa
 
 
 @pytest.mark.parametrize(
-    ("micro", "guided", "ranks", "fit"),
+    ("micro", "negatives", "ranks", "fit"),
     [
-        (0, False, 32, (32, 8)),  # 256 images: as planned
-        (0, False, 24, (16, 8)),  # no larger than planned: two passes
-        (6, False, 24, (16, 4)),  # does not divide 16 images
-        (0, True, 24, (16, 0)),  # contrastive: one pass
-        (4, True, 24, (16, 4)),
-        (0, False, 40, (32, 8)),  # spare ranks
+        (0, "", 32, (32, 8)),  # 256 images: as planned
+        (0, "", 24, (16, 8)),  # no larger than planned: two passes
+        (6, "", 24, (16, 4)),  # does not divide 16 images
+        (0, "auto", 24, (16, 8)),  # contrastive: the objective does not depend on the passes
+        (0, "micro_batch", 24, (16, 0)),  # it does: one pass
+        (4, "micro_batch", 24, (16, 4)),
+        (0, "", 40, (32, 8)),  # spare ranks
     ],
 )
-def test_fewer_ranks_accumulate_more(micro, guided, ranks, fit):
-    cfg = config(256, micro if micro != 6 else 4, guided=guided)
+def test_fewer_ranks_accumulate_more(micro, negatives, ranks, fit):
+    cfg = config(256, micro if micro != 6 else 4, guided=bool(negatives), negatives=negatives or "auto")
     assert fit_batch(cfg, ranks, 32) == fit
     cfg.train.micro_batch = fit[1]
     size, passes = resolve_batch(cfg.train, 1, fit[0])

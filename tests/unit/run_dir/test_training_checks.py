@@ -159,23 +159,31 @@ def test_few_negatives_are_reported_at_the_start():
         cfg = demo(*overrides)
         return training_checks.few_negatives(cfg.self_guided, cfg.train, images, 300)
 
+    one_pass = "self_guided.negatives=micro_batch"
     assert message(2, "train.global_batch=2") == (
+        "the contrastive terms have few negatives: each anchor distinguishes its image from 1 other (train.global_batch 2): "
+        "raise it, or set self_guided.beta=0"
+    )
+    assert message(2, "train.global_batch=2", one_pass) == (
         "the contrastive terms have few negatives: each anchor distinguishes its image from 1 other (a forward pass of all data "
         "ranks; train.global_batch 2, train.micro_batch 0): raise them or use more ranks, since accumulated micro-batches "
         "do not add negatives, or set self_guided.beta=0"
     )
-    assert "from 3 others (a forward" in message(4, "train.micro_batch=4") and "from no other, so nothing" in message(1)
+    assert "from 3 others (a forward" in message(
+        4, "train.micro_batch=4", one_pass
+    ) and "from no other, so nothing" in message(1)
     assert message(8) == message(2, "self_guided.beta=0") == message(2, "self_guided.enabled=false") == ""
     assert message(2, "self_guided.step_loss=false", "self_guided.view_loss=false") == ""
     assert training_checks.few_negatives(demo().self_guided, demo().train, 2, 50) == ""  # a trial
 
 
 def test_images_to_choose_from():
-    assert training_checks.contrastive_images(demo(), 2) == 64
-    assert (
-        training_checks.contrastive_images(demo("train.micro_batch=8"), 4) == 32
-    )  # of one forward pass: the rest is accumulated
-    assert training_checks.contrastive_images(demo("parallel.tensor_parallel=2", "train.micro_batch=8"), 4) == 16
+    def images(*overrides: str, ranks: int = 4) -> int:
+        return training_checks.contrastive_images(demo(*overrides), ranks)
+
+    assert images(ranks=2) == images("train.micro_batch=8") == 64  # of the step
+    one_pass = ("train.micro_batch=8", "self_guided.negatives=micro_batch")
+    assert images(*one_pass) == 32 and images("parallel.tensor_parallel=2", *one_pass) == 16
 
 
 def test_the_papers_runs_and_the_demo_start_without_a_warning():
