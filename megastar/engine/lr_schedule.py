@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from megastar.config.schema import OptimConfig, TrainConfig
+from megastar.config.optim import OptimConfig
+from megastar.config.schema import TrainConfig
 
 
 def total_steps(train: TrainConfig, samples: int) -> int:

@@ -13,6 +13,7 @@ import yaml
 from megastar.config.comparison import CompareConfig, VariantConfig
 from megastar.config.deepspeed import read_deepspeed
 from megastar.config.load import diff_configs, load_compare_config, load_config, resolve_batch
+from megastar.config.optim import MuonConfig
 from megastar.config.schema import RunConfig
 from megastar.parallel.budget import GIB, Zero
 from megastar.parallel.cost import GPUS, Machine, make_plan
@@ -50,6 +51,8 @@ LATER = {
     "train.deterministic": False,
     "faults.join_timeout": 600.0,
     "faults.memory_every": 0,
+    "optim.name": "adamw",
+    **{f"optim.muon.{name}": value for name, value in dataclasses.asdict(MuonConfig()).items()},
 }  # defaults that later versions changed or added
 
 
