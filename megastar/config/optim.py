@@ -69,8 +69,8 @@ class OptimConfig:
 def rate_warning(optim: OptimConfig, peak: float) -> str:
     """A sentence about a peak rate of Muon that is of the other optimizer's size; empty if there is none.
 
-    An A x B update has a root mean square of 1 / sqrt(max(A, B)) per unit of the rate under ``original``, and of 0.2, that
-    of AdamW, under ``match_rms_adamw``.
+    Per unit of the rate, an A x B update has a root mean square of about 1 / sqrt(B) under ``original``, and of 0.2, which
+    is AdamW's, under ``match_rms_adamw``.
     """
     if optim.name != "muon":
         return ""

@@ -22,7 +22,8 @@ from megastar.engine.context import Context
 from megastar.engine.student import Student
 from megastar.engine.zero.compiled_blocks import compile_blocks, wants_compiled
 from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
-from megastar.engine.zero.engines import Engines
+from megastar.engine.zero.engines import Engines, whole_shapes
+from megastar.engine.zero.muon import MuonEMA
 from megastar.engine.zero.one_data_rank import keep_gradients
 from megastar.engine.zero.partitions import AdamWEMA, parameter_groups
 from megastar.engine.zero.step_skip import install_step_skip
@@ -59,8 +60,12 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
         compile_blocks(student.transformer)  # before the engine looks for leaf modules
     config |= {"tensor_parallel": autotp_section(ctx.tensor)} if ctx.tensor > 1 else {}
     o = cfg.optim
-    optimizer = AdamWEMA(parameter_groups(student, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+    groups = parameter_groups(student, o.weight_decay, o.muon if o.name == "muon" else None)
+    adamw: dict[str, Any] = {"lr": o.lr, "betas": (o.beta1, o.beta2), "eps": o.eps}
+    optimizer = MuonEMA(groups, o.muon, ctx.dtype, **adamw) if o.name == "muon" else AdamWEMA(groups, **adamw)
     engine = initialize(student, config, optimizer)
+    if isinstance(optimizer, MuonEMA):
+        optimizer.attach(engine, ctx, whole_shapes(engine.module, ctx))
     if ctx.tensor_group is not None:
         split_loss(engine.module.transformer.output, ctx.tensor_group)
     engines = Engines(engine, None, optimizer, micro, accumulation)

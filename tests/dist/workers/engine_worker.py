@@ -2,7 +2,7 @@
 
 A case: name, changes (of the configuration), tensor, accumulation, and maybe save_at (step), resume (a run's name),
 dropout (seed the generators), init (start from a weights file), validate
-(between the steps).
+(between the steps), bucket (elements of Muon's).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megastar.engine.checkpointer import load
 from megastar.engine.checkpointer.async_saver import Saver
 from megastar.engine.metrics.step_metrics import step_metrics
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
+from megastar.engine.zero import matrix_exchange
 from megastar.engine.zero.process_group import start
 from megastar.engine.zero.setup import build
 from megastar.engine.zero.state_memory import state_bytes
@@ -45,8 +46,10 @@ def run_case(
     dropout: bool = False,
     init: bool = False,
     validate: bool = False,
+    bucket: int = 0,
 ) -> None:
     forget_mesh()
+    matrix_exchange.BUCKET = bucket or 1 << 25
     cfg = config(**changes)
     cfg.run, cfg.parallel.tensor_parallel = str(out / name), tensor
     cfg.parallel.check_batches = tensor > 1
