@@ -39,6 +39,10 @@ class MuonConfig:
         True, "orthogonalize q, k and v each for itself; false: the fused (3 D, D) weight as one matrix"
     )
 
+    def type_of(self, dtype: str) -> str:
+        """The type of the iterations in a run of compute type ``dtype``, bf16 or fp32."""
+        return dtype if self.ns_dtype == "auto" else self.ns_dtype
+
 
 @dataclass
 class OptimConfig:
@@ -64,6 +68,11 @@ class OptimConfig:
     warmup_steps: int = knob(0, "steps of linear warm-up", low=0, high=MOST_STEPS)
     min_lr_ratio: float = knob(0.01, "final lr of cosine and linear, as a fraction of the peak", low=0, high=1)
     muon: MuonConfig = knob(MuonConfig, "Muon, where name is muon; schedule, warm-up and clipping are those of optim")
+
+    @property
+    def of_matrices(self) -> MuonConfig | None:
+        """Muon's fields where Muon updates the blocks' matrices, else None."""
+        return self.muon if self.name == "muon" else None
 
 
 def rate_warning(optim: OptimConfig, peak: float) -> str:

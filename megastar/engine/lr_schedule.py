@@ -37,6 +37,12 @@ def muon_rate(optim: OptimConfig, global_batch: int, step: int, steps: int) -> f
     return at_step(scaled(optim.muon.lr, optim, global_batch), optim, step, steps)
 
 
+def rates_at(optim: OptimConfig, global_batch: int, step: int, steps: int) -> dict[str, float]:
+    """The rates of that step by their names in metrics.jsonl."""
+    muon = {"lr_muon": muon_rate(optim, global_batch, step, steps)} if optim.of_matrices else {}
+    return {"lr": learning_rate(optim, global_batch, step, steps)} | muon
+
+
 def at_step(peak: float, optim: OptimConfig, step: int, steps: int) -> float:
     o = optim
     if step < o.warmup_steps:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, sqrt
+from typing import NamedTuple
 
 from megastar.config.optim import MuonConfig
 from megastar.parallel.plan import block_matrix
+
+SLACK = 0.1
+BUCKET = 1 << 25  # elements that a rank owns in a bucket, at most; a larger matrix has a bucket of its own
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ def lr_factor(adjust_lr_fn: str, rows: int, columns: int) -> float:
 def owners(costs: Sequence[int], ranks: int, held: Sequence[Mapping[int, int]] = ()) -> list[int]:
     """The rank that owns each matrix, by ``costs``; longest first, each to the least loaded rank.
 
-    ``held``: for each matrix rank -> elements that the rank holds. Without exceeding the load of the most loaded rank, a
-    matrix goes to the rank that holds most of it, which then receives less.
+    ``held``: for each matrix rank -> elements that the rank holds. A matrix goes to the rank that holds most of it, which
+    then receives less, where that costs the most loaded rank at most ``SLACK`` more.
     """
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
 
@@ -79,8 +83,9 @@ def owners(costs: Sequence[int], ranks: int, held: Sequence[Mapping[int, int]] =
         return out, loads
 
     balanced, loads = assign(-1)
-    near, near_loads = assign(max(loads, default=0))
-    return near if max(near_loads, default=0) <= max(loads, default=0) else balanced
+    most = (1 + SLACK) * max(loads, default=0)
+    near, near_loads = assign(most)
+    return near if max(near_loads, default=0) <= most else balanced
 
 
 def owner_flops(shapes: Mapping[str, Sequence[int]], muon: MuonConfig, ranks: int) -> tuple[int, int]:
@@ -91,3 +96,45 @@ def owner_flops(shapes: Mapping[str, Sequence[int]], muon: MuonConfig, ranks: in
     for owner, cost in zip(owners(costs, ranks), costs, strict=True):
         loads[owner] += cost
     return sum(costs), max(loads)
+
+
+class MuonTraffic(NamedTuple):
+    """Of a step: elements that a rank sends to owners (``collect``) and from the matrices that it owns (``spread``), calls of
+    each, and elements of a bucket that a rank owns and holds."""
+
+    collect: float
+    spread: float
+    buckets: int
+    owned: float
+    held: float
+
+
+def muon_traffic(
+    shapes: Mapping[str, Sequence[int]], muon: MuonConfig, tensor: int, data: int, replicated: bool
+) -> MuonTraffic:
+    """On ``tensor`` x ``data`` ranks; ``replicated``: data ranks hold equal weights (ZeRO stage 0).
+
+    Averages over ranks, with owners that hold no more than others of what they own: at stages 1 and 2, where a rank holds
+    whole matrices, less is sent.
+    """
+    found = all_matrices(shapes, muon.split_qkv)
+    size, ranks = sum(m.size for m in found), tensor * data
+    largest = max((m.size for m in found), default=0)
+    owned = max(size / ranks, largest)
+    buckets = max(1, ceil(owned / BUCKET))
+    if replicated:
+        collect, spread, held = size / ranks * (1 - 1 / tensor), size / ranks * (data - 1 / tensor), size / tensor
+    else:
+        collect = spread = size / ranks * (1 - 1 / ranks)
+        held = size / ranks
+    return MuonTraffic(collect, spread, buckets, owned / buckets, held / buckets)
+
+
+def working_bytes(traffic: MuonTraffic, element: int, alone: bool) -> int:
+    """Temporary memory of the exchange (engine/zero/matrix_exchange.py): the matrices of a bucket, three copies of them in the
+    iterations, the updates in fp32; with several ranks (not ``alone``) also what is sent and received, and the next bucket.
+    """
+    size = 4 * element * traffic.owned + 4 * traffic.held * (element < 4)
+    if not alone:
+        size += 2 * element * (traffic.owned + traffic.held) + element * traffic.owned * (traffic.buckets > 1)
+    return round(size)

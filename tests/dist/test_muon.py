@@ -14,7 +14,7 @@ from tests.dist.test_engine import SAVED, case, launch, reference
 
 
 def muon(name: str, stage: str, tensor: int = 1, accumulation: int = 2, fields: dict | None = None, **more) -> dict:
-    optim = {"name": "muon", "grad_clip": 0.7, **more.pop("optim", {})}
+    optim = {"name": "muon", "grad_clip": 0.95, **more.pop("optim", {})}
     optim["muon"] = {"weight_decay": 0.3, **(fields or {})}
     return case(name, stage, tensor, accumulation, optim=optim, **more)
 

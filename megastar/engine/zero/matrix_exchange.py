@@ -19,9 +19,8 @@ from torch import Tensor
 from megastar.engine.context import Context
 from megastar.engine.zero.partitions import Shard
 from megastar.parallel.collectives import gather_rows
-from megastar.parallel.muon import Matrix, owners
+from megastar.parallel.muon import BUCKET, Matrix, owners
 
-BUCKET = 1 << 25  # elements that a rank owns in a bucket, at most; a larger matrix has a bucket of its own
 Transform = Callable[[Tensor], Tensor]  # (matrices, rows, columns) -> the same
 
 

@@ -29,15 +29,23 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def orthogonalize(matrices: Tensor, steps: int, eps: float) -> Tensor:
     """Each of ``matrices`` (count, rows, columns) with its singular values near 1, in the type of ``matrices``.
 
-    Quintic Newton-Schulz iterations. In bf16 bit for bit those of ``torch.optim.Muon``, which knows no other type.
+    On a CPU one by one: in bf16 then bit for bit ``torch.optim.Muon``'s, which a batched product is not quite.
     """
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
+    if matrices.is_cpu:
+        return torch.stack([newton_schulz(m, steps, eps) for m in matrices])
+    return newton_schulz(matrices, steps, eps)
+
+
+def newton_schulz(matrices: Tensor, steps: int, eps: float) -> Tensor:
+    """Quintic iterations on a matrix (rows, columns) or on equal ones (count, rows, columns)."""
+    tall, add = matrices.shape[-2] > matrices.shape[-1], torch.addmm if matrices.ndim == 2 else torch.baddbmm
+    x = matrices.mT if tall else matrices
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
-        x = torch.baddbmm(x, gram, x, beta=A)
-    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+        gram = add(gram, gram, gram, beta=B, alpha=C)
+        x = add(x, gram, x, beta=A)
+    return x.mT if tall else x
 
 
 class MuonEMA(AdamWEMA):
@@ -92,7 +100,10 @@ class MuonEMA(AdamWEMA):
         """All ranks alike. ``params`` are one flat tensor, or at stage 0 the weights themselves."""
         cfg, lr = self.muon, group["lr"]
         exchange = self.exchanges[id(params[0])]
-        grads, buffers = [p.grad for p in params if p.grad is not None], [self.state[p]["momentum_buffer"] for p in params]
+        grads, buffers = (
+            [p.grad for p in params if p.grad is not None],
+            [self.state[p]["momentum_buffer"] for p in params],
+        )
         torch._foreach_add_([self.state[p]["step"] for p in params], 1)
         torch._foreach_lerp_(buffers, grads, 1 - cfg.momentum)
         if cfg.nesterov:  # the gradient is not needed any more
