@@ -13,6 +13,7 @@ one process, else wall-clock seconds.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -61,6 +62,7 @@ def main() -> None:
     import torch.distributed as dist
 
     from megastar.engine.train_step import losses, set_schedules
+    from megastar.engine.zero.engines import full_shapes
     from megastar.engine.zero.process_group import start
     from megastar.engine.zero.setup import build
 
@@ -72,7 +74,7 @@ def main() -> None:
             a.size, f"optim.name={name}", f"optim.muon.ns_dtype={a.ns}", f"model.n_layer={a.blocks}", ds,
             f"parallel.tensor_parallel={a.tensor}", f"train.global_batch={a.batch}", f"train.dtype={a.dtype}",
             f"self_guided.enabled={str(a.method == 'star').lower()}", "self_guided.contrastive_block=1",
-            "optim.scale_lr=false", "train.compile=off", "train.micro_batch=0",
+            "optim.scale_lr=false", "train.compile=off", "train.micro_batch=0", "train.threads=1",
             *(f"model.{name}_dropout_p=0" for name in ("token", "resid", "ffn")),
         )  # fmt: skip
 
@@ -100,8 +102,7 @@ def main() -> None:
         assert done
         return loss.item(), engines.grad_norm(), clock() - begin, end - update
 
-    whole = {name: [tuple(p.shape) for p in e.student.module.parameters()] for name, (_, e) in sides.items()}
-    assert whole["adamw"] == whole["muon"]
+    assert full_shapes(sides["adamw"][1], ctx) == full_shapes(sides["muon"][1], ctx)
     rows: dict[str, list[float]] = {}
     for step in range(WARM + a.steps):
         found = {name: one(name, step) for name in (("adamw", "muon") if step % 2 else ("muon", "adamw"))}
@@ -116,11 +117,11 @@ def main() -> None:
         rows |= peer(sides["muon"][0], a.steps, clock)
     if not ctx.main:
         return
-    weights = sum(p.numel() for p in sides["muon"][1].student.module.parameters()) / 1e6
+    weights = sum(math.prod(s) for s in full_shapes(sides["muon"][1], ctx).values()) / 1e6
     print(
         f"{processor()}; {torch.get_num_threads()} thread(s) a rank, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}"
     )
-    title = f"{a.size}, {a.blocks} blocks, {weights:.0f} M weights a rank, {a.method}, {a.batch} images, {a.dtype}, "
+    title = f"{a.size}, {a.blocks} blocks, {weights:.0f} M weights, {a.method}, {a.batch} images, {a.dtype}, "
     title += (
         f"Newton-Schulz {a.ns}, ZeRO {a.stage}, {ctx.mesh.data} data x {ctx.tensor} tensor ranks, {ctx.device.type}"
     )

@@ -30,6 +30,7 @@ OTHERS: dict[int, list[dict]] = {
     + [muon("t1_subgroups", "3_subgroups", fields={"adjust_lr_fn": "match_rms_adamw", "lr": 4e-3})]
     + [muon("t2_bf16", "3", 2, train={"dtype": "bf16"}), muon("t1_bf16", "2", train={"dtype": "bf16"})],
     2: [muon("t1_resumed_stage1", "1", resume="saved"), muon("t2_resumed_stage0", "0", 2, resume="saved")]
+    + [muon("t2_memory", "1", 2, memory=True), muon("t1_memory", "3_cut", memory=True)]
     + [muon("t2_offload", "3_offload_cut", 2), muon("t1_resumed_stage3", "3_cut", resume="saved")],
     1: [muon("t1_resumed_stage2", "2", resume="saved"), muon("t1_torchs_bf16", "2", fields={"ns_dtype": "bf16"})],
 }
@@ -70,7 +71,7 @@ def test_muon_equals_one_process(runs, ranks, c):
     for kind in ("student", "ema"):
         for name, value in weights[kind].items():
             expected = wanted[kind][name]
-            limit = 1e-3 if rounded else 1e-5
+            limit = 5e-3 if rounded else 1e-5
             assert (value - expected).norm() <= limit * expected.norm(), f"{kind} {name}"
 
 
