@@ -59,15 +59,13 @@ class MuonEMA(AdamWEMA):
     def __init__(self, params: Any, muon: MuonConfig, dtype: torch.dtype, **defaults: Any):
         super().__init__(params, **defaults)
         self.muon, self.dtype = muon, DTYPES.get(muon.ns_dtype, dtype)
-        self.exchanges: dict[
-            int, MatrixExchange
-        ] = {}  # id of a flat tensor of matrices -> all that are stepped with it
+        self.exchanges: dict[int, MatrixExchange] = {}  # by the id of a tensor that is stepped: all stepped with it
 
     def attach(self, engine: Any, ctx: Context, shapes: dict[str, list[int]]) -> None:
         """``shapes``: name -> shape of the whole weight. A collective."""
         held = [s for s in shards(engine, self) if block_matrix(s.name)]
         replicated = engine.zero_optimization_stage() == 0
-        for stepped in flats_of(engine):
+        for stepped in flats_of(engine, self):
             flats = [(flat, some) for flat, some in stepped if block_matrix(some[0])]  # a group is Muon's or is not
             if not flats:
                 continue
@@ -100,10 +98,8 @@ class MuonEMA(AdamWEMA):
         """All ranks alike. ``params`` are one flat tensor, or at stage 0 the weights themselves."""
         cfg, lr = self.muon, group["lr"]
         exchange = self.exchanges[id(params[0])]
-        grads, buffers = (
-            [p.grad for p in params if p.grad is not None],
-            [self.state[p]["momentum_buffer"] for p in params],
-        )
+        grads = [p.grad for p in params if p.grad is not None]
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_add_([self.state[p]["step"] for p in params], 1)
         torch._foreach_lerp_(buffers, grads, 1 - cfg.momentum)
         if cfg.nesterov:  # the gradient is not needed any more

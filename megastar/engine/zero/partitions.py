@@ -97,7 +97,7 @@ def parameter_groups(module: nn.Module, weight_decay: float, muon: MuonConfig | 
     for key in sorted(groups):
         out.append({"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay})
         if muon is not None and key[2]:
-            out[-1] |= {"weight_decay": muon.weight_decay, "muon": True}
+            out[-1] |= {"lr": muon.lr, "weight_decay": muon.weight_decay, "muon": True}
     return out
 
 
@@ -161,14 +161,14 @@ def shards(engine: Any, optimizer: AdamWEMA) -> Iterator[Shard]:
                 offset += size
 
 
-def flats_of(engine: Any) -> Iterator[list[tuple[Tensor, list[str]]]]:
+def flats_of(engine: Any, optimizer: AdamWEMA) -> Iterator[list[tuple[Tensor, list[str]]]]:
     """The tensors that one call of the optimizer's step updates, each with the names of the weights of which it is a part;
     in the same order on all ranks."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
-    names = {p: n for n, p in engine.module.named_parameters()}
     if stage == 0:
-        yield [(p, [name]) for p, name in names.items()]
+        yield [(shard.flat, [shard.name]) for shard in shards(engine, optimizer)]
         return
+    names = {p: n for n, p in engine.module.named_parameters()}
     if stage < 3:
         flats, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
     else:  # a group may be several sub-groups
