@@ -2,7 +2,9 @@
 
 import difflib
 import errno
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -18,18 +20,28 @@ class MissingRanks(Exception):
 
 
 def as_user_error(error: BaseException | None) -> UserError | None:
-    """The sentence for an ``OSError`` that the user can fix, else None."""
-    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR)
-    paths = (
-        errno.EEXIST,
-        errno.ENOTDIR,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-    )  # a file or dangling link instead of a folder
-    if not isinstance(error, OSError) or error.errno not in numbers + paths:
+    """The sentence for an ``OSError`` that the user can correct, else None: a disk that fails, as with EIO or ESTALE, may
+    recover, and the job is requeued."""
+    if not isinstance(error, OSError):
         return None
-    where = f" {error.filename}" if error.filename else ""
-    return UserError(f"cannot write{where} ({error.strerror}): free space or name another place")
+    path, number = error.filename, error.errno
+    if number in (errno.EACCES, errno.EROFS, errno.EISDIR) or (number in (errno.EPERM, errno.ENAMETOOLONG) and path):
+        remedy = "change its permissions"
+    elif number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "free space"
+    elif number in (errno.EEXIST, errno.ENOTDIR, errno.ELOOP) and _is_blocked(path):
+        remedy = "remove what is there"
+    else:
+        return None
+    return UserError(f"cannot access{f' {path}' if path else ''} ({error.strerror}): {remedy} or name another place")
+
+
+def _is_blocked(path: object) -> bool:
+    """Whether a file, or a link that leads nowhere, is where a folder has to be: no race of several processes."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        return False
+    there = Path(os.fsdecode(path))
+    return any(os.path.lexists(p) and not os.path.isdir(p) for p in (there, *there.parents))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

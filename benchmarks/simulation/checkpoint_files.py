@@ -32,26 +32,24 @@ def checkpoint_row(ranks: int, folder: Path) -> dict[str, Any]:
     import torch
 
     from megastar.checkpoint.shard_format import KINDS, Piece, StateReader
-    from megastar.engine.checkpointer.async_saver import Saver
+    from megastar.engine.checkpointer.snapshot import Snapshot
     from megastar.parallel.mesh import Mesh
     from megastar.run_dir import checkpoint_dir
     from megastar.run_dir.layout import FORMAT
 
     shapes = {f"layers.{i}.norm": [4 * ranks] for i in range(8)}
     random, files = {"torch": torch.get_rng_state()}, {}
-    saver, write = object.__new__(Saver), [0, 0.0]
-    saver.written = folder / checkpoint_dir.WRITING / "x" / checkpoint_dir.name_of(1)
+    write, written = [0, 0.0], folder / checkpoint_dir.WRITING / "x" / checkpoint_dir.name_of(1)
     for rank in range(ranks):
-        saver.ctx = SimpleNamespace(mesh=Mesh(ranks, 1, rank))
+        ctx: Any = SimpleNamespace(mesh=Mesh(ranks, 1, rank))
         pieces = [(Piece(n, 0, 4 * rank, 4 * rank + 4), {k: torch.full((4,), 1.0) for k in KINDS}) for n in shapes]
-        count, took, mine = operations(lambda pieces=pieces: saver._write_files(pieces, random))
+        snapshot = Snapshot(pieces, random, {})
+        count, took, mine = operations(lambda snapshot=snapshot, ctx=ctx: snapshot.write(written, ctx))
         write = [write[0] + count, write[1] + took]
         files |= mine
     head = {"format": FORMAT, "step": 1, "mesh": {"data": ranks, "tensor": 1, "zero_stage": 3}, "optimizer_step": 1}
-    manifest = head | {"parameters": shapes, "files": dict(sorted(files.items()))}
-    _, publish, done = operations(
-        lambda: checkpoint_dir.publish(folder, checkpoint_dir.name_of(1), manifest, saver.written)
-    )
+    manifest = head | {"config": {}, "parameters": shapes, "files": dict(sorted(files.items()))}
+    _, publish, done = operations(lambda: checkpoint_dir.publish(folder, checkpoint_dir.name_of(1), manifest, written))
 
     def load(rank: int, near: bool) -> None:
         """What ``load_checkpoint`` reads on one rank."""

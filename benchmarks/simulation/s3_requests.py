@@ -84,7 +84,7 @@ def measure_s3(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
             def patched(self: Any, url: str, patience: float = 60.0, report: Any = print, client: Any = client) -> None:
                 self.url, self.patience, self.report = url, patience, report
                 self.bucket, self.prefix = s3_client.split_url(url)
-                self.aws, self.signed, self.endpoint = SimpleNamespace(client=client), False, "none"
+                self.aws, self.signed, self.endpoint = SimpleNamespace(client=client, generation=0), False, "none"
 
             s3_client.S3Folder.__init__ = patched
             for cached in (True, False):

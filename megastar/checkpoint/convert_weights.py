@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import safe_open
 from torch import Tensor
 
 from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
@@ -20,6 +19,7 @@ from megastar.checkpoint.llamagen_reader import load_pickled, model_config, toke
 from megastar.checkpoint.llamagen_writer import check_written, how_to_load, save_streaming
 from megastar.checkpoint.safetensors_stream import TensorWriter
 from megastar.checkpoint.source import elements_of
+from megastar.config.env_text import recorded
 from megastar.config.files import read_yaml, require_file
 from megastar.config.load import config_from_dict
 from megastar.config.schema import ModelConfig, TokenizerConfig
@@ -30,6 +30,7 @@ from megastar.utils.device import DTYPES
 from megastar.utils.files import sha256, write_atomic
 from megastar.utils.json_file import check, validator
 from megastar.utils.progress_bar import progress_bar
+from megastar.utils.safetensors_header import open_tensors
 
 USED = 65536  # size of the buffer in which LlamaGen's tokenizer keeps the last used codes
 
@@ -56,7 +57,7 @@ def open_weights(
     path = Path(path)
     if path.suffix == ".safetensors":
         cfg, provenance, shapes = read_weights_header(path)
-        return WeightsFile(path, cfg, shapes, safe_open(path, "pt").get_tensor, provenance)
+        return WeightsFile(path, cfg, shapes, open_tensors(path).get_tensor, provenance)
     require_weights(path)
     content = load_pickled(path)
     weights = weights_in(path, content)
@@ -176,5 +177,5 @@ def write_json(out: Path, cfg: ModelConfig | TokenizerConfig, provenance: dict[s
     """``OUT.json`` beside ``OUT.safetensors``: configuration, provenance, and the SHA-256 of the file."""
     section = "model" if isinstance(cfg, ModelConfig) else "config"
     head = {"file": out.name, "sha256": digest} | {k: provenance.get(k) for k in ("step", "tokenizer")}
-    text = json.dumps(head | {section: asdict(cfg), "provenance": provenance}, indent=1)
+    text = json.dumps(head | {section: recorded(asdict(cfg)), "provenance": provenance}, indent=1)
     write_atomic(out.with_suffix(".json"), (text + "\n").encode())

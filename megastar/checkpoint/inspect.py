@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megastar.checkpoint.shard_format import PREFIX, STATES, StateReader, check_parameters
+from megastar.config.env_text import recorded
 from megastar.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from megastar.errors import UserError
 from megastar.model.io import read_model_header
@@ -125,7 +126,8 @@ def inspect_weights(path: Path, header: WeightsHeader, verify: bool, console: Co
     cfg, provenance, shapes = header
     count = sum(map(math.prod, shapes.values()))
     console.print_json(
-        json.dumps({"parameters": count, "architecture": asdict(cfg), "provenance": provenance}), ensure_ascii=True
+        json.dumps({"parameters": count, "architecture": recorded(asdict(cfg)), "provenance": provenance}),
+        ensure_ascii=True,
     )
     if not verify:
         return True

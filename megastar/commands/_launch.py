@@ -72,7 +72,7 @@ class _Launcher:
         environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.nproc)))
         with socket.create_server((LOOPBACK, 0)) as listening:
             environ |= loopback_environment() | {
-                LAUNCHED_BY_US: "1",
+                LAUNCHED_BY_US: str(os.getpid()),
                 "WORLD_SIZE": str(self.nproc),
                 "LOCAL_WORLD_SIZE": str(self.nproc),
                 "MASTER_ADDR": LOOPBACK,

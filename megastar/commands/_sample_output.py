@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.errors import UserError
+from megastar.utils.redact import redact
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,7 +152,7 @@ def sample_and_score(
         batch=pipeline.batch,
         out=a.score if rank == 0 else None,
         console=main_console,
-        provenance=provenance | identity | {"command": " ".join(["megastar sample", *words])},
+        provenance=provenance | identity | {"command": redact(" ".join(["megastar sample", *words]))},
     )
     if group is not None:
         dist.destroy_process_group()

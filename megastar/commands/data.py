@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, bounded, positive, print_table
+from megastar.config.files import read_text
 from megastar.config.knob import MOST_SECONDS
 from megastar.config.schema import DataConfig
 from megastar.errors import UserError, nearest
@@ -28,6 +30,7 @@ ACTIONS = {
     "stats": "count classes and codes, find duplicates, write a sheet of images",
     "index": "write manifest.json and indexes for WebDataset shards of another program",
 }
+MOST_CLASSES = 64 << 20  # bytes of a file of class names
 USAGE = """usage: megastar data ACTION SET ...
 
 {actions}
@@ -187,9 +190,9 @@ def check(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
 def index(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
     classes = None
     if a.classes is not None:
-        if not Path(a.classes).is_file():
+        if not os.path.isfile(a.classes):
             raise UserError(f"--classes {a.classes} does not exist: name a file with one class name per line")
-        text = Path(a.classes).read_text(encoding="utf-8")
+        text = read_text(Path(a.classes), MOST_CLASSES)
         classes = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if "://" not in a.set and Path(a.set).is_dir():
         check_output(Path(a.set), "SET", folder=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.run_dir import layout
 from megastar.utils.files import check_output
+from megastar.utils.json_file import ANY, FLOAT, dict_of, integer, read_json, record, text, validator
 from megastar.utils.npz import NpzFile
 
 CONFIG = "configs/run/demo.yaml"
@@ -98,9 +98,16 @@ class Demo:
         """The scores of a completed demo of the same configuration, if any."""
         if not (self.scores_file.is_file() and self.grid.is_file()):
             return None
-        scores = json.loads(self.scores_file.read_text())
-        same = scores["config"] == asdict(self.cfg) and scores["samples"] == self.samples
-        return scores if same and scores["shipped"] == fingerprint(find_file(SHIPPED_WEIGHTS)) else None
+        try:
+            scores: dict[str, Any] = read_json(self.scores_file, SCORES)
+        except UserError:  # damaged: it is made again
+            return None
+        wanted = {
+            "config": asdict(self.cfg),
+            "samples": self.samples,
+            "shipped": fingerprint(find_file(SHIPPED_WEIGHTS)),
+        }
+        return scores if all(scores[name] == value for name, value in wanted.items()) else None
 
     def pretokenize(self) -> None:
         from megastar.data.pretokenize.runner import pretokenize
@@ -171,7 +178,7 @@ class Demo:
             if not out.is_file():
                 cache, device = self.folder / "cache", pick_device()
                 evaluate(file, PICTURES, real_subset="train", out=out, device=device, console=self.console, cache=cache)
-            result = json.loads(out.read_text())
+            result = read_json(out, remedy="remove it")
             rows[name] = {k: result[k] for k in ("metric", "value", "floor")} | {"step": provenance["step"]}
         scores = {"rows": rows, "samples": self.samples, "config": asdict(self.cfg)}
         scores["shipped"] = fingerprint(find_file(SHIPPED_WEIGHTS))
@@ -197,6 +204,8 @@ class Demo:
             self.console.print(f"{what + ':':<14}{Path(path).resolve()}", highlight=False, soft_wrap=True, markup=False)
 
 
+ROW = record({"metric": text(100), "value": FLOAT, "floor": FLOAT, "step": integer()})
+SCORES = validator(record({"rows": dict_of(text(100), ROW), "samples": integer(), "config": ANY, "shipped": ANY}))
 SHOWN = ("loss", "loss_ar", "loss_mim", "acc_step", "acc_view")
 
 

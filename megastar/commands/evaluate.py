@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megastar.commands._common import Parser, add_score_options, check_outputs, positive, score_options_of, seed
 from megastar.errors import UserError
+from megastar.utils.redact import redact
 
 EXAMPLES = """
 megastar evaluate samples.npz --real VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
@@ -48,7 +49,7 @@ def main(words: list[str]) -> int:
         "device": pick_device(a.device),
         "batch": a.batch,
         "console": shared_console(),
-        "provenance": provenance | {"command": " ".join(["megastar evaluate", *words])},
+        "provenance": provenance | {"command": redact(" ".join(["megastar evaluate", *words]))},
     }
     if a.tokenizer:
         evaluate_reconstruction(a.tokenizer, a.real, **options)

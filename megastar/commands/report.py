@@ -90,6 +90,7 @@ def main(words: list[str]) -> int:
 
 def baseline_of(given: str | None, runs: list[ReportRun]) -> tuple[str, dict[str, Any]]:
     """The configuration to compare with: its name on the page, and its fields. Raises ``UserError``."""
+    from megastar.config.env_text import recorded
     from megastar.config.load import load_config
     from megastar.config.schema import RunConfig
     from megastar.report.read_run import read_config
@@ -100,7 +101,7 @@ def baseline_of(given: str | None, runs: list[ReportRun]) -> tuple[str, dict[str
             return first.name, first.config or {}
         return "megastar's defaults", asdict(RunConfig())
     if not Path(given).is_dir():
-        return given, asdict(load_config(given))
+        return given, recorded(asdict(load_config(given)))
     _, config, problem = read_config(Path(given))
     if config is None:
         raise UserError(f"--baseline {given}: {problem}; name a run folder or a configuration file")

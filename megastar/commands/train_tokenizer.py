@@ -17,6 +17,7 @@ from megastar.errors import UserError
 from megastar.run_dir import layout
 from megastar.run_dir.lease import hold
 from megastar.utils.printable import say
+from megastar.utils.redact import redact
 from megastar.utils.signals import Preempted, StopFlag
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def main(words: list[str]) -> int:
         return 0
     from megastar.utils.logs import shared_console
 
-    command = " ".join(["megastar train-tokenizer", *([path] if path else []), *overrides])
+    command = redact(" ".join(["megastar train-tokenizer", *([path] if path else []), *overrides]))
     result, scores = train_tokenizer(cfg, shared_console(), command)
     say(f"{result}: " + "; ".join(f"{k}: {v['psnr']:.2f} dB, {v['codes_used']:.1%} codes" for k, v in scores.items()))
     return 0

@@ -6,6 +6,7 @@ import os
 import re
 from typing import Any, get_args, get_origin
 
+from megastar.config.env_text import recorded
 from megastar.config.files import LONGEST_PATH
 from megastar.config.yaml_text import WrittenFloat, WrittenInt
 from megastar.utils.printable import one_line
@@ -16,8 +17,8 @@ WORDS = {"true": True, "on": True, "yes": True, "y": True, "false": False, "off"
 
 
 def shown(value: Any) -> str:
-    """``repr`` on one line, shortened."""
-    text = one_line(repr(value))
+    """``repr`` on one line, shortened; of an environment variable, the expression."""
+    text = one_line(repr(recorded(value)))
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 

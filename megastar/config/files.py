@@ -51,9 +51,9 @@ def require_file(name: str | Path, what: str, near: Path | None = None) -> Path:
     raise UserError(f"{what} {path} does not exist: {hint}")
 
 
-def read_text(path: Path) -> str:
-    """The text of a configuration file. Raises ``UserError`` for one that is not UTF-8 text of a plausible size."""
-    data = read_regular(path, MOST_BYTES)
+def read_text(path: Path, most: int = MOST_BYTES) -> str:
+    """The text of a file. Raises ``UserError`` for one that is not UTF-8 text of at most ``most`` bytes."""
+    data = read_regular(path, most)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path} is UTF-16 text: save it as UTF-8")
     try:

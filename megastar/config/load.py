@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from megastar.utils.files import write_atomic
 
 T = TypeVar("T")
 AnyConfig = RunConfig | TokenizerTrainConfig | CompareConfig
+OF_FIELDS = re.compile(r"\$\{(?!\s*oc\.)")  # an expression that is resolved in the whole configuration
 NOT_IN_METHOD = ("base", "method", "run", "model", "data")  # they belong to one run
 
 
@@ -95,6 +97,7 @@ def _load(
     files: bool = True,
 ) -> T:
     problems: list[Problem] = []
+    overrides = recorded(list(overrides))  # of a comparison's file
     includes = _Includes(schema, near, problems, [text.partition("=")[0] for text in overrides])
     data = includes.expand(data, schema)
     for text in overrides:
@@ -110,7 +113,7 @@ def _load(
         field, sentence = getattr(error, "full_key", None) or "a field", str(error).splitlines() or ["it is endless"]
         problems.append(Problem(f"{field}: its ${{...}} cannot be resolved ({sentence[0]})", ()))
         raise UserError(_report(str(where or "command line"), [p.text for p in problems])) from error
-    keep_expressions(cfg, data)
+    keep_expressions(cfg, config, data)
     invalid = {name for problem in problems for name in problem.fields}
     problems += [p for p in find_problems(cfg) if not any(_concerns(p, b) for b in invalid)]
     run = cfg.base if isinstance(cfg, CompareConfig) else cfg
@@ -217,7 +220,7 @@ def _override(data: dict[str, Any], text: str, problems: list[Problem]) -> None:
         return
     try:
         value = parse_value(raw)
-        if ENV in raw:
+        if ENV in raw and not OF_FIELDS.search(raw):
             value = resolve({name: value})[name]
     except YamlError as error:
         problems.append(Problem(f"override {shown(text)} cannot be read ({error})", (name,)))

@@ -254,6 +254,9 @@ class FaultsConfig:
         low=0,
         high=MOST_STEPS,
     )
+    memory_copies: int = knob(
+        1, "nodes that keep a copy of each of these; as many nodes may be lost at once", low=1, high=8
+    )
     slow_ratio: float = knob(
         1.5, "warn about a rank whose compute time per step is this many times the median; 0: never", low=0, high=LARGE
     )

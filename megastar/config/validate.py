@@ -11,6 +11,7 @@ from typing import Any
 
 from megastar.config.comparison import CompareConfig
 from megastar.config.comparison import rules as comparison_rules
+from megastar.config.env_text import recorded
 from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig, TokenizerConfig, TokenizerTrainConfig
 
 
@@ -78,7 +79,7 @@ def _bounds(section: Any, prefix: str = "") -> Iterator[Problem]:
             continue
         if "choices" in meta:
             if value not in meta["choices"]:
-                yield Problem(f"{name} = {value}: must be {words(list(meta['choices']))}", (name,))
+                yield Problem(f"{name} = {recorded(value)}: must be {words(list(meta['choices']))}", (name,))
             continue
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, float) and not math.isfinite(one):

@@ -179,11 +179,11 @@ def _scalar(text: str, kind: str) -> Any:
 
 def resolve(tree: Any) -> Any:
     """``tree`` with its ``${...}`` replaced by values of OmegaConf. Raises ``YamlError``."""
-    leaves = dict(_leaves(tree))
-    if not any("${" in text for text in leaves.values()):
+    texts = {path: value if isinstance(value, str) else "" for path, value in leaves(tree)}
+    if not any("${" in text for text in texts.values()):
         return tree
     costs: dict[str, float] = {}
-    if sum(_cost(path, leaves, costs) for path in leaves) > MOST_VALUES:
+    if sum(_cost(path, texts, costs) for path in texts) > MOST_VALUES:
         raise YamlError("its ${...} refer to themselves or to too many values")
     try:
         return _keep_numbers(tree, OmegaConf.to_container(OmegaConf.create(_plain(tree)), resolve=True))
@@ -191,26 +191,26 @@ def resolve(tree: Any) -> Any:
         raise YamlError(one_line((str(error).splitlines() or [type(error).__name__])[0])) from error
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of each value."""
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of each single value."""
     if isinstance(tree, (dict, list)):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
     else:
-        yield path, tree if isinstance(tree, str) else ""
+        yield path, tree
 
 
-def _cost(path: str, leaves: dict[str, str], costs: dict[str, float]) -> float:
+def _cost(path: str, texts: dict[str, str], costs: dict[str, float]) -> float:
     """Values that the leaf ``path`` takes to resolve; infinite for one that refers to itself."""
     if path in costs:
         return costs[path]
     costs[path] = float("inf")
     total = 1.0
-    for names in REFERENCE.findall(leaves[path]):
+    for names in REFERENCE.findall(texts[path]):
         for name in re.split(r"[,\s]+", names.replace("[", ".").replace("]", "")):
             end = name.strip("'\".")
-            found = [p for p in leaves if p == end or p.startswith(end + ".") or (name[:1] == "." and f".{end}" in p)]
-            total += sum(_cost(p, leaves, costs) for p in found if end)
+            found = [p for p in texts if p == end or p.startswith(end + ".") or (name[:1] == "." and f".{end}" in p)]
+            total += sum(_cost(p, texts, costs) for p in found if end)
     costs[path] = total
     return total
 

@@ -13,11 +13,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding, cancelled
 from megastar.errors import UserError
 from megastar.utils.files import existing_parent
+
+if TYPE_CHECKING:
+    from megastar.data.storage.s3_client import S3Folder
 
 GIB = 2**30
 FILES = 1024  # minimum limit of open files
@@ -166,7 +169,7 @@ def s3_read(url: str, sample: int = SAMPLE) -> list[Finding]:
         page = folder.client.list_objects_v2(Bucket=folder.bucket, Prefix=folder.key_of(""), MaxKeys=PAGE)
     except Exception as error:
         folder.raise_if_permanent(error, "")
-        raise UserError(f"{url} cannot be listed at {folder.endpoint}: {folder.describe(error)}") from error
+        raise _unavailable(folder, error, "listed") from error
     listed = time.perf_counter() - start
     contents, prefix = page.get("Contents", ()), folder.key_of("")
     objects = {item["Key"][len(prefix) :]: (int(item["Size"]), item["ETag"]) for item in contents}
@@ -184,6 +187,15 @@ def s3_read(url: str, sample: int = SAMPLE) -> list[Finding]:
     return [Finding("S3", OK, text)]
 
 
+def _unavailable(folder: S3Folder, error: Exception, what: str) -> UserError:
+    from megastar.data.storage.s3_credentials import is_expired
+
+    found = folder.describe(error)
+    if is_expired(error):  # it ends with what to do
+        return UserError(f"{folder.url} cannot be {what}: {found}")
+    return UserError(f"{folder.url} cannot be {what} at {folder.endpoint} ({found}): check that it is up")
+
+
 def s3_write(url: str) -> list[Finding]:
     """Put a small object and remove it. Raises ``UserError`` if that is denied."""
     from megastar.data.storage.s3_client import S3Folder
@@ -193,7 +205,7 @@ def s3_write(url: str) -> list[Finding]:
         folder.client.put_object(Bucket=folder.bucket, Key=folder.key_of(name), Body=b"megastar doctor")
     except Exception as error:
         folder.raise_if_permanent(error, name)
-        raise UserError(f"{url} cannot be written at {folder.endpoint}: {folder.describe(error)}") from error
+        raise _unavailable(folder, error, "written") from error
     try:
         folder.client.delete_object(Bucket=folder.bucket, Key=folder.key_of(name))
     except Exception:  # an upload never needs to remove an object

@@ -356,7 +356,10 @@ class Trainer:
             self.metrics.event("warning", problem, situation="upload", note=False)
         self.metrics.saved(self.saver.done)
         self.metrics.warn(self.saver.take_events())
-        self.metrics.event("finished", f"{self.steps} steps are done{problem and '; '}{problem}", note=bool(problem))
+        text = f"{self.steps} steps are done{problem and '; '}{problem}"
+        self.metrics.event("finished", text, note=False)
+        if problem:
+            self.metrics.note(text, logging.WARNING)
 
     def _stop_without_data(self, signal_number: int) -> None:
         """Some rank has no batch for the next step: save the last whole step and stop. Called by all ranks alike."""

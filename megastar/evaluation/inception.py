@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from megastar.errors import UserError
 from megastar.utils.files import sha256
+from megastar.utils.safetensors_header import utf8_name
 
 SIDE = 299
 POOL, SPATIAL, CLASSES = 2048, 17 * 17 * 7, 1008
@@ -229,7 +230,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
+            with utf8_name(path) as name:
+                return load_file(name)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(

@@ -7,7 +7,10 @@ MAE (main_linprobe.py): BatchNorm without affine, a linear layer, LARS, 90 epoch
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
+import math
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -72,11 +75,8 @@ def probe_features(
             out: np.ndarray = np.empty(shape, np.float32)
         else:
             file = Path(cache) / f"probe-{_fingerprint(model, codes, block, positions)}.npy"
-            if file.is_file():
-                with suppress(OSError, ValueError, EOFError):  # a damaged file is computed again
-                    known = np.load(file, mmap_mode="r")
-                    if known.shape == shape and known.dtype == np.float32:
-                        return known
+            if file.is_file() and (known := _stored(file, shape)) is not None:
+                return known
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = stack.enter_context(atomic_file(file))
             out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
@@ -95,6 +95,17 @@ def probe_features(
         if isinstance(out, np.memmap):
             out.flush()
     return out
+
+
+def _stored(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The array in ``file`` if its header is the one that numpy writes for ``shape``; a damaged one is not parsed."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    start = head.tell()
+    with suppress(OSError), file.open("rb") as f:
+        if f.read(start) == head.getvalue() and os.fstat(f.fileno()).st_size == start + 4 * math.prod(shape):
+            return np.memmap(f, np.float32, "r", start, shape)
+    return None
 
 
 def _fingerprint(model: Transformer, codes: np.ndarray, block: int, positions: list[int]) -> str:

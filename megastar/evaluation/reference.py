@@ -126,5 +126,5 @@ def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as temporary:
             save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter for a name that is not UTF-8
         logger.warning("cannot cache the features of the real set in %s: %s", file, error)

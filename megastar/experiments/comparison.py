@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.config.comparison import CompareConfig
+from megastar.config.env_text import recorded
 from megastar.config.load import save_config
 from megastar.errors import UserError
 from megastar.experiments import figures, tables
@@ -171,7 +172,7 @@ class Comparison:
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": package_versions(),
             "gpus": self.gpus,
-            "config": asdict(self.cfg),
+            "config": recorded(asdict(self.cfg)),
             "times": times,
             "failed": {
                 name: {"stage": a.job.stage, "status": a.status, "log": str(a.job.log)}

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from megastar.utils.signals import STOP_SIGNALS, is_ignored
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -101,17 +103,19 @@ class JobQueue:
         self.environments, self.console = environments, console
         self.running: dict[int, Running] = {}
         self.stop_signal = 0
+        self.message = ""  # of the signal handler: a console that is printing cannot be printed to
 
     def run(self, jobs: Iterable[Job], after: Callable[[Attempt], list[Job]]) -> None:
         """Run all jobs, and those that ``after`` returns for an ended one, which go first.
 
-        Raises ``QueueStopped`` after SIGINT, SIGTERM or SIGHUP, when the jobs have saved and ended.
+        Raises ``QueueStopped`` after a signal of STOP_SIGNALS, when the jobs have saved and ended.
         """
         from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
         waiting = deque(jobs)
         columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-        handlers = {s: signal.signal(s, self._handle_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        caught = [s for s in STOP_SIGNALS if not is_ignored(s)]
+        handlers = {s: signal.signal(s, self._handle_signal) for s in caught}
         try:
             hidden = not self.console.is_terminal  # then a line is printed per start
             with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:
@@ -119,6 +123,9 @@ class JobQueue:
                     while waiting and len(self.running) < len(self.environments) and not self.stop_signal:
                         self._start(waiting.popleft(), bar)
                     time.sleep(POLL)
+                    if self.message:
+                        self.console.print(self.message, highlight=False)
+                        self.message = ""
                     for slot, one in list(self.running.items()):
                         bar.update(one.task, completed=min(one.job.total, one.update()))
                         attempt = self._poll(slot)
@@ -135,14 +142,13 @@ class JobQueue:
     def _handle_signal(self, number: int, frame: object) -> None:
         """The first signal lets the jobs save, the second one kills them."""
         if self.stop_signal:
-            text, forwarded = "killing the runs: they resume from their last checkpoint", signal.SIGKILL
+            self.message, forwarded = "killing the runs: they resume from their last checkpoint", signal.SIGKILL
         else:
-            text = "stopping: the runs save a checkpoint first; repeat the signal to kill them"
+            self.message = "stopping: the runs save a checkpoint first; repeat the signal to kill them"
             forwarded = signal.SIGTERM
         self.stop_signal = number
         for one in self.running.values():
             send_signal(one.process, forwarded)
-        self.console.print(text, highlight=False)
 
     def _start(self, job: Job, bar: Progress) -> None:
         slot = next(i for i in range(len(self.environments)) if i not in self.running)

@@ -12,15 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
+from megastar.config.env_text import recorded
 from megastar.config.from_file import check_section
 from megastar.config.schema import ModelConfig
 from megastar.config.validate import model_problems
 from megastar.errors import UserError
 from megastar.parallel.budget import parameter_shapes
 from megastar.utils.json_file import ANY, dict_of, integer, list_of, optional, parse_json, record, text, validator
-from megastar.utils.safetensors_header import read_header
+from megastar.utils.safetensors_header import open_tensors, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +33,7 @@ _CONTENT = validator(record({"model": dict_of(text(200), ANY), "provenance": PRO
 
 def metadata_of(cfg: ModelConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
     """The safetensors metadata of a weights file."""
-    return {"format": FORMAT, "megastar": json.dumps({"model": asdict(cfg), "provenance": dict(provenance)})}
+    return {"format": FORMAT, "megastar": json.dumps({"model": recorded(asdict(cfg)), "provenance": dict(provenance)})}
 
 
 def read_model_metadata(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -75,7 +74,7 @@ def load_model(
     from megastar.model.transformer import Transformer
 
     cfg, provenance, shapes = read_model_header(path)
-    with safe_open(path, "pt") as f:
+    with open_tensors(path) as f:
         state = {k: f.get_tensor(k).to(device, dtype or torch.float32) for k in shapes}
     with torch.device("meta"):  # no initial weights are drawn: the file's replace them
         model = Transformer(cfg)

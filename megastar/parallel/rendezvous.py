@@ -1,12 +1,14 @@
 """How the ranks of a launch meet: rank 0 listens for the ranks' key-value store, all connect and wait for each other.
 
-Nothing here or in the store is pickled (docs/security.md). Under torchrun the launcher hosts the store instead.
+Nothing here or in the store is pickled (docs/security.md). Under torchrun the agent's store only passes on the address of
+rank 0's: ranks whose agent is killed can still save.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import select
 import signal
 import socket
@@ -28,12 +30,13 @@ REPORT_EVERY = 10.0  # seconds between reports of missing ranks
 STOP_GRACE = 10.0  # seconds that a rank with a stop signal waits for others: ranks that all meet leave together
 CONNECT_TIMEOUT = 20.0  # seconds for one connection to rank 0's node
 GAVE_UP = "gave up"
+PREFIX = "megastar/join/"
 
 logger = logging.getLogger(__name__)
 
 
 def agent_hosts_store(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun's agent hosts the ranks' store, not rank 0."""
+    """Whether MASTER_ADDR and MASTER_PORT are those of a store of torchrun's agent."""
     return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -43,7 +46,7 @@ def on_one_node(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def master_address(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Where rank 0's store is. Raises ``UserError``."""
+    """Where rank 0's store is, or that of torchrun's agent. Raises ``UserError``."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environ.get(name):
             raise UserError(f"{name} is not set: start with --nproc or torchrun, or set it in the batch script")
@@ -95,31 +98,61 @@ class _Joining:
         self.begin = self.reported = time.monotonic()
         self.stop: tuple[int, float] | None = None  # signal, when it was noticed
         self.liveness: socket.socket | None = None
-        # A store of the launcher outlives its ranks; the counts of several launchers may differ, but rank 0's store is new.
-        restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_hosts_store(environ) else "0"
-        self.prefix = f"megastar/join/{restarts}/"
 
     def run(self) -> dist.TCPStore:
-        hosts = self.rank == 0 and not agent_hosts_store(self.environ)
-        store = host_store(self.host, self.port, self.environ) if hosts else self._connect()
+        agent = self._connect(self._address) if agent_hosts_store(self.environ) else None
+        if agent is not None and on_one_node(self.environ):
+            self.host = LOOPBACK
         try:
+            store = self._open(agent) if self.rank == 0 else self._connect(lambda: self._address_of_rank_0(agent))
             self._meet(store)
         except (RuntimeError, OSError) as error:  # of the store; for a UserError it is a subclass of neither
             raise self._lost() from error
         finally:
-            if self.liveness is not None:
-                self.liveness.close()
+            self._close_liveness()
         return store
 
-    def _connect(self) -> dist.TCPStore:
+    def _open(self, agent: dist.TCPStore | None) -> dist.TCPStore:
+        """On rank 0: the store. The agent's tells where it is."""
+        self._close_liveness()
+        store = host_store(self.host, 0 if agent is not None else self.port, self.environ)
+        if agent is not None:
+            token = secrets.token_hex(8)
+            store.set(PREFIX + token, "")
+            agent.set(PREFIX + "store", f"{store.port} {token}")
+        return store
+
+    def _address(self) -> tuple[int, str]:
+        """Its port, and a key that it holds; no key: any store."""
+        return self.port, ""
+
+    def _address_of_rank_0(self, agent: dist.TCPStore | None) -> tuple[int, str]:
+        """Raises ``OSError`` as long as rank 0 has not published it."""
+        if agent is None:
+            return self._address()
+        if not agent.check([PREFIX + "store"]):
+            raise OSError("it has not started")
+        # The agent's store outlives the ranks: this may be the address of an earlier rank 0, whose port another process has.
+        port, token = bytes(agent.get(PREFIX + "store")).decode().split()
+        return int(port), PREFIX + token
+
+    def _close_liveness(self) -> None:
+        if self.liveness is not None:
+            self.liveness.close()
+            self.liveness = None
+
+    def _connect(self, find: Callable[[], tuple[int, str]]) -> dist.TCPStore:
         result: list[Any] = []
 
         def attempt() -> None:
             try:  # a refused connection of torch's own would print a trace
+                self._close_liveness()
+                self.port, key = find()
                 self.liveness = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
                 # Longer than this rank waits: torch prints a trace after its own timeout.
-                result.append(open_client(self.host, self.port, 2 * self.timeout + 60))
-            except (OSError, RuntimeError) as error:
+                store = open_client(self.host, self.port, 2 * self.timeout + 60)
+                result.append(store if not key or store.check([key]) else OSError("it has not started"))
+            except (OSError, RuntimeError, ValueError) as error:
                 result.append(error)
 
         reason = "no answer"
@@ -140,11 +173,11 @@ class _Joining:
 
     def _meet(self, store: dist.TCPStore) -> None:
         """Rank 0 looks for the others, and publishes that all are there or that it gives up."""
-        store.set(f"{self.prefix}{self.rank}", host_name(self.environ))
-        all_here, stop = self.prefix + "all", self.prefix + "stop"
+        store.set(f"{PREFIX}{self.rank}", host_name(self.environ))
+        all_here, stop = PREFIX + "all", PREFIX + "stop"
         here, pause, stop_sent = 0, 0.01, False  # ranks below ``here`` have joined
         while not store.check([all_here]):
-            while self.rank == 0 and here < self.world and store.check([f"{self.prefix}{here}"]):
+            while self.rank == 0 and here < self.world and store.check([f"{PREFIX}{here}"]):
                 here += 1
             if here == self.world:
                 store.set(all_here, "")
@@ -168,9 +201,9 @@ class _Joining:
 
     def _missing(self, store: dist.TCPStore) -> str:
         """The ranks that have not joined; empty on a rank that leaves the report to a lower one."""
-        if any(store.check([f"{self.prefix}{r}"]) for r in range(self.rank)):
+        if any(store.check([f"{PREFIX}{r}"]) for r in range(self.rank)):
             return ""
-        missing = [r for r in range(self.world) if r != self.rank and not store.check([f"{self.prefix}{r}"])]
+        missing = [r for r in range(self.world) if r != self.rank and not store.check([f"{PREFIX}{r}"])]
         names = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         return f"rank{'s' * (len(missing) > 1)} {names} of {self.world}"
 

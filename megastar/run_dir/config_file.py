@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megastar.config.env_text import recorded
 from megastar.config.files import read_yaml
 from megastar.config.load import config_from_dict, diff_configs, flatten, save_config
 from megastar.config.schema import RunConfig
@@ -60,17 +61,18 @@ def claim_run_folder(cfg: RunConfig) -> None:
         save_config(cfg, path)
 
 
-def changes_since(recorded: Any, cfg: RunConfig) -> list[str]:
+def changes_since(old: Any, cfg: RunConfig) -> list[str]:
     """Fields of ``cfg`` that differ from the configuration in a checkpoint: ``optim.lr 0.001 -> 0.0005``.
 
     Fields that an older version did not record count as unchanged; so does the same place under another path.
     """
-    before, now = flatten(recorded if isinstance(recorded, dict) else {}), flatten(asdict(cfg))
-    changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
+    before, values = flatten(old if isinstance(old, dict) else {}), flatten(asdict(cfg))
+    now = flatten(recorded(asdict(cfg)))
+    changed = {n: (before[n], now[n]) for n in now if n in before and before[n] not in (now[n], values[n])}
     return [
-        f"{name} {old if old != '' else chr(34) * 2} -> {new if new != '' else chr(34) * 2}"
-        for name, (old, new) in changed.items()
-        if name not in PATHS or not _same_place(old, new)
+        f"{name} {one if one != '' else chr(34) * 2} -> {other if other != '' else chr(34) * 2}"
+        for name, (one, other) in changed.items()
+        if name not in PATHS or not _same_place(one, other)
     ]
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from pydantic_core import SchemaValidator, from_json
 
 from megastar.errors import UserError
-from megastar.utils.files import ends_within_line, open_regular, write_atomic
+from megastar.utils.files import atomic_file, ends_within_line, open_regular
 from megastar.utils.json_file import ANY, dict_of, integer, record, text, validator
 
 MAX_BYTES = 4 << 30  # of metrics.jsonl: ten million rows
@@ -91,17 +91,29 @@ class JsonlWriter:
 
     def cut_after(self, step: int) -> None:
         """Remove the rows of steps after ``step``, and damaged lines. Needs no free space where they are the last ones.
-        Raises ``OSError``."""
+        Raises ``OSError``, and ``UserError`` for a file that is far too large."""
         self.flush(sync=True)
         self.pending = deque(line for line in self.pending if _step(line) <= step)
-        data = self.path.read_bytes() if self.path.is_file() else b""
-        good = data[: self._good] if self._rewrite else data  # the rest is pending
-        kept = b"".join(line + b"\n" for line in good.splitlines() if _step(line) <= step)
-        if kept != data and data.startswith(kept):
-            os.truncate(self.path, len(kept))
-        elif kept != data:
-            write_atomic(self.path, kept)
-        self._good = len(kept)
+        kept, in_place, size = 0, True, 0
+        if self.path.is_file():
+            with open_regular(self.path) as f:
+                size = os.fstat(f.fileno()).st_size
+                if size > MAX_BYTES:
+                    raise UserError(
+                        f"{self.path} has {size} bytes, at most {MAX_BYTES} are read: move it to another place"
+                    )
+                end = (self._good or 0) if self._rewrite else size  # the rest is pending
+                for line, start in _kept(f, step, end):
+                    in_place = in_place and start == kept and line.endswith(b"\n")
+                    kept += len(line.removesuffix(b"\n")) + 1
+                if not in_place:
+                    f.seek(0)
+                    with atomic_file(self.path) as temporary, temporary.open("wb") as out:
+                        out.writelines(line.removesuffix(b"\n") + b"\n" for line, _ in _kept(f, step, end))
+                        out.flush()
+        if in_place and kept < size:
+            os.truncate(self.path, kept)
+        self._good = kept
         self._unsynced.clear()
 
 
@@ -152,6 +164,15 @@ def _lines(f: BinaryIO) -> Iterator[bytes]:
         else:
             while line and not line.endswith(b"\n"):
                 line = f.readline(MAX_LINE)
+
+
+def _kept(f: BinaryIO, step: int, end: int) -> Iterator[tuple[bytes, int]]:
+    """(line, its place) of the rows up to ``step`` in the first ``end`` bytes."""
+    for line in _lines(f):
+        if (at := f.tell()) > end:
+            return
+        if _step(line) <= step:
+            yield line, at - len(line)
 
 
 def _objects(lines: Iterable[bytes], schema: SchemaValidator | None = None) -> Iterator[dict[str, Any]]:

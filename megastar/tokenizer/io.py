@@ -12,15 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
+from megastar.config.env_text import recorded
 from megastar.config.from_file import check_section
 from megastar.config.schema import TokenizerConfig
 from megastar.config.validate import tokenizer_problems
 from megastar.errors import UserError
 from megastar.utils.files import atomic_file
 from megastar.utils.json_file import ANY, dict_of, parse_json, text, validator
-from megastar.utils.safetensors_header import read_header
+from megastar.utils.safetensors_header import open_tensors, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -36,17 +35,21 @@ def save_tokenizer(
 ) -> None:
     """Write weights in ``dtype`` (default fp16: half the size; codes are computed in fp32 after loading)."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {k: v.detach().to("cpu", dtype or torch.float16).contiguous() for k, v in model.state_dict().items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata=tokenizer_metadata(model.config, provenance))
+        temporary.write_bytes(save(tensors, tokenizer_metadata(model.config, provenance)))
 
 
 def tokenizer_metadata(config: TokenizerConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
     """The safetensors metadata of a tokenizer file."""
-    return {"format": FORMAT, "config": json.dumps(asdict(config)), "provenance": json.dumps(dict(provenance))}
+    return {
+        "format": FORMAT,
+        "config": json.dumps(recorded(asdict(config))),
+        "provenance": json.dumps(dict(provenance)),
+    }
 
 
 def check_tokenizer_fits(path: Path, found: Mapping[str, tuple[int, ...]], config: TokenizerConfig) -> None:
@@ -103,7 +106,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> VQMo
     check_tokenizer_fits(Path(path), shapes, config)
     with torch.device("meta"):  # no initial weights are drawn: the file's replace them
         model = VQModel(config)
-    with safe_open(path, "pt") as f:
+    with open_tensors(path) as f:
         model.load_state_dict({k: f.get_tensor(k).float() for k in shapes}, assign=True)
     return model.to(device).requires_grad_(False).eval()
 
@@ -118,7 +121,7 @@ def tokenizer_hash(path: str | Path) -> str:
     config, _, shapes = read_tokenizer_header(path)
     check_tokenizer_fits(Path(path), shapes, config)
     digest = hashlib.sha256()
-    with safe_open(path, "pt") as f:
+    with open_tensors(path) as f:
         for name in sorted(shapes):
             if name.startswith(("encoder.", "quant_conv.", "quantize.")):
                 tensor = f.get_tensor(name)

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from megastar.config.env_text import recorded
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
 from megastar.run_dir.jsonl import JsonlWriter
@@ -186,28 +188,43 @@ class TokenizerTrainer:
     def save(self, path: Path) -> None:
         state = {k: getattr(self, k).state_dict() for k in NETWORKS if getattr(self, k)}
         state |= {"step": self.step, "uses": self.uses, "dead": self.dead}
-        state |= {"rng": torch.get_rng_state(), "config": asdict(self.c)}
+        state |= {"rng": torch.get_rng_state(), "config": recorded(asdict(self.c))}
         with atomic_file(path) as temporary:
             torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
+        """Continue from a state that ``save`` wrote. Raises ``UserError``, also for one of another configuration."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            old, new = dict(state["config"]), asdict(self.c)
+            old, values = dict(state["config"]), asdict(self.c)
+            new = recorded(values)
+            differing = [
+                f"{k}: {shown(str(old.get(k)), 400)} -> {new[k]}"
+                for k in new
+                if k not in MAY_DIFFER and old.get(k) not in (new[k], values[k])
+            ]
+            if not differing:
+                self._restore(state)
         except Exception as error:  # torch.load raises many types for damaged files
             raise UserError(
                 f"{path} is damaged ({shown(str(error))}): restore it, or remove it to start again"
             ) from error
-        differing = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if k not in MAY_DIFFER and old.get(k) != v]
         if differing:
             raise UserError(
                 f"{path} has another configuration ({'; '.join(differing)}): choose another out=... or remove it"
             )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        step, uses, dead = state["step"], state["uses"], state.get("dead", 0)
+        if not (type(step) is type(dead) is int and step >= 0 <= dead):
+            raise ValueError(f"step {step!r}, dead {dead!r}")
+        if uses.shape != self.uses.shape or uses.dtype != self.uses.dtype:
+            raise ValueError(f"uses is {uses.dtype} {tuple(uses.shape)}")
         for k in NETWORKS:
             if getattr(self, k) and k in state:
                 getattr(self, k).load_state_dict(state[k])
-        self.step, self.uses, self.dead = state["step"], state["uses"], state.get("dead", 0)
         torch.set_rng_state(state["rng"])
+        self.step, self.uses, self.dead = step, uses, dead
 
     # The loop ------------------------------------------------------------------------------------------------
     def fit(

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 LOOPBACK = "127.0.0.1"
+LOOPBACKS = ("127.", "::1")  # how such addresses begin
 
 
 def loopback_interface() -> str:
@@ -28,7 +29,7 @@ def listen_address(host: str, environ: Mapping[str, str] = os.environ) -> str:
         found = [info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     except OSError:
         found = []
-    if host == "localhost" or (host in found and host.startswith(("127.", "::1"))):
+    if host == "localhost" or (host in found and host.startswith(LOOPBACKS)):
         return str(found[0]) if found else LOOPBACK
     cards = {name: _ip(addresses) for name, addresses in psutil.net_if_addrs().items()}
     wanted = environ.get("GLOO_SOCKET_IFNAME") or environ.get("NCCL_SOCKET_IFNAME") or ""
@@ -38,7 +39,10 @@ def listen_address(host: str, environ: Mapping[str, str] = os.environ) -> str:
         return ""
     # The other ranks connect to the address of ``host``, which may be that of another card.
     local = [ip for ips in cards.values() for ip in ips if ip in found and not ip.startswith("127.")]
-    return next((ip for ip in chosen if ip in local), (local or chosen)[0])
+    if not local and all(ip.startswith(LOOPBACKS) for ip in chosen):
+        # The loopback card answers at every address of 127.0.0.0/8: nodes in namespaces of one machine may have others.
+        local = [str(ip) for ip in found if str(ip).startswith(LOOPBACKS)]
+    return str(next((ip for ip in chosen if ip in local), (local or chosen)[0]))
 
 
 def _ip(addresses: list[Any]) -> list[str]:

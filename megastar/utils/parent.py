@@ -1,4 +1,4 @@
-"""The launcher of this rank: whether it has ended or is suspended."""
+"""The launcher of this rank: whether it has ended."""
 
 from __future__ import annotations
 
@@ -6,25 +6,36 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+
+from megastar.utils.launcher import LAUNCHED_BY_US
 
 POLL = 1.0  # seconds
 
 
-def end_with_launcher() -> None:
+def end_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
     """Send this process SIGTERM when the launcher that started it has ended: nobody else would end the run.
 
     Only a Python process is taken for a launcher: a shell that started ranks in the background may end before them.
     """
     parent = os.getppid()
     words = _words(parent)
-    if not words or not Path(words[0]).name.startswith("python"):
+    is_python = bool(words) and Path(words[0]).name.startswith("python")
+    # The launcher may have ended while Python started here. Those of torchrun and deepspeed do not pass on their number,
+    # but a child of theirs never has another process 1 for a parent.
+    theirs = "TORCHELASTIC_RUN_ID" in environ or "CROSS_RANK" in environ
+    if environ.get(LAUNCHED_BY_US, str(parent)) != str(parent) or (theirs and parent == 1 and not is_python):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+    if not is_python:
         return
     # The deepspeed command starts this module, which starts the ranks and does not notice that the command ends.
     above = _ppid(parent) if "deepspeed.launcher.launch" in words else 0
-    if not any(Path(word).name == "deepspeed" or word.startswith("deepspeed.launcher") for word in _words(above)):
-        above = 0
+    if not _is_deepspeed(above):
+        # The command, which gives this option, has ended already; or another program started the module.
+        above = -1 if above == 1 and any(word.startswith("--enable_each_rank_log=") for word in words) else 0
 
     def watch() -> None:
         while os.getppid() == parent and (not above or _ppid(parent) == above):
@@ -34,9 +45,8 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
-def launcher_is_suspended() -> bool:
-    """Whether the parent process is stopped, as by Ctrl-Z."""
-    return _stat(os.getppid())[:1] == ["T"]
+def _is_deepspeed(pid: int) -> bool:
+    return any(Path(word).name == "deepspeed" or word.startswith("deepspeed.launcher") for word in _words(pid))
 
 
 def _stat(pid: int) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_USERINFO = re.compile(r"(\w://)[^/\s\"']*@")
+# The second form: a password with a slash or a quote in it, which a URL should not have.
+_USERINFO = re.compile(r"(\w://)(?:[^/\s\"']*|[^/\s:@]*:(?!\d+/)\S*)@")
 _QUERY = re.compile(
     r"([?&](?:X-Amz-[\w-]+|AWSAccessKeyId|Signature|\w*(?:token|secret|password|key)\w*)=)[^&\s\"'<>)]+", re.I
 )

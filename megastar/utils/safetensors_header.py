@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megastar.errors import UserError
 from megastar.utils.files import open_regular
@@ -31,6 +33,27 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
     stop: int
+
+
+@contextmanager
+def utf8_name(path: str | Path) -> Iterator[str]:
+    """A name in UTF-8 of the file at ``path``, valid in the block: the safetensors library takes no other."""
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        with open_regular(Path(path)) as f:
+            yield f"/proc/self/fd/{f.fileno()}"
+    else:
+        yield name
+
+
+def open_tensors(path: str | Path) -> Any:
+    """``safetensors.safe_open`` for torch; its ``get_tensor`` returns a tensor of the file."""
+    from safetensors import safe_open
+
+    with utf8_name(path) as name:
+        return safe_open(name, "pt")
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:

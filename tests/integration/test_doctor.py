@@ -164,5 +164,5 @@ def test_s3_rights(s3, use_s3):
 
 def test_no_s3_server(use_s3):
     use_s3(f"http://127.0.0.1:{free_port()}")
-    (found,) = with_timeout("S3", lambda: node.s3_read("s3://codes/x"), 60, "check that it is up")
+    (found,) = with_timeout("S3", lambda: node.s3_read("s3://codes/x"), 60)
     assert (found.level, found.remedy) == (FAILURE, "check that it is up") and "Could not connect" in found.finding

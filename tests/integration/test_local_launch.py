@@ -109,20 +109,18 @@ def test_a_local_launch_is_closed_to_others_and_saves_when_its_terminal_closes(t
     assert not [p for p in (tmp_path / "tmp").iterdir() if "elastic" in p.name]
 
 
-def test_ranks_of_the_deepspeed_launcher_save_when_it_is_killed(training):
-    """The command itself, whose child starts the ranks and goes on without it."""
-    words = [
-        "deepspeed.launcher.runner",
-        "--num_gpus=2",
-        "--master_port=29617",
-        "--module",
-        "megastar",
-        "train",
-        "CONFIG",
-    ]
-    run = training(*words, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+LAUNCHERS = {  # the deepspeed command's child starts the ranks and goes on without it
+    "deepspeed": ["deepspeed.launcher.runner", "--num_gpus=2", "--master_port=29617", "--module", "megastar"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "megastar"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ranks_save_when_their_launcher_is_killed(training, launcher):
+    run = training(*LAUNCHERS[launcher], "train", "CONFIG", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     processes = family(run.process.pid)
-    assert {host for host, _ in listening(run.process.pid)} <= {"127.0.0.1"}
+    if launcher == "deepspeed":
+        assert {host for host, _ in listening(run.process.pid)} <= {"127.0.0.1"}
     run.process.kill()
     _, alive = psutil.wait_procs(processes, timeout=120)
     assert not alive and "Traceback" not in run.end()

@@ -18,10 +18,13 @@ from megastar.commands._common import (
     logging_options,
     natural,
     positive,
+    print_error,
     processes,
 )
 from megastar.errors import UserError
 from megastar.utils.hostname import host_name
+from megastar.utils.printable import say
+from megastar.utils.redact import redact
 
 EXAMPLES = """
 megastar elastic --nodes 3:4 --hosts n1,n2,n3,n4 --nproc 8 configs/run/star_xl_50ep.yaml faults.memory_every=50
@@ -94,7 +97,7 @@ def main(words: list[str]) -> int:
     there = Nodes(least, most, hosts, args.port, index, address, job, args.join_timeout)
     status, why = run_node(cfg, ["train", *args.items, *logging_options()], args.nproc, there, args.max_restarts)
     if why:
-        print(f"megastar: error: {why}", file=sys.stderr)
+        print_error(redact(why))
     if status is None:
         return 0
     if args.status_file and not why:
@@ -115,8 +118,8 @@ def srun_is_there(environ: Mapping[str, str]) -> bool:
 def end_job(job: str, status: int) -> None:
     """The node of the batch script is lost: SLURM would keep the job to its time limit. The script's next start ends it."""
     command = ["scancel", job] if status == 2 else ["scontrol", "requeue", job]
-    print(f"megastar: the batch script of job {job} is gone with its node; {' '.join(command)}", file=sys.stderr)
+    say(f"megastar: the batch script of job {job} is gone with its node; {' '.join(command)}", sys.stderr)
     try:
         subprocess.run(command, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        print(f"megastar: error: {' '.join(command)} failed ({error}): run it yourself", file=sys.stderr)
+        print_error(f"{' '.join(command)} failed ({error}): run it yourself")

@@ -23,6 +23,7 @@ from megastar.data.images.listing import Listing, key_of
 from megastar.data.images.tars import RemoteTars, Report
 from megastar.data.storage.store import is_remote
 from megastar.errors import UserError
+from megastar.utils.files import open_regular
 
 MAX_BYTES = 512 << 20  # of a file: 40 megapixels of four 16-bit channels, uncompressed, are 305 MiB
 MAX_ASPECT = 100  # a longer strip, resized to the crop's short side, could exhaust the memory
@@ -126,7 +127,7 @@ class ImageSet:
             _check_size(p.key, p.size)
             return decode(self.remote.read(str(p.file), p.offset, p.offset + p.size), p.key)
         try:
-            with p.file.open("rb") as f:
+            with open_regular(p.file) as f:
                 f.seek(max(0, p.offset))
                 _check_size(p.key, size := p.size if p.size >= 0 else os.fstat(f.fileno()).st_size)
                 data = f.read(size)

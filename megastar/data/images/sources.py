@@ -18,8 +18,10 @@ from pathlib import Path
 from megastar.data.images.listing import Listing, ListingBuilder, Stamp, is_image, parse_label, stem_of, text
 from megastar.data.images.tars import LocalTar, RemoteTar, RemoteTars, Report, add_tars
 from megastar.errors import UserError
+from megastar.utils.files import read_regular
 
 LISTS = (".txt", ".tsv", ".lst", ".list")
+_MOST_LABEL, _MOST_LIST = 1 << 10, 256 << 20  # bytes of a .cls file and of a list
 
 
 def list_source(source: str | Path, remote: RemoteTars | None, report: Report = lambda _: None) -> Listing:
@@ -44,6 +46,8 @@ def list_source(source: str | Path, remote: RemoteTars | None, report: Report = 
             raise UserError(
                 f"image source {path} is neither a folder nor a .tar file nor a list ({', '.join(LISTS)}): give one of these"
             )
+    elif not path.is_dir():
+        raise UserError(f"image source {path} is a device or pipe: give a folder of images, a .tar, or a list")
     elif local := sorted(path.glob("*.tar")):
         found.stamps.append(_stamp(path, path))
         _add_local_tars(found, path, local, report)
@@ -88,13 +92,20 @@ def _walk(
         here = sorted(entries, key=lambda e: e.name)
     names = {e.name for e in here if e.name.endswith(b".cls")}
     for entry in here:
+        if entry.is_symlink() and not os.path.exists(entry.path):  # dangling, or a link to itself
+            continue
         name = below + entry.name
         if entry.is_dir():
             yield from _walk(root, name + b"/", stamps, tars, (*above, (s.st_dev, s.st_ino)))
         elif is_image(entry.name) and entry.is_file():
             cls = stem_of(entry.name) + b".cls"
             path = os.path.join(folder, cls)
-            yield name, parse_label(Path(os.fsdecode(path)).read_bytes(), os.fsdecode(path)) if cls in names else -1
+            yield (
+                name,
+                parse_label(read_regular(Path(os.fsdecode(path)), _MOST_LABEL), os.fsdecode(path))
+                if cls in names
+                else -1,
+            )
         elif entry.name.endswith(b".tar") and entry.is_file():
             tars.append(root / os.fsdecode(name))
 
@@ -102,7 +113,7 @@ def _walk(
 def _add_list(found: ListingBuilder, path: Path) -> None:
     found.stamps.append(_stamp(path.parent, path))
     rows: list[tuple[bytes, bytes | None]] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_regular(path, _MOST_LIST).splitlines(), 1):
         name, cls = line.strip(), None
         if not name or name.startswith(b"#"):
             continue

@@ -13,8 +13,10 @@ from pathlib import Path, PurePosixPath
 from megastar.data.images.listing import ListingBuilder, Stamp, is_image, parse_label, stem_of, text
 from megastar.data.storage.s3_client import S3Folder
 from megastar.errors import UserError
+from megastar.utils.json_file import shown
 
 _AHEAD = 8 << 20  # bytes of one read from S3 while listing
+_MOST_AT_ONCE = 8 << 20  # bytes of an extended header
 _THREADS = 8  # tars that are listed at once
 
 Report = Callable[[int], None]  # called with the number of images found so far
@@ -81,7 +83,9 @@ class _Part:
         self._read, self._start, self._size, self._at = read, start, size, 0
 
     def read(self, n: int = -1) -> bytes:
-        end = self._size if n < 0 else min(self._size, self._at + n)
+        if not 0 <= n <= _MOST_AT_ONCE:  # tarfile reads whole extended headers, of the size that the tar gives
+            raise tarfile.ReadError(f"an extended header of {n} bytes")
+        end = min(self._size, self._at + n)
         data = self._read(self._start + self._at, self._start + end) if end > self._at else b""
         self._at += len(data)
         return data
@@ -132,27 +136,33 @@ def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: by
     try:
         # typeshed requires more methods of the file than tarfile uses
         with tar.reader() as read, tarfile.open(fileobj=_Part(read, start, size), mode="r:") as archive:  # type: ignore[call-overload]
+            at = 0
             while (member := archive.next()) is not None:
                 archive.members.clear()  # a million members take a gigabyte
+                if not at < archive.offset or member.size < 0:  # else older versions of tarfile read it for ever
+                    raise tarfile.ReadError(f"the size {member.size} of {text(os.fsencode(member.name))}")
+                at = archive.offset
                 if not member.isreg() or member.issparse():
                     continue
                 name = os.fsencode(member.name)
-                at = start + member.offset_data
+                data_at = start + member.offset_data
                 if is_image(name):
-                    found.append((name.removeprefix(b"./"), at, member.size))
+                    found.append((name.removeprefix(b"./"), data_at, member.size))
                 elif name.endswith(b".cls"):
-                    data = read(at, at + min(64, member.size))
+                    data = read(data_at, data_at + min(64, member.size))
                     labels[stem_of(name.removeprefix(b"./"))] = parse_label(data, f"{where}:{member.name}")
                 elif name.endswith(b".tar"):
-                    inner.append((name.removeprefix(b"./"), at, member.size))
+                    inner.append((name.removeprefix(b"./"), data_at, member.size))
             end = archive.offset
             # tarfile ends silently at a broken header or a truncation
             if end + 512 > size or read(start + end, start + end + 512) != bytes(512):
                 raise UserError(
                     f"{where} is broken or truncated at byte {end}, after {len(found)} images: copy it again"
                 )
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{where} is not a readable tar ({error}): make or copy it again") from error
+    except UserError:
+        raise
+    except Exception as error:  # tarfile raises a dozen types for broken headers
+        raise UserError(f"{where} is not a readable tar ({shown(str(error))}): make or copy it again") from error
     if labels or any(b"/" in name for name, _, _ in found):
         return ((name, offset, size, labels.get(stem_of(name), -1)) for name, offset, size in found), inner
     return ((stem + b"/" + name, offset, size, -1) for name, offset, size in found), inner

@@ -184,7 +184,10 @@ class Saver:
             for name in (state_file(self.ctx.rank), state_file(self.ctx.rank) + ".tmp"):
                 with suppress(OSError):
                     (self.written / name).unlink()  # it may be what fills the disk
-        self.store.set(self._key(self.ctx.rank), json.dumps(note))
+        try:
+            self.store.set(self._key(self.ctx.rank), json.dumps(note))
+        except RuntimeError as error:  # rank 0 is gone, which the loop notices too
+            self.error = self.error or as_os_error(error)
         if self.ctx.main:
             problem = ""
             try:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from megastar.checkpoint.rng_state import random_file, seed_dropout
 from megastar.checkpoint.shard_format import StateReader
@@ -20,6 +19,7 @@ from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.manifest import optimizer_of, require_weights
 from megastar.utils.files import sha256
 from megastar.utils.json_file import shown
+from megastar.utils.safetensors_header import open_tensors
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def load_initial(init: str, ctx: Context, engines: Engines) -> dict[str, Any]:
     Every rank reads one whole tensor at a time. Raises ``UserError`` for a file of another network.
     """
     model, provenance, shapes = read_model_header(init)
-    with safe_open(init, "pt") as f:
+    with open_tensors(init) as f:
         theirs = {"transformer." + n: list(shape) for n, shape in shapes.items()}
         ours = {n: s for n, s in full_shapes(engines, ctx).items() if n.startswith("transformer.")}
         _same_network(theirs, ours, Path(init))

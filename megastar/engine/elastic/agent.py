@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -28,7 +29,7 @@ from torch.distributed.elastic.rendezvous import (
 from megastar.config.schema import RunConfig
 from megastar.engine.elastic.batch import fit_batch
 from megastar.engine.elastic.node_memory import VARIABLE, node_memory
-from megastar.engine.elastic.rendezvous import Handler, Nodes, Timeouts, find_store, join, run_key
+from megastar.engine.elastic.rendezvous import REPLY, Handler, Nodes, Timeouts, find_store, join, open_store, run_key
 from megastar.engine.exit_codes import PREEMPTED, RANK_FAILURE, RESTART
 from megastar.run_dir.events import append_event
 from megastar.utils.process_exit import AGENT
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 JOINING = signal.SIGUSR2  # to the ranks: save and exit with RESTART, because a node joins
 FINAL = (2, PREEMPTED)  # exit statuses of a rank that no restart follows
 SAVE_TIME = 600  # seconds that ranks have to save and exit
-ALONE = 12.0  # seconds that ranks have to exit by themselves once ranks of another node are gone: the watchdogs' time
+ALONE = 8.0  # seconds that ranks have to exit by themselves once ranks of another node are gone: the watchdogs' time
 LEAVING = 5.0  # seconds that a node may take from leaving a round to joining the next
 SETTLED = 600.0  # seconds without a failure after which earlier ones no longer count
 LINGER = 3.0  # seconds that the store outlives the run, so that waiting nodes see its end
@@ -61,7 +62,14 @@ class Agent(LocalElasticAgent):
 
     # Ranks of a round --------------------------------------------------------------------------------------------
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        super()._rendezvous(worker_group)
+        while True:
+            try:
+                super()._rendezvous(worker_group)
+                break
+            except DistStoreError:  # a node of the new round is lost before it has told where its ranks are
+                logger.warning("a node has not answered within %.0f s: the others meet again", REPLY.total_seconds())
+            except DistNetworkError as error:
+                raise RendezvousConnectionError(str(error)) from error
         self.timeouts.started = True
         self.nodes = self.handler.participants()
         per_node = worker_group.spec.local_world_size
@@ -178,12 +186,12 @@ def run_node(
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     key, timeouts = run_key(Path(cfg.run)), Timeouts(join=timedelta(seconds=nodes.join))
-    first = find_store(nodes)
+    first, own = find_store(nodes), open_store(nodes)
     with node_memory(Path(cfg.run)) as memory, tempfile.TemporaryDirectory(prefix="megastar-agent-") as logs:
         os.environ[VARIABLE] = str(memory)
         for k in (n % len(nodes.hosts) for n in range(first, first + len(nodes.hosts))):
             try:
-                handler = join(nodes, k, key, timeouts)
+                handler = join(nodes, k, key, timeouts, own)
                 spec = WorkerSpec(
                     "train", per_node, handler, max_restarts=max_restarts, monitor_interval=0.1,
                     entrypoint=sys.executable, args=("-m", module, *words), local_addr=nodes.address,

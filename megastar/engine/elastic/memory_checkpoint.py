@@ -1,7 +1,7 @@
-"""Checkpoints in the memory of the nodes: each rank's files in its own node's, and a copy in another node's.
+"""Checkpoints in the memory of the nodes: each rank's files in its own node's, and copies in other nodes'.
 
 Every ``faults.memory_every`` steps the ranks copy their state to host memory; a thread writes it to the node's folder
-(node_memory.py) and sends it to a rank of the next node. A generation is complete when every rank has said so; only then is
+(node_memory.py) and sends it to a rank of each of the next ``faults.memory_copies`` nodes. A generation is complete when every rank has said so; only then is
 the one before removed, so there are at most two. After a loss the nodes that are left look for the newest generation that
 they hold together, send each other what each lacks, and load it as any checkpoint, whatever their number.
 """
@@ -41,14 +41,16 @@ logger = logging.getLogger(__name__)
 PATIENCE = 30.0  # seconds
 
 
-def peers_of(nodes: list[int]) -> list[int | None]:
-    """For each rank the rank that keeps its copy: one of the next node. None where there is a single node."""
+def peers_of(nodes: list[int], copies: int = 1) -> list[list[int]]:
+    """For each rank the ranks that keep its copies: one of each of the next nodes, as far as there are as many."""
     order = sorted(set(nodes))
     ranks = {node: [r for r, n in enumerate(nodes) if n == node] for node in order}
-    if len(order) == 1:
-        return [None] * len(nodes)
-    after = {node: ranks[order[(i + 1) % len(order)]] for i, node in enumerate(order)}
-    return [after[node][ranks[node].index(rank) % len(after[node])] for rank, node in enumerate(nodes)]
+    found: list[list[int]] = []
+    for rank, node in enumerate(nodes):
+        place, after = order.index(node), range(1, 1 + min(copies, len(order) - 1))
+        holders = [ranks[order[(place + k) % len(order)]] for k in after]
+        found.append([of[ranks[node].index(rank) % len(of)] for of in holders])
+    return found
 
 
 def note_file(rank: int) -> str:
@@ -78,8 +80,8 @@ class MemoryCheckpoints:
             return
         self.nodes = [int(n) for n in gather(ctx, os.environ.get("GROUP_RANK", "0"))]
         self.leaders = {self.nodes.index(n) for n in self.nodes}  # the first rank of each node
-        self.peers = peers_of(self.nodes)
-        self.sources = [r for r, peer in enumerate(self.peers) if peer == ctx.rank]
+        self.peers = peers_of(self.nodes, cfg.faults.memory_copies)
+        self.sources = [r for r, peers in enumerate(self.peers) if ctx.rank in peers]
         self.group = dist.new_group(backend="gloo") if ctx.world > 1 else None
         self.snapshots = Snapshots(cfg, ctx, engines, full_shapes(engines, ctx))
         self.token = from_main(ctx, secrets.token_hex(4))
@@ -90,7 +92,9 @@ class MemoryCheckpoints:
         """Two generations of a node's ranks and of those that they keep copies of must fit."""
         ctx = self.ctx
         mine = [r for r, n in enumerate(self.nodes) if n == self.nodes[ctx.rank]]
-        need = 2 * sum(sizes[r] for r in mine) + 2 * sum(sizes[r] for r, p in enumerate(self.peers) if p in mine)
+        need = 2 * sum(sizes[r] for r in mine) + 2 * sum(
+            sizes[r] for r, ps in enumerate(self.peers) for p in ps if p in mine
+        )
         there = sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
         free = shutil.disk_usage(self.folder).free + there
         short = f"{self.folder.parent} of node {self.nodes[ctx.rank]} has {gib(free)} free" if free < need else ""
@@ -125,8 +129,8 @@ class MemoryCheckpoints:
             self.error = error
 
     def _exchange(self, folder: Path) -> None:
-        tensor, peer = self.ctx.tensor, self.peers[self.ctx.rank]
-        send = {} if peer is None else {peer: [folder / f for f in files_of(self.ctx.rank, tensor)]}
+        tensor, own = self.ctx.tensor, [folder / f for f in files_of(self.ctx.rank, self.ctx.tensor)]
+        send = dict.fromkeys(self.peers[self.ctx.rank], own)
         receive = {r: [folder / f"{f}.part" for f in files_of(r, tensor)] for r in self.sources}
         if self.group is not None and (send or receive):
             exchange(self.group, send, receive)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import socket
@@ -23,9 +24,10 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 # be late on a busy node.
 dynamic_rendezvous.get_method_name = lambda depth=2: ""
 
+logger = logging.getLogger(__name__)
 KEEP_ALIVE, ATTEMPTS = 2, 5  # seconds between an agent's signs of life, and how many may be missing
-REPLY = timedelta(seconds=20)  # for an answer of the store, or for the next node to open one
-PROBE = timedelta(seconds=3)
+REPLY = timedelta(seconds=10)  # for an answer of the store
+PROBE = timedelta(seconds=3)  # for an answer of a node whose store is not in use yet
 FIRST_CALL, LAST_CALL = 30, 5  # seconds to wait for more nodes than MIN: at the first start, at a restart
 KEY_FILE = "rendezvous.key"  # in the run folder
 
@@ -136,15 +138,30 @@ def wait_for_port(host: str, port: int, patience: float) -> None:
             time.sleep(0.2)
 
 
-def join(nodes: Nodes, k: int, key: bytes, timeouts: Timeouts) -> Handler:
-    """The rendezvous over the store of host ``k``, which that host opens. Raises ``RendezvousConnectionError``."""
-    host, port = nodes.hosts[k], nodes.port + k
-    opens = k == nodes.index
+def open_store(nodes: Nodes) -> TCPStore | None:
+    """This host's store, from the start: if the nodes before it in ``hosts`` are lost, the others find it there at once."""
+    if nodes.index < 0:
+        return None
+    host, port = nodes.hosts[nodes.index], nodes.port + nodes.index
     try:
-        listening = socket.create_server((host, port)).detach() if opens else None  # on this address only
-        if not opens:
-            wait_for_port(host, port, (REPLY if timeouts.started else max(REPLY, timeouts.join)).total_seconds())
-        store = TCPStore(host, port, is_master=opens, multi_tenant=True, timeout=REPLY, master_listen_fd=listening)
+        listening = socket.create_server((host, port)).detach()  # on this address only
+        return TCPStore(host, port, is_master=True, multi_tenant=True, timeout=REPLY, master_listen_fd=listening)
+    except (OSError, RuntimeError, ValueError) as error:
+        logger.warning("this node cannot keep the nodes' store, %s:%d is not free (%s)", host, port, error)
+        return None
+
+
+def join(nodes: Nodes, k: int, key: bytes, timeouts: Timeouts, own: TCPStore | None) -> Handler:
+    """The rendezvous over the store of host ``k``; ``own`` is this host's. Raises ``RendezvousConnectionError``."""
+    host, port = nodes.hosts[k], nodes.port + k
+    try:
+        if k == nodes.index:
+            if own is None:
+                raise OSError("its port is in use")
+            store = own
+        else:
+            wait_for_port(host, port, (PROBE if timeouts.started else max(REPLY, timeouts.join)).total_seconds())
+            store = TCPStore(host, port, is_master=False, wait_for_workers=False, multi_tenant=True, timeout=REPLY)
     except (OSError, RuntimeError, ValueError) as error:
         raise RendezvousConnectionError(f"the store on {host}:{port} cannot be reached ({error})") from error
     handler: Handler = Handler.from_backend(

@@ -15,10 +15,8 @@ from megastar.config.schema import RunConfig
 from megastar.engine.exit_codes import CLEAN, RANK_FAILURE
 from megastar.engine.fault_tolerance.heartbeat import ABORTED, EXITED, OVERDUE, Heartbeat, decode, flag_of
 from megastar.engine.phase import PHASE, STARTING, describe, limit_of
-from megastar.parallel.rendezvous import agent_hosts_store
 from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import HEARTBEATS
-from megastar.utils.parent import launcher_is_suspended
 
 START_FACTOR = 5  # a starting rank may be silent this many times longer: imports and compilation can hold Python's lock
 
@@ -101,10 +99,10 @@ class FailureDetector:
         # With lost_timeout off, rank 0 reports hangs; a rank for which rank 0 itself is silent then has to report.
         limit = self.lost_timeout or (limit_of(self.cfg) if self.rank and self.overdue else 0)
         rank_0_exited = 0 in self.beats and flag_of(self.beats[0]) in (EXITED, ABORTED)
-        if not limit or not self.host or (rank_0_hosts_store() and rank_0_exited):
+        if not limit or not self.host or rank_0_exited:
             return None
         if self.clock - self.contact_at > limit * (START_FACTOR if PHASE.phase == STARTING else 1):
-            return None if agent_hosts_store() and launcher_is_suspended() else self.store_loss()
+            return self.store_loss()
         long_silent = self.silent_ranks(START_FACTOR * limit)
         silent = [b for b in self.silent_ranks(limit) if b.phase != STARTING or b in long_silent]
         if silent and self.clock - self.contact_at < limit / 2:
@@ -121,12 +119,9 @@ class FailureDetector:
         return Diagnosis("lost", f"{text}: the process or its host is down", silent)
 
     def store_loss(self) -> Diagnosis:
-        """The store does not respond: its process is gone, which is rank 0 or the launcher beside it."""
+        """The store does not respond: rank 0, which hosts it, is gone."""
         zero = decode(self.beats[0]) if 0 in self.beats else Heartbeat(0, self.host, 0)
         seconds = self.clock - self.contact_at
-        if self.rank == 0 or not rank_0_hosts_store():
-            text = f"the launcher on {self.host}, which hosts the ranks' store, has not responded for {seconds:.0f} s"
-            return Diagnosis("lost", f"{text}: it or its host is down", [zero] if self.rank else [])
         text = f"{zero} has not responded for {seconds:.0f} s, last seen at {place(zero)}"
         return self.error_in_file(zero) or Diagnosis("lost", f"{text}: the process or its host is down", [zero])
 
@@ -175,11 +170,6 @@ def error_of(beat: Heartbeat) -> Diagnosis | None:
         return None
     status = 2 if beat.status == 2 else RANK_FAILURE
     return Diagnosis("error", f"{beat} exited with an error: {beat.text}", [beat], status)
-
-
-def rank_0_hosts_store() -> bool:
-    """Whether the store lives in rank 0's process; under torchrun it lives in the launcher."""
-    return not agent_hosts_store()
 
 
 def names_of(beats: list[Heartbeat]) -> str:

@@ -6,7 +6,6 @@ The store is the process group's TCPStore over a separate connection: two thread
 from __future__ import annotations
 
 import json
-import os
 import select
 import socket
 from contextlib import suppress
@@ -66,10 +65,7 @@ class HeartbeatStore:
             store = store.underlying_store
         self.host, self.port = store.host, store.port  # AttributeError: another kind of store
         self.rank, self.world, self.timeout = rank, world, timeout
-        # A store of the launcher outlives its ranks; the counts of several launchers may differ, but rank 0's store is new.
-        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shared else "0"
-        self.prefix = f"megastar/beats/{restarts}/{attempt}/"
+        self.prefix = f"megastar/beats/{attempt}/"
         self.present: set[int] = set()  # ranks whose key exists
         self.store: SignedStore | None = None
         self.secret = secret

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megastar.config.schema import RunConfig
 from megastar.engine.exit_codes import CLEAN
-from megastar.engine.fault_tolerance.failure_detector import Diagnosis, FailureDetector, place, rank_0_hosts_store
+from megastar.engine.fault_tolerance.failure_detector import Diagnosis, FailureDetector, place
 from megastar.engine.fault_tolerance.heartbeat import (
     ABORTED,
     ALIVE,
@@ -170,9 +170,9 @@ class Watchdog:
         """One exchange with the store. After a failure the next waits ``RETRY`` seconds; the detector counts the silence."""
         store, clock = self.store, self.detector.clock
         assert store is not None
-        if self.sent.is_set() and not self._hosts_store():
+        if self.sent.is_set() and self.rank:
             return
-        if self.rank and rank_0_hosts_store() and self._has_ended(0):
+        if self.rank and self._has_ended(0):
             if store.closed():
                 self.sent.set()  # the store is gone: nothing more can be sent
             if self.stage not in (EXITED, ABORTED) or self.sent.is_set():
@@ -196,10 +196,6 @@ class Watchdog:
 
     def _has_ended(self, rank: int) -> bool:
         return rank in self.peer_beats and flag_of(self.peer_beats[rank]) in (EXITED, ABORTED)
-
-    def _hosts_store(self) -> bool:
-        """Whether the store ends with this process, which therefore waits until the others have read its last heartbeat."""
-        return self.rank == 0 and rank_0_hosts_store()
 
     def _write_file(self) -> None:
         path = self.run / HEARTBEATS / f"rank-{self.rank:05d}.json"
@@ -312,7 +308,7 @@ class Watchdog:
         if self.store is None or self.store.closed():
             return
         no_contact = self.detector.clock - self.detector.contact_at > max(2.0, 3 * self.tick)
-        if (no_contact and patience < REPORT_TIMEOUT) or not self.sent.wait(patience) or not self._hosts_store():
+        if (no_contact and patience < REPORT_TIMEOUT) or not self.sent.wait(patience) or self.rank:
             return
         deadline = time.monotonic() + max(2.0, 4 * self.tick)
         while time.monotonic() < deadline and not all(self._has_ended(r) for r in range(1, self.world)):

@@ -189,7 +189,7 @@ def an_error_elsewhere_is_of_its_kind(out: Path) -> None:
 
     for error, elsewhere in (
         (UserError("the shard is broken: fix it"), UserError("the shard is broken: fix it")),
-        (PermissionError(13, "Permission denied", "/x"), UserError("cannot write /x (Permission denied): free space")),
+        (PermissionError(13, "Permission denied", "/x"), UserError("cannot access /x (Permission denied): change")),
         (OSError(5, "Input/output error"), RuntimeError("rank 1: OSError(5, 'Input/output error')")),
     ):
         wanted = error if ctx.rank == 1 and not isinstance(error, PermissionError) else elsewhere

@@ -51,6 +51,7 @@ LATER = {
     "train.deterministic": False,
     "faults.join_timeout": 600.0,
     "faults.memory_every": 0,
+    "faults.memory_copies": 1,
     "optim.name": "adamw",
     **{f"optim.muon.{name}": value for name, value in dataclasses.asdict(MuonConfig()).items()},
 }  # defaults that later versions changed or added

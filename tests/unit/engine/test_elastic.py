@@ -64,10 +64,11 @@ def test_too_few_ranks_for_the_tensor_group_are_an_error():
         fit_batch(config(8, tensor=4), 3, 8)
 
 
-def test_copies_are_kept_on_the_next_node():
-    assert peers_of([0, 0, 1, 1, 2, 2]) == [2, 3, 4, 5, 0, 1]
-    assert peers_of([0, 0, 1]) == [2, 2, 0]  # a node that starts fewer ranks
-    assert peers_of([4, 4]) == [None, None]
+def test_copies_are_kept_on_the_next_nodes():
+    assert peers_of([0, 0, 1, 1, 2, 2]) == [[2], [3], [4], [5], [0], [1]]
+    assert peers_of([0, 0, 1, 1, 2, 2], 2) == [[2, 4], [3, 5], [4, 0], [5, 1], [0, 2], [1, 3]]
+    assert peers_of([0, 0, 1], 3) == [[2], [2], [0]]  # a node that starts fewer ranks, and fewer nodes than copies
+    assert peers_of([4, 4]) == [[], []]
     assert files_of(3, 1) == ["state-00003.safetensors", "random-00003.pt", "rank-00003.json"]
     assert files_of(3, 2) == ["state-00003.safetensors", "rank-00003.json"]  # the second of its tensor group
 

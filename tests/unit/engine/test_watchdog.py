@@ -108,8 +108,7 @@ def test_a_rank_that_starts_may_be_silent_for_longer():
     assert diagnosis and [b.rank for b in diagnosis.culprits] == [3] and 'last seen at "starting"' in diagnosis.text
 
 
-def test_a_silent_store_is_reported_as_rank_0(monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+def test_a_silent_store_is_reported_as_rank_0():
     ranks = Ranks(config(), rank=2)
     ranks.seconds(3)
     diagnosis = ranks.seconds(40, contact=False)
@@ -118,11 +117,6 @@ def test_a_silent_store_is_reported_as_rank_0(monkeypatch):
         and [b.rank for b in diagnosis.culprits] == [0]
         and "rank 0 on node0 (pid 100) has not responded" in diagnosis.text
     )
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    ranks = Ranks(config())
-    ranks.seconds(3)
-    diagnosis = ranks.seconds(40, contact=False)
-    assert diagnosis and diagnosis.culprits == [] and "the launcher on node0" in diagnosis.text
 
 
 def test_ranks_that_have_left_are_not_lost():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from megastar.evaluation.lars import LARS, learning_rate
 from megastar.evaluation.linear_probe import fit_probes, linear_probe, probe_features, probe_positions
 from megastar.model.transformer import Transformer
 from megastar.utils.logs import ROOT
+from tests.fuzz import byte_variants
 
 CFG = ModelConfig(name="t", n_layer=3, n_head=2, dim=16, multiple_of=16, vocab_size=11, num_classes=3, image_tokens=16)
 
@@ -215,3 +217,22 @@ def test_a_figure_without_matplotlib_reports_what_to_install(tmp_path, monkeypat
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"a figure needs matplotlib .*megastar\[eval\]"):
         draw_probes({}, tmp_path / "x.png")
+
+
+def test_a_damaged_file_of_features_is_computed_again(tmp_path):
+    torch.manual_seed(0)
+    model, codes = Transformer(CFG), np.random.default_rng(0).integers(0, 11, (5, 16)).astype(np.uint16)
+
+    def features():
+        return np.array(probe_features(model, codes, block=2, positions=[4, 16], cache=tmp_path))
+
+    plain = features()
+    (file,) = tmp_path.iterdir()
+    whole, archive = file.read_bytes(), io.BytesIO()
+    np.savez(archive, plain)
+    start = len(whole) - plain.nbytes
+    variants = [data + whole[start:] for _, data in byte_variants(whole[:start], random.Random("probe"), 60)]
+    for data in [*variants, b"", whole[:-1], whole + b"x", archive.getvalue(), whole[:10] + b"(" * 9000]:
+        file.write_bytes(data)
+        assert np.array_equal(features(), plain)
+    assert file.read_bytes() == whole

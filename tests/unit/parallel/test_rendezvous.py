@@ -25,13 +25,13 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def ranks(ranks_here, world, timeout=30.0, stopped=None, port=""):
+def ranks(ranks_here, world, timeout=30.0, stopped=None, port="", **more):
     """What ``join`` returned or raised, by rank."""
     stopped, port = stopped or {}, port or free_port()
     results = {}
 
     def start(rank):
-        place = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **more}
         try:
             results[rank] = join(timeout, lambda: stopped.get(rank, 0), place)
         except BaseException as error:
@@ -47,6 +47,19 @@ def ranks(ranks_here, world, timeout=30.0, stopped=None, port=""):
 
 def test_all_ranks_meet():
     stores = ranks([2, 1, 0], 3)
+    stores[1].set("key", "value")
+    assert stores[0].get("key") == b"value" == stores[2].get("key")
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_the_ranks_of_torchrun_have_a_store_of_their_own(former):
+    """One that does not end with the agent. ``former``: the agent's names the store of an earlier start."""
+    agent, other = (host_store("127.0.0.1", 0, {}) for _ in range(2))
+    if former:
+        agent.set("megastar/join/store", f"{other.port} of-an-earlier-start")
+    stores = ranks([1, 0, 2], 3, port=str(agent.port), TORCHELASTIC_USE_AGENT_STORE="True")
+    assert {stores[r].port for r in range(3)} == {stores[0].port} and stores[0].port not in (agent.port, other.port)
+    del agent
     stores[1].set("key", "value")
     assert stores[0].get("key") == b"value" == stores[2].get("key")
 
@@ -72,6 +85,12 @@ def test_a_server_that_is_not_a_store_is_no_hang():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         found = ranks([1], 2, timeout=1.5, port=str(silent.getsockname()[1]))
     assert "for rank 0 at 127.0.0.1" in str(found[1])
+
+
+def test_a_missing_rank_0_of_torchrun_is_named():
+    agent = host_store("127.0.0.1", 0, {})
+    found = ranks([1], 2, timeout=1.5, port=str(agent.port), TORCHELASTIC_USE_AGENT_STORE="True")
+    assert "for rank 0 at 127.0.0.1" in str(found[1]) and isinstance(found[1], MissingRanks)
 
 
 def test_a_signal_ends_the_wait_on_all_ranks(caplog):

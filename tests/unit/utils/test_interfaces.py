@@ -21,6 +21,8 @@ NAMES = {"localhost": "127.0.0.1", "node1": "10.0.0.5", "debian": "127.0.1.1", "
         ("node1", {"GLOO_SOCKET_IFNAME": "ib0"}, "10.0.0.5"),  # where the others connect to
         ("debian", {"GLOO_SOCKET_IFNAME": "ib0"}, "192.168.1.5"),  # /etc/hosts names the host 127.0.1.1
         ("debian", {}, ""),
+        ("debian", {"GLOO_SOCKET_IFNAME": "lo"}, "127.0.1.1"),
+        ("node1", {"GLOO_SOCKET_IFNAME": "lo"}, "10.0.0.5"),
         ("node1", {"NCCL_SOCKET_IFNAME": "^docker"}, ""),
         ("unknown", {"GLOO_SOCKET_IFNAME": "eth0"}, "10.0.0.5"),
     ],

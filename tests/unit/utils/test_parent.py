@@ -10,23 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from megastar.utils.parent import launcher_is_suspended
-
 ROOT = Path(__file__).parents[3]
 RANK = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
-from megastar.utils.parent import end_with_launcher, launcher_is_suspended
+from megastar.utils.parent import end_with_launcher
 def leave(*_):
     Path(sys.argv[1]).with_suffix(".left").touch()
     sys.exit(85)
 signal.signal(signal.SIGTERM, leave)
+Path(sys.argv[1]).with_suffix(".started").touch()
+while Path("/proc", os.environ.get("LATE", "none")).exists():
+    time.sleep(0.05)
 end_with_launcher()
 Path(sys.argv[1]).touch()
 for _ in range(600):
     time.sleep(0.1)
-    if launcher_is_suspended():
-        Path(sys.argv[1]).with_suffix(".suspended").touch()
 """
 LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]).wait()"
 
@@ -53,8 +52,6 @@ def test_a_rank_ends_with_its_launcher(tmp_path, above):
     try:
         wait(ready)
         launcher.send_signal(signal.SIGSTOP)
-        if not above:
-            wait(ready.with_suffix(".suspended"))
         time.sleep(1.5)
         assert not ready.with_suffix(".left").exists()
         launcher.kill()
@@ -65,5 +62,21 @@ def test_a_rank_ends_with_its_launcher(tmp_path, above):
             os.killpg(launcher.pid, signal.SIGKILL)
 
 
-def test_this_process_has_a_running_parent():
-    assert not launcher_is_suspended()
+@pytest.mark.parametrize("name", ["MEGASTAR_LAUNCHER", "TORCHELASTIC_RUN_ID", "CROSS_RANK", "deepspeed"])
+def test_a_launcher_that_ended_before_its_rank_looked_is_noticed(tmp_path, name):
+    ready, above = tmp_path / "rank", name == "deepspeed"
+    late = "import os, subprocess, sys; os.environ |= {'LATE': str(os.getpid()), sys.argv.pop(1): str(os.getpid())}; "
+    words = [sys.executable, "-c", late + LAUNCHER.partition("; ")[2], name, RANK, str(ready)]
+    if above:  # RANK waits for the end of the process above its launcher
+        middle = "import sys, subprocess; subprocess.Popen([sys.executable, '-c', *sys.argv[3:]]).wait()"
+        words[2] = late + "subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]).wait()"
+        words[4:] = [middle, "deepspeed.launcher.launch", "--enable_each_rank_log=None", RANK, str(ready)]
+    launcher = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    try:
+        wait(ready.with_suffix(".started"))
+        launcher.kill()
+        launcher.wait()
+        wait(ready.with_suffix(".left"))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)

@@ -63,6 +63,9 @@ def test_secrets_are_not_shown(monkeypatch, tmp_path):
         ('"http://h/b?X-Amz-Signature=ab12&X-Amz-Credential=AK%2F1&n=2"', '"http://h/b?X-Amz-Signature=***&X-Amz-Credential=***&n=2"'),
         ("http://h/?AWSAccessKeyId=AK&Signature=s%3D", "http://h/?AWSAccessKeyId=***&Signature=***"),
         ("s3://bucket/a@b and http://h/a@b", "s3://bucket/a@b and http://h/a@b"),
+        ("http://h:9000/a@b", "http://h:9000/a@b"), ("s3://bucket/a:b@c", "s3://bucket/a:b@c"),
+        ("at https://user:pa/ss@host:9, gone", "at https://***@host:9, gone"),
+        ("at https://user:it's@host", "at https://***@host"),
     ):  # fmt: skip
         assert redact(text) == safe
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://user:p4ss@127.0.0.1:9")

@@ -31,7 +31,7 @@ def test_threads_without_work_end_and_come_back(monkeypatch):
     assert not queue._threads
     for number in (1, 2):
         queue.replace([shard(number)])
-        wait_for(lambda: len(done) == number)
+        wait_for(lambda number=number: len(done) == number)
         wait_for(lambda: not queue._threads)
     queue.replace([shard(3)])
     queue.close()
