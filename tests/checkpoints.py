@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megastar.checkpoint.rng_state import random_file
-from megastar.checkpoint.shard_format import KINDS, PREFIX, Piece, StateReader, state_file, write_pieces
+from megastar.checkpoint.shard_format import PREFIX, Piece, StateReader, kinds_of, state_file, write_pieces
 from megastar.config.schema import ModelConfig, RunConfig
 from megastar.engine.student import Student
 from megastar.model.io import metadata_of
@@ -52,7 +52,7 @@ def hash_of(name: str, kind: str) -> int:
 
 
 def whole_of(cfg: RunConfig) -> Whole:
-    return {n: {k: draw(n, k, s) for k in KINDS} for n, s in shapes_of(cfg).items()}
+    return {n: {k: draw(n, k, s) for k in kinds_of(n, cfg.optim.name)} for n, s in shapes_of(cfg).items()}
 
 
 def write_checkpoint(run: Path, cfg: RunConfig, data: int, tensor: int, step: int = 3) -> Path:
@@ -66,12 +66,12 @@ def write_checkpoint(run: Path, cfg: RunConfig, data: int, tensor: int, step: in
         pieces = []
         for name, shape in shapes.items():
             split = split_of(name) if tensor > 1 else None
-            kinds = {k: draw(name, k, shape) for k in KINDS}
+            kinds = {k: draw(name, k, shape) for k in kinds_of(name, cfg.optim.name)}
             local = {k: (split.cut(v, tensor, t) if split else v).reshape(-1) for k, v in kinds.items()}
             size, (part, parts) = local["fp32"].numel(), (d, data) if split else (rank, data * tensor)
             low, high = size * part // parts, size * (part + 1) // parts
             if low < high:
-                piece = Piece(name, t if split else 0, low, high)
+                piece = Piece(name, t if split else 0, low, high, tuple(kinds))
                 pieces.append((piece, {k: v[low:high].clone() for k, v in local.items()}))
         size, digest = write_pieces(written / state_file(rank), pieces)
         whose = f"rank {rank}: data rank {d}, tensor rank {t}"
@@ -81,7 +81,7 @@ def write_checkpoint(run: Path, cfg: RunConfig, data: int, tensor: int, step: in
             torch.save({"torch": torch.Generator().manual_seed(d).get_state()}, path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "whose": whose}
     manifest = {
-        "format": FORMAT, "step": step, "steps": 8, "optimizer_step": step, "dtype": "torch.float32",
+        "format": FORMAT, "step": step, "steps": 8, "optimizer_step": step, "optimizer": cfg.optim.name, "dtype": "torch.float32",
         "mesh": {"data": data, "tensor": tensor, "zero_stage": 3}, "data": "0" * 64, "classes": list("abcde"),
         "command": "megastar train", "config": asdict(cfg) | {"run": str(run)}, "files": files,
         "parameters": {n: list(s) for n, s in shapes.items()},

@@ -1,7 +1,8 @@
 """DeepSpeed's universal format, written without DeepSpeed (layout: deepspeed/checkpoint/ds_to_universal.py, 0.19.8).
 
 OUT/latest_universal                          the tag, global_step400
-OUT/global_step400/zero/NAME/fp32.pt          {"param": whole tensor, fp32}; also exp_avg.pt, exp_avg_sq.pt, ema.pt
+OUT/global_step400/zero/NAME/fp32.pt          {"param": whole tensor, fp32}; also exp_avg.pt, exp_avg_sq.pt, ema.pt;
+                                              of a weight that Muon updates momentum_buffer.pt instead of the moments
 OUT/global_step400/zero/NAME/step.pt          optimizer steps, a tensor
 OUT/global_step400/zero/optimizer_state.pt    what stage 3 and stages 1 and 2 look for, both in one file
 OUT/global_step400/*_model_states.pt          global_steps and the run's manifest (client_state["megastar"]), no weights
@@ -30,8 +31,7 @@ from typing import Any
 import torch
 
 from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
-from megastar.checkpoint.shard_format import KINDS
-from megastar.checkpoint.source import Source, elements_of, same_bits
+from megastar.checkpoint.source import Source, same_bits, stored_elements
 from megastar.errors import UserError
 from megastar.utils.files import is_plain_name, write_atomic
 from megastar.utils.progress_bar import progress_bar
@@ -51,8 +51,8 @@ def to_universal(source: Source, out: Path, force: bool) -> str:
                 f"{source.folder}: its manifest names a parameter {name[:100]!r}, not a plain name: restore it"
             )
     tag = f"global_step{step}"
-    size = 4 * elements_of(reader.shapes) * len(KINDS)
-    with staged(out, size + 8192 * len(reader.shapes) * (len(KINDS) + 1), force, HOLDS) as root:
+    size, files = 4 * stored_elements(reader), sum(len(reader.kinds(name)) + 1 for name in reader.shapes)
+    with staged(out, size + 8192 * files, force, HOLDS) as root:
         source.verify()
         zero = root / tag / "zero"
         zero.mkdir(parents=True)
@@ -60,7 +60,7 @@ def to_universal(source: Source, out: Path, force: bool) -> str:
         with progress_bar(source.console, "writing", size, bytes=True, transient=True) as bar:
             for name in reader.shapes:
                 (zero / name).mkdir()
-                for kind in KINDS:
+                for kind in reader.kinds(name):
                     tensor = reader.whole(name, kind)
                     torch.save({"param": tensor}, zero / name / f"{kind}.pt")
                     settle(zero / name / f"{kind}.pt")
@@ -73,11 +73,15 @@ def to_universal(source: Source, out: Path, force: bool) -> str:
         write_atomic(root / "latest_universal", tag.encode())
         with progress_bar(source.console, "reading back", size, bytes=True, transient=True) as bar:
             for name in reader.shapes:
-                for kind in KINDS:
+                for kind in reader.kinds(name):
                     tensor = reader.whole(name, kind)
                     check(zero / name / f"{kind}.pt", partial(holds, tensor))
                     bar.advance(4 * tensor.numel())
-    return f"{len(reader.shapes)} parameters x {len(KINDS)} tensors read back and equal to the source"
+    count = len(reader.shapes)
+    each = (
+        f"{count} parameters x {files // count - 1}" if files % count == 0 else f"{count} parameters, {files - count}"
+    )
+    return f"{each} tensors read back and equal to the source"
 
 
 def holds(tensor: torch.Tensor, found: dict[str, torch.Tensor]) -> bool:

@@ -18,7 +18,7 @@ from megastar.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from megastar.errors import UserError
 from megastar.model.io import read_model_header
 from megastar.run_dir.checkpoint_dir import damaged, find_checkpoint, parse_manifest
-from megastar.run_dir.manifest import config_of, file_problem
+from megastar.run_dir.manifest import config_of, file_problem, optimizer_of
 from megastar.tokenizer.io import FORMAT as TOKENIZER_FORMAT
 from megastar.tokenizer.io import read_tokenizer_header
 from megastar.utils.files import sha256
@@ -82,13 +82,16 @@ def summary(folder: Path, manifest: dict[str, Any], cfg: RunConfig) -> dict[str,
     of = f" of {manifest['steps']}" if manifest.get("steps") else ""
     network = f"{m.name}: {m.n_layer} blocks, {m.n_head} heads, width {m.dim}, {m.vocab_size} codes, "
     network += f"{m.num_classes} classes, {m.image_tokens} tokens"
+    states = ", ".join(STATES)
+    if optimizer_of(manifest) == "muon":
+        states += "; of the blocks' matrices momentum_buffer in place of exp_avg and exp_avg_sq"
     out = {
         "checkpoint": str(folder),
         "step": f"{manifest['step']}{of}, {manifest['step'] * cfg.train.global_batch:,} images seen",
         "network": network,
         "objective": "ST-AR (self-guided)" if cfg.self_guided.enabled else "next token (AR baseline)",
         "mesh": f"{mesh['data']} data x {mesh['tensor']} tensor ranks, ZeRO stage {mesh.get('zero_stage', '?')}",
-        "dtype": f"compute {manifest.get('dtype', '?').removeprefix('torch.')}, stored in fp32: weights, {', '.join(STATES)}",
+        "dtype": f"compute {manifest.get('dtype', '?').removeprefix('torch.')}, stored in fp32: weights, {states}",
         "parameters": f"{inner:,} transformer + {sum(sizes.values()) - inner:,} projector, in {len(sizes)} tensors",
         "bytes": f"{sum(e['bytes'] for e in manifest['files'].values()):,} in {len(manifest['files'])} files",
     }

@@ -16,8 +16,8 @@ import torch
 
 from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
 from megastar.checkpoint.rng_state import random_file, seed_dropout
-from megastar.checkpoint.shard_format import KINDS, OPEN_FILES, Piece, StateReader, piece_writer, state_file
-from megastar.checkpoint.source import Source, elements_of, same_bits
+from megastar.checkpoint.shard_format import OPEN_FILES, Piece, StateReader, kinds_of, piece_writer, state_file
+from megastar.checkpoint.source import Source, same_bits, stored_elements
 from megastar.config.validate import divisors, words
 from megastar.errors import UserError
 from megastar.parallel.budget import check_tensor
@@ -32,7 +32,7 @@ from megastar.utils.progress_bar import ProgressBar, progress_bar
 HOLDS = (CHECKPOINTS,)
 
 
-def pieces_of(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[Piece]:
+def pieces_of(shapes: dict[str, tuple[int, ...]], mesh: Mesh, optimizer: str = "adamw") -> list[Piece]:
     """The pieces that a rank writes at ZeRO-3: one of ``data`` equal parts of each parameter of its tensor rank.
 
     The last part may be shorter. Weights replicated in a tensor group are divided between its ranks.
@@ -46,7 +46,7 @@ def pieces_of(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[Piece]:
         if mesh.tensor > 1 and not split:
             low, high = (low + (high - low) * t // mesh.tensor for t in (mesh.tensor_rank, mesh.tensor_rank + 1))
         if low < high:
-            out.append(Piece(name, mesh.tensor_rank if split else 0, low, high))
+            out.append(Piece(name, mesh.tensor_rank if split else 0, low, high, kinds_of(name, optimizer)))
     return out
 
 
@@ -62,7 +62,7 @@ def to_checkpoint(source: Source, out: Path, data: int, tensor: int, force: bool
     if source.folder.resolve().is_relative_to(out.resolve()):
         raise UserError(f"--out {out} contains the source {source.folder}: name another folder")
     reader, name = source.reader, name_of(source.manifest["step"])
-    size = 4 * elements_of(reader.shapes) * len(KINDS)
+    size = 4 * stored_elements(reader)
     headers = data * tensor * (600 * len(reader.shapes) + (1 << 14))
     with staged(out, size + headers, force, HOLDS) as root:
         source.verify()
@@ -93,13 +93,13 @@ def write_states(source: Source, folder: Path, data: int, tensor: int, bar: Prog
     world = data * tensor
     for first in range(0, world, OPEN_FILES):
         meshes = [Mesh(world, tensor, rank) for rank in range(first, min(world, first + OPEN_FILES))]
-        pieces = [{p.name: p for p in pieces_of(source.reader.shapes, m)} for m in meshes]
+        pieces = [{p.name: p for p in pieces_of(source.reader.shapes, m, source.reader.optimizer)} for m in meshes]
         writers = []
         try:
             for mesh, mine in zip(meshes, pieces, strict=True):
                 writers.append(piece_writer(folder / state_file(mesh.rank), list(mine.values())))
             for name in source.reader.shapes:
-                for kind in KINDS:
+                for kind in source.reader.kinds(name):
                     bar.advance(write_parameter(source, name, kind, tensor, list(zip(writers, pieces, strict=True))))
         except BaseException as error:
             for writer in writers:
@@ -151,7 +151,7 @@ def compare(source: Source, folder: Path, bar: ProgressBar) -> None:
     verify(folder, [n for n in manifest["files"] if not n.startswith("state-")])
     reader = StateReader(folder, manifest)
     for name, shape in reader.shapes.items():
-        for kind in KINDS:
+        for kind in reader.kinds(name):
             if not same_bits(reader.whole(name, kind), source.reader.whole(name, kind)):
                 raise UserError(f"{kind} of {name} {READS_BACK}")
             bar.advance(4 * torch.Size(shape).numel())

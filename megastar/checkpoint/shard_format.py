@@ -1,8 +1,8 @@
 """The state files of a checkpoint: pieces of named parameters, readable by any number of ranks.
 
 A rank's file ``state-00003.safetensors`` stores, for each parameter that the rank owns a part of, one contiguous range
-of the flattened weight in fp32, four times: the master weight, AdamW's two moments, and the EMA (the teacher). Ranges
-index the *tensor-parallel* weight where parallel/plan.py splits it, otherwise the whole weight. The manifest records
+of the flattened weight in fp32, four times: the master weight, AdamW's two moments, and the EMA (the teacher); under Muon
+three times, with one momentum in place of the moments. Ranges index the *tensor-parallel* weight where parallel/plan.py splits it, otherwise the whole weight. The manifest records
 the full shapes and the tensor-parallel degree. Ranges do not depend on DeepSpeed's partitioning, so any run reads any
 checkpoint, and converters need no DeepSpeed. Headers are read without torch; tensors by plain reads, because pages of a
 memory map count as the process's memory.
@@ -23,10 +23,10 @@ from megastar.config.schema import ModelConfig
 from megastar.errors import UserError
 from megastar.model.io import check_fits
 from megastar.parallel.budget import check_tensor
-from megastar.parallel.plan import split_of
+from megastar.parallel.plan import block_matrix, split_of
 from megastar.run_dir.checkpoint_dir import damaged
 from megastar.run_dir.layout import MANIFEST
-from megastar.run_dir.manifest import require_weights
+from megastar.run_dir.manifest import optimizer_of, require_weights
 from megastar.utils.files import open_regular
 from megastar.utils.json_file import WEIGHT_NAME, core, dict_of, integer, parse_json, shown, validator
 from megastar.utils.safetensors_header import read_header
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STATES = ("exp_avg", "exp_avg_sq", "ema")
-KINDS = ("fp32", *STATES)  # tensors stored for each parameter
+KINDS = ("fp32", *STATES)  # tensors stored for each parameter that AdamW updates
+MUON_KINDS = ("fp32", "momentum_buffer", "ema")
 PROJECTOR = "projector."
 PREFIX = "transformer."  # of the network's own weights; the projector is used in training only
 PIECES = validator(
@@ -52,6 +53,12 @@ class Piece:
     tensor_rank: int
     start: int
     stop: int
+    kinds: tuple[str, ...] = KINDS  # see ``kinds_of``
+
+
+def kinds_of(name: str, optimizer: str) -> tuple[str, ...]:
+    """The tensors stored for a parameter of a run whose ``optim.name`` is ``optimizer``."""
+    return MUON_KINDS if optimizer == "muon" and block_matrix(name) else KINDS
 
 
 def state_file(rank: int) -> str:
@@ -59,10 +66,10 @@ def state_file(rank: int) -> str:
 
 
 def piece_writer(path: Path, pieces: Sequence[Piece]) -> TensorWriter:
-    """A writer of a rank's file; write each piece's ``KINDS`` in order: ``write(f"{kind}/{name}", flat fp32)``."""
+    """A writer of a rank's file; write each piece's kinds in order: ``write(f"{kind}/{name}", flat fp32)``."""
     import torch
 
-    shapes = {f"{k}/{p.name}": (torch.float32, (p.stop - p.start,)) for p in pieces for k in KINDS}
+    shapes = {f"{k}/{p.name}": (torch.float32, (p.stop - p.start,)) for p in pieces for k in p.kinds}
     table = {p.name: [p.tensor_rank, p.start, p.stop] for p in pieces}
     return TensorWriter(path, shapes, {"pieces": json.dumps(table)})
 
@@ -71,7 +78,7 @@ def write_pieces(path: Path, pieces: Sequence[tuple[Piece, dict[str, Tensor]]]) 
     """Write each piece's kinds (flat fp32, stop - start each); returns (bytes, SHA-256)."""
     with piece_writer(path, [p for p, _ in pieces]) as out:
         for p, tensors in pieces:
-            for kind in KINDS:
+            for kind in p.kinds:
                 out.write(f"{kind}/{p.name}", tensors[kind])
     return out.bytes, out.sha256
 
@@ -101,6 +108,7 @@ class StateReader:
         self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in manifest["parameters"].items()}
         self.tensor: int = manifest["mesh"]["tensor"]
         self.optimizer_step: int = manifest["optimizer_step"]
+        self.optimizer = optimizer_of(manifest)
         self.locations: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
         self.first_byte: dict[tuple[str, str, str], int] = {}  # file, kind, name
         files = sorted(n for n in manifest["files"] if n.startswith("state-"))
@@ -113,6 +121,9 @@ class StateReader:
         for name in self.shapes if near is None else ():
             for rank in range(self.tensor if self._split(name, self.tensor) else 1):
                 self._locate(name, rank, 0, math.prod(self.local_shape(name, self.tensor)))
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        return kinds_of(name, self.optimizer)
 
     def _split(self, name: str, degree: int) -> Any:
         return split_of(name) if degree > 1 else None
@@ -142,7 +153,7 @@ class StateReader:
                 or not start <= stop <= math.prod(self.local_shape(name, self.tensor))
             ):
                 raise self._damaged(file, f"it holds elements {start} to {stop} of {name} of tensor rank {rank}")
-            for kind in KINDS:
+            for kind in self.kinds(name):
                 entry = entries.get(f"{kind}/{name}")
                 if entry is None or entry.dtype != "F32" or entry.stop - entry.start != 4 * (stop - start):
                     raise self._damaged(file, f"{kind}/{name} is {entry}, not {stop - start} elements of F32")

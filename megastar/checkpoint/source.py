@@ -75,6 +75,11 @@ def elements_of(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(map(math.prod, shapes.values()))
 
 
+def stored_elements(reader: StateReader) -> int:
+    """Of the weights and all states."""
+    return sum(math.prod(shape) * len(reader.kinds(name)) for name, shape in reader.shapes.items())
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Bitwise equality of fp32 tensors; NaN equals itself."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.int32), b.view(torch.int32))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 from megastar.config.convert import shown
-from megastar.config.schema import MOST_SEED, MOST_THREADS
+from megastar.config.knob import MOST_SEED, MOST_THREADS
 from megastar.errors import UserError
 from megastar.utils.files import check_output
 from megastar.utils.launcher import LAUNCHED_BY_US, is_launched, place_of

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, bounded, positive, print_table
 from megastar.config.files import read_text
-from megastar.config.schema import MOST_SECONDS, DataConfig
+from megastar.config.knob import MOST_SECONDS
+from megastar.config.schema import DataConfig
 from megastar.errors import UserError, nearest
 from megastar.utils.files import check_output
 from megastar.utils.printable import one_line, say

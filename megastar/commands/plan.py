@@ -174,12 +174,12 @@ HEADS = (
 )
 
 
-def table_of(plans: list[Plan], best: Plan | None) -> Table:
+def table_of(plans: list[Plan], best: Plan | None, optimizer: str = "adamw") -> Table:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for head in HEADS.split():
+    for head in (HEADS.replace("AdamW", "Muon") if optimizer == "muon" else HEADS).split():
         table.add_column(head.translate({ord("/"): "\n", ord("_"): " "}), justify="right", no_wrap=True)
     for plan in sorted(plans, key=lambda p: not p.fits):
         if not plan.fits and plan is next(p for p in plans if not p.fits):
@@ -212,7 +212,7 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     shown = plans if every else fitting[:SHOWN] + others[:NEAREST]
     if best and best not in shown:
         shown.insert(0, best)
-    console.print(table_of(shown, best))
+    console.print(table_of(shown, best, cfg.optim.name))
     if len(shown) < len(plans):
         console.print(f"{len(shown)} of {len(plans)} plans shown, {len(fitting)} fit; --all shows all\n")
     console.print(
@@ -234,6 +234,8 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
             console.print(f"  {kept}", soft_wrap=True)
         saved = checkpoint_of(cfg, machine, best)
         console.print(f"  a checkpoint: {saved['files']:,} files, {saved['bytes'] / 1e9:.1f} GB")
+        if cfg.optim.of_matrices:
+            console.print(f"  {muon_line(cfg, machine, dtype, best)}")
         for t in best.transfers:
             console.print(f"  {t.what}: {t.bytes / 1e9:.2f} GB in {t.count} calls ({t.link} ranks)")
     console.print("\nTimes are estimates, not measurements. Assumptions:")
@@ -258,11 +260,31 @@ def kept_line(cfg: RunConfig, plan: Plan, dtype: str) -> str:
     return f"{text}, its last features are recomputed (parallel.teacher_features=keep: {size}, and no block runs twice)"
 
 
+def muon_line(cfg: RunConfig, machine: Machine, dtype: str, plan: Plan) -> str:
+    """What Muon costs beside AdamW, and saves."""
+    from megastar.parallel.budget import GIB, parameter_shapes, state_bytes
+    from megastar.parallel.cost import step_flops
+    from megastar.parallel.muon import all_matrices
+
+    place = (plan.zero.stage, plan.tensor, plan.data, dtype)
+    held = [state_bytes(cfg.model, cfg.self_guided, *place, muon=m)[0]["optimizer"] for m in (False, True)]
+    count, flops = len(all_matrices(parameter_shapes(cfg.model), cfg.optim.muon.split_qkv)), step_flops(cfg)
+    share = flops["newton_schulz"] / (flops["student"] + flops["teacher"])
+    return (
+        f"Muon: {count} matrices on {min(count, machine.gpus)} owners; one momentum instead of two moments saves "
+        f"{(held[0] - held[1]) / GIB:.2f} GiB per rank; Newton-Schulz {flops['newton_schulz'] / 1e12:.3g} TFLOP per step "
+        f"({share:.2%} of the networks'), {plan.newton_schulz * 1e3:.2g} ms on the most loaded rank"
+    )
+
+
 def checkpoint_of(cfg: RunConfig, machine: Machine, plan: Plan) -> dict[str, int]:
-    """Files and bytes of a checkpoint: a state of four fp32 values an element per rank, random states, the manifest."""
+    """Files and bytes of one: a state of four fp32 values an element, or three of Muon's, a rank; a random state a data
+    rank; the manifest."""
+    from megastar.parallel.budget import matrix_elements
     from megastar.parallel.cost import elements
 
-    size = 16 * sum(elements(cfg.model, cfg.self_guided).values())
+    counts = elements(cfg.model, cfg.self_guided)
+    size = 16 * sum(counts.values()) - (4 * matrix_elements(counts) if cfg.optim.of_matrices else 0)
     return {"files": machine.gpus + plan.data + 1, "bytes": size}
 
 

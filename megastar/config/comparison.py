@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megastar.config.schema import LARGE, MOST_BATCH, MOST_SEED, MOST_STEPS, RunConfig, knob
+from megastar.config.knob import LARGE, MOST_BATCH, MOST_SEED, MOST_STEPS, knob
+from megastar.config.schema import RunConfig
 
 SPLITS = ("train", "val", "test")
 WEIGHTS = ("ema", "student")

@@ -33,7 +33,7 @@ SHAPES: tuple[tuple[str, str, type, str], ...] = (  # (name, of the section, typ
     *((name, "zero_optimization", int, "an integer") for name in ("zero_hpz_partition_size", "mics_shard_size")),
 )
 REFUSED = {
-    "optimizer": "megastar uses its own AdamW, which also updates the EMA teacher; set the optim section of the run",
+    "optimizer": "megastar uses its own AdamW or Muon, which also updates the EMA teacher; set the optim section of the run",
     "scheduler": "optim.schedule of the run sets the schedule",
     "elasticity": "it is not supported with this engine",
     "compression_training": "it is not supported with this engine",

@@ -7,30 +7,10 @@ our choices where the paper gives none.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-# Upper bounds: far above what anyone uses, below what overflows or fills a machine. Weights of losses and rates that
-# make a run diverge are allowed.
-MOST_SEED = 2**63 - 1
-MOST_STEPS = 99_999_999  # folders of checkpoints have eight digits
-MOST_BATCH = 2**24
-MOST_THREADS = 1024
-MOST_SECONDS = 10**9
-LARGE = 1e30
-
-
-def knob(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with its help text; lists are copied for each instance.
-
-    Metadata that config/validate.py checks: ``choices`` (allowed values), ``low``/``high`` (inclusive bounds),
-    ``above``/``below`` (exclusive ones). The bounds of a list apply to its members.
-    """
-    metadata["help"] = help
-    if isinstance(default, (list, dict, type)):
-        factory = default if isinstance(default, type) else lambda: type(default)(default)
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
+from megastar.config.knob import LARGE, MOST_BATCH, MOST_SECONDS, MOST_SEED, MOST_STEPS, MOST_THREADS, knob
+from megastar.config.optim import OptimConfig
 
 
 @dataclass
@@ -215,26 +195,6 @@ class AttentionConfig:
         "others are checked against sdpa on first use",
         choices=("auto", "sdpa", "flex", "flash", "triton"),
     )
-
-
-@dataclass
-class OptimConfig:
-    """AdamW on fp32 master weights."""
-
-    lr: float = knob(
-        1e-4, "learning rate at a global batch of 256 images; scaled linearly with the batch [P]", above=0, high=LARGE
-    )
-    scale_lr: bool = knob(True, "multiply lr by global_batch / 256; false: use lr as is")
-    beta1: float = knob(0.9, "AdamW beta 1 [P]", low=0, below=1)
-    beta2: float = knob(0.95, "AdamW beta 2 [P; printed as 0.05, read as a misprint]", low=0, below=1)
-    eps: float = knob(1e-8, "AdamW epsilon [C]", above=0, high=1)
-    weight_decay: float = knob(0.05, "weight decay of tensors with two or more dimensions [P]", low=0, high=LARGE)
-    grad_clip: float = knob(1.0, "maximum gradient norm; 0: no clipping [P]", low=0, high=LARGE)
-    schedule: str = knob(
-        "constant", "constant [P], cosine (to min_lr_ratio), or linear", choices=("constant", "cosine", "linear")
-    )
-    warmup_steps: int = knob(0, "steps of linear warm-up", low=0, high=MOST_STEPS)
-    min_lr_ratio: float = knob(0.01, "final lr of cosine and linear, as a fraction of the peak", low=0, high=1)
 
 
 @dataclass

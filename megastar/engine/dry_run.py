@@ -10,7 +10,7 @@ from rich.table import Table
 from megastar.config.schema import RunConfig
 from megastar.data.shards.manifest import Manifest
 from megastar.engine.context import Context
-from megastar.engine.lr_schedule import learning_rate, total_steps
+from megastar.engine.lr_schedule import rates_at, total_steps
 from megastar.engine.metrics.step_metrics import peak_bytes
 from megastar.engine.step_benchmark import one_step, random_batch
 from megastar.engine.zero.engines import Engines, full_shapes
@@ -41,7 +41,7 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest 
     extra = sum(sizes.values()) - trunk
     states = state_bytes(engines)
     o = cfg.optim
-    rates = [learning_rate(o, cfg.train.global_batch, s, steps) for s in (0, o.warmup_steps, steps - 1)]
+    rates = [rates_at(o, cfg.train.global_batch, s, steps) for s in (0, o.warmup_steps, steps - 1)]
     rows = {
         "transformer": f"{cfg.model.name}, {trunk / 1e6:.1f} M parameters"
         + (f", projector {extra / 1e6:.1f} M" if extra else ""),
@@ -56,7 +56,11 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest 
         if manifest
         else f"{cfg.data.shards} does not exist; assuming the {IMAGENET} images of ImageNet",
         "length": f"{steps} steps = {steps * cfg.train.global_batch / samples:.1f} epochs",
-        "learning rate": f"{rates[0]:.2e} -> {max(rates[:2]):.2e} -> {rates[2]:.2e} ({o.schedule}, {o.warmup_steps} warm-up)",
+        **{
+            f"learning rate{' (matrices)' * (k == 'lr_muon')}": f"{rates[0][k]:.2e} -> {max(r[k] for r in rates[:2]):.2e} -> "
+            f"{rates[2][k]:.2e} ({o.schedule}, {o.warmup_steps} warm-up)"
+            for k in rates[0]
+        },
         "teacher": f"decay {decay_at(0, cfg.self_guided):.4f} -> {decay_at(steps - 1, cfg.self_guided):.4f}"
         if engines.teacher
         else "none (AR baseline)",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from megastar.config.schema import OptimConfig, TrainConfig
+from megastar.config.optim import OptimConfig
+from megastar.config.schema import TrainConfig
 
 
 def total_steps(train: TrainConfig, samples: int) -> int:
@@ -19,12 +20,31 @@ def row_due(train: TrainConfig, step: int, steps: int) -> bool:
 
 def peak_rate(optim: OptimConfig, global_batch: int) -> float:
     """The maximum rate of the run; scaled with global_batch / 256 when ``scale_lr`` [P]."""
-    return optim.lr * (global_batch / 256 if optim.scale_lr else 1.0)
+    return scaled(optim.lr, optim, global_batch)
+
+
+def scaled(lr: float, optim: OptimConfig, global_batch: int) -> float:
+    return lr * (global_batch / 256 if optim.scale_lr else 1.0)
 
 
 def learning_rate(optim: OptimConfig, global_batch: int, step: int, steps: int) -> float:
     """Rate of the step after ``step`` finished ones."""
-    o, peak = optim, peak_rate(optim, global_batch)
+    return at_step(peak_rate(optim, global_batch), optim, step, steps)
+
+
+def muon_rate(optim: OptimConfig, global_batch: int, step: int, steps: int) -> float:
+    """That of the matrices that Muon updates: its own peak, with the same schedule."""
+    return at_step(scaled(optim.muon.lr, optim, global_batch), optim, step, steps)
+
+
+def rates_at(optim: OptimConfig, global_batch: int, step: int, steps: int) -> dict[str, float]:
+    """The rates of that step by their names in metrics.jsonl."""
+    muon = {"lr_muon": muon_rate(optim, global_batch, step, steps)} if optim.of_matrices else {}
+    return {"lr": learning_rate(optim, global_batch, step, steps)} | muon
+
+
+def at_step(peak: float, optim: OptimConfig, step: int, steps: int) -> float:
+    o = optim
     if step < o.warmup_steps:
         return peak * (step + 1) / o.warmup_steps
     progress = min(1.0, (step - o.warmup_steps) / max(1, steps - o.warmup_steps))

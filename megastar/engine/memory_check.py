@@ -22,10 +22,12 @@ def planned_bytes(cfg: RunConfig, world: int, dtype: str) -> tuple[int, int]:
     zero, tensor = Zero.read(read_deepspeed(p.deepspeed), p.deepspeed), p.tensor_parallel
     micro, accumulation = resolve_batch(cfg.train, tensor, world)
     compiled = cfg.train.compile != "off" and tensor == 1
-    states, _ = state_bytes(cfg.model, cfg.self_guided, zero.stage, tensor, world // tensor, dtype, zero.offload)
+    states, _ = state_bytes(
+        cfg.model, cfg.self_guided, zero.stage, tensor, world // tensor, dtype, zero.offload, cfg.optim.name == "muon"
+    )
     memory, _ = memory_bytes(
         cfg.model, cfg.self_guided, zero, tensor, world // tensor, micro, p.activation_checkpointing, dtype,
-        compiled, accumulation, p.teacher_features == "keep",
+        compiled, accumulation, p.teacher_features == "keep", cfg.optim.of_matrices,
     )  # fmt: skip
     return sum(states.values()), sum(memory.values())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megastar.config.schema import RunConfig
 from megastar.engine.context import Context
-from megastar.engine.lr_schedule import learning_rate
+from megastar.engine.lr_schedule import learning_rate, muon_rate
 from megastar.engine.phase import PHASE, VALIDATION
 from megastar.engine.teacher_pass import StepTargets, step_positions, teacher_labels, teacher_pass
 from megastar.engine.zero.engines import Engines
@@ -115,9 +115,8 @@ def validation_loss(engines: Engines, ctx: Context, batches: list[dict[str, Any]
 
 
 def set_schedules(cfg: RunConfig, engines: Engines, step: int, steps: int) -> None:
-    engines.set_schedules(
-        learning_rate(cfg.optim, cfg.train.global_batch, step, steps), decay_at(step, cfg.self_guided)
-    )
+    place = (cfg.optim, cfg.train.global_batch, step, steps)
+    engines.set_schedules(learning_rate(*place), decay_at(step, cfg.self_guided), muon_rate(*place))
 
 
 def average_over_ranks(ctx: Context, sums: dict[str, torch.Tensor]) -> dict[str, float]:

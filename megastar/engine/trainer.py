@@ -30,7 +30,7 @@ from megastar.engine.fault_tolerance.stragglers import Stragglers
 from megastar.engine.fault_tolerance.watchdog import watch
 from megastar.engine.input_pipeline.batch_fetcher import BatchFetcher, OutOfData
 from megastar.engine.input_pipeline.data_checks import open_data
-from megastar.engine.lr_schedule import learning_rate, peak_rate, row_due, total_steps
+from megastar.engine.lr_schedule import peak_rate, rates_at, row_due, total_steps
 from megastar.engine.memory_check import check_run
 from megastar.engine.metrics.environment import command_line
 from megastar.engine.metrics.health_monitor import HealthMonitor
@@ -309,8 +309,8 @@ class Trainer:
             PHASE.at("averaging the metrics")
             if not record.skip_reason:
                 row = average_over_ranks(self.ctx, record.means()) | {"grad_norm": self.engines.grad_norm()}
-            lr = learning_rate(self.cfg.optim, self.cfg.train.global_batch, self.step - 1, self.steps)
-            row |= step_metrics(self.ctx, self.engines) | {"lr": lr}
+            rates = rates_at(self.cfg.optim, self.cfg.train.global_batch, self.step - 1, self.steps)
+            row |= step_metrics(self.ctx, self.engines) | rates
             waits, slow = self.stragglers.row(self.step - self.metrics.last_step)
             row |= waits | ({"skipped": self.skipped} if self.skipped else {})
             self.skipped = 0

@@ -11,10 +11,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megastar.config.optim import MuonConfig
 from megastar.config.schema import ModelConfig, SelfGuidedConfig
 from megastar.config.validate import tensor_parallel_degrees, words
 from megastar.errors import UserError
-from megastar.parallel.plan import chunk_rows, split_of
+from megastar.parallel.muon import muon_traffic, working_bytes
+from megastar.parallel.plan import block_matrix, chunk_rows, split_of
 
 GIB = 2**30
 ELEMENT = {"bf16": 2, "fp32": 4}  # bytes of an element of the compute type
@@ -132,6 +134,11 @@ def block_elements(counts: Mapping[str, int]) -> int:
     return sum(n for name, n in counts.items() if name.startswith("transformer.layers.0."))
 
 
+def matrix_elements(counts: Mapping[str, int]) -> int:
+    """Elements of the weights that Muon updates."""
+    return sum(n for name, n in counts.items() if block_matrix(name))
+
+
 # States ------------------------------------------------------------------------------------------------------------
 def state_bytes(
     model: ModelConfig,
@@ -141,12 +148,13 @@ def state_bytes(
     data: int = 1,
     dtype: str = "bf16",
     offload: Collection[str] = (),
+    muon: bool = False,
 ) -> tuple[dict[str, int], int]:
     """Bytes on one rank's device between steps, and in its host memory. By cause: weights, gradients, optimizer (fp32
     masters and two moments), ema (in the optimizer), teacher (its compute copy, transformer only).
 
     ``data`` is the number of data ranks, ``dtype`` the compute type, bf16 or fp32; ``offload`` contains "optimizer" or
-    "param" (stage 3). Exact except for padding: at stage 3 each weight is split into ``data`` equal parts, rounded up;
+    "param" (stage 3); ``muon``: the blocks' matrices have one moment. Exact except for padding: at stage 3 each weight is split into ``data`` equal parts, rounded up;
     at 1 and 2 their sum is. Raises ``UserError`` for an invalid ``tensor``, stage or type.
     """
     if stage not in (0, 1, 2, 3):
@@ -161,13 +169,14 @@ def state_bytes(
     whole = sum(counts.values())
     if stage == 3:
         split = {name: -(-n // data) for name, n in counts.items()}
-        part, teacher_part = sum(split.values()), trunk(split)
+        part, teacher_part, matrices = sum(split.values()), trunk(split), matrix_elements(split)
     else:
-        part, teacher_part = -(-whole // (1 if stage == 0 else data)), trunk(counts)
+        ranks = 1 if stage == 0 else data
+        part, teacher_part, matrices = -(-whole // ranks), trunk(counts), -(-matrix_elements(counts) // ranks)
     states = {
         "weights": e * (part if stage == 3 else whole),
         "gradients": e * (part if stage >= 2 else whole),
-        "optimizer": part * (8 if stage == 0 else 12),  # at stage 0 the weights are the masters
+        "optimizer": part * (8 if stage == 0 else 12) - 4 * muon * matrices,  # at stage 0 the weights are the masters
         "ema": part * 4,
         "teacher": e * teacher_part if guided.enabled else 0,
     }
@@ -336,6 +345,7 @@ def memory_bytes(
     compiled: bool = False,
     accumulation: int = 1,
     keep_features: bool = True,
+    muon: MuonConfig | None = None,
 ) -> tuple[dict[str, int], int]:
     """Peak bytes of one rank's device by cause, and bytes of its host memory. The sum of the former is the peak of a step
     of ``accumulation`` passes of ``micro`` images; each value is that at the peak.
@@ -345,7 +355,7 @@ def memory_bytes(
     block and its backward pass, or the optimizer's step; ``kept`` is ``kept_bytes``, which passes of the step share.
     """
     N, options = micro * guided.sequences, (tensor, dtype)
-    states, host = state_bytes(model, guided, zero.stage, tensor, data, dtype, zero.offload)
+    states, host = state_bytes(model, guided, zero.stage, tensor, data, dtype, zero.offload, muon is not None)
     kept = kept_activation_bytes(model, N, *options, checkpointing, compiled)
     if guided.enabled and guided.mask_ratio:  # sdpa's additive mask, once for all blocks (model/masks.py)
         kept += N * model.image_tokens**2 * ELEMENT[dtype]
@@ -369,6 +379,10 @@ def memory_bytes(
         student = buffers = {}
     early |= {"buckets": 2 * first_bucket} if zero.stage == 3 else {}
     shard = sum(elements(model, guided, tensor).values()) // (data if zero.stage else 1)
+    updating = 0 if "optimizer" in zero.offload else STEP_BYTES * shard
+    if muon:
+        traffic = muon_traffic(parameter_shapes(model), muon, tensor, data, zero.stage == 0)
+        updating += working_bytes(traffic, ELEMENT[muon.type_of(dtype)], tensor * data == 1)
     teacher = forward_working_bytes(model, micro * guided.views, *options, compiled) if guided.enabled else 0
     phases: list[dict[str, int]] = [
         head_kept | early | student | held | {"working": head},
@@ -380,7 +394,7 @@ def memory_bytes(
         late
         | {
             "buckets": (1 + (zero.stage == 3)) * first_bucket,
-            "working": 0 if "optimizer" in zero.offload else STEP_BYTES * shard,
+            "working": updating,
         },
     ]
     causes = ("gradients", "activations", "head", "features", "contrastive", "kept", "working", "gather", "buckets")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megastar.config.load import resolve_batch
+from megastar.config.optim import MuonConfig
 from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig
 from megastar.config.validate import tensor_parallel_degrees, words
 from megastar.errors import UserError
@@ -28,6 +29,11 @@ from megastar.parallel.budget import (
     runs_teacher_first,
     trunk,
 )
+from megastar.parallel.gpus import GPUS as GPUS
+from megastar.parallel.gpus import Gpu as Gpu
+from megastar.parallel.gpus import gpu_model as gpu_model
+from megastar.parallel.gpus import peak_tflops as peak_tflops
+from megastar.parallel.muon import muon_traffic, owner_flops
 
 # Assumptions, not measured on the machines below.
 RESERVED_GIB = 2.0  # driver, CUDA context, NCCL's and cuBLAS's buffers
@@ -75,47 +81,6 @@ ASSUMPTIONS = {
     f"with {OVERLAP:g} of the computation, those of tensor ranks with none",
     "offload": f"{HOST_LINK / 1e9:g} GB/s to host memory, AdamW there at {HOST_MEMORY / 1e9:g} GB/s per rank",
 }
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Data-sheet figures. memory GiB; tflops dense bf16; hbm GB/s of its memory; nvlink GB/s, both directions together
-    (PCIe without NVLink); network GB/s per GPU and direction of the usual server (400 Gb/s = 50)."""
-
-    memory: float
-    tflops: float
-    hbm: float
-    nvlink: float
-    network: float
-
-
-# NVIDIA's data sheets; peaks without sparsity. Network: DGX A100 8 x 200 Gb/s, DGX H100, H200 and B200 8 x 400 Gb/s.
-GPUS = {
-    "a100-40": Gpu(40, 312, 1555, 600, 25),
-    "a100-80": Gpu(80, 312, 2039, 600, 25),
-    "h100": Gpu(80, 989, 3350, 900, 50),
-    "h100-pcie": Gpu(80, 756, 2000, 600, 50),
-    "h200": Gpu(141, 989, 4800, 900, 50),
-    "b200": Gpu(180, 2250, 8000, 1800, 50),
-    "l40s": Gpu(48, 362, 864, 64, 25),
-    "a10": Gpu(24, 125, 600, 64, 12.5),
-    "rtx4090": Gpu(24, 165, 1008, 64, 12.5),
-}
-
-
-def gpu_model(name: str) -> str | None:
-    """The key of ``GPUS`` by torch's or nvidia-smi's name; None for an unlisted GPU."""
-    words = name.lower().replace("-", " ").replace("rtx ", "rtx").split()
-    models = [model for model in GPUS if model.split("-")[0] in words]
-    if "pcie" in words and "h100-pcie" in models:
-        return "h100-pcie"
-    return models[0] if models else None
-
-
-def peak_tflops(name: str) -> float | None:
-    """The data sheet's dense bf16 peak of a GPU by torch's name; None for an unlisted GPU."""
-    model = gpu_model(name)
-    return GPUS[model].tflops if model else None
 
 
 @dataclass(frozen=True)
@@ -186,6 +151,7 @@ class Plan:
     communication: float  # what is not hidden
     optimizer: float
     mfu: float
+    newton_schulz: float = 0.0  # Muon's iterations on the most loaded rank, part of ``optimizer``
 
     @property
     def fits(self) -> bool:
@@ -225,7 +191,7 @@ def teacher_blocks(model: ModelConfig, g: SelfGuidedConfig, again: bool = False)
 
 def step_flops(cfg: RunConfig) -> dict[str, int]:
     """Floating-point operations of an optimizer step of all ranks: student (forward and backward), teacher, and recompute
-    (the student's blocks again, under checkpointing; not part of MFU).
+    (the student's blocks again, under checkpointing; not part of MFU); with Muon also newton_schulz, not part of MFU.
 
     A weight that multiplies each token costs 2 per token in a forward pass; attention 4 S D per token and block (logits
     and values, the causal half not deducted, as in PaLM's MFU). Embeddings cost nothing.
@@ -237,10 +203,12 @@ def step_flops(cfg: RunConfig) -> dict[str, int]:
     head = N * 2 * T * shapes["transformer.output.weight"]
     projector = N * 2 * g.positions * sum(n for name, n in shapes.items() if name.startswith("projector."))
     blocks = N * m.n_layer * block
+    muon = cfg.optim.of_matrices
     return {
         "student": (1 + BACKWARD) * (blocks + head + projector),
         "teacher": B * teacher_blocks(m, g) * block,
         "recompute": blocks,
+        **({"newton_schulz": owner_flops(parameter_shapes(m), muon, 1)[0]} if muon else {}),
     }
 
 
@@ -273,12 +241,14 @@ def transfers(
     checkpointing: bool,
     dtype: str,
     again: bool = False,
+    muon: MuonConfig | None = None,
 ) -> list[Transfer]:
     """The collectives of an optimizer step on ``tensor`` x ``data`` ranks, without small reductions of metrics.
 
     AutoTP sums two outputs per block forward (wo, w2) and three input gradients backward (wqkv, w1, w3), and the head's.
     DeepSpeed's stages 1 and 2 reduce gradients by all-reduce (use_multi_rank_bucket_allreduce), stage 3 by
     reduce-scatter; from stage 2 on for each micro-batch. Stages 1 and 2 gather new weights, and the teacher's, once.
+    Muon's matrices go to their owners and back over all ranks (engine/zero/matrix_exchange.py).
     """
     e, A, ran = ELEMENT[dtype], accumulation, teacher_blocks(m, g, again)
     counts = elements(m, g, tensor)
@@ -325,6 +295,11 @@ def transfers(
             share(
                 "all-gather targets", passes * micro * data * g.views * g.positions * m.dim, A // passes, hidden=False
             )
+    if muon and data * tensor > 1:
+        sent = muon_traffic(parameter_shapes(m), muon, tensor, data, zero.stage == 0)
+        e, link = ELEMENT[muon.type_of(dtype)], "data" if data > 1 else "tensor"
+        for name, size in (("momentum to owners", sent.collect), ("updates from owners", sent.spread)):
+            out.append(Transfer(f"all-to-all {name}", link, round(e * size), sent.buckets))
     return out
 
 
@@ -337,10 +312,14 @@ def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpo
     keep = cfg.parallel.teacher_features == "keep"
     again = not keep and bool(cfg.self_guided.alpha) and runs_teacher_first(cfg.self_guided, accumulation)
     memory, host = memory_bytes(
-        cfg.model, cfg.self_guided, zero, tensor, data, micro, checkpointing, dtype, compiled, accumulation, keep
-    )
+        cfg.model, cfg.self_guided, zero, tensor, data, micro, checkpointing, dtype, compiled, accumulation, keep,
+        cfg.optim.of_matrices,
+    )  # fmt: skip
     need = sum(memory.values()) * (1 + FRAGMENTATION) + RESERVED_GIB * GIB
-    sent = transfers(cfg.model, cfg.self_guided, zero, tensor, data, micro, accumulation, checkpointing, dtype, again)
+    muon = cfg.optim.of_matrices
+    sent = transfers(
+        cfg.model, cfg.self_guided, zero, tensor, data, micro, accumulation, checkpointing, dtype, again, muon
+    )
     compute = compute_seconds(cfg, machine, tensor, checkpointing, compiled, dtype, again)
     exposed, hidden = 0.0, 0.0
     for t in sent:
@@ -355,13 +334,19 @@ def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpo
         optimizer = shard * OPTIMIZER_TRAFFIC / (machine.gpu.hbm * 1e9 * MEMORY_EFFICIENCY)
     if "param" in zero.offload:  # student forward and backward, teacher
         optimizer += 3 * accumulation * shard * e / HOST_LINK
+    newton_schulz = 0.0
+    if muon:
+        slow = FP32_SLOWDOWN if muon.type_of(dtype) == "fp32" else 1
+        most = owner_flops(parameter_shapes(cfg.model), muon, machine.gpus)[1]
+        newton_schulz = most * slow / (machine.gpu.tflops * 1e12 * MATMUL_EFFICIENCY)
+    optimizer += newton_schulz
     flops = step_flops(cfg)
     communication = exposed + max(0.0, hidden - OVERLAP * compute)
     peak = machine.gpus * machine.gpu.tflops * 1e12
     mfu = (flops["student"] + flops["teacher"]) / ((compute + communication + optimizer) * peak)
     return Plan(
         tensor, zero, checkpointing, compiled, data, micro, accumulation, memory, host, need, machine.gpu.memory * GIB, sent,
-        compute, communication, optimizer, mfu,
+        compute, communication, optimizer, mfu, newton_schulz,
     )  # fmt: skip
 
 

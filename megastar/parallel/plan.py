@@ -60,6 +60,11 @@ def split_of(name: str) -> Split | None:
     return next((split for split in TENSOR_PLAN if re.match(split.pattern, name)), None)
 
 
+def block_matrix(name: str) -> Split | None:
+    """The row of the table for a 2-D weight of a block, which Muon updates; None for every other weight."""
+    return split_of(name) if re.search(r"(^|\.)layers\.\d+\.", name) else None
+
+
 def autotp_section(degree: int) -> dict[str, Any]:
     """The table as DeepSpeed's ``tensor_parallel`` section."""
     specs = []

@@ -30,6 +30,7 @@ RESUMABLE = (
     "data.patience",
     "faults.",
     "optim.lr",  # the remedy for a loss that is not finite
+    "optim.muon.lr",
     "train.steps",
     "train.epochs",
     "train.log_every",

@@ -29,6 +29,7 @@ from megastar.utils.json_file import (
     dict_of,
     integer,
     list_of,
+    one_of,
     optional,
     read_json,
     record,
@@ -47,6 +48,7 @@ _NEEDED: dict[str, Schema] = {  # to read the weights
     "config": dict_of(text(200), ANY),
 }
 _OTHERS: dict[str, Schema] = {
+    "optimizer": one_of("adamw", "muon"),  # optim.name
     "steps": optional(integer()),
     "dtype": text(100),
     "classes": optional(list_of(text(10_000))),
@@ -91,6 +93,11 @@ def load(checkpoint: Path) -> dict[str, Any]:
 def require_weights(checkpoint: Path, manifest: dict[str, Any]) -> None:
     """Raise ``UserError`` for a manifest without the fields that are needed to read the weights."""
     check(manifest, checkpoint / MANIFEST, _COMPLETE, "restore it")
+
+
+def optimizer_of(manifest: dict[str, Any]) -> str:
+    """The optimizer that wrote a checkpoint; before there was a choice, AdamW."""
+    return str(manifest.get("optimizer", "adamw"))
 
 
 def check_files(checkpoint: Path, manifest: dict[str, Any], names: Iterable[str] | None = None) -> None:

@@ -20,13 +20,13 @@ SAVED = STEPS // 2
 
 def changes(stage: str, **more) -> dict:
     """``stage`` names a file of configs/ds, or of the tests' own: 3_cut cuts small weights too, 3_small gathers late."""
-    own = stage in ("0", "3_cut", "3_small", "3_offload_cut")
+    own = stage in ("0", "3_cut", "3_small", "3_offload_cut", "3_subgroups")
     file = f"{'tests/dist' if own else 'configs'}/ds/zero{stage}.json"
     return {**more, "parallel": {"deepspeed": file, **more.get("parallel", {})}}
 
 
 def case(name: str, stage: str, tensor: int = 1, accumulation: int = 1, **more) -> dict:
-    known = {k: more.pop(k) for k in ("save_at", "resume", "dropout", "init", "validate") if k in more}
+    known = {k: more.pop(k) for k in ("save_at", "resume", "dropout", "init", "validate", "bucket", "memory") if k in more}
     return {"name": name, "changes": changes(stage, **more), "tensor": tensor, "accumulation": accumulation, **known}
 
 

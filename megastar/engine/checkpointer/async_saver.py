@@ -23,13 +23,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megastar.checkpoint.shard_format import KINDS, state_file
+from megastar.checkpoint.shard_format import state_file
 from megastar.config.schema import RunConfig
 from megastar.engine.checkpointer.s3_upload import Uploader
 from megastar.engine.checkpointer.snapshot import Snapshot, Snapshots
 from megastar.engine.context import Context
 from megastar.engine.rank_sync import from_main, on_main, retry, run_on_main, wait_for
-from megastar.engine.zero.engines import Engines, elements_of, full_shapes, owned
+from megastar.engine.zero.engines import Engines, full_shapes, owned, stored_of
 from megastar.parallel.signed_store import SignedStore
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import WRITING, folder_of, name_of
@@ -70,7 +70,7 @@ class Saver:
         self._due: float | None = None  # when a save that failed is tried again
         self._failures, self._reported_at = 0, 0.0
         self._events: list[tuple[str, dict[str, Any]]] = []
-        need = torch.tensor([4 * len(KINDS) * elements_of(owned(engines, ctx))], dtype=torch.int64, device=ctx.device)
+        need = torch.tensor([4 * stored_of(owned(engines, ctx))], dtype=torch.int64, device=ctx.device)
         if ctx.world > 1:
             dist.all_reduce(need)
         self.need = int(need.item()) + SLACK  # bytes of a checkpoint

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megastar.checkpoint.rng_state import random_file, seed_dropout
-from megastar.checkpoint.shard_format import KINDS, StateReader
+from megastar.checkpoint.shard_format import StateReader
 from megastar.engine.context import Context
 from megastar.engine.rank_sync import on_all_ranks
 from megastar.engine.zero.engines import Engines, full_shapes
@@ -16,7 +16,7 @@ from megastar.errors import UserError
 from megastar.model.io import read_model_header
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir
-from megastar.run_dir.manifest import require_weights
+from megastar.run_dir.manifest import optimizer_of, require_weights
 from megastar.utils.files import sha256
 from megastar.utils.json_file import shown
 from megastar.utils.safetensors_header import open_tensors
@@ -27,17 +27,18 @@ def load_checkpoint(ctx: Context, engines: Engines, checkpoint: Path, seed: int)
     """Restore everything from ``checkpoint``, whatever ranks and ZeRO stage wrote it; returns its manifest.
 
     With another number of data ranks, dropout draws different numbers from here on, as ``seed`` determines; nothing else changes. Raises
-    ``UserError`` for another network and for files that are not what was written.
+    ``UserError`` for another network or optimizer and for files that are not what was written.
     """
     metadata = checkpoint_dir.parse_manifest(checkpoint)
     require_weights(checkpoint, metadata)
     names = list(metadata["files"])[ctx.rank :: ctx.world]  # the ranks share the hashing
     on_all_ranks(ctx, lambda: checkpoint_dir.verify(checkpoint, names))
     _same_network(metadata["parameters"], full_shapes(engines, ctx), checkpoint)
+    _same_optimizer(optimizer_of(metadata), engines.optimizer.name, checkpoint)
     reader = StateReader(checkpoint, metadata, (ctx.rank, ctx.world))
     for shard in engines.shards():
         where = (ctx.tensor, ctx.mesh.tensor_rank, shard.start, shard.stop)
-        for kind in KINDS:
+        for kind in shard.kinds:
             shard.view(kind).copy_(reader.range(shard.name, kind, *where))
         engines.optimizer.state[shard.flat]["step"].fill_(reader.optimizer_step)
     engines.publish_masters()
@@ -86,3 +87,11 @@ def _same_network(theirs: dict[str, list[int]], ours: dict[str, list[int]], chec
                 f"{checkpoint} is of another network: {name} is {theirs.get(name, 'absent')} there, "
                 f"{ours.get(name, 'absent')} in this configuration: use the checkpoint's model section"
             )
+
+
+def _same_optimizer(theirs: str, ours: str, checkpoint: Path) -> None:
+    if theirs != ours:
+        raise UserError(
+            f"{checkpoint} was trained with optim.name = {theirs}, this configuration sets {ours}, and their states differ: "
+            f"set optim.name={theirs}, or start another run=... from its weights (megastar convert, train.init)"
+        )

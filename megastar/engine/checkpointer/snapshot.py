@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megastar.checkpoint.rng_state import random_file
-from megastar.checkpoint.shard_format import KINDS, Piece, state_file, write_pieces
+from megastar.checkpoint.shard_format import Piece, state_file, write_pieces
 from megastar.config.env_text import recorded
 from megastar.config.schema import RunConfig
 from megastar.engine.context import Context
-from megastar.engine.zero.engines import Engines, elements_of, owned
+from megastar.engine.zero.engines import Engines, owned, stored_of
 from megastar.parallel.plan import split_of
 from megastar.run_dir.layout import FORMAT
 from megastar.utils.files import sha256
@@ -61,7 +61,7 @@ class Snapshots:
         """Copy this rank's state after ``step`` steps. A collective in a tensor group."""
         align_replicas(self.engines, self.ctx)
         mine = owned(self.engines, self.ctx)
-        pieces = self._copy(mine, elements_of(mine))
+        pieces = self._copy(mine, stored_of(mine))
         random = {"torch": torch.get_rng_state()}  # all other draws are functions of the seed and the step
         if self.ctx.device.type == "cuda":
             torch.cuda.synchronize()
@@ -73,6 +73,7 @@ class Snapshots:
             **metadata,
             "mesh": {"data": self.ctx.mesh.data, "tensor": self.ctx.tensor, "zero_stage": stage},
             "dtype": str(self.ctx.dtype),
+            "optimizer": self.engines.optimizer.name,
             "optimizer_step": self.engines.updates(),
             "parameters": self.shapes,
             "config": recorded(asdict(self.cfg)),
@@ -81,18 +82,18 @@ class Snapshots:
 
     def _copy(self, mine: list[Any], elements: int) -> list[tuple[Piece, dict[str, Tensor]]]:
         """This rank's states in one host buffer."""
-        if self.host is None or self.host.numel() < elements * len(KINDS):
+        if self.host is None or self.host.numel() < elements:
             cuda = self.ctx.device.type == "cuda"
-            self.host = torch.empty(elements * len(KINDS), dtype=torch.float32, pin_memory=cuda)
+            self.host = torch.empty(elements, dtype=torch.float32, pin_memory=cuda)
         offset, pieces = 0, []
         for shard in mine:
             rank = self.ctx.mesh.tensor_rank if split_of(shard.name) else 0
             copies = {}
-            for kind in KINDS:
+            for kind in shard.kinds:
                 copies[kind] = self.host.narrow(0, offset, shard.stop - shard.start)
                 copies[kind].copy_(shard.view(kind), non_blocking=True)
                 offset += shard.stop - shard.start
-            pieces.append((Piece(shard.name, rank, shard.start, shard.stop), copies))
+            pieces.append((Piece(shard.name, rank, shard.start, shard.stop, shard.kinds), copies))
         return pieces
 
 
@@ -108,7 +109,7 @@ def align_replicas(engines: Engines, ctx: Context) -> None:
     source = ctx.mesh.rank - ctx.mesh.tensor_rank
     for shard in engines.shards():
         if not split_of(shard.name):
-            for kind in KINDS:
+            for kind in shard.kinds:
                 view = shard.view(kind)
                 value = view.to(ctx.device)
                 dist.broadcast(value, src=source, group=ctx.tensor_group)

@@ -23,7 +23,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megastar.checkpoint.rng_state import random_file
-from megastar.checkpoint.shard_format import KINDS, state_file
+from megastar.checkpoint.shard_format import state_file
 from megastar.config.schema import RunConfig
 from megastar.engine.checkpointer.async_saver import SLACK, as_os_error, gib
 from megastar.engine.checkpointer.snapshot import Snapshot, Snapshots
@@ -32,7 +32,7 @@ from megastar.engine.elastic.node_memory import VARIABLE
 from megastar.engine.elastic.transfer import exchange
 from megastar.engine.phase import PHASE, SAVING, STARTING
 from megastar.engine.rank_sync import from_main, gather
-from megastar.engine.zero.engines import Engines, elements_of, full_shapes, owned
+from megastar.engine.zero.engines import Engines, full_shapes, owned, stored_of
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import name_of
 from megastar.run_dir.layout import MANIFEST
@@ -86,7 +86,7 @@ class MemoryCheckpoints:
         self.group = dist.new_group(backend="gloo") if ctx.world > 1 else None
         self.snapshots = Snapshots(cfg, ctx, engines, full_shapes(engines, ctx))
         self.token = from_main(ctx, secrets.token_hex(4))
-        size = 4 * len(KINDS) * elements_of(owned(engines, ctx)) + SLACK
+        size = 4 * stored_of(owned(engines, ctx)) + SLACK
         self._check_space(gather(ctx, size))
 
     def _check_space(self, sizes: list[int]) -> None:

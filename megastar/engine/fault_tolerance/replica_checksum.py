@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megastar.checkpoint.shard_format import KINDS
 from megastar.config.schema import FaultsConfig, TrainConfig
 from megastar.engine.context import Context
 from megastar.engine.fault_tolerance.errors import CorruptReplica
@@ -45,7 +44,7 @@ def replicas(engines: Engines, ctx: Context) -> Iterator[tuple[str, str, Tensor]
     if ctx.mesh.data > 1:
         if stage == 0:
             for shard in engines.shards():
-                for kind in KINDS:
+                for kind in shard.kinds:
                     yield "data", f"{shard.name} ({kind})", shard.view(kind)
         else:
             for name, p in names.items():

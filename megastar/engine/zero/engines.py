@@ -39,10 +39,10 @@ class Engines:
             gather_after_updates(self.student)
         return bool(self.student.skipped_steps == before)
 
-    def set_schedules(self, lr: float, ema_decay: float) -> None:
-        """The values of the step that follows."""
+    def set_schedules(self, lr: float, ema_decay: float, muon_lr: float = 0.0) -> None:
+        """The values of the step that follows; ``muon_lr`` is the rate of the groups that Muon updates."""
         for group in self.optimizer.param_groups:
-            group["lr"], group["ema_decay"] = lr, ema_decay
+            group["lr"], group["ema_decay"] = muon_lr if group.get("muon") else lr, ema_decay
 
     def set_step(self, step: int) -> None:
         """Set DeepSpeed's count of steps, on a resume."""
@@ -75,14 +75,20 @@ def owned(engines: Engines, ctx: Context) -> list[Shard]:
     return out
 
 
-def elements_of(mine: list[Shard]) -> int:
-    return sum(s.stop - s.start for s in mine)
+def stored_of(mine: list[Shard]) -> int:
+    """Elements that a checkpoint stores of these shards: of the masters, and of each state."""
+    return sum((s.stop - s.start) * len(s.kinds) for s in mine)
 
 
 def full_shapes(engines: Engines, ctx: Context) -> dict[str, list[int]]:
     """Name -> shape of the whole parameter."""
+    return whole_shapes(engines.student.module, ctx)
+
+
+def whole_shapes(module: Any, ctx: Context) -> dict[str, list[int]]:
+    """``full_shapes`` of a student's module whose layers are split."""
     out = {}
-    for name, p in engines.student.module.named_parameters():
+    for name, p in module.named_parameters():
         shape = list(getattr(p, "ds_shape", p.shape))
         if (split := split_of(name)) and ctx.tensor > 1:
             shape[1 if split.partition == "row" else 0] *= ctx.tensor

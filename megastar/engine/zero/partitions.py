@@ -15,7 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megastar.checkpoint.shard_format import kinds_of
+from megastar.config.optim import MuonConfig
 from megastar.engine.zero.streams import gather_after_updates
+from megastar.parallel.plan import block_matrix
 from megastar.teacher.ema import lerp_
 
 
@@ -24,6 +27,8 @@ class AdamWEMA(torch.optim.AdamW):
 
     ``ema_decay`` is set in each group before a step; 0 makes the average equal to the weights.
     """
+
+    name = "adamw"  # optim.name
 
     def __init__(self, params: Any, **defaults: Any):
         super().__init__(params, fused=True, **defaults)  # one pass over memory, on a CPU too
@@ -47,9 +52,19 @@ class AdamWEMA(torch.optim.AdamW):
         state: dict[str, Tensor] = self.state[p]
         if "ema" not in state:  # AdamW creates its own states only when it finds none
             state["step"] = torch.zeros((), device=p.device)  # where the fused step expects it
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            for name in self.moments(p):
+                state[name] = torch.zeros_like(p)
             state["ema"] = p.detach().clone()
         return state
+
+    def moments(self, p: Tensor) -> tuple[str, ...]:
+        """The names of the states of ``p`` besides its step and average."""
+        return ("exp_avg", "exp_avg_sq")
+
+    def update(self, closure: Callable[[], float] | None = None) -> float | None:
+        """The optimizer's step without the average's."""
+        result: float | None = super().step(closure)
+        return result
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -59,24 +74,31 @@ class AdamWEMA(torch.optim.AdamW):
             for p in group["params"]:
                 if p.grad is not None:
                     self.prepare(p)  # before the first update
-        result: float | None = super().step(closure)
+        result = self.update(closure)
         for group in self.param_groups:
             moved = [p for p in group["params"] if "ema" in self.state.get(p, {})]
             lerp_([self.state[p]["ema"] for p in moved], moved, group["ema_decay"])
         return result
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, weight_decay: float, muon: MuonConfig | None = None) -> list[dict[str, Any]]:
     """Weight decay on tensors of two or more dimensions only (st-ar.md, training set-up).
 
-    The projector has separate groups: the teacher has none, so a replicated teacher gathers whole groups.
+    The projector has separate groups: the teacher has none, so a replicated teacher gathers whole groups. So do, with
+    ``muon``, the weights that Muon updates; their groups have ``muon`` set.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
             decays = len(getattr(p, "ds_shape", p.shape)) >= 2  # under zero.Init p itself is empty
-            groups.setdefault((name.startswith("projector."), not decays), []).append(p)
-    return [{"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay} for key in sorted(groups)]
+            matrix = muon is not None and block_matrix(name) is not None
+            groups.setdefault((name.startswith("projector."), not decays, matrix), []).append(p)
+    out: list[dict[str, Any]] = []
+    for key in sorted(groups):
+        out.append({"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay})
+        if muon is not None and key[2]:
+            out[-1] |= {"lr": muon.lr, "weight_decay": muon.weight_decay, "muon": True}
+    return out
 
 
 @dataclass(frozen=True)
@@ -94,8 +116,13 @@ class Shard:
     offset: int
     optimizer: AdamWEMA
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What a checkpoint stores of it."""
+        return kinds_of(self.name, self.optimizer.name)
+
     def view(self, kind: str) -> Tensor:
-        """The elements, (stop - start,); ``kind`` is one of ``shard_format.KINDS``. A missing state is created."""
+        """The elements, (stop - start,); ``kind`` is one of ``kinds``. A missing state is created."""
         whole = self.flat.detach() if kind == "fp32" else self.optimizer.prepare(self.flat)[kind]
         return whole.view(-1).narrow(0, self.offset, self.stop - self.start)
 
@@ -132,6 +159,22 @@ def shards(engine: Any, optimizer: AdamWEMA) -> Iterator[Shard]:
                 if low < high:
                     yield Shard(names[p], tuple(p.ds_shape), low, high, flat, offset, optimizer)
                 offset += size
+
+
+def flats_of(engine: Any, optimizer: AdamWEMA) -> Iterator[list[tuple[Tensor, list[str]]]]:
+    """The tensors that one call of the optimizer's step updates, each with the names of the weights of which it is a part;
+    in the same order on all ranks."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        yield [(shard.flat, [shard.name]) for shard in shards(engine, optimizer)]
+        return
+    names = {p: n for n, p in engine.module.named_parameters()}
+    if stage < 3:
+        flats, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
+    else:  # a group may be several sub-groups
+        flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
+    for flat, group in zip(flats, groups, strict=True):
+        yield [(flat, [names[p] for p in group])]
 
 
 def is_persistent(p: Tensor) -> bool:

@@ -17,12 +17,15 @@ from torch import nn
 
 from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
+from megastar.config.optim import rate_warning
 from megastar.config.schema import RunConfig
 from megastar.engine.context import Context
+from megastar.engine.lr_schedule import scaled
 from megastar.engine.student import Student
 from megastar.engine.zero.compiled_blocks import compile_blocks, wants_compiled
 from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
-from megastar.engine.zero.engines import Engines
+from megastar.engine.zero.engines import Engines, whole_shapes
+from megastar.engine.zero.muon import MuonEMA
 from megastar.engine.zero.one_data_rank import keep_gradients
 from megastar.engine.zero.partitions import AdamWEMA, parameter_groups
 from megastar.engine.zero.step_skip import install_step_skip
@@ -36,6 +39,7 @@ from megastar.model.transformer import Transformer
 from megastar.parallel.cross_entropy import linear_cross_entropy
 from megastar.parallel.plan import autotp_section
 
+logger = logging.getLogger(__name__)
 # Its warnings concern deliberate choices, such as a client optimizer under ZeRO.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
@@ -59,8 +63,14 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
         compile_blocks(student.transformer)  # before the engine looks for leaf modules
     config |= {"tensor_parallel": autotp_section(ctx.tensor)} if ctx.tensor > 1 else {}
     o = cfg.optim
-    optimizer = AdamWEMA(parameter_groups(student, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+    groups = parameter_groups(student, o.weight_decay, o.of_matrices)
+    adamw: dict[str, Any] = {"lr": o.lr, "betas": (o.beta1, o.beta2), "eps": o.eps}
+    optimizer = MuonEMA(groups, o.muon, ctx.dtype, **adamw) if o.of_matrices else AdamWEMA(groups, **adamw)
+    if ctx.main and (warning := rate_warning(o, scaled(o.muon.lr, o, cfg.train.global_batch))):
+        logger.warning(warning)
     engine = initialize(student, config, optimizer)
+    if isinstance(optimizer, MuonEMA):
+        optimizer.attach(engine, ctx, whole_shapes(engine.module, ctx))
     if ctx.tensor_group is not None:
         split_loss(engine.module.transformer.output, ctx.tensor_group)
     engines = Engines(engine, None, optimizer, micro, accumulation)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megastar.checkpoint.shard_format import STATES
+from megastar.checkpoint.shard_format import MUON_KINDS, STATES
 from megastar.engine.zero.engines import Engines
 
 
@@ -22,7 +22,7 @@ def state_bytes(engines: Engines) -> dict[str, int]:
     flats = []  # at stage 0 the weights are their own masters
     if stage:
         flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
-    states = [s[k] for s in engines.optimizer.state.values() for k in STATES if k in s]
+    states = [s[k] for s in engines.optimizer.state.values() for k in {*STATES, *MUON_KINDS} if k in s]
     return {
         "weights": storage_bytes(_copies(engines.student.module)),
         "optimizer": storage_bytes([*flats, *states]),

@@ -2,12 +2,13 @@
 
 A case: name, changes (of the configuration), tensor, accumulation, and maybe save_at (step), resume (a run's name),
 dropout (seed the generators), init (start from a weights file), validate
-(between the steps).
+(between the steps), bucket (elements of Muon's), memory (a checkpoint in the memory of the nodes, at the end).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,12 +17,18 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 
 from megastar.checkpoint.rng_state import seed_dropout
+from megastar.config.schema import RunConfig
 from megastar.engine.checkpointer import load
 from megastar.engine.checkpointer.async_saver import Saver
+from megastar.engine.context import Context
+from megastar.engine.elastic.memory_checkpoint import MemoryCheckpoints
+from megastar.engine.elastic.node_memory import VARIABLE
 from megastar.engine.fault_tolerance.skip_policy import StepRecord
 from megastar.engine.metrics.step_metrics import step_metrics
 from megastar.engine.teacher_pass import teacher_first
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules, validation_loss
+from megastar.engine.zero import matrix_exchange
+from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.process_group import start
 from megastar.engine.zero.setup import build
 from megastar.engine.zero.state_memory import state_bytes
@@ -36,6 +43,25 @@ def forget_mesh() -> None:
     groups.mpu = None
 
 
+def restore_from_memory(folder: Path, cfg: RunConfig, ctx: Context, engines: Engines) -> None:
+    """Each rank is a node: what it wrote, and its peer's copy, restore every state bit for bit."""
+    cfg.faults.memory_every = 1
+    os.environ |= {VARIABLE: str(folder / f"{ctx.rank}"), "GROUP_RANK": str(ctx.rank)}
+    (folder / f"{ctx.rank}").mkdir(parents=True)
+    memory = MemoryCheckpoints(cfg, ctx, engines)
+    del os.environ[VARIABLE], os.environ["GROUP_RANK"]
+    before = {(s.name, k): s.view(k).clone() for s in engines.shards() for k in s.kinds}
+    assert memory.save(STEPS, {}) is not None
+    memory.close()
+    for shard in engines.shards():
+        for kind in shard.kinds:
+            shard.view(kind).fill_(7)
+    found = memory.newest(None, 0)
+    assert found is not None and load.load_checkpoint(ctx, engines, found, cfg.train.seed)["step"] == STEPS
+    after = {(s.name, k): s.view(k) for s in engines.shards() for k in s.kinds}
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
 def run_case(
     out: Path,
     name: str,
@@ -47,8 +73,11 @@ def run_case(
     dropout: bool = False,
     init: bool = False,
     validate: bool = False,
+    bucket: int = 0,
+    memory: bool = False,
 ) -> None:
     forget_mesh()
+    matrix_exchange.BUCKET = bucket or 1 << 25
     cfg = config(**changes)
     cfg.run, cfg.parallel.tensor_parallel = str(out / name), tensor
     cfg.parallel.check_batches = tensor > 1
@@ -70,7 +99,7 @@ def run_case(
         source = checkpoint_dir.latest(out / resume / "checkpoints")
         done = load.load_checkpoint(ctx, engines, source, cfg.train.seed)["step"]
     per, micro = BATCH // accumulation, cfg.train.micro_batch
-    history, memory = [], []
+    history, used = [], []
     for step in range(done, STEPS):
         record = StepRecord()
         starts = [a * per + ctx.mesh.data_rank * micro for a in range(accumulation)]
@@ -85,7 +114,7 @@ def run_case(
         row = average_over_ranks(ctx, record.means())
         row["grad_norm"] = engines.grad_norm()
         row |= step_metrics(ctx, engines)
-        memory.append(row.pop("memory_gib"))  # no two runs have the same
+        used.append(row.pop("memory_gib"))  # no two runs have the same
         history.append(row)
         if validate:
             first = ctx.mesh.data_rank * micro
@@ -101,8 +130,10 @@ def run_case(
         for shard, target in engines.teacher.pairs:
             mean = shard.view("ema")
             assert torch.equal(target.data.view(-1)[: len(mean)], mean.to(target.dtype)), shard.name
+    if memory:
+        restore_from_memory(out / name / "memory", cfg, ctx, engines)
     if ctx.main:
-        result = {"history": history, "memory_gib": memory, "done": done, "bytes": state_bytes(engines)}
+        result = {"history": history, "memory_gib": used, "done": done, "bytes": state_bytes(engines)}
         (out / f"{name}.json").write_text(json.dumps(result))
         torch.save({w: full_weights(path, w) for w in ("student", "ema")}, out / f"{name}.pt")
 

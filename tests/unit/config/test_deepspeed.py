@@ -76,7 +76,7 @@ def test_agreeing_values_and_auto_pass(tmp_path):
         ),
         (
             zero() | {"optimizer": {"type": "Adam"}},
-            "optimizer is set, but megastar uses its own AdamW, which also updates the EMA teacher",
+            "optimizer is set, but megastar uses its own AdamW or Muon, which also updates the EMA teacher",
         ),
         (zero() | {"scheduler": {}}, "scheduler is set, but optim.schedule of the run sets the schedule; remove it"),
         (zero() | {"elasticity": {}}, "elasticity is set, but it is not supported with this engine; remove it"),

@@ -13,6 +13,7 @@ import yaml
 from megastar.config.comparison import CompareConfig, VariantConfig
 from megastar.config.deepspeed import read_deepspeed
 from megastar.config.load import diff_configs, load_compare_config, load_config, resolve_batch
+from megastar.config.optim import MuonConfig
 from megastar.config.schema import RunConfig
 from megastar.parallel.budget import GIB, Zero
 from megastar.parallel.cost import GPUS, Machine, make_plan
@@ -53,6 +54,8 @@ LATER = {
     "faults.memory_copies": 1,
     "self_guided.negatives": "auto",
     "parallel.teacher_features": "keep",
+    "optim.name": "adamw",
+    **{f"optim.muon.{name}": value for name, value in dataclasses.asdict(MuonConfig()).items()},
 }  # defaults that later versions changed or added
 
 
