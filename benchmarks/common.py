@@ -37,9 +37,7 @@ def random_batch(cfg, ctx, step: int = 0) -> dict:
     images = cfg.train.global_batch // ctx.mesh.data
     g = torch.Generator().manual_seed(1000 * step + ctx.mesh.data_rank)
     batch = {
-        "codes": torch.randint(
-            0, cfg.model.vocab_size, (images, cfg.self_guided.views, cfg.model.image_tokens), generator=g
-        ),
+        "codes": torch.randint(0, cfg.model.vocab_size, (images, cfg.views, cfg.model.image_tokens), generator=g),
         "labels": torch.randint(0, cfg.model.num_classes, (images,), generator=g),
         "ids": torch.arange(images),
         "epochs": torch.zeros(images, dtype=torch.int64),
