@@ -82,9 +82,8 @@ class GradientNorm:
         return norm
 
     def clip_partition(self, grads: Iterable[Tensor], norm: Tensor) -> None:
-        if self.scale is not None:
-            for grad in grads:
-                grad.mul_(self.scale)
+        if self.scale is not None and not (self.scale.is_cpu and self.scale == 1):  # a GPU would have to wait
+            torch._foreach_mul_(list(grads), self.scale)
 
     def group_norms(self) -> list[Tensor]:
         """Stage 3: the norm of each group; on the host with an offloaded optimizer."""

@@ -80,6 +80,9 @@ class MuonEMA(AdamWEMA):
     def moments(self, p: Tensor) -> tuple[str, ...]:
         return ("momentum_buffer",) if id(p) in self.exchanges else super().moments(p)
 
+    def steps_on_pieces(self, p: Tensor) -> bool:
+        return id(p) not in self.exchanges
+
     def update(self, closure: Callable[[], float] | None = None) -> float | None:
         groups = [(g, g["params"]) for g in self.param_groups if any(id(p) in self.exchanges for p in g["params"])]
         for group, _ in groups:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from megastar.checkpoint.shard_format import kinds_of
 from megastar.config.optim import MuonConfig
@@ -32,6 +33,8 @@ class AdamWEMA(torch.optim.AdamW):
 
     def __init__(self, params: Any, **defaults: Any):
         super().__init__(params, fused=True, **defaults)  # one pass over memory, on a CPU too
+        # Gradients of parts of a flat tensor, (offset, flat gradient) each, instead of its ``grad`` (one_data_rank.py).
+        self.pieces: dict[Tensor, list[tuple[int, Tensor]]] = {}
         self.skip_next = False  # by ``skipping``; read by step_skip.py
         self.overflow = False  # at ZeRO stage 0, where DeepSpeed asks this optimizer, whether this step is dropped
         for group in self.param_groups:
@@ -61,8 +64,30 @@ class AdamWEMA(torch.optim.AdamW):
         """The names of the states of ``p`` besides its step and average."""
         return ("exp_avg", "exp_avg_sq")
 
+    def steps_on_pieces(self, p: Tensor) -> bool:
+        """Whether ``pieces`` can take the place of the gradient of ``p``."""
+        return True
+
+    def _step_pieces(self, group: dict[str, Any], p: Tensor, pieces: list[tuple[int, Tensor]]) -> None:
+        state = self.state[p]
+
+        def parts(whole: Tensor) -> list[Tensor]:
+            return [whole.detach().narrow(0, at, len(g)) for at, g in pieces]
+
+        adamw(
+            parts(p), [g for _, g in pieces], parts(state["exp_avg"]), parts(state["exp_avg_sq"]), [],
+            [state["step"].clone() for _ in pieces], fused=True, amsgrad=False, beta1=group["betas"][0],
+            beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+        state["step"] += 1
+
     def update(self, closure: Callable[[], float] | None = None) -> float | None:
         """The optimizer's step without the average's."""
+        for group in self.param_groups if self.pieces else ():
+            for p in group["params"]:
+                if p in self.pieces:
+                    self._step_pieces(group, p, self.pieces.pop(p))
+                    p.grad = None
         result: float | None = super().step(closure)
         return result
 

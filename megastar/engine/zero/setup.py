@@ -26,7 +26,7 @@ from megastar.engine.zero.compiled_blocks import compile_blocks, wants_compiled
 from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
 from megastar.engine.zero.engines import Engines, whole_shapes
 from megastar.engine.zero.muon import MuonEMA
-from megastar.engine.zero.one_data_rank import keep_gradients
+from megastar.engine.zero.one_data_rank import keep_gradients, step_on_gradients
 from megastar.engine.zero.partitions import AdamWEMA, parameter_groups
 from megastar.engine.zero.step_skip import install_step_skip
 from megastar.engine.zero.streams import order_streams
@@ -177,4 +177,6 @@ def initialize(module: nn.Module, config: dict[str, Any], optimizer: AdamWEMA | 
         install_step_skip(engine, optimizer)
         if not keep_gradients(engine):
             order_streams(engine)
+        elif engine.zero_optimization_stage():
+            step_on_gradients(engine, optimizer)
     return engine
