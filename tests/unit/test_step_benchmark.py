@@ -54,9 +54,7 @@ def test_more_work_on_one_side_is_not_timed(tmp_path):
     """As the engine did with two views of an image where LlamaGen had one; equal losses do not hide it."""
     double = "self.training and self.tok_embeddings(idx.repeat(2, 1))"
     done = bench(tmp_path, "--level", "engine", work=double)
-    assert (
-        done.returncode == 1 and "not timed: LlamaGen trains on sequences x tokens [(4, 63), (2, 63)]" in done.stderr
-    )
+    assert done.returncode == 1 and "not timed: LlamaGen trains on sequences x tokens [(4, 63), (2, 63)]" in done.stderr
 
 
 @pytest.mark.parametrize("views", ["1", "2"])
