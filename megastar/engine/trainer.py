@@ -357,8 +357,7 @@ class Trainer:
             self.metrics.event("warning", problem, situation="upload", note=False)
         self.metrics.saved(self.saver.done)
         self.metrics.warn(self.saver.take_events())
-        text = f"{self.steps} steps are done{problem and '; '}{problem}"
-        self.metrics.event("finished", text, note=False)
+        self.metrics.event("finished", text := f"{self.steps} steps are done{problem and '; '}{problem}", note=False)
         if problem:
             self.metrics.note(text, logging.WARNING)
 
@@ -395,7 +394,7 @@ class Trainer:
         raise Preempted(signal_number)
 
     def _checkpoint_metadata(self) -> dict[str, Any]:
-        return {**self.metadata, "guard": self.policy.state(self.step)}
+        return self.metadata | {"guard": self.policy.state(self.step)}
 
     def _save_with_retry(self, patience: float, stop: Callable[[], bool] = lambda: False) -> str:
         return self.saver.save_with_retry(self.step, self._checkpoint_metadata(), patience, stop)

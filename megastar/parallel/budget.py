@@ -391,11 +391,7 @@ def memory_bytes(
         # The backward pass: before the first bucket of gradients is full, and when only the first block is left.
         head_kept | {"buckets": first_bucket} | early | student | held | {"working": backward + checkpointing * block},
         late | student | {"activations": 0 if checkpointing else block, "working": backward + checkpointing * block},
-        late
-        | {
-            "buckets": (1 + (zero.stage == 3)) * first_bucket,
-            "working": updating,
-        },
+        late | {"buckets": (1 + (zero.stage == 3)) * first_bucket, "working": updating},
     ]
     causes = ("gradients", "activations", "head", "features", "contrastive", "kept", "working", "gather", "buckets")
     peak = max(phases, key=lambda phase: sum(phase.values()))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megastar.run_dir import checkpoint_dir
-from megastar.engine.checkpointer import async_saver, load, snapshot
 from megastar.checkpoint.shard_format import KINDS, Piece, StateReader, state_file, write_pieces
+from megastar.engine.checkpointer import async_saver, load, snapshot
 from megastar.errors import UserError
 from megastar.parallel.plan import split_of
+from megastar.run_dir import checkpoint_dir
 from tests.dist.test_engine import launch
 
 SHAPES = {
@@ -100,7 +100,9 @@ def test_a_missing_or_damaged_part_is_named(tmp_path):
     with pytest.raises(UserError, match="state-00001.safetensors is missing: restore it"):
         StateReader(found, manifest)
     less = {k: v for k, v in manifest["files"].items() if k != state_file(1)}
-    with pytest.raises(UserError, match=r"no file holds elements 6 and above of the 24 of transformer.tok_embeddings.weight"):
+    with pytest.raises(
+        UserError, match=r"no file holds elements 6 and above of the 24 of transformer.tok_embeddings.weight"
+    ):
         StateReader(found, manifest | {"files": less})
     (found / state_file(1)).write_bytes(b"junk")
     with pytest.raises(UserError, match="state-00001.safetensors is damaged"):
@@ -119,8 +121,8 @@ class Student:
 
 def saver_for(folder: Path) -> async_saver.Saver:
     from megastar.config.schema import RunConfig
-    from megastar.engine.zero.engines import Engines
     from megastar.engine.context import Context
+    from megastar.engine.zero.engines import Engines
     from megastar.engine.zero.partitions import AdamWEMA
 
     Student.optimizer = optimizer = AdamWEMA(Student.module.values(), lr=0.1)

@@ -46,7 +46,11 @@ class Nodes:
         old, deadline = {r["pid"] for r in former or ()}, time.monotonic() + PATIENCE
         while True:
             now = [r for r in self.ranks() if r["pid"] != stopped]
-            if len(now) == count and not old & {r["pid"] for r in now} and {r["WORLD_SIZE"] for r in now} == {str(count)}:
+            if (
+                len(now) == count
+                and not old & {r["pid"] for r in now}
+                and {r["WORLD_SIZE"] for r in now} == {str(count)}
+            ):
                 assert [r["RANK"] for r in now] == [str(n) for n in range(count)]
                 return now
             assert time.monotonic() < deadline, f"{now}\n{self.log()}"
@@ -111,7 +115,9 @@ def test_nodes_are_lost_join_and_end_together(nodes, tmp_path):
 
     job.lose(0)  # it kept the nodes' store
     two = job.wait_for_ranks(2, three)
-    assert {r["words"][-1] for r in two} == {"train.micro_batch=2"} and {r["TORCHELASTIC_RUN_ID"] for r in two} == {"job"}
+    assert {r["words"][-1] for r in two} == {"train.micro_batch=2"} and {r["TORCHELASTIC_RUN_ID"] for r in two} == {
+        "job"
+    }
     job.start(3)  # it finds the store where it is now; the ranks end by SIGUSR2, and this is no failure
     three = job.wait_for_ranks(3, two)
 

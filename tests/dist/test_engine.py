@@ -26,7 +26,9 @@ def changes(stage: str, **more) -> dict:
 
 
 def case(name: str, stage: str, tensor: int = 1, accumulation: int = 1, **more) -> dict:
-    known = {k: more.pop(k) for k in ("save_at", "resume", "dropout", "init", "validate", "bucket", "memory") if k in more}
+    known = {
+        k: more.pop(k) for k in ("save_at", "resume", "dropout", "init", "validate", "bucket", "memory") if k in more
+    }
     return {"name": name, "changes": changes(stage, **more), "tensor": tensor, "accumulation": accumulation, **known}
 
 

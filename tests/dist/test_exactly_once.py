@@ -12,7 +12,14 @@ from tests import forker
 from tests.integration.conftest import environment
 from tests.unit.data.shards.test_shards import T, V, write_set
 
-SIZES = (7, 0, 5, 1, 8, 5)  # 26 samples in five shards that hold any, two mixed: no batch ends with an epoch but the 13th
+SIZES = (
+    7,
+    0,
+    5,
+    1,
+    8,
+    5,
+)  # 26 samples in five shards that hold any, two mixed: no batch ends with an epoch but the 13th
 BATCH, STEPS = 8, 13
 
 

@@ -165,7 +165,9 @@ def a_save_is_tried_again(disk: Path) -> None:
     (line,) = health_of_disk(Status("x", "running", ""), disk, {"files": {"a": {"bytes": 100 << 20}}})
     assert "the next checkpoint takes 100 MiB: free some space" in line
     saver.need = 100 << 20
-    assert "need 300.0 MiB more" in saver.disk_shortfall(100) and "3 checkpoints of 100.0 MiB" in saver.disk_shortfall(100)
+    assert "need 300.0 MiB more" in saver.disk_shortfall(100) and "3 checkpoints of 100.0 MiB" in saver.disk_shortfall(
+        100
+    )
     saver.need = 1 << 20
     assert saver.disk_shortfall(100) == ""
     saver.cfg.train.keep_every = 1

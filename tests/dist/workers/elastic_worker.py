@@ -22,7 +22,15 @@ def rank(folder: Path) -> None:
     die_with_agent()
     for number, status in ((signal.SIGUSR2, 87), (signal.SIGTERM, 85)):
         signal.signal(number, lambda *_, status=status: os._exit(status))
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MEGASTAR_MEMORY", "TORCHELASTIC_RUN_ID", "MEGASTAR_AGENT")
+    names = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "GROUP_RANK",
+        "MEGASTAR_MEMORY",
+        "TORCHELASTIC_RUN_ID",
+        "MEGASTAR_AGENT",
+    )
     facts = {name: os.environ[name] for name in names} | {"pid": os.getpid(), "words": sys.argv[2:], "at": time.time()}
     (folder / f"{os.getpid()}.tmp").write_text(json.dumps(facts))
     (folder / f"{os.getpid()}.tmp").rename(folder / "ranks" / f"{os.getpid()}.json")

@@ -1,6 +1,6 @@
 """Run by torchrun from test_exactly_once.py: `megastar train` that writes down which samples each rank was handed.
 
-    exactly_once_worker.py IDS DIE_AT CONFIG section.field=value ...
+exactly_once_worker.py IDS DIE_AT CONFIG section.field=value ...
 """
 
 from __future__ import annotations

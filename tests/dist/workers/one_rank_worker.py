@@ -12,7 +12,9 @@ from megastar.engine.zero.one_data_rank import keep_gradients
 from tests.dist.workers.guards_worker import engines_of, one_step, state_of
 
 
-def run(out: Path, stage: str, accumulation: int, dtype: str, kept: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
+def run(
+    out: Path, stage: str, accumulation: int, dtype: str, kept: bool
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     setup.keep_gradients = keep_gradients if kept else (lambda engine: False)
     torch.manual_seed(0)
     cfg, ctx, engines = engines_of(out, 1, stage, accumulation, dtype=dtype)
