@@ -16,13 +16,14 @@ from megastar.config.schema import ModelConfig, SelfGuidedConfig
 from megastar.config.validate import tensor_parallel_degrees, words
 from megastar.errors import UserError
 from megastar.parallel.muon import muon_traffic, working_bytes
-from megastar.parallel.plan import block_matrix, chunk_rows, split_of
+from megastar.parallel.plan import block_matrix, chunk_rows, own_masters, split_of
 
 GIB = 2**30
 ELEMENT = {"bf16": 2, "fp32": 4}  # bytes of an element of the compute type
 
 # Temporary bytes per element in the optimizer's step: the fp32 gradient and a flat copy of the bf16 one.
 STEP_BYTES = 6
+IN_PLACE_STEP_BYTES = 4  # with one data rank: the fp32 gradient alone, and not even that in fp32 with AdamW
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def state_bytes(
     states = {
         "weights": e * (part if stage == 3 else whole),
         "gradients": e * (part if stage >= 2 else whole),
-        "optimizer": part * (8 if stage == 0 else 12) - 4 * muon * matrices,  # at stage 0 the weights are the masters
+        "optimizer": part * (8 if own_masters(stage, data, dtype) else 12) - 4 * muon * matrices,
         "ema": part * 4,
         "teacher": e * teacher_part if guided.enabled else 0,
     }
@@ -379,7 +380,8 @@ def memory_bytes(
         student = buffers = {}
     early |= {"buckets": 2 * first_bucket} if zero.stage == 3 else {}
     shard = sum(elements(model, guided, tensor).values()) // (data if zero.stage else 1)
-    updating = 0 if "optimizer" in zero.offload else STEP_BYTES * shard
+    in_step = (IN_PLACE_STEP_BYTES if dtype == "bf16" or muon else 0) if in_place else STEP_BYTES
+    updating = 0 if "optimizer" in zero.offload else in_step * shard
     if muon:
         traffic = muon_traffic(parameter_shapes(model), muon, tensor, data, zero.stage == 0)
         updating += working_bytes(traffic, ELEMENT[muon.type_of(dtype)], tensor * data == 1)

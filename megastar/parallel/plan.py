@@ -84,3 +84,8 @@ def chunk_rows(rows: int, columns: int, device: str = "cuda") -> int:
     """Rows per chunk of ``rows`` x ``columns`` logits; all chunks but the last have the same size."""
     chunks = -(-rows * columns // CHUNK.get(device, CHUNK["cuda"]))
     return -(-rows // max(chunks, 1))
+
+
+def own_masters(stage: int, data: int, dtype: str) -> bool:
+    """Whether the weights are their own fp32 masters (engine/zero/one_data_rank.py)."""
+    return stage == 0 or (stage < 3 and data == 1 and dtype == "fp32")

@@ -65,7 +65,7 @@ def step_on_gradients(engine: Any, optimizer: AdamWEMA) -> None:
         places = list(zip(zero.round_robin_bit16_offsets[group], grads, strict=True))
         if optimizer.steps_on_pieces(flat) and all(g.dtype == flat.dtype for g in grads):
             optimizer.pieces[flat] = [(at, g.reshape(-1)) for at, g in places]
-            return flat.new_zeros(()).expand(flat.numel())  # without memory, and not read
+            return torch.zeros((), dtype=flat.dtype, device=flat.device).expand(flat.numel())  # no memory, not read
         whole = torch.empty_like(flat, requires_grad=False)
         if sum(g.numel() for g in grads) < whole.numel():
             whole.zero_()

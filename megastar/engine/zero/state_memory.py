@@ -19,12 +19,15 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 def state_bytes(engines: Engines) -> dict[str, int]:
     """Between steps: ``weights`` (compute copy), ``optimizer`` (masters, moments, average) and ``teacher``."""
     stage, zero = engines.student.zero_optimization_stage(), engines.student.optimizer
-    flats = []  # at stage 0 the weights are their own masters
+    flats = []
     if stage:
         flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+    weights = _copies(engines.student.module)
+    held = {w.untyped_storage().data_ptr() for w in weights}  # the weights may be their own masters
+    flats = [f for f in flats if f.untyped_storage().data_ptr() not in held]
     states = [s[k] for s in engines.optimizer.state.values() for k in {*STATES, *MUON_KINDS} if k in s]
     return {
-        "weights": storage_bytes(_copies(engines.student.module)),
+        "weights": storage_bytes(weights),
         "optimizer": storage_bytes([*flats, *states]),
         "teacher": storage_bytes(_copies(engines.teacher.module)) if engines.teacher else 0,
     }
