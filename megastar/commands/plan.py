@@ -204,7 +204,9 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     console.print(
         f"{cfg.model.name}: {P / 1e6:.1f} M parameters"
         + (f" + projector {extra / 1e6:.1f} M" if extra else "")
-        + f", {dtype}, {cfg.train.global_batch} images{views} per step\n"
+        + f", {dtype}, {cfg.train.global_batch} images{views} per step"
+    )
+    console.print(
         f"{machine.gpus} x {machine.name}, {machine.nodes} node{'s' * (machine.nodes > 1)}: {gpu.memory:g} GiB, "
         f"{gpu.tflops:g} TFLOP/s, memory {gpu.hbm:g} GB/s, NVLink {gpu.nvlink:g} GB/s, network {gpu.network:g} GB/s"
     )

@@ -201,6 +201,7 @@ def test_table(capsys):
     some = capsys.readouterr().out
     assert cli.main(["plan", "xl", "--gpus", "16", "--gpu", "a100-40", "--all"]) == 0
     every = capsys.readouterr().out
+    assert "per step\n16 x a100-40, 2 nodes: 40 GiB" in some and "\\n" not in some
     assert "24 plans shown, 24 fit" in some and some.count("3+offload") < every.count("3+offload") == 6
     assert "recommended: parallel.deepspeed=configs/ds/" in some and "\n -> 1" in some
     assert (
