@@ -203,7 +203,7 @@ class ParallelConfig:
 
     deepspeed: str = knob(
         "configs/ds/zero3.json",
-        "DeepSpeed JSON, or zero1, zero2, zero3, zero3_offload; it sets ZeRO stage and offload, not batch, clipping or dtype",
+        "DeepSpeed JSON, or zero0 (fp32 only), zero1, zero2, zero3, zero3_offload; it sets ZeRO stage and offload, not batch, clipping or dtype",
     )
     tensor_parallel: int = knob(
         1, "ranks that split each layer; must divide the heads, the ffn width and the vocabulary", low=1, high=1024
