@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import psutil
+
 from megastar.utils.signals import STOP_SIGNALS, is_ignored
 
 if TYPE_CHECKING:
@@ -191,8 +193,6 @@ class JobQueue:
 
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process and its descendants, including the ended ones that were waited for."""
-    import psutil
-
     total = 0.0
     with suppress(psutil.Error):
         process = psutil.Process(pid)
@@ -203,8 +203,6 @@ def cpu_seconds(pid: int) -> float:
 
 def send_signal(process: subprocess.Popen[bytes], number: int) -> None:
     """Signal a job; SIGKILL, which it cannot forward, goes to all of its processes."""
-    import psutil
-
     if process.returncode is not None:
         return
     with suppress(psutil.Error):  # it has ended

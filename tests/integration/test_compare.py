@@ -60,7 +60,7 @@ def interrupt(config: Path, out: Path) -> int:
 
 def test_a_comparison_is_interrupted_continued_and_finished(world, tmp_path, capsys):
     config, out = write_comparison(world, tmp_path), tmp_path / "out"
-    assert interrupt(config, out) == 128 + signal.SIGTERM
+    assert interrupt(config, out) == 128 + signal.SIGTERM, (tmp_path / "first.log").read_text()
     done = {f.parent.name: last_step(f) for f in out.glob("runs/*/metrics.jsonl")}
     assert done and max(done.values()) < STEPS, "the runs ended before the signal: the test proves nothing"
     saved = [latest(out / "runs" / name / "checkpoints") for name in done]
