@@ -3,6 +3,7 @@
 # make test           run the tests
 # make test-slurm     test the batch scripts on a local SLURM cluster (requires root and Debian)
 # make test-elastic   lose nodes of runs that train, on loopback and on the local SLURM cluster (minutes)
+# make test-fuzz      run all hostile and damaged files through the commands (make test runs a part of them)
 # make test-browser   test the page of megastar report in a headless chromium
 # make test-nullgpu   test on a device that computes nothing: torch's CUDA build (5 GB, in .venv-nullgpu), no GPU needed
 # make lint           run ruff and mypy
@@ -19,7 +20,7 @@ GPU := command -v nvidia-smi >/dev/null
 # DeepSpeed's operators are compiled at first use, not during installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-slurm test-elastic test-browser test-nullgpu lint clean install
+.PHONY: demo test test-slurm test-elastic test-fuzz test-browser test-nullgpu lint clean install
 
 install: $(STAMP)
 
@@ -43,6 +44,9 @@ test-slurm: $(STAMP)
 test-elastic: $(STAMP)
 	$(BIN)/pytest -s tests/elastic tests/dist/test_elastic.py
 	$(BIN)/pytest -s -m slurm tests/slurm/test_elastic.py
+
+test-fuzz: $(STAMP)
+	MEGASTAR_FUZZ=all $(BIN)/pytest -s tests/integration/fuzz
 
 test-browser: $(STAMP)
 	$(BIN)/pytest -m browser tests/integration
