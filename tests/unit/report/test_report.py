@@ -225,6 +225,8 @@ def test_a_comparison_is_its_runs(tmp_path, cfg):
 
 
 def test_chance_is_one_over_the_images_that_are_compared(cfg):
+    assert chance_accuracy(cfg, []) == 1 / 8  # the global batch, on any number of ranks
+    cfg.self_guided.negatives = "micro_batch"
     assert chance_accuracy(cfg, []) is None  # the number of ranks is unknown
     assert chance_accuracy(cfg, [{"ranks": 2}]) == 1 / 4  # two ranks of two images
     assert chance_accuracy(cfg, [{"ranks": 3}]) is None  # 8 images cannot be divided among them

@@ -64,7 +64,7 @@ def test_sizes_are_limited(monkeypatch, tmp_path):
         parse_json(b"[[], [], []]", "f")
     (tmp_path / "f").write_text(json.dumps(GOOD))
     assert read_json(tmp_path / "f", SCHEMA) == GOOD
-    with pytest.raises(UserError, match="has 20 bytes, more than the 10"):
+    with pytest.raises(UserError, match="has 20 bytes, more than the limit of 10"):
         read_json(tmp_path / "f", SCHEMA, most=10)
 
 
