@@ -27,7 +27,9 @@ ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
 TIMEOUT = 60.0  # seconds of a case; processor seconds are limited too
 CPU_SECONDS = 20
-EVERY = 1 if os.environ.get("MEGASTAR_FUZZ") == "all" else 4  # `make test` runs every fourth drawn case, `make test-fuzz` all
+EVERY = (
+    1 if os.environ.get("MEGASTAR_FUZZ") == "all" else 4
+)  # `make test` runs every fourth drawn case, `make test-fuzz` all
 KILLS = (signal.SIGXCPU, signal.SIGKILL)
 DEEP = "[" * 100_000 + "]" * 100_000
 # What takes the place of a value. A ``Raw`` is written into the JSON text as it is.
