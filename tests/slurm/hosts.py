@@ -22,7 +22,9 @@ def fail_hosts(world: World, folder: Path) -> None:
     (folder / "cluster").mkdir()
 
     with Cluster(folder / "cluster", nodes=4) as cluster:
-        sleep = f"MEGASTAR_PREFIX=('{sys.executable}' -S -c 'import time; time.sleep(3000)')"
+        # The batch script's question for the run folder is answered.
+        code = 'import os, sys, time; sys.argv[-1] == "--print-run-folder" and os.execvp(sys.argv[1], sys.argv[1:]); time.sleep(3000)'
+        sleep = f"MEGASTAR_PREFIX=('{sys.executable}' -S -c '{code}')"
         cluster.env |= {"MEGASTAR_ENV": str(write_site(folder, sleep)), "MEGASTAR_BAD_HOST_CRASHES": "1"}
 
         def submit() -> str:

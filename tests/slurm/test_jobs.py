@@ -19,12 +19,16 @@ def test_hosts_that_fail_are_left_out_while_enough_are_left(hosts_that_fail):
     hosts_that_fail.result()
 
 
+# Ranks that crash at once; the batch script's question for the run folder is answered.
+BROKEN = """MEGASTAR_PREFIX=(sh -c 'case "$*" in *--print-run-folder) exec "$@";; esac; exit 1' prefix)\n"""
+
+
 def test_what_is_not_started_again(cluster, world, tmp_path):
     """A user error: never requeued. A crash without progress: MEGASTAR_MAX_CRASHES times."""
     config = world.write_config(tmp_path / "run.yaml", tmp_path / "run")
     (tmp_path / "run").mkdir()
     broken = tmp_path / "env.sh"
-    broken.write_text(Path(cluster.env["MEGASTAR_ENV"]).read_text() + "MEGASTAR_PREFIX=(false)\n")
+    broken.write_text(Path(cluster.env["MEGASTAR_ENV"]).read_text() + BROKEN)
     common = ("--nodes=1", *SIZE, f"--output={tmp_path}/%j.log", "slurm/train_b.sh")
     mistake = cluster.sbatch(*common, tmp_path / "nothing.yaml", cwd=ROOT)
     crash = cluster.sbatch(*common, config, cwd=ROOT, MEGASTAR_ENV=str(broken), MEGASTAR_MAX_CRASHES="1")
