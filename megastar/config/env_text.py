@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from megastar.config import yaml_text
-from megastar.config.yaml_text import YamlError
+from megastar.config.yaml_text import YamlError, map_values
 
 ENV = "oc.env:"
 
@@ -34,11 +34,7 @@ class EnvText(str):
 
 def recorded(tree: Any) -> Any:
     """``dataclasses.asdict`` of a configuration, with expressions in place of environment variables."""
-    if isinstance(tree, dict):
-        return {key: recorded(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [recorded(value) for value in tree]
-    return tree.expression if isinstance(tree, EnvText) else tree
+    return map_values(lambda value: value.expression if isinstance(value, EnvText) else value, tree)
 
 
 def resolve(tree: Any, lenient: bool = False) -> Any:

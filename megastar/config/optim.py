@@ -76,7 +76,7 @@ class OptimConfig:
 
 
 def rate_warning(optim: OptimConfig, peak: float) -> str:
-    """A sentence about a peak rate of Muon that is of the other optimizer's size; empty if there is none.
+    """A sentence about a peak rate of Muon that has the size usual for AdamW; empty if the rate has its usual size.
 
     Per unit of the rate, an A x B update has a root mean square of about 1 / sqrt(B) under ``original``, and of 0.2, which
     is AdamW's, under ``match_rms_adamw``.

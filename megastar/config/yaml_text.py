@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
@@ -186,7 +186,7 @@ def resolve(tree: Any) -> Any:
     if sum(_cost(path, texts, costs) for path in texts) > MOST_VALUES:
         raise YamlError("its ${...} refer to themselves or to too many values")
     try:
-        return _keep_numbers(tree, OmegaConf.to_container(OmegaConf.create(_plain(tree)), resolve=True))
+        return _keep_numbers(tree, OmegaConf.to_container(OmegaConf.create(map_values(_plain, tree)), resolve=True))
     except (OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
         raise YamlError(one_line((str(error).splitlines() or [type(error).__name__])[0])) from error
 
@@ -215,13 +215,18 @@ def _cost(path: str, texts: dict[str, str], costs: dict[str, float]) -> float:
     return total
 
 
-def _plain(tree: Any) -> Any:
-    """OmegaConf does not accept subclasses of numbers."""
+def map_values(function: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with ``function`` applied to each value inside its dicts and lists."""
     if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
+        return {key: map_values(function, value) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_plain(value) for value in tree]
-    return int(tree) if isinstance(tree, WrittenInt) else float(tree) if isinstance(tree, WrittenFloat) else tree
+        return [map_values(function, value) for value in tree]
+    return function(tree)
+
+
+def _plain(value: Any) -> Any:
+    """OmegaConf does not accept subclasses of numbers."""
+    return int(value) if isinstance(value, WrittenInt) else float(value) if isinstance(value, WrittenFloat) else value
 
 
 def _keep_numbers(tree: Any, resolved: Any) -> Any:

@@ -209,7 +209,7 @@ def describe_heartbeats(run: Path, now: float) -> str:
 
 
 def describe_holder(run: Path, now: float) -> str:
-    """The process that holds the run folder (run_dir/lease.py); empty if there is none."""
+    """The process that holds the run folder (run_dir/lease.py); empty if no process holds it."""
     if (found := read_holder(run)) is None:
         return ""
     holder, renewed = found

@@ -139,7 +139,7 @@ class Uploader:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """boto3's error that caused the error of a transfer; the error itself if there is none."""
+    """boto3's error that caused the error of a transfer; otherwise the error itself."""
     from botocore.exceptions import ClientError, NoCredentialsError
 
     found: BaseException | None = error

@@ -10,7 +10,7 @@ from megastar.run_dir.training_checks import compares_one_pass
 
 
 def usable_ranks(global_batch: int, tensor: int, ranks: int) -> int:
-    """The largest number of ``ranks`` that the tensor-parallel degree and the global batch allow; 0 if there is none."""
+    """The largest number of ``ranks`` that the tensor-parallel degree and the global batch allow; 0 if they allow no rank."""
     return max((d for d in divisors(global_batch) if d * tensor <= ranks), default=0) * tensor
 
 

@@ -171,7 +171,7 @@ def test_four_processes_killed_at_random_leave_a_good_cache(s3, use_s3, url, fol
     assert sum(p.stat().st_size for p in cache.folder.glob("*.*")) <= cache.max_bytes
 
 
-def rot(path: Path) -> None:
+def damage(path: Path) -> None:
     stat, content = path.stat(), bytearray(path.read_bytes())
     content[1000:21000] = bytes(b ^ 0x15 for b in content[1000:21000])
     with path.open("r+b") as f:
@@ -179,7 +179,7 @@ def rot(path: Path) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_a_rotten_shard_of_the_cache_is_fetched_again(s3, use_s3, url, folder, data, caplog):
+def test_a_damaged_shard_of_the_cache_is_fetched_again(s3, use_s3, url, folder, data, caplog):
     use_s3(s3)
     infos = load_manifest(folder).shards
     shards = ShardSet(url, data=data)
@@ -189,7 +189,7 @@ def test_a_rotten_shard_of_the_cache_is_fetched_again(s3, use_s3, url, folder, d
     del shards
     gc.collect()  # the end of a run
     for info in infos:
-        rot(Path(data.cache) / f"{info.sha256}.tar")
+        damage(Path(data.cache) / f"{info.sha256}.tar")
     shards = ShardSet(url, data=data)
     shards.store.read_ahead(shards.manifest.shards[2:])
     for shard, size in enumerate(SIZES):

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,17 @@ def wait(path: Path) -> None:
         time.sleep(0.05)
 
 
+@contextmanager
+def started(words: list[str]) -> Iterator[subprocess.Popen]:
+    """The process in a session of its own, which is killed at the end of the block."""
+    launcher = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    try:
+        yield launcher
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("above", [False, True])
 def test_a_rank_ends_with_its_launcher(tmp_path, above):
     """``above``: the process above the launcher, as with deepspeed's two."""
@@ -48,8 +60,7 @@ def test_a_rank_ends_with_its_launcher(tmp_path, above):
             *(sys.executable, "-c", "import subprocess, sys; subprocess.Popen(sys.argv[2:]).wait()"),
             *("deepspeed", sys.executable, "-c", middle, "deepspeed.launcher.launch", LAUNCHER, RANK, str(ready)),
         ]
-    launcher = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
-    try:
+    with started(words) as launcher:
         wait(ready)
         launcher.send_signal(signal.SIGSTOP)
         time.sleep(1.5)
@@ -57,9 +68,6 @@ def test_a_rank_ends_with_its_launcher(tmp_path, above):
         launcher.kill()
         launcher.wait()
         wait(ready.with_suffix(".left"))
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("name", ["MEGASTAR_LAUNCHER", "TORCHELASTIC_RUN_ID", "CROSS_RANK", "deepspeed"])
@@ -71,12 +79,8 @@ def test_a_launcher_that_ended_before_its_rank_looked_is_noticed(tmp_path, name)
         middle = "import sys, subprocess; subprocess.Popen([sys.executable, '-c', *sys.argv[3:]]).wait()"
         words[2] = late + "subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]).wait()"
         words[4:] = [middle, "deepspeed.launcher.launch", "--enable_each_rank_log=None", RANK, str(ready)]
-    launcher = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
-    try:
+    with started(words) as launcher:
         wait(ready.with_suffix(".started"))
         launcher.kill()
         launcher.wait()
         wait(ready.with_suffix(".left"))
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)

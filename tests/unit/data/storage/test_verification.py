@@ -49,7 +49,7 @@ def flip(path: Path, at: int = -1) -> None:
 
 
 @layouts
-def test_a_rotten_shard_is_named_and_no_sample_of_it_is_read(tmp_path, layout):
+def test_a_damaged_shard_is_named_and_no_sample_of_it_is_read(tmp_path, layout):
     folder = write_set(tmp_path / "s", layout=layout)
     ShardSet(folder).read(0, 0)  # indexes are there, and the times stay
     flip(folder / "shard-00002.tar")
@@ -68,14 +68,14 @@ def test_a_rotten_shard_is_named_and_no_sample_of_it_is_read(tmp_path, layout):
             read()
 
 
-def test_batches_before_a_rotten_shard_are_handed_out(tmp_path):
+def test_batches_before_a_damaged_shard_are_handed_out(tmp_path):
     folder = write_set(tmp_path / "s", sizes=(4, 4, 4))
     source = loader(folder, window=1, global_batch=4)
-    rotten = [int(b["ids"][0]) // 4 for b in take(source, 3)][1]  # the shard of the second batch
-    flip(folder / f"shard-{rotten:05d}.tar")
+    damaged = [int(b["ids"][0]) // 4 for b in take(source, 3)][1]  # the shard of the second batch
+    flip(folder / f"shard-{damaged:05d}.tar")
     batches = iter(loader(folder, window=1, global_batch=4))
     next(batches)
-    with pytest.raises(UserError, match=f"shard-{rotten:05d}.tar has SHA-256"):
+    with pytest.raises(UserError, match=f"shard-{damaged:05d}.tar has SHA-256"):
         next(batches)
 
 
