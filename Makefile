@@ -36,7 +36,7 @@ demo: $(STAMP)
 	$(BIN)/megastar demo
 
 test: $(STAMP)
-	$(BIN)/pytest -m 'not gpu and not nullgpu and not slow and not slurm and not browser'
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not gpu and not nullgpu and not slow and not slurm and not browser'
 
 test-slurm: $(STAMP)
 	$(BIN)/pytest -m slurm tests/slurm
@@ -46,7 +46,7 @@ test-elastic: $(STAMP)
 	$(BIN)/pytest -s -m slurm tests/slurm/test_elastic.py
 
 test-fuzz: $(STAMP)
-	MEGASTAR_FUZZ=all $(BIN)/pytest -s tests/integration/fuzz
+	MEGASTAR_FUZZ=all $(BIN)/pytest -n 2 -rP tests/integration/fuzz
 
 test-browser: $(STAMP)
 	$(BIN)/pytest -m browser tests/integration

