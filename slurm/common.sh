@@ -85,7 +85,7 @@ train() {
 # sbatch --no-kill: otherwise SLURM ends the job when it detects the lost node. --wait=0: a node that ends does not end the others.
 run_elastic() {
     local status file=${REQUEUE_LOG%/*}/elastic.status ranks=${SLURM_NTASKS_PER_NODE:-1}
-    rm -f "$file"
+    [ -n "${MEGASTAR_DRY_RUN:-}" ] || rm -f -- "$file"
     run_step --label --no-kill --wait=0 --ntasks-per-node=1 --ntasks="${SLURM_NNODES:-1}" \
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$((SLURM_CPUS_PER_TASK * ranks))} \
         ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar elastic --nodes "$MEGASTAR_ELASTIC" --nproc "$ranks" \
@@ -119,11 +119,12 @@ find_run_folder() {
             return
         fi
     elif [ -n "${MEGASTAR_SRUN[*]-}" ]; then # a container
-        ask=(srun --nodes=1 --ntasks=1 "${MEGASTAR_SRUN[@]}" "${ask[@]}")
+        ask=(env -u SLURM_LABELIO srun --nodes=1 --ntasks=1 "${MEGASTAR_SRUN[@]}" "${ask[@]}")
     fi
-    run=$("${ask[@]}") || status=$?
-    [ "$status" = 0 ] || { info "the run folder cannot be determined (status $status)"; finish "$status"; }
-    run=${run##*$'\n'} # modules or a prefix may print lines before the folder
+    run=$(timeout -k 10 "${MEGASTAR_ASK_TIMEOUT:-600}" "${ask[@]}") || status=$?
+    [ "$status" = 0 ] || { info "the run folder cannot be determined (status $status; 124: no answer within ${MEGASTAR_ASK_TIMEOUT:-600} s)"; finish "$status"; }
+    run=$(grep -a '^/' <<<"$run" | tail -n 1) # modules or a prefix may print other lines
+    [ -n "$run" ] || { info "${ask[*]} did not print the run folder: check MEGASTAR_PREFIX"; finish 1; }
     REQUEUE_LOG=$run/requeues.log
     info "run folder $run, last checkpoint $(last_checkpoint)"
 }
@@ -135,7 +136,8 @@ last_checkpoint() { cat "${REQUEUE_LOG%/*}/checkpoints/latest" 2>/dev/null || ec
 # hosts that must be excluded, which SLURM does not know when a new job is submitted.
 prepare_start() {
     local before bad lost=""
-    SIGNAL_LEAD=$(sed -n 's/^#SBATCH --signal=.*@//p' "$0") TIME_LIMIT=$(seconds_of "$(job_field TimeLimit)")
+    case ${SBATCH_SIGNAL:-} in *@*) SIGNAL_LEAD=${SBATCH_SIGNAL##*@} ;; *) SIGNAL_LEAD=$(sed -n 's/^#SBATCH --signal=.*@//p' "$0") ;; esac
+    TIME_LIMIT=$(seconds_of "$(job_field TimeLimit)")
     if [ -n "$SIGNAL_LEAD" ] && [ -n "$TIME_LIMIT" ] && [ "$TIME_LIMIT" -lt $((SIGNAL_LEAD + 60)) ]; then
         info "warning: the last $SIGNAL_LEAD s of the time limit of $TIME_LIMIT s are reserved for the save, and SLURM checks every 30 s: almost no step will run; request a longer --time"
     fi

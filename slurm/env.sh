@@ -21,6 +21,8 @@ MEGASTAR_SRUN=()                       # additional options of srun; a container
 MEGASTAR_PREFIX=()                     # prefix of the command; a container by Apptainer:
 # MEGASTAR_PREFIX=(apptainer exec --nv --bind "$PWD" /images/megastar.sif)
 
+MEGASTAR_ASK_TIMEOUT=${MEGASTAR_ASK_TIMEOUT:-600}  # seconds for megastar to print the run folder before a job starts
+
 # --- network ---
 # export RES_OPTIONS="timeout:1 attempts:3"                  # timeout of name lookups; this is the default
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0      # the interface of the rendezvous

@@ -14,6 +14,7 @@ from megastar.commands._common import (
     processes,
     terminal_width,
 )
+from megastar.errors import UserError
 from megastar.utils.printable import say
 from megastar.utils.process_exit import die_with_agent
 from megastar.utils.signals import StopFlag
@@ -61,7 +62,13 @@ def main(words: list[str]) -> int:
         say(config_yaml(cfg).rstrip("\n"))
         return 0
     if args.print_run_folder:  # the batch scripts of slurm/ ask for it
-        print(os.path.abspath(cfg.run))
+        folder = os.path.abspath(cfg.run)
+        if any(c < " " for c in folder):
+            raise UserError(
+                f"run = {folder!r} contains a control character, which a batch script cannot read: rename it"
+            )
+        sys.stdout.buffer.write(os.fsencode(folder) + b"\n")
+        sys.stdout.flush()
         return 0
     if args.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch

@@ -350,3 +350,36 @@ def test_a_faulty_configuration_ends_the_job_before_srun(play):
 def test_a_node_without_megastar_is_a_crash_not_a_user_error(play):
     (play.folder / "bin/megastar").write_text("#!/bin/bash\nexit 127\n")
     assert "requeued" in play.start(1, 0) and play.status == 127 and play.calls() == ["requeue 417"]
+
+
+def answer(play: Play, text: str) -> None:
+    (play.folder / "bin/megastar").write_text(f"#!/bin/bash\n{text}\n")
+
+
+def test_lines_of_a_prefix_around_the_run_folder_are_ignored(play):
+    answer(play, f"echo loading modules; echo {play.run}; echo container done")
+    assert f"run folder {play.run}, last checkpoint none" in play.start(1, 85) and len(play.ledger()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("true", "did not print the run folder"), ("sleep 60", "status 124; 124: no answer within 1 s")],
+)
+def test_no_answer_about_the_run_folder_is_an_error(play, text, sentence):
+    answer(play, text)
+    assert sentence in play.start(1, 0, MEGASTAR_ASK_TIMEOUT="1") and play.status != 0
+
+
+def test_the_lead_of_the_signal_is_that_of_the_submission(play):
+    play.limit = "00:10:00"
+    assert "the last 580 s of the time limit of 600 s" in play.start(1, 0, SBATCH_SIGNAL="USR1@580")
+
+
+def test_a_run_folder_that_is_not_utf_8_or_has_a_newline(tmp_path):
+    config = tmp_path / "run.yaml"
+    for name, status in ((b"x\xffy", 0), (b"a\nb", 2)):
+        words = [sys.executable, "-m", "megastar", "train", "--print-run-folder", str(config)]
+        config.write_text("data: {shards: codes, tokenizer: tok}\n")
+        done = subprocess.run([*words, b"run=" + os.fsencode(tmp_path) + b"/" + name], cwd=ROOT, capture_output=True)
+        assert done.returncode == status, done.stderr
+        assert done.stdout == (b"" if status else os.fsencode(tmp_path) + b"/" + name + b"\n")

@@ -142,7 +142,7 @@ def test_ci_fails_where_packages_cannot_be_installed(tmp_path, there, missing):
         assert done.returncode == 1 and told in done.stderr
         assert done.stderr.count("\n") == 1 and not (tmp_path / "made").exists()
     else:
-        assert (tmp_path / "made").read_text().split() == ["test", "test-slurm", "test-browser", "lint"]
+        assert (tmp_path / "made").read_text().split() == ["test", "test-fuzz", "test-slurm", "test-browser", "lint"]
 
 
 def test_a_missing_settings_file():
