@@ -12,7 +12,8 @@ model`` excludes DeepSpeed and the average of the weights; ``--level engine`` is
 including the average. The losses and gradients of the networks are first compared without dropout, then the first steps,
 at either level: the same sequences and tokens and an equal loss, or nothing is timed. The steps are timed with the
 dropout of the model size (or ``--dropout``). ``--compiled`` adds LlamaGen's network under torch.compile, which is the default
-of train_c2i.py. ``--tiny`` checks the script in seconds; its times mean nothing.
+of train_c2i.py, ``--compile-blocks`` sets train.compile=on for megastar. On a CPU LlamaGen's steps run with glibc's default allocation
+and the engine's with that of `megastar train` (utils/device.py), as in processes of their own. ``--tiny`` checks the script in seconds; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from megastar.engine.train_step import losses, set_schedules
 from megastar.engine.zero.partitions import parameter_groups
 from megastar.engine.zero.process_group import start
 from megastar.engine.zero.setup import build
+from megastar.utils.device import keep_freed_memory
 
 Step = Callable[[], Tensor]
 # LlamaGen's schedule: a constant learning rate.
@@ -73,6 +75,7 @@ def their_step(cfg: RunConfig, model: nn.Module, batch: dict, dtype: torch.dtype
     )
 
     def step() -> Tensor:
+        keep_freed_memory(False)  # its own process has glibc's defaults
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             _, loss = model(cond_idx=labels, idx=codes[:, :-1], targets=codes)
         loss.backward()
@@ -133,6 +136,7 @@ def engine_step(cfg: RunConfig, batch: dict, weights: dict | None = None) -> tup
     engines.student.train()
 
     def step() -> Tensor:
+        keep_freed_memory()  # as the engine sets it on a CPU
         loss, _ = losses(cfg, engines, ctx, batch, 0)
         engines.student.backward(loss)
         set_schedules(cfg, engines, 0, 10)
@@ -197,6 +201,7 @@ def main() -> None:
     p.add_argument(
         "--tiny", action="store_true", help="two narrow blocks, 2 images, one repeat: a check of this script"
     )
+    p.add_argument("--compile-blocks", action="store_true", help="train.compile=on for megastar's engine")
     p.add_argument("--student-views", type=int, default=2, choices=(1, 2))
     a = p.parse_args()
 
@@ -212,7 +217,15 @@ def main() -> None:
             "model.n_head=2",
             "model.vocab_size=64",
         ]
-    common = [f"train.dtype={a.dtype}", f"train.threads={a.threads}", f"parallel.deepspeed={a.stage}", *drop, *fewer]
+    compiled_blocks = ["train.compile=on"] if a.compile_blocks else []
+    common = [
+        *compiled_blocks,
+        f"train.dtype={a.dtype}",
+        f"train.threads={a.threads}",
+        f"parallel.deepspeed={a.stage}",
+        *drop,
+        *fewer,
+    ]
     if a.star or a.host:
         (star if a.star else host)(a, common)
         return

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megastar.parallel.plan import chunk_rows
-from megastar.utils.onednn import product
+from megastar.utils.onednn import product, uses_onednn
 
 
 def linear_cross_entropy(
@@ -47,23 +47,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if to_hidden is not None:
                 to_hidden[at : at + size] = product(gradient, weight.t())
             if needed and ctx.needs_input_grad[1]:
-                part = product(gradient.t(), x.t())
-                # Sums over chunks are wide: in bf16 each chunk would be rounded.
-                to_weight = part if to_weight is None else to_weight.to(wide).add_(part)
+                to_weight = _add_product(to_weight, gradient, x, wide)
             del gradient  # before the next chunk's logits
-        ctx.save_for_backward(to_hidden, to_weight)
+        ctx.gradients = (to_hidden, to_weight)
         ctx.rows, ctx.group, ctx.dtype = rows, group, weight.dtype
         return loss / rows
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        to_hidden, to_weight = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of linear_cross_entropy was taken before, and can be taken only once")
+        to_hidden, to_weight = ctx.gradients
+        ctx.gradients = None  # scaled in place, and given away: autograd would copy a tensor that is referred to here
         scale = gradients[0] / ctx.rows
         if to_hidden is not None:
-            to_hidden = to_hidden * scale
+            to_hidden = to_hidden.mul_(scale)
             if ctx.group is not None:
                 dist.all_reduce(to_hidden, group=ctx.group)
-        return to_hidden, None if to_weight is None else (to_weight * scale).to(ctx.dtype), None, None, None
+        return to_hidden, None if to_weight is None else to_weight.mul_(scale).to(ctx.dtype), None, None, None
+
+
+def _add_product(total: Tensor | None, gradient: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
+    """``total`` (V, D) plus gradient^T x. Sums over chunks are wide: in bf16 each chunk would be rounded."""
+    if total is None:
+        return product(gradient.t(), x.t())
+    total = total.to(wide)
+    if gradient.dtype == wide and not uses_onednn(gradient.t(), x.t()):
+        return total.addmm_(gradient.t(), x)
+    return total.add_(product(gradient.t(), x.t()))
 
 
 def _softmax_less_target(

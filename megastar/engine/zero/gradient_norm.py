@@ -15,28 +15,35 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
-CHUNK = 1 << 16  # elements that a CPU converts to fp64 at once, in its cache
+ROW = 512  # elements whose norm a CPU computes in fp32; the squares of these norms are added in fp64
 
 
 def square_sums(groups: Sequence[Sequence[Tensor]], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
     """The sum of squares of each group's tensors, (groups,), accumulated in ``dtype`` on a CPU.
 
     On a GPU in fp32, where the kernel adds few numbers in a row. A CPU's adds millions of them: its fp32 norm of a large
-    matrix is off by 5e-4.
+    matrix is off by 5e-4, that of rows of 512 by about 1e-9.
     """
     if device.type != "cpu":
         dtype = torch.float32
-    pieces = [[c for g in group for c in chunks(g, dtype)] for group in groups]
-    flat = [c for group in pieces for c in group]
+    if dtype == torch.float64:
+        sums = [sum((row_squares(g) for g in group), torch.zeros((), dtype=dtype)) for group in groups]
+        return torch.stack(sums) if sums else torch.zeros(0, dtype=dtype)
+    flat = [g.detach() for group in groups for g in group]
     if not flat:
         return torch.zeros(len(groups), dtype=dtype, device=device)
     squares = torch.stack(torch._foreach_norm(flat, 2.0, dtype)).square()
-    return torch.stack([part.sum() for part in squares.split([len(group) for group in pieces])])
+    return torch.stack([part.sum() for part in squares.split([len(group) for group in groups])])
 
 
-def chunks(grad: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-    grad = grad.detach()
-    return grad.reshape(-1).split(CHUNK) if dtype == torch.float64 else (grad,)
+def row_squares(grad: Tensor) -> Tensor:
+    """The sum of squares of ``grad``, () fp64, without a copy of it in fp64."""
+    flat = grad.detach().reshape(-1)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    whole = flat.numel() - flat.numel() % ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1, dtype=wide)
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=wide)
+    return rows.double().square().sum() + rest.double().square()
 
 
 class GradientNorm:

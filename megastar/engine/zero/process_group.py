@@ -22,7 +22,7 @@ from megastar.engine.phase import DATA_EXTRA
 from megastar.engine.rank_sync import from_main
 from megastar.errors import UserError
 from megastar.parallel.rendezvous import join, on_one_node
-from megastar.utils.device import pick_dtype
+from megastar.utils.device import keep_freed_memory, pick_dtype
 from megastar.utils.interfaces import loopback_environment
 from megastar.utils.launcher import local_world, place_of
 
@@ -93,6 +93,7 @@ def set_device(cfg: RunConfig, local: int) -> torch.device:
     cores = len(os.sched_getaffinity(0))
     ranks = local_world(os.environ) or place_of(os.environ).world
     torch.set_num_threads(cfg.train.threads or max(1, cores // ranks))
+    keep_freed_memory()
     # Compiling DeepSpeed's shared-memory collective takes minutes, and gloo does not need it.
     # (import_module, because the attribute deepspeed.comm.torch is torch itself.)
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]

@@ -72,8 +72,8 @@ def test_padding_and_a_group_without_gradients_count_as_zero():
     assert square_sums([[], []], CPU).tolist() == [0.0, 0.0]
 
 
-def test_a_large_tensor_is_summed_in_fp64():
+def test_the_norms_of_rows_are_summed_in_fp64():
     torch.manual_seed(0)
     grad = torch.randn(2 << 20)
     exact = grad.double().square().sum()
-    assert abs(square_sums([[grad]], CPU)[0] / exact - 1) < 1e-12
+    assert abs(square_sums([[grad]], CPU)[0] / exact - 1) < 1e-8  # torch's fp32 norm of the whole: 5e-4

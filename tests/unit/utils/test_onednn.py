@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from megastar.errors import UserError
 from megastar.model.layers import Linear
 from megastar.utils import onednn
 
@@ -55,13 +58,66 @@ def test_only_the_gradients_asked_for(mkl_slow: bool) -> None:
 
 
 def test_a_torch_without_the_operator_is_no_error(monkeypatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    monkeypatch.setattr(onednn.Path, "read_text", lambda _: "vendor_id : AuthenticAMD")
+    assert onednn.has_onednn() is False
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setenv("MEGASTAR_FP32_PRODUCT", "onednn")
     assert onednn.mkl_is_slow.__wrapped__() is False
-    monkeypatch.undo()
-    monkeypatch.setattr(onednn.Path, "read_text", lambda _: "vendor_id : GenuineIntel")
+
+
+@pytest.fixture
+def avx512(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(onednn, "has_onednn", lambda: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MEGASTAR_FP32_PRODUCT", raising=False)
+    return tmp_path / "megastar"
+
+
+@pytest.mark.parametrize(("gain", "slow"), [(2.2, True), (1.05, False), (0.7, False)])
+def test_the_choice_is_measured_once_and_recorded(avx512, monkeypatch, gain, slow) -> None:
+    monkeypatch.setattr(onednn, "measured_gain", lambda: gain)
+    assert onednn.mkl_is_slow.__wrapped__() is slow
+    (record,) = avx512.iterdir()
+    assert json.loads(record.read_text())["onednn_gain"] == gain
+    monkeypatch.setattr(onednn, "measured_gain", lambda: pytest.fail("measured again"))
+    assert onednn.mkl_is_slow.__wrapped__() is slow  # a run that resumes computes the same bits
+
+
+def test_the_first_record_counts_when_two_processes_measure(avx512, monkeypatch) -> None:
+    def measure() -> float:
+        monkeypatch.setattr(onednn, "measured_gain", lambda: 2.0)
+        assert onednn.recorded_gain() == 2.0  # the other process
+        return 0.5
+
+    monkeypatch.setattr(onednn, "measured_gain", measure)
+    assert onednn.recorded_gain() == 2.0
+    assert len(list(avx512.iterdir())) == 1  # no temporary file remains
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"onednn_gain": "x"}', "{}"])
+def test_a_damaged_record_is_told_and_mkl_used(avx512, caplog, content) -> None:
+    onednn.recorded_gain()
+    (record,) = avx512.iterdir()
+    record.write_text(content)
     assert onednn.mkl_is_slow.__wrapped__() is False
+    assert "remove the file to measure again" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written(avx512, caplog) -> None:
+    avx512.write_text("a file where the folder is meant")
+    assert onednn.mkl_is_slow.__wrapped__() is False
+    assert "cannot record" in caplog.text
+
+
+def test_the_variable_decides(avx512, monkeypatch) -> None:
+    monkeypatch.setattr(onednn, "measured_gain", lambda: pytest.fail("measured"))
+    for value, slow in (("onednn", True), ("mkl", False)):
+        monkeypatch.setenv("MEGASTAR_FP32_PRODUCT", value)
+        assert onednn.mkl_is_slow.__wrapped__() is slow
+    monkeypatch.setenv("MEGASTAR_FP32_PRODUCT", "fast")
+    with pytest.raises(UserError, match="use mkl or onednn"):
+        onednn.mkl_is_slow.__wrapped__()
 
 
 def test_the_switch_selects_torchs_own_implementations(mkl_slow: bool, monkeypatch) -> None:
