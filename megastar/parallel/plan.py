@@ -87,5 +87,5 @@ def chunk_rows(rows: int, columns: int, device: str = "cuda") -> int:
 
 
 def own_masters(stage: int, data: int, dtype: str) -> bool:
-    """Whether the weights are their own fp32 masters (engine/zero/one_data_rank.py)."""
-    return stage == 0 or (stage < 3 and data == 1 and dtype == "fp32")
+    """Whether the weights are their own fp32 masters (engine/zero/one_data_rank.py, flat_gradients.py)."""
+    return stage == 0 or (dtype == "fp32" and (stage == 1 or (stage == 2 and data == 1)))

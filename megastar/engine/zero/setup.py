@@ -25,6 +25,7 @@ from megastar.engine.student import Student
 from megastar.engine.zero.compiled_blocks import compile_blocks, wants_compiled
 from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
 from megastar.engine.zero.engines import Engines, whole_shapes
+from megastar.engine.zero.flat_gradients import flatten_gradients
 from megastar.engine.zero.muon import MuonEMA
 from megastar.engine.zero.one_data_rank import keep_gradients, step_on_gradients
 from megastar.engine.zero.partitions import AdamWEMA, parameter_groups
@@ -176,7 +177,8 @@ def initialize(module: nn.Module, config: dict[str, Any], optimizer: AdamWEMA | 
     if optimizer is not None:
         install_step_skip(engine, optimizer)
         if not keep_gradients(engine):
-            order_streams(engine)
+            if not flatten_gradients(engine):
+                order_streams(engine)
         elif engine.zero_optimization_stage():
             step_on_gradients(engine, optimizer)
     return engine

@@ -1,4 +1,4 @@
-"""Run on one rank from test_one_data_rank.py: gradients kept in place against DeepSpeed's buckets."""
+"""Run on one rank from test_gradients.py: gradients kept in place against DeepSpeed's buckets."""
 
 from __future__ import annotations
 
