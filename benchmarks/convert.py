@@ -1,14 +1,16 @@
 """Memory and speed of `megastar convert` on a checkpoint of the B size (111 M parameters and the projector).
 
-python -m benchmarks.convert [FOLDER]      (needs 4 GB there, half of it for a checkpoint of 2 data x 2 tensor ranks)
+python -m benchmarks.convert [--folder FOLDER]     (needs 4 GB there, half of it for a checkpoint of 2 data x 2 tensor ranks)
 
 Each conversion runs in its own process. ``peak_gib`` is its highest resident memory minus that of the interpreter with
 torch imported. ``mb_per_s`` is the number of bytes written divided by the time of the whole conversion, including both
-checks: hashing the source before and reading back the output afterwards.
+checks: hashing the source before and reading back the output afterwards. ``--tiny`` checks the script with a network of two
+narrow blocks.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -48,9 +50,10 @@ print(json.dumps({"to": to, **options, "peak_gib": round(peak / 2**20, 3), "base
 """
 
 
-def measure(folder: Path) -> Iterator[dict[str, Any]]:
+def measure(folder: Path, tiny: bool) -> Iterator[dict[str, Any]]:
     """Convert to each format and yield its row; the output is removed."""
-    cfg = load_config(ROOT / "configs/run/star_b_50ep.yaml")
+    small = ["model.n_layer=2", "self_guided.contrastive_block=1", "model.dim=32", "model.n_head=2"] if tiny else []
+    cfg = load_config(ROOT / "configs/run/star_b_50ep.yaml", small)
     source = write_checkpoint(folder / "run", cfg, 2, 2)
     for to, options in CASES.items():
         out = folder / to
@@ -60,7 +63,15 @@ def measure(folder: Path) -> Iterator[dict[str, Any]]:
         remove(out)
 
 
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as place:
-        for row in measure(Path(place)):
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--folder", type=Path, help="where the scratch folder is made (default: the system's)")
+    p.add_argument("--tiny", action="store_true", help="a network of two narrow blocks")
+    a = p.parse_args()
+    with tempfile.TemporaryDirectory(dir=a.folder) as place:
+        for row in measure(Path(place), a.tiny):
             print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
