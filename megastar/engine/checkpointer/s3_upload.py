@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megastar.data.storage.s3_client import split_url
 from megastar.data.storage.s3_credentials import S3Client, is_expired
+from megastar.data.storage.s3_endpoint import check_endpoint
 from megastar.data.storage.s3_errors import describe, permanent_error
+from megastar.errors import UserError
 from megastar.run_dir.events import NOT_UPLOADED
 from megastar.run_dir.layout import MANIFEST
 from megastar.utils.redact import redact
@@ -138,6 +141,17 @@ class Uploader:
         return f"{self.prefix}/{name}" if self.prefix else name
 
 
+def check_upload(url: str) -> None:
+    """Raise ``UserError`` for a ``train.upload`` whose endpoint or proxy is not a URL, before the run starts."""
+    if not url:
+        return
+    import botocore.session
+    from botocore.exceptions import BotoCoreError
+
+    with suppress(BotoCoreError):  # a missing profile: the upload reports it, and the run continues
+        check_endpoint(botocore.session.Session())
+
+
 def cause_of(error: BaseException) -> BaseException:
     """boto3's error that caused the error of a transfer; otherwise the error itself."""
     from botocore.exceptions import ClientError, NoCredentialsError
@@ -155,4 +169,4 @@ def is_retryable(error: BaseException) -> bool:
     cause = cause_of(error)
     if isinstance(cause, ClientError):
         return not permanent_error(cause, "", "", "", "")
-    return not isinstance(cause, NoCredentialsError)
+    return not isinstance(cause, (NoCredentialsError, UserError))
