@@ -170,6 +170,8 @@ class Trainer:
         if self.step >= self.steps:
             if ctx.main:
                 logger.info("%s is done: %d of %d steps; raise train.steps to continue", cfg.run, self.step, self.steps)
+            if cfg.train.upload:
+                Saver(cfg, ctx, self.engines, self.step, self.lease).repeat_upload()
             return
         self._leave_if_stopped()
         with ExitStack() as opened:
