@@ -8,13 +8,23 @@ from typing import Any
 
 from megastar.config.schema import RunConfig
 from megastar.data.shards.manifest import Manifest
+from megastar.engine.checkpointer.s3_upload import check_upload
 from megastar.engine.context import Context
 from megastar.engine.input_pipeline.data_checks import RunData, check_same_data, check_same_order
 from megastar.engine.rank_sync import run_on_main
-from megastar.run_dir import config_file
+from megastar.model.io import read_model_metadata
+from megastar.run_dir import checkpoint_dir, config_file
 from megastar.run_dir.training_checks import uses_contrastive
 
 logger = logging.getLogger(__name__)
+
+
+def check_start(cfg: RunConfig) -> None:
+    """Raise ``UserError``, before anything is built, if ``train.init``, where it will be read, is not a model file, or for
+    an S3 endpoint that ``train.upload`` cannot use."""
+    if cfg.train.init and not checkpoint_dir.latest(checkpoint_dir.folder_of(cfg.run)):
+        read_model_metadata(cfg.train.init)
+    check_upload(cfg.train.upload)
 
 
 def claim_run_folder(cfg: RunConfig, ctx: Context) -> None:

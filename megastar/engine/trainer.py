@@ -38,7 +38,7 @@ from megastar.engine.metrics.logger import MetricsLogger
 from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks, run_on_main
-from megastar.engine.resume_checks import check_resumed, claim_run_folder
+from megastar.engine.resume_checks import check_resumed, check_start, claim_run_folder
 from megastar.engine.run_folder import hold_run_folder
 from megastar.engine.teacher_pass import teacher_first
 from megastar.engine.train_result import TrainResult
@@ -46,7 +46,6 @@ from megastar.engine.train_step import average_over_ranks, losses, set_schedules
 from megastar.engine.zero.process_group import collective_timeout, set_timeouts, start
 from megastar.engine.zero.setup import build
 from megastar.errors import UserError
-from megastar.model.io import read_model_metadata
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.events import append_event
 from megastar.run_dir.lease import in_use
@@ -103,7 +102,7 @@ class Trainer:
         and rolling back do not help, ``CorruptReplica`` for ranks that disagree. Never ends the interpreter.
         """
         cfg = self.cfg
-        self._check_init()
+        check_start(cfg)
         self.data = open_data(cfg)
         self.stop = self._stop or StopFlag()
         PHASE.reset()
@@ -128,15 +127,10 @@ class Trainer:
     def dry_run(self) -> None:
         """Build everything, run steps on random tokens, and print memory, batch and schedule. Writes nothing."""
         cfg, shards = self.cfg, self.cfg.data.shards
-        self._check_init()
+        check_start(cfg)
         with closing(open_data(cfg)) if is_remote(shards) or Path(shards).exists() else nullcontext() as data:
             ctx = check_run(cfg, start(cfg))
             describe(cfg, ctx, build(cfg, ctx), data.train.manifest if data else None)
-
-    def _check_init(self) -> None:
-        """``train.init``, where it will be read, is a model file; raised before anything is built."""
-        if self.cfg.train.init and not checkpoint_dir.latest(self.checkpoints):
-            read_model_metadata(self.cfg.train.init)
 
     def _build(self) -> None:
         """Engines, and their state from the newest checkpoint, ``train.init`` or nothing."""
@@ -176,6 +170,8 @@ class Trainer:
         if self.step >= self.steps:
             if ctx.main:
                 logger.info("%s is done: %d of %d steps; raise train.steps to continue", cfg.run, self.step, self.steps)
+            if cfg.train.upload:
+                Saver(cfg, ctx, self.engines, self.step, self.lease).repeat_upload()
             return
         self._leave_if_stopped()
         with ExitStack() as opened:

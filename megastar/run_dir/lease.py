@@ -3,8 +3,9 @@
 Its holder locks ``.lock`` (flock), which the kernel releases when the process ends, and describes itself in
 ``lease.json``, whose time a thread renews. The record names the holder, and replaces the lock if the file system has
 none, or if the lock of a lost node remains for a while. A holder is gone if its process has ended (same machine), if
-this process is a later start of its job, or if its record was not renewed for ``LIMIT`` s by the file server's clock.
-Its successor writes a record with another token; a former holder that is still alive finds it, and stops writing.
+SLURM has requeued its job since, or if its record was not renewed for ``LIMIT`` s by the file server's clock; for
+another start of the same launch, ``MISSED`` renewals are enough. A record that is still renewed is never taken over.
+A successor writes a record with another token; a former holder that is still alive finds it, and stops writing.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from megastar.utils.lockfile import file_server_time, machine, start_of
 
 RENEW_EVERY = 5.0  # seconds
 LIMIT = 60.0  # seconds without a renewal after which the holder on another machine counts as gone
+MISSED = 3  # renewals that a holder of the same launch, or of a folder that may have been copied, may miss
 REPORT_EVERY = 10.0
 MAX_RECORD = 1 << 16  # bytes
 logger = logging.getLogger(__name__)
@@ -56,7 +58,8 @@ class Holder:
     step: str
     launch: str  # the id of a torchrun launch, if it has one
     token: str
-    lock: int  # inode of the lock file; that of a copy of the folder differs
+    lock: int  # inode of the lock file
+    folder: str = ""  # device and inode of the folder: those of a copy differ; empty in older records
 
     def __str__(self) -> str:
         job = f", job {self.job}" if self.job else ""
@@ -68,6 +71,7 @@ def read_holder(folder: Path) -> tuple[Holder, float] | None:
     content = read_small(folder / LEASE, MAX_RECORD)
     try:
         found = json.loads(content or b"")
+        found = {"folder": ""} | found  # TypeError if it is no dict
         holder = Holder(**{f.name: found[f.name] for f in fields(Holder)})
         if any(type(getattr(holder, f.name)).__name__ != f.type for f in fields(Holder)):
             return None
@@ -109,37 +113,40 @@ class RunLease:
         """
         make_folder(self.folder)
         began = reported = time.monotonic()
-        first: float | None = None
+        watch = _Renewals()
         try:
-            self._fd = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._open_lock()
             while True:
                 locked, found = self._lock(), read_holder(self.folder)
-                if found is None or self._is_of_original(found[0]):
-                    found = None
+                if found is not None:
+                    watch.see(found[1], file_server_time(self.folder))
+                maybe_copy = found is not None and not watch.renewed and not self._is_original(found[0])
+                if found is None or (maybe_copy and (has_ended(found[0]) or watch.silent > MISSED * self.renew_every)):
                     if locked or time.monotonic() - began > self.renew_every:
                         break
                 else:
-                    holder, renewed = found
-                    first = renewed if first is None else first
-                    age = max(0.0, file_server_time(self.folder) - renewed)
-                    gone = self._why_gone(holder, locked, age)
+                    holder = found[0]
+                    limit = self._limit(holder)
+                    gone = None if maybe_copy else self._why_gone(holder, locked, watch.silent, limit)
                     if gone:
                         self.taken_over = f"{self.folder} was held by {holder}, {gone}: taken over"
                         break
-                    if gone is not None or renewed > first:
-                        self._refuse(holder, age)
+                    # An earlier start of this launch may be about to end, on a node that the other nodes have lost.
+                    patient = limit < self.limit and time.monotonic() - began < self.limit
+                    if gone is not None or (watch.renewed and not patient):
+                        self._refuse(holder, watch.age)
                     if time.monotonic() - reported >= REPORT_EVERY:
                         reported = time.monotonic()
                         logger.info(
                             "%s is held by %s, last heartbeat %.0f s ago; taken over after %.0f s without one",
-                            self.folder, holder, age, self.limit,
+                            self.folder, holder, watch.age, limit,
                         )  # fmt: skip
                 if stop():
                     self._drop()
                     _not_ours.add(os.path.abspath(self.folder))
                     return False
                 time.sleep(min(1.0, self.renew_every / 5))
-            if found is None and locked is False:
+            if not self.taken_over and locked is False:
                 raise UserError(f"{self.folder} is in use by another process that has just started: wait for it to end")
             self._write(locked)
         except OSError as error:
@@ -156,31 +163,53 @@ class RunLease:
             remove_dead_temporaries(folder)
         return True
 
-    def _is_of_original(self, holder: Holder) -> bool:
-        """Whether this folder is a copy, made on this machine, of the folder that the record belongs to."""
-        same_machine = machine().split(" ")[1:2] == holder.machine.split(" ")[1:2]
-        return same_machine and holder.lock != os.fstat(self._fd).st_ino
+    def _is_original(self, holder: Holder) -> bool:
+        """Whether the record belongs to this folder: a copy, made on this machine, has another inode.
+
+        The inode of some network file systems depends on the mount: a record that is renewed is never a copy.
+        """
+        if machine().split(" ")[1:2] != holder.machine.split(" ")[1:2]:
+            return True
+        return holder.folder == self._identity() if holder.folder else holder.lock == os.fstat(self._fd).st_ino
+
+    def _identity(self) -> str:
+        s = os.stat(self.folder)
+        return f"{s.st_dev}:{s.st_ino}"
 
     def _lock(self) -> bool | None:
         """Whether this process holds the lock file; None if the file system has no locks."""
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for _ in range(3):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(self._fd), os.stat(self.folder / LOCK)):
+                        break
+                os.close(self._fd)  # the file was removed since it was opened, and another process may lock the new one
+                self._open_lock()
             return True
         except OSError as error:
             return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
 
-    def _why_gone(self, holder: Holder, locked: bool | None, age: float) -> str | None:
+    def _open_lock(self) -> None:
+        self._fd = -1
+        self._fd = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def _limit(self, holder: Holder) -> float:
+        """Seconds without a renewal after which the holder on another machine counts as gone."""
+        same_launch = bool(holder.launch) and holder.launch == launch_id()
+        return min(self.limit, MISSED * self.renew_every) if same_launch or in_step_of(holder) else self.limit
+
+    def _why_gone(self, holder: Holder, locked: bool | None, silent: float, limit: float) -> str | None:
         """The reason why the holder is gone; empty: it is alive; None: unknown."""
         here, there = machine().split(" ")[1:], holder.machine.split(" ")[1:]
-        if here == there and len(here) == 2:  # the same boot and the same process ids
-            return "" if start_of(holder.pid) == holder.start else "which has ended"
-        if here[:1] == there[:1] and here and locked:  # a container of this machine: its processes are not visible
+        if is_visible(holder):
+            return "which has ended" if has_ended(holder) else ""
+        same_lock = os.fstat(self._fd).st_ino == holder.lock
+        if here[:1] == there[:1] and here and locked and same_lock:  # a container of this machine
             return "which has ended"
-        if holder.job and holder.job == os.environ.get("SLURM_JOB_ID") and is_successor(holder):
+        if is_successor(holder):
             return "an earlier start of this job"
-        if holder.launch and holder.launch == launch_id():
-            return "an earlier start of this launch"
-        return f"which sent no heartbeat for {age:.0f} s" if age > self.limit else None
+        return f"which sent no heartbeat for {silent:.0f} s" if silent > limit else None
 
     def _refuse(self, holder: Holder, age: float) -> None:
         how = f"scancel {holder.job}" if holder.job else f"kill {holder.pid} on {holder.host}"
@@ -194,7 +223,7 @@ class RunLease:
         self.holder = Holder(
             self.command, host_name(), machine(), os.getpid(), start_of(os.getpid()), utc_now(),
             e.get("SLURM_JOB_ID", ""), e.get("SLURM_RESTART_COUNT", "0"), e.get("SLURM_STEP_ID", ""), launch_id(),
-            uuid.uuid4().hex, os.fstat(self._fd).st_ino,
+            uuid.uuid4().hex, os.fstat(self._fd).st_ino, self._identity(),
         )  # fmt: skip
         try:
             self._write_record()
@@ -274,11 +303,52 @@ def hold(folder: Path, command: str, field: str) -> Iterator[RunLease]:
         lease.release()
 
 
+def is_visible(holder: Holder) -> bool:
+    """Whether the holder is a process of this boot of this machine with the same process ids as this one."""
+    here = machine().split(" ")[1:]
+    return len(here) == 2 and here == holder.machine.split(" ")[1:]
+
+
+def has_ended(holder: Holder) -> bool:
+    """Whether the holder certainly has ended."""
+    return is_visible(holder) and start_of(holder.pid) != holder.start
+
+
 def is_successor(holder: Holder) -> bool:
-    """For a holder in the same SLURM job: whether this process belongs to a later start of the job, or to the same step
-    after the launcher restarted its ranks. Two steps of one allocation may be two runs."""
-    restart, step = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("SLURM_STEP_ID", "")
-    return holder.restart != restart or (bool(step) and holder.step == step)
+    """Whether SLURM has requeued the holder's job and this process belongs to the later start: SLURM has ended the
+    former one, or lost its node."""
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    if not holder.job or holder.job != os.environ.get("SLURM_JOB_ID"):
+        return False
+    return holder.restart.isdecimal() and restart.isdecimal() and int(restart) > int(holder.restart)
+
+
+def in_step_of(holder: Holder) -> bool:
+    """Whether this process and the holder belong to the same SLURM job step, whose launcher may have restarted its ranks.
+    Two steps of one allocation may be two runs."""
+    e = os.environ
+    mine = e.get("SLURM_JOB_ID", ""), e.get("SLURM_RESTART_COUNT", "0"), e.get("SLURM_STEP_ID", "")
+    return all(mine) and mine == (holder.job, holder.restart, holder.step)
+
+
+class _Renewals:
+    """What a process that waits for a lease sees of its renewals."""
+
+    def __init__(self) -> None:
+        self.renewed = False  # since the first look
+        self.age = self.silent = 0.0  # seconds since the last renewal: by the file server's clock; also by this one
+        self._first = self._last = -1.0
+        self._since = 0.0
+
+    def see(self, renewed: float, now: float) -> None:
+        """``renewed``: the record's time, ``now``: the time, both by the file server's clock."""
+        if self._first < 0:
+            self._first = renewed
+        if renewed != self._last:
+            self._last, self._since = renewed, time.monotonic()
+        self.renewed = self.renewed or renewed > self._first
+        self.age = max(0.0, now - renewed)
+        self.silent = max(self.age, time.monotonic() - self._since)  # the record's time may be in the future
 
 
 def launch_id() -> str:

@@ -136,6 +136,22 @@ def test_nodes_are_lost_join_and_end_together(nodes, tmp_path):
     assert [Path(r["MEGASTAR_MEMORY"]).exists() for r in again] == [False, False, True]
 
 
+def test_a_store_that_does_not_answer_for_a_while_does_not_split_the_nodes(nodes):
+    job = nodes("1:2", hosts=2)
+    job.start(0, 1)
+    two = job.wait_for_ranks(2)
+    os.kill(job.pids[0], signal.SIGSTOP)  # it hosts the store, whose answers time out after 10 s
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while "did not answer and is tried again" not in job.log():
+            assert time.monotonic() < deadline, job.log()
+            time.sleep(0.05)
+    finally:
+        os.kill(job.pids[0], signal.SIGCONT)
+    again = job.wait_for_ranks(2, two)  # each node alone would be a run of its own
+    assert sorted(job.node_of(r) for r in again) == [0, 1]
+
+
 @pytest.mark.slow
 def test_ranks_that_the_batch_cannot_use_wait_and_a_user_error_ends_all(nodes, tmp_path):
     job = nodes("1:3", hosts=3, batch=8)  # two data ranks of 4 images, or one of 8

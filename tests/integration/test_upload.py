@@ -15,6 +15,7 @@ from megastar.engine.checkpointer import s3_upload
 from megastar.engine.checkpointer.s3_upload import Uploader
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
+from megastar.run_dir.status import status_of
 from tests.dist.test_checkpoint import write
 from tests.integration.conftest import megastar
 from tests.integration.helpers.s3 import client_of, free_port
@@ -106,6 +107,30 @@ def test_urls():
     for wrong in ("bucket/a", "s3:///a", "https://bucket/a"):
         with pytest.raises(UserError, match="must have the form s3://bucket/prefix"):
             split_url(wrong)
+
+
+@pytest.mark.dist
+def test_repeating_the_command_of_a_finished_run_makes_up_for_a_failed_upload(s3, use_s3, world, tmp_path):
+    run, client = tmp_path / "run", client_of(s3)
+    words = ("train.upload=s3://runs/again", "data.patience=1")
+    config = world.write_config(tmp_path / "run.yaml", run, steps=4)
+    use_s3(f"http://127.0.0.1:{free_port()}")
+    first = megastar("train", config, *words)
+    assert "was not uploaded to s3://runs/again" in first.stdout
+    assert "run the same command again to upload the rest" in first.stdout and "was not uploaded" in status_of(run).why
+    use_s3(s3)
+    second = megastar("train", config, *words, ranks=2)
+    assert (
+        "step-00000004 was uploaded to s3://runs/again: " in second.stdout and "not uploaded" not in status_of(run).why
+    )
+    assert client.get_object(Bucket="runs", Key="again/latest")["Body"].read() == b"step-00000004\n"
+    keys = {e["Key"] for e in client.list_objects_v2(Bucket="runs", Prefix="again/step-00000004/")["Contents"]}
+    assert keys == {f"again/step-00000004/{p.name}" for p in (run / "checkpoints/step-00000004").iterdir()}
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and "heartbeats" not in p.parts}
+    third = megastar("train", config, *words)
+    assert "s3://runs/again has all of step-00000004: nothing to upload" in third.stdout
+    after = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and "heartbeats" not in p.parts}
+    assert after == before
 
 
 @pytest.mark.dist

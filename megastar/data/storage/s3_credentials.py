@@ -7,6 +7,8 @@ import threading
 from contextlib import suppress
 from typing import Any
 
+from megastar.data.storage.s3_endpoint import check_endpoint
+
 # A store that is not AWS may refuse the checksums that boto3 adds by default.
 _CHECKSUMS = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")  # a run waits for new ones after these only
@@ -26,7 +28,8 @@ def is_expired(error: BaseException) -> bool:
 class S3Client:
     """``client`` signs with the first credentials that boto3 finds; none: it does not sign.
 
-    ``renew`` replaces it after an error about these credentials. Raises boto3's errors for settings that it cannot use.
+    ``renew`` replaces it after an error about these credentials. Raises boto3's errors for settings that it cannot use,
+    and ``UserError`` for the URL of an endpoint or a proxy with a password that is not escaped.
     """
 
     def __init__(self, **options: Any):
@@ -42,6 +45,7 @@ class S3Client:
         from botocore import UNSIGNED
         from botocore.config import Config
 
+        check_endpoint(session)
         self.credentials = session.get_credentials()
         self.signed = self.credentials is not None
         options = self._options if self.signed else self._options | {"signature_version": UNSIGNED}

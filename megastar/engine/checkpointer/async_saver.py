@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import secrets
 import shutil
 import signal
@@ -28,20 +29,24 @@ from megastar.config.schema import RunConfig
 from megastar.engine.checkpointer.s3_upload import Uploader
 from megastar.engine.checkpointer.snapshot import Snapshot, Snapshots
 from megastar.engine.context import Context
+from megastar.engine.phase import ENDING, PHASE
 from megastar.engine.rank_sync import from_main, on_main, retry, run_on_main, wait_for
 from megastar.engine.zero.engines import Engines, full_shapes, owned, stored_of
 from megastar.parallel.signed_store import SignedStore
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import WRITING, folder_of, name_of
+from megastar.run_dir.events import append_event
 from megastar.run_dir.folder_guard import FolderGuard
 from megastar.run_dir.lease import RunLease
 
 UPLOAD_PATIENCE = 86400.0
+AGAIN = "run the same command again to upload the rest"
 RETRY_EVERY = 60.0  # seconds from a failed save to the next attempt, unless a save is due before
 REPORT_EVERY = 600.0  # seconds between reports of saves that keep failing
 SLACK = 1 << 20  # bytes, for headers and the manifest
 USR1_GRACE = 120.0  # seconds; the batch scripts ask for USR1 three minutes before the end
 SHORT_GRACE = 20.0  # seconds; SLURM kills 30 s after TERM
+logger = logging.getLogger(__name__)
 
 
 class Saver:
@@ -269,8 +274,35 @@ class Saver:
         if not self.cfg.train.upload:
             return ""
         if self.uploader:
-            self.store.set(self._key("uploaded"), self.uploader.finish())
+            problem = self.uploader.finish()
+            self.store.set(self._key("uploaded"), f"{problem}; {AGAIN}" if problem else "")
         return wait_for(self.store, self._key("uploaded"), "rank 0 did not finish its upload", UPLOAD_PATIENCE)
+
+    def repeat_upload(self) -> None:
+        """At a start of a finished run: upload what ``train.upload`` lacks of the newest checkpoint, as a run whose last
+        upload failed has left it. Called by all ranks alike. A problem is an event, as at the end of a run."""
+        url, run = self.cfg.train.upload, self.folder.parent
+        newest = run_on_main(self.ctx, lambda: str(checkpoint_dir.latest(self.folder) or ""))
+        if not url or not newest:
+            return
+        PHASE.at(ENDING)
+        self.token = from_main(self.ctx, secrets.token_hex(4))
+        if self.ctx.main:
+            self.uploader = Uploader(url, self.cfg.data.patience, only_missing=True)
+            self.uploader.put(Path(newest))
+        problem = self.close()
+        if self.uploader is None:
+            return
+        step, name, count = checkpoint_dir.step_in(Path(newest)), Path(newest).name, self.uploader.sent
+        if problem:
+            logger.warning(problem)
+            append_event(run, "warning", step, problem, situation="upload")
+        elif count:
+            text = f"{name} was uploaded to {url}: {count} object(s) were missing there"
+            logger.info(text)
+            append_event(run, "warning", step, text, situation="upload", over=True)
+        else:
+            logger.info("%s has all of %s: nothing to upload", url, name)
 
     def _message(self, problem: str) -> str:
         former = self.done

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from megastar.data.storage.s3_client import split_url
-from megastar.data.storage.s3_credentials import S3Client, is_expired
+from megastar.data.storage.s3_credentials import S3Client, error_code, is_expired
+from megastar.data.storage.s3_endpoint import check_endpoint
 from megastar.data.storage.s3_errors import describe, permanent_error
+from megastar.errors import UserError
 from megastar.run_dir.events import NOT_UPLOADED
 from megastar.run_dir.layout import MANIFEST
 from megastar.utils.redact import redact
@@ -29,8 +32,10 @@ class Uploader:
     until then. Nothing in S3 is ever removed.
     """
 
-    def __init__(self, url: str, patience: float = 0.0):
+    def __init__(self, url: str, patience: float = 0.0, only_missing: bool = False):
+        """``only_missing``: leave out what an earlier process of this run has uploaded."""
         self.url, self.patience = url, patience  # seconds that ``finish`` waits for an outage to pass
+        self.only_missing, self.sent = only_missing, 0  # objects
         self.bucket, self.prefix = split_url(url)
         self.waiting: Path | None = None
         self.thread: threading.Thread | None = None
@@ -115,13 +120,56 @@ class Uploader:
 
         parts = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=64 << 20, max_concurrency=4)
         files = sorted(p for p in checkpoint.iterdir() if p.name != MANIFEST) + [checkpoint / MANIFEST]
+        present = self._present(checkpoint, client) if self.only_missing else {}
         for file in files:
-            key = self._key(f"{checkpoint.name}/{file.name}")
+            key, size = self._key(f"{checkpoint.name}/{file.name}"), file.stat().st_size
+            if present.get(file.name) == size:
+                continue
             client.upload_file(str(file), self.bucket, key, Config=parts)
-            there = client.head_object(Bucket=self.bucket, Key=key)["ContentLength"]
-            if there != file.stat().st_size:
-                raise OSError(f"{key} has {there} bytes in S3, {file} has {file.stat().st_size}")
-        client.put_object(Bucket=self.bucket, Key=self._key("latest"), Body=f"{checkpoint.name}\n".encode())
+            self.sent += 1
+            if (there := self._size(key, client)) != size:
+                raise OSError(f"{key} has {there} bytes in S3, {file} has {size}")
+        latest = f"{checkpoint.name}\n".encode()
+        if not self.only_missing or self._content("latest", client, len(latest)) != latest:
+            client.put_object(Bucket=self.bucket, Key=self._key("latest"), Body=latest)
+            self.sent += 1
+
+    def _present(self, checkpoint: Path, client: Any) -> dict[str, int]:
+        """Name and bytes of the objects of ``checkpoint``. Its manifest, with the hashes of all files, is uploaded last: if
+        it differs, the objects may be those of another run, and none counts."""
+        manifest = (checkpoint / MANIFEST).read_bytes()
+        if self._content(f"{checkpoint.name}/{MANIFEST}", client, len(manifest)) != manifest:
+            return {}
+        prefix = self._key(f"{checkpoint.name}/")
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        return {o["Key"][len(prefix) :]: int(o["Size"]) for page in pages for o in page.get("Contents", ())}
+
+    def _content(self, name: str, client: Any, most: int) -> bytes | None:
+        """An object of up to ``most`` bytes; None for another one or none."""
+        from botocore.exceptions import ClientError
+
+        try:
+            response = client.get_object(Bucket=self.bucket, Key=self._key(name))
+            with closing(response["Body"]) as body:
+                return bytes(body.read()) if response["ContentLength"] <= most else None
+        except ClientError as error:
+            # Credentials that may not list a bucket are denied access to a missing object.
+            if error_code(error) in ("NoSuchKey", "404", "AccessDenied"):
+                return None
+            raise
+
+    def _size(self, key: str, client: Any) -> int:
+        """Bytes of an object. The response to a failed HEAD has no error code: a GET of one byte raises that error."""
+        from botocore.exceptions import ClientError
+
+        try:
+            return int(client.head_object(Bucket=self.bucket, Key=key)["ContentLength"])
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (400, 403):
+                raise
+            response = client.get_object(Bucket=self.bucket, Key=key, Range="bytes=0-0")
+            response["Body"].close()
+            return int(response.get("ContentRange", f"/{response['ContentLength']}").rpartition("/")[2])
 
     def _reason(self, error: Exception) -> str:
         """The text of an error, with advice if another attempt cannot succeed."""
@@ -136,6 +184,17 @@ class Uploader:
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
+
+
+def check_upload(url: str) -> None:
+    """Raise ``UserError`` for a ``train.upload`` whose endpoint or proxy is not a URL, before the run starts."""
+    if not url:
+        return
+    import botocore.session
+    from botocore.exceptions import BotoCoreError
+
+    with suppress(BotoCoreError):  # a missing profile: the upload reports it, and the run continues
+        check_endpoint(botocore.session.Session())
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -155,4 +214,4 @@ def is_retryable(error: BaseException) -> bool:
     cause = cause_of(error)
     if isinstance(cause, ClientError):
         return not permanent_error(cause, "", "", "", "")
-    return not isinstance(cause, NoCredentialsError)
+    return not isinstance(cause, (NoCredentialsError, UserError))

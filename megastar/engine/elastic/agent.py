@@ -29,7 +29,16 @@ from torch.distributed.elastic.rendezvous import (
 from megastar.config.schema import RunConfig
 from megastar.engine.elastic.batch import fit_batch
 from megastar.engine.elastic.node_memory import VARIABLE, node_memory
-from megastar.engine.elastic.rendezvous import REPLY, Handler, Nodes, Timeouts, find_store, join, open_store, run_key
+from megastar.engine.elastic.rendezvous import (
+    REPLY,
+    Handler,
+    Nodes,
+    StoreChoice,
+    Timeouts,
+    join,
+    open_store,
+    run_key,
+)
 from megastar.engine.exit_codes import PREEMPTED, RANK_FAILURE, RESTART
 from megastar.run_dir.events import append_event
 from megastar.utils.process_exit import AGENT
@@ -188,10 +197,12 @@ def run_node(
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     key, timeouts = run_key(Path(cfg.run)), Timeouts(join=timedelta(seconds=nodes.join))
-    first, own = find_store(nodes), open_store(nodes)
+    choice = StoreChoice(nodes)  # before this node opens a store of its own
+    choice.own = own = open_store(nodes)
     with node_memory(Path(cfg.run)) as memory, tempfile.TemporaryDirectory(prefix="megastar-agent-") as logs:
         os.environ[VARIABLE] = str(memory)
-        for k in (n % len(nodes.hosts) for n in range(first, first + len(nodes.hosts))):
+        k: int | None = choice.first
+        while k is not None:
             try:
                 handler = join(nodes, k, key, timeouts, own)
                 spec = WorkerSpec(
@@ -206,7 +217,11 @@ def run_node(
                 return status, why
             except RendezvousConnectionError as error:
                 timeouts.started = True
-                logger.warning("the nodes' store on %s is lost (%s)", nodes.hosts[k], error)
+                lost, k = k, choice.after(k)
+                logger.warning(
+                    "the nodes' store on %s %s (%s)", nodes.hosts[lost],
+                    "did not answer and is tried again" if k == lost else "is lost", error,
+                )  # fmt: skip
     return RANK_FAILURE, f"none of {', '.join(nodes.hosts)} hosts the nodes' store: they or the network are down"
 
 
@@ -223,6 +238,9 @@ def _run_agent(agent: Agent, handler: Handler, nodes: Nodes) -> tuple[int | None
     except SignalException as error:
         statuses = agent.statuses()
         return (PREEMPTED if PREEMPTED in statuses else 128 + int(error.sigval)), ""
+    except RendezvousConnectionError:
+        handler.stop_heartbeats()
+        raise
     except RendezvousClosedError:
         return None, ""  # the run ended on the other nodes
     except RendezvousStateError as error:

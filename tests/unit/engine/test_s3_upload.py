@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
@@ -22,6 +23,7 @@ class Strict(BaseHTTPRequestHandler):
 
     objects: dict[str, bytes] = {}
     refuse: dict[str, tuple[int, str]] = {}  # access key -> status, code
+    refuse_reads: dict[str, tuple[int, str]] = {}  # the same, of GET and HEAD
 
     def log_message(self, *_: object) -> None:
         pass
@@ -43,15 +45,43 @@ class Strict(BaseHTTPRequestHandler):
         self.objects[self.path] = data
         return self.answer(200)
 
+    def is_refused(self) -> bool:
+        for key, (status, code) in self.refuse_reads.items():
+            if f"Credential={key}/" in self.headers.get("authorization", ""):
+                self.answer(status, code if self.command == "GET" else "")  # a response to HEAD has no body
+                return True
+        return False
+
     def do_HEAD(self) -> None:
+        if self.is_refused():
+            return
         self.send_response_only(200)
         self.send_header("Content-Length", str(len(self.objects[self.path])))
         self.end_headers()
 
+    def do_GET(self) -> None:
+        path, query = urlsplit(self.path).path, dict(parse_qsl(urlsplit(self.path).query))
+        if self.is_refused():
+            return None
+        if "list-type" in query:
+            start = f"{path}/{query['prefix']}"
+            found = [(k.removeprefix(f"{path}/"), v) for k, v in self.objects.items() if k.startswith(start)]
+            rows = "".join(f"<Contents><Key>{k}</Key><Size>{len(v)}</Size></Contents>" for k, v in found)
+            body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{rows}</ListBucketResult>".encode()
+        elif path not in self.objects:
+            return self.answer(404, "NoSuchKey")
+        else:
+            body = self.objects[path]
+        self.send_response_only(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        return None
+
 
 @pytest.fixture
 def strict(tmp_path, monkeypatch) -> Iterator[type[Strict]]:
-    Strict.objects, Strict.refuse = {}, {}
+    Strict.objects, Strict.refuse, Strict.refuse_reads = {}, {}, {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Strict)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     values = {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{server.server_port}", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -94,6 +124,51 @@ def test_expired_credentials_are_replaced(strict, checkpoint, tmp_path):
     uploader.put(checkpoint)
     threading.Timer(1.0, write_key, (tmp_path, "NEW")).start()
     assert uploader.finish() == "" and uploader.uploaded == [checkpoint.name]
+
+
+def test_credentials_that_expire_before_the_size_is_asked_for_are_replaced(strict, checkpoint, tmp_path):
+    strict.refuse_reads = {"OLD": (400, "ExpiredToken")}
+    uploader = Uploader("s3://runs/a", patience=120)
+    uploader.put(checkpoint)
+    threading.Timer(1.0, write_key, (tmp_path, "NEW")).start()
+    assert uploader.finish() == "" and uploader.uploaded == [checkpoint.name]
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [("RequestTimeTooSkewed", "the clock of this machine is wrong"), ("AccessDenied", "use credentials that may")],
+)
+def test_a_refused_question_for_the_size_says_why(strict, checkpoint, code, advice):
+    strict.refuse_reads = {"OLD": (403, code)}
+    uploader = Uploader("s3://runs/a", patience=600)
+    uploader.put(checkpoint)
+    assert advice in uploader.finish() and f"({code}" in uploader.problem
+
+
+def test_only_what_is_missing_is_uploaded(strict, checkpoint):
+    def send() -> int:
+        uploader = Uploader("s3://runs/a", only_missing=True)
+        uploader.put(checkpoint)
+        assert uploader.finish() == ""
+        assert strict.objects["/runs/a/step-00000004/state-00000.safetensors"] == b"state"
+        assert strict.objects["/runs/a/latest"] == b"step-00000004\n"
+        return uploader.sent
+
+    folder = "/runs/a/step-00000004/"
+    assert send() == 3 and send() == 0
+    del strict.objects["/runs/a/latest"]
+    assert send() == 1
+    del strict.objects[folder + "state-00000.safetensors"]
+    assert send() == 1
+    strict.objects[folder + "state-00000.safetensors"] = b"st"  # truncated
+    assert send() == 1
+    strict.objects["/runs/a/latest"] = b"step-00000002\n"
+    assert send() == 1
+    strict.objects |= {
+        folder + "state-00000.safetensors": b"other",
+        folder + MANIFEST: b"[]",
+    }  # of another run, as large
+    assert send() == 2
 
 
 def test_a_failed_upload_says_why_and_so_does_the_end_of_the_run(strict, checkpoint, tmp_path):

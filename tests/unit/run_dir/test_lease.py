@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from megastar.errors import UserError
 from megastar.run_dir import events
 from megastar.run_dir.layout import LEASE, LOCK
 from megastar.run_dir.lease import Holder, LeaseLost, RunLease, hold, read_holder
+from megastar.utils.lockfile import machine
 
 HOLD = """
 import sys, time
@@ -42,16 +44,16 @@ def other(tmp_path):
     child.wait()
 
 
-def on_another_host(folder: Path, **fields: object) -> Path:
+def on_another_host(run: Path, **fields: object) -> Path:
     """A record of a holder that this machine cannot see."""
-    lock = folder / LOCK
+    lock = run / LOCK
     lock.touch()
     holder = Holder(
         "megastar train", "n7", "n7 boot-of-n7 pid:[1]", 4711, "99", "2026-01-31T12:00:00+00:00", "417", "0", "3", "",
         "token", lock.stat().st_ino,
     )  # fmt: skip
-    (folder / LEASE).write_text(json.dumps(asdict(replace(holder, **fields))))
-    return folder / LEASE
+    (run / LEASE).write_text(json.dumps(asdict(replace(holder, **fields))))
+    return run / LEASE
 
 
 @pytest.fixture(autouse=True)
@@ -104,33 +106,177 @@ def test_a_holder_on_another_host_that_renews_its_record_is_left_alone(tmp_path,
         lease(tmp_path, limit=60).acquire()
 
 
-@pytest.mark.parametrize(
-    ("environment", "at_once"),
-    [
-        ({"SLURM_JOB_ID": "417", "SLURM_RESTART_COUNT": "1", "SLURM_STEP_ID": "0"}, True),  # requeued after a node loss
-        ({"SLURM_JOB_ID": "417", "SLURM_STEP_ID": "3"}, True),  # ranks restarted within the step
-        ({"SLURM_JOB_ID": "417", "SLURM_STEP_ID": "4"}, False),  # two steps of one allocation
-        ({"SLURM_JOB_ID": "418", "SLURM_RESTART_COUNT": "1"}, False),
-        ({"TORCHELASTIC_RUN_ID": "night-run"}, True),
-        ({"TORCHELASTIC_RUN_ID": "none"}, False),
-    ],
-)
-def test_a_later_start_of_the_same_job_does_not_wait(tmp_path, monkeypatch, environment, at_once):
-    on_another_host(tmp_path, launch="night-run")
+REQUEUED = {"SLURM_JOB_ID": "417", "SLURM_RESTART_COUNT": "1", "SLURM_STEP_ID": "0"}
+SAME_STEP = {"SLURM_JOB_ID": "417", "SLURM_STEP_ID": "3"}  # the launcher restarted the ranks within the step
+SAME_LAUNCH = {"TORCHELASTIC_RUN_ID": "night-run"}
+
+
+def set_all(monkeypatch, environment: dict[str, str]) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    stops = iter([False, True])
-    mine = lease(tmp_path, limit=60)
-    assert mine.acquire(lambda: next(stops)) == at_once
+
+
+def renew(path: Path, until: threading.Event) -> threading.Thread:
+    """The holder on another machine is alive."""
+
+    def work() -> None:
+        while not until.wait(0.05):
+            os.utime(path)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("environment", [REQUEUED, SAME_STEP, SAME_LAUNCH])
+def test_a_later_start_of_the_same_job_does_not_wait_for_the_limit(tmp_path, monkeypatch, environment):
+    on_another_host(tmp_path, launch="night-run")
+    set_all(monkeypatch, environment)
+    mine, start = lease(tmp_path, limit=60), time.monotonic()
+    assert mine.acquire() and time.monotonic() - start < 10
+    assert "process 4711 on n7, job 417" in mine.taken_over
+    assert ("an earlier start of this job" in mine.taken_over) == (environment is REQUEUED)  # SLURM has ended it
     mine.release()
 
 
-def test_a_copied_folder_is_not_held(tmp_path, other):
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_JOB_ID": "417", "SLURM_STEP_ID": "4"},  # two steps of one allocation
+        {"SLURM_JOB_ID": "418", "SLURM_RESTART_COUNT": "1"},
+        {"TORCHELASTIC_RUN_ID": "none"},
+        {"TORCHELASTIC_RUN_ID": "day-run"},
+    ],
+)
+def test_another_job_waits_for_the_limit(tmp_path, monkeypatch, environment):
+    on_another_host(tmp_path, launch="night-run")
+    set_all(monkeypatch, environment)
+    until = time.monotonic() + 1.5  # a start of the same launch would have taken it over after 0.3 s
+    assert not lease(tmp_path, limit=60).acquire(lambda: time.monotonic() > until)
+    assert json.loads((tmp_path / LEASE).read_text())["token"] == "token"
+
+
+@pytest.mark.parametrize("environment", [SAME_STEP, SAME_LAUNCH])
+def test_a_renewed_lease_of_the_same_launch_is_not_taken_over(tmp_path, monkeypatch, environment):
+    path = on_another_host(tmp_path, launch="night-run")
+    set_all(monkeypatch, environment)
+    over = threading.Event()
+    holder = renew(path, over)
+    try:
+        with pytest.raises(UserError, match="in use by megastar train .process 4711 on n7, job 417"):
+            lease(tmp_path, limit=2).acquire()
+        assert json.loads(path.read_text())["token"] == "token"
+    finally:
+        over.set()
+        holder.join()
+
+
+def test_a_holder_of_the_same_launch_that_ends_during_the_wait_is_succeeded(tmp_path, monkeypatch):
+    """It was on a node that the agents had lost, and its own watchdog ends it a little later."""
+    path = on_another_host(tmp_path, launch="night-run")
+    set_all(monkeypatch, SAME_LAUNCH)
+    over = threading.Event()
+    holder = renew(path, over)
+    threading.Timer(1.0, over.set).start()
+    mine, start = lease(tmp_path, limit=60), time.monotonic()
+    assert mine.acquire() and 1.0 < time.monotonic() - start < 20 and "no heartbeat" in mine.taken_over
+    holder.join()
+    mine.release()
+
+
+def test_the_earlier_start_of_a_requeued_job_is_no_successor(tmp_path, monkeypatch):
+    path = on_another_host(tmp_path, restart="1")
+    set_all(monkeypatch, SAME_STEP | {"SLURM_RESTART_COUNT": "0"})
+    until = time.monotonic() + 1.0
+    assert not lease(tmp_path, limit=60).acquire(lambda: time.monotonic() > until)
+    assert json.loads(path.read_text())["restart"] == "1"
+
+
+def test_a_record_of_the_future_expires(tmp_path):
+    path = on_another_host(tmp_path)
+    os.utime(path, (time.time() + 1e6,) * 2)
+    mine = lease(tmp_path, limit=0.5)
+    assert mine.acquire() and "no heartbeat" in mine.taken_over
+    mine.release()
+
+
+def test_removing_the_lock_file_does_not_release_the_folder(tmp_path, other):
+    (tmp_path / LOCK).unlink()
+    for _ in range(2):  # the first attempt has made a new lock file
+        with pytest.raises(UserError, match=f"in use by megastar train .process {other.pid} on"):
+            lease(tmp_path).acquire()
+    assert read_holder(tmp_path)[0].pid == other.pid
+
+
+def test_removing_the_lock_file_does_not_release_the_folder_of_a_container(tmp_path):
+    """Its processes cannot be seen from here."""
+    boot = machine().split(" ")[1]
+    path = on_another_host(
+        tmp_path, machine=f"n7 {boot} pid:[1]", folder=f"{tmp_path.stat().st_dev}:{tmp_path.stat().st_ino}"
+    )
+    (tmp_path / LOCK).rename(tmp_path / "removed")  # keeps its inode: the new file has another one
+    over = threading.Event()
+    holder = renew(path, over)
+    try:
+        with pytest.raises(UserError, match="in use by megastar train .process 4711 on n7"):
+            lease(tmp_path, limit=60).acquire()
+    finally:
+        over.set()
+        holder.join()
+
+
+def test_a_folder_with_two_mounts_is_held_in_both(tmp_path, other):
+    """Its device, and with some file systems its inode, differ: the record is renewed all the same."""
+    record = json.loads((tmp_path / LEASE).read_text())
+    (tmp_path / LEASE).write_text(json.dumps(record | {"folder": "1:1"}))
+    (tmp_path / LOCK).unlink()
+    over = threading.Event()
+    holder = renew(tmp_path / LEASE, over)
+    try:
+        with pytest.raises(UserError, match=f"in use by megastar train .process {other.pid} on"):
+            lease(tmp_path).acquire()
+    finally:
+        over.set()
+        holder.join()
+
+
+def test_a_lock_file_that_is_replaced_during_the_wait_is_locked_anew(tmp_path, monkeypatch):
+    path, mine = on_another_host(tmp_path), lease(tmp_path, limit=0.5)
+    first = (tmp_path / LOCK).stat().st_ino
+    (tmp_path / LOCK).rename(tmp_path / "kept")
+    calls = iter([False, True])
+
+    def remove() -> bool:
+        if not next(calls, True):
+            (tmp_path / LOCK).unlink()
+            (tmp_path / LOCK).touch()
+            os.utime(path, (1, 1))
+        return False
+
+    assert mine.acquire(remove)
+    assert os.fstat(mine._fd).st_ino == (tmp_path / LOCK).stat().st_ino != first
+    mine.release()
+
+
+def test_a_record_of_an_older_release_is_read(tmp_path, other):
+    record = json.loads((tmp_path / LEASE).read_text())
+    del record["folder"]
+    (tmp_path / LEASE).write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"process {other.pid} on"):
+        lease(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_copied_folder_is_not_held(tmp_path, other, old):
     copy = tmp_path / "copy"
     copy.mkdir()
-    (copy / LEASE).write_bytes((tmp_path / LEASE).read_bytes())
-    with hold(copy, "megastar train", "run") as mine:
-        assert not mine.taken_over and read_holder(copy)[0].pid == os.getpid()
+    record = json.loads((tmp_path / LEASE).read_text())
+    if old:
+        del record["folder"]
+    (copy / LEASE).write_text(json.dumps(record))
+    mine = lease(copy)
+    assert mine.acquire() and not mine.taken_over and read_holder(copy)[0].pid == os.getpid()
+    mine.release()
 
 
 def test_a_damaged_record_does_not_lock_a_folder_for_ever(tmp_path):

@@ -14,7 +14,7 @@ from megastar.data.storage.errors import StoreUnreachable
 from megastar.data.storage.s3_client import S3Folder
 from megastar.data.storage.s3_credentials import S3Client
 from megastar.data.storage.s3_errors import permanent_error
-from megastar.engine.checkpointer.s3_upload import is_retryable
+from megastar.engine.checkpointer.s3_upload import Uploader, check_upload, is_retryable
 from megastar.errors import UserError
 from megastar.run_dir.events import append_event, read_events
 from megastar.utils.redact import redact
@@ -25,6 +25,20 @@ URL, ENDPOINT = "s3://bucket/a.tar", "http://store:1"
 def answer(status: int, code: str, message: str = "", headers: dict | None = None, **more: str) -> ClientError:
     metadata = {"HTTPStatusCode": status, "HTTPHeaders": headers or {}}
     return ClientError({"Error": {"Code": code, "Message": message, **more}, "ResponseMetadata": metadata}, "GetObject")
+
+
+@pytest.fixture
+def keys(tmp_path, monkeypatch) -> Path:
+    """A credentials file with the key OLD."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "credentials"
+    values = {"AWS_SHARED_CREDENTIALS_FILE": path, "AWS_CONFIG_FILE": "/dev/null", "AWS_EC2_METADATA_DISABLED": "true"}
+    values |= {"AWS_ENDPOINT_URL_S3": ENDPOINT, "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    write_key(path, "OLD")
+    return path
 
 
 @pytest.mark.parametrize(
@@ -62,8 +76,16 @@ def test_secrets_are_not_shown(monkeypatch, tmp_path):
         ("to https://us:p@ss@h/b", "to https://***@h/b"),
         ('"http://h/b?X-Amz-Signature=ab12&X-Amz-Credential=AK%2F1&n=2"', '"http://h/b?X-Amz-Signature=***&X-Amz-Credential=***&n=2"'),
         ("http://h/?AWSAccessKeyId=AK&Signature=s%3D", "http://h/?AWSAccessKeyId=***&Signature=***"),
-        ("s3://bucket/a@b and http://h/a@b", "s3://bucket/a@b and http://h/a@b"),
-        ("http://h:9000/a@b", "http://h:9000/a@b"), ("s3://bucket/a:b@c", "s3://bucket/a:b@c"),
+        ("s3://bucket/a@b and s3://key:se/cret@b/c", "s3://bucket/a@b and s3://***@b/c"),
+        ("s3://bucket/a:b@c", "s3://bucket/a:b@c"), ("file:///a/b@c", "file:///a/b@c"),
+        ("http://h:9000/a, by me@here", "http://h:9000/a, by me@here"), ("http://h:9, me@here", "http://h:9, me@here"),
+        ("http://[::1]:9 me@here", "http://[::1]:9 me@here"), ("http://HOST:PORT; @ is %40", "http://HOST:PORT; @ is %40"),
+        # In these an @ in the path may end a password with a slash.
+        ("http://h/a@b", "http://***@b"), ("http://h:9000/a@b", "http://***@b"),
+        ("at https://u:12/3@h:9 now", "at https://***@h:9 now"), ("https://u:1?2#3@h/x", "https://***@h/x"),
+        ("https://token/with+slash@h", "https://***@h"), ("https://u:p ss@h/b", "https://***@h/b"),
+        ("https://u:12a 3@h/b", "https://***@h/b"), ("socks5h://u:a@b@c/d@proxy:1", "socks5h://***@proxy:1"),
+        ('{"url": "https://u:12/3@h"}', '{"url": "https://***@h"}'),
         ("at https://user:pa/ss@host:9, gone", "at https://***@host:9, gone"),
         ("at https://user:it's@host", "at https://***@host"),
     ):  # fmt: skip
@@ -84,21 +106,81 @@ def test_secrets_are_not_shown(monkeypatch, tmp_path):
     assert "p4ss" not in str(read_events(tmp_path))
 
 
+SECRET = "12/p4ss"
+BAD = [f"https://u:{SECRET}@h", "https://u:12#p4ss@h:9", "https://u:12?p4ss@h", "https://u:1 p4ss@h", "u:p4ss@h:9000",
+       "https://u:12%p4ss@h", "https://u:p4ss", "https://u:p4ss@a@h", "ftp://u:p4ss@h", "https://u:1\\p4ss@h",
+       "https://u:'p4ss\"@h", "https://u:p4ss@h:port", "https://u:12\np4ss@h"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [("AWS_ENDPOINT_URL_S3", url) for url in BAD]
+    + [
+        ("AWS_ENDPOINT_URL", BAD[0]),
+        ("HTTPS_PROXY", BAD[0]),
+        ("HTTPS_PROXY", BAD[3]),
+        ("config", BAD[0]),
+        ("services", BAD[2]),
+    ],
+)
+@pytest.mark.usefixtures("keys")
+def test_an_endpoint_whose_password_is_not_escaped_is_refused_without_its_value(
+    monkeypatch, tmp_path, caplog, name, url
+):
+    for other in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(other, raising=False)
+    if name.isupper():
+        monkeypatch.setenv(name, url)
+    else:
+        place = f"endpoint_url = {url}"
+        text = (
+            f"[default]\nregion = x\n{place}\n"
+            if name != "services"
+            else f"[default]\nregion = x\nservices = here\n[services here]\ns3 =\n    {place}\n"
+        )
+        (tmp_path / "config").write_text(text)
+        monkeypatch.setenv("AWS_CONFIG_FILE", name := str(tmp_path / "config"))
+    for use in (lambda: S3Folder("s3://bucket/p"), lambda: check_upload("s3://bucket/p")):
+        with pytest.raises(UserError) as raised:
+            use()
+        assert name in str(raised.value) and "percent codes (/ as %2F" in str(raised.value)
+        assert not any(part in f"{raised.value}{caplog.text}" for part in ("p4ss", "12/", "12#"))
+    uploader = Uploader("s3://bucket/p")
+    (tmp_path / "step-00000001").mkdir()
+    uploader.put(tmp_path / "step-00000001")
+    assert "percent codes" in uploader.finish() and "p4ss" not in f"{uploader.problem}{uploader.take_events()}"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://u:12%2Fp%40ss@h.example:9000/base/path",
+        "http://[::1]:9000",
+        "https://s3.eu-west-1.amazonaws.com",
+        "http://a-b:1/",
+    ],
+)
+@pytest.mark.usefixtures("keys")
+def test_endpoints_that_are_urls_are_used(monkeypatch, url):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
+    monkeypatch.setenv("HTTP_PROXY", "u:p%20w@proxy:3128")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
+    assert S3Folder("s3://bucket/p").endpoint == redact(url)
+
+
+@pytest.mark.usefixtures("keys")
+def test_a_proxy_that_is_not_used_for_the_endpoint_is_not_checked(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://store:1")
+    monkeypatch.setenv("HTTPS_PROXY", "http://u:1/p4ss@proxy")
+    assert S3Folder("s3://bucket/p").endpoint == "http://store:1"
+    monkeypatch.setenv("HTTP_PROXY", "http://u:1/p4ss@proxy")
+    with pytest.raises(UserError, match="HTTP_PROXY is not a URL"):
+        S3Folder("s3://bucket/p")
+    monkeypatch.setenv("NO_PROXY", "store")
+    assert S3Folder("s3://bucket/p").endpoint == "http://store:1"
+
+
 # Credentials that expire -------------------------------------------------------------------------------------------
-@pytest.fixture
-def keys(tmp_path, monkeypatch) -> Path:
-    """A credentials file with the key OLD."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    path = tmp_path / "credentials"
-    values = {"AWS_SHARED_CREDENTIALS_FILE": path, "AWS_CONFIG_FILE": "/dev/null", "AWS_EC2_METADATA_DISABLED": "true"}
-    values |= {"AWS_ENDPOINT_URL_S3": ENDPOINT, "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in values.items():
-        monkeypatch.setenv(name, str(value))
-    write_key(path, "OLD")
-    return path
-
-
 def write_key(path: Path, key: str) -> None:
     path.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = s\n")
 
