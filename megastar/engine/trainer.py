@@ -162,7 +162,7 @@ class Trainer:
         self.found, self.first = found, self.step  # first: steps done at the start, or at the last rollback
         self.metadata: dict[str, Any] = {  # of each checkpoint
             "steps": self.steps,
-            **self.data.digests,
+            **self.data.record,
             "order": ORDER,
             "classes": manifest.classes,
             "init": origin,
