@@ -73,7 +73,9 @@ def open_weights(
     path = Path(path)
     if path.suffix == ".safetensors":
         if weights is not None:
-            raise UserError(f"--weights {weights} does not apply to {path}: it has only one set of weights, leave it out")
+            raise UserError(
+                f"--weights {weights} does not apply to {path}: it has only one set of weights, leave it out"
+            )
         cfg, provenance, shapes = read_weights_header(path)
         return WeightsFile(path, cfg, shapes, open_tensors(path).get_tensor, provenance)
     require_weights(path)

@@ -53,9 +53,7 @@ def check_identity(what: object, identity: str, tokenizer: str | Path, any_token
     if not identity:
         logger.warning("%s records no tokenizer hash: that %s made its codes cannot be checked", what, tokenizer)
     elif (found := identity_of(tokenizer)) != identity:
-        sentence = (
-            f"{what} was trained on codes of the tokenizer {identity[:SHORT]}, but {tokenizer} has the hash {found[:SHORT]}"
-        )
+        sentence = f"{what} was trained on codes of the tokenizer {identity[:SHORT]}, but {tokenizer} has the hash {found[:SHORT]}"
         if not any_tokenizer:
             raise UserError(
                 f"{sentence}: name the tokenizer of the training with --tokenizer, or allow another one with --any-tokenizer"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from megastar.checkpoint.convert_weights import WeightsFile
+    from megastar.checkpoint.llamagen_reader import NeedsOption
     from megastar.model.transformer import Transformer
 
 SHIPPED_WEIGHTS = "assets/weights/demo-nano.safetensors"
@@ -107,13 +108,16 @@ def open_network(file: Path, **options: Any) -> WeightsFile:
     except NeedsOption as error:
         if error.option.startswith("--weights"):
             raise
-        out = file.with_suffix(".safetensors").name
-        raise UserError(
-            f"{error}: megastar convert {shlex.quote(str(file))} --to safetensors --out {shlex.quote(out)} {error.option}"
-        ) from error
+        raise UserError(f"{error}: {convert_hint(file, error)}") from error
     if not isinstance(found.cfg, ModelConfig):
         raise UserError(f"{file} is a tokenizer: give the weights of a network, and this file with --tokenizer")
     return found
+
+
+def convert_hint(file: Path, error: NeedsOption) -> str:
+    """The command that converts ``file`` with the option that it needs."""
+    out = file.with_suffix(".safetensors").name
+    return f"megastar convert {shlex.quote(str(file))} --to safetensors --out {shlex.quote(out)} {error.option}"
 
 
 def is_shipped(file: Path) -> bool:
@@ -166,9 +170,7 @@ def _of_run(path: Path, weights: str) -> Weights:
         convert(checkpoint, "safetensors", file, weights=weights, force=True)  # another process may convert it too
     places: list[Path | None] = [Path(manifest["tokenizer_file"])] if manifest.get("tokenizer_file") else []
     places += [find_file(cfg.data.tokenizer, run / CONFIG)] if cfg.data.tokenizer else []
-    return Weights(
-        file, cfg.data.tokenizer or None, cfg.data.shards or None, recorded_identity(manifest), run, places
-    )
+    return Weights(file, cfg.data.tokenizer or None, cfg.data.shards or None, recorded_identity(manifest), run, places)
 
 
 def _check_name(weights: str | None) -> None:

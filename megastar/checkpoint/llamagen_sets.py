@@ -201,5 +201,3 @@ def with_null_class(
             f"{classes} without the null class"
         )
     return weights | {CLASS_TABLE: torch.cat([table, table.new_zeros(1, table.shape[1])])}, False
-
-

@@ -48,7 +48,8 @@ def parser() -> Parser:
     )
     p.add_argument("--out", type=Path, help="file or folder to write; created only after verification")
     p.add_argument(
-        "--weights", help="of a run: ema (default) or student; of a .pt file with several sets: the name of one, as model"
+        "--weights",
+        help="of a run: ema (default) or student; of a .pt file with several sets: the name of one, as model",
     )
     p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="for safetensors and llamagen (default fp32)")
     p.add_argument("--data", type=bounded(int, 1, 10**5), help="for --to checkpoint: number of data ranks")

@@ -58,7 +58,8 @@ def parser() -> Parser:
     p.add_argument("--npz", type=Path, help="also write all images to this .npz file, uint8 (N, H, W, 3) in arr_0")
     p.add_argument("--folder", type=Path, help="folder for finished parts (default: NPZ.parts, removed at the end)")
     p.add_argument(
-        "--weights", help="of a run: ema (default) or student; of a .pt file with several sets: the name of one, as model"
+        "--weights",
+        help="of a run: ema (default) or student; of a .pt file with several sets: the name of one, as model",
     )
     p.add_argument("--classes", help="comma-separated names or numbers (default: all, at most the first 16)")
     p.add_argument("--per-class", type=positive, default=12, help="images per class")
@@ -71,7 +72,9 @@ def parser() -> Parser:
     )
     p.add_argument("--like", help="with --count: token shards whose class frequencies to follow")
     p.add_argument(
-        "--cfg-scale", type=bounded(float, 0, 10**6), help="guidance scale; 1: none (default 3; with --count, or without a null class, 1)"
+        "--cfg-scale",
+        type=bounded(float, 0, 10**6),
+        help="guidance scale; 1: none (default 3; with --count, or without a null class, 1)",
     )
     p.add_argument(
         "--cfg-schedule",

@@ -8,9 +8,11 @@ from typing import Any
 
 from megastar.config.schema import RunConfig
 from megastar.data.shards.manifest import Manifest
+from megastar.engine.checkpointer.load import check_resumable
 from megastar.engine.context import Context
 from megastar.engine.input_pipeline.data_checks import RunData, check_same_data, check_same_order
 from megastar.engine.rank_sync import run_on_main
+from megastar.engine.zero.engines import Engines
 from megastar.run_dir import config_file
 from megastar.run_dir.training_checks import uses_contrastive
 
@@ -31,6 +33,19 @@ def claim_run_folder(cfg: RunConfig, ctx: Context) -> None:
             "one forward pass of all data ranks", cfg.run,
         )  # fmt: skip
     run_on_main(ctx, lambda: config_file.claim_run_folder(cfg))
+
+
+def check_start(cfg: RunConfig, ctx: Context, engines: Engines, data: RunData | None, found: Path | None) -> None:
+    """For a dry run, what a start would refuse: a run folder of another configuration, a checkpoint that does not fit.
+
+    ``found``: the checkpoint that a start would resume. Writes nothing. A collective.
+    """
+    cfg.self_guided.negatives = run_on_main(ctx, lambda: config_file.negatives_of_run(cfg))
+    run_on_main(ctx, lambda: config_file.compare_run_folder(cfg))
+    if found is not None:
+        restored = check_resumable(ctx, engines, found)
+        if data is not None:
+            check_resumed(cfg, ctx, data, restored, found)
 
 
 def check_resumed(cfg: RunConfig, ctx: Context, data: RunData, restored: dict[str, Any], found: Path) -> list[str]:

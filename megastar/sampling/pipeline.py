@@ -83,7 +83,12 @@ def check_guidance(provenance: dict[str, Any], cfg_scale: float) -> None:
 
 
 def sample_images(
-    weights: Weights | str | Path, tokenizer: str | Path, labels: list[int], *, console: Console | None = None, **kwargs: Any
+    weights: Weights | str | Path,
+    tokenizer: str | Path,
+    labels: list[int],
+    *,
+    console: Console | None = None,
+    **kwargs: Any,
 ) -> np.ndarray:
     """Images (N, H, W, 3) uint8 of the classes ``labels``, in memory; ``kwargs`` as for ``open_pipeline``."""
     import numpy as np

@@ -40,6 +40,9 @@ RECOMPUTED = {"parallel": {"activation_checkpointing": True}}
 PER_MICRO_BATCH = {"self_guided": {"negatives": "micro_batch", "student_views": 1}}
 AGAIN = {"parallel": {"teacher_features": "recompute"}}
 DROPOUT = {"model": {"token_dropout_p": 0.1, "resid_dropout_p": 0.1, "ffn_dropout_p": 0.1}}
+FROZEN = {"train": {"freeze_blocks": 2}}
+LAYERS = {"optim": {"layer_decay": 0.6}}
+FROZEN_LAYERS = {"train": {"freeze_blocks": 1}, "optim": {"layer_decay": 0.7}}
 EVERY_STAGE = ("0", "1", "2", "3")
 # Small weights stay gathered in the real configuration; here each must be cut, to count what a rank holds.
 CUT = [case(f"t{t}_cut_stage3", "3_cut", t) for t in (1, 2)]
@@ -52,6 +55,8 @@ CASES: dict[int, list[dict]] = {
     + [case("t2_micro_batch", "3", 2, 2, **PER_MICRO_BATCH), case("t2_again", "3", 2, 2, **AGAIN)]
     + [case("t2_baseline", "3", 2, 2, **BASELINE), case("t2_dropout", "3", 2, dropout=True, **DROPOUT)]
     + [case("t2_initial", "3", 2, init=True), case("t1_initial", "1", init=True)]
+    + [case(f"t2_frozen_stage{s}", s, 2, init=True, **FROZEN) for s in EVERY_STAGE]
+    + [case("t1_frozen_layers", "2", 1, 2, init=True, **FROZEN_LAYERS), case("t2_layers", "3", 2, **LAYERS)]
     + [case("saved", "3", 2, save_at=SAVED), case("t2_resumed", "3", 2, resume="saved")]
     + [case("t1_resumed", "3", 1, resume="saved"), case("t1_resumed_stage1", "1", 1, resume="saved")]
     + [case("t2_resumed_stage0", "0", 2, resume="saved"), case("saved1", "1", 1, save_at=SAVED)]
@@ -62,13 +67,15 @@ CASES: dict[int, list[dict]] = {
     + [case("t1_offload", "3_offload", 1), case("t2_offload_bf16", "3_offload", 2, **BF16)]
     + [case("t1_cut_accumulated", "3_cut", 1, 2, validate=True, **ONE_VIEW)]
     + [case("t1_micro_batch", "2", 1, 2, **PER_MICRO_BATCH), case("t1_again", "2", 1, 4, **{**ONE_VIEW, **AGAIN})]
+    + [case(f"t1_frozen_layers_stage{s}", s, init=True, **FROZEN_LAYERS) for s in EVERY_STAGE]
     + [case("t1_small", "3_small", 1, 2, validate=True, **ONE_VIEW), case("t2_small", "3_small", 2, **RECOMPUTED)]
     + [case("t1_offload_cut", "3_offload_cut", 1, 2, validate=True, **ONE_VIEW), case("t1_cut_mim", "3_cut", **MIM)]
     + [case("t1_dropout", "3", 1, dropout=True, **DROPOUT)]
     + [case("t1_resumed", "3", 1, resume="saved"), case("t2_resumed", "3", 2, resume="saved")]
     + [case("t2_resumed_offload", "3_offload_cut", 2, resume="saved"), case("t1_resumed_cut", "3_cut", resume="saved")]
     + [case("t2_resumed_stage2", "2", 2, resume="saved1")],
-    1: [case("t1_resumed", "3", resume="saved"), case("t1_resumed_stage0", "0", resume="saved1")]
+    1: [case(f"t1_frozen_layers_stage{s}", s, init=True, **FROZEN_LAYERS) for s in EVERY_STAGE]
+    + [case("t1_resumed", "3", resume="saved"), case("t1_resumed_stage0", "0", resume="saved1")]
     + [case("t1_compiled", "2", **COMPILED), case("t1_compiled_stage3", "3_cut", **COMPILED)]
     + [case("t1_compiled_recomputed", "3_cut", **{**RECOMPUTED, **COMPILED})],
 }

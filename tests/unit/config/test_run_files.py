@@ -55,6 +55,13 @@ LATER = {
     "self_guided.negatives": "auto",
     "parallel.teacher_features": "keep",
     "optim.name": "adamw",
+    "optim.layer_decay": 1.0,
+    "train.init_weights": "",
+    "train.init_classes": "same",
+    "train.init_class_map": "",
+    "train.init_resize": False,
+    "train.init_any_tokenizer": False,
+    "train.freeze_blocks": 0,
     **{f"optim.muon.{name}": value for name, value in dataclasses.asdict(MuonConfig()).items()},
 }  # defaults that later versions changed or added
 
