@@ -12,7 +12,7 @@ import torch
 
 from megastar.parallel.budget import state_bytes
 from tests import forker
-from tests.dist.reference import STEPS, config, initial_weights, train
+from tests.dist.reference import STEPS, config, frozen_prefixes, initial_weights, train
 
 ROOT = forker.ROOT
 SAVED = STEPS // 2
@@ -43,6 +43,7 @@ DROPOUT = {"model": {"token_dropout_p": 0.1, "resid_dropout_p": 0.1, "ffn_dropou
 FROZEN = {"train": {"freeze_blocks": 2}}
 LAYERS = {"optim": {"layer_decay": 0.6}}
 FROZEN_LAYERS = {"train": {"freeze_blocks": 1}, "optim": {"layer_decay": 0.7}}
+FROZEN_MUON = {"train": {"freeze_blocks": 2}, "optim": {"name": "muon", "layer_decay": 0.9}}
 EVERY_STAGE = ("0", "1", "2", "3")
 # Small weights stay gathered in the real configuration; here each must be cut, to count what a rank holds.
 CUT = [case(f"t{t}_cut_stage3", "3_cut", t) for t in (1, 2)]
@@ -68,6 +69,7 @@ CASES: dict[int, list[dict]] = {
     + [case("t1_cut_accumulated", "3_cut", 1, 2, validate=True, **ONE_VIEW)]
     + [case("t1_micro_batch", "2", 1, 2, **PER_MICRO_BATCH), case("t1_again", "2", 1, 4, **{**ONE_VIEW, **AGAIN})]
     + [case(f"t1_frozen_layers_stage{s}", s, init=True, **FROZEN_LAYERS) for s in EVERY_STAGE]
+    + [case(f"t{t}_frozen_muon", s, t, init=True, dropout=True, **FROZEN_MUON) for t, s in ((1, "2"), (2, "3"))]
     + [case("t1_small", "3_small", 1, 2, validate=True, **ONE_VIEW), case("t2_small", "3_small", 2, **RECOMPUTED)]
     + [case("t1_offload_cut", "3_offload_cut", 1, 2, validate=True, **ONE_VIEW), case("t1_cut_mim", "3_cut", **MIM)]
     + [case("t1_dropout", "3", 1, dropout=True, **DROPOUT)]
@@ -87,6 +89,14 @@ COMPARED = [
     for ranks, some in CASES.items()
     for c in some
     if not c.get("dropout")
+]
+
+
+FREEZING = [
+    pytest.param(ranks, c, id=f"{ranks}ranks-{c['name']}")
+    for ranks, some in CASES.items()
+    for c in some
+    if "freeze_blocks" in c["changes"].get("train", {})
 ]
 
 
@@ -117,6 +127,8 @@ def reference(c: dict) -> dict:
     """Plain training of a case's configuration; how it is split and computed makes no difference to it. Nor does how the
     batch is cut, unless the negatives are those of a micro-batch."""
     told = {k: v for k, v in c["changes"].items() if k not in ("parallel", "train")}
+    if blocks := c["changes"].get("train", {}).get("freeze_blocks"):
+        told["train"] = {"freeze_blocks": blocks}
     cut = c["accumulation"] if told.get("self_guided", {}).get("negatives") == "micro_batch" else 1
     key = json.dumps([told, cut, c.get("init")], sort_keys=True)
     if key not in REFERENCES:
@@ -153,6 +165,16 @@ def test_sharded_training_equals_one_process(runs, ranks, c):
         for name, value in expected.items():
             # Of the whole tensor: Adam blows up the last digit of an element whose gradients nearly cancel.
             assert (weights[kind][name] - value).norm() <= 1e-5 * value.norm(), f"{kind} {name}"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("ranks", "c"), FREEZING)
+def test_frozen_weights_are_equal_to_the_last_bit(runs, ranks, c):
+    before, weights = initial_weights(), torch.load(runs / f"{ranks}" / f"{c['name']}.pt")
+    kept = frozen_prefixes(c["changes"]["train"]["freeze_blocks"])
+    for kind in ("student", "ema"):
+        for name, value in weights[kind].items():
+            assert torch.equal(value, before[name]) == f"transformer.{name}".startswith(kept), f"{kind} {name}"
 
 
 @pytest.mark.dist
