@@ -127,7 +127,7 @@ def test_what_a_start_refuses_a_dry_run_refuses_too(few, finer, tmp_path, dry_ru
     save_tokenizer(other, tmp_path / "other.safetensors", {})
     for more, sentence in (
         ([], "has 9 classes, model.num_classes is 3: set train.init_classes=fresh"),
-        (["train.init_classes=map", f"train.init_class_map={tmp_path}/bad.yaml"], "the old class pizza does not exist"),
+        (["train.init_classes=map", f"train.init_class_map={tmp_path}/bad.yaml"], "the old class 'pizza' does not exist"),
         (["train.init_classes=fresh", "model.dim=128"], "is of another network than this run's model: dim 256, not 128"),
     ):
         done = megastar(*words(few, tmp_path / "run", 2, INIT, *more), *["--dry-run"] * dry_run, check=False)
