@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megastar.checkpoint.find_weights import class_names, class_number, find_weights
+from megastar.checkpoint.find_weights import class_names, class_number, find_weights, has_null_class
 from megastar.config.schema import ModelConfig
 from megastar.data.pretokenize.encoding import ViewEncoder
 from megastar.errors import UserError
 from megastar.evaluation.linear_probe import probe_features
 from megastar.model.transformer import Transformer
 from megastar.sampling.options import SamplingOptions
-from megastar.sampling.pipeline import load_networks
+from megastar.sampling.pipeline import check_guidance, load_networks
 from megastar.sampling.sampler import Sampler, decode_images, sample_seeds
 from megastar.tokenizer.vq import VQModel
 
@@ -30,31 +30,32 @@ def load(
     source: str | Path | None = None,
     *,
     tokenizer: str | Path | None = None,
-    weights: Literal["ema", "student"] = "ema",
+    weights: str | None = None,
     device: str = "auto",
     dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32",
+    any_tokenizer: bool = False,
 ) -> Model:
     """The weights in ``source`` with their tokenizer.
 
     Args:
-        source: a run folder (its newest checkpoint), a checkpoint folder, or a .safetensors file that megastar wrote;
-            None: the weights shipped with megastar, trained on emoji images of 64 x 64 pixels.
-        tokenizer: a tokenizer .safetensors; None: the run's, or the shipped one.
-        weights: which weights of a run or checkpoint, its EMA or the student's. A run is converted to
-            RUN/weights/*.safetensors at the first call.
+        source: a run folder (its newest checkpoint), a checkpoint folder, a .safetensors file that megastar wrote, or a
+            .pt file of LlamaGen; None: the weights shipped with megastar, trained on emoji images of 64 x 64 pixels.
+        tokenizer: a tokenizer .safetensors; None: the one whose hash the weights record, where the run had it, beside its
+            shards or the weights, or shipped with megastar.
+        weights: which weights of a run or checkpoint, "ema" (None means it) or "student"; of a .pt file with several sets
+            the name of one. A run is converted to RUN/weights/*.safetensors at the first call.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda" or "cuda:1".
         dtype: precision of the transformer; "auto" is bf16 where the hardware has it. The tokenizer stays in fp32.
+        any_tokenizer: allow a tokenizer other than the one whose hash the weights record.
 
     Raises ``UserError`` for files that are missing, damaged, or do not belong together.
 
     >>> load(device="cpu")
     <megastar.Model nano: 9 classes, 64 x 64 images of 64 tokens, cpu>
     """
-    if weights not in ("ema", "student"):
-        raise UserError(f"weights {weights!r} is unknown: use ema or student")
     found = find_weights(source, weights)
-    transformer, vq, provenance = load_networks(found.file, found.tokenizer_file(tokenizer), device, dtype)
-    return Model(transformer, vq, class_names(transformer.cfg.num_classes, provenance))
+    transformer, vq, provenance = load_networks(found, found.tokenizer_file(tokenizer), device, dtype, any_tokenizer)
+    return Model(transformer, vq, class_names(transformer.cfg.num_classes, provenance), has_null_class(provenance))
 
 
 class Model:
@@ -64,7 +65,8 @@ class Model:
     names of its classes (their numbers as texts where the weights name none).
     """
 
-    def __init__(self, transformer: Transformer, tokenizer: VQModel, classes: Sequence[str]):
+    def __init__(self, transformer: Transformer, tokenizer: VQModel, classes: Sequence[str], null_class: bool = True):
+        self._provenance = {"null_class": null_class}
         self.transformer, self.tokenizer, self.classes = transformer, tokenizer, list(classes)
         self.config: ModelConfig = transformer.cfg
         self.device: torch.device = next(transformer.parameters()).device
@@ -116,6 +118,7 @@ class Model:
         """
         if n < 1:
             raise UserError(f"n is {n}: sample at least 1 image of each class")
+        check_guidance(self._provenance, cfg_scale)
         labels = torch.tensor([c for c in self._class_numbers(classes) for _ in range(n)])  # (N,)
         seeds = sample_seeds(seed, len(labels))
         options = SamplingOptions(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -155,6 +158,8 @@ class Model:
         Raises ``UserError`` for a block that does not exist and for images or codes that do not fit.
         """
         c = self.config
+        if not has_null_class(self._provenance):
+            raise UserError("these weights have no null class (trained without dropping labels), which features need")
         if not 1 <= block <= c.n_layer:
             raise UserError(f"block {block} is outside 1..{c.n_layer}, the blocks of this model")
         given = _array(images, "images")

@@ -14,8 +14,18 @@ from rich.console import Console
 from torch import Tensor
 
 from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
+from megastar.checkpoint.find_tokenizer import recorded_identity
 from megastar.checkpoint.inspect import Shapes, read_weights_header, require_weights
-from megastar.checkpoint.llamagen_reader import load_pickled, model_config, tokenizer_config, tokens_in, weights_in
+from megastar.checkpoint.llamagen_reader import CLASS_TABLE, load_pickled, model_config, tokenizer_config
+from megastar.checkpoint.llamagen_sets import (
+    choose_set,
+    downsample_in,
+    find_sets,
+    recorded_args,
+    tokens_in,
+    weights_in,
+    with_null_class,
+)
 from megastar.checkpoint.llamagen_writer import check_written, how_to_load, save_streaming
 from megastar.checkpoint.safetensors_stream import TensorWriter
 from megastar.checkpoint.source import elements_of
@@ -25,7 +35,7 @@ from megastar.config.load import config_from_dict
 from megastar.config.schema import ModelConfig, TokenizerConfig
 from megastar.errors import UserError
 from megastar.model.io import PROVENANCE, check_fits, metadata_of
-from megastar.tokenizer.io import check_tokenizer_fits, tokenizer_hash, tokenizer_metadata
+from megastar.tokenizer.io import check_tokenizer_fits, read_tokenizer_metadata, tokenizer_hash, tokenizer_metadata
 from megastar.utils.device import DTYPES
 from megastar.utils.files import sha256, write_atomic
 from megastar.utils.json_file import check, validator
@@ -47,36 +57,61 @@ class WeightsFile:
 
 
 def open_weights(
-    path: Path, *, config: Path | None = None, image_tokens: int | None = None, image_size: int = 256
+    path: Path,
+    *,
+    config: Path | ModelConfig | None = None,
+    image_tokens: int | None = None,
+    image_size: int = 256,
+    weights: str | None = None,
+    num_classes: int | None = None,
 ) -> WeightsFile:
     """A weights file of LlamaGen (.pt) or of megastar (.safetensors), of a network or of a tokenizer.
 
-    ``config`` (a model's YAML), ``image_tokens`` and ``image_size`` supply what LlamaGen's files do not store. Raises
-    ``UserError``.
+    ``config`` (an architecture or a model's YAML), ``image_tokens``, ``num_classes`` and ``image_size`` supply what
+    LlamaGen's files do not store; ``weights`` names one of several sets in a .pt file, such as "ema". Raises ``UserError``.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
+        if weights is not None:
+            raise UserError(
+                f"--weights {weights} does not apply to {path}: it has only one set of weights, leave it out"
+            )
         cfg, provenance, shapes = read_weights_header(path)
         return WeightsFile(path, cfg, shapes, open_tensors(path).get_tensor, provenance)
     require_weights(path)
     content = load_pickled(path)
-    weights = weights_in(path, content)
-    shapes, digest = {k: tuple(v.shape) for k, v in weights.items()}, sha256(path)
-    if isinstance(content.get("megastar"), dict):  # written by megastar convert
+    chosen = choose_set(path, content, weights)
+    tensors = weights_in(path, chosen)
+    digest, written_here = sha256(path), isinstance(content.get("megastar"), dict)
+    if written_here:  # by megastar convert
         written = check(content["megastar"], f"megastar in {path}", validator(PROVENANCE), "download it again")
         provenance = json.loads(json.dumps(written, default=str)) | {"source": path.name, "source_sha256": digest}
     else:
         provenance = {"weights": "llamagen", "source": path.name, "source_sha256": digest, "step": None}
         if type(content.get("steps")) is int:
             provenance["step"] = content["steps"]
-    if "quantize.embedding.weight" in weights:
-        cfg = tokenizer_config(path, weights, image_size)
+        if sum(s.is_known for s in find_sets(content)) > 1:
+            provenance["set"] = chosen.name
+        if downsample := downsample_in(path, content):
+            provenance["downsample"] = downsample
+    if "quantize.embedding.weight" in tensors:
+        shapes = {k: tuple(v.shape) for k, v in tensors.items()}
+        cfg = tokenizer_config(path, tensors, image_size)
         check_tokenizer_fits(path, shapes, cfg)
-    else:
-        expected = read_architecture(config) if config else None
-        cfg = model_config(path, weights, expected, tokens_in(path, content), image_tokens)
-        check_fits(path, shapes, cfg)
-    return WeightsFile(path, cfg, shapes, weights.__getitem__, provenance)
+        return WeightsFile(path, cfg, shapes, tensors.__getitem__, provenance)
+    expected = read_architecture(config) if isinstance(config, Path) else config
+    stated = recorded_args(content).get("num_classes")
+    if not written_here:
+        rows = next((len(t) for n, t in tensors.items() if n == CLASS_TABLE and t.ndim), 0)
+        if expected and rows - expected.num_classes in (0, 1):  # else the differing fields are listed below
+            stated = expected.num_classes
+        tensors, has_null = with_null_class(path, tensors, stated, num_classes)
+        if not has_null:
+            provenance["null_class"] = False
+    shapes = {k: tuple(v.shape) for k, v in tensors.items()}
+    cfg = model_config(path, tensors, expected, tokens_in(path, content, chosen), image_tokens)
+    check_fits(path, shapes, cfg)
+    return WeightsFile(path, cfg, shapes, tensors.__getitem__, provenance)
 
 
 def read_architecture(path: Path) -> ModelConfig:
@@ -105,13 +140,32 @@ def convert_file(
     """
     start = time.perf_counter()
     what = "network" if isinstance(source.cfg, ModelConfig) else "tokenizer"
-    provenance = source.provenance | ({"tokenizer": tokenizer_hash(tokenizer)} if tokenizer is not None else {})
+    provenance = dict(source.provenance)
+    if tokenizer is not None:
+        provenance |= {"tokenizer": tokenizer_of_codes(source, tokenizer)}
     checked = write_weights(
         out, to, source.cfg, provenance, source.shapes, source.read,
         dtype=dtype, force=force, console=console,
     )  # fmt: skip
     seconds, mb = time.perf_counter() - start, out.stat().st_size / 1e6
     return f"{out}: {what} of {source.path.name}, {dtype} ({mb:.1f} MB in {seconds:.1f} s); {checked}"
+
+
+def tokenizer_of_codes(source: WeightsFile, tokenizer: Path) -> str:
+    """The hash of ``tokenizer``. Raises ``UserError`` if the codes of ``source`` cannot be its codes."""
+    found, before = tokenizer_hash(tokenizer), recorded_identity(source.provenance)
+    if before and found != before:
+        raise UserError(
+            f"{source.path} was trained on codes of the tokenizer {before[:12]}, but --tokenizer {tokenizer} has the hash "
+            f"{found[:12]}: name the tokenizer of the training, or leave the option out"
+        )
+    config, _ = read_tokenizer_metadata(tokenizer)
+    if isinstance(source.cfg, ModelConfig) and config.codebook_size != source.cfg.vocab_size:
+        raise UserError(
+            f"{source.path} has {source.cfg.vocab_size} codes, but --tokenizer {tokenizer} has {config.codebook_size}: name "
+            "the tokenizer of the training"
+        )
+    return found
 
 
 def write_weights(

@@ -12,7 +12,7 @@ import pickle
 import re
 import types
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,16 @@ from megastar.model.io import shape_fields
 from megastar.utils.files import open_regular
 from megastar.utils.json_file import shown
 
-WRAPPERS = ("model", "module", "state_dict")
-IGNORED = ("freqs_cis", "causal_mask", "quantize.codebook_used")  # computed buffers and counters
-STEMS = ("module.", "_orig_mod.", "model.")  # prefixes added by DDP, torch.compile and others
+CLASS_TABLE = "cls_embedding.embedding_table.weight"
 USUAL_TOKENS = "256 (256x256 images by VQ-16), 576 (384x384) or 1024 (512x512)"
+
+
+class NeedsOption(UserError):
+    """The file does not store something that an option of ``megastar convert`` supplies."""
+
+    def __init__(self, sentence: str, option: str):
+        super().__init__(sentence)
+        self.option = option
 
 
 def load_pickled(path: Path) -> dict[str, Any]:
@@ -72,54 +78,6 @@ def _is_plain_zip(path: Path) -> bool:
     return True
 
 
-def weights_in(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Name -> tensor, stored flat or under model, module or state_dict, without name prefixes and computed buffers."""
-    levels = list(_levels(content))
-    inner = next((i for i in levels if any(isinstance(v, Tensor) and "." in str(k) for k, v in i.items())), None)
-    if inner is None:
-        keys = ", ".join(shown(str(k)) for k in list(levels[-1])[:6]) or "nothing"
-        raise UserError(f"{path} contains {keys}: expected weights at the top level or under {', '.join(WRAPPERS)}")
-    out: dict[str, Tensor] = {}
-    size = left = path.stat().st_size
-    for name, tensor in inner.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(
-                f"{path}: {shown(name)} is a {type(tensor).__name__}, not a named tensor: use a file of weights only"
-            )
-        if tensor.layout != torch.strided or not tensor.dtype.is_floating_point and name not in IGNORED:
-            raise UserError(f"{path}: {shown(name)} is {tensor.dtype} in {tensor.layout} layout, expected plain floats")
-        left -= tensor.numel() * tensor.itemsize
-        if left < 0:
-            raise UserError(
-                f"{path}: {shown(name)} has the shape {shown(str(tuple(tensor.shape)))}, with the others more than the "
-                f"{size} bytes of the file: its elements repeat; ask its author for another file"
-            )
-        while stem := next((s for s in STEMS if name.startswith(s)), None):
-            name = name.removeprefix(stem)
-        if name not in IGNORED and not name.endswith(("k_cache", "v_cache")):
-            out[name] = tensor
-    return out
-
-
-def _levels(content: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
-    """``content``, and the dictionaries in it under ``WRAPPERS``; a file's dictionaries may contain each other."""
-    inner: Mapping[Any, Any] | None = content
-    for _ in range(4):
-        if inner is not None:
-            yield inner
-            name = next((n for n in WRAPPERS if isinstance(inner.get(n), Mapping)), None)
-            inner = inner[name] if name else None
-
-
-def tokens_in(path: Path, content: Mapping[str, Any]) -> int | None:
-    """T from the rows of a stored ``freqs_cis``, else from a released file's name (c2i_B_384.pt), else None."""
-    for inner in _levels(content):
-        if isinstance(table := inner.get("freqs_cis"), Tensor) and table.ndim:
-            return table.shape[0] - 1
-    found = re.search(r"_(256|384|512)$", path.stem)
-    return (int(found.group(1)) // 16) ** 2 if found else None
-
-
 def model_config(
     path: Path,
     weights: Mapping[str, Tensor],
@@ -132,8 +90,6 @@ def model_config(
     ``tokens`` is T according to the file, ``image_tokens`` according to the user. Raises ``UserError``; for a file whose
     architecture is not ``expected`` it lists every field that differs.
     """
-    if any(name.startswith("cls_embedding.") and "cap_proj" in name for name in weights):
-        raise UserError(f"{path} is a text-conditional network: megastar reads class-conditional networks only")
     found = shape_fields({k: tuple(v.shape) for k, v in weights.items()})
     if not {"vocab_size", "dim", "num_classes", "n_layer", "ffn_dim", "qkv_dim"} <= found.keys():
         raise UserError(f"{path} is not an AR network of LlamaGen: its first names are {', '.join(list(weights)[:3])}")
@@ -147,7 +103,8 @@ def model_config(
         return expected
     T = image_tokens or tokens
     if T is None:
-        raise UserError(f"{path} does not store the number of tokens per image: give --image-tokens, {USUAL_TOKENS}")
+        sentence = f"{path} does not store the number of tokens per image: give --image-tokens, {USUAL_TOKENS}"
+        raise NeedsOption(sentence, "--image-tokens 256")
     if math.isqrt(T) ** 2 != T:
         raise UserError(f"--image-tokens {T} is not a square number: usual values are {USUAL_TOKENS}")
     if tokens is not None and tokens != T:
@@ -158,10 +115,11 @@ def model_config(
     size = (found["n_layer"], found["dim"])
     if size not in known:
         named = ", ".join(f"{n} {layers} x {dim}" for (layers, _, dim), n in SIZES.items())
-        raise UserError(
+        sentence = (
             f"{path} has {size[0]} blocks of width {size[1]}, which is not one of LlamaGen's sizes ({named}), and the "
             "weights do not show the number of heads: give --config with a model's YAML, such as configs/model/b.yaml"
         )
+        raise NeedsOption(sentence, "--config MODEL.yaml")
     heads, name = known[size]
     ffn = found.pop("ffn_dim")
     made = ModelConfig(name=name.lower(), n_head=heads, image_tokens=T, **found)

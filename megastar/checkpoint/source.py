@@ -49,8 +49,8 @@ class Source:
 
     def provenance(self, weights: str) -> dict[str, Any]:
         """The provenance that a weights file records."""
-        init = {"init": self.manifest["init"]} if self.manifest.get("init") else {}
-        return init | {
+        more = {name: self.manifest[name] for name in ("init", "tokenizer", "downsample") if self.manifest.get(name)}
+        return more | {
             "weights": weights,
             "step": self.manifest["step"],
             "of_steps": self.manifest.get("steps"),

@@ -18,6 +18,7 @@ megastar convert runs/b --to llamagen --out b.pt                      for LlamaG
 megastar convert runs/b --to universal --out b-universal              for DeepSpeed's checkpoint: {load_universal: true}
 megastar convert runs/b --to checkpoint --out runs/b-wide --data 16 --tensor 2      files for 32 ranks
 megastar convert c2i_B_256.pt --to safetensors --out c2i_B_256.safetensors           LlamaGen's released weights
+megastar convert 0300000.pt --weights ema --to safetensors --out ema.safetensors    one of the sets of a training checkpoint
 megastar convert vq_ds16_c2i.pt --to safetensors --out vq16.safetensors             LlamaGen's tokenizer
 megastar convert mine.safetensors --to llamagen --out mine.pt                       a weights file of megastar, for LlamaGen
 A run resumes from any checkpoint on any number of ranks without conversion; --to checkpoint makes loading faster.
@@ -46,7 +47,10 @@ def parser() -> Parser:
         help="weights file of megastar or of LlamaGen (.pt), DeepSpeed's universal folder, or a checkpoint for other ranks",
     )
     p.add_argument("--out", type=Path, help="file or folder to write; created only after verification")
-    p.add_argument("--weights", choices=("ema", "student"), help="for safetensors and llamagen (default ema)")
+    p.add_argument(
+        "--weights",
+        help="of a run: ema (default) or student; of a .pt file with several sets: the name of one, as model",
+    )
     p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="for safetensors and llamagen (default fp32)")
     p.add_argument("--data", type=bounded(int, 1, 10**5), help="for --to checkpoint: number of data ranks")
     p.add_argument("--tensor", type=processes, help="for --to checkpoint: number of tensor ranks (default 1)")
@@ -55,6 +59,11 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--image-tokens", type=bounded(int, 4, 65536), help="for a .pt network: tokens per image, if the file lacks it"
+    )
+    p.add_argument(
+        "--num-classes",
+        type=bounded(int, 1, 10**6),
+        help="for a .pt network: classes, where the rows of its class table can be read in two ways",
     )
     p.add_argument("--image-size", type=bounded(int, 1, 4096), help="for a .pt tokenizer: image size (default 256)")
     p.add_argument("--tokenizer", type=Path, help="for a weights file: tokenizer of its codes, to record its hash")
@@ -71,23 +80,30 @@ def check(a: argparse.Namespace) -> None:
         raise UserError(f"{missing} is missing: give --to FORMAT and --out, or --inspect; see megastar convert --help")
     if a.verify and not a.inspect:
         raise UserError("--verify requires --inspect: a conversion always compares hashes")
+    is_file, pickled = a.source.is_file(), a.source.is_file() and a.source.suffix != ".safetensors"
     for option, formats in ONLY.items():
         if getattr(a, option) is not None and a.to not in formats:
+            if option == "weights" and pickled and a.inspect:
+                continue
             what = f"--to {a.to}" if a.to else "--inspect"
             raise UserError(f"--{option} applies to --to {' and '.join(formats)}: leave it out with {what}")
-    is_file, pickled = a.source.is_file(), a.source.is_file() and a.source.suffix != ".safetensors"
     for option, holds, what in (
         ("config", pickled, "a .pt file of LlamaGen"),
         ("image-tokens", pickled, "a .pt file of LlamaGen"),
         ("image-size", pickled, "a .pt file of LlamaGen"),
+        ("num-classes", pickled, "a .pt file of LlamaGen"),
         ("tokenizer", is_file, "a weights file"),
     ):
         if getattr(a, option.replace("-", "_")) is not None and not holds:
             raise UserError(f"--{option} applies only to {what}: leave it out for {a.source}")
     if is_file and a.to in ("universal", "checkpoint"):
         raise UserError(f"--to {a.to} needs a run's checkpoint: {a.source} has weights only")
-    if is_file and a.weights:
-        raise UserError(f"--weights applies to a run: {a.source} has only one set of weights, leave it out")
+    if a.weights and is_file and not pickled:
+        raise UserError(
+            f"--weights applies to a run or a .pt file: {a.source} has only one set of weights, leave it out"
+        )
+    if a.weights and a.source.is_dir() and a.weights not in ("ema", "student"):
+        raise UserError(f"--weights {a.weights}: a run has the weights ema and student: give one of them")
     if a.out:
         check_output(a.out, "--out", (a.source, a.tokenizer, a.config), folder=a.out.is_dir())
     if a.to == "checkpoint" and a.data is None:
@@ -104,6 +120,7 @@ def main(words: list[str]) -> int:
     dtype = a.dtype or "fp32"
     if a.source.is_file() or a.source.suffix in (".safetensors", ".pt", ".pth"):
         options = {"config": a.config, "image_tokens": a.image_tokens, "image_size": a.image_size or 256}
+        options |= {"weights": a.weights, "num_classes": a.num_classes}
         if a.inspect and a.source.suffix == ".safetensors":  # without torch
             header = read_weights_header(a.source)
             return 0 if inspect_weights(a.source, header, a.verify, console) else 1

@@ -132,8 +132,8 @@ class Demo:
         """(name, .npz of images, provenance) of this run and of the shipped weights; writes the grid of both."""
         import numpy as np
 
+        from megastar.checkpoint.find_tokenizer import identity_of
         from megastar.checkpoint.find_weights import class_names, find_weights, labels_of
-        from megastar.model.io import read_model_metadata
         from megastar.sampling.grid import Block, image_grid, save_grid
         from megastar.sampling.npz import record_of, save_npz, write_record
         from megastar.sampling.pipeline import sample_images
@@ -141,17 +141,21 @@ class Demo:
         seed, options = self.cfg.train.seed, {"cfg_scale": 3.0, "temperature": 0.9}
         rng = np.random.default_rng([seed, 1])
         labels = rng.choice(labels_of(self.cfg.data.shards), self.samples).tolist()
-        sources = {"this run": find_weights(self.cfg.run).file}
-        if shipped := find_file(SHIPPED_WEIGHTS):
-            sources["shipped weights"] = shipped
+        sources = {"this run": find_weights(self.cfg.run)}
+        if find_file(SHIPPED_WEIGHTS):
+            shipped = find_weights(None)
+            if shipped.identity == identity_of(self.cfg.data.tokenizer):
+                sources["shipped weights"] = shipped
+            else:
+                self.console.print(f"without the shipped weights: {self.cfg.data.tokenizer} is not their tokenizer")
         blocks, made = [], []
-        for name, weights in sources.items():
-            model, provenance = read_model_metadata(weights)
+        for name, found in sources.items():
+            weights, provenance = found.file, found.provenance
             file = self.folder / layout.SAMPLES / f"{weights.stem}-{fingerprint(weights)}-{self.samples}.npz"
             if not file.is_file():
                 self.console.print(f"{name}: {weights}", highlight=False)
                 images = sample_images(
-                    weights, self.cfg.data.tokenizer, labels, seed=seed, console=self.console, **options
+                    found, self.cfg.data.tokenizer, labels, seed=seed, console=self.console, **options
                 )
                 origin = {"weights": str(weights), "tokenizer": self.cfg.data.tokenizer, "trained": provenance}
                 origin["label_plan"] = f"like {self.cfg.data.shards}"
@@ -162,7 +166,7 @@ class Demo:
             if former := provenance.get("init"):  # trained from other weights
                 caption += f", after {former['step']:,}"
             blocks.append(Block(caption, archive.read("arr_0"), archive.read("arr_1").tolist()))
-            names = class_names(model.num_classes, provenance)
+            names = class_names(found.config.num_classes, provenance)
             made.append((name, file, provenance))
         save_grid(image_grid(blocks, names), self.grid, {n: provenance for n, _, provenance in made})
         return made

@@ -88,9 +88,8 @@ def main(words: list[str]) -> int:
 
 def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Probe one run or weights file; returns the result with its provenance."""
-    from megastar.checkpoint.find_weights import find_weights
+    from megastar.checkpoint.find_weights import check_codes, find_weights
     from megastar.evaluation.linear_probe import linear_probe, load_crops
-    from megastar.model.io import load_model
     from megastar.utils.device import pick_device
     from megastar.utils.files import sha256
 
@@ -98,7 +97,10 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
     shards = a.shards or found.shards
     if not shards:
         raise UserError(f"{source} is a weights file, which records no training shards: give --shards")
-    model, _ = load_model(found.file, pick_device(a.device))
+    found.require_null_class("a probe needs")
+    for folder in (shards, a.val_shards):
+        check_codes(found.file, found.identity, folder)
+    model = found.load(pick_device(a.device))
     options = {k: getattr(a, k) for k in ("block", "positions", "epochs", "batch", "lr", "optimizer", "seed", "cache")}
     train, val = load_crops(shards, limit=a.limit), load_crops(a.val_shards, limit=a.limit)
     result = linear_probe(model, *train, *val, console=console, **options)

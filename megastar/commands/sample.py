@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from megastar.checkpoint.find_weights import class_names, class_number, find_weights, labels_of
+from megastar.checkpoint.find_weights import class_names, class_number, find_weights, has_null_class, labels_of
 from megastar.commands._common import (
     MOST,
     Parser,
@@ -32,6 +32,7 @@ megastar sample runs/demo/run --out run.png                     EMA weights of t
 megastar sample --classes food-drink,travel-places --per-class 24 --cfg-scale 2 --seed 1
 megastar sample --count 5000 --like runs/demo/codes/train --npz samples.npz
 megastar sample w.safetensors --tokenizer t.safetensors --count 50000 --cfg-scale 1.5 --npz samples.npz --nproc 8
+megastar sample c2i_B_256.pt --tokenizer vq16.safetensors --cfg-scale 2     LlamaGen's file; docs/convert.md
 torchrun --nproc-per-node 8 -m megastar sample w.safetensors --count 50000 --npz samples.npz --folder parts
 sbatch slurm/sample_fid.sh w.safetensors --cfg-scale 1.5 --npz samples.npz
 megastar sample w.safetensors --tokenizer t.safetensors --count 50000 --real VIRTUAL_imagenet256_labeled.npz --inception FILE
@@ -42,12 +43,24 @@ Repeating an interrupted command resumes it. docs/sampling.md lists the guarante
 
 def parser() -> Parser:
     p = Parser("sample", "Generate images from a run or a weights file.", EXAMPLES)
-    p.add_argument("source", nargs="?", help="run folder, checkpoint or .safetensors (default: shipped weights)")
-    p.add_argument("--tokenizer", help="tokenizer .safetensors (default: the run's, or the shipped one)")
+    p.add_argument(
+        "source", nargs="?", help="run folder, checkpoint, .safetensors, or LlamaGen's .pt (default: shipped weights)"
+    )
+    p.add_argument(
+        "--tokenizer", help="tokenizer .safetensors (default: the one whose hash the weights record, if it is found)"
+    )
+    p.add_argument(
+        "--any-tokenizer",
+        action="store_true",
+        help="decode with --tokenizer even if the weights were trained on codes of another one",
+    )
     p.add_argument("--out", type=Path, help="PNG file for the grid (default samples.png)")
     p.add_argument("--npz", type=Path, help="also write all images to this .npz file, uint8 (N, H, W, 3) in arr_0")
     p.add_argument("--folder", type=Path, help="folder for finished parts (default: NPZ.parts, removed at the end)")
-    p.add_argument("--weights", choices=("ema", "student"), default="ema", help="weights of a run to use")
+    p.add_argument(
+        "--weights",
+        help="of a run: ema (default) or student; of a .pt file with several sets: the name of one, as model",
+    )
     p.add_argument("--classes", help="comma-separated names or numbers (default: all, at most the first 16)")
     p.add_argument("--per-class", type=positive, default=12, help="images per class")
     p.add_argument("--count", type=positive, help="total number of images over all classes, for scoring")
@@ -59,7 +72,9 @@ def parser() -> Parser:
     )
     p.add_argument("--like", help="with --count: token shards whose class frequencies to follow")
     p.add_argument(
-        "--cfg-scale", type=bounded(float, 0, 10**6), help="guidance scale; 1: none (default 3, with --count 1)"
+        "--cfg-scale",
+        type=bounded(float, 0, 10**6),
+        help="guidance scale; 1: none (default 3; with --count, or without a null class, 1)",
     )
     p.add_argument(
         "--cfg-schedule",
@@ -147,16 +162,15 @@ def main(words: list[str]) -> int:
 
         find_weights(a.source, a.weights)  # converts a run once, not in each process
         return launch(a.nproc, ["sample", *words])
-    from megastar.model.io import read_model_metadata
-
     found = find_weights(a.source, a.weights)
-    cfg, provenance = read_model_metadata(found.file)
+    cfg, provenance = found.config, found.provenance
     tokenizer = found.tokenizer_file(a.tokenizer)
     names = class_names(cfg.num_classes, provenance)
     like = labels_of(a.like) if a.like else None
     labels = choose_labels(names, a.classes, a.per_class, a.count, like, a.seed, a.plan)
     # Defaults: sharper images to look at, the model's own distribution to score.
     scale, temperature = (1.0, 1.0) if a.count or a.score else (3.0, 0.9)
+    scale = scale if has_null_class(provenance) else 1.0
     options = {
         "cfg_scale": scale if a.cfg_scale is None else a.cfg_scale,
         "cfg_schedule": a.cfg_schedule,
@@ -170,8 +184,9 @@ def main(words: list[str]) -> int:
     origin["label_plan"] = f"like {a.like}" if a.like else a.plan if a.count else "per class"
     console, device = main_console(), own_device(a.device)
     pipeline = open_pipeline(
-        found.file, tokenizer, labels, device=device, passes=a.cfg_passes, rank=rank, **settings, **options
-    )
+        found, tokenizer, labels, device=device, passes=a.cfg_passes, rank=rank, any_tokenizer=a.any_tokenizer,
+        **settings, **options,
+    )  # fmt: skip
     if a.score:
         sample_and_score(pipeline, a, origin, (rank, world), console, words)
         return 0

@@ -67,6 +67,13 @@ class OptimConfig:
     )
     warmup_steps: int = knob(0, "steps of linear warm-up", low=0, high=MOST_STEPS)
     min_lr_ratio: float = knob(0.01, "final lr of cosine and linear, as a fraction of the peak", low=0, high=1)
+    layer_decay: float = knob(
+        1.0,
+        "factor of the learning rate per layer below the head: block i of L has layer_decay^(L - 1 - i), the embeddings "
+        "layer_decay^L; 1: the same rate everywhere",
+        above=0,
+        high=1,
+    )
     muon: MuonConfig = knob(MuonConfig, "Muon, where name is muon; schedule, warm-up and clipping are those of optim")
 
     @property

@@ -296,7 +296,28 @@ class TrainConfig:
         "bf16", "bf16, fp32, or auto: bf16 where the hardware supports it", choices=("bf16", "fp32", "auto")
     )
     seed: int = knob(0, "seed of all random numbers", low=0, high=MOST_SEED)
-    init: str = knob("", "weights file to start from; empty: random weights. The projector always starts at random")
+    init: str = knob(
+        "",
+        "weights to start from: a .safetensors file, LlamaGen's .pt file, or a run folder; empty: random weights. The "
+        "projector always starts at random",
+    )
+    init_weights: str = knob(
+        "", "of a run ema (empty: this) or student; of a .pt file with several sets of weights the name of one"
+    )
+    init_classes: str = knob(
+        "same",
+        "class embeddings of train.init: same: by number; fresh: new ones; map: by init_class_map, or by equal names",
+        choices=("same", "fresh", "map"),
+    )
+    init_class_map: str = knob("", "YAML file of new class: old class, each a name or a number; null: a new embedding")
+    init_resize: bool = knob(False, "allow train.init to have another model.image_tokens; RoPE is recomputed")
+    init_any_tokenizer: bool = knob(False, "allow train.init to be trained on the codes of another tokenizer")
+    freeze_blocks: int = knob(
+        0,
+        "keep the first blocks of train.init, this many, and its token and (init_classes: same) class embeddings unchanged",
+        low=0,
+        high=1024,
+    )
     log_every: int = knob(10, "steps between rows of metrics", low=1, high=MOST_STEPS)
     val_every: int = knob(1000, "steps between validation losses; 0: never", low=0, high=MOST_STEPS)
     val_images: int = knob(

@@ -12,7 +12,14 @@ from typing import Any
 from megastar.config.comparison import CompareConfig
 from megastar.config.comparison import rules as comparison_rules
 from megastar.config.env_text import recorded
-from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig, TokenizerConfig, TokenizerTrainConfig
+from megastar.config.schema import (
+    ModelConfig,
+    RunConfig,
+    SelfGuidedConfig,
+    TokenizerConfig,
+    TokenizerTrainConfig,
+    TrainConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
             f"use {words(_near(divisors(t.global_batch), t.micro_batch))}",
             ("train.micro_batch", "train.global_batch"),
         )
+    yield from _init_rules(t, m)
     if t.upload and not (t.upload[:5].lower() == "s3://" and t.upload[5:].split("/")[0]):
         yield Problem(f"train.upload = {t.upload}: must have the form s3://bucket/prefix", ("train.upload",))
     if not cfg.run:
@@ -131,6 +139,35 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
             )
     if "://" in cfg.data.cache:
         yield Problem(f"data.cache = {cfg.data.cache}: must be a local folder", ("data.cache",))
+
+
+def _init_rules(t: TrainConfig, m: ModelConfig) -> Iterator[Problem]:
+    if t.freeze_blocks > m.n_layer:
+        yield Problem(
+            f"train.freeze_blocks = {t.freeze_blocks}: must be at most model.n_layer {m.n_layer}",
+            ("train.freeze_blocks", "model.n_layer"),
+        )
+    if not t.init:
+        given = {
+            "init_weights": t.init_weights,
+            "init_classes": t.init_classes != "same" and t.init_classes,
+            "init_class_map": t.init_class_map,
+            "init_resize": t.init_resize,
+            "init_any_tokenizer": t.init_any_tokenizer,
+            "freeze_blocks": t.freeze_blocks,
+        }
+        for name, value in given.items():
+            if value:
+                yield Problem(
+                    f"train.{name} = {str(value).lower()}: applies to train.init, which is empty: give it, or leave "
+                    f"{name} out",
+                    (f"train.{name}", "train.init"),
+                )
+    elif t.init_class_map and t.init_classes != "map":
+        yield Problem(
+            f"train.init_class_map = {t.init_class_map}: needs train.init_classes=map, not {t.init_classes}",
+            ("train.init_class_map", "train.init_classes"),
+        )
 
 
 def _comparison_rules(cfg: CompareConfig) -> Iterator[Problem]:

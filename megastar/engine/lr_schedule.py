@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 from megastar.config.optim import OptimConfig
 from megastar.config.schema import TrainConfig
+
+EMBEDDINGS = ("transformer.tok_embeddings.", "transformer.cls_embedding.")
+BLOCK = re.compile(r"transformer\.layers\.(\d+)\.")
 
 
 def total_steps(train: TrainConfig, samples: int) -> int:
@@ -41,6 +45,24 @@ def rates_at(optim: OptimConfig, global_batch: int, step: int, steps: int) -> di
     """The rates of that step by their names in metrics.jsonl."""
     muon = {"lr_muon": muon_rate(optim, global_batch, step, steps)} if optim.of_matrices else {}
     return {"lr": learning_rate(optim, global_batch, step, steps)} | muon
+
+
+def layer_scale(name: str, n_layer: int, decay: float) -> float:
+    """Factor of the learning rate of the weight ``name`` of the student: ``optim.layer_decay``."""
+    if name.startswith(EMBEDDINGS):
+        return decay**n_layer
+    block = BLOCK.match(name)
+    return decay ** (n_layer - 1 - int(block.group(1))) if block else 1.0
+
+
+def is_frozen(name: str, train: TrainConfig) -> bool:
+    """Whether ``train.freeze_blocks`` keeps the weight ``name`` of the student unchanged. Class embeddings that are not all
+    those of ``train.init`` are trained."""
+    block = BLOCK.match(name)
+    if block:
+        return int(block.group(1)) < train.freeze_blocks
+    embeddings = EMBEDDINGS if train.init_classes == "same" else EMBEDDINGS[:1]
+    return train.freeze_blocks > 0 and name.startswith(embeddings)
 
 
 def at_step(peak: float, optim: OptimConfig, step: int, steps: int) -> float:

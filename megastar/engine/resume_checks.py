@@ -8,23 +8,24 @@ from typing import Any
 
 from megastar.config.schema import RunConfig
 from megastar.data.shards.manifest import Manifest
+from megastar.engine.checkpointer.initial_weights import InitialWeights, open_initial
+from megastar.engine.checkpointer.load import check_resumable
 from megastar.engine.checkpointer.s3_upload import check_upload
 from megastar.engine.context import Context
 from megastar.engine.input_pipeline.data_checks import RunData, check_same_data, check_same_order
 from megastar.engine.rank_sync import run_on_main
-from megastar.model.io import read_model_metadata
-from megastar.run_dir import checkpoint_dir, config_file
+from megastar.engine.zero.engines import Engines
+from megastar.run_dir import config_file
 from megastar.run_dir.training_checks import uses_contrastive
 
 logger = logging.getLogger(__name__)
 
 
-def check_start(cfg: RunConfig) -> None:
-    """Raise ``UserError``, before anything is built, if ``train.init``, where it will be read, is not a model file, or for
-    an S3 endpoint that ``train.upload`` cannot use."""
-    if cfg.train.init and not checkpoint_dir.latest(checkpoint_dir.folder_of(cfg.run)):
-        read_model_metadata(cfg.train.init)
+def first_checks(cfg: RunConfig) -> InitialWeights | None:
+    """The weights of ``train.init``, opened, if the run starts from them. Raises ``UserError``, before anything is built, for
+    a file that does not fit, or an S3 endpoint that ``train.upload`` cannot use."""
     check_upload(cfg.train.upload)
+    return open_initial(cfg)
 
 
 def claim_run_folder(cfg: RunConfig, ctx: Context) -> None:
@@ -41,6 +42,19 @@ def claim_run_folder(cfg: RunConfig, ctx: Context) -> None:
             "one forward pass of all data ranks", cfg.run,
         )  # fmt: skip
     run_on_main(ctx, lambda: config_file.claim_run_folder(cfg))
+
+
+def check_start(cfg: RunConfig, ctx: Context, engines: Engines, data: RunData | None, found: Path | None) -> None:
+    """For a dry run, what a start would refuse: a run folder of another configuration, a checkpoint that does not fit.
+
+    ``found``: the checkpoint that a start would resume. Writes nothing. A collective.
+    """
+    cfg.self_guided.negatives = run_on_main(ctx, lambda: config_file.negatives_of_run(cfg))
+    run_on_main(ctx, lambda: config_file.compare_run_folder(cfg))
+    if found is not None:
+        restored = check_resumable(ctx, engines, found)
+        if data is not None:
+            check_resumed(cfg, ctx, data, restored, found)
 
 
 def check_resumed(cfg: RunConfig, ctx: Context, data: RunData, restored: dict[str, Any], found: Path) -> list[str]:

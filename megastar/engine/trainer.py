@@ -17,7 +17,8 @@ from megastar.data.loader import TokenLoader
 from megastar.data.order import VERSION as ORDER
 from megastar.data.storage.store import is_remote
 from megastar.engine.checkpointer.async_saver import Saver, grace_period
-from megastar.engine.checkpointer.load import load_checkpoint, load_initial
+from megastar.engine.checkpointer.initial_weights import check_initial, load_initial
+from megastar.engine.checkpointer.load import load_checkpoint
 from megastar.engine.dry_run import describe
 from megastar.engine.elastic.memory_checkpoint import MemoryCheckpoints
 from megastar.engine.elastic.mesh_change import record_start
@@ -38,7 +39,7 @@ from megastar.engine.metrics.logger import MetricsLogger
 from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
 from megastar.engine.phase import ENDING, PHASE, SAVING, STARTING, VALIDATION
 from megastar.engine.rank_sync import on_all_ranks, run_on_main
-from megastar.engine.resume_checks import check_resumed, check_start, claim_run_folder
+from megastar.engine.resume_checks import check_resumed, check_start, claim_run_folder, first_checks
 from megastar.engine.run_folder import hold_run_folder
 from megastar.engine.teacher_pass import teacher_first
 from megastar.engine.train_result import TrainResult
@@ -102,11 +103,12 @@ class Trainer:
         and rolling back do not help, ``CorruptReplica`` for ranks that disagree. Never ends the interpreter.
         """
         cfg = self.cfg
-        check_start(cfg)
+        self.initial = first_checks(cfg)
         self.data = open_data(cfg)
         self.stop = self._stop or StopFlag()
         PHASE.reset()
         try:
+            check_initial(self.initial, cfg, self.data)
             self.ctx = check_run(cfg, start(cfg, lambda: self.stop.signal))  # before the run folder exists
             self._leave_if_stopped()
             with hold_run_folder(cfg, self.ctx, self.stop) as self.lease:
@@ -126,11 +128,13 @@ class Trainer:
 
     def dry_run(self) -> None:
         """Build everything, run steps on random tokens, and print memory, batch and schedule. Writes nothing."""
-        cfg, shards = self.cfg, self.cfg.data.shards
-        check_start(cfg)
+        cfg, shards, initial = self.cfg, self.cfg.data.shards, first_checks(self.cfg)
         with closing(open_data(cfg)) if is_remote(shards) or Path(shards).exists() else nullcontext() as data:
+            check_initial(initial, cfg, data)
             ctx = check_run(cfg, start(cfg))
-            describe(cfg, ctx, build(cfg, ctx), data.train.manifest if data else None)
+            engines = build(cfg, ctx)
+            check_start(cfg, ctx, engines, data, checkpoint_dir.latest(self.checkpoints))
+            describe(cfg, ctx, engines, data.train.manifest if data else None)
 
     def _build(self) -> None:
         """Engines, and their state from the newest checkpoint, ``train.init`` or nothing."""
@@ -139,9 +143,8 @@ class Trainer:
         set_timeouts(collective_timeout(cfg.faults, cfg.data))
         rollbacks = finish_rollback(self.run, ctx)
         self.policy = SkipPolicy(cfg.faults, len(rollbacks))
-        newest = run_on_main(
-            ctx, lambda: str(checkpoint_dir.latest(self.checkpoints) or "")
-        )  # views of a disk may differ
+        # Views of a disk may differ.
+        newest = run_on_main(ctx, lambda: str(checkpoint_dir.latest(self.checkpoints) or ""))
         self.memory = MemoryCheckpoints(cfg, ctx, self.engines)
         if found := self.memory.newest(Path(newest) if newest else None, len(rollbacks)):
             restored = load_checkpoint(ctx, self.engines, found, cfg.train.seed)
@@ -150,13 +153,14 @@ class Trainer:
             changes = check_resumed(cfg, ctx, self.data, restored, found)
         else:
             changes = []
-            self.step, origin = 0, load_initial(cfg.train.init, ctx, self.engines) if cfg.train.init else None
+            initial = self.initial
+            self.step, origin = 0, load_initial(initial, cfg.train.init, ctx, self.engines) if initial else None
             seed_dropout(cfg.train.seed, ctx.mesh.data_rank, 0)
         self.steps = total_steps(cfg.train, manifest.samples)
         self.found, self.first = found, self.step  # first: steps done at the start, or at the last rollback
         self.metadata: dict[str, Any] = {  # of each checkpoint
             "steps": self.steps,
-            **self.data.digests,
+            **self.data.record,
             "order": ORDER,
             "classes": manifest.classes,
             "init": origin,

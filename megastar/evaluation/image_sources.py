@@ -18,7 +18,7 @@ from megastar.data.shards.reader import ShardSet
 from megastar.data.storage.shard_info import MANIFEST
 from megastar.data.storage.store import is_remote
 from megastar.errors import UserError
-from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
+from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, tokenizer_hash
 from megastar.tokenizer.vq import to_pixels
 from megastar.utils.files import open_regular, sha256
 from megastar.utils.json_file import shown
@@ -193,10 +193,18 @@ class TokenImages:
         manifest = self.shards.manifest
         if tokenizer is None:
             raise UserError(f"{path} contains token shards: name the tokenizer that decodes them with --real-tokenizer")
-        if (digest := tokenizer_hash(tokenizer)) != manifest.tokenizer_sha256:
+        if not manifest.tokenizer_sha256:
+            logger.warning("%s records no tokenizer hash: that %s made its codes cannot be checked", path, tokenizer)
+        elif (digest := tokenizer_hash(tokenizer)) != manifest.tokenizer_sha256:
             raise UserError(
                 f"tokenizer {tokenizer} has the hash {digest[:12]}, but the shards {path} were encoded with "
                 f"{manifest.tokenizer_sha256[:12]}: name the tokenizer that encoded them"
+            )
+        config, _ = read_tokenizer_metadata(tokenizer)
+        if (config.grid, config.codebook_size) != (manifest.grid, manifest.codebook_size):
+            raise UserError(
+                f"tokenizer {tokenizer} has {config.codebook_size} codes on a {config.grid} x {config.grid} grid, {path} has "
+                f"{manifest.codebook_size} on {manifest.grid} x {manifest.grid}: name the tokenizer that encoded them"
             )
         self.tokenizer = Path(tokenizer)
         self.count = min(len(self.shards), limit or len(self.shards))

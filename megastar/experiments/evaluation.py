@@ -134,14 +134,15 @@ class Evaluation:
             write_atomic(file, (json.dumps(result, indent=1) + "\n").encode())
 
     def probe(self, part: Part, console: Console) -> dict[str, Any]:
-        from megastar.checkpoint.find_weights import find_weights
+        from megastar.checkpoint.find_weights import check_codes, find_weights
         from megastar.evaluation.linear_probe import linear_probe, load_crops
-        from megastar.model.io import load_model
         from megastar.utils.device import pick_device
 
         p = self.cfg.probe
-        weights = find_weights(part.checkpoint, part.weights).file
-        model, _ = load_model(weights, pick_device("auto"))
+        found = find_weights(part.checkpoint, part.weights)
+        for split in (p.fit_on, p.score_on):
+            check_codes(part.run.name, found.identity, codes_folder(self.cfg, split))
+        weights, model = found.file, found.load(pick_device("auto"))
         result = linear_probe(
             model,
             *load_crops(codes_folder(self.cfg, p.fit_on), p.fit_crops),
@@ -164,10 +165,11 @@ class Evaluation:
         from megastar.utils.device import pick_device
 
         c, s = self.cfg, self.cfg.sample
-        weights, device = find_weights(part.checkpoint, part.weights).file, pick_device("auto")
+        found, device = find_weights(part.checkpoint, part.weights), pick_device("auto")
+        weights = found.file
         labels = labels_like(labels_of(codes_folder(c, s.like)), part.count, s.seed)
         pipeline = open_pipeline(
-            weights, find_tokenizer(c), labels, seed=s.seed, batch=s.batch, cfg_scale=s.cfg_scale,
+            found, find_tokenizer(c), labels, seed=s.seed, batch=s.batch, cfg_scale=s.cfg_scale,
             temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
         )  # fmt: skip
         network = open_network("efflite0", device, inception=c.score.inception or None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from megastar.utils.safetensors_header import open_tensors, read_header
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from megastar.model.transformer import Transformer
 
@@ -69,17 +70,28 @@ def load_model(
 
     Raises ``UserError`` if the file is missing, has another format, or its weights do not match its configuration.
     """
+    cfg, provenance, shapes = read_model_header(path)
+    with open_tensors(path) as f:
+        return build_model(cfg, shapes, f.get_tensor, device, dtype), provenance
+
+
+def build_model(
+    cfg: ModelConfig,
+    names: Iterable[str],
+    read: Callable[[str], Tensor],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Transformer:
+    """The network of the weights ``read(name)``, frozen, in eval mode, in ``dtype`` (default fp32)."""
     import torch
 
     from megastar.model.transformer import Transformer
 
-    cfg, provenance, shapes = read_model_header(path)
-    with open_tensors(path) as f:
-        state = {k: f.get_tensor(k).to(device, dtype or torch.float32) for k in shapes}
+    state = {k: read(k).to(device, dtype or torch.float32) for k in names}
     with torch.device("meta"):  # no initial weights are drawn: the file's replace them
         model = Transformer(cfg)
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).eval(), provenance
+    return model.requires_grad_(False).eval()
 
 
 def check_fits(path: Path, found: Mapping[str, tuple[int, ...]], cfg: ModelConfig) -> None:

@@ -86,7 +86,7 @@ def draw_missing(
     checkpoints = evenly_spaced(complete(folder / CHECKPOINTS), GRIDS)
     if not checkpoints:
         return
-    tokenizer = find_tokenizer(data, folder, options)
+    tokenizer = find_tokenizer(folder, options)
     common = SAMPLING | {"weights": options.weights, "per_class": options.per_class}
     common |= {"classes": evenly_spaced(list(range(classes)), CLASSES), "tokenizer_sha256": sha256(tokenizer)}
     for checkpoint in checkpoints:
@@ -102,25 +102,28 @@ def draw_grid(
     checkpoint: Path, tokenizer: Path, out: Path, provenance: dict[str, Any], device: str, console: Console
 ) -> None:
     from megastar.checkpoint.find_weights import class_names, find_weights
-    from megastar.model.io import read_model_metadata
     from megastar.sampling.grid import Block, image_grid, save_grid
     from megastar.sampling.pipeline import sample_images
 
-    weights, columns = find_weights(checkpoint, provenance["weights"]).file, provenance["per_class"]
+    weights, columns = find_weights(checkpoint, provenance["weights"]), provenance["per_class"]
     labels = [c for c in provenance["classes"] for _ in range(columns)]
     images = sample_images(weights, tokenizer, labels, device=device, console=console, **SAMPLING)
-    model, metadata = read_model_metadata(weights)
-    names = class_names(model.num_classes, metadata)
+    names = class_names(weights.config.num_classes, weights.provenance)
     save_grid(image_grid([Block("", images, labels)], names, columns=columns), out, provenance)
 
 
-def find_tokenizer(data: DataConfig, folder: Path, options: RenderOptions) -> Path:
-    given = options.tokenizer or data.tokenizer
-    if not given:
-        raise UserError("the run has no tokenizer: give one with --tokenizer")
-    if (found := find_file(given, folder / CONFIG)) is None:
-        raise UserError(f"the tokenizer {given} does not exist: give its location with --tokenizer")
-    return found
+def find_tokenizer(folder: Path, options: RenderOptions) -> Path:
+    """The tokenizer of the run in ``folder``. Raises ``UserError`` if it is missing, or has another hash than the run's."""
+    from megastar.checkpoint.find_tokenizer import check_identity
+    from megastar.checkpoint.find_weights import find_weights
+
+    found = find_weights(folder, options.weights)
+    tokenizer = Path(found.tokenizer_file(options.tokenizer))
+    if not tokenizer.is_file():
+        raise UserError(f"the tokenizer {tokenizer} does not exist: give its location with --tokenizer")
+    if found.identity:
+        check_identity(folder, found.identity, tokenizer)
+    return tokenizer
 
 
 def find_shards(data: DataConfig, folder: Path, options: RenderOptions) -> str:
@@ -153,15 +156,16 @@ def compute_attention(
     cfg: RunConfig, folder: Path, options: RenderOptions, map_bytes: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """``ReportRun.distances`` and ``ReportRun.attention``. Raises ``UserError``."""
-    from megastar.checkpoint.find_weights import class_names, find_weights
-    from megastar.model.io import load_model
+    from megastar.checkpoint.find_weights import check_codes, class_names, find_weights
     from megastar.model.masks import draw_hidden
     from megastar.report.attention import attention_distances, masked_attention, uniform_distance
     from megastar.utils.device import pick_device
 
     shards, device = find_shards(cfg.data, folder, options), pick_device(options.device)
     codes, labels = centre_codes(shards, cfg.data, options.picture)
-    model, metadata = load_model(find_weights(folder, options.weights).file, device)
+    found = find_weights(folder, options.weights)
+    check_codes(folder, found.identity, shards, replace(cfg.data, patience=PATIENCE))
+    model, metadata = found.load(device), found.provenance
     if codes.shape[1] != model.cfg.image_tokens or int(codes.max()) >= model.cfg.vocab_size:
         raise UserError(f"the codes in {shards} do not fit this network: give its shards with --shards")
     tokens, classes = codes[:, :-1].to(device), labels.to(device)
@@ -184,7 +188,7 @@ def compute_attention(
         f"Image {options.picture} of {Path(shards).name} (class {label}), {which}, mean of the heads. "
         f"{len(maps['hidden'])} of {len(hidden) - 1} keys are hidden {how}."
     )
-    image = decode_image(cfg.data, folder, options, codes[0], device)
+    image = decode_image(folder, options, codes[0], device)
     return distances, maps | {"trained": trained, "block": block, "image": image}
 
 
@@ -203,17 +207,15 @@ def centre_codes(shards: str, data: DataConfig, first: int) -> tuple[torch.Tenso
     return torch.from_numpy(codes[:, 0].astype(np.int64)), torch.from_numpy(np.asarray(labels, np.int64))
 
 
-def decode_image(
-    data: DataConfig, folder: Path, options: RenderOptions, codes: torch.Tensor, device: torch.device
-) -> str:
-    """The image of codes (T,), or a white one if the tokenizer is missing."""
+def decode_image(folder: Path, options: RenderOptions, codes: torch.Tensor, device: torch.device) -> str:
+    """The image of codes (T,), or a white one if the tokenizer is missing or another one; a note beside the samples says so."""
     from PIL import Image
 
     from megastar.sampling.sampler import decode_images
     from megastar.tokenizer.io import load_tokenizer
 
     try:
-        vq = load_tokenizer(find_tokenizer(data, folder, options), device)
+        vq = load_tokenizer(find_tokenizer(folder, options), device)
     except UserError:
         return embedded(Image.new("RGB", (8, 8), "white"))
     return embedded(Image.fromarray(decode_images(vq, codes[None])[0]), lossless=True)

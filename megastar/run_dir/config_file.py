@@ -13,11 +13,11 @@ from megastar.config.load import config_from_dict, diff_configs, flatten, save_c
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
-from megastar.run_dir.layout import CONFIG
+from megastar.run_dir.layout import CONFIG, MANIFEST
 from megastar.utils.files import sha256
 
 WHOLE = {"auto", "global_batch"}  # of self_guided.negatives: the same objective
-PATHS = ("run", "data.shards", "data.val_shards", "data.tokenizer", "data.cache", "train.init")
+PATHS = ("run", "data.shards", "data.val_shards", "data.tokenizer", "data.cache", "train.init", "train.init_class_map")
 # Fields, and sections ending in a dot, that may differ when a run is resumed.
 RESUMABLE = (
     "run",  # the folder was moved
@@ -43,24 +43,35 @@ RESUMABLE = (
     "train.fused_ops",
     "train.upload",
     "train.micro_batch",
-    "train.init",  # the same file in another place, see ``check_same_init``
+    "train.init",  # the same file in another place, see ``check_same_init``; its options are read at the start only
     "parallel.",
 )
+FIXED = ("train.init_classes",)  # except these: class embeddings are frozen or not
+
+
+def may_change(name: str) -> bool:
+    """Whether the field ``name`` may differ when a run is resumed."""
+    return name.startswith(RESUMABLE) and not name.startswith(FIXED)
 
 
 def claim_run_folder(cfg: RunConfig) -> None:
-    """Compare ``cfg`` with the run folder's config.yaml, and write it if it is new or differs.
+    """Compare ``cfg`` with the run folder's config.yaml, and write it if it is new or differs. Raises ``UserError``."""
+    if compare_run_folder(cfg):  # a full disk needs no second write of the same file
+        save_config(cfg, Path(cfg.run) / CONFIG)
+
+
+def compare_run_folder(cfg: RunConfig) -> list[str]:
+    """The fields in which ``cfg`` differs from the run folder's config.yaml, ["all"] where there is none.
 
     Raises ``UserError`` that names the fields in which a run of another configuration differs.
     """
     path = Path(cfg.run) / CONFIG
     differing = diff_configs(config_from_dict(read_yaml(path, lenient=True), path), cfg) if path.is_file() else ["all"]
-    if path.is_file() and (refused := [d for d in differing if not d.startswith(RESUMABLE)]):
+    if path.is_file() and (refused := [d for d in differing if not may_change(d)]):
         raise UserError(
             f"{cfg.run} holds a run of another configuration: {'; '.join(refused)}: choose another run=... or restore the fields"
         )
-    if differing:  # a full disk needs no second write of the same file
-        save_config(cfg, path)
+    return differing
 
 
 def negatives_of_run(cfg: RunConfig) -> str:
@@ -115,12 +126,16 @@ def _same_place(one: Any, other: Any) -> bool:
 def check_same_init(init: str, recorded: Any, recorded_init: str, checkpoint: Path) -> None:
     """Raise ``UserError`` if ``train.init`` names weights other than those that the run started from.
 
-    ``recorded``: their entry in the checkpoint. A file in another place is the same if its SHA-256 is the same.
+    ``recorded``: their entry in the checkpoint. A file, or a run's checkpoint, in another place is the same if its SHA-256
+    is the same.
     """
     if init == recorded_init or _same_place(init, recorded_init):
         return
     digest = recorded.get("sha256") if isinstance(recorded, dict) else None
-    if init and digest and os.path.isfile(init) and sha256(Path(init)) == digest:
+    name = recorded.get("checkpoint") if isinstance(recorded, dict) else None
+    run = [checkpoint_dir.folder_of(init) / name / MANIFEST] if isinstance(name, str) else []
+    places = [Path(init), *run, Path(init) / MANIFEST]
+    if init and digest and any(os.path.isfile(place) and sha256(place) == digest for place in places):
         return
     raise UserError(
         f"train.init = {init!r}: {checkpoint} started from {recorded_init or 'random weights'!r}, which cannot change on "

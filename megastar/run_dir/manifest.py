@@ -65,6 +65,9 @@ _OTHERS: dict[str, Schema] = {
     ),
     "data": text(200),
     "val_data": text(200),
+    "tokenizer": text(200),  # SHA-256 of what determines the codes (tokenizer/io.py), or empty
+    "tokenizer_file": text(10_000),  # where the run found it
+    "downsample": integer(0, 1 << 16),  # pixels per token and side; 0: not known
     "order": integer(0, 100),
     "init": optional(dict_of(text(200), ANY)),
     "converted": record({"from": text(10_000), "mesh": _MESH}),

@@ -11,38 +11,40 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
+    from megastar.checkpoint.find_weights import Weights
     from megastar.model.transformer import Transformer
     from megastar.sampling.distributed import SamplingPipeline
     from megastar.tokenizer.vq import VQModel
 
 
 def load_networks(
-    weights: str | Path, tokenizer: str | Path, device: str = "auto", dtype: str = "fp32"
+    weights: Weights | str | Path,
+    tokenizer: str | Path,
+    device: str = "auto",
+    dtype: str = "fp32",
+    any_tokenizer: bool = False,
 ) -> tuple[Transformer, VQModel, dict[str, Any]]:
     """The transformer in ``dtype``, the tokenizer whose codes it was trained on, and the provenance of the weights.
 
-    Raises ``UserError`` for files that do not exist or do not belong together.
+    ``any_tokenizer`` allows a tokenizer with another hash than the recorded one. Raises ``UserError`` for files that do
+    not exist or do not belong together.
     """
-    from megastar.model.io import load_model
+    from megastar.checkpoint.find_tokenizer import check_identity
+    from megastar.checkpoint.find_weights import Weights
     from megastar.sampling.sampler import check_tokenizer
-    from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
+    from megastar.tokenizer.io import load_tokenizer
     from megastar.utils.device import pick_device, pick_dtype
 
     target = pick_device(device)
-    model, provenance = load_model(weights, target, pick_dtype(dtype, target))
-    expected = str(provenance.get("tokenizer") or "")  # a hash, if it was recorded
-    if len(expected) == 64 and expected != (found := tokenizer_hash(tokenizer)):
-        raise UserError(
-            f"{weights} was trained on codes of the tokenizer {expected[:12]}, but {tokenizer} has the hash {found[:12]}: "
-            "name the tokenizer of the training"
-        )
-    vq = load_tokenizer(tokenizer, target)
+    found = weights if isinstance(weights, Weights) else Weights(Path(weights))
+    check_identity(found.file, found.identity, tokenizer, any_tokenizer)
+    model, vq = found.load(target, pick_dtype(dtype, target)), load_tokenizer(tokenizer, target)
     check_tokenizer(model.cfg, vq)
-    return model, vq, provenance
+    return model, vq, found.provenance
 
 
 def open_pipeline(
-    weights: str | Path,
+    weights: Weights | str | Path,
     tokenizer: str | Path,
     labels: list[int],
     *,
@@ -53,21 +55,40 @@ def open_pipeline(
     passes: int = 1,
     rank: int = 0,
     size: int | None = None,
+    any_tokenizer: bool = False,
     **options: Any,
 ) -> SamplingPipeline:
     """A pipeline that samples images of the classes ``labels``; ``options`` are the fields of ``SamplingOptions``."""
     from megastar.sampling.distributed import SamplingPipeline
     from megastar.sampling.options import SamplingOptions
 
-    model, vq, _ = load_networks(weights, tokenizer, device, dtype)
+    model, vq, provenance = load_networks(weights, tokenizer, device, dtype, any_tokenizer)
+    settings = SamplingOptions(**options)
+    check_guidance(provenance, settings.cfg_scale)
     return SamplingPipeline(
-        model, vq, labels, seed=seed, options=SamplingOptions(**options), batch=min(batch, max(1, len(labels))),
+        model, vq, labels, seed=seed, options=settings, batch=min(batch, max(1, len(labels))),
         passes=passes, rank=rank, size=size,
     )  # fmt: skip
 
 
+def check_guidance(provenance: dict[str, Any], cfg_scale: float) -> None:
+    """Raise ``UserError`` for guidance by weights without a null class."""
+    from megastar.checkpoint.find_weights import has_null_class
+
+    if cfg_scale != 1 and not has_null_class(provenance):
+        raise UserError(
+            f"these weights have no null class (they were trained without dropping labels), so guidance {cfg_scale:g} is "
+            "not possible: sample with guidance scale 1"
+        )
+
+
 def sample_images(
-    weights: str | Path, tokenizer: str | Path, labels: list[int], *, console: Console | None = None, **kwargs: Any
+    weights: Weights | str | Path,
+    tokenizer: str | Path,
+    labels: list[int],
+    *,
+    console: Console | None = None,
+    **kwargs: Any,
 ) -> np.ndarray:
     """Images (N, H, W, 3) uint8 of the classes ``labels``, in memory; ``kwargs`` as for ``open_pipeline``."""
     import numpy as np

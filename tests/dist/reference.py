@@ -83,12 +83,22 @@ def train(cfg: RunConfig, accumulation: int, initial: dict[str, torch.Tensor] | 
     average = {k: v.detach().clone() for k, v in student.named_parameters()}
     teacher = Transformer(cfg.model).eval()
     matrices = [] if cfg.optim.name == "adamw" else [p for n, p in student.named_parameters() if is_matrix(n, p)]
+    assert not matrices or cfg.optim.layer_decay == 1 and not cfg.train.freeze_blocks
     muon = Matrices(cfg, student, matrices) if matrices else None
     taken = {id(p) for p in matrices}
-    decayed = [p for p in student.parameters() if p.dim() >= 2 and id(p) not in taken]
-    rest = [p for p in student.parameters() if p.dim() < 2]
+    frozen = {id(p) for n, p in student.named_parameters() if n.startswith(frozen_prefixes(cfg.train.freeze_blocks))}
+    for p in student.parameters():
+        p.requires_grad_(id(p) not in frozen)
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": cfg.optim.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        [
+            {
+                "params": [p],
+                "weight_decay": cfg.optim.weight_decay * (p.dim() >= 2),
+                "scale": cfg.optim.layer_decay ** layers_below_head(n, cfg.model.n_layer),
+            }
+            for n, p in student.named_parameters()
+            if id(p) not in taken | frozen
+        ],
         betas=(cfg.optim.beta1, cfg.optim.beta2),
         eps=cfg.optim.eps,
     )
@@ -108,7 +118,7 @@ def train(cfg: RunConfig, accumulation: int, initial: dict[str, torch.Tensor] | 
                 sums[k] = sums.get(k, 0.0) + v.item() / accumulation
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.optim.grad_clip).item()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg.optim, cfg.train.global_batch, step, STEPS)
+            group["lr"] = group["scale"] * learning_rate(cfg.optim, cfg.train.global_batch, step, STEPS)
         optimizer.step()
         if muon:
             muon.step(step)
@@ -128,6 +138,19 @@ def train(cfg: RunConfig, accumulation: int, initial: dict[str, torch.Tensor] | 
         "student": weights,
         "ema": {k.removeprefix("transformer."): v for k, v in average.items()},
     }
+
+
+def frozen_prefixes(blocks: int) -> tuple[str, ...]:
+    """Of the weights that ``train.freeze_blocks`` keeps; the empty tuple for 0."""
+    names = ["transformer.tok_embeddings.", "transformer.cls_embedding."] if blocks else []
+    return tuple(names + [f"transformer.layers.{i}." for i in range(blocks)])
+
+
+def layers_below_head(name: str, n_layer: int) -> int:
+    """0 for head, final norm, projector and the last block; n_layer for the embeddings."""
+    if "embedding" in name:
+        return n_layer
+    return n_layer - 1 - int(name.split(".")[2]) if name.startswith("transformer.layers.") else 0
 
 
 def is_matrix(name: str, p: torch.Tensor) -> bool:

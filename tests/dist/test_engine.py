@@ -12,7 +12,7 @@ import torch
 
 from megastar.parallel.budget import state_bytes
 from tests import forker
-from tests.dist.reference import STEPS, config, initial_weights, train
+from tests.dist.reference import STEPS, config, frozen_prefixes, initial_weights, train
 
 ROOT = forker.ROOT
 SAVED = STEPS // 2
@@ -40,6 +40,10 @@ RECOMPUTED = {"parallel": {"activation_checkpointing": True}}
 PER_MICRO_BATCH = {"self_guided": {"negatives": "micro_batch", "student_views": 1}}
 AGAIN = {"parallel": {"teacher_features": "recompute"}}
 DROPOUT = {"model": {"token_dropout_p": 0.1, "resid_dropout_p": 0.1, "ffn_dropout_p": 0.1}}
+FROZEN = {"train": {"freeze_blocks": 2}}
+LAYERS = {"optim": {"layer_decay": 0.6}}
+FROZEN_LAYERS = {"train": {"freeze_blocks": 1}, "optim": {"layer_decay": 0.7}}
+FROZEN_MUON = {"train": {"freeze_blocks": 2}, "optim": {"name": "muon", "layer_decay": 0.9}}
 EVERY_STAGE = ("0", "1", "2", "3")
 # Small weights stay gathered in the real configuration; here each must be cut, to count what a rank holds.
 CUT = [case(f"t{t}_cut_stage3", "3_cut", t) for t in (1, 2)]
@@ -52,6 +56,8 @@ CASES: dict[int, list[dict]] = {
     + [case("t2_micro_batch", "3", 2, 2, **PER_MICRO_BATCH), case("t2_again", "3", 2, 2, **AGAIN)]
     + [case("t2_baseline", "3", 2, 2, **BASELINE), case("t2_dropout", "3", 2, dropout=True, **DROPOUT)]
     + [case("t2_initial", "3", 2, init=True), case("t1_initial", "1", init=True)]
+    + [case(f"t2_frozen_stage{s}", s, 2, init=True, **FROZEN) for s in EVERY_STAGE]
+    + [case("t1_frozen_layers", "2", 1, 2, init=True, **FROZEN_LAYERS), case("t2_layers", "3", 2, **LAYERS)]
     + [case("saved", "3", 2, save_at=SAVED), case("t2_resumed", "3", 2, resume="saved")]
     + [case("t1_resumed", "3", 1, resume="saved"), case("t1_resumed_stage1", "1", 1, resume="saved")]
     + [case("t2_resumed_stage0", "0", 2, resume="saved"), case("saved1", "1", 1, save_at=SAVED)]
@@ -62,13 +68,16 @@ CASES: dict[int, list[dict]] = {
     + [case("t1_offload", "3_offload", 1), case("t2_offload_bf16", "3_offload", 2, **BF16)]
     + [case("t1_cut_accumulated", "3_cut", 1, 2, validate=True, **ONE_VIEW)]
     + [case("t1_micro_batch", "2", 1, 2, **PER_MICRO_BATCH), case("t1_again", "2", 1, 4, **{**ONE_VIEW, **AGAIN})]
+    + [case(f"t1_frozen_layers_stage{s}", s, init=True, **FROZEN_LAYERS) for s in EVERY_STAGE]
+    + [case(f"t{t}_frozen_muon", s, t, init=True, dropout=True, **FROZEN_MUON) for t, s in ((1, "2"), (2, "3"))]
     + [case("t1_small", "3_small", 1, 2, validate=True, **ONE_VIEW), case("t2_small", "3_small", 2, **RECOMPUTED)]
     + [case("t1_offload_cut", "3_offload_cut", 1, 2, validate=True, **ONE_VIEW), case("t1_cut_mim", "3_cut", **MIM)]
     + [case("t1_dropout", "3", 1, dropout=True, **DROPOUT)]
     + [case("t1_resumed", "3", 1, resume="saved"), case("t2_resumed", "3", 2, resume="saved")]
     + [case("t2_resumed_offload", "3_offload_cut", 2, resume="saved"), case("t1_resumed_cut", "3_cut", resume="saved")]
     + [case("t2_resumed_stage2", "2", 2, resume="saved1")],
-    1: [case("t1_resumed", "3", resume="saved"), case("t1_resumed_stage0", "0", resume="saved1")]
+    1: [case(f"t1_frozen_layers_stage{s}", s, init=True, **FROZEN_LAYERS) for s in EVERY_STAGE]
+    + [case("t1_resumed", "3", resume="saved"), case("t1_resumed_stage0", "0", resume="saved1")]
     + [case("t1_compiled", "2", **COMPILED), case("t1_compiled_stage3", "3_cut", **COMPILED)]
     + [case("t1_compiled_recomputed", "3_cut", **{**RECOMPUTED, **COMPILED})],
 }
@@ -80,6 +89,14 @@ COMPARED = [
     for ranks, some in CASES.items()
     for c in some
     if not c.get("dropout")
+]
+
+
+FREEZING = [
+    pytest.param(ranks, c, id=f"{ranks}ranks-{c['name']}")
+    for ranks, some in CASES.items()
+    for c in some
+    if "freeze_blocks" in c["changes"].get("train", {})
 ]
 
 
@@ -110,6 +127,8 @@ def reference(c: dict) -> dict:
     """Plain training of a case's configuration; how it is split and computed makes no difference to it. Nor does how the
     batch is cut, unless the negatives are those of a micro-batch."""
     told = {k: v for k, v in c["changes"].items() if k not in ("parallel", "train")}
+    if blocks := c["changes"].get("train", {}).get("freeze_blocks"):
+        told["train"] = {"freeze_blocks": blocks}
     cut = c["accumulation"] if told.get("self_guided", {}).get("negatives") == "micro_batch" else 1
     key = json.dumps([told, cut, c.get("init")], sort_keys=True)
     if key not in REFERENCES:
@@ -146,6 +165,16 @@ def test_sharded_training_equals_one_process(runs, ranks, c):
         for name, value in expected.items():
             # Of the whole tensor: Adam blows up the last digit of an element whose gradients nearly cancel.
             assert (weights[kind][name] - value).norm() <= 1e-5 * value.norm(), f"{kind} {name}"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("ranks", "c"), FREEZING)
+def test_frozen_weights_are_equal_to_the_last_bit(runs, ranks, c):
+    before, weights = initial_weights(), torch.load(runs / f"{ranks}" / f"{c['name']}.pt")
+    kept = frozen_prefixes(c["changes"]["train"]["freeze_blocks"])
+    for kind in ("student", "ema"):
+        for name, value in weights[kind].items():
+            assert torch.equal(value, before[name]) == f"transformer.{name}".startswith(kept), f"{kind} {name}"
 
 
 @pytest.mark.dist

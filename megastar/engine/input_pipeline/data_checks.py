@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megastar.data.shards.reader import ShardSet
 from megastar.data.shards.shard_table import digest_of
 from megastar.engine.context import Context
 from megastar.errors import UserError
-from megastar.tokenizer.io import tokenizer_hash
+from megastar.tokenizer.io import read_tokenizer_metadata, tokenizer_hash
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,19 @@ class RunData:
     train: ShardSet
     val: ShardSet | None
     tokenizer: str = ""  # SHA-256 of the tokenizer that the shards were made with, or of data.tokenizer
+    tokenizer_file: str = ""  # absolute path of data.tokenizer, so that it is found from any working directory
 
     @property
     def digests(self) -> dict[str, str]:
-        """What a checkpoint records of them."""
+        """What a checkpoint records of them, and what a resumed run compares."""
         val = digest_of(self.val.manifest.shards) if self.val else ""
         return {"data": digest_of(self.train.manifest.shards), "val_data": val, "tokenizer": self.tokenizer}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint records of them."""
+        known = {"tokenizer_file": self.tokenizer_file, "downsample": downsample_of(self.train.manifest)}
+        return self.digests | {name: value for name, value in known.items() if value}
 
     def validation_batches(self, train: TrainConfig, ctx: Context, micro_batch: int) -> list[Batch]:
         """This rank's part of the fixed validation images; empty where there is no validation."""
@@ -51,6 +59,7 @@ class RunData:
 
 def open_data(cfg: RunConfig) -> RunData:
     """Open the shards, and check everything about them that can be known before anything is built."""
+    name = cfg.data.tokenizer
     expected = tokenizer_hash(cfg.data.tokenizer) if cfg.data.tokenizer and Path(cfg.data.tokenizer).is_file() else None
     if cfg.data.tokenizer and expected is None:
         raise UserError(f"data.tokenizer={cfg.data.tokenizer} does not exist: name the tokenizer that made the shards")
@@ -58,8 +67,11 @@ def open_data(cfg: RunConfig) -> RunData:
     manifest = train.manifest
     check_manifest(manifest, cfg.model, expected, cfg.views)
     check_enough(cfg.data.shards, manifest, cfg.train.global_batch)
+    if name:
+        check_downsample(name, manifest, cfg.data.shards)
+    file = os.path.abspath(name) if name else ""
     if not cfg.data.val_shards:
-        return RunData(train, None, manifest.tokenizer_sha256 or expected or "")
+        return RunData(train, None, manifest.tokenizer_sha256 or expected or "", file)
     val = ShardSet(cfg.data.val_shards, data=cfg.data, max_open=1)  # its shards are read one after the other
     check_manifest(val.manifest, cfg.model, expected, 1)
     if val.manifest.classes != manifest.classes:
@@ -71,7 +83,23 @@ def open_data(cfg: RunConfig) -> RunData:
         raise UserError(
             f"{cfg.data.shards} was made with the tokenizer {hashes[0][:12]}..., {cfg.data.val_shards} with {hashes[1][:12]}...: pretokenize both with one"
         )
-    return RunData(train, val, manifest.tokenizer_sha256 or expected or "")
+    return RunData(train, val, manifest.tokenizer_sha256 or expected or "", file)
+
+
+def downsample_of(manifest: Manifest) -> int:
+    """Pixels per token and side; 0 where the shards do not record the size of the images."""
+    return manifest.image_size // manifest.grid
+
+
+def check_downsample(tokenizer: str, manifest: Manifest, shards: str) -> None:
+    """Raise ``UserError`` if the codes cannot be of ``tokenizer``, for shards that record no hash."""
+    config, _ = read_tokenizer_metadata(tokenizer)
+    made = downsample_of(manifest)
+    if made and made != config.downsample:
+        raise UserError(
+            f"data.tokenizer={tokenizer} downsamples images by {config.downsample}, but {shards} has {manifest.grid} x "
+            f"{manifest.grid} codes of {manifest.image_size} pixels, downsampled by {made}: name the tokenizer that made it"
+        )
 
 
 def check_same_data(data: DataConfig, restored: dict[str, Any], digests: dict[str, str], found: Path) -> None:

@@ -42,7 +42,8 @@ class Engines:
     def set_schedules(self, lr: float, ema_decay: float, muon_lr: float = 0.0) -> None:
         """The values of the step that follows; ``muon_lr`` is the rate of the groups that Muon updates."""
         for group in self.optimizer.param_groups:
-            group["lr"], group["ema_decay"] = muon_lr if group.get("muon") else lr, ema_decay
+            rate = muon_lr if group.get("muon") else lr
+            group["lr"], group["ema_decay"] = rate * group.get("lr_scale", 1.0), ema_decay
 
     def set_step(self, step: int) -> None:
         """Set DeepSpeed's count of steps, on a resume."""

@@ -106,23 +106,31 @@ class AdamWEMA(torch.optim.AdamW):
         return result
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, muon: MuonConfig | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module,
+    weight_decay: float,
+    muon: MuonConfig | None = None,
+    scale: Callable[[str], float] = lambda name: 1.0,
+) -> list[dict[str, Any]]:
     """Weight decay on tensors of two or more dimensions only (st-ar.md, training set-up).
 
     The projector has separate groups: the teacher has none, so a replicated teacher gathers whole groups. So do, with
-    ``muon``, the weights that Muon updates; their groups have ``muon`` set.
+    ``muon``, the weights that Muon updates; their groups have ``muon`` set. ``scale``: name -> factor of the learning rate,
+    a group's ``lr_scale``; weights with the factor 0 have no decay.
     """
-    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool, float], list[nn.Parameter]] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
             decays = len(getattr(p, "ds_shape", p.shape)) >= 2  # under zero.Init p itself is empty
             matrix = muon is not None and block_matrix(name) is not None
-            groups.setdefault((name.startswith("projector."), not decays, matrix), []).append(p)
+            groups.setdefault((name.startswith("projector."), not decays, matrix, scale(name)), []).append(p)
     out: list[dict[str, Any]] = []
     for key in sorted(groups):
         out.append({"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay})
         if muon is not None and key[2]:
             out[-1] |= {"lr": muon.lr, "weight_decay": muon.weight_decay, "muon": True}
+        if key[3] != 1:
+            out[-1] |= {"lr_scale": key[3]} | ({} if key[3] else {"weight_decay": 0.0})
     return out
 
 

@@ -18,9 +18,9 @@ from torch import nn
 from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
 from megastar.config.optim import rate_warning
-from megastar.config.schema import RunConfig
+from megastar.config.schema import RunConfig, TrainConfig
 from megastar.engine.context import Context
-from megastar.engine.lr_schedule import scaled
+from megastar.engine.lr_schedule import is_frozen, layer_scale, scaled
 from megastar.engine.student import Student
 from megastar.engine.zero.compiled_blocks import compile_blocks, wants_compiled
 from megastar.engine.zero.ema_teacher import ReplicatedTeacher, ShardedTeacher
@@ -64,12 +64,13 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
         compile_blocks(student.transformer)  # before the engine looks for leaf modules
     config |= {"tensor_parallel": autotp_section(ctx.tensor)} if ctx.tensor > 1 else {}
     o = cfg.optim
-    groups = parameter_groups(student, o.weight_decay, o.of_matrices)
+    groups = parameter_groups(student, o.weight_decay, o.of_matrices, lambda name: rate_scale(cfg, name))
     adamw: dict[str, Any] = {"lr": o.lr, "betas": (o.beta1, o.beta2), "eps": o.eps}
     optimizer = MuonEMA(groups, o.muon, ctx.dtype, **adamw) if o.of_matrices else AdamWEMA(groups, **adamw)
     if ctx.main and (warning := rate_warning(o, scaled(o.muon.lr, o, cfg.train.global_batch))):
         logger.warning(warning)
     engine = initialize(student, config, optimizer)
+    freeze(engine.module, cfg.train)
     if isinstance(optimizer, MuonEMA):
         optimizer.attach(engine, ctx, whole_shapes(engine.module, ctx))
     if ctx.tensor_group is not None:
@@ -102,6 +103,22 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     assert not any(q.requires_grad for q in transformer.parameters())
     engines.refresh_teacher()
     return engines
+
+
+def rate_scale(cfg: RunConfig, name: str) -> float:
+    """Factor of the learning rate of the student's weight ``name``."""
+    return 0.0 if is_frozen(name, cfg.train) else layer_scale(name, cfg.model.n_layer, cfg.optim.layer_decay)
+
+
+def freeze(module: nn.Module, train: TrainConfig) -> None:
+    """Zero the gradients of the frozen weights where the backward pass makes them.
+
+    They count neither in the gradient's norm nor in the moments, so that no step changes these weights. They stay
+    parameters of the engine: shards, checkpoints and average treat all weights alike.
+    """
+    for name, p in module.named_parameters():
+        if is_frozen(name, train):
+            p.register_hook(torch.zeros_like)
 
 
 def choose_attention(cfg: RunConfig, ctx: Context, micro: int) -> bool:

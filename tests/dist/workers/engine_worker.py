@@ -20,6 +20,7 @@ from megastar.checkpoint.rng_state import seed_dropout
 from megastar.config.schema import RunConfig
 from megastar.engine.checkpointer import load
 from megastar.engine.checkpointer.async_saver import Saver
+from megastar.engine.checkpointer.initial_weights import check_initial, load_initial, open_initial
 from megastar.engine.context import Context
 from megastar.engine.elastic.memory_checkpoint import MemoryCheckpoints
 from megastar.engine.elastic.node_memory import VARIABLE
@@ -90,7 +91,9 @@ def run_case(
         if ctx.main:
             save_model(cfg.train.init, initial_weights(), cfg.model, {"step": 5})
         dist.barrier()
-        assert load.load_initial(cfg.train.init, ctx, engines)["step"] == 5
+        initial = open_initial(cfg)
+        check_initial(initial, cfg, None)
+        assert load_initial(initial, cfg.train.init, ctx, engines)["step"] == 5
     if dropout:
         seed_dropout(cfg.train.seed, ctx.mesh.data_rank, 0)
     engines.student.train()

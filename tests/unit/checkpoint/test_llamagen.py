@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 from megastar import cli
-from megastar.checkpoint.llamagen_reader import model_config, tokens_in
+from megastar.checkpoint.llamagen_reader import model_config
+from megastar.checkpoint.llamagen_sets import WeightSet, tokens_in
 from megastar.config.schema import ModelConfig, TokenizerConfig
 from megastar.errors import UserError
 from megastar.model.io import load_model, read_model_metadata, shape_fields
@@ -130,9 +132,12 @@ def test_released_sizes_are_known_by_their_shapes(n_layer, n_head, dim, name):
 
 
 def test_tokens_are_known_by_the_table_or_the_released_name():
-    assert tokens_in(Path("w.pt"), {"model": {"freqs_cis": torch.zeros(577, 32, 2)}}) == 576
-    assert tokens_in(Path("c2i_B_256.pt"), {}) == 256 and tokens_in(Path("c2i_3B_384.pt"), {}) == 576
-    assert tokens_in(Path("w.pt"), {"model": {}}) is None
+    empty = WeightSet("model", {})
+    assert tokens_in(Path("w.pt"), {}, WeightSet("model", {"module.freqs_cis": torch.zeros(577, 32, 2)})) == 576
+    assert tokens_in(Path("c2i_B_256.pt"), {}, empty) == 256 and tokens_in(Path("c2i_3B_384.pt"), {}, empty) == 576
+    assert tokens_in(Path("w.pt"), {}, empty) is None
+    args = argparse.Namespace(image_size=384, downsample_size=16)
+    assert tokens_in(Path("w.pt"), {"args": types.SimpleNamespace(**vars(args))}, empty) == 576
     odd = meta(n_layer=12, multiple_of=100)
     assert model_config(Path("w.pt"), odd, image_tokens=256).ffn_dim == 2100
     assert shape_fields({}) == {}
@@ -161,7 +166,7 @@ def test_another_architecture_lists_the_differing_fields(network, tmp_path, yaml
     torch.save(state, path)
     assert "has fewer key/value heads than query heads" in refused(capsys, *words, "--image-tokens", 16)
     torch.save(dict(network.state_dict()) | {"cls_embedding.cap_proj.fc1.weight": torch.zeros(1)}, path)
-    assert "is a text-conditional network" in refused(capsys, *words)
+    assert "is a text-to-image network of LlamaGen (t2i: " in refused(capsys, *words)
     assert not (tmp_path / "w.safetensors").exists() and not (tmp_path / "w.json").exists()
 
 
@@ -204,7 +209,7 @@ def test_other_contents_are_told(tmp_path, capsys):
     words = [path, "--to", "safetensors", "--out", tmp_path / "w.safetensors"]
     for content, sentence in [
         ([1, 2], "contains a list, not a dictionary of weights: use a file with named tensors"),
-        ({"epoch": 3}, "contains epoch: expected weights at the top level or under model, module, state_dict"),
+        ({"epoch": 3}, "contains epoch: expected weights at the top level or in a dictionary such as model, ema,"),
         ({"a.weight": torch.zeros(1)}, "is not an AR network of LlamaGen: its first names are a.weight"),
         ({"quantize.embedding.weight": torch.zeros(2, 2)}, "is not a VQ tokenizer of LlamaGen"),
     ]:
@@ -213,7 +218,7 @@ def test_other_contents_are_told(tmp_path, capsys):
     assert "nowhere.pt do not exist" in refused(capsys, tmp_path / "nowhere.pt", *words[1:])
     torch.save({}, path)
     for more, sentence in [
-        (["--weights", "ema"], "--weights applies to a run"),
+        (["--weights", "ema"], "contains nothing: expected weights at the top level"),
         (["--image-size", "0"], "'0' is not an integer from 1 to 4096"),
     ]:
         assert sentence in refused(capsys, *words, *more)

@@ -55,8 +55,18 @@ LATER = {
     "self_guided.negatives": "auto",
     "parallel.teacher_features": "keep",
     "optim.name": "adamw",
+    "optim.layer_decay": 1.0,
+    "train.init_weights": "",
+    "train.init_classes": "same",
+    "train.init_class_map": "",
+    "train.init_resize": False,
+    "train.init_any_tokenizer": False,
+    "train.freeze_blocks": 0,
     **{f"optim.muon.{name}": value for name, value in dataclasses.asdict(MuonConfig()).items()},
 }  # defaults that later versions changed or added
+
+
+NEW = {"star_b_384", "star_b_512"}  # files of later versions
 
 
 def test_every_file_resolves_to_the_configuration_of_version_0_1_0():
@@ -64,8 +74,10 @@ def test_every_file_resolves_to_the_configuration_of_version_0_1_0():
     recorded = json.loads((ROOT / "tests/data/resolved_runs.json").read_text())
     for kind, paths, load in (("runs", RUNS, load_config), ("comparisons", COMPARISONS, load_compare_config)):
         common = recorded[kind].pop("common")
-        assert set(recorded[kind]) == {p.stem for p in paths}
+        assert set(recorded[kind]) == {p.stem for p in paths} - NEW
         for path in paths:
+            if path.stem in NEW:
+                continue
             resolved = flat(dataclasses.asdict(load(path)))
             prefix = "" if kind == "runs" else "base."
             expected = common | recorded[kind][path.stem] | {prefix + name: value for name, value in LATER.items()}

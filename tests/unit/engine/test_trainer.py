@@ -53,6 +53,7 @@ def test_a_dry_run_of_a_started_run_does_not_need_its_init(tmp_path, monkeypatch
     monkeypatch.setattr(module, "start", lambda cfg: CTX)
     monkeypatch.setattr(module, "build", lambda cfg, ctx: None)
     monkeypatch.setattr(module, "describe", lambda *arguments: described.append(arguments))
+    monkeypatch.setattr(module, "check_start", lambda *arguments: None)
     checkpoint = tmp_path / "run" / "checkpoints" / checkpoint_dir.name_of(2)
     checkpoint.mkdir(parents=True)
     (checkpoint / checkpoint_dir.MANIFEST).write_text(json.dumps({"format": checkpoint_dir.FORMAT, "files": {}}))
@@ -64,7 +65,7 @@ def test_a_dry_run_closes_its_shards(tmp_path, monkeypatch):
     closed = []
     data = SimpleNamespace(close=lambda: closed.append(True), train=SimpleNamespace(manifest=None))
     (tmp_path / "codes").mkdir()
-    for name in ("start", "build", "describe"):
+    for name in ("start", "build", "check_start", "describe"):
         monkeypatch.setattr(module, name, lambda *arguments: CTX)
     monkeypatch.setattr(module, "open_data", lambda cfg: data)
     trainer(tmp_path).dry_run()
