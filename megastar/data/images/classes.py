@@ -20,7 +20,22 @@ from megastar.errors import UserError
 
 INNERMOST = -1  # class level: the folder that holds the image, as in versions up to 0.3.0
 SPLITS = frozenset(
-    "train training val valid validation test testing dev eval evaluation holdout train2017 val2017 test2017".split()
+    [
+        "train",
+        "training",
+        "val",
+        "valid",
+        "validation",
+        "test",
+        "testing",
+        "dev",
+        "eval",
+        "evaluation",
+        "holdout",
+        "train2017",
+        "val2017",
+        "test2017",
+    ]
 )
 _WORDNET = re.compile(r"n\d{8}")  # ImageNet's class tars end in numbers too
 
@@ -45,6 +60,9 @@ class Choice:
         if self.names and len(set(self.names)) != len(self.names):
             twice = Counter(self.names).most_common(1)[0][0]
             raise UserError(f"{self.names_from} names the class {twice!r} twice: name each class once")
+
+
+DEFAULT = Choice()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from megastar.data.images import sources
-from megastar.data.images.classes import Choice, Classes, find_classes
+from megastar.data.images.classes import DEFAULT, Choice, Classes, find_classes
 from megastar.data.images.decoding import decode
 from megastar.data.images.image_files import SUFFIXES, ImageError
 from megastar.data.images.listing import Listing, key_of
@@ -27,7 +27,6 @@ from megastar.errors import UserError
 from megastar.utils.files import open_regular
 
 MAX_BYTES = 512 << 20  # of a file: 40 megapixels of four 16-bit channels, uncompressed, are 305 MiB
-_DEFAULT = Choice()
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class ImageSet:
         source: str | Path,
         subset: str | None = None,
         *,
-        choice: Choice | None = _DEFAULT,
+        choice: Choice | None = DEFAULT,
         cache: Path | None = None,
         report: Report = lambda _: None,
     ):
@@ -82,7 +81,7 @@ class ImageSet:
             )
         self.class_problem = ""
         try:
-            self.classes = find_classes(listing, rows, f"{self.source}", self.subset, choice or Choice())
+            self.classes = find_classes(listing, rows, f"{self.source}", self.subset, choice or DEFAULT)
             self.notes += self.classes.notes
         except UserError as error:
             if choice is not None:

@@ -59,7 +59,7 @@ class Listing:
         """Read what ``save`` wrote; None for a file that is missing or broken."""
         try:
             archive = NpzFile(path)
-            columns = {k: archive.read(k, "iu", _MAX_COLUMN) for k in archive.names()}
+            columns: dict[str, Any] = {k: archive.read(k, "iu", _MAX_COLUMN) for k in archive.names()}
             values, folders, files, stamps, found = json.loads(columns.pop("about").tobytes())
             names, findings = columns.pop("names").tobytes(), Findings(**found)
             lists = {"values": values, "folders": folders, "files": files, "stamps": stamps}
@@ -88,8 +88,8 @@ class ListingBuilder:
         stem, dot, suffix = name.rpartition(b".")
         folder = self.folders.setdefault(name.rpartition(b"/")[0], len(self.folders))
         row = (folder, tar, offset, size, label)
-        for column, value in zip(self.columns.values(), row, strict=True):
-            column.append(value)
+        for column, number in zip(self.columns.values(), row, strict=True):
+            column.append(number)
         self.keys.append(stem)
         self.suffixes.append(self._suffix.setdefault(suffix := dot + suffix, suffix))
 

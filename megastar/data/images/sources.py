@@ -16,12 +16,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megastar.data.images.lists import LISTS, add_list
 from megastar.data.images.listing import Listing, ListingBuilder, text
+from megastar.data.images.lists import LISTS, add_list
 from megastar.data.images.tars import LocalTar, RemoteTar, RemoteTars, Report, add_tars
 from megastar.data.images.tree import ARCHIVES, Tree, stamp
 from megastar.errors import UserError
-
 
 
 def list_source(
