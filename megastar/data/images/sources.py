@@ -33,7 +33,7 @@ def list_source(
     found = ListingBuilder()
     found.findings.label_field = label_field
     if remote is not None:
-        found.stamps.extend(remote.stamps())
+        found.stamps.extend(remote.stamps(found.findings))
         remote.pin(found.stamps)
         add_tars(found, [RemoteTar(remote, name, size) for name, size, _ in found.stamps], report)
         return found.listing()

@@ -38,8 +38,13 @@ class RemoteTars:
         self.s3 = S3Folder(parent if self.only else url)
         self.etags: dict[str, str] = {}
 
-    def stamps(self) -> list[Stamp]:
-        return [[n, s, e] for n, s, e in self.s3.list() if n.endswith(".tar") and (not self.only or n == self.only)]
+    def stamps(self, notes: Findings | None = None) -> list[Stamp]:
+        """Name, size and ETag of the tars; hidden ones are counted in ``notes``."""
+        tars = [(n, s, e) for n, s, e in self.s3.list() if n.endswith(".tar") and (not self.only or n == self.only)]
+        hidden = {name for name, _, _ in tars if in_hidden(os.fsencode(name))}
+        if notes is not None and hidden:
+            notes.count("hidden", min(hidden), len(hidden))
+        return [[name, size, etag] for name, size, etag in tars if name not in hidden]
 
     def pin(self, stamps: Sequence[Stamp]) -> None:
         self.etags = {name: etag for name, _, etag in stamps}
