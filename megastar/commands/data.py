@@ -9,7 +9,6 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._class_names import read_class_names
 from megastar.commands._common import Parser, bounded, positive, print_table
 from megastar.config.knob import MOST_SECONDS
 from megastar.config.schema import DataConfig
@@ -190,6 +189,8 @@ def check(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
 
 # index -------------------------------------------------------------------------------------------------------------
 def index(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
+    from megastar.data.shards.class_names import read_class_names
+
     classes = None if a.classes is None else read_class_names(a.classes)
     if "://" not in a.set and Path(a.set).is_dir():
         check_output(Path(a.set), "SET", folder=True)

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 from megastar.commands import data
-from megastar.commands._class_names import read_class_names
 from megastar.commands._common import (
     Parser,
     bounded,
@@ -90,6 +89,8 @@ def main(words: list[str]) -> int:
     if place_of(os.environ)[0]:  # rank 0 reports the result
         runner.logger.setLevel(logging.ERROR)
     options = {k: getattr(a, k) for k in ("crops", "shard_size", "layout", "workers", "dtype", "batch", "seed")}
+    from megastar.data.shards.class_names import read_class_names
+
     names = read_class_names(a.classes, sets=True) if a.classes is not None else []
     options |= {"choice": Choice(a.class_level, a.label_field, tuple(names), a.classes or "")}
     options |= {"device": own_device(a.device), "console": main_console()}

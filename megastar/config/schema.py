@@ -100,6 +100,17 @@ class ModelConfig:
     token_dropout_p: float = knob(0.1, "dropout after the embeddings [P]", low=0, below=1)
     resid_dropout_p: float = knob(0.1, "dropout after the attention output projection [P]", low=0, below=1)
     ffn_dropout_p: float = knob(0.1, "dropout after the SwiGLU [P]", low=0, below=1)
+    unset = frozenset[str]()  # no field: sizes that the user has not set, see config/model_sizes.py
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Whoever sets a size, in Python too, has chosen it."""
+        super().__setattr__(name, value)
+        if name in self.unset:
+            self.leave_unset(self.unset - {name})
+
+    def leave_unset(self, names: frozenset[str]) -> None:
+        """Mark the sizes that the shards determine."""
+        object.__setattr__(self, "unset", names)
 
     @property
     def head_dim(self) -> int:

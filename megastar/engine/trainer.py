@@ -112,7 +112,7 @@ class Trainer:
             self._leave_if_stopped()
             with hold_run_folder(cfg, self.ctx, self.stop) as self.lease:
                 self._leave_if_stopped()
-                claim_run_folder(cfg, self.ctx)
+                claim_run_folder(cfg, self.ctx, self.data)
                 with watch(cfg, self.ctx.rank, self.ctx.world, self.ctx.secret) if self.watchdog else nullcontext():
                     self._build()
                     self._train()
@@ -131,7 +131,7 @@ class Trainer:
         self._check_init()
         with closing(open_data(cfg)) if is_remote(shards) or Path(shards).exists() else nullcontext() as data:
             ctx = check_run(cfg, start(cfg))
-            describe(cfg, ctx, build(cfg, ctx), data.train.manifest if data else None)
+            describe(cfg, ctx, build(cfg, ctx), data)
 
     def _check_init(self) -> None:
         """``train.init``, where it will be read, is a model file; raised before anything is built."""

@@ -59,6 +59,11 @@ class Manifest:
         return self.shards.samples if isinstance(self.shards, ShardTable) else tuple(s.samples for s in self.shards)
 
     @property
+    def model_sizes(self) -> dict[str, int]:
+        """The fields of ``ModelConfig`` that the set determines."""
+        return {"vocab_size": self.codebook_size, "num_classes": len(self.classes), "image_tokens": self.tokens}
+
+    @property
     def centre_view(self) -> int:
         """Index of the unmirrored centre crop: the fifth of ten, else the first."""
         return 4 if self.crops.startswith("ten") and self.views > 4 else 0

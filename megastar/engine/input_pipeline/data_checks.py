@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megastar.config.model_sizes import take_sizes
 from megastar.config.schema import DataConfig, RunConfig, TrainConfig
 from megastar.data.loader import check_enough, check_manifest, open_shards, validation_batches
 from megastar.data.order import VERSION as ORDER
@@ -17,6 +18,8 @@ from megastar.data.shards.reader import ShardSet
 from megastar.data.shards.shard_table import digest_of
 from megastar.engine.context import Context
 from megastar.errors import UserError
+from megastar.model.io import read_model_metadata
+from megastar.run_dir.config_file import sizes_of_run
 from megastar.tokenizer.io import tokenizer_hash
 
 
@@ -27,6 +30,7 @@ class RunData:
     train: ShardSet
     val: ShardSet | None
     tokenizer: str = ""  # SHA-256 of the tokenizer that the shards were made with, or of data.tokenizer
+    told: tuple[str, ...] = ()  # sizes of the model that were taken from the data
 
     @property
     def digests(self) -> dict[str, str]:
@@ -50,28 +54,48 @@ class RunData:
 
 
 def open_data(cfg: RunConfig) -> RunData:
-    """Open the shards, and check everything about them that can be known before anything is built."""
+    """Open the shards, and check everything about them that can be known before anything is built.
+
+    Sizes of ``cfg.model`` that the user has not set are taken from the run folder, else from the shards.
+    """
     expected = tokenizer_hash(cfg.data.tokenizer) if cfg.data.tokenizer and Path(cfg.data.tokenizer).is_file() else None
     if cfg.data.tokenizer and expected is None:
         raise UserError(f"data.tokenizer={cfg.data.tokenizer} does not exist: name the tokenizer that made the shards")
     train = open_shards(cfg.data.shards, cfg.data)
     manifest = train.manifest
+    told = tuple(_take_sizes(cfg, manifest))
     check_manifest(manifest, cfg.model, expected, cfg.views)
     check_enough(cfg.data.shards, manifest, cfg.train.global_batch)
     if not cfg.data.val_shards:
-        return RunData(train, None, manifest.tokenizer_sha256 or expected or "")
+        return RunData(train, None, manifest.tokenizer_sha256 or expected or "", told)
     val = ShardSet(cfg.data.val_shards, data=cfg.data, max_open=1)  # its shards are read one after the other
     check_manifest(val.manifest, cfg.model, expected, 1)
     if val.manifest.classes != manifest.classes:
         raise UserError(
-            f"{cfg.data.val_shards} and {cfg.data.shards} name different classes: make both from folders of the same names"
+            f"{cfg.data.val_shards} and {cfg.data.shards} name different classes: make both from folders of the same names, or one with --classes of the other"
         )
     hashes = [m.tokenizer_sha256 for m in (manifest, val.manifest)]
     if all(hashes) and hashes[0] != hashes[1]:
         raise UserError(
             f"{cfg.data.shards} was made with the tokenizer {hashes[0][:12]}..., {cfg.data.val_shards} with {hashes[1][:12]}...: pretokenize both with one"
         )
-    return RunData(train, val, manifest.tokenizer_sha256 or expected or "")
+    return RunData(train, val, manifest.tokenizer_sha256 or expected or "", told)
+
+
+def _take_sizes(cfg: RunConfig, manifest: Manifest) -> list[str]:
+    """Set the sizes that the user has not set; the sentences for the log."""
+    if not cfg.model.unset:
+        return []
+    recorded, where = sizes_of_run(cfg)
+    if recorded:
+        return take_sizes(cfg, recorded, where)
+    sizes, origin = manifest.model_sizes, f"the manifest of {cfg.data.shards}"
+    if cfg.train.init:  # its table of classes may be larger
+        classes = read_model_metadata(cfg.train.init)[0].num_classes
+        if classes > sizes["num_classes"]:
+            told = take_sizes(cfg, {"num_classes": classes}, f"train.init = {cfg.train.init}")
+            return told + take_sizes(cfg, sizes, origin)
+    return take_sizes(cfg, sizes, origin)
 
 
 def check_same_data(data: DataConfig, restored: dict[str, Any], digests: dict[str, str], found: Path) -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from megastar.config.files import read_text
+from megastar.data.shards.manifest import load_manifest
 from megastar.errors import UserError
 
 MOST_BYTES = 64 << 20  # of a file of class names
@@ -14,8 +15,6 @@ MOST_BYTES = 64 << 20  # of a file of class names
 def read_class_names(path: str, sets: bool = False) -> list[str]:
     """The names by number. ``sets``: ``path`` may be a set of token shards, as a folder or s3:// URL. Raises ``UserError``."""
     if sets and ("://" in path or os.path.isdir(path)):
-        from megastar.data.shards.manifest import load_manifest
-
         return load_manifest(path).classes
     if not os.path.isfile(path):
         other = ", or a set of token shards" if sets else ""
