@@ -79,20 +79,21 @@ def main(words: list[str]) -> int:
     if a.source is None or a.tokenizer is None:
         raise UserError("pretokenize needs SOURCE and --tokenizer; see megastar pretokenize --help")
     check_output(Path(a.out), "--out", [a.source], folder=True)
+    from megastar.data.images.classes import Choice
+    from megastar.data.shards.class_names import read_class_names
+
+    names = read_class_names(a.classes, sets=True) if a.classes is not None else []
+    choice = Choice(a.class_level, a.label_field, tuple(names), a.classes or "")
     if a.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch
 
         return launch(a.nproc, ["pretokenize", *words])
-    from megastar.data.images.classes import Choice
     from megastar.data.pretokenize import runner
 
     if place_of(os.environ)[0]:  # rank 0 reports the result
         runner.logger.setLevel(logging.ERROR)
     options = {k: getattr(a, k) for k in ("crops", "shard_size", "layout", "workers", "dtype", "batch", "seed")}
-    from megastar.data.shards.class_names import read_class_names
-
-    names = read_class_names(a.classes, sets=True) if a.classes is not None else []
-    options |= {"choice": Choice(a.class_level, a.label_field, tuple(names), a.classes or "")}
+    options["choice"] = choice
     options |= {"device": own_device(a.device), "console": main_console()}
     runner.pretokenize(a.source, a.subset, a.tokenizer, a.out, **options)
     return 0

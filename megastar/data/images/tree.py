@@ -62,6 +62,7 @@ class Tree:
         if below:
             self._folders.append(below.rstrip(b"/"))
         files, companions = list[bytes](), Companions(self.notes.label_field)
+        folders: list[tuple[bytes, _Ids]] = []
         for entry in here:
             name, lower = below + entry.name, text(entry.name).lower()
             if is_hidden(entry.name):
@@ -72,7 +73,7 @@ class Tree:
             elif entry.is_symlink() and not os.path.exists(entry.path):  # also a link to itself
                 self.notes.count("dangling", text(name))
             elif entry.is_dir():
-                self._todo.append((name + b"/", (*above, identity)))
+                folders.append((name + b"/", (*above, identity)))
             elif companions.knows(entry.name):
                 companions.add(name, text(entry.path), *_content(entry))
             elif not (is_image(entry.name) or lower.endswith((*TARS, *ARCHIVES))):
@@ -85,6 +86,7 @@ class Tree:
                 self.tars.append(self.root / os.fsdecode(name))
             else:
                 self.notes.count("archives", text(name))
+        self._todo.extend(reversed(folders))
         keys = {name: key_and_suffix(name)[0] for name in files}
         value_of = companions.close(Counter(keys.values()), self.notes)
         for name in files:
