@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, bounded, positive, print_table
-from megastar.config.files import read_text
 from megastar.config.knob import MOST_SECONDS
 from megastar.config.schema import DataConfig
 from megastar.errors import UserError, nearest
@@ -30,7 +28,6 @@ ACTIONS = {
     "stats": "count classes and codes, find duplicates, write a sheet of images",
     "index": "write manifest.json and indexes for WebDataset shards of another program",
 }
-MOST_CLASSES = 64 << 20  # bytes of a file of class names
 USAGE = """usage: megastar data ACTION SET ...
 
 {actions}
@@ -116,12 +113,15 @@ def inspect(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
 
     from rich.filesize import decimal
 
+    from megastar.data.shards.class_counts import class_summary, count_classes
     from megastar.data.shards.reader import ShardSet
 
     with closing(ShardSet(a.set, data=data, max_open=1)) as shards:
         rows, first = describe(shards.manifest), first_samples(shards, a.samples)
+        summary = class_summary(shards.store, shards.manifest)
+        counts = count_classes(shards.store, shards.manifest)
     if a.json:
-        print(json.dumps({"set": a.set, **rows, "first": first}, indent=1))
+        print(json.dumps({"set": a.set, **rows, "class_counts": counts, "first": first}, indent=1))
         return 0
     names, made_by, skipped = (rows.pop(name) for name in ("class_names", "made_by", "skipped"))
     rows["bytes"] = decimal(rows["bytes"])
@@ -131,6 +131,7 @@ def inspect(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
     print_table(a.set, {name.replace("_", " "): value for name, value in rows.items()})
     samples = {str(s["id"]): f"{s['source']}  class {s['class']} {s['class_name']}" for s in first}
     print_table("\nfirst samples", samples)
+    say(one_line(summary))
     return 0
 
 
@@ -188,12 +189,9 @@ def check(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
 
 # index -------------------------------------------------------------------------------------------------------------
 def index(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
-    classes = None
-    if a.classes is not None:
-        if not os.path.isfile(a.classes):
-            raise UserError(f"--classes {a.classes} does not exist: name a file with one class name per line")
-        text = read_text(Path(a.classes), MOST_CLASSES)
-        classes = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    from megastar.data.shards.class_names import read_class_names
+
+    classes = None if a.classes is None else read_class_names(a.classes)
     if "://" not in a.set and Path(a.set).is_dir():
         check_output(Path(a.set), "SET", folder=True)
     from megastar.data.shards.import_webdataset import index_webdataset

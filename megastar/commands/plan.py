@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import MOST, Parser, bounded, config_and_overrides, positive, processes, terminal_width
 from megastar.errors import UserError, nearest
+from megastar.utils.printable import one_line, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,6 +67,7 @@ def parser() -> Parser:
 def main(words: list[str]) -> int:
     args = parser().parse(words)
     from megastar.config.load import load_config
+    from megastar.data.shards.local_sizes import take_local_sizes
     from megastar.parallel.cost import make_plans, recommend
 
     run, overrides = config_and_overrides(args.items)
@@ -74,6 +76,9 @@ def main(words: list[str]) -> int:
     if run not in SIZES and "." not in run and "/" not in run:
         raise UserError(f"size {run!r} is unknown: {nearest(run, SIZES)}")
     cfg = load_config(SIZES.get(run, run), overrides)
+    sizes = take_local_sizes(cfg)
+    if sizes and not cfg.model.unset:
+        say(one_line(sizes), sys.stderr)
     machine = describe_machine(args)
     dtype = "bf16" if cfg.train.dtype == "auto" else cfg.train.dtype
     plans = make_plans(cfg, machine, zeros_of(cfg.parallel, dtype), args.tensor_parallel, dtype)

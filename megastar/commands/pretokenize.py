@@ -9,6 +9,7 @@ from pathlib import Path
 from megastar.commands import data
 from megastar.commands._common import (
     Parser,
+    bounded,
     is_launched,
     logging_options,
     main_console,
@@ -30,10 +31,14 @@ megastar pretokenize ILSVRC2012_img_train.tar --tokenizer data/tokenizer/vq16.sa
     --crops ten:1.1+ten:1.05 --shard-size 10000 --dtype bf16 --nproc 8
 megastar pretokenize val.txt --tokenizer data/tokenizer/vq16.safetensors --out data/imagenet256/val --crops center-flip
 sbatch --array=0-15 slurm/pretokenize.sh s3://bucket/images --tokenizer ... --out ...
+megastar pretokenize photos --class-level 2 --tokenizer vq.safetensors --out codes/train
+megastar pretokenize photos/val --classes codes/train --tokenizer vq.safetensors --out codes/val
+megastar pretokenize shards --label-field json.label --tokenizer vq.safetensors --out codes/train
 megastar pretokenize --verify --out data/imagenet256/train
 SOURCE: a folder with one subfolder per class (ImageFolder); a list (.txt, .tsv) with path<TAB>class on each line; or a
 tar, a folder of tars or s3://bucket/prefix of tars. A tar holds one folder per class, KEY.jpg and KEY.cls (WebDataset),
-the images of one class, or one tar per class (ILSVRC2012_img_train.tar).
+the images of one class, or one tar per class (ILSVRC2012_img_train.tar). Hidden files and folders are ignored. The
+last line names the classes, where they are from, and the smallest and the largest one.
 Any number of processes may run the same command at the same time: --nproc, torchrun, srun, a job array, or several
 machines. Each takes the next unfinished shard; the output is byte-identical. Repeating a command resumes it.
 """
@@ -44,7 +49,15 @@ def parser() -> Parser:
     p.add_argument("source", nargs="?", help="folder of images, tars or a list; see below")
     p.add_argument("--tokenizer", help="tokenizer .safetensors")
     p.add_argument("--out", required=True, help="output folder for the shards and manifest.json")
-    p.add_argument("--subset", help="use only images in this top-level folder, for example train")
+    p.add_argument("--subset", help="use only images in this top-level folder, for example train; classes are below it")
+    levels = (
+        "folder that is the class: 1 (default, as ImageFolder): the top one; 2: the next; -1: the innermost; 0: none"
+    )
+    p.add_argument("--class-level", type=bounded(int, -1, 100), metavar="N", help=levels)
+    fields = "companion that holds the class: cls, label, index, ... (KEY.cls), or a field of KEY.json (json.FIELD)"
+    p.add_argument("--label-field", default="", metavar="NAME", help=fields)
+    names = "names of the classes in their order: a file with one per line, or another set of shards"
+    p.add_argument("--classes", metavar="FILE", help=names)
     crops = "ten:SCALE (10 crops as in LlamaGen), center-flip, center, or several joined by +"
     p.add_argument("--crops", default="ten:1.1", help=crops)
     p.add_argument("--shard-size", type=positive, default=1000, help="images per shard")
@@ -66,6 +79,11 @@ def main(words: list[str]) -> int:
     if a.source is None or a.tokenizer is None:
         raise UserError("pretokenize needs SOURCE and --tokenizer; see megastar pretokenize --help")
     check_output(Path(a.out), "--out", [a.source], folder=True)
+    from megastar.data.images.classes import Choice
+    from megastar.data.shards.class_names import read_class_names
+
+    names = read_class_names(a.classes, sets=True) if a.classes is not None else []
+    choice = Choice(a.class_level, a.label_field, tuple(names), a.classes or "")
     if a.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch
 
@@ -75,6 +93,7 @@ def main(words: list[str]) -> int:
     if place_of(os.environ)[0]:  # rank 0 reports the result
         runner.logger.setLevel(logging.ERROR)
     options = {k: getattr(a, k) for k in ("crops", "shard_size", "layout", "workers", "dtype", "batch", "seed")}
+    options["choice"] = choice
     options |= {"device": own_device(a.device), "console": main_console()}
     runner.pretokenize(a.source, a.subset, a.tokenizer, a.out, **options)
     return 0

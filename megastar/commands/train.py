@@ -15,7 +15,7 @@ from megastar.commands._common import (
     terminal_width,
 )
 from megastar.errors import UserError
-from megastar.utils.printable import say
+from megastar.utils.printable import one_line, say
 from megastar.utils.process_exit import die_with_agent
 from megastar.utils.signals import StopFlag
 
@@ -59,6 +59,10 @@ def main(words: list[str]) -> int:
     path, overrides = config_and_overrides(args.items)
     cfg = load_config(path, overrides)
     if args.print_config:
+        from megastar.data.shards.local_sizes import take_local_sizes
+
+        if sizes := take_local_sizes(cfg):
+            say(f"# {one_line(sizes)}")
         say(config_yaml(cfg).rstrip("\n"))
         return 0
     if args.print_run_folder:  # the batch scripts of slurm/ ask for it

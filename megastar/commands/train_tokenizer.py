@@ -83,7 +83,9 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
         torch.set_num_threads(cfg.threads)
     device, out = pick_device(), Path(cfg.out)
     check_output(out, "out =", folder=True)  # before the images are listed
-    pictures = ImageSet(cfg.pictures, cfg.subset or None)
+    pictures = ImageSet(cfg.pictures, cfg.subset or None, choice=None)
+    for note in pictures.notes:
+        logger.info("%s: %s", cfg.pictures, note)
     if len(pictures) < cfg.batch:
         raise UserError(f"{cfg.pictures} holds {len(pictures)} images, fewer than batch {cfg.batch}: lower batch")
     subsets = [s for s in (cfg.val_subset, cfg.test_subset) if s]

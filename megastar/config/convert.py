@@ -71,3 +71,14 @@ def _boolean(value: Any) -> bool:
     if not isinstance(value, str) or value.lower() not in WORDS:
         raise ValueError
     return WORDS[value.lower()]
+
+
+def type_name(hint: Any, value: Any = None) -> str:
+    if get_origin(hint) is list:
+        return f"a list of {type_name(get_args(hint)[0]).split()[-1]}s"
+    if isinstance(value, str) and "${" in value:
+        return "a value in which each ${ has a matching }"
+    if hint is str and isinstance(value, str):
+        return f"a string of at most {LONGEST_PATH} characters without NUL"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    return names[hint]

@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megastar.config.comparison import CompareConfig
-from megastar.config.convert import convert, shown
+from megastar.config.convert import convert, shown, type_name
 from megastar.config.deepspeed import deepspeed_problems
 from megastar.config.env_text import ENV, EnvText, keep_expressions, recorded, resolve
-from megastar.config.files import LONGEST_PATH, find_file, read_yaml, require_file
+from megastar.config.files import find_file, read_yaml, require_file
+from megastar.config.model_sizes import unset_sizes
 from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
 from megastar.config.validate import Problem, divisors, find_problems, words
 from megastar.config.yaml_text import YamlError, parse_value
@@ -54,7 +55,9 @@ def load_compare_config(path: str | Path | None, overrides: Sequence[str] = ()) 
 
 def override_config(cfg: RunConfig, overrides: Sequence[str], where: str) -> RunConfig:
     """``cfg`` with ``a.b=c`` overrides, checked; ``where`` begins the sentence about a problem."""
-    return _load(asdict(cfg), overrides, RunConfig, where, None)
+    made = _load(asdict(cfg), overrides, RunConfig, where, None)
+    made.model.leave_unset(cfg.model.unset & unset_sizes({}, overrides))
+    return made
 
 
 def config_from_dict(data: dict[str, Any], near: Path | None = None) -> RunConfig:
@@ -101,6 +104,7 @@ def _load(
 ) -> T:
     problems: list[Problem] = []
     overrides = recorded(list(overrides))  # of a comparison's file
+    unset = unset_sizes(data, overrides)
     includes = _Includes(schema, near, problems, [text.partition("=")[0] for text in overrides])
     data = includes.expand(data, schema)
     for text in overrides:
@@ -117,6 +121,8 @@ def _load(
         problems.append(Problem(f"{field}: its ${{...}} cannot be resolved ({sentence[0]})", ()))
         raise UserError(_report(str(where or "command line"), [p.text for p in problems])) from error
     keep_expressions(cfg, config, data)
+    if isinstance(cfg, RunConfig):
+        cfg.model.leave_unset(unset)
     invalid = {name for problem in problems for name in problem.fields}
     problems += [p for p in find_problems(cfg) if not any(_concerns(p, b) for b in invalid)]
     run = cfg.base if isinstance(cfg, CompareConfig) else cfg
@@ -275,7 +281,7 @@ def _fill(
                 plain = str(value).replace("${", "\\${") if isinstance(value, EnvText) else value  # already resolved
                 OmegaConf.update(config, name, convert(plain, hint))
             except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
-                problems.append(Problem(f"{name} = {shown(value)}: must be {_type_name(hint, value)}", (name,)))
+                problems.append(Problem(f"{name} = {shown(value)}: must be {type_name(hint, value)}", (name,)))
 
 
 def _choice(value: Any, choices: Sequence[str]) -> Any:
@@ -319,17 +325,6 @@ def _unknown(key: str, prefix: str, siblings: list[str], leaves: list[str]) -> s
     else:
         hint = f"the fields here are {', '.join(siblings)}"
     return f"unknown key {prefix}{key}: {hint}"
-
-
-def _type_name(hint: Any, value: Any = None) -> str:
-    if get_origin(hint) is list:
-        return f"a list of {_type_name(get_args(hint)[0]).split()[-1]}s"
-    if isinstance(value, str) and "${" in value:
-        return "a value in which each ${ has a matching }"
-    if hint is str and isinstance(value, str):
-        return f"a string of at most {LONGEST_PATH} characters without NUL"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    return names[hint]
 
 
 def resolve_batch(train: TrainConfig, tensor_parallel: int, world_size: int) -> tuple[int, int]:

@@ -86,10 +86,15 @@ class ModelConfig:
     n_head: int = knob(12, "attention heads H", low=1, high=1024)
     dim: int = knob(768, "width D; the head dimension D / H must be a multiple of 4 (2-D RoPE)", low=1, high=65536)
     multiple_of: int = knob(256, "the SwiGLU width int(8 D / 3) is rounded up to a multiple of this", low=1, high=65536)
-    vocab_size: int = knob(16384, "codebook size V of the tokenizer", low=2, high=65536)
-    num_classes: int = knob(1000, "classes; the embedding table has one more row, the null class", low=1, high=10**6)
+    vocab_size: int = knob(16384, "codebook size V of the tokenizer; unless set: that of the shards", low=2, high=65536)
+    num_classes: int = knob(
+        1000,
+        "classes, with one more row in the table, the null class; unless set: those of the shards",
+        low=1,
+        high=10**6,
+    )
     image_tokens: int = knob(
-        256, "tokens per image T, a square number; the sequence is class + T - 1 tokens", low=4, high=65536
+        256, "tokens per image T, a square number; unless set: that of the shards", low=4, high=65536
     )
     rope_base: float = knob(10000.0, "base of the 2-D rotary embedding", above=0, high=LARGE)
     norm_eps: float = knob(1e-5, "epsilon of RMSNorm", above=0, high=1)
@@ -100,6 +105,17 @@ class ModelConfig:
     token_dropout_p: float = knob(0.1, "dropout after the embeddings [P]", low=0, below=1)
     resid_dropout_p: float = knob(0.1, "dropout after the attention output projection [P]", low=0, below=1)
     ffn_dropout_p: float = knob(0.1, "dropout after the SwiGLU [P]", low=0, below=1)
+    unset = frozenset[str]()  # no field: sizes that the user has not set, see config/model_sizes.py
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Whoever sets a size, in Python too, has chosen it."""
+        super().__setattr__(name, value)
+        if name in self.unset:
+            self.leave_unset(self.unset - {name})
+
+    def leave_unset(self, names: frozenset[str]) -> None:
+        """Mark the sizes that the shards determine."""
+        object.__setattr__(self, "unset", names)
 
     @property
     def head_dim(self) -> int:

@@ -8,8 +8,8 @@ import torch
 from rich.table import Table
 
 from megastar.config.schema import RunConfig
-from megastar.data.shards.manifest import Manifest
 from megastar.engine.context import Context
+from megastar.engine.input_pipeline.data_checks import RunData
 from megastar.engine.lr_schedule import rates_at, total_steps
 from megastar.engine.metrics.step_metrics import peak_bytes
 from megastar.engine.step_benchmark import one_step, random_batch
@@ -21,9 +21,10 @@ from megastar.utils.console import PlainConsole
 IMAGENET = 1_281_167  # training images of ImageNet-1k, assumed where there are no shards
 
 
-def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest | None) -> None:
+def describe(cfg: RunConfig, ctx: Context, engines: Engines, data: RunData | None) -> None:
     """Three steps on random codes with a learning rate of 0; prints parameters, memory per rank, batch and schedule."""
     batch = random_batch(cfg.model, cfg.views, engines.micro_batch, seed=ctx.mesh.data_rank)
+    manifest = data.train.manifest if data else None
     samples = manifest.samples if manifest else IMAGENET
     steps = total_steps(cfg.train, samples)
     for group in engines.optimizer.param_groups:
@@ -45,6 +46,7 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, manifest: Manifest 
     rows = {
         "transformer": f"{cfg.model.name}, {trunk / 1e6:.1f} M parameters"
         + (f", projector {extra / 1e6:.1f} M" if extra else ""),
+        **({"sizes": "; ".join(data.told)} if data and data.told else {}),
         "ranks": f"{ctx.mesh.data} data x {ctx.tensor} tensor, {ctx.device.type}, {str(ctx.dtype).removeprefix('torch.')}, {cfg.parallel.deepspeed}",
         "states, rank 0": f"{sum(states.values()) / 2**20:.0f} MiB held: "
         + ", ".join(f"{cause} {size / 2**20:.0f}" for cause, size in states.items())

@@ -28,8 +28,10 @@ def first_checks(cfg: RunConfig) -> InitialWeights | None:
     return open_initial(cfg)
 
 
-def claim_run_folder(cfg: RunConfig, ctx: Context) -> None:
+def claim_run_folder(cfg: RunConfig, ctx: Context, data: RunData) -> None:
     """``config_file.claim_run_folder`` on the main rank, with the negatives that the run has always had. A collective."""
+    for sentence in data.told if ctx.main else ():
+        logger.info("%s", sentence)
     wanted = cfg.self_guided.negatives
     cfg.self_guided.negatives = run_on_main(ctx, lambda: config_file.negatives_of_run(cfg))
     if (

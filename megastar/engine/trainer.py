@@ -103,17 +103,17 @@ class Trainer:
         and rolling back do not help, ``CorruptReplica`` for ranks that disagree. Never ends the interpreter.
         """
         cfg = self.cfg
-        self.initial = first_checks(cfg)
         self.data = open_data(cfg)
         self.stop = self._stop or StopFlag()
         PHASE.reset()
         try:
+            self.initial = first_checks(cfg)
             check_initial(self.initial, cfg, self.data)
             self.ctx = check_run(cfg, start(cfg, lambda: self.stop.signal))  # before the run folder exists
             self._leave_if_stopped()
             with hold_run_folder(cfg, self.ctx, self.stop) as self.lease:
                 self._leave_if_stopped()
-                claim_run_folder(cfg, self.ctx)
+                claim_run_folder(cfg, self.ctx, self.data)
                 with watch(cfg, self.ctx.rank, self.ctx.world, self.ctx.secret) if self.watchdog else nullcontext():
                     self._build()
                     self._train()
@@ -128,13 +128,13 @@ class Trainer:
 
     def dry_run(self) -> None:
         """Build everything, run steps on random tokens, and print memory, batch and schedule. Writes nothing."""
-        cfg, shards, initial = self.cfg, self.cfg.data.shards, first_checks(self.cfg)
+        cfg, shards = self.cfg, self.cfg.data.shards
         with closing(open_data(cfg)) if is_remote(shards) or Path(shards).exists() else nullcontext() as data:
-            check_initial(initial, cfg, data)
+            check_initial(first_checks(cfg), cfg, data)
             ctx = check_run(cfg, start(cfg))
             engines = build(cfg, ctx)
             check_start(cfg, ctx, engines, data, checkpoint_dir.latest(self.checkpoints))
-            describe(cfg, ctx, engines, data.train.manifest if data else None)
+            describe(cfg, ctx, engines, data)
 
     def _build(self) -> None:
         """Engines, and their state from the newest checkpoint, ``train.init`` or nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,7 +88,10 @@ class FolderImages:
 
     def __init__(self, path: Path, subset: str | None, size: int | None, limit: int | None):
         self.path, self.subset = path, subset
-        self.set = ImageSet(path, subset)
+        self.set = ImageSet(path, subset, choice=None)  # scores need no classes
+        for note in self.set.notes:
+            logger.info("%s: %s", path, note)
+        self.given, self.others = size, list[str]()  # sizes of images that differ from the one scored
         self.count = min(len(self.set), limit or len(self.set))
         self.height = self.width = size or self._first_side()
 
@@ -101,12 +105,16 @@ class FolderImages:
 
     def _read(self, i: int) -> np.ndarray | str:
         try:
-            return np.asarray(center_crop(self.set.read(i), self.height))
+            image = self.set.read(i)
+            if image.size != (self.width, self.height):
+                self.others.append(f"{image.width} x {image.height}")
+            return np.asarray(center_crop(image, self.height))
         except ImageError as error:
             return str(error)
 
     def batches(self, batch: int) -> Iterator[np.ndarray]:
         bad: list[str] = []
+        self.others.clear()
         with ThreadPoolExecutor() as pool:  # the decoders release the interpreter lock
             pending = [pool.submit(self._read, i) for i in range(min(batch, self.count))]
             for first in range(0, self.count, batch):
@@ -120,9 +128,15 @@ class FolderImages:
             raise UserError(f"{self.path}: none of {self.count} images can be read; the first: {bad[0]}")
         if bad:
             logger.warning("%s: skipped %d of %d images: %s", self.path, len(bad), self.count, "; ".join(bad[:3]))
+        if self.others and self.given is None:
+            sizes = ", ".join(f"{n} of {size}" for size, n in Counter(self.others).most_common(3))
+            logger.warning(
+                "%s: %d of %d images are not of the %d x %d pixels that are scored, the first one's, and were cropped and "
+                "resized (%s)", self.path, len(self.others), self.count, self.width, self.height, sizes,
+            )  # fmt: skip
 
-    def labels(self) -> np.ndarray:
-        return self.set.labels[: self.count]
+    def labels(self) -> np.ndarray | None:
+        return None if self.set.class_problem else self.set.labels[: self.count]
 
     def sha256(self) -> str:
         digest = hashlib.sha256()

@@ -10,6 +10,7 @@ from typing import Any
 from megastar.config.env_text import recorded
 from megastar.config.files import read_yaml
 from megastar.config.load import config_from_dict, diff_configs, flatten, save_config
+from megastar.config.model_sizes import SIZES_OF_DATA
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
@@ -86,6 +87,21 @@ def negatives_of_run(cfg: RunConfig) -> str:
     else:
         return wanted
     return recorded if wanted == "auto" or {wanted, recorded} <= WHOLE else wanted
+
+
+def sizes_of_run(cfg: RunConfig) -> tuple[dict[str, int], str]:
+    """The model's sizes that the run folder has recorded, and where; empty without a record. Raises ``UserError``."""
+    path = Path(cfg.run) / CONFIG
+    newest = checkpoint_dir.latest(checkpoint_dir.folder_of(cfg.run))
+    if path.is_file():
+        model: Any = asdict(config_from_dict(read_yaml(path, lenient=True), path).model)
+    elif newest is not None:
+        path, recorded = newest, checkpoint_dir.read_manifest(newest).get("config")
+        model = recorded.get("model") if isinstance(recorded, dict) else None
+    else:
+        return {}, ""
+    fields = model if isinstance(model, dict) else {}
+    return {name: fields[name] for name in SIZES_OF_DATA if type(fields.get(name)) is int}, str(path)
 
 
 def recorded_negatives(config: Any) -> str:

@@ -41,7 +41,7 @@ def test_a_documented_command_parses(line):
         if words[0] == "train-tokenizer":
             assert cfg.pictures == "photos"
         elif "run=runs/mine" in overrides:
-            assert cfg.model.num_classes == 3
+            assert "num_classes" in cfg.model.unset  # taken from the shards
 
 
 def test_the_readme_has_at_most_200_lines():

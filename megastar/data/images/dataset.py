@@ -1,24 +1,25 @@
 """Random access to the images of a source (sources.py): decoding and cropping.
 
-The class of an image is the folder that holds it, or the number in its ``.cls`` or list. A ``subset`` selects the images
-below one top folder (``train``, ``val``); classes are numbered over the whole source, so that subsets agree. The list is
-sorted by key, so image i is the same on every machine and for every kind of source.
+The class of an image is its top folder, or that in a companion or list (classes.py). A ``subset`` selects the images below
+one top folder (``train``, ``val``), and the folders in it are the classes; they are numbered over the whole source, so that
+subsets agree. The list is sorted by key, so image i is the same on every machine and for every kind of source.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from megastar.data.images import sources
-from megastar.data.images.image_files import SUFFIXES, ImageError, open_image
+from megastar.data.images.classes import DEFAULT, Choice, Classes, find_classes
+from megastar.data.images.decoding import decode
+from megastar.data.images.image_files import SUFFIXES, ImageError
 from megastar.data.images.listing import Listing, key_of
 from megastar.data.images.tars import RemoteTars, Report
 from megastar.data.storage.store import is_remote
@@ -26,7 +27,6 @@ from megastar.errors import UserError
 from megastar.utils.files import open_regular
 
 MAX_BYTES = 512 << 20  # of a file: 40 megapixels of four 16-bit channels, uncompressed, are 305 MiB
-MAX_ASPECT = 100  # a longer strip, resized to the crop's short side, could exhaust the memory
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,13 @@ class ImageEntry:
 class ImageSet:
     """All images of a source (see sources.py), with their class names; ``images[i]`` is the location of image i.
 
-    ``cache`` is a file that stores the listing; it is used while the source's sizes and times are unchanged. Raises
-    ``UserError`` for a source that is missing, holds no image, or mixes labelled and unlabelled ones.
+    Args:
+        choice: how classes are read. With None they are not needed: where they are ambiguous or missing, ``labels`` is -1,
+            ``class_names`` is empty and ``class_problem`` is the reason.
+        cache: a file that stores the listing; it is used while the source's sizes and times are unchanged.
+
+    ``notes`` are sentences about what was ignored or decided. Raises ``UserError`` for a source that is missing, holds no
+    image, or, unless ``choice`` is None, whose classes can be read in several ways.
     """
 
     def __init__(
@@ -52,53 +57,50 @@ class ImageSet:
         source: str | Path,
         subset: str | None = None,
         *,
+        choice: Choice | None = DEFAULT,
         cache: Path | None = None,
         report: Report = lambda _: None,
     ):
         self.source, self.subset = source if is_remote(source) else Path(source), (subset or "").strip("/")
         self.remote = RemoteTars(str(source)) if is_remote(source) else None
+        label_field = choice.field if choice else ""
         listing = Listing.load(cache) if cache else None
-        current = listing is not None and sources.is_current(listing, source, self.remote)
+        current = listing is not None and sources.is_current(listing, source, self.remote, label_field)
         if listing is None or not current:
-            listing = sources.list_source(source, self.remote, report)
+            listing = sources.list_source(source, self.remote, report, label_field)
         if self.remote is not None:
             self.remote.pin(listing.stamps)
         chosen = np.array([not self.subset or f"{f}/".startswith(f"{self.subset}/") for f in listing.folders], bool)
         rows = np.flatnonzero(chosen[listing.folder]) if len(listing) else np.empty(0, np.int64)
+        self.notes = listing.findings.sentences()
         if not len(rows):
             where = f"{self.source}" + (f" (subset {self.subset!r})" if self.subset else "")
+            ignored = f"; {'; '.join(self.notes)}" if self.notes else ""
             raise UserError(
-                f"no images in {where}: expected {', '.join(SUFFIXES)} files in one folder per class, or tars of them"
+                f"no images in {where}: expected {', '.join(SUFFIXES)} files in one folder per class, or tars of them{ignored}"
             )
-        self.labels, self.class_names = self._label(listing, rows)
+        self.class_problem = ""
+        try:
+            self.classes = find_classes(listing, rows, f"{self.source}", self.subset, choice or DEFAULT)
+            self.notes += self.classes.notes
+        except UserError as error:
+            if choice is not None:
+                raise
+            self.class_problem, self.classes = str(error), Classes(np.full(len(rows), -1), [], "")
         root = Path() if self.remote is not None else Path(source)
         self.root, self.listing, self.rows = root.parent if root.is_file() else root, listing, rows
         if cache and not current:
             listing.save(cache)
 
-    def _label(self, listing: Listing, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        """Classes of the selected rows, numbered over the whole source."""
-        given = listing.label[rows]
-        if len(unlabelled := rows[given < 0]) == 0:
-            return given, listing.classes or [str(i) for i in range(1 + int(listing.label.max()))]
-        if len(unlabelled) < len(rows):
-            first = key_of(listing.name(int(unlabelled[0])))
-            raise UserError(
-                f"{self.source}: {len(unlabelled)} of {len(rows)} images have no .cls, the first is {first!r}: label all or none"
-            )
-        used = np.unique(listing.folder[rows])
-        outside = [f for f in used if listing.folders[f] == self.subset]
-        loose = rows[np.isin(listing.folder[rows], outside)]
-        if 0 < len(loose) < len(rows):
-            raise UserError(
-                f"{self.source}: image {key_of(listing.name(int(loose[0])))!r} is not in a class folder, but other images are: move or remove it"
-            )
-        # With a subset, the name of a top folder of images (an unlabelled test set) is not a class.
-        paths = [PurePosixPath(f) for f in listing.folders]
-        deep = {p.name for p in paths if not self.subset or len(p.parts) > 1}
-        names = sorted(deep | {paths[f].name for f in used})
-        index = {name: i for i, name in enumerate(names)}
-        return np.array([index.get(p.name, -1) for p in paths])[listing.folder[rows]], names
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int64, the class of each image."""
+        return self.classes.labels
+
+    @property
+    def class_names(self) -> list[str]:
+        """By number."""
+        return self.classes.names
 
     def digest(self) -> str:
         """SHA-256 of the sorted keys and classes, which identifies the set of images."""
@@ -148,27 +150,6 @@ class ImageSet:
 def _check_size(key: str, size: int) -> None:
     if size > MAX_BYTES:
         raise ImageError(f"{key}: its {size} bytes exceed {MAX_BYTES >> 20} MiB")
-
-
-def decode(data: bytes, name: str) -> Image.Image:
-    """Bytes of an image file -> RGB, transparency composited on white. Raises ``ImageError``."""
-    try:
-        image = open_image(io.BytesIO(data))
-        width, height = image.size
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise ImageError(f"{width} x {height} has an aspect ratio over {MAX_ASPECT}")
-        if image.mode.startswith("I;16"):  # convert("RGB") would clip, not scale
-            image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            white.alpha_composite(image)
-            image = white
-        return image.convert("RGB")
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error
-    except Exception as error:  # Pillow raises a dozen types for broken files
-        raise ImageError(f"{name}: unreadable ({type(error).__name__}: {error})") from error
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megastar.data.images.findings import Findings
 from megastar.data.images.image_files import SUFFIXES
 from megastar.errors import UserError
 from megastar.utils.files import write_atomic
@@ -32,11 +33,12 @@ class Listing:
     tar: np.ndarray  # (n,) int32: index of the tar in ``files``; -1: a plain file
     offset: np.ndarray  # (n,) int64 in the tar
     size: np.ndarray  # (n,) int64
-    label: np.ndarray  # (n,) int64: the class from a .cls or list; -1: it is the folder
-    classes: list[str]  # names of a list's classes, by number; empty: unnamed
+    label: np.ndarray  # (n,) int64: index in ``values`` of the class from a companion or list; -1: none
+    values: list[str]  # the classes as written, distinct, in order of appearance
     folders: list[str]
     files: list[str]  # tars, as paths below the source or names of objects
     stamps: list[Stamp]
+    findings: Findings
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -46,7 +48,8 @@ class Listing:
 
     def save(self, path: Path) -> None:
         columns: dict[str, Any] = {k: v for k, v in vars(self).items() if isinstance(v, np.ndarray)}
-        lists = json.dumps([self.classes, self.folders, self.files, self.stamps]).encode()
+        about = [self.values, self.folders, self.files, self.stamps, self.findings.to_json()]
+        lists = json.dumps(about).encode()
         buffer = io.BytesIO()
         np.savez(buffer, names=np.frombuffer(self.names, np.uint8), about=np.frombuffer(lists, np.uint8), **columns)
         write_atomic(path, buffer.getvalue())
@@ -56,10 +59,11 @@ class Listing:
         """Read what ``save`` wrote; None for a file that is missing or broken."""
         try:
             archive = NpzFile(path)
-            columns = {k: archive.read(k, "iu", _MAX_COLUMN) for k in archive.names()}
-            classes, folders, files, stamps = json.loads(columns.pop("about").tobytes())
-            names = columns.pop("names").tobytes()
-            return cls(names=names, classes=classes, folders=folders, files=files, stamps=stamps, **columns)
+            columns: dict[str, Any] = {k: archive.read(k, "iu", _MAX_COLUMN) for k in archive.names()}
+            values, folders, files, stamps, found = json.loads(columns.pop("about").tobytes())
+            names, findings = columns.pop("names").tobytes(), Findings(**found)
+            lists = {"values": values, "folders": folders, "files": files, "stamps": stamps}
+            return cls(names=names, findings=findings, **lists, **columns)
         except (UserError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
@@ -73,16 +77,19 @@ class ListingBuilder:
         self._suffix: dict[bytes, bytes] = {}  # so that a million equal suffixes are one object
         self.columns = {k: array("q") for k in ("folder", "tar", "offset", "size", "label")}
         self.folders: dict[bytes, int] = {}
-        self.classes: list[str] = []
+        self.values: dict[str, int] = {}
         self.files: list[str] = []
         self.stamps: list[Stamp] = []
+        self.findings = Findings()
 
-    def add(self, name: bytes, tar: int, offset: int, size: int, label: int) -> None:
+    def add(self, name: bytes, tar: int, offset: int, size: int, value: str | None) -> None:
+        """Add an image; ``value`` is its class from a companion or list, if any."""
+        label = -1 if value is None else self.values.setdefault(value, len(self.values))
         stem, dot, suffix = name.rpartition(b".")
         folder = self.folders.setdefault(name.rpartition(b"/")[0], len(self.folders))
         row = (folder, tar, offset, size, label)
-        for column, value in zip(self.columns.values(), row, strict=True):
-            column.append(value)
+        for column, number in zip(self.columns.values(), row, strict=True):
+            column.append(number)
         self.keys.append(stem)
         self.suffixes.append(self._suffix.setdefault(suffix := dot + suffix, suffix))
 
@@ -96,7 +103,7 @@ class ListingBuilder:
         rows = np.array(order, np.int64)
         folder, tar, offset, size, label = (np.array(column, np.int64)[rows] for column in self.columns.values())
         folder, tar, folders = folder.astype(np.int32), tar.astype(np.int32), [text(f) for f in self.folders]
-        lists = self.classes, folders, self.files, self.stamps
+        lists = list(self.values), folders, self.files, self.stamps, self.findings
         return Listing(bytes(names), ends, folder, tar, offset, size, label, *lists)
 
 
@@ -110,21 +117,5 @@ def key_of(name: bytes) -> str:
     return text(name.rpartition(b".")[0])
 
 
-def parse_label(data: bytes, where: object) -> int:
-    try:
-        label = int(data)
-    except ValueError:
-        label = -1
-    if not 0 <= label < CLASS_LIMIT:
-        raise UserError(f"{where} holds {data[:20]!r}: write an integer class from 0 to {CLASS_LIMIT - 1}")
-    return label
-
-
 def is_image(name: bytes) -> bool:
     return name.lower().endswith(tuple(s.encode() for s in SUFFIXES))
-
-
-def stem_of(name: bytes) -> bytes:
-    """The WebDataset key: the name up to the first dot of the last path component."""
-    folder, slash, last = name.rpartition(b"/")
-    return folder + slash + last.partition(b".")[0]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from megastar.data.images.listing import ListingBuilder, Stamp, is_image, parse_label, stem_of, text
+from megastar.data.images.companions import Companions, key_and_suffix
+from megastar.data.images.findings import Findings
+from megastar.data.images.hidden import in_hidden
+from megastar.data.images.listing import ListingBuilder, Stamp, is_image, text
 from megastar.data.storage.s3_client import S3Folder
 from megastar.errors import UserError
 from megastar.utils.json_file import shown
@@ -21,7 +26,7 @@ _THREADS = 8  # tars that are listed at once
 
 Report = Callable[[int], None]  # called with the number of images found so far
 Read = Callable[[int, int], bytes]
-Member = tuple[bytes, int, int, int]  # name, offset, size, label
+Member = tuple[bytes, int, int, str | None]  # name, offset, size, class from a companion
 
 
 class RemoteTars:
@@ -33,8 +38,13 @@ class RemoteTars:
         self.s3 = S3Folder(parent if self.only else url)
         self.etags: dict[str, str] = {}
 
-    def stamps(self) -> list[Stamp]:
-        return [[n, s, e] for n, s, e in self.s3.list() if n.endswith(".tar") and (not self.only or n == self.only)]
+    def stamps(self, notes: Findings | None = None) -> list[Stamp]:
+        """Name, size and ETag of the tars; hidden ones are counted in ``notes``."""
+        tars = [(n, s, e) for n, s, e in self.s3.list() if n.endswith(".tar") and (not self.only or n == self.only)]
+        hidden = {name for name, _, _ in tars if in_hidden(os.fsencode(name))}
+        if notes is not None and hidden:
+            notes.count("hidden", min(hidden), len(hidden))
+        return [[name, size, etag] for name, size, etag in tars if name not in hidden]
 
     def pin(self, stamps: Sequence[Stamp]) -> None:
         self.etags = {name: etag for name, _, etag in stamps}
@@ -100,39 +110,53 @@ class _Part:
 
 def add_tars(found: ListingBuilder, tars: Sequence[LocalTar | RemoteTar], report: Report) -> None:
     found.files.extend(tar.name for tar in tars)
+    label_field = found.findings.label_field
     pool = ThreadPoolExecutor(_THREADS)
 
-    def add(members: Iterable[Member], number: int) -> None:
-        for name, offset, size, label in members:
-            found.add(name, number, offset, size, label)
+    def add(part: _Found, number: int) -> None:
+        for name, offset, size, value in part.members:
+            found.add(name, number, offset, size, value)
+        found.findings.add(part.findings)
         report(len(found.keys))
 
     try:
-        for number, (tar, (members, inner)) in enumerate(zip(tars, pool.map(_whole, tars), strict=True)):
-            add(members, number)
-            for members, _ in pool.map(partial(_within, tar), inner):  # a tar of tars
-                add(members, number)
+        scan = partial(_whole, label_field=label_field)
+        for number, (tar, part) in enumerate(zip(tars, pool.map(scan, tars), strict=True)):
+            add(part, number)
+            for inner in pool.map(partial(_within, tar, label_field=label_field), part.inner):  # a tar of tars
+                add(inner, number)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-Found = tuple[Iterable[Member], list[tuple[bytes, int, int]]]  # images and tars in a tar
+@dataclass
+class _Found:
+    """Images and tars in a tar."""
+
+    members: Iterable[Member]
+    inner: list[tuple[bytes, int, int]]  # name, offset, size
+    findings: Findings
 
 
-def _whole(tar: LocalTar | RemoteTar) -> Found:
-    return _scan(tar, tar.where, 0, tar.size, os.fsencode(str(PurePosixPath(tar.name).with_suffix(""))))
+def _whole(tar: LocalTar | RemoteTar, label_field: str) -> _Found:
+    stem = os.fsencode(str(PurePosixPath(tar.name).with_suffix("")))
+    return _scan(tar, tar.where, 0, tar.size, stem, label_field)
 
 
-def _within(tar: LocalTar | RemoteTar, inner: tuple[bytes, int, int]) -> Found:
+def _within(tar: LocalTar | RemoteTar, inner: tuple[bytes, int, int], label_field: str) -> _Found:
     name, offset, size = inner
-    return _scan(tar, f"{tar.where}:{text(name)}", offset, size, name[: -len(b".tar")])
+    return _scan(tar, f"{tar.where}:{text(name)}", offset, size, name[: -len(b".tar")], label_field)
 
 
-def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: bytes) -> Found:
-    """List the tar at byte ``start``. ``stem`` is the class of images without a folder or .cls."""
-    found: list[tuple[bytes, int, int]] = []
-    labels: dict[bytes, int] = {}
-    inner = []
+def _first_bytes(read: Read, at: int, n: int) -> bytes:
+    return read(at, at + n)
+
+
+def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: bytes, label_field: str) -> _Found:
+    """List the tar at byte ``start``. ``stem`` is the folder of images in its root if none has a folder or companion."""
+    found: dict[bytes, tuple[int, int]] = {}  # a member replaces an earlier one of its name, as when tar extracts it
+    inner: dict[bytes, tuple[int, int]] = {}
+    companions, notes = Companions(label_field), Findings()
     try:
         # typeshed requires more methods of the file than tarfile uses
         with tar.reader() as read, tarfile.open(fileobj=_Part(read, start, size), mode="r:") as archive:  # type: ignore[call-overload]
@@ -144,15 +168,20 @@ def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: by
                 at = archive.offset
                 if not member.isreg() or member.issparse():
                     continue
-                name = os.fsencode(member.name)
+                name = os.fsencode(member.name).removeprefix(b"./")
+                if in_hidden(name):
+                    notes.count("hidden", f"{text(name)}")
+                    continue
                 data_at = start + member.offset_data
-                if is_image(name):
-                    found.append((name.removeprefix(b"./"), data_at, member.size))
-                elif name.endswith(b".cls"):
-                    data = read(data_at, data_at + min(64, member.size))
-                    labels[stem_of(name.removeprefix(b"./"))] = parse_label(data, f"{where}:{member.name}")
-                elif name.endswith(b".tar"):
-                    inner.append((name.removeprefix(b"./"), data_at, member.size))
+                kind = found if is_image(name) else inner if name.lower().endswith(b".tar") else None
+                if kind is None:
+                    if companions.knows(name):
+                        reader = partial(_first_bytes, read, data_at)
+                        companions.add(name, f"{where}:{text(name)}", member.size, reader)
+                    continue
+                if name in kind:
+                    notes.count("replaced", f"{text(name)}")
+                kind[name] = (data_at, member.size)
             end = archive.offset
             # tarfile ends silently at a broken header or a truncation
             if end + 512 > size or read(start + end, start + end + 512) != bytes(512):
@@ -163,6 +192,11 @@ def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: by
         raise
     except Exception as error:  # tarfile raises a dozen types for broken headers
         raise UserError(f"{where} is not a readable tar ({shown(str(error))}): make or copy it again") from error
-    if labels or any(b"/" in name for name, _, _ in found):
-        return ((name, offset, size, labels.get(stem_of(name), -1)) for name, offset, size in found), inner
-    return ((stem + b"/" + name, offset, size, -1) for name, offset, size in found), inner
+    keys = {name: key_and_suffix(name)[0] for name in found}
+    value_of = companions.close(Counter(keys.values()), notes)
+    bare = bool(found) and not notes.label_from and not any(b"/" in name for name in found)
+    if bare:
+        notes.tar_names.append(text(stem))
+    prefix = stem + b"/" if bare else b""
+    members = ((prefix + name, offset, size, value_of(keys[name])) for name, (offset, size) in found.items())
+    return _Found(members, [(name, *place) for name, place in inner.items()], notes)

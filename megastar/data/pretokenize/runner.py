@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,51 +22,41 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from megastar.data.images.classes import DEFAULT, Choice
 from megastar.data.images.crops import parse_crops
 from megastar.data.images.dataset import ImageSet
 from megastar.data.order import permutation
 from megastar.data.pretokenize.encoding import Pipeline, ViewEncoder
+from megastar.data.pretokenize.out_folder import (
+    PROGRESS,
+    check_settings,
+    check_unrelated_files,
+    clear,
+    is_complete,
+    read_record,
+    remove_empty,
+    reopen,
+    settings_of,
+)
+from megastar.data.shards.class_counts import class_summary, count_classes, reasons_in_words
 from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, load_manifest, write_manifest
 from megastar.data.shards.sample_parser import check_layout
 from megastar.data.shards.writer import open_writer
-from megastar.data.storage.shard_info import MANIFEST, ShardInfo
+from megastar.data.storage.shard_info import MANIFEST
 from megastar.data.storage.store import FolderStore
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.utils.console import PlainConsole
 from megastar.utils.device import DTYPES, pick_device
 from megastar.utils.files import write_atomic
-from megastar.utils.json_file import (
-    ANY,
-    FILE_NAME,
-    SHA256,
-    dict_of,
-    integer,
-    list_of,
-    read_json,
-    record,
-    text,
-    validator,
-)
+from megastar.utils.json_file import ANY, dict_of, read_json, text, validator
 from megastar.utils.launcher import local_world
 from megastar.utils.lockfile import Claims
 from megastar.utils.progress_bar import ProgressBar, progress_bar
 
 SKIPPED = "skipped.jsonl"
-PROGRESS = ".progress"
 POLL = 0.5  # seconds between checks for shards that other processes finish
 _PLAN = validator(dict_of(text(1000), ANY))
-_RECORD = validator(
-    record(
-        {
-            "name": FILE_NAME,
-            "samples": integer(),
-            "bytes": integer(),
-            "sha256": SHA256,
-            "skipped": list_of(dict_of(text(), text())),
-        }
-    )
-)
 logger = logging.getLogger(__name__)
 
 
@@ -85,6 +74,7 @@ def pretokenize(
     dtype: str = "fp32",
     batch: int = 0,
     seed: int = 0,
+    choice: Choice = DEFAULT,
     console: Console | None = None,
 ) -> Manifest:
     """Encode the images of ``source`` (below ``subset``) and write token shards with a manifest to ``out``.
@@ -98,6 +88,7 @@ def pretokenize(
         workers: threads that decode (and on the CPU encode); 0: one per core.
         dtype: "fp32", or "bf16", which is faster on a GPU; codes differ in near ties.
         batch: crops per encoder call; 0: by device and image size.
+        choice: where the class of an image is read from, see data/images/classes.py.
         console: shows a progress bar (default: a new console).
 
     Finished shards are never written again; shards that a finished folder lacks are. Raises ``UserError`` for a bad
@@ -138,6 +129,7 @@ def pretokenize(
                 "dtype": dtype,
                 "pictures": len(images),
                 "pictures_sha256": images.digest(),
+                "class_source": images.classes.source,
             },
         )
 
@@ -148,7 +140,7 @@ def pretokenize(
         return Pipeline(images, make, views, ViewEncoder(model, where, DTYPES[dtype], batch), threads)
 
     try:
-        return _pretokenize(out, partial(ImageSet, source, subset), describe, pipeline, console)
+        return _pretokenize(out, partial(ImageSet, source, subset, choice=choice), describe, pipeline, console)
     except FileNotFoundError:
         if (out / PROGRESS).exists() or not (out / MANIFEST).is_file():
             raise
@@ -161,6 +153,7 @@ def pretokenize(
 
 def _complete(out: Path, manifest: Manifest) -> Manifest:
     logger.info("%s is complete: %d images in %d shards", out, manifest.samples, len(manifest.shards))
+    logger.info("%s", class_summary(FolderStore(out), manifest))
     return manifest
 
 
@@ -176,18 +169,19 @@ def _pretokenize(
         with _listing(console) as report:
             images = list_images(report=report)
         done = load_manifest(out)
-        _check_settings(out, _settings(done), _settings(describe(images)))
-        if not (missing := [s for s in done.shards if not _is_complete(out, s)]):
-            _clear(out)
+        old = "class_source" not in done.made_by
+        check_settings(out, settings_of(done), settings_of(describe(images)), old)
+        if not (missing := [s for s in done.shards if not is_complete(out, s)]):
+            clear(out)
             return _complete(out, done)
         logger.info("%s lacks %d of its shards (%s): writing them", out, len(missing), _some(s.name for s in missing))
-        _reopen(out, done, missing)
+        reopen(out, done, missing)
     made = not out.exists()
-    _check_unrelated_files(out)
+    check_unrelated_files(out)
     progress.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if made:
-            stack.callback(_remove_empty, out)
+            stack.callback(remove_empty, out)
         claims = stack.enter_context(Claims(progress))
         with _listing(console) as report:
             images = _list_once(progress, claims, partial(list_images, report=report))
@@ -199,13 +193,17 @@ def _pretokenize(
                 with claims.holding(run.name(shard)):
                     run.write(shard, images, encode, bar)
         manifest = run.finish()
+    for note in images.notes:
+        logger.info("%s: %s", images.source, note)
     if skipped := manifest.skipped:
         names = _some(s["picture"] for s in skipped)
-        logger.warning("%d images skipped (%s): see %s for the reasons", len(skipped), names, out / SKIPPED)
+        why, file = reasons_in_words(skipped), out / SKIPPED
+        logger.warning("%d images skipped (%s): %s; see %s for the reasons", len(skipped), names, why, file)
     logger.info(
         "%s: %d images x %d views in %d shards; %.3g images/s in this process, whose encoder waited %.1f %% of the time "
         "for images", out, manifest.samples, manifest.views, len(manifest.shards), run.rate, 100 * encode.waiting,
     )  # fmt: skip
+    logger.info("%s", class_summary(FolderStore(out), manifest))
     return manifest
 
 
@@ -254,12 +252,13 @@ class PretokenizeRun:
             if self.claims.take("plan"):
                 with self.claims.holding("plan"):
                     if not plan.is_file():
-                        write_atomic(plan, (json.dumps(_settings(self.template), indent=1) + "\n").encode())
+                        write_atomic(plan, (json.dumps(settings_of(self.template), indent=1) + "\n").encode())
             else:
                 time.sleep(POLL / 5)
-        _check_settings(self.out, read_json(plan, _PLAN, "remove it"), _settings(self.template))
+        there = read_json(plan, _PLAN, "remove it")
+        check_settings(self.out, there, settings_of(self.template), old="class_names" not in there)
         for path in self.progress.glob("shard-*.json"):
-            if not _is_complete(self.out, _record(path)[0]):
+            if not is_complete(self.out, read_record(path)[0]):
                 path.unlink(missing_ok=True)
 
     def next(self, bar: ProgressBar) -> int | None:
@@ -308,7 +307,7 @@ class PretokenizeRun:
                 time.sleep(POLL / 5)
         except FileNotFoundError:
             return load_manifest(self.out)
-        records = [_record(self.progress / f"{self.name(shard)}.json") for shard in range(len(self.sizes))]
+        records = [read_record(self.progress / f"{self.name(shard)}.json") for shard in range(len(self.sizes))]
         shards, skipped = [info for info, _ in records], [s for _, some in records for s in some]
         samples = sum(s.samples for s in shards)
         if not samples:
@@ -316,17 +315,13 @@ class PretokenizeRun:
                 f"none of {len(skipped)} images could be read: correct the source; the first error: {skipped[0]['reason']}"
             )
         manifest = replace(self.template, samples=samples, shards=shards, skipped=skipped)
+        manifest = replace(manifest, class_counts=count_classes(FolderStore(self.out), manifest) or [])
         if skipped:
             lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in skipped)
             write_atomic(self.out / SKIPPED, lines.encode())
         write_manifest(FolderStore(self.out), manifest)
-        _clear(self.out)
+        clear(self.out)
         return manifest
-
-
-def _record(path: Path) -> tuple[ShardInfo, list[dict[str, str]]]:
-    found = read_json(path, _RECORD, "remove it and run the same command again")
-    return ShardInfo(*(found[name] for name in ("name", "samples", "bytes", "sha256"))), found["skipped"]
 
 
 def _list_once(progress: Path, claims: Claims, list_images: Callable[..., ImageSet]) -> ImageSet:
@@ -338,61 +333,3 @@ def _list_once(progress: Path, claims: Claims, list_images: Callable[..., ImageS
                 return list_images(cache=cache)
         time.sleep(POLL / 5)
     return list_images(cache=cache)
-
-
-def _check_unrelated_files(out: Path) -> None:
-    """Raise ``UserError`` for a folder that holds other things than a set of shards."""
-    if not out.exists() or (out / PROGRESS / "plan.json").is_file() or (out / MANIFEST).is_file():
-        return
-    if unrelated := sorted(p.name for p in out.iterdir() if not p.name.startswith(PROGRESS)):
-        raise UserError(f"{out} holds other files, for example {unrelated[0]!r}: give a new or an empty folder")
-
-
-def _is_complete(out: Path, info: ShardInfo) -> bool:
-    try:
-        return (out / info.name).stat().st_size == info.bytes
-    except FileNotFoundError:
-        return False
-
-
-def _reopen(out: Path, done: Manifest, missing: list[ShardInfo]) -> None:
-    """Turn a finished set into an unfinished one. The manifest is kept until it is written again."""
-    progress = out / PROGRESS
-    progress.mkdir(exist_ok=True)
-    for info in done.shards:
-        if info not in missing:
-            skipped = [s for s in done.skipped if s.get("shard") == info.name]
-            record = json.dumps({**asdict(info), "skipped": skipped}).encode()
-            write_atomic(progress / f"{Path(info.name).stem}.json", record)
-    write_atomic(progress / "plan.json", (json.dumps(_settings(done), indent=1) + "\n").encode())
-
-
-def _clear(out: Path) -> None:
-    """Remove what only an unfinished set needs; atomically for the other processes, by a rename."""
-    with suppress(FileNotFoundError):
-        (out / PROGRESS).rename(out / f"{PROGRESS}.{os.urandom(4).hex()}")
-    for folder in out.glob(f"{PROGRESS}.*"):
-        shutil.rmtree(folder, ignore_errors=True)
-    for leftover in out.glob("*.tmp"):  # of killed processes
-        leftover.unlink(missing_ok=True)
-
-
-def _remove_empty(out: Path) -> None:
-    with suppress(OSError):
-        (out / PROGRESS).rmdir()
-        out.rmdir()
-
-
-def _settings(m: Manifest) -> dict[str, object]:
-    """What two runs must have in common to write the same shards."""
-    return {"tokenizer": m.tokenizer_sha256, "crops": m.crops, "layout": m.layout, **m.made_by}
-
-
-def _check_settings(out: Path, there: dict[str, object], now: dict[str, object]) -> None:
-    differ = [
-        f"{k} ({there.get(k)!r} there, {now.get(k)!r} now)" for k in {**there, **now} if there.get(k) != now.get(k)
-    ]
-    if differ:
-        raise UserError(
-            f"{out} holds token shards of other settings: {'; '.join(differ)}: choose another folder, or remove this one"
-        )

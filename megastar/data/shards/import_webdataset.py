@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import mmap
 import os
+from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from rich.console import Console
 
 from megastar.config.schema import DataConfig
@@ -73,7 +75,7 @@ def index_webdataset(
         raise UserError(f"grid {grid} must be 1 to 1024")
     names = _tars(store, where)
     expected: Expected | None = None
-    shards, highest = list[ShardInfo](), -1
+    shards, highest, counts = list[ShardInfo](), -1, Counter[int]()
     num_classes = classes if isinstance(classes, int) or classes is None else len(classes)
     with progress_bar(console or PlainConsole(), "index", len(names), transient=True) as bar:
         for name in names:
@@ -87,6 +89,9 @@ def index_webdataset(
                     check_codes(tar, found, path, codebook_size)
                     check_classes(found, path, num_classes)
                     highest = max(highest, int(found.labels.max()))
+                    counts.update(
+                        dict(zip(*(c.tolist() for c in np.unique(found.labels, return_counts=True)), strict=True))
+                    )
                 info = ShardInfo(name, len(found.offsets), len(tar), sha256)
             index = ShardIndex(found.offsets, found.labels)
             store.put(index_name(name), pack_index(index, info, layout, expected or Expected("uint16", 0, 0)))
@@ -97,9 +102,11 @@ def index_webdataset(
             f"{where} contains no samples in {len(names)} tars: members must be named KEY.codes.npy, or KEY.npy"
         )
     side = math.isqrt(expected.tokens)
+    names = [str(i) for i in range(num_classes or highest + 1)] if not isinstance(classes, list) else classes
+    origin = "classes of the samples" + (", names given" if isinstance(classes, list) else ", numbers")
     manifest = Manifest(
         samples=sum(s.samples for s in shards),
-        classes=[str(i) for i in range(num_classes or highest + 1)] if not isinstance(classes, list) else classes,
+        classes=names,
         grid=side,
         tokens=expected.tokens,
         views=expected.views,
@@ -108,9 +115,10 @@ def index_webdataset(
         image_size=image_size or 16 * side,  # VQGAN has sixteen pixels a code
         tokenizer_sha256=tokenizer_sha256,
         shards=shards,
-        made_by={"writer": WRITER},
+        made_by={"writer": WRITER, "class_source": origin},
         layout=layout,
         dtype=expected.dtype,
+        class_counts=[counts[i] for i in range(len(names))],
     )
     write_manifest(store, manifest)
     return manifest

@@ -58,6 +58,17 @@ def unpack_index(
     return index if _fits(index, layout, expected.bytes, tar) else None
 
 
+def stored_labels(data: bytes | None, info: ShardInfo, layout: str, expected: Expected) -> np.ndarray | None:
+    """The classes (n,) in an index, without its tar; None unless it is complete and names the tar's hash."""
+    n = info.samples
+    if data is None or len(data) != _HEAD.size + 16 * n + _DIGEST:
+        return None
+    body = data[:-_DIGEST]
+    if not body.startswith(_head(info, layout, expected)) or hashlib.sha256(body).digest() != data[-_DIGEST:]:
+        return None
+    return np.frombuffer(body, "<i8", n, _HEAD.size + 8 * n).astype(np.int64)
+
+
 def _head(info: ShardInfo, layout: str, expected: Expected) -> bytes:
     shape = (expected.views, expected.tokens) if info.samples else (0, 0)  # an empty shard has no shape
     digest, dtype = bytes.fromhex(info.sha256), expected.dtype.encode()

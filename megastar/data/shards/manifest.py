@@ -52,10 +52,16 @@ class Manifest:
     layout: str = "plain"  # how a shard stores its samples: LAYOUTS
     dtype: str = "uint16"  # of the stored codes: DTYPES
     format: int = FORMAT
+    class_counts: list[int] = field(default_factory=list)  # samples of each class, by number; empty: not recorded
 
     @property
     def shard_sizes(self) -> tuple[int, ...] | np.ndarray:
         return self.shards.samples if isinstance(self.shards, ShardTable) else tuple(s.samples for s in self.shards)
+
+    @property
+    def model_sizes(self) -> dict[str, int]:
+        """The fields of ``ModelConfig`` that the set determines."""
+        return {"vocab_size": self.codebook_size, "num_classes": len(self.classes), "image_tokens": self.tokens}
 
     @property
     def centre_view(self) -> int:
@@ -123,6 +129,8 @@ def _check_types(manifest: Manifest) -> None:
                 raise TypeError(f"{f.name} is {value!r}, not of type {kind.__name__}")
     if not all(isinstance(c, str) for c in manifest.classes):
         raise TypeError("classes must be strings")
+    if not all(type(n) is int for n in manifest.class_counts):
+        raise TypeError("class_counts must be integers")
     if not all(isinstance(s, dict) for s in manifest.skipped):
         raise TypeError("skipped must contain mappings")
 
@@ -145,6 +153,10 @@ def _problem(m: Manifest) -> str:
         return "holds no samples"
     if not m.classes:
         return "names no classes"
+    if m.class_counts and (
+        len(m.class_counts) != len(m.classes) or min(m.class_counts) < 0 or sum(m.class_counts) != m.samples
+    ):
+        return f"counts {sum(m.class_counts)} samples in {len(m.class_counts)} classes, and declares {m.samples} samples of {len(m.classes)} classes"
     sample = m.views * m.tokens * np.dtype(DTYPES[m.dtype]).itemsize
     names = set[str]()
     if isinstance(m.shards, ShardTable):  # its names and hashes are checked when a shard is used

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from megastar.config.schema import DataConfig, RunConfig, TrainConfig
+from megastar.checkpoint.convert_weights import open_weights
+from megastar.checkpoint.source import open_source
+from megastar.config.model_sizes import take_sizes
+from megastar.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from megastar.data.loader import check_enough, check_manifest, open_shards, validation_batches
 from megastar.data.order import VERSION as ORDER
 from megastar.data.prefetch import Batch
@@ -18,6 +21,7 @@ from megastar.data.shards.reader import ShardSet
 from megastar.data.shards.shard_table import digest_of
 from megastar.engine.context import Context
 from megastar.errors import UserError
+from megastar.run_dir.config_file import sizes_of_run
 from megastar.tokenizer.io import read_tokenizer_metadata, tokenizer_hash
 
 
@@ -29,6 +33,7 @@ class RunData:
     val: ShardSet | None
     tokenizer: str = ""  # SHA-256 of the tokenizer that the shards were made with, or of data.tokenizer
     tokenizer_file: str = ""  # absolute path of data.tokenizer, so that it is found from any working directory
+    told: tuple[str, ...] = ()  # sizes of the model that were taken from the data
 
     @property
     def digests(self) -> dict[str, str]:
@@ -58,32 +63,36 @@ class RunData:
 
 
 def open_data(cfg: RunConfig) -> RunData:
-    """Open the shards, and check everything about them that can be known before anything is built."""
+    """Open the shards, and check everything about them that can be known before anything is built.
+
+    Sizes of ``cfg.model`` that the user has not set are taken from the run folder, else from the shards.
+    """
     name = cfg.data.tokenizer
     expected = tokenizer_hash(cfg.data.tokenizer) if cfg.data.tokenizer and Path(cfg.data.tokenizer).is_file() else None
     if cfg.data.tokenizer and expected is None:
         raise UserError(f"data.tokenizer={cfg.data.tokenizer} does not exist: name the tokenizer that made the shards")
     train = open_shards(cfg.data.shards, cfg.data)
     manifest = train.manifest
+    told = tuple(_take_sizes(cfg, manifest))
     check_manifest(manifest, cfg.model, expected, cfg.views)
     check_enough(cfg.data.shards, manifest, cfg.train.global_batch)
     if name:
         check_downsample(name, manifest, cfg.data.shards)
     file = os.path.abspath(name) if name else ""
     if not cfg.data.val_shards:
-        return RunData(train, None, manifest.tokenizer_sha256 or expected or "", file)
+        return RunData(train, None, manifest.tokenizer_sha256 or expected or "", file, told)
     val = ShardSet(cfg.data.val_shards, data=cfg.data, max_open=1)  # its shards are read one after the other
     check_manifest(val.manifest, cfg.model, expected, 1)
     if val.manifest.classes != manifest.classes:
         raise UserError(
-            f"{cfg.data.val_shards} and {cfg.data.shards} name different classes: make both from folders of the same names"
+            f"{cfg.data.val_shards} and {cfg.data.shards} name different classes: make both from folders of the same names, or one with --classes of the other"
         )
     hashes = [m.tokenizer_sha256 for m in (manifest, val.manifest)]
     if all(hashes) and hashes[0] != hashes[1]:
         raise UserError(
             f"{cfg.data.shards} was made with the tokenizer {hashes[0][:12]}..., {cfg.data.val_shards} with {hashes[1][:12]}...: pretokenize both with one"
         )
-    return RunData(train, val, manifest.tokenizer_sha256 or expected or "", file)
+    return RunData(train, val, manifest.tokenizer_sha256 or expected or "", file, told)
 
 
 def downsample_of(manifest: Manifest) -> int:
@@ -100,6 +109,33 @@ def check_downsample(tokenizer: str, manifest: Manifest, shards: str) -> None:
             f"data.tokenizer={tokenizer} downsamples images by {config.downsample}, but {shards} has {manifest.grid} x "
             f"{manifest.grid} codes of {manifest.image_size} pixels, downsampled by {made}: name the tokenizer that made it"
         )
+
+
+def _take_sizes(cfg: RunConfig, manifest: Manifest) -> list[str]:
+    """Set the sizes that the user has not set; the sentences for the log."""
+    if not cfg.model.unset:
+        return []
+    recorded, where = sizes_of_run(cfg)
+    if recorded:
+        return take_sizes(cfg, recorded, where)
+    sizes, origin = manifest.model_sizes, f"the manifest of {cfg.data.shards}"
+    if cfg.train.init and cfg.train.init_classes == "same":  # its table of classes may be larger
+        classes = _classes_of(cfg.train)
+        if classes > sizes["num_classes"]:
+            told = take_sizes(cfg, {"num_classes": classes}, f"train.init = {cfg.train.init}")
+            return told + take_sizes(cfg, sizes, origin)
+    return take_sizes(cfg, sizes, origin)
+
+
+def _classes_of(t: TrainConfig) -> int:
+    """The number of classes of the weights ``train.init``; 0 where it is unknown: opening them later gives the reason."""
+    try:
+        if Path(t.init).is_dir():
+            return open_source(Path(t.init)).cfg.model.num_classes
+        found = open_weights(Path(t.init), weights=t.init_weights or None).cfg
+    except UserError:
+        return 0
+    return found.num_classes if isinstance(found, ModelConfig) else 0
 
 
 def check_same_data(data: DataConfig, restored: dict[str, Any], digests: dict[str, str], found: Path) -> None:

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megastar.data.images.dataset import ImageError, ImageSet, center_crop, decode, random_crop, ten_crop
+from megastar.data.images.classes import Choice
+from megastar.data.images.dataset import ImageSet, center_crop, random_crop, ten_crop
+from megastar.data.images.decoding import decode
+from megastar.data.images.image_files import ImageError
 from megastar.errors import UserError
 
 EMBEDDED = Path(__file__).parents[4] / "assets" / "emoji64" / "emoji64.tar"
@@ -70,7 +73,9 @@ def test_class_folders(tmp_path, kind):
     assert [np.asarray(train.read(i))[0, 0, 0] for i in range(4)] == [11, 12, 10, 20]
     val = ImageSet(source, "val")
     assert val.class_names == ["cat", "dog"] and val[0].label == 1  # numbered as in train
-    test = ImageSet(source, "test")  # no class folders: one class, named by the folder
+    with pytest.raises(UserError, match=r"no image is in a class folder below test, .* or give --class-level 0"):
+        ImageSet(source, "test")
+    test = ImageSet(source, "test", choice=Choice(level=0))  # one class, named by the folder
     assert [test.class_names[p.label] for p in test] == ["test"]
 
 

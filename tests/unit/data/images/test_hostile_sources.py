@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import tarfile
 import tracemalloc
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from megastar.commands.data import main as data_main
+from megastar.data.images.classes import Choice
 from megastar.data.images.dataset import ImageSet
 from megastar.errors import UserError
-from tests.fuzz import byte_variants, odd_files
+from tests.fuzz import byte_variants, json_variants, odd_files
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(600)
 
@@ -115,3 +117,33 @@ def test_a_file_of_class_names_that_is_not_text(tmp_path, data):
             f.truncate(64 << 30)
     with pytest.raises(UserError, match=r"names\.txt (has \d+ bytes|line 1 is not UTF-8|is UTF-16)"):
         data_main(["index", str(tmp_path), "--codebook-size", "8", "--classes", str(names)])
+
+
+def test_damaged_companions_are_read_or_refused(tmp_path):
+    """A field of KEY.json in a folder and in a tar."""
+    rng, whole = random.Random("companions"), {"label": 3, "meta": {"name": "cat", "tags": [1, 2]}}
+    variants = [*json_variants(whole, rng, 60), *byte_variants(json.dumps(whole).encode(), rng, 40)]
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "0.png").write_bytes(PNG)
+    for i, (_, data) in enumerate(variants):
+        choice = Choice(field=("label", "json.meta.name", "meta", "txt")[i % 4])
+        (tmp_path / "f" / "0.json").write_bytes(data)
+        (tmp_path / "0.tar").write_bytes(member("0.png") + member("0.json", data) + END)
+        for path in (tmp_path / "f", tmp_path / "0.tar"):
+            try:
+                found = ImageSet(path, choice=choice)
+                assert len(found.class_names[found[0].label]) <= 200
+            except UserError as error:
+                message = str(error)
+                assert message.count("\n") == 0 and len(message) < 1000 and message.isprintable(), message
+
+
+def test_damaged_lists_are_read_or_refused(tmp_path):
+    rng = random.Random("lists")
+    for name in ("a.png", "b c.png"):
+        (tmp_path / name).write_bytes(PNG)
+    for text in ("a.png 0\n'b c.png'\t1\n# end\n".encode(enc) for enc in ("utf-8", "utf-8-sig", "utf-16")):
+        for _, data in byte_variants(text, rng, 120):
+            (tmp_path / "l.txt").write_bytes(data)
+            message = entries(tmp_path / "l.txt")
+            assert message.count("\n") == 0 and len(message) < 1000 and message.isprintable(), message

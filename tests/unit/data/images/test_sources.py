@@ -103,10 +103,13 @@ def test_lists(tmp_path, lines, names, labels):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("a.png 1\nb.png", "1 of 2 lines have no class, the first is 'b.png': give a class on every line or on none"),
+        (
+            "a.png 1\nb.png",
+            "1 of 2 lines have no class, the first is 'b.png' .line 2.: give a class on every line or on none",
+        ),
         ("a.png 1\nreadme", "val.txt, line 2: 'readme' is not an image path with or without a class"),
         ("\tcat", "val.txt, line 1: '.tcat' is not an image path"),
-        ("a.png 1000000", "val.txt holds b'1000000': write an integer class from 0 to 999999"),
+        ("a.png 1000000", "val.txt, line 1, holds b'1000000': write an integer class from 0 to 999999"),
         ("", "no images in"),
     ],
 )

@@ -1,0 +1,29 @@
+"""Sizes of the model that training would take from the shards, for commands that start no training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megastar.config.model_sizes import SIZES_OF_DATA, take_sizes
+from megastar.config.schema import RunConfig
+from megastar.data.shards.manifest import load_manifest
+from megastar.data.storage.shard_info import MANIFEST
+from megastar.data.storage.store import is_remote
+from megastar.run_dir.config_file import sizes_of_run
+
+
+def take_local_sizes(cfg: RunConfig) -> str:
+    """Set the unset sizes from the run folder or the shards, if these are on this machine; returns a sentence about them.
+
+    Raises ``UserError`` for a record that cannot be read.
+    """
+    if not cfg.model.unset:
+        return ""
+    recorded, where = sizes_of_run(cfg)
+    shards = cfg.data.shards
+    if not recorded and shards and not is_remote(shards) and (Path(shards) / MANIFEST).is_file():
+        recorded, where = load_manifest(shards).model_sizes, f"the manifest of {shards}"
+    if recorded:
+        return "; ".join(take_sizes(cfg, recorded, where))
+    names = [f"model.{name} = {getattr(cfg.model, name)}" for name in SIZES_OF_DATA if name in cfg.model.unset]
+    return f"{', '.join(names)}: defaults; training takes them from the manifest of data.shards"
