@@ -16,7 +16,7 @@ from torch import Tensor
 from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
 from megastar.checkpoint.inspect import Shapes, read_weights_header, require_weights
 from megastar.checkpoint.llamagen_reader import load_pickled, model_config, tokenizer_config, tokens_in, weights_in
-from megastar.checkpoint.llamagen_writer import check_written, how_to_load, save_streaming
+from megastar.checkpoint.llamagen_writer import check_expressible, check_written, how_to_load, save_streaming
 from megastar.checkpoint.safetensors_stream import TensorWriter
 from megastar.checkpoint.source import elements_of
 from megastar.config.env_text import recorded
@@ -132,6 +132,8 @@ def write_weights(
 
     ``verify`` checks the source once there is room for ``out``. ``tokenizer`` is named in the .json beside the file.
     """
+    if to == "llamagen":
+        check_expressible(cfg, out)
     kind = DTYPES[dtype]
     size = elements_of(shapes) * kind.itemsize
 

@@ -23,6 +23,7 @@ from megastar.run_dir.jsonl import JsonlWriter
 from megastar.run_dir.layout import METRICS
 from megastar.tokenizer.io import load_tokenizer
 from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
+from megastar.tokenizer.quantizers.base import code_statistics, rows_at_once
 from megastar.tokenizer.vq import VQModel, to_images
 from megastar.utils.files import atomic_file
 from megastar.utils.json_file import shown
@@ -53,7 +54,8 @@ def kmeans(
         centres = centres[torch.arange(k) % len(centres)]
     for _ in range(iterations):
         # |c|^2 is 1 on the sphere, and |x|^2 is the same for every centre.
-        nearest = (points @ centres.t() - centres.square().sum(1) / 2).argmax(1)
+        halves = centres.square().sum(1) / 2
+        nearest = torch.cat([(part @ centres.t() - halves).argmax(1) for part in points.split(rows_at_once(k))])
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
         counts = torch.bincount(nearest, minlength=k)
         empty = counts == 0
@@ -102,13 +104,16 @@ class TokenizerTrainer:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             z = self.model.latents(images)
             if self.step < c.continuous_steps:
-                recon = self.model.decode(F.normalize(z.float(), dim=1) if c.tokenizer.codebook_l2_norm else z)
+                recon = self.model.decode(self.model.quantize.unquantized(z))
                 vq = z.new_zeros((), dtype=torch.float32)
+                batch_codes: dict[str, float] = {}
             else:
-                q = self.model.quantize(z)
+                q = self.model.quantize(z, c.entropy_temperature if c.entropy else None)
                 recon = self.model.decode(q.latents)
-                vq = q.codebook_loss + c.commitment * q.commitment_loss
-                self.uses += torch.bincount(q.codes.flatten().cpu(), minlength=len(self.uses))
+                vq = q.codebook_loss + c.commitment * q.commitment_loss + c.entropy * q.entropy_loss
+                uses = torch.bincount(q.codes.flatten().cpu(), minlength=len(self.uses))
+                self.uses += uses
+                batch_codes = {f"batch_{name}": value for name, value in code_statistics(uses).items()}
             recon = recon.float()
             l2 = (recon - images).square().mean()
             perceptual = self.perceptual(images, recon) if self.perceptual else l2.new_zeros(())
@@ -131,7 +136,7 @@ class TokenizerTrainer:
         elif self.step > c.continuous_steps and self.step % c.revive_every == 0:
             self._revive(z.detach())
         metrics = {"loss": loss, "l2": l2, "perceptual": perceptual, "vq": vq, "grad_norm": norm}
-        return {name: value.item() for name, value in metrics.items()}
+        return {name: value.item() for name, value in metrics.items()} | batch_codes
 
     def _train_discriminator(self, real: Tensor, fake: Tensor) -> None:
         if self.discriminator is None or self.d_optimizer is None or self.step < self.c.adversarial_start:
@@ -145,7 +150,7 @@ class TokenizerTrainer:
         decay = min(self.c.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
-    # The codebook -------------------------------------------------------------------------------------------
+    # The codebook of vq ---------------------------------------------------------------------------------------
     def _points(self, z: Tensor) -> Tensor:
         flat = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         return F.normalize(flat, dim=1) if self.c.tokenizer.codebook_l2_norm else flat
@@ -165,10 +170,10 @@ class TokenizerTrainer:
 
     @torch.no_grad()
     def _revive(self, z: Tensor) -> None:
-        """Replace codes without a use since the last revival by encoder outputs of this batch."""
+        """Count the codes without a use since the last count; vq replaces them by encoder outputs of this batch."""
         dead = torch.nonzero(self.uses == 0).flatten()
         self.dead = len(dead)
-        if len(dead) and self.step < 0.8 * self.c.steps:
+        if len(dead) and self.c.tokenizer.quantizer == "vq" and self.step < 0.8 * self.c.steps:
             points = self._points(z)
             chosen = points[torch.randint(len(points), (len(dead),))].to(self.device)
             state = self.optimizer.state[self.model.quantize.embedding.weight]
@@ -196,7 +201,7 @@ class TokenizerTrainer:
         """Continue from a state that ``save`` wrote. Raises ``UserError``, also if its configuration differs."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            old, values = dict(state["config"]), asdict(self.c)
+            old, values = _with_missing(dict(state["config"])), asdict(self.c)
             new = recorded(values)
             differing = [
                 f"{k}: {shown(str(old.get(k)), 400)} -> {new[k]}"
@@ -278,23 +283,31 @@ class TokenizerTrainer:
 def score(model: VQModel, pixels: Tensor, device: torch.device | str = "cpu", batch: int = 128) -> dict[str, float]:
     """Reconstruct uint8 images (N, H, W, 3) in fp32.
 
-    Returns ``psnr`` (dB, mean over images), ``psnr_of_mean`` (dB, of the mean squared error over all) and
-    ``codes_used`` (share of the codebook used by these images).
+    Returns ``psnr`` (dB, mean over images), ``psnr_of_mean`` (dB, of the mean squared error over all), ``codes_used``
+    (share of the codebook used by these images) and ``perplexity`` (of their codes; quantizers/base.py).
     """
-    ratios, used = [], torch.zeros(model.config.codebook_size, dtype=torch.bool)
+    ratios, uses = [], torch.zeros(model.config.codebook_size, dtype=torch.long)
     model.eval()
     for part in pixels.split(batch):
         images = to_images(part, device)
         codes = model.encode(images)
-        used[codes.flatten().cpu()] = True
+        uses += torch.bincount(codes.flatten().cpu(), minlength=len(uses))
         ratios.append(psnr(images, model.decode_codes(codes)).double().cpu())
-    return summary_of(torch.cat(ratios), used)
+    return summary_of(torch.cat(ratios), uses)
 
 
-def summary_of(ratios: Tensor, used: Tensor) -> dict[str, float]:
-    """The mean PSNR (dB) of images with ``ratios``, the PSNR of their mean squared error, and the share of codes used."""
+def summary_of(ratios: Tensor, uses: Tensor) -> dict[str, float]:
+    """The mean PSNR (dB) of images with ``ratios``, the PSNR of their mean squared error, and ``code_statistics``."""
     return {
         "psnr": ratios.mean().item(),
         "psnr_of_mean": -10 * math.log10((10 ** (-ratios / 10)).mean().item()),
-        "codes_used": used.double().mean().item(),
+        **code_statistics(uses),
     }
+
+
+def _with_missing(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the defaults of the fields that did not exist when it was written."""
+    defaults = recorded(asdict(TokenizerTrainConfig()))
+    tokenizer = config.get("tokenizer")
+    network = defaults["tokenizer"] | tokenizer if isinstance(tokenizer, dict) else tokenizer
+    return defaults | config | {"tokenizer": network}
