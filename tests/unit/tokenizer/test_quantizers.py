@@ -26,7 +26,14 @@ from megastar.tokenizer.quantizers.vq import VectorQuantizer
 from megastar.tokenizer.train import TokenizerTrainer
 from megastar.tokenizer.vq import VQModel, to_images
 
-NETWORK = {"image_size": 16, "channels": 8, "channel_multipliers": [1, 2], "res_blocks": 1, "z_channels": 8, "norm_groups": 4}
+NETWORK = {
+    "image_size": 16,
+    "channels": 8,
+    "channel_multipliers": [1, 2],
+    "res_blocks": 1,
+    "z_channels": 8,
+    "norm_groups": 4,
+}
 KINDS = {
     "vq": TokenizerConfig(**NETWORK, codebook_size=32, codebook_embed_dim=4),
     "lfq": TokenizerConfig(**NETWORK, quantizer="lfq", codebook_size=64, codebook_embed_dim=6),
@@ -72,7 +79,11 @@ def test_lfq_is_the_sign_of_each_channel_and_its_entropy_is_that_of_the_table(di
     assert torch.equal(torch.stack(rows(q.latents)), codebook[nearest])
     weights = torch.randn_like(q.latents)
     assert torch.equal(*gradients((q.latents * weights).sum(), z), weights)  # straight through
-    check(q.commitment_loss, sum((row - codebook[c]).square().sum() for row, c in zip(rows(z), nearest)) / z.numel(), z)
+    check(
+        q.commitment_loss,
+        sum((row - codebook[c]).square().sum() for row, c in zip(rows(z), nearest, strict=True)) / z.numel(),
+        z,
+    )
     tables = [torch.softmax(torch.stack([2 * (row @ c) / temperature for c in codebook]), 0) for row in rows(z)]
     check(q.entropy_loss, plain_entropy_loss(tables), z)
     assert q.codebook_loss == 0
@@ -221,7 +232,9 @@ def test_files_without_a_quantizer_are_vq_with_the_same_hash(tmp_path):
         metadata = f.metadata()
     config = json.loads(metadata["config"])
     del config["quantizer"], config["fsq_levels"]
-    save_file(load_file(tmp_path / "new.safetensors"), tmp_path / "old.safetensors", metadata | {"config": json.dumps(config)})
+    save_file(
+        load_file(tmp_path / "new.safetensors"), tmp_path / "old.safetensors", metadata | {"config": json.dumps(config)}
+    )
     assert read_tokenizer_metadata(tmp_path / "old.safetensors")[0] == KINDS["vq"]
     assert isinstance(load_tokenizer(tmp_path / "old.safetensors").quantize, VectorQuantizer)
     assert tokenizer_hash(tmp_path / "old.safetensors") == tokenizer_hash(tmp_path / "new.safetensors")
@@ -229,7 +242,9 @@ def test_files_without_a_quantizer_are_vq_with_the_same_hash(tmp_path):
 
 def test_the_hash_tells_quantizers_with_equal_tensors_apart(tmp_path):
     torch.manual_seed(0)
-    one = VQModel(TokenizerConfig(**NETWORK, quantizer="fsq", codebook_size=16, codebook_embed_dim=4, fsq_levels=[2] * 4))
+    one = VQModel(
+        TokenizerConfig(**NETWORK, quantizer="fsq", codebook_size=16, codebook_embed_dim=4, fsq_levels=[2] * 4)
+    )
     other = VQModel(TokenizerConfig(**NETWORK, quantizer="lfq", codebook_size=16, codebook_embed_dim=4))
     other.load_state_dict(one.state_dict())
     for name, model in (("a", one), ("b", other)):

@@ -12,8 +12,8 @@ from megastar.config.schema import TokenizerConfig, TokenizerTrainConfig
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, save_tokenizer, tokenizer_hash
 from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
-from megastar.tokenizer.train import TokenizerTrainer, kmeans, learning_rate, score
 from megastar.tokenizer.quantizers.vq import VectorQuantizer
+from megastar.tokenizer.train import TokenizerTrainer, kmeans, learning_rate, score
 from megastar.tokenizer.vq import VQModel, to_images
 
 SMALL = TokenizerConfig(
