@@ -36,8 +36,8 @@ def words(values: list[Any]) -> str:
 
 
 def tensor_parallel_degrees(m: ModelConfig) -> list[int]:
-    """Degrees that divide the heads, the SwiGLU width and the vocabulary."""
-    return divisors(math.gcd(m.n_head, m.ffn_dim, m.vocab_size))
+    """Degrees that divide the heads, the SwiGLU width and the vocabulary, unless the head is factorised (it is replicated)."""
+    return divisors(math.gcd(m.n_head, m.ffn_dim, *([m.vocab_size] if m.head == "full" else [])))
 
 
 def find_problems(cfg: Any) -> list[Problem]:
@@ -101,9 +101,10 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
     m, tp, t = cfg.model, cfg.parallel.tensor_parallel, cfg.train
     legal = tensor_parallel_degrees(m)
     if tp not in legal:
+        divided = [f"model.n_head {m.n_head}", f"the ffn width {m.ffn_dim}"]
+        divided += [f"model.vocab_size {m.vocab_size}"] if m.head == "full" else []
         yield Problem(
-            f"parallel.tensor_parallel = {tp}: must divide model.n_head {m.n_head}, the ffn width {m.ffn_dim} and "
-            f"model.vocab_size {m.vocab_size}; use {words(legal)}",
+            f"parallel.tensor_parallel = {tp}: must divide {', '.join(divided[:-1])} and {divided[-1]}; use {words(legal)}",
             ("parallel.tensor_parallel", "model.n_head", "model.dim", "model.multiple_of", "model.vocab_size"),
         )
     if t.steps == 0 and t.epochs == 0:
@@ -163,6 +164,24 @@ def model_problems(m: ModelConfig) -> Iterator[Problem]:
         yield Problem(
             f"model.image_tokens = {m.image_tokens}: must be a square number, as {side**2} or {(side + 1) ** 2}",
             ("model.image_tokens",),
+        )
+    if m.head == "full" and m.head_factors:
+        yield Problem(
+            f"model.head_factors = {m.head_factors}: model.head full has no sub-codes; set model.head to factorised, "
+            "or head_factors to []",
+            ("model.head_factors", "model.head"),
+        )
+    if m.head == "factorised" and len(m.head_factors) < 2:
+        yield Problem(
+            f"model.head_factors = {m.head_factors}: model.head factorised needs two or more numbers whose product is "
+            f"model.vocab_size {m.vocab_size}",
+            ("model.head_factors", "model.head"),
+        )
+    elif m.head == "factorised" and math.prod(m.head_factors) != m.vocab_size:
+        yield Problem(
+            f"model.head_factors = {m.head_factors}: their product {math.prod(m.head_factors)} must be "
+            f"model.vocab_size {m.vocab_size}",
+            ("model.head_factors", "model.vocab_size", "model.head"),
         )
 
 
@@ -277,6 +296,12 @@ def _tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
         yield Problem(
             f"continuous_steps = {cfg.continuous_steps}: k-means would replace the codebook of init {cfg.init}: set it to 0",
             ("continuous_steps", "init"),
+        )
+    if bool(cfg.lpips_vgg) != bool(cfg.lpips_linear):
+        given, other = ("lpips_vgg", "lpips_linear") if cfg.lpips_vgg else ("lpips_linear", "lpips_vgg")
+        yield Problem(
+            f"{given} = {getattr(cfg, given)}: LPIPS needs both files, and {other} is empty: name it, or leave out both",
+            (given, other),
         )
     if not cfg.pictures:
         yield Problem("pictures is empty: name a folder of class folders, a .tar, or a folder of tars", ("pictures",))

@@ -22,7 +22,7 @@ from megastar.errors import UserError
 from megastar.run_dir.jsonl import JsonlWriter
 from megastar.run_dir.layout import METRICS
 from megastar.tokenizer.io import load_tokenizer
-from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
+from megastar.tokenizer.losses import hinge_discriminator_loss, make_discriminator, make_perceptual, psnr
 from megastar.tokenizer.quantizers.base import code_statistics, rows_at_once
 from megastar.tokenizer.vq import VQModel, to_images
 from megastar.utils.files import atomic_file
@@ -37,9 +37,11 @@ NETWORKS = ("model", "average", "optimizer", "discriminator", "d_optimizer")  # 
 
 
 def learning_rate(step: int, c: TokenizerTrainConfig) -> float:
-    """Linear warm-up, then cosine to a hundredth of the peak."""
+    """Linear warm-up, then cosine to a hundredth of the peak, or constant."""
     if step < c.warmup:
         return c.lr * (step + 1) / c.warmup
+    if c.schedule == "constant":
+        return c.lr
     progress = (step - c.warmup) / max(1, c.steps - c.warmup)
     return c.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
@@ -74,11 +76,12 @@ class TokenizerTrainer:
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         parameters = self.model.parameters()
         self.optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay)
-        self.perceptual = PerceptualLoss().to(device) if c.perceptual else None
-        self.discriminator, self.d_optimizer = None, None
-        if c.adversarial:
-            self.discriminator = PatchDiscriminator().to(device)
-            self.d_optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=c.lr, betas=(0.5, 0.9))
+        self.perceptual = make_perceptual(c)
+        if self.perceptual is not None:
+            self.perceptual.to(device)
+        self.discriminator, self.d_optimizer = make_discriminator(c) if c.adversarial else (None, None)
+        if self.discriminator is not None:
+            self.discriminator.to(device)
         self.uses = torch.zeros(c.tokenizer.codebook_size, dtype=torch.long)  # of each code since the last revival
         self.dead = 0  # codes without a use at the last revival
         self.step = 0
@@ -133,7 +136,7 @@ class TokenizerTrainer:
         self.step += 1
         if self.step == c.continuous_steps:
             self._set_codebook(z.detach())
-        elif self.step > c.continuous_steps and self.step % c.revive_every == 0:
+        elif c.revive_every and self.step > c.continuous_steps and self.step % c.revive_every == 0:
             self._revive(z.detach())
         metrics = {"loss": loss, "l2": l2, "perceptual": perceptual, "vq": vq, "grad_norm": norm}
         return {name: value.item() for name, value in metrics.items()} | batch_codes
@@ -142,7 +145,12 @@ class TokenizerTrainer:
         if self.discriminator is None or self.d_optimizer is None or self.step < self.c.adversarial_start:
             return
         self.d_optimizer.zero_grad(set_to_none=True)  # also removes the gradients of the generator's loss
-        hinge_discriminator_loss(self.discriminator(real), self.discriminator(fake)).backward()
+        loss = hinge_discriminator_loss(self.discriminator(real), self.discriminator(fake))
+        if self.c.discriminator == "llamagen":
+            (self.c.adversarial * loss).backward()
+            torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), 1.0)
+        else:
+            loss.backward()
         self.d_optimizer.step()
 
     @torch.no_grad()
