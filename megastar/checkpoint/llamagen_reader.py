@@ -164,7 +164,8 @@ def model_config(
         )
     heads, name = known[size]
     ffn = found.pop("ffn_dim")
-    made = ModelConfig(name=name.lower(), n_head=heads, image_tokens=T, **found)
+    fields: dict[str, Any] = {**found}
+    made = ModelConfig(name=name.lower(), n_head=heads, image_tokens=T, **fields)
     if made.ffn_dim != ffn:
         made.multiple_of = ffn
     return made

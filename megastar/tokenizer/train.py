@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from megastar.config.env_text import recorded
 from megastar.config.schema import TokenizerTrainConfig
@@ -24,6 +24,7 @@ from megastar.run_dir.layout import METRICS
 from megastar.tokenizer.io import load_tokenizer
 from megastar.tokenizer.losses import hinge_discriminator_loss, make_discriminator, make_perceptual, psnr
 from megastar.tokenizer.quantizers.base import code_statistics, rows_at_once
+from megastar.tokenizer.quantizers.vq import VectorQuantizer
 from megastar.tokenizer.vq import VQModel, to_images
 from megastar.utils.files import atomic_file
 from megastar.utils.json_file import shown
@@ -79,8 +80,10 @@ class TokenizerTrainer:
         self.perceptual = make_perceptual(c)
         if self.perceptual is not None:
             self.perceptual.to(device)
-        self.discriminator, self.d_optimizer = make_discriminator(c) if c.adversarial else (None, None)
-        if self.discriminator is not None:
+        self.discriminator: nn.Module | None = None
+        self.d_optimizer: torch.optim.Optimizer | None = None
+        if c.adversarial:
+            self.discriminator, self.d_optimizer = make_discriminator(c)
             self.discriminator.to(device)
         self.uses = torch.zeros(c.tokenizer.codebook_size, dtype=torch.long)  # of each code since the last revival
         self.dead = 0  # codes without a use at the last revival
@@ -174,7 +177,7 @@ class TokenizerTrainer:
             step += 1
         centres = kmeans(torch.cat(pool), self.c.tokenizer.codebook_size, spherical=self.c.tokenizer.codebook_l2_norm)
         for model in (self.model, self.average):
-            model.quantize.embedding.weight.copy_(centres)
+            _codebook(model).copy_(centres)
 
     @torch.no_grad()
     def _revive(self, z: Tensor) -> None:
@@ -184,9 +187,9 @@ class TokenizerTrainer:
         if len(dead) and self.c.tokenizer.quantizer == "vq" and self.step < 0.8 * self.c.steps:
             points = self._points(z)
             chosen = points[torch.randint(len(points), (len(dead),))].to(self.device)
-            state = self.optimizer.state[self.model.quantize.embedding.weight]
+            state = self.optimizer.state[_codebook(self.model)]
             for model in (self.model, self.average):
-                model.quantize.embedding.weight[dead] = chosen
+                _codebook(model)[dead] = chosen
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name][dead] = 0
         self.uses.zero_()
@@ -285,6 +288,12 @@ class TokenizerTrainer:
             self.save(last)
         rows.flush(sync=True)
         return scores
+
+
+def _codebook(model: VQModel) -> Tensor:
+    """The weights of vq's codebook (V, E)."""
+    assert isinstance(model.quantize, VectorQuantizer)
+    return model.quantize.embedding.weight
 
 
 @torch.no_grad()
