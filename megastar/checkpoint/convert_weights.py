@@ -26,7 +26,7 @@ from megastar.checkpoint.llamagen_sets import (
     weights_in,
     with_null_class,
 )
-from megastar.checkpoint.llamagen_writer import check_written, how_to_load, save_streaming
+from megastar.checkpoint.llamagen_writer import check_expressible, check_written, how_to_load, save_streaming
 from megastar.checkpoint.safetensors_stream import TensorWriter
 from megastar.checkpoint.source import elements_of
 from megastar.config.env_text import recorded
@@ -186,6 +186,8 @@ def write_weights(
 
     ``verify`` checks the source once there is room for ``out``. ``tokenizer`` is named in the .json beside the file.
     """
+    if to == "llamagen":
+        check_expressible(cfg, out)
     kind = DTYPES[dtype]
     size = elements_of(shapes) * kind.itemsize
 

@@ -122,7 +122,8 @@ def model_config(
         raise NeedsOption(sentence, "--config MODEL.yaml")
     heads, name = known[size]
     ffn = found.pop("ffn_dim")
-    made = ModelConfig(name=name.lower(), n_head=heads, image_tokens=T, **found)
+    fields: dict[str, Any] = {**found}
+    made = ModelConfig(name=name.lower(), n_head=heads, image_tokens=T, **fields)
     if made.ffn_dim != ffn:
         made.multiple_of = ffn
     return made
@@ -140,7 +141,9 @@ def tokenizer_config(path: Path, weights: Mapping[str, Tensor], image_size: int)
         multipliers = [c // channels for c in outs]
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{path} is not a VQ tokenizer of LlamaGen: {shown(str(error))} is missing") from error
-    made = TokenizerConfig(image_size, channels, multipliers, res, z_channels, size, width)
+    made = TokenizerConfig(
+        image_size, channels, multipliers, res, z_channels, codebook_size=size, codebook_embed_dim=width
+    )
     if problem := next(tokenizer_problems(made), None) if image_size % made.downsample == 0 else None:
         raise UserError(f"{path} is not a VQ tokenizer of LlamaGen: {problem.text}; download it again")
     if image_size % made.downsample:

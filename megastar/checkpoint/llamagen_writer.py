@@ -131,6 +131,14 @@ def check_written(
         raise UserError(f"{path} {READS_BACK}")
 
 
+def check_expressible(cfg: ModelConfig | TokenizerConfig, path: Path) -> None:
+    """Raises ``UserError`` for a network that LlamaGen does not have."""
+    if isinstance(cfg, TokenizerConfig) and cfg.quantizer != "vq":
+        raise UserError(f"{path}: LlamaGen has no quantizer {cfg.quantizer}, only vq: convert to safetensors")
+    if isinstance(cfg, ModelConfig) and cfg.head != "full":
+        raise UserError(f"{path}: LlamaGen has no {cfg.head} head: convert to safetensors")
+
+
 def how_to_load(cfg: ModelConfig | TokenizerConfig) -> str:
     """The options of LlamaGen's sampler for this network or tokenizer, or how to build it there."""
     return how_to_load_model(cfg) if isinstance(cfg, ModelConfig) else how_to_load_tokenizer(cfg)

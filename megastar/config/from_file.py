@@ -45,7 +45,7 @@ def _validator(section: type) -> SchemaValidator:
 def _schema(hint: Any, bounds: Mapping[str, Any]) -> Schema:
     low, high = bounds.get("low"), bounds["high"]
     if get_origin(hint) is list:
-        return list_of(_schema(get_args(hint)[0], bounds), 1, MAX_LEVELS)
+        return list_of(_schema(get_args(hint)[0], bounds), bounds.get("fewest", 1), MAX_LEVELS)
     if hint is int:
         return core.int_schema(strict=True, ge=low, le=high)
     if hint is float:

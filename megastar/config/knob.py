@@ -19,7 +19,8 @@ def knob(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with its help text; lists are copied for each instance.
 
     Metadata that config/validate.py checks: ``choices`` (allowed values), ``low``/``high`` (inclusive bounds),
-    ``above``/``below`` (exclusive ones). The bounds of a list apply to its members.
+    ``above``/``below`` (exclusive ones). The bounds of a list apply to its members; ``fewest`` is their number in a
+    weights file (default 1).
     """
     metadata["help"] = help
     if isinstance(default, (list, dict, type)):

@@ -15,7 +15,7 @@ from megastar.config.optim import OptimConfig
 
 @dataclass
 class TokenizerConfig:
-    """The VQ auto-encoder. Defaults are LlamaGen's VQ-16."""
+    """The auto-encoder and its quantizer. Defaults are LlamaGen's VQ-16."""
 
     image_size: int = knob(256, "side of the square images in pixels", low=1, high=4096)
     channels: int = knob(128, "width at full resolution; each level multiplies it", low=1, high=4096)
@@ -24,9 +24,18 @@ class TokenizerConfig:
     )
     res_blocks: int = knob(2, "residual blocks per level of the encoder; the decoder has one more", low=1, high=64)
     z_channels: int = knob(256, "channels between the networks and the codebook", low=1, high=4096)
+    quantizer: str = knob(
+        "vq",
+        "vq: nearest code of a codebook; lfq: signs (arXiv 2310.05737); fsq: levels of each channel (arXiv 2309.15505); "
+        "ibq: codebook with gradients to all codes (arXiv 2412.02692)",
+        choices=("vq", "lfq", "fsq", "ibq"),
+    )
     codebook_size: int = knob(16384, "number of codes V", low=2, high=2**20)
-    codebook_embed_dim: int = knob(8, "dimension of a code", low=1, high=4096)
-    codebook_l2_norm: bool = knob(True, "L2-normalize codes before comparing them")
+    codebook_embed_dim: int = knob(8, "dimension of a code; lfq: log2 of V; fsq: number of levels", low=1, high=4096)
+    codebook_l2_norm: bool = knob(True, "vq: L2-normalize codes before comparing them")
+    fsq_levels: list[int] = knob(
+        [], "fsq: values of each channel, whose product is V, as [8, 8, 8, 6, 5]", low=2, high=1024, fewest=0
+    )
     norm_groups: int = knob(32, "groups of every GroupNorm; LlamaGen: 32", low=1, high=4096)
     dropout: float = knob(0.0, "dropout in the residual blocks", low=0, below=1)
 
@@ -53,19 +62,38 @@ class TokenizerTrainConfig:
     init: str = knob("", "tokenizer file to continue from, with continuous_steps 0; empty: random weights")
     steps: int = knob(20000, "optimizer steps", low=1, high=MOST_STEPS)
     batch: int = knob(64, "images per step", low=1, high=MOST_BATCH)
-    lr: float = knob(1e-3, "peak learning rate of AdamW; cosine decay to 1 % of it", above=0, high=LARGE)
+    lr: float = knob(1e-3, "peak learning rate of AdamW", above=0, high=LARGE)
+    schedule: str = knob(
+        "cosine", "after the warm-up: cosine decay to 1 % of lr, or constant", choices=("cosine", "constant")
+    )
     warmup: int = knob(200, "steps of linear warm-up", low=0, high=MOST_STEPS)
     weight_decay: float = knob(1e-4, "AdamW weight decay", low=0, high=LARGE)
     ema_decay: float = knob(0.999, "decay of the EMA weights, which are what is saved", low=0, below=1)
-    commitment: float = knob(0.25, "weight of the commitment loss", low=0, high=LARGE)
+    commitment: float = knob(0.25, "weight of the commitment loss; fsq has none", low=0, high=LARGE)
+    entropy: float = knob(0.1, "weight of the entropy loss of lfq and ibq", low=0, high=LARGE)
+    entropy_temperature: float = knob(0.01, "temperature of the code probabilities in it", above=0, high=LARGE)
     perceptual: float = knob(0.1, "weight of the perceptual loss; 0: off", low=0, high=LARGE)
+    lpips_vgg: str = knob(
+        "",
+        "VGG-16 weights of torchvision (.pth or .safetensors): the perceptual loss is LPIPS; empty: EfficientNet-Lite0",
+    )
+    lpips_linear: str = knob("", "learned weights of LPIPS 0.1 for VGG (vgg.pth), given with lpips_vgg")
     adversarial: float = knob(0.0, "weight of the PatchGAN hinge loss; 0: off", low=0, high=LARGE)
+    discriminator: str = knob(
+        "small",
+        "small: width 32, GroupNorm; llamagen: width 64, BatchNorm, trained as there (Adam betas 0.9 and 0.95, its loss "
+        "times adversarial, gradient norm at most 1)",
+        choices=("small", "llamagen"),
+    )
     adversarial_start: int = knob(10000, "first step with the adversarial loss", low=0, high=MOST_STEPS)
     continuous_steps: int = knob(
-        500, "steps without quantization, before k-means initializes the codebook", low=0, high=MOST_STEPS
+        500, "vq: steps without quantization, before k-means initializes the codebook", low=0, high=MOST_STEPS
     )
     revive_every: int = knob(
-        250, "steps between replacements of dead codes; none in the last fifth of the run", low=1, high=MOST_STEPS
+        250,
+        "steps between counts of dead codes; vq replaces them, except in the last fifth of the run; 0: never",
+        low=0,
+        high=MOST_STEPS,
     )
     max_scale: float = knob(1.25, "maximum random upscaling before the random crop", low=1, high=16)
     seed: int = knob(0, "seed of the weights and the data order", low=0, high=MOST_SEED)
@@ -86,12 +114,24 @@ class ModelConfig:
     n_head: int = knob(12, "attention heads H", low=1, high=1024)
     dim: int = knob(768, "width D; the head dimension D / H must be a multiple of 4 (2-D RoPE)", low=1, high=65536)
     multiple_of: int = knob(256, "the SwiGLU width int(8 D / 3) is rounded up to a multiple of this", low=1, high=65536)
-    vocab_size: int = knob(16384, "codebook size V of the tokenizer; unless set: that of the shards", low=2, high=65536)
+    vocab_size: int = knob(16384, "codebook size V of the tokenizer; unless set: that of the shards", low=2, high=2**18)
     num_classes: int = knob(
         1000,
         "classes, with one more row in the table, the null class; unless set: those of the shards",
         low=1,
         high=10**6,
+    )
+    head: str = knob(
+        "full",
+        "full: one embedding and one output per code; factorised: a code is predicted as sub-codes, one after the other",
+        choices=("full", "factorised"),
+    )
+    head_factors: list[int] = knob(
+        [],
+        "factorised: number of values of each sub-code, whose product is V, as [512, 512]",
+        low=2,
+        high=65536,
+        fewest=0,
     )
     image_tokens: int = knob(
         256, "tokens per image T, a square number; unless set: that of the shards", low=4, high=65536

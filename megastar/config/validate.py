@@ -43,8 +43,8 @@ def words(values: list[Any]) -> str:
 
 
 def tensor_parallel_degrees(m: ModelConfig) -> list[int]:
-    """Degrees that divide the heads, the SwiGLU width and the vocabulary."""
-    return divisors(math.gcd(m.n_head, m.ffn_dim, m.vocab_size))
+    """Degrees that divide the heads, the SwiGLU width and the vocabulary, unless the head is factorised (it is replicated)."""
+    return divisors(math.gcd(m.n_head, m.ffn_dim, *([m.vocab_size] if m.head == "full" else [])))
 
 
 def find_problems(cfg: Any) -> list[Problem]:
@@ -108,9 +108,10 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
     m, tp, t = cfg.model, cfg.parallel.tensor_parallel, cfg.train
     legal = tensor_parallel_degrees(m)
     if tp not in legal:
+        divided = [f"model.n_head {m.n_head}", f"the ffn width {m.ffn_dim}"]
+        divided += [f"model.vocab_size {m.vocab_size}"] if m.head == "full" else []
         yield Problem(
-            f"parallel.tensor_parallel = {tp}: must divide model.n_head {m.n_head}, the ffn width {m.ffn_dim} and "
-            f"model.vocab_size {m.vocab_size}; use {words(legal)}",
+            f"parallel.tensor_parallel = {tp}: must divide {', '.join(divided[:-1])} and {divided[-1]}; use {words(legal)}",
             ("parallel.tensor_parallel", "model.n_head", "model.dim", "model.multiple_of", "model.vocab_size"),
         )
     if t.steps == 0 and t.epochs == 0:
@@ -201,6 +202,24 @@ def model_problems(m: ModelConfig) -> Iterator[Problem]:
             f"model.image_tokens = {m.image_tokens}: must be a square number, as {side**2} or {(side + 1) ** 2}",
             ("model.image_tokens",),
         )
+    if m.head == "full" and m.head_factors:
+        yield Problem(
+            f"model.head_factors = {m.head_factors}: model.head full has no sub-codes; set model.head to factorised, "
+            "or head_factors to []",
+            ("model.head_factors", "model.head"),
+        )
+    if m.head == "factorised" and len(m.head_factors) < 2:
+        yield Problem(
+            f"model.head_factors = {m.head_factors}: model.head factorised needs two or more numbers whose product is "
+            f"model.vocab_size {m.vocab_size}",
+            ("model.head_factors", "model.head"),
+        )
+    elif m.head == "factorised" and math.prod(m.head_factors) != m.vocab_size:
+        yield Problem(
+            f"model.head_factors = {m.head_factors}: their product {math.prod(m.head_factors)} must be "
+            f"model.vocab_size {m.vocab_size}",
+            ("model.head_factors", "model.vocab_size", "model.head"),
+        )
 
 
 def _self_guided_rules(s: SelfGuidedConfig, m: ModelConfig) -> Iterator[Problem]:
@@ -251,6 +270,48 @@ def tokenizer_problems(t: TokenizerConfig) -> Iterator[Problem]:
             f"{here}norm_groups = {t.norm_groups}: must divide the width of every level, but does not divide {words(odd)}",
             (here + "norm_groups", here + "channels", here + "channel_multipliers"),
         )
+    yield from _quantizer_problems(t)
+
+
+def _quantizer_problems(t: TokenizerConfig) -> Iterator[Problem]:
+    """The number of codes that a quantizer without a codebook has."""
+    here = "tokenizer."
+    size, dim = (here + "codebook_size", t.codebook_size), (here + "codebook_embed_dim", t.codebook_embed_dim)
+    kind = here + "quantizer"
+    if t.quantizer != "fsq" and t.fsq_levels:
+        yield Problem(
+            f"{here}fsq_levels = {t.fsq_levels}: {kind} {t.quantizer} has no levels; set {kind} to fsq, or fsq_levels to []",
+            (here + "fsq_levels", kind),
+        )
+    if t.quantizer == "lfq" and t.codebook_size & (t.codebook_size - 1):
+        below = 1 << t.codebook_size.bit_length() - 1
+        yield Problem(
+            f"{size[0]} = {size[1]}: {kind} lfq has one bit per channel, so it must be a power of two, as {below} or {2 * below}",
+            (size[0], kind),
+        )
+    elif t.quantizer == "lfq" and t.codebook_size != 1 << t.codebook_embed_dim:
+        bits = t.codebook_size.bit_length() - 1
+        yield Problem(
+            f"{dim[0]} = {dim[1]}: {kind} lfq has one bit per channel, so {size[1]} codes need {bits}; set it to {bits}",
+            (dim[0], size[0], kind),
+        )
+    if t.quantizer != "fsq":
+        return
+    if not t.fsq_levels:
+        yield Problem(
+            f"{here}fsq_levels is empty: {kind} fsq needs the number of values of each channel, as [8, 8, 8, 6, 5]",
+            (here + "fsq_levels", kind),
+        )
+    elif math.prod(t.fsq_levels) != t.codebook_size:
+        yield Problem(
+            f"{size[0]} = {size[1]}: must be the product of {here}fsq_levels {t.fsq_levels}, {math.prod(t.fsq_levels)}",
+            (size[0], here + "fsq_levels", kind),
+        )
+    elif len(t.fsq_levels) != t.codebook_embed_dim:
+        yield Problem(
+            f"{dim[0]} = {dim[1]}: must be the number of {here}fsq_levels {t.fsq_levels}, {len(t.fsq_levels)}",
+            (dim[0], here + "fsq_levels", kind),
+        )
 
 
 def _tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
@@ -262,10 +323,22 @@ def _tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
             f"continuous_steps = {cfg.continuous_steps}: must be below steps {cfg.steps}, otherwise no codebook is made",
             ("continuous_steps", "steps"),
         )
-    if cfg.init and cfg.continuous_steps:
+    if cfg.tokenizer.quantizer != "vq" and cfg.continuous_steps:
+        yield Problem(
+            f"continuous_steps = {cfg.continuous_steps}: only tokenizer.quantizer vq starts without quantization, "
+            f"{cfg.tokenizer.quantizer} does not: set it to 0",
+            ("continuous_steps", "tokenizer.quantizer"),
+        )
+    elif cfg.init and cfg.continuous_steps:
         yield Problem(
             f"continuous_steps = {cfg.continuous_steps}: k-means would replace the codebook of init {cfg.init}: set it to 0",
             ("continuous_steps", "init"),
+        )
+    if bool(cfg.lpips_vgg) != bool(cfg.lpips_linear):
+        given, other = ("lpips_vgg", "lpips_linear") if cfg.lpips_vgg else ("lpips_linear", "lpips_vgg")
+        yield Problem(
+            f"{given} = {getattr(cfg, given)}: LPIPS needs both files, and {other} is empty: name it, or leave out both",
+            (given, other),
         )
     if not cfg.pictures:
         yield Problem("pictures is empty: name a folder of class folders, a .tar, or a folder of tars", ("pictures",))

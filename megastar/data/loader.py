@@ -164,7 +164,7 @@ class TokenLoader:
         codes, true_labels = self.shards.gather(ids, views)
         dropped = draw_label_drop(self.seed, epochs, ids, self.class_dropout_prob)
         columns = {
-            "codes": codes.view(np.int16),  # (n * b, M, T)
+            "codes": codes.view(np.int16) if codes.itemsize == 2 else codes,  # (n * b, M, T)
             "labels": np.where(dropped, self.num_classes, true_labels),
             "true_labels": true_labels,
             "ids": ids,

@@ -93,7 +93,7 @@ class ReadAhead:
 class ToDevice:
     """Copies batches to ``device`` (None or a CPU: no copy): ``send`` ahead of use, ``receive`` on use.
 
-    Until ``receive`` codes have their stored two bytes, as int16, which every kernel supports. For a GPU the reading
+    Until ``receive`` codes have their stored bytes: two as int16, which every kernel supports, or int32. For a GPU the reading
     thread pins the arrays and copies them on its own stream during the previous step; the consumer's stream waits for
     that copy only.
     """
@@ -112,14 +112,19 @@ class ToDevice:
         with torch.cuda.stream(self._stream):
             for name in self.ON_DEVICE:  # the allocator keeps pinned memory until the copy is done
                 batch[name] = batch[name].pin_memory().to(self.device, non_blocking=True)
-            batch["codes"] = batch["codes"].to(torch.int64).bitwise_and_(0xFFFF)  # (b, M, T)
+            two_bytes = batch["codes"].dtype == torch.int16
+            batch["codes"] = batch["codes"].to(torch.int64)  # (b, M, T)
+            if two_bytes:
+                batch["codes"].bitwise_and_(0xFFFF)
             batch["copied"] = self._stream.record_event()
         return batch
 
     def receive(self, batch: Batch) -> Batch:
         """The batch with codes in int64, ready for the caller's current stream."""
         if self._stream is None:
-            batch["codes"] = torch.from_numpy(batch["codes"].numpy().view(np.uint16).astype(np.int64))  # (b, M, T)
+            codes = batch["codes"].numpy()
+            codes = codes.view(np.uint16) if codes.itemsize == 2 else codes
+            batch["codes"] = torch.from_numpy(codes.astype(np.int64))  # (b, M, T)
             return batch
         current = torch.cuda.current_stream(self.device)
         current.wait_event(batch.pop("copied"))

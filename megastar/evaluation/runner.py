@@ -131,7 +131,7 @@ def evaluate_reconstruction(
     reference = _reference(real, config.image_size, metrics, made.network, o, limit)
     reconstructions = Reconstructions(tokenizer, images, o.device)
     collect(made, reconstructions.batches(o.batch), images.count, "reconstructions", o.console)
-    summary: dict[str, Any] = {**summary_of(torch.cat(reconstructions.ratios), reconstructions.used)}
+    summary: dict[str, Any] = {**summary_of(torch.cat(reconstructions.ratios), reconstructions.uses)}
     summary["tokenizer"] = {"source": str(tokenizer), "sha256": tokenizer_hash(tokenizer)}
     return _score(made, reference, metrics, o, summary, dict(o.provenance), start)
 
@@ -142,14 +142,14 @@ class Reconstructions:
     def __init__(self, tokenizer: str | Path, source: ImageSource, device: torch.device | str = "cpu"):
         self.model, self.source, self.device = load_tokenizer(tokenizer, device), source, device
         self.ratios: list[torch.Tensor] = []
-        self.used = torch.zeros(self.model.config.codebook_size, dtype=torch.bool)
+        self.uses = torch.zeros(self.model.config.codebook_size, dtype=torch.long)
 
     @torch.no_grad()
     def batches(self, batch: int) -> Iterator[np.ndarray]:
         for pixels in self.source.batches(batch):
             images = to_images(torch.from_numpy(np.array(pixels)), self.device)
             codes = self.model.encode(images)
-            self.used[codes.flatten().cpu()] = True
+            self.uses += torch.bincount(codes.flatten().cpu(), minlength=len(self.uses))
             decoded = self.model.decode_codes(codes)
             self.ratios.append(psnr(images, decoded).double().cpu())
             yield to_pixels(decoded)

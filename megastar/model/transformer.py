@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megastar.config.schema import ModelConfig
 from megastar.model.attention import Attention, Cache, plan_attention
+from megastar.model.factorised import FactorisedHead, SubCodeEmbedding
 from megastar.model.fused import swiglu
 from megastar.model.kernels import AttentionPlan
 from megastar.model.layers import Dropout, Embedding, Head, Linear, RMSNorm
@@ -25,7 +26,7 @@ from megastar.model.rope import rope_table
 class Output(NamedTuple):
     """Result of a forward pass; a field is None if it was not requested."""
 
-    logits: Tensor | None  # (B, S, V), in the weights' dtype
+    logits: Tensor | None  # (B, S, V), in the weights' dtype; of a factorised head log-probabilities in fp32 or more
     features: Tensor | None  # (B, S, D), output of block ``features_at``
     last: Tensor | None  # (B, S, D), output of the last block that ran, before the final norm
     loss: Tensor | None = None  # mean next-token cross-entropy in nats, in fp32 or more
@@ -90,11 +91,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.cls_embedding = LabelEmbedder(cfg)
-        self.tok_embeddings = Embedding(cfg.vocab_size, cfg.dim, cfg.initializer_range)
+        whole = cfg.head == "full"
+        self.tok_embeddings = (
+            Embedding(cfg.vocab_size, cfg.dim, cfg.initializer_range) if whole else SubCodeEmbedding(cfg)
+        )
         self.tok_dropout = Dropout(cfg.token_dropout_p)
         self.layers = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.output = Head(cfg.dim, cfg.vocab_size, std=0.0)
+        self.output = Head(cfg.dim, cfg.vocab_size, std=0.0) if whole else FactorisedHead(cfg)
 
     def forward(
         self,

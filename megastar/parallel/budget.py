@@ -15,8 +15,9 @@ from megastar.config.optim import MuonConfig
 from megastar.config.schema import ModelConfig, SelfGuidedConfig
 from megastar.config.validate import tensor_parallel_degrees, words
 from megastar.errors import UserError
+from megastar.parallel.head import embedding_shapes, head_bytes, head_shapes
 from megastar.parallel.muon import muon_traffic, working_bytes
-from megastar.parallel.plan import block_matrix, chunk_rows, own_masters, split_of
+from megastar.parallel.plan import block_matrix, own_masters, split_of
 
 GIB = 2**30
 ELEMENT = {"bf16": 2, "fp32": 4}  # bytes of an element of the compute type
@@ -84,10 +85,10 @@ def runs_teacher_first(guided: SelfGuidedConfig, accumulation: int) -> bool:
 
 def parameter_shapes(model: ModelConfig, guided: SelfGuidedConfig | None = None) -> dict[str, tuple[int, ...]]:
     """Every weight of the student by its name, in the module's order: ``transformer.*``, then ``projector.*``."""
-    D, F, V = model.dim, model.ffn_dim, model.vocab_size
+    D, F = model.dim, model.ffn_dim
     shapes: dict[str, tuple[int, ...]] = {
         "transformer.cls_embedding.embedding_table.weight": (model.num_classes + 1, D),
-        "transformer.tok_embeddings.weight": (V, D),
+        **embedding_shapes(model),
     }
     for i in range(model.n_layer):
         block = {
@@ -100,7 +101,7 @@ def parameter_shapes(model: ModelConfig, guided: SelfGuidedConfig | None = None)
             "feed_forward.w2.weight": (D, F),
         }
         shapes |= {f"transformer.layers.{i}.{name}": shape for name, shape in block.items()}
-    shapes |= {"transformer.norm.weight": (D,), "transformer.output.weight": (V, D)}
+    shapes |= {"transformer.norm.weight": (D,), **head_shapes(model)}
     if guided is not None and has_projector(guided):
         P = guided.projector_dim
         for name, rows, columns in (("w1", P, D), ("w2", P, P), ("w3", D, P)):
@@ -109,12 +110,14 @@ def parameter_shapes(model: ModelConfig, guided: SelfGuidedConfig | None = None)
 
 
 def check_tensor(model: ModelConfig, tensor: int) -> None:
-    """Raises ``UserError`` if the degree does not divide heads, ffn width and vocabulary; lists the valid degrees."""
+    """Raises ``UserError`` if the degree does not divide heads, ffn width and the vocabulary of a full head; lists the
+    valid degrees."""
     valid = tensor_parallel_degrees(model)
     if tensor not in valid:
+        divided = [f"{model.n_head} heads", f"the ffn width {model.ffn_dim}"]
+        divided += [f"{model.vocab_size} codes"] if model.head == "full" else []
         raise UserError(
-            f"tensor parallel degree {tensor}: must divide {model.n_head} heads, the ffn width {model.ffn_dim} and "
-            f"{model.vocab_size} codes; use {words(valid)}"
+            f"tensor parallel degree {tensor}: must divide {', '.join(divided[:-1])} and {divided[-1]}; use {words(valid)}"
         )
 
 
@@ -256,7 +259,7 @@ def loss_bytes(
     the logits (product, selection, log-softmax, gradient).
     """
     e, N = ELEMENT[dtype], micro * g.sequences
-    out = {"head": _head_bytes(m, N, tensor, dtype)[0], "features": 0, "contrastive": 0}
+    out = {"head": head_bytes(m, N, tensor, dtype)[0], "features": 0, "contrastive": 0}
     if g.enabled and g.alpha:
         out["features"] = N * m.image_tokens * m.dim * (2 * e + 4 + (4 if e < 4 else 0))
     if has_projector(g):
@@ -280,25 +283,6 @@ def kept_bytes(
     features = (accumulation - 1) * micro * g.sequences * m.image_tokens * m.dim * e
     targets = accumulation * micro * data * g.views * g.positions * m.dim * e
     return {"targets": targets, "teacher features": features if keep and g.alpha else 0}
-
-
-def _head_bytes(model: ModelConfig, sequences: int, tensor: int, dtype: str) -> tuple[int, int]:
-    """(gradients kept by the loss, its temporary memory): parallel/cross_entropy.py.
-
-    Temporary: a chunk of logits, in their type and in fp32 (twice: torch widens bf16 first on a CPU); or a chunk of
-    their gradient with its part of the weight's; or, in the backward pass, both gradients again, scaled.
-    """
-    e, D, V, rows = ELEMENT[dtype], model.dim, model.vocab_size // tensor, sequences * model.image_tokens
-    size = chunk_rows(rows, V)
-    wide = e if size >= rows else 4  # of the weight's gradient, summed over chunks
-    kept = rows * D * e + V * D * wide
-    chunk = size * V * (e + 4 + (4 if e < 4 else 0))
-    temporary = (
-        chunk - (kept - rows * D * e if size >= rows else 0),
-        size * V * e + V * D * e,
-        rows * D * e + V * D * (e if wide == e else wide + e),
-    )
-    return kept, max(temporary)
 
 
 # ZeRO's buffers ----------------------------------------------------------------------------------------------------
@@ -364,7 +348,7 @@ def memory_bytes(
     buffers = buffer_bytes(model, guided, zero, *options)
     first = keep_features and runs_teacher_first(guided, accumulation)
     held = {"kept": sum(kept_bytes(model, guided, micro, data, dtype, accumulation, keep_features).values())}
-    head_kept, head = {"activations": kept, "head": losses["head"]}, _head_bytes(model, N, *options)[1]
+    head_kept, head = {"activations": kept, "head": losses["head"]}, head_bytes(model, N, *options)[1]
     backward = backward_working_bytes(model, N, *options, compiled)
     block = block_activation_bytes(model, N, *options, compiled)
     late = {"gradients": states.pop("gradients"), "buckets": buffers.pop("buckets")}

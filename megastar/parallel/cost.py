@@ -33,6 +33,7 @@ from megastar.parallel.gpus import GPUS as GPUS
 from megastar.parallel.gpus import Gpu as Gpu
 from megastar.parallel.gpus import gpu_model as gpu_model
 from megastar.parallel.gpus import peak_tflops as peak_tflops
+from megastar.parallel.head import OUTPUT, head_products, logits_per_token
 from megastar.parallel.muon import muon_traffic, owner_flops
 
 # Assumptions, not measured on the machines below.
@@ -200,7 +201,7 @@ def step_flops(cfg: RunConfig) -> dict[str, int]:
     shapes = {n: math.prod(s) for n, s in parameter_shapes(m, g).items() if len(s) == 2}
     block = 2 * T * (block_elements(shapes) + 2 * T * m.dim)  # one block, one sequence, forward
     N = B * cfg.student_views
-    head = N * 2 * T * shapes["transformer.output.weight"]
+    head = N * 2 * T * head_products(m)
     projector = N * 2 * g.positions * sum(n for name, n in shapes.items() if name.startswith("projector."))
     blocks = N * m.n_layer * block
     muon = cfg.optim.of_matrices
@@ -224,7 +225,11 @@ def compute_seconds(
     blocks = cfg.student_views * m.n_layer
     forward, backward = (pass_.bytes(m, tensor) for pass_ in (COMPILED if compiled else EAGER))
     moved = ((blocks * (1 + checkpointing) + ran) * forward + blocks * backward) * e / 2
-    moved += cfg.student_views * (SPLIT_LOGIT_BYTES if tensor > 1 else LOGIT_BYTES) * m.vocab_size / tensor
+    moved += (
+        cfg.student_views
+        * (SPLIT_LOGIT_BYTES if tensor > 1 and m.head == "full" else LOGIT_BYTES)
+        * logits_per_token(m, tensor)
+    )
     traffic = images * m.image_tokens * moved / (machine.gpu.hbm * 1e9 * MEMORY_EFFICIENCY)
     return operations / (machine.gpus * peak * MATMUL_EFFICIENCY) + traffic
 
@@ -262,8 +267,10 @@ def transfers(
             out.append(Transfer(name, "tensor", round(A * calls * size), A * calls))
 
         reduce("all-reduce outputs, student", 2 * L * (1 + checkpointing), sequences * sequence)
-        reduce("all-reduce input gradients", 3 * L + 1, sequences * sequence)
-        reduce("all-reduce loss", 2, sequences * m.image_tokens * 1.5 * 4 * ring)
+        whole_head = m.head == "full"  # a factorised one is replicated
+        reduce("all-reduce input gradients", 3 * L + whole_head, sequences * sequence)
+        if whole_head:
+            reduce("all-reduce loss", 2, sequences * m.image_tokens * 1.5 * 4 * ring)
         if g.enabled:
             calls = 2 * (L + (ran > g.student_views * L) * g.contrastive_block)
             size = micro * ran * 2 * sequence / calls
@@ -281,7 +288,8 @@ def transfers(
             share("all-gather weights", 2 * P - reused, A, ahead)
             share("reduce-scatter gradients", wide * P, A, zero.reduce_bucket or P)
             if g.enabled:
-                used = teacher - counts["transformer.output.weight"] - counts["transformer.norm.weight"]
+                unused = sum(n for name, n in counts.items() if name.startswith((OUTPUT, "transformer.norm.")))
+                used = teacher - unused
                 second = (ran > g.student_views * L) * g.contrastive_block * block_elements(counts)
                 share("all-gather teacher", used + second, A, ahead)
         else:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megastar.model.factorised import FactorisedHead
 from megastar.model.transformer import Transformer
 from megastar.sampling.guidance import doubled_labels, guide
 from megastar.sampling.kv_cache import KVCache
@@ -48,6 +49,41 @@ class CachedDecoder:
         if not with_null:
             return joined.float()
         return guide(joined.float(), scale) if scale != 1 else joined[: len(labels)].float()
+
+    def states(self, labels: Tensor, tokens: Tensor, position: int, with_null: bool) -> Tensor:
+        """As ``logits``, for a factorised head: the input (B or 2B, D) of the head of the first sub-code, null rows last."""
+        caches = self.caches if with_null else self.caches[:1]
+        rows = doubled_labels(labels, self.cfg.num_classes) if with_null else labels
+        last = tokens[:, :0] if position == 0 else tokens[:, position - 1 : position]
+        last = torch.cat([last, last]) if with_null else last
+        parts = zip(rows.chunk(len(caches)), last.chunk(len(caches)), caches, strict=True)
+        out = [self._state(p if position == 0 else None, t, c, position) for p, t, c in parts]
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    def _state(self, labels: Tensor | None, tokens: Tensor, cache: KVCache, start: int) -> Tensor:
+        last = self.model(labels, tokens, cache=cache, start=start, need_logits=False).last
+        assert last is not None
+        state: Tensor = self.model.norm(last)[:, -1]
+        return state
+
+    def sub_logits(self, states: Tensor, index: int, rows: int, scale: float) -> Tensor:
+        """States of sub-code ``index`` (``rows`` or twice as many, D) -> guided fp32 logits (rows, V_index)."""
+        logits = self._head.heads[index](states).float()
+        if len(states) == rows:
+            return logits
+        return guide(logits, scale) if scale != 1 else logits[:rows]
+
+    def next_states(self, states: Tensor, index: int, drawn: Tensor) -> Tensor:
+        """States of sub-code ``index`` and what was drawn (rows,) -> the states of the next one; null rows get the same."""
+        codes = drawn if len(states) == len(drawn) else torch.cat([drawn, drawn])
+        out: Tensor = self._head.mixers[index](states, codes)
+        return out
+
+    @property
+    def _head(self) -> FactorisedHead:
+        head = self.model.output
+        assert isinstance(head, FactorisedHead)
+        return head
 
     def _run(self, labels: Tensor | None, tokens: Tensor, cache: KVCache, start: int) -> Tensor:
         logits = self.model(labels, tokens, cache=cache, start=start).logits

@@ -75,7 +75,9 @@ class Sampler:
         self.decoder = CachedDecoder(model, batch, self.null_until > 0, passes=passes)
         device = self.decoder.device
         self.classes = torch.zeros(batch, dtype=torch.long, device=device)
-        self.noise = torch.zeros(batch, T, dtype=torch.float64, device=device)
+        self.factors = self.cfg.head_factors  # of a factorised head: a token takes one number per sub-code
+        self.draws = T * max(1, len(self.factors))
+        self.noise = torch.zeros(batch, self.draws, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(batch, T, dtype=torch.long, device=device)
         self.broken = torch.zeros(
             batch, dtype=torch.long, device=device
@@ -92,7 +94,7 @@ class Sampler:
         T, count = self.cfg.image_tokens, len(labels)
         assert count == len(seeds) <= self.batch, (count, len(seeds), self.batch)
         self.classes[:count] = labels.to(self.classes.device)
-        self.noise[:count] = uniform_noise(seeds, T).to(self.noise.device)
+        self.noise[:count] = uniform_noise(seeds, self.draws).to(self.noise.device)
         self.broken.fill_(T)
         broken = self.broken[:count]
         for position in range(T):
@@ -116,13 +118,28 @@ class Sampler:
 
     def _step(self, position: int, count: int) -> None:
         """Draw the token at ``position`` of the first ``count`` images. Does not synchronize a GPU."""
-        o, tokens, broken = self.options, self.tokens[:count], self.broken[:count]
-        scale, with_null = self.scales[position], position < self.null_until
-        logits = self.decoder.logits(self.classes[:count], tokens, position, scale, with_null)
+        tokens, scale, with_null = self.tokens[:count], self.scales[position], position < self.null_until
+        if not self.factors:
+            logits = self.decoder.logits(self.classes[:count], tokens, position, scale, with_null)
+            tokens[:, position] = self._draw(logits, position, position)
+            return
+        states = self.decoder.states(self.classes[:count], tokens, position, with_null)
+        code = torch.zeros_like(tokens[:, position])
+        for i, size in enumerate(self.factors):
+            logits = self.decoder.sub_logits(states, i, count, scale)
+            drawn = self._draw(logits, position, position * len(self.factors) + i)
+            code = code * size + drawn
+            if i + 1 < len(self.factors):
+                states = self.decoder.next_states(states, i, drawn)
+        tokens[:, position] = code
+
+    def _draw(self, logits: Tensor, position: int, column: int) -> Tensor:
+        """Logits (B, V), or of a sub-code, -> one number per row (B,), by the noise of ``column``."""
+        o, broken = self.options, self.broken[: len(logits)]
         probs = probabilities(logits, o.temperature, o.top_k, o.top_p)  # (B, V)
         # One NaN or plus infinity among a row's logits makes all its probabilities NaN.
         broken.copy_(torch.where(probs[:, 0].isnan(), broken.clamp(max=position), broken))
-        tokens[:, position] = draw(probs, self.noise[:count, position])
+        return draw(probs, self.noise[: len(logits), column])
 
 
 def check_tokenizer(c: ModelConfig, tokenizer: VQModel) -> None:

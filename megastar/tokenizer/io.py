@@ -118,7 +118,8 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> VQMo
 
 
 def tokenizer_hash(path: str | Path) -> str:
-    """SHA-256 of the tensors that determine the codes: encoder and codebook. Token shards record it.
+    """SHA-256 of what determines the codes: the tensors of encoder and codebook, and a quantizer other than vq with its
+    fields. Token shards record it.
 
     The decoder is excluded: after further training of the decoder alone, all shards and models remain valid.
     """
@@ -127,6 +128,8 @@ def tokenizer_hash(path: str | Path) -> str:
     config, _, shapes = read_tokenizer_header(path)
     check_tokenizer_fits(Path(path), shapes, config)
     digest = hashlib.sha256()
+    if config.quantizer != "vq":  # two quantizers may have equal tensors, or none
+        digest.update(f"{config.quantizer} {config.codebook_size} {config.fsq_levels}".encode())
     with open_tensors(path) as f:
         for name in sorted(shapes):
             if name.startswith(("encoder.", "quant_conv.", "quantize.")):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from megastar.config.env_text import recorded
 from megastar.config.schema import TokenizerTrainConfig
@@ -22,7 +22,9 @@ from megastar.errors import UserError
 from megastar.run_dir.jsonl import JsonlWriter
 from megastar.run_dir.layout import METRICS
 from megastar.tokenizer.io import load_tokenizer
-from megastar.tokenizer.losses import PatchDiscriminator, PerceptualLoss, hinge_discriminator_loss, psnr
+from megastar.tokenizer.losses import hinge_discriminator_loss, make_discriminator, make_perceptual, psnr
+from megastar.tokenizer.quantizers.base import code_statistics, rows_at_once
+from megastar.tokenizer.quantizers.vq import VectorQuantizer
 from megastar.tokenizer.vq import VQModel, to_images
 from megastar.utils.files import atomic_file
 from megastar.utils.json_file import shown
@@ -36,9 +38,11 @@ NETWORKS = ("model", "average", "optimizer", "discriminator", "d_optimizer")  # 
 
 
 def learning_rate(step: int, c: TokenizerTrainConfig) -> float:
-    """Linear warm-up, then cosine to a hundredth of the peak."""
+    """Linear warm-up, then cosine to a hundredth of the peak, or constant."""
     if step < c.warmup:
         return c.lr * (step + 1) / c.warmup
+    if c.schedule == "constant":
+        return c.lr
     progress = (step - c.warmup) / max(1, c.steps - c.warmup)
     return c.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
@@ -53,7 +57,8 @@ def kmeans(
         centres = centres[torch.arange(k) % len(centres)]
     for _ in range(iterations):
         # |c|^2 is 1 on the sphere, and |x|^2 is the same for every centre.
-        nearest = (points @ centres.t() - centres.square().sum(1) / 2).argmax(1)
+        halves = centres.square().sum(1) / 2
+        nearest = torch.cat([(part @ centres.t() - halves).argmax(1) for part in points.split(rows_at_once(k))])
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
         counts = torch.bincount(nearest, minlength=k)
         empty = counts == 0
@@ -72,11 +77,14 @@ class TokenizerTrainer:
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         parameters = self.model.parameters()
         self.optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay)
-        self.perceptual = PerceptualLoss().to(device) if c.perceptual else None
-        self.discriminator, self.d_optimizer = None, None
+        self.perceptual = make_perceptual(c)
+        if self.perceptual is not None:
+            self.perceptual.to(device)
+        self.discriminator: nn.Module | None = None
+        self.d_optimizer: torch.optim.Optimizer | None = None
         if c.adversarial:
-            self.discriminator = PatchDiscriminator().to(device)
-            self.d_optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=c.lr, betas=(0.5, 0.9))
+            self.discriminator, self.d_optimizer = make_discriminator(c)
+            self.discriminator.to(device)
         self.uses = torch.zeros(c.tokenizer.codebook_size, dtype=torch.long)  # of each code since the last revival
         self.dead = 0  # codes without a use at the last revival
         self.step = 0
@@ -102,13 +110,16 @@ class TokenizerTrainer:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             z = self.model.latents(images)
             if self.step < c.continuous_steps:
-                recon = self.model.decode(F.normalize(z.float(), dim=1) if c.tokenizer.codebook_l2_norm else z)
+                recon = self.model.decode(self.model.quantize.unquantized(z))
                 vq = z.new_zeros((), dtype=torch.float32)
+                batch_codes: dict[str, float] = {}
             else:
-                q = self.model.quantize(z)
+                q = self.model.quantize(z, c.entropy_temperature if c.entropy else None)
                 recon = self.model.decode(q.latents)
-                vq = q.codebook_loss + c.commitment * q.commitment_loss
-                self.uses += torch.bincount(q.codes.flatten().cpu(), minlength=len(self.uses))
+                vq = q.codebook_loss + c.commitment * q.commitment_loss + c.entropy * q.entropy_loss
+                uses = torch.bincount(q.codes.flatten().cpu(), minlength=len(self.uses))
+                self.uses += uses
+                batch_codes = {f"batch_{name}": value for name, value in code_statistics(uses).items()}
             recon = recon.float()
             l2 = (recon - images).square().mean()
             perceptual = self.perceptual(images, recon) if self.perceptual else l2.new_zeros(())
@@ -128,16 +139,21 @@ class TokenizerTrainer:
         self.step += 1
         if self.step == c.continuous_steps:
             self._set_codebook(z.detach())
-        elif self.step > c.continuous_steps and self.step % c.revive_every == 0:
+        elif c.revive_every and self.step > c.continuous_steps and self.step % c.revive_every == 0:
             self._revive(z.detach())
         metrics = {"loss": loss, "l2": l2, "perceptual": perceptual, "vq": vq, "grad_norm": norm}
-        return {name: value.item() for name, value in metrics.items()}
+        return {name: value.item() for name, value in metrics.items()} | batch_codes
 
     def _train_discriminator(self, real: Tensor, fake: Tensor) -> None:
         if self.discriminator is None or self.d_optimizer is None or self.step < self.c.adversarial_start:
             return
         self.d_optimizer.zero_grad(set_to_none=True)  # also removes the gradients of the generator's loss
-        hinge_discriminator_loss(self.discriminator(real), self.discriminator(fake)).backward()
+        loss = hinge_discriminator_loss(self.discriminator(real), self.discriminator(fake))
+        if self.c.discriminator == "llamagen":
+            (self.c.adversarial * loss).backward()
+            torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), 1.0)
+        else:
+            loss.backward()
         self.d_optimizer.step()
 
     @torch.no_grad()
@@ -145,7 +161,7 @@ class TokenizerTrainer:
         decay = min(self.c.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
-    # The codebook -------------------------------------------------------------------------------------------
+    # The codebook of vq ---------------------------------------------------------------------------------------
     def _points(self, z: Tensor) -> Tensor:
         flat = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         return F.normalize(flat, dim=1) if self.c.tokenizer.codebook_l2_norm else flat
@@ -161,19 +177,19 @@ class TokenizerTrainer:
             step += 1
         centres = kmeans(torch.cat(pool), self.c.tokenizer.codebook_size, spherical=self.c.tokenizer.codebook_l2_norm)
         for model in (self.model, self.average):
-            model.quantize.embedding.weight.copy_(centres)
+            _codebook(model).copy_(centres)
 
     @torch.no_grad()
     def _revive(self, z: Tensor) -> None:
-        """Replace codes without a use since the last revival by encoder outputs of this batch."""
+        """Count the codes without a use since the last count; vq replaces them by encoder outputs of this batch."""
         dead = torch.nonzero(self.uses == 0).flatten()
         self.dead = len(dead)
-        if len(dead) and self.step < 0.8 * self.c.steps:
+        if len(dead) and self.c.tokenizer.quantizer == "vq" and self.step < 0.8 * self.c.steps:
             points = self._points(z)
             chosen = points[torch.randint(len(points), (len(dead),))].to(self.device)
-            state = self.optimizer.state[self.model.quantize.embedding.weight]
+            state = self.optimizer.state[_codebook(self.model)]
             for model in (self.model, self.average):
-                model.quantize.embedding.weight[dead] = chosen
+                _codebook(model)[dead] = chosen
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name][dead] = 0
         self.uses.zero_()
@@ -196,7 +212,7 @@ class TokenizerTrainer:
         """Continue from a state that ``save`` wrote. Raises ``UserError``, also if its configuration differs."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            old, values = dict(state["config"]), asdict(self.c)
+            old, values = _with_missing(dict(state["config"])), asdict(self.c)
             new = recorded(values)
             differing = [
                 f"{k}: {shown(str(old.get(k)), 400)} -> {new[k]}"
@@ -274,27 +290,41 @@ class TokenizerTrainer:
         return scores
 
 
+def _codebook(model: VQModel) -> Tensor:
+    """The weights of vq's codebook (V, E)."""
+    assert isinstance(model.quantize, VectorQuantizer)
+    return model.quantize.embedding.weight
+
+
 @torch.no_grad()
 def score(model: VQModel, pixels: Tensor, device: torch.device | str = "cpu", batch: int = 128) -> dict[str, float]:
     """Reconstruct uint8 images (N, H, W, 3) in fp32.
 
-    Returns ``psnr`` (dB, mean over images), ``psnr_of_mean`` (dB, of the mean squared error over all) and
-    ``codes_used`` (share of the codebook used by these images).
+    Returns ``psnr`` (dB, mean over images), ``psnr_of_mean`` (dB, of the mean squared error over all), ``codes_used``
+    (share of the codebook used by these images) and ``perplexity`` (of their codes; quantizers/base.py).
     """
-    ratios, used = [], torch.zeros(model.config.codebook_size, dtype=torch.bool)
+    ratios, uses = [], torch.zeros(model.config.codebook_size, dtype=torch.long)
     model.eval()
     for part in pixels.split(batch):
         images = to_images(part, device)
         codes = model.encode(images)
-        used[codes.flatten().cpu()] = True
+        uses += torch.bincount(codes.flatten().cpu(), minlength=len(uses))
         ratios.append(psnr(images, model.decode_codes(codes)).double().cpu())
-    return summary_of(torch.cat(ratios), used)
+    return summary_of(torch.cat(ratios), uses)
 
 
-def summary_of(ratios: Tensor, used: Tensor) -> dict[str, float]:
-    """The mean PSNR (dB) of images with ``ratios``, the PSNR of their mean squared error, and the share of codes used."""
+def summary_of(ratios: Tensor, uses: Tensor) -> dict[str, float]:
+    """The mean PSNR (dB) of images with ``ratios``, the PSNR of their mean squared error, and ``code_statistics``."""
     return {
         "psnr": ratios.mean().item(),
         "psnr_of_mean": -10 * math.log10((10 ** (-ratios / 10)).mean().item()),
-        "codes_used": used.double().mean().item(),
+        **code_statistics(uses),
     }
+
+
+def _with_missing(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the defaults of the fields that did not exist when it was written."""
+    defaults = recorded(asdict(TokenizerTrainConfig()))
+    tokenizer = config.get("tokenizer")
+    network = defaults["tokenizer"] | tokenizer if isinstance(tokenizer, dict) else tokenizer
+    return defaults | config | {"tokenizer": network}

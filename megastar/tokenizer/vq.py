@@ -1,4 +1,4 @@
-"""The image tokenizer: LlamaGen's convolutional VQ auto-encoder with configurable width and down-sampling.
+"""The image tokenizer: LlamaGen's convolutional VQ auto-encoder with configurable width, down-sampling and quantizer.
 
 Module and weight names are those of LlamaGen (tokenizer/tokenizer_image/vq_model.py), so its released VQ-16 and VQ-8
 files can be loaded. Legend: B batch, C channels, h w the token grid, T = h * w, E code dimension, V codes.
@@ -7,7 +7,6 @@ files can be loaded. Legend: B batch, C channels, h w the token grid, T = h * w,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,15 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megastar.config.schema import TokenizerConfig
-
-
-class Quantized(NamedTuple):
-    """The quantizer's result: straight-through latents, the two VQ losses, and the codes."""
-
-    latents: Tensor  # (B, E, h, w)
-    codebook_loss: Tensor  # scalar: moves codes toward encoder outputs
-    commitment_loss: Tensor  # scalar: moves encoder outputs toward codes
-    codes: Tensor  # (B, h, w) int64
+from megastar.tokenizer.quantizers.make import make_quantizer
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -173,38 +164,6 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class VectorQuantizer(nn.Module):
-    """Nearest code by Euclidean distance, on the unit sphere when ``l2_norm`` (LlamaGen's default)."""
-
-    def __init__(self, codebook_size: int, embed_dim: int, l2_norm: bool = True):
-        super().__init__()
-        self.codebook_size, self.embed_dim, self.l2_norm = codebook_size, embed_dim, l2_norm
-        self.embedding = nn.Embedding(codebook_size, embed_dim)
-        nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
-        if l2_norm:
-            self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
-
-    def codebook(self) -> Tensor:  # (V, E)
-        weight = self.embedding.weight.float()
-        return F.normalize(weight, dim=-1) if self.l2_norm else weight
-
-    def forward(self, z: Tensor) -> Quantized:
-        """z (B, E, h, w) -> straight-through latents of the same shape, both losses, codes (B, h, w)."""
-        z = z.float().permute(0, 2, 3, 1)  # (B, h, w, E)
-        if self.l2_norm:
-            z = F.normalize(z, dim=-1)
-        book = self.codebook()
-        flat = z.reshape(-1, self.embed_dim)  # (B*h*w, E)
-        with torch.no_grad():
-            # |z|^2 is the same for every code, so it cannot change the minimum.
-            codes = (book.square().sum(1) - 2 * flat @ book.t()).argmin(1)
-        quant = F.embedding(codes, book).view_as(z)
-        codebook_loss = (quant - z.detach()).square().mean()
-        commitment_loss = (quant.detach() - z).square().mean()
-        quant = z + (quant - z).detach()
-        return Quantized(quant.permute(0, 3, 1, 2), codebook_loss, commitment_loss, codes.view(z.shape[:-1]))
-
-
 class VQModel(nn.Module):
     """Images in [-1, 1] to a grid of codes and back."""
 
@@ -213,7 +172,7 @@ class VQModel(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_embed_dim, config.codebook_l2_norm)
+        self.quantize = make_quantizer(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
 
@@ -223,7 +182,7 @@ class VQModel(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> codes (B, T) int64, row by row."""
-        return self.quantize(self.latents(images)).codes.flatten(1)
+        return self.quantize.encode(self.latents(images)).flatten(1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Quantized latents (B, E, h, w) -> images (B, 3, H, W), nominally in [-1, 1]."""
@@ -233,7 +192,7 @@ class VQModel(nn.Module):
         """Codes (B, T) -> images (B, 3, H, W) clamped to [-1, 1]; T must be a square number."""
         side = round(codes.shape[1] ** 0.5)
         assert side * side == codes.shape[1], f"T={codes.shape[1]} is not a square grid"
-        latents = F.embedding(codes, self.quantize.codebook()).view(len(codes), side, side, -1)
+        latents = self.quantize.decode(codes).view(len(codes), side, side, -1)
         return self.decode(latents.permute(0, 3, 1, 2)).clamp(-1, 1)
 
 

@@ -40,7 +40,7 @@ from megastar.data.pretokenize.out_folder import (
 )
 from megastar.data.shards.class_counts import class_summary, count_classes, reasons_in_words
 from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, load_manifest, write_manifest
-from megastar.data.shards.sample_parser import check_layout
+from megastar.data.shards.sample_parser import check_layout, code_type
 from megastar.data.shards.writer import open_writer
 from megastar.data.storage.shard_info import MANIFEST
 from megastar.data.storage.store import FolderStore
@@ -122,6 +122,7 @@ def pretokenize(
             tokenizer_sha256=tokenizer_hash(tokenizer_path),
             shards=[],
             layout=layout,
+            dtype=code_type(config.codebook_size),
             made_by={
                 "subset": subset or "",
                 "seed": seed,
@@ -287,7 +288,7 @@ class PretokenizeRun:
         tar, record = self.out / f"{self.name(shard)}.tar", self.progress / f"{self.name(shard)}.json"
         places = [(p, int(self.order[p])) for p in range(start, start + self.sizes[shard])]
         try:
-            with open_writer(tar, self.template.layout) as writer:
+            with open_writer(tar, self.template.layout, self.template.dtype) as writer:
                 for batch in encode(places):
                     for (place, i), codes in zip(batch.places, batch.data, strict=True):
                         image = images[i]

@@ -28,7 +28,7 @@ from megastar.errors import UserError
 FORMAT = 1
 TABLE_FORMAT = 2  # the shards are listed in a table (shard_table.py)
 MAX_VIEWS = 1024  # drawing among them takes 8 bytes each, for each sample of a batch
-MAX_CODEBOOK = 2**16  # codes are stored as uint16
+MAX_CODEBOOK = 2**18  # as model.vocab_size
 _MAX_BYTES = 2**45  # of a shard
 
 

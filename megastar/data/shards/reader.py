@@ -18,8 +18,8 @@ import numpy as np
 
 from megastar.config.schema import DataConfig
 from megastar.data.shards.index import ShardIndex, pack_index, unpack_index
-from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, parse_manifest
-from megastar.data.shards.sample_parser import DTYPES, find_samples
+from megastar.data.shards.manifest import Manifest, parse_manifest
+from megastar.data.shards.sample_parser import DTYPES, code_type, find_samples
 from megastar.data.shards.tar_reader import damaged
 from megastar.data.storage.shard_info import ShardInfo
 from megastar.data.storage.store import is_remote, open_store
@@ -60,6 +60,7 @@ class ShardSet:
         self.stop = threading.Event()
         self.starts = np.concatenate([[0], np.cumsum(m.shard_sizes, dtype=np.int64)])
         self._dtype = np.dtype(DTYPES[m.dtype])
+        self._code_dtype = np.dtype(code_type(m.codebook_size))
         self._row = m.tokens * self._dtype.itemsize  # bytes of one view
         self._maps: OrderedDict[int, _Open] = OrderedDict()
         self._max_open = max(1, min(max_open, len(m.shards)))
@@ -79,7 +80,8 @@ class ShardSet:
         return self.stop
 
     def read(self, shard: int, sample: int) -> tuple[np.ndarray, int, int]:
-        """Sample ``sample`` of shard ``shard`` -> codes (views, T) uint16 (a view of the file), class, id."""
+        """Sample ``sample`` of shard ``shard`` -> codes (views, T) of ``code_type`` (a view of the file),
+        class, id."""
         data = self.open(shard)
         m, index = self.manifest, self._maps[shard].index
         codes = np.frombuffer(data, self._dtype, m.views * m.tokens, int(index.offsets[sample]))
@@ -87,7 +89,7 @@ class ShardSet:
         return self._as_codes(codes.reshape(m.views, m.tokens)), int(index.labels[sample]), sample_id
 
     def gather(self, ids: Sequence[int] | np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """ids (B,), view numbers (B, M) -> codes (B, M, T) uint16, classes (B,) int64.
+        """ids (B,), view numbers (B, M) -> codes (B, M, T) of ``code_type``, classes (B,) int64.
 
         Raises ``UserError`` for a code outside the codebook and a class outside those of the manifest.
         """
@@ -97,7 +99,7 @@ class ShardSet:
         codes = np.empty((B, M), f"V{self._row}")
         labels = np.empty(B, np.int64)
         if not codes.size:
-            return np.empty((B, M, m.tokens), np.uint16), labels
+            return np.empty((B, M, m.tokens), self._code_dtype), labels
         if ids.min() < 0 or ids.max() >= m.samples or views.min() < 0 or views.max() >= m.views:
             raise IndexError(f"a sample outside 0 to {m.samples - 1}, or a view outside 0 to {m.views - 1}")
         shards = np.searchsorted(self.starts, ids, side="right") - 1
@@ -112,6 +114,9 @@ class ShardSet:
         if found.max() >= m.codebook_size:
             row = int(np.argmax(found.max(axis=(1, 2))))
             raise self._invalid(ids[row], f"holds code {found[row].max()}, outside the codebook of {m.codebook_size}")
+        if found.dtype.kind == "i" and found.min() < 0:
+            row = int(np.argmin(found.min(axis=(1, 2))))
+            raise self._invalid(ids[row], f"holds code {found[row].min()}, outside the codebook of {m.codebook_size}")
         if labels.min() < 0 or labels.max() >= len(m.classes):
             row = int(np.argmax((labels < 0) | (labels >= len(m.classes))))
             raise self._invalid(ids[row], f"has class {labels[row]}, outside 0 to {len(m.classes) - 1}")
@@ -168,13 +173,14 @@ class ShardSet:
         return buffer.view(f"V{self._row}").reshape(b, M)
 
     def _as_codes(self, codes: np.ndarray) -> np.ndarray:
-        """Stored numbers -> uint16."""
-        if self._dtype != np.uint16 and codes.size:
-            if codes.min() < 0 or codes.max() >= MAX_CODEBOOK:
+        """Stored numbers -> ``code_type``."""
+        wanted = self._code_dtype
+        if self._dtype != wanted and codes.size:
+            if codes.min() < 0 or codes.max() > np.iinfo(wanted).max:
                 raise UserError(
                     f"{self.folder} holds codes from {codes.min()} to {codes.max()}, outside the vocabulary of {self.manifest.codebook_size}: pretokenize again"
                 )
-            codes = codes.astype(np.uint16)
+            codes = codes.astype(wanted)
         return codes
 
     def index(self, shard: int) -> ShardIndex:

@@ -33,6 +33,11 @@ _Tables = dict[str, dict[str, Member]]  # kind of member -> key -> member
 _Headers = dict[bytes, tuple[str, tuple[int, ...]]]  # npy headers parsed before: dtype and shape
 
 
+def code_type(codebook_size: int) -> str:
+    """The type in which codes of a codebook are stored and read: of two bytes up to 65,536 codes, else of four."""
+    return "uint16" if codebook_size <= 1 << 16 else "int32"
+
+
 @dataclass(frozen=True)
 class Array:
     """Position and type of an npy member."""

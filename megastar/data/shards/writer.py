@@ -1,8 +1,9 @@
 """Writes token shards: WebDataset tars with their index, atomically.
 
-plain: three members per sample, ``KEY.cls`` (the class, ASCII), ``KEY.codes.npy`` (uint16, (views, T)) and ``KEY.json``
-({"source": key of the image}). packed: the same three members per block of samples, ``KEY.codes.npy`` (uint16, (n, views, T)),
-``KEY.cls.npy`` (int64, (n,)) and ``KEY.json`` ({"sources": [...]}), where KEY is that of the block's first sample.
+plain: three members per sample, ``KEY.cls`` (the class, ASCII), ``KEY.codes.npy`` ((views, T)) and ``KEY.json``
+({"source": key of the image}). packed: the same three members per block of samples, ``KEY.codes.npy`` ((n, views, T)),
+``KEY.cls.npy`` (int64, (n,)) and ``KEY.json`` ({"sources": [...]}), where KEY is that of the block's first sample. Codes are
+uint16 if the codebook has at most 65,536, else int32 (``code_type``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 from megastar.data.shards.index import ShardIndex, pack_index
 from megastar.data.shards.manifest import MAX_CODEBOOK
-from megastar.data.shards.sample_parser import Expected, check_layout
+from megastar.data.shards.sample_parser import DTYPES, Expected, check_layout
 from megastar.data.storage.shard_info import ShardInfo, index_name
 from megastar.errors import UserError
 from megastar.utils.files import sha256, sync_folder
@@ -29,10 +30,10 @@ _BLOCK_SAMPLES = 256
 _BLOCK_BYTES = 1 << 20  # of codes: a streaming reader holds one block in memory
 
 
-def open_writer(path: str | Path, layout: str = "plain") -> ShardWriter:
-    """The writer of one shard in ``layout``. Raises ``UserError`` for an unknown layout."""
+def open_writer(path: str | Path, layout: str = "plain", dtype: str = "uint16") -> ShardWriter:
+    """The writer of one shard in ``layout`` with codes of ``dtype``. Raises ``UserError`` for an unknown layout."""
     check_layout(layout)
-    return PackedWriter(path) if layout == "packed" else ShardWriter(path)
+    return PackedWriter(path, dtype) if layout == "packed" else ShardWriter(path, dtype)
 
 
 class ShardWriter:
@@ -43,8 +44,9 @@ class ShardWriter:
 
     layout = "plain"
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, dtype: str = "uint16"):
+        self.path, self.dtype = Path(path), dtype
+        self.most = min(int(np.iinfo(dtype).max) + 1, MAX_CODEBOOK)  # codes
         self.samples = 0
         self.shape: tuple[int, int] | None = None  # views, T
         unique = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
@@ -60,15 +62,15 @@ class ShardWriter:
         return self
 
     def add(self, key: str, codes: np.ndarray, label: int, source: str) -> None:
-        """Append a sample: ``codes`` (views, T) integers below 65536, its class, the key of its image."""
+        """Append a sample: ``codes`` (views, T) integers that fit the type, its class, the key of its image."""
         assert "." not in key and codes.ndim == 2, (key, codes.shape)
         assert self.shape in (None, codes.shape), (self.shape, codes.shape)
-        if codes.min() < 0 or codes.max() >= MAX_CODEBOOK:
+        if codes.min() < 0 or codes.max() >= self.most:
             raise UserError(
-                f"code {int(codes.max())} of {source!r} does not fit in 16 bits: use a tokenizer with at most {MAX_CODEBOOK} codes"
+                f"code {int(codes.max())} of {source!r} does not fit {self.dtype}: use a tokenizer with at most {self.most} codes"
             )
         self.shape = codes.shape
-        self._write(key, np.ascontiguousarray(codes, dtype="<u2"), int(label), source)
+        self._write(key, np.ascontiguousarray(codes, dtype=DTYPES[self.dtype]), int(label), source)
         self.samples += 1
         self._labels.append(int(label))
 
@@ -117,7 +119,7 @@ class ShardWriter:
     def _describe(self) -> None:
         """Hash the tar and write its index, which must be newer than the tar."""
         self._info = ShardInfo(self.path.name, self.samples, self._temporary.stat().st_size, sha256(self._temporary))
-        expected = Expected("uint16", *(self.shape or (0, 0)))
+        expected = Expected(self.dtype, *(self.shape or (0, 0)))
         index = ShardIndex(np.array(self._offsets, np.int64), np.array(self._labels, np.int64))
         with self._temporary_index.open("wb") as f:
             f.write(pack_index(index, self._info, self.layout, expected))
@@ -134,8 +136,8 @@ class PackedWriter(ShardWriter):
 
     layout = "packed"
 
-    def __init__(self, path: str | Path):
-        super().__init__(path)
+    def __init__(self, path: str | Path, dtype: str = "uint16"):
+        super().__init__(path, dtype)
         self._block: list[tuple[str, np.ndarray, int, str]] = []
 
     def _write(self, key: str, codes: np.ndarray, label: int, source: str) -> None:

@@ -75,7 +75,7 @@ def _problem(cfg: RunConfig, ctx: Context, masked: bool) -> tuple[str | None, in
     """
     exact_type = torch.float64 if ctx.dtype == torch.float32 else torch.float32
     off: dict[str, Any] = {f"{name}_dropout_p": 0.0 for name in ("token", "resid", "ffn")} | {"class_dropout_prob": 0.0}
-    model = dataclasses.replace(cfg.model, n_layer=2, vocab_size=64, num_classes=8, **off)
+    model = dataclasses.replace(cfg.model, n_layer=2, vocab_size=64, head="full", head_factors=[], num_classes=8, **off)
     cuda = [ctx.device] if ctx.device.type == "cuda" else []
     with torch.random.fork_rng(cuda), torch.enable_grad():
         try:

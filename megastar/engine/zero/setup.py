@@ -73,7 +73,7 @@ def build(cfg: RunConfig, ctx: Context) -> Engines:
     freeze(engine.module, cfg.train)
     if isinstance(optimizer, MuonEMA):
         optimizer.attach(engine, ctx, whole_shapes(engine.module, ctx))
-    if ctx.tensor_group is not None:
+    if ctx.tensor_group is not None and cfg.model.head == "full":  # a factorised head is replicated
         split_loss(engine.module.transformer.output, ctx.tensor_group)
     engines = Engines(engine, None, optimizer, micro, accumulation)
     if not cfg.self_guided.enabled:

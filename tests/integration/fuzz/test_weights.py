@@ -34,7 +34,8 @@ FIELDS: dict[str, list[Any]] = {
     "image_size": [10**12, 10**6, 60000, 0, 17], "channels": [10**9, 0, 7], "res_blocks": [10**9], "z_channels": [10**12],
     "channel_multipliers": [[], [1] * 10**5, [10**12], [0, 1, 2], "x", [1, 2, True]], "codebook_size": [10**12, 1],
     "codebook_embed_dim": [10**12], "norm_groups": [3, 10**9, 0], "dropout": [float("nan"), 2.0, 10**400],
-    "rope_base": [1e400],
+    "rope_base": [1e400], "quantizer": ["lfq", "fsq", "ibq", "x", 5], "fsq_levels": [[2] * 6, [1], [2] * 17, [10**9] * 4, "x"],
+    "head": ["factorised", "x", 5], "head_factors": [[2, 3], [1], [2] * 17, [10**9] * 4, "x"],
 }  # fmt: skip
 PROVENANCE: list[Any] = [
     [], "[/]", None, {"classes": ["a"]}, {"classes": 5}, {"classes": [1, None]}, {"step": "[/]"}, {"step": 10**30},

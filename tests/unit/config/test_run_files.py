@@ -52,6 +52,8 @@ LATER = {
     "faults.join_timeout": 600.0,
     "faults.memory_every": 0,
     "faults.memory_copies": 1,
+    "model.head": "full",
+    "model.head_factors": [],
     "self_guided.negatives": "auto",
     "parallel.teacher_features": "keep",
     "optim.name": "adamw",

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megastar.config.schema import ModelConfig
 from megastar.config.validate import tensor_parallel_degrees
@@ -117,6 +118,36 @@ def test_chunks_are_alike_and_bounded() -> None:
     assert chunk_rows(2048, 16384, "cpu") == 512 and chunk_rows(100, 16384, "cpu") == 100
     assert chunk_rows(513, 16384, "cpu") == 257 and chunk_rows(1, 1 << 30, "cpu") == 1
     assert chunk_rows(64 * 256 * 2, 16384, "cuda") == 4096
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_logits_in_memory_are_bounded_for_a_large_vocabulary(split: bool) -> None:
+    """V = 2^18: no tensor of forward and backward is larger than a chunk, with the whole vocabulary or a rank's share."""
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                largest = max(largest, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            return out
+
+    rows, codes = 48, 1 << 18  # 1.5 chunks of 2^23 logits
+    hidden, weight = torch.randn(rows, 2, requires_grad=True), torch.randn(codes, 2, requires_grad=True)
+    targets = torch.randint(0, codes, (rows,))
+    if split:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with Sizes():
+            loss = linear_cross_entropy(hidden, weight, targets, dist.group.WORLD if split else None)
+            loss.backward()
+    finally:
+        if split:
+            dist.destroy_process_group()
+    assert rows * codes // 2 <= largest <= CHUNK["cpu"]
+    wanted = torch.nn.functional.cross_entropy(hidden.detach() @ weight.detach().t(), targets)
+    torch.testing.assert_close(loss.detach(), wanted)
 
 
 def cross_entropy_worker(rank: int, folder: str) -> None:

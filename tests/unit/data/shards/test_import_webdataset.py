@@ -246,8 +246,8 @@ def test_settings_and_folders_that_cannot_be(tmp_path):
         index_webdataset(tmp_path, codebook_size=V)
     with pytest.raises(UserError, match="the codebook of .* is unknown: give its tokenizer, or codebook_size"):
         index_webdataset(tmp_path)
-    with pytest.raises(UserError, match="codebook_size 70000 must be 1 to 65536"):
-        index_webdataset(tmp_path, codebook_size=70000)
+    with pytest.raises(UserError, match="codebook_size 300000 must be 1 to 262144"):
+        index_webdataset(tmp_path, codebook_size=300000)
     with pytest.raises(UserError, match="grid 0 must be 1 to 1024"):
         index_webdataset(tmp_path, codebook_size=V, grid=0)
     with pytest.raises(UserError, match="train-000.tar: n00/sample000003 has class 3, outside 0 to 2"):

@@ -209,12 +209,17 @@ def test_nothing_appears_when_writing_fails(tmp_path, layout):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_code_of_more_than_16_bits_is_refused(tmp_path):
+@pytest.mark.parametrize(("dtype", "most"), [("uint16", 65536), ("int32", 262144)])
+@pytest.mark.parametrize("code", [-1, 0])
+def test_a_code_that_does_not_fit_is_refused(tmp_path, dtype, most, code):
+    code = code or most
     with (
-        pytest.raises(UserError, match="code 65536 of 'a/1' does not fit in 16 bits"),
-        open_writer(tmp_path / "x") as w,
+        pytest.raises(
+            UserError, match=f"code {code} of 'a/1' does not fit {dtype}: use a tokenizer with at most {most}"
+        ),
+        open_writer(tmp_path / "x", dtype=dtype) as w,
     ):
-        w.add("0", np.array([[65536]]), 0, "a/1")
+        w.add("0", np.array([[code]]), 0, "a/1")
 
 
 # Broken sets ---------------------------------------------------------------------------------------------------
