@@ -43,7 +43,8 @@ def row_squares(grad: Tensor) -> Tensor:
     whole = flat.numel() - flat.numel() % ROW
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1, dtype=wide)
     rest = torch.linalg.vector_norm(flat[whole:], dtype=wide)
-    return rows.double().square().sum() + rest.double().square()
+    total: Tensor = rows.double().square().sum() + rest.double().square()
+    return total
 
 
 class GradientNorm:
