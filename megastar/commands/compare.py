@@ -12,6 +12,7 @@ from megastar.config.comparison import CompareConfig
 from megastar.config.help import fields_text
 from megastar.config.load import config_yaml, load_compare_config
 from megastar.errors import UserError
+from megastar.utils.files import check_output
 from megastar.utils.printable import say
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def main(words: list[str]) -> int:
 
     console = shared_console()
     if cfg is None:
+        if os.path.isdir(a.redraw):
+            check_output(Path(a.redraw), "--redraw", folder=True)
         redraw(Path(a.redraw), console)
         return 0
     gpus = torch.cuda.device_count()
@@ -81,6 +84,7 @@ def main(words: list[str]) -> int:
         named = {run.name: run for run in runs}
         if a.evaluate not in named:
             raise UserError(f"--evaluate {a.evaluate}: the runs are {', '.join(named)}")
+        check_output(Path(cfg.out), "out =", folder=True)  # before the weights are read
         Evaluation(cfg).run(named[a.evaluate], console)
         return 0
     return Comparison(cfg, runs, gpus, shlex.join(["megastar", "compare", *a.items]), console).run()

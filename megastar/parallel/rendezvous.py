@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import secrets
 import select
 import signal
@@ -15,8 +16,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -90,6 +92,12 @@ def join(
     return _Joining(timeout, stopped, environ, setting).run()
 
 
+class _Connection(NamedTuple):
+    store: dist.TCPStore
+    liveness: socket.socket  # carries nothing: closes when the store's process ends
+    port: int
+
+
 class _Joining:
     def __init__(self, timeout: float, stopped: Callable[[], int], environ: Mapping[str, str], setting: str):
         self.rank, self.world, _ = place_of(environ)
@@ -142,33 +150,44 @@ class _Joining:
             self.liveness = None
 
     def _connect(self, find: Callable[[], tuple[int, str]]) -> dist.TCPStore:
-        result: list[Any] = []
+        results: queue.SimpleQueue[_Connection | Exception] = queue.SimpleQueue()
 
         def attempt() -> None:
+            liveness = None
             try:  # a refused connection of torch's own would print a trace
-                self._close_liveness()
                 self.port, key = find()
-                self.liveness = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
+                host, port = self.host, self.port
+                liveness = socket.create_connection((host, port), CONNECT_TIMEOUT)
                 # Longer than this rank waits: torch prints a trace after its own timeout.
-                store = open_client(self.host, self.port, 2 * self.timeout + 60)
-                result.append(store if not key or store.check([key]) else OSError("it has not started"))
+                store = open_client(host, port, 2 * self.timeout + 60)
+                if key and not store.check([key]):
+                    raise OSError("it has not started")
+                results.put(_Connection(store, liveness, port))
             except (OSError, RuntimeError, ValueError) as error:
-                result.append(error)
+                if liveness is not None:
+                    liveness.close()
+                results.put(error)
 
         reason = "no answer"
         while True:
-            # In a thread: torch waits forever for the response of a server that is not a store.
-            thread = threading.Thread(target=attempt, daemon=True)
-            thread.start()
-            while True:
+            # In a thread: torch waits forever for the response of a server that is not a store. An attempt that takes too
+            # long is not waited for, because the store may be found at another port meanwhile; it may still succeed.
+            threading.Thread(target=attempt, daemon=True).start()
+            deadline, found = time.monotonic() + CONNECT_TIMEOUT, None
+            while found is None and time.monotonic() < deadline:
                 self._check(lambda: f"rank 0 at {self.host}:{self.port} ({reason})")  # noqa: B023
-                thread.join(0.1)
-                if not thread.is_alive():
-                    break
-            found = result.pop()
-            if isinstance(found, dist.TCPStore):
-                return found
-            reason = found.strerror or str(found) if isinstance(found, OSError) else "its answer is not that of a store"
+                with suppress(queue.Empty):
+                    found = results.get(timeout=0.1)
+            if isinstance(found, _Connection):
+                self._close_liveness()
+                self.liveness, self.port = found.liveness, found.port
+                return found.store
+            if found is None:
+                reason = f"no answer within {CONNECT_TIMEOUT:.0f} s"
+            elif isinstance(found, OSError):
+                reason = found.strerror or str(found)
+            else:
+                reason = "its answer is not that of a store"
             time.sleep(0.2)
 
     def _meet(self, store: dist.TCPStore) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,6 +56,15 @@ class Nodes:
                 return now
             assert time.monotonic() < deadline, f"{now}\n{self.log()}"
             time.sleep(0.05)
+
+    def detected(self, fault: str, began: float, what: Callable[[], object], most: float) -> None:
+        """``what`` shows that the agents have detected ``fault``, which happened at ``began``; prints the seconds."""
+        while not what():
+            assert time.monotonic() - began < PATIENCE, self.log()
+            time.sleep(0.02)
+        seconds = time.monotonic() - began
+        print(f"{fault}: detected in {seconds:.1f} s", flush=True)
+        assert seconds < most, self.log()
 
     def node_of(self, rank: dict) -> int:
         return next(k for k, pid in self.pids.items() if pid == int(rank["MEGASTAR_AGENT"]))
@@ -113,7 +123,9 @@ def test_nodes_are_lost_join_and_end_together(nodes, tmp_path):
     memories = {r["MEGASTAR_MEMORY"] for r in three}
     assert len(memories) == 3 and all(Path(m).stat().st_mode & 0o777 == 0o700 for m in memories)
 
+    began = time.monotonic()
     job.lose(0)  # it kept the nodes' store
+    job.detected("the store's node is lost, its connections close", began, lambda: "is lost" in job.log(), 30)
     two = job.wait_for_ranks(2, three)
     assert {r["words"][-1] for r in two} == {"train.micro_batch=2"} and {r["TORCHELASTIC_RUN_ID"] for r in two} == {
         "job"
@@ -121,13 +133,17 @@ def test_nodes_are_lost_join_and_end_together(nodes, tmp_path):
     job.start(3)  # it finds the store where it is now; the ranks end by SIGUSR2, and this is no failure
     three = job.wait_for_ranks(3, two)
 
+    began = time.monotonic()
     os.kill(three[1]["pid"], signal.SIGKILL)
+    job.detected("SIGKILL of one of 3 ranks", began, lambda: not any(is_alive(r["pid"]) for r in three), 30)
     again = job.wait_for_ranks(3, three)
     assert {r["MEGASTAR_MEMORY"] for r in again} == {r["MEGASTAR_MEMORY"] for r in three}  # it outlives the ranks
 
     stopped, silent = again[2]["pid"], job.node_of(again[2])  # a machine that loses its network closes no connection
+    began = time.monotonic()
     for pid in (job.pids[silent], stopped):
         os.kill(pid, signal.SIGSTOP)
+    job.detected("a node is silent", began, lambda: read_events(tmp_path), 60)
     job.wait_for_ranks(2, again, stopped)
     assert [e["event"] for e in read_events(tmp_path)] == ["lost"]
     job.lose(silent)
@@ -140,12 +156,10 @@ def test_a_store_that_does_not_answer_for_a_while_does_not_split_the_nodes(nodes
     job = nodes("1:2", hosts=2)
     job.start(0, 1)
     two = job.wait_for_ranks(2)
+    began = time.monotonic()
     os.kill(job.pids[0], signal.SIGSTOP)  # it hosts the store, whose answers time out after 10 s
     try:
-        deadline = time.monotonic() + PATIENCE
-        while "did not answer and is tried again" not in job.log():
-            assert time.monotonic() < deadline, job.log()
-            time.sleep(0.05)
+        job.detected("the store's node is silent", began, lambda: "did not answer and is tried again" in job.log(), 60)
     finally:
         os.kill(job.pids[0], signal.SIGCONT)
     again = job.wait_for_ranks(2, two)  # each node alone would be a run of its own

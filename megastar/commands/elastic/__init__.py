@@ -14,6 +14,7 @@ from pathlib import Path
 from megastar.commands._common import (
     Parser,
     bounded,
+    check_outputs,
     config_and_overrides,
     logging_options,
     natural,
@@ -22,6 +23,7 @@ from megastar.commands._common import (
     processes,
 )
 from megastar.errors import UserError
+from megastar.utils.files import write_output
 from megastar.utils.hostname import host_name
 from megastar.utils.printable import say
 from megastar.utils.redact import redact
@@ -76,7 +78,9 @@ def main(words: list[str]) -> int:
     from megastar.config.load import load_config
 
     args = parser().parse(words)
-    cfg = load_config(*config_and_overrides(args.items))
+    path, overrides = config_and_overrides(args.items)
+    check_outputs({"--status-file": args.status_file}, path)
+    cfg = load_config(path, overrides)
     hosts = tuple(filter(None, args.hosts.split(",")))
     index = args.index if args.index is not None else hosts.index(host_name()) if host_name() in hosts else -1
     if not hosts or index >= len(hosts):
@@ -103,10 +107,20 @@ def main(words: list[str]) -> int:
     if status is None:
         return 0
     if args.status_file and not why:
-        args.status_file.write_text(f"{status}\n")
+        write_status(args.status_file, status)
     if "SLURM_SRUN_COMM_PORT" in os.environ and not srun_is_there(os.environ):
         end_job(os.environ["SLURM_JOB_ID"], status)
     return status
+
+
+def write_status(path: Path, status: int) -> None:
+    """Write the exit status for the batch script. An error is reported and does not replace the status."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_output(path, f"{status}\n".encode())
+    except (OSError, UserError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        print_error(f"--status-file {path} cannot be written ({reason}): the exit status is {status}")
 
 
 def srun_is_there(environ: Mapping[str, str]) -> bool:

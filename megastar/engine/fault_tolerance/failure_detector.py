@@ -13,12 +13,14 @@ from pathlib import Path
 
 from megastar.config.schema import RunConfig
 from megastar.engine.exit_codes import CLEAN, RANK_FAILURE
-from megastar.engine.fault_tolerance.heartbeat import ABORTED, EXITED, OVERDUE, Heartbeat, decode, flag_of
+from megastar.engine.fault_tolerance.heartbeat import ABORTED, EXITED, OVERDUE, Heartbeat, beat_of, decode, flag_of
 from megastar.engine.phase import PHASE, STARTING, describe, limit_of
 from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import HEARTBEATS
 
 START_FACTOR = 5  # a starting rank may be silent this many times longer: imports and compilation can hold Python's lock
+
+FORGED_FACTOR = 3  # a rank whose heartbeats are overwritten by another process may be silent this many times longer
 
 
 @dataclass
@@ -46,7 +48,9 @@ class FailureDetector:
         self.moves = 0
         self.overdue = False
         self.beats: dict[int, bytes] = {}  # rank -> its last heartbeat
-        self.changed_at: dict[int, float] = {}  # rank -> when that heartbeat was new
+        self.newest: dict[int, bytes] = {}  # the same, also of ranks that were not read in the last exchange
+        self.changed_at: dict[int, float] = {}  # rank -> when that heartbeat was new, or the rank's key was forged
+        self.genuine_at: dict[int, float] = {}  # rank -> when that heartbeat was new
 
     def advance(self, now: float) -> None:
         """``now``: seconds of any monotonic clock."""
@@ -58,15 +62,21 @@ class FailureDetector:
         self.overdue = self.clock - self.moved_at > limit_of(self.cfg)
 
     def receive(self, beats: dict[int, bytes], forged: set[int] | None = None) -> None:
-        """Process one exchange with the store. An unchanged heartbeat counts as silence; a rank whose heartbeat
-        another process overwrote (``forged``) does not."""
+        """Process one exchange with the store. A heartbeat counts as new if its number is higher than all before: an
+        unchanged or repeated one is silence. A rank whose heartbeat another process overwrote (``forged``) is not silent
+        at once, but after ``FORGED_FACTOR`` times the limit without a heartbeat of its own."""
         gap, self.contact_at = self.clock - self.contact_at, self.clock
         if gap > self.silence:  # the store was suspended: the others could not write to it either
             self.changed_at = {rank: at + gap for rank, at in self.changed_at.items()}
-        kept = {rank: self.beats[rank] for rank in forged or () if rank in self.beats}
-        self.changed_at |= {rank: self.clock for rank, raw in beats.items() if raw != self.beats.get(rank)}
-        self.changed_at |= dict.fromkeys(kept, self.clock)
-        self.beats = kept | beats
+            self.genuine_at = {rank: at + gap for rank, at in self.genuine_at.items()}
+        for rank, raw in beats.items():
+            if rank not in self.newest or beat_of(raw) > beat_of(self.newest[rank]):
+                self.newest[rank] = raw
+                self.changed_at[rank] = self.genuine_at[rank] = self.clock
+        kept = {rank for rank in forged or () if rank in self.beats}
+        most = FORGED_FACTOR * (self.lost_timeout or limit_of(self.cfg))
+        self.changed_at |= {rank: self.clock for rank in kept if self.clock - self.genuine_at[rank] <= most}
+        self.beats = {rank: self.newest[rank] for rank in kept | set(beats)}
 
     def diagnose(self, me: Heartbeat) -> Diagnosis | None:
         """``me``: this rank's own heartbeat. None while all is well."""

@@ -32,7 +32,7 @@ class Heartbeat:
     host: str
     pid: int
     flag: str = ALIVE
-    beat: int = 0  # counts heartbeats
+    beat: int = 0  # number of this heartbeat: each has a higher one than the last, so a repeated one is noticed
     step: int = 0
     phase: str = ""
     idle_s: float = 0.0  # since its last progress
@@ -54,6 +54,13 @@ def decode(raw: bytes) -> Heartbeat:
 
 def flag_of(raw: bytes) -> str:
     return chr(raw[0])
+
+
+def beat_of(raw: bytes) -> int:
+    """The number of a heartbeat, without decoding it. No text before it contains an unescaped quote."""
+    _, _, rest = raw.partition(b'"beat": ')
+    digits = rest.partition(b",")[0]
+    return int(digits) if digits.isdigit() else -1
 
 
 class HeartbeatStore:

@@ -8,6 +8,7 @@ Rank 0 watches all ranks, the others watch rank 0 and adopt its diagnosis: traff
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -101,7 +102,7 @@ class Watchdog:
         self.tick = min(1.0, max(0.05, shortest / 20))
         self.me = Heartbeat(rank, host_name(), os.getpid(), phase=STARTING)  # the constant fields of its heartbeats
         self.stage, self.status, self.text = "", 0, ""  # stage: INVESTIGATING, EXITED, ABORTED or empty
-        self.beat_count = 0
+        self.beat_numbers = itertools.count(1)  # for several threads
         self.peer_beats: dict[int, bytes] = {}  # of the last exchange; replaced, never changed, by the exchange thread
         self.processed = self.peer_beats  # by the detector
         self.retry_at = 0.0
@@ -153,11 +154,10 @@ class Watchdog:
 
     # Heartbeats ---------------------------------------------------------------------------------------------------
     def _beat(self) -> Heartbeat:
-        self.beat_count += 1
         return replace(
             self.me,
             flag=self.stage or (OVERDUE if self.detector.overdue else ALIVE),
-            beat=self.beat_count,
+            beat=next(self.beat_numbers),
             step=PHASE.step,
             phase=PHASE.phase,
             idle_s=round(self.detector.clock - self.detector.moved_at, 1),

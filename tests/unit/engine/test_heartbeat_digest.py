@@ -34,7 +34,7 @@ class Job:
         for _ in range(count):
             self.now += 1.0
             for rank, beat in self.beats.items():
-                beat.beat += rank not in silent and beat.flag not in (EXITED, ABORTED)
+                beat.beat += rank not in silent
                 self.values[str(rank)] = beat.encode()
             for rank, detector in self.detectors.items():
                 detector.advance(self.now)

@@ -12,12 +12,14 @@ from megastar.config.schema import RunConfig
 from megastar.engine import phase
 from megastar.engine.exit_codes import RANK_FAILURE
 from megastar.engine.fault_tolerance.failure_detector import FailureDetector
-from megastar.engine.fault_tolerance.heartbeat import ABORTED, ALIVE, EXITED, OVERDUE, Heartbeat
+from megastar.engine.fault_tolerance.heartbeat import ABORTED, ALIVE, EXITED, OVERDUE, Heartbeat, beat_of, decode
 from megastar.engine.fault_tolerance.postmortem import record_lost_rank, write_stacks
 from megastar.engine.fault_tolerance.watchdog import Watchdog, watch
 from megastar.engine.phase import DATA, ENDING, PHASE, SAVING, STARTING, limit_of
+from megastar.parallel.signed_store import SignedStore
 from megastar.run_dir.events import read_events
 from megastar.run_dir.status import describe_heartbeats
+from tests.unit.parallel.test_signed_store import Plain
 
 TICK = 1.0
 
@@ -69,6 +71,7 @@ class Ranks:
     def set(self, rank: int, **what) -> None:
         for name, value in what.items():
             setattr(self.others[rank], name, value)
+        self.others[rank].beat = self.beat + 1
 
 
 def test_a_silent_rank_is_lost():
@@ -88,6 +91,68 @@ def test_a_silent_rank_is_lost():
     ranks = Ranks(config(lost_timeout=0))
     ranks.seconds(2)
     assert ranks.seconds(90, silent=(3,)) is None
+
+
+class Overwritten:
+    """The heartbeats of ranks 1 and 2 in a signed store; another process writes into it after rank 2 has died."""
+
+    def __init__(self, **faults: float):
+        self.plain = Plain()
+        self.store = SignedStore(self.plain, b"s")
+        self.detector, self.now, self.recorded = FailureDetector(config(**faults), 0, TICK, "node0"), 0.0, list[bytes]()
+        self.detector.advance(0.0)
+
+    def silent_after(self, overwrite, live=(1,)) -> float | None:
+        """Ten seconds of both ranks, then rank 2 is dead: the seconds until it is reported."""
+        beats = {r: Heartbeat(r, f"node{r}", 100 + r, step=2, phase="asking all ranks") for r in (1, 2)}
+        for second in range(1000):
+            self.now += TICK
+            self.detector.advance(self.now)
+            for rank in beats if second < 10 else live:
+                beats[rank].beat += 1
+                self.store.set(f"{rank}", beats[rank].encode())
+            if second < 10:
+                self.recorded.append(self.plain["2"])
+            else:
+                overwrite(self, second)
+            found = self.store.get_all(["1", "2"])
+            forged = {int(key) for key in self.store.forged}
+            self.detector.receive({int(key): raw for key, raw in found.items()}, forged)
+            if silent := self.detector.silent_ranks(20):
+                assert [b.rank for b in silent] == [2]
+                return second - 9
+        return None
+
+
+def test_a_repeated_heartbeat_does_not_keep_a_dead_rank_alive():
+    def repeat(job: Overwritten, second: int) -> None:
+        job.plain["2"] = job.recorded[second % len(job.recorded)]
+
+    job = Overwritten()
+    assert (
+        job.silent_after(repeat) == 21 and decode(job.detector.beats[2]).beat == 10
+    )  # the last one, not a repeated one
+
+
+def test_a_forged_heartbeat_keeps_a_dead_rank_alive_for_a_limited_time_only():
+    def forge(job: Overwritten, second: int) -> None:
+        job.plain["2"] = b"." + bytes([second % 256]) * 50
+
+    assert Overwritten().silent_after(forge) == pytest.approx(3 * 20 + 21, abs=2)
+    # A rank that is alive is not lost: one of its own heartbeats is enough in this time.
+    assert Overwritten().silent_after(lambda job, second: second % 50 and forge(job, second), live=(1, 2)) is None
+
+
+def test_heartbeats_of_several_threads_have_rising_numbers(tmp_path):
+    dog = Watchdog(config(), 0, 1)
+    threads = [threading.Thread(target=lambda: [dog._beat() for _ in range(2000)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    raw = dog._beat().encode()
+    assert decode(raw).beat == 8001 == beat_of(raw)
+    assert beat_of(Heartbeat(1, '"beat": 7, x', 2, beat=12, text='"beat": 9,').encode()) == 12
 
 
 def test_the_rank_that_was_silent_first_comes_first():

@@ -64,6 +64,30 @@ def test_the_ranks_of_torchrun_have_a_store_of_their_own(former):
     assert stores[0].get("key") == b"value" == stores[2].get("key")
 
 
+def test_a_port_that_another_program_uses_now_does_not_hold_an_attempt(monkeypatch):
+    """The agent's store still names the port of an earlier rank 0; a program that does not answer listens there."""
+    monkeypatch.setattr(rendezvous, "CONNECT_TIMEOUT", 1.0)
+    agent, results = host_store("127.0.0.1", 0, {}), {}
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        agent.set("megastar/join/store", f"{silent.getsockname()[1]} of-an-earlier-start")
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port)}
+        place |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+        def start(rank: int) -> None:
+            results[rank] = join(30.0, environ={"RANK": str(rank), **place})
+
+        threads = [threading.Thread(target=start, args=(rank,), daemon=True) for rank in (1, 0)]
+        begin = time.monotonic()
+        threads[0].start()
+        silent.accept()  # rank 1 is connected to it before rank 0 starts
+        time.sleep(0.3)
+        threads[1].start()
+        for thread in threads:
+            thread.join(20)
+        assert set(results) == {0, 1} and time.monotonic() - begin < 15
+        assert results[1].port == results[0].port != silent.getsockname()[1]
+
+
 def test_missing_ranks_are_reported_and_named(caplog):
     found = ranks([0, 1], 4, timeout=2.0)
     assert type(found[0]) is type(found[1]) is MissingRanks
