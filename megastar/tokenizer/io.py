@@ -81,7 +81,9 @@ def read_tokenizer_header(path: str | Path) -> tuple[TokenizerConfig, dict[str, 
     if not path.exists():
         raise UserError(f"tokenizer {path} does not exist: name another file, or run `megastar train-tokenizer`")
     if path.suffix in (".pt", ".pth", ".ckpt"):
-        command = f"megastar convert {shlex.quote(str(path))} --to safetensors --out {shlex.quote(path.stem)}.safetensors"
+        command = (
+            f"megastar convert {shlex.quote(str(path))} --to safetensors --out {shlex.quote(path.stem)}.safetensors"
+        )
         raise UserError(f"{path} is not a megastar tokenizer; if it is LlamaGen's: {command}")
     metadata, entries = read_header(path)
     if metadata.get("format") != FORMAT:
