@@ -3,8 +3,9 @@
 LLAMAGEN_DIR=/path/to/LlamaGen python -m benchmarks.llamagen_parity [--image 64]
 
 Random weights are saved by LlamaGen's modules, converted and loaded. The script asserts that in fp32 the logits of whole
-sequences, the greedy tokens with and without guidance, the VQ codes and the pixels agree, and prints the largest
-differences. VQ-16 and VQ-8 have their released widths; the AR network is small, since the code is the same at every size.
+sequences (8 x 8 and 24 x 24 tokens, and weights of 16 x 16 on 24 x 24 and 32 x 32), the greedy tokens with and without
+guidance, the VQ codes and the pixels agree, and prints the largest differences. VQ-16 and VQ-8 have their released widths;
+the AR network is small, since the code is the same at every size.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,42 +32,35 @@ CFG = ModelConfig(
 )
 
 
-def check(what: str, value: float, limit: float) -> None:
+def check(what: str, value: float | torch.Tensor, limit: float) -> None:
+    value = float(value)
     print(f"  {what:<60} {value:.3g}  (limit {limit:.0e})", flush=True)
     assert value <= limit, what
 
 
-def network(folder: Path) -> None:
-    theirs, _ = networks(CFG, torch.float32, "cpu")
+def network(folder: Path, cfg: ModelConfig = CFG) -> None:
+    theirs, _ = networks(cfg, torch.float32, "cpu")
     for p in theirs.parameters():  # large enough that the distributions are far from flat
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.08)
     from autoregressive.models.generate import generate
 
-    (folder / "t.yaml").write_text(yaml.safe_dump(vars(CFG)))
+    (folder / "t.yaml").write_text(yaml.safe_dump(vars(cfg)))
     torch.save({"model": theirs.state_dict(), "steps": 1}, folder / "w.pt")
-    convert_file(open_weights(folder / "w.pt", config=folder / "t.yaml"), "safetensors", folder / "w.safetensors")
+    source = open_weights(folder / "w.pt", config=folder / "t.yaml")
+    convert_file(source, "safetensors", folder / "w.safetensors", force=True)
     ours, _ = load_model(folder / "w.safetensors")
-    labels, tokens = torch.arange(4), torch.randint(CFG.vocab_size, (4, CFG.image_tokens - 1))
-    with torch.no_grad():
-        theirs.freqs_cis = theirs.freqs_cis[: CFG.image_tokens]  # without a cache it uses the whole table
-        theirs.train()  # its whole-sequence path requires training mode; dropout and label dropping are disabled
-        for m in theirs.modules():
-            if isinstance(m, torch.nn.Dropout):
-                m.p = 0.0
-        theirs.cls_embedding.dropout_prob = 0.0
-        wanted = theirs(tokens, labels, targets=None)[0]
-        theirs.eval()
-        check("logits of whole sequences", (ours(labels, tokens).logits - wanted).abs().max().item(), 1e-4)
-    for scale, interval in ((1.0, -1), (2.0, -1), (3.0, 20)):
+    labels, tokens = torch.arange(4), torch.randint(cfg.vocab_size, (4, cfg.image_tokens - 1))
+    check("logits of whole sequences", (ours(labels, tokens).logits - logits(theirs, labels, tokens)).abs().max(), 1e-4)
+    for scale, interval in ((1.0, -1), (2.0, -1), (3.0, 20)) if cfg is CFG else ((2.0, -1),):
         guidance: dict[str, Any] = {"cfg_scale": scale, "cfg_interval": interval}
         their = generate(
-            theirs, labels, CFG.image_tokens, temperature=1.0, top_k=0, top_p=1.0, sample_logits=False, **guidance
+            theirs, labels, cfg.image_tokens, temperature=1.0, top_k=0, top_p=1.0, sample_logits=False, **guidance
         )
         mine = sample_tokens(ours, labels, seeds=[0] * 4, top_k=1, **guidance)
         different = (mine != their.long()).sum().item()
         check(f"greedy tokens that differ, guidance {scale}, interval {interval}", different, 0)
-    convert_file(open_weights(folder / "w.safetensors"), "llamagen", folder / "back.pt")
+    convert_file(open_weights(folder / "w.safetensors"), "llamagen", folder / "back.pt", force=True)
     back = torch.load(folder / "back.pt", weights_only=True)["model"]
     first = torch.load(folder / "w.pt", weights_only=True)["model"]
     check(
@@ -73,8 +68,34 @@ def network(folder: Path) -> None:
         max((back[k] - v).abs().max().item() for k, v in first.items()),
         0,
     )
-    networks(CFG, torch.float32, "cpu")[0].load_state_dict(back, strict=True)
+    networks(cfg, torch.float32, "cpu")[0].load_state_dict(back, strict=True)
     print("  LlamaGen loads all weights after the reverse conversion")
+
+
+@torch.no_grad()
+def logits(theirs: Any, labels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """LlamaGen's logits of whole sequences, (B, T, V)."""
+    theirs.freqs_cis = theirs.freqs_cis[: tokens.shape[1] + 1]  # without a cache it uses the whole table
+    theirs.train()  # its whole-sequence path requires training mode; dropout and label dropping are disabled
+    for m in theirs.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+    theirs.cls_embedding.dropout_prob = 0.0
+    wanted: torch.Tensor = theirs(tokens, labels, targets=None)[0]
+    theirs.eval()
+    return wanted
+
+
+@torch.no_grad()
+def resized(small: ModelConfig, large: ModelConfig) -> None:
+    """The weights of one grid on another, as ``train.init_resize`` takes them: RoPE of the new grid, all else as it was."""
+    before, _ = networks(small, torch.float32, "cpu")
+    theirs, ours = networks(large, torch.float32, "cpu")
+    ours.load_state_dict({k: v for k, v in before.state_dict().items() if k in ours.state_dict()})
+    theirs.load_state_dict(before.state_dict(), strict=True)
+    labels, tokens = torch.arange(4), torch.randint(large.vocab_size, (4, large.image_tokens - 1))
+    difference = (ours(labels, tokens).logits - logits(theirs, labels, tokens)).abs().max()
+    check(f"logits on {large.grid} x {large.grid} of weights of {small.grid} x {small.grid}", difference, 1e-4)
 
 
 def tokenizer(folder: Path, name: str, side: int) -> None:
@@ -108,6 +129,12 @@ def main() -> None:
     print("largest differences in fp32, equal weights")
     with tempfile.TemporaryDirectory() as place:
         network(Path(place))
+        for side in (24, 32):  # 384 and 512 pixels
+            print(f" {side} x {side} tokens")
+            large = replace(CFG, image_tokens=side * side)
+            if side == 24:
+                network(Path(place), large)
+            resized(replace(CFG, image_tokens=256), large)
         for name in ("VQ-16", "VQ-8"):
             tokenizer(Path(place), name, a.image)
 

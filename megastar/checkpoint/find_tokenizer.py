@@ -69,7 +69,7 @@ def search_tokenizer(what: object, identity: str, named: Iterable[Path | None], 
     others: dict[str, str] = {}
     tried: set[str] = set()
     for path in [*filter(None, named), *_tokenizers_in(folders), *filter(None, [find_file(SHIPPED_TOKENIZER)])]:
-        if (real := os.path.realpath(path)) in tried or not os.path.isfile(path):
+        if not os.path.isfile(path) or (real := os.path.realpath(path)) in tried:  # False also for an invalid name
             continue
         tried.add(real)
         try:

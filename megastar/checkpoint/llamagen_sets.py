@@ -82,15 +82,17 @@ def choose_set(path: Path, content: Mapping[Any, Any], wanted: str | None = None
     if wanted is None:
         if len(known) == 1:
             return known[0]
-        options = " or ".join(f"--weights {s.name}" for s in known if s.name)
+        options = " or ".join(f"--weights {shown(s.name)}" for s in known if s.name)
         raise NeedsOption(
             f"{path} contains {len(known)} sets of weights, {' and '.join(names)}: give {options}",
-            f"--weights {next(s.name for s in known if s.name)}",
+            f"--weights {shown(next(s.name for s in known if s.name))}",
         )
     if chosen := [s for s in known if wanted in (s.name, s.name.rpartition(".")[2])]:
         if len(chosen) == 1:
             return chosen[0]
-        raise UserError(f"{path}: --weights {wanted} names {' and '.join(s.name for s in chosen)}: give the whole name")
+        raise UserError(
+            f"{path}: --weights {wanted} names {' and '.join(shown(s.name) for s in chosen)}: give the whole name"
+        )
     if len(known) == 1 and not known[0].name:
         raise UserError(f"{path} contains one set of weights, without a name: leave out --weights {wanted}")
     raise UserError(f"{path} contains no weights named {wanted}: it has {' and '.join(names)}; give one of them")

@@ -91,7 +91,7 @@ def loss(run: Path) -> float:
 INIT = f"train.init={SHIPPED_WEIGHTS}"
 
 
-@pytest.mark.parametrize("case", ["few", "designs", "finer"])
+@pytest.mark.parametrize("case", ["few", "designs", pytest.param("finer", marks=pytest.mark.slow)])
 def test_half_of_the_steps_from_the_shipped_weights_beat_all_from_random_ones(request, tmp_path, case):
     shards = request.getfixturevalue(case)
     tokens = 144 if case == "finer" else 64
@@ -109,7 +109,9 @@ def test_weights_of_a_run_start_another_one_whose_frozen_blocks_keep_them(few, t
     (tmp_path / "map.yaml").write_text("food-drink: 3\nsmileys-emotion: smileys-emotion\ntravel-places: null\n")
     first = words(few, tmp_path / "a", 2, INIT, "train.init_classes=map", f"train.init_class_map={tmp_path}/map.yaml")
     megastar(*first)
-    megastar(*words(few, tmp_path / "b", 2, f"train.init={tmp_path}/a", "train.freeze_blocks=6", "optim.layer_decay=0.8"))
+    megastar(
+        *words(few, tmp_path / "b", 2, f"train.init={tmp_path}/a", "train.freeze_blocks=6", "optim.layer_decay=0.8")
+    )
     a, b = (find_weights(tmp_path / run, "ema") for run in "ab")
     assert a.identity == b.identity == tokenizer_hash(ROOT / SHIPPED_TOKENIZER)
     assert Path(b.tokenizer_file()).samefile(ROOT / SHIPPED_TOKENIZER)
@@ -127,14 +129,18 @@ def test_what_a_start_refuses_a_dry_run_refuses_too(few, finer, tmp_path, dry_ru
     save_tokenizer(other, tmp_path / "other.safetensors", {})
     for more, sentence in (
         ([], "has 9 classes, model.num_classes is 3: set train.init_classes=fresh"),
-        (["train.init_classes=map", f"train.init_class_map={tmp_path}/bad.yaml"], "the old class 'pizza' does not exist"),
-        (["train.init_classes=fresh", "model.dim=128"], "is of another network than this run's model: dim 256, not 128"),
+        (
+            ["train.init_classes=map", f"train.init_class_map={tmp_path}/bad.yaml"],
+            "the old class 'pizza' does not exist",
+        ),
+        (
+            ["train.init_classes=fresh", "model.dim=128"],
+            "is of another network than this run's model: dim 256, not 128",
+        ),
     ):
         done = megastar(*words(few, tmp_path / "run", 2, INIT, *more), *["--dry-run"] * dry_run, check=False)
         assert done.returncode == 2 and sentence in done.stderr, done.stderr[-2000:]
     fresh = [INIT, "train.init_classes=fresh"]
-    done = megastar(
-        *words(finer, tmp_path / "run", 2, *fresh, tokens=144), *["--dry-run"] * dry_run, check=False
-    )
+    done = megastar(*words(finer, tmp_path / "run", 2, *fresh, tokens=144), *["--dry-run"] * dry_run, check=False)
     assert done.returncode == 2 and "set train.init_resize=true to continue on another grid" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -123,7 +123,10 @@ def test_what_a_model_tells(model, files):
     [
         ({"source": "nowhere.safetensors"}, "weights nowhere.safetensors do not exist"),
         ({"tokenizer": "nowhere.safetensors"}, "tokenizer nowhere.safetensors does not exist"),
-        ({"tokenizer": None}, "weights.safetensors records no tokenizer, so the one of its codes is not known: give it with --tokenizer"),
+        (
+            {"tokenizer": None},
+            "weights.safetensors records no tokenizer, so the one of its codes is not known: give it with --tokenizer",
+        ),
         ({"weights": "teacher"}, "weights 'teacher' is unknown: a run has ema and student"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown: use auto, bf16, fp32, fp16"),
         ({"device": "abacus"}, "device 'abacus' is unknown: use auto, cpu, cuda or cuda:1"),

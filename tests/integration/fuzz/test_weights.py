@@ -39,6 +39,7 @@ FIELDS: dict[str, list[Any]] = {
 }  # fmt: skip
 PROVENANCE: list[Any] = [
     [], "[/]", None, {"classes": ["a"]}, {"classes": 5}, {"classes": [1, None]}, {"step": "[/]"}, {"step": 10**30},
+    {"null_class": 5, "downsample": "x", "weights": []}, {"null_class": False, "downsample": 10**30},
     {"classes": ["[/]", "\x1b]0;x\x07<script>"] + ["c"] * 3}, {"tokenizer": 5}, {"tokenizer": "f" * 64}, {"command": [1]},
 ]  # fmt: skip
 
@@ -125,6 +126,10 @@ def test_llamagen(box: Box) -> None:
         "steps": {"model": model, "steps": "x"}, "provenance": {"model": model, "megastar": {"classes": 5}},
         "unusual provenance": {"model": model, "megastar": {"x": torch.zeros(2)}}, "many blocks": {"model": model | {"layers.999999999.x": torch.zeros(1)}},
         "complex": {"model": model | {first: model[first].to(torch.complex64)}}, "freqs": {"model": model | {"freqs_cis": torch.tensor(1.0)}},
+        "two sets": {"model": model, "ema": model}, "a set of other things": {"model": model, "ema": {"a.b": [1]}, "args": {"num_classes": -1}},
+        "names of sets": {"\x1b]0;x\n": model, "[/]": model}, "sets in sets": {"": {"": {"": {"": {"": model}}}}, "module": model},
+        "NaN": {"model": model | {first: model[first] * float("nan")}}, "equal names": {"model": model | {"module." + first: model[first]}},
+        "classes": {"model": model, "args": {"num_classes": 10**30, "image_size": 384, "downsample_size": 1}},
         "tokenizer without widths": {"model": {"quantize.embedding.weight": torch.zeros(4, 4), "encoder.conv_in.weight": torch.zeros(0, 3)}},
     }  # fmt: skip
 
@@ -132,6 +137,11 @@ def test_llamagen(box: Box) -> None:
         for words in (
             ["convert", "--inspect", "x.pt"],
             ["convert", "x.pt", "--config", "model.yaml", "--to", "safetensors", "--out", "o.safetensors"],
+            *(
+                [["sample", "x.pt", "--tokenizer", "tokenizer.safetensors", "--device", "cpu"]]
+                if "set" in label
+                else []
+            ),
         ):
             (box.path / "model.yaml").write_bytes(extra["config"])
             box.run(tally, label, *words)

@@ -60,7 +60,9 @@ def test_another_tokenizer_is_refused_everywhere(files, tmp_path, capsys):
 def test_the_recorded_tokenizer_is_searched(files, tmp_path):
     weights, first, second = files
     found = find_weights(weights)
-    with pytest.raises(UserError, match=r"which is in none of the places .*emoji64-vq.safetensors has [0-9a-f]{12}.*--tokenizer"):
+    with pytest.raises(
+        UserError, match=r"which is in none of the places .*emoji64-vq.safetensors has [0-9a-f]{12}.*--tokenizer"
+    ):
         found.tokenizer_file()
     shutil.copy(second, tmp_path / "a.safetensors")
     shutil.copy(first, tmp_path / "b.safetensors")
@@ -120,4 +122,9 @@ def test_a_tokenizer_with_another_number_of_codes_is_not_recorded(files, tmp_pat
     save_tokenizer(VQModel(TokenizerConfig(16, 32, [1, 1, 2], 1, 8, 24, 4)), tmp_path / "t.safetensors", {})
     save_model(tmp_path / "o.safetensors", Transformer(CFG).state_dict(), CFG, {})
     with pytest.raises(UserError, match="has 23 codes, but --tokenizer .* has 24"):
-        convert_file(open_weights(tmp_path / "o.safetensors"), "safetensors", tmp_path / "c.safetensors", tokenizer=tmp_path / "t.safetensors")
+        convert_file(
+            open_weights(tmp_path / "o.safetensors"),
+            "safetensors",
+            tmp_path / "c.safetensors",
+            tokenizer=tmp_path / "t.safetensors",
+        )

@@ -42,7 +42,9 @@ def test_of_several_sets_none_is_taken_silently(state, tmp_path, capsys):
     ema = {k: v + 1 for k, v in state.items()}
     content = {"model": state, "ema": ema, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}, "steps": 7}
     path = save(content, tmp_path / "w.pt")
-    with pytest.raises(NeedsOption, match="contains 2 sets of weights, model and ema: give --weights model or --weights"):
+    with pytest.raises(
+        NeedsOption, match="contains 2 sets of weights, model and ema: give --weights model or --weights"
+    ):
         open_weights(path, config=CFG)
     for name, wanted in (("model", state), ("ema", ema)):
         found = open_weights(path, config=CFG, weights=name)
@@ -67,7 +69,10 @@ def test_sets_of_a_tokenizers_training_checkpoint(tmp_path):
         open_weights(both, image_size=16)
     found = open_weights(both, image_size=16, weights="ema")
     assert torch.equal(found.read("quant_conv.bias"), 2 * state["quant_conv.bias"])
-    with pytest.raises(UserError, match=r"b.pt is not a megastar tokenizer; if it is LlamaGen's: megastar convert .*b.pt --to safetensors --out b.safetensors"):
+    with pytest.raises(
+        UserError,
+        match=r"b.pt is not a megastar tokenizer; if it is LlamaGen's: megastar convert .*b.pt --to safetensors --out b.safetensors",
+    ):
         open_pipeline(save_own(tmp_path), both, [0])
 
 
@@ -123,9 +128,13 @@ def test_a_class_table_without_the_null_class(state, tmp_path):
     with pytest.raises(UserError, match="class table of 5 rows, but --num-classes gives 9 classes: expected 10, or 9"):
         open_weights(tmp_path / "p.pt", config=CFG, num_classes=9)
     wide = state | {TABLE: torch.zeros(1000, 16)}
-    with pytest.raises(NeedsOption, match="1000 rows: give --num-classes 1000 if it has no null class, or --num-classes 999"):
+    with pytest.raises(
+        NeedsOption, match="1000 rows: give --num-classes 1000 if it has no null class, or --num-classes 999"
+    ):
         open_weights(save({"model": wide}, tmp_path / "w.pt"), image_tokens=16)
-    with pytest.raises(UserError, match=r"megastar convert .*w.pt --to safetensors --out w.safetensors --num-classes 1000"):
+    with pytest.raises(
+        UserError, match=r"megastar convert .*w.pt --to safetensors --out w.safetensors --num-classes 1000"
+    ):
         open_network(tmp_path / "w.pt")
 
 
@@ -137,7 +146,9 @@ def test_guidance_needs_the_null_class(state, tmp_path, capsys):
     (tmp_path / "t.yaml").write_text("\n".join(f"{k}: {v}" for k, v in (vars(CFG) | {"num_classes": 5}).items()))
     words = ["--to", "safetensors", "--out", str(own), "--config", str(tmp_path / "t.yaml"), "--tokenizer", str(t)]
     assert cli.main(["convert", str(path), *words]) == 0
-    with pytest.raises(UserError, match="have no null class .*so guidance 2 is not possible: sample with guidance scale 1"):
+    with pytest.raises(
+        UserError, match="have no null class .*so guidance 2 is not possible: sample with guidance scale 1"
+    ):
         open_pipeline(own, t, [0], device="cpu", cfg_scale=2.0)
     with pytest.raises(UserError, match="has no null class .*which a probe needs"):
         find_weights(own).require_null_class("a probe needs")
@@ -153,5 +164,7 @@ def test_text_to_image_networks_are_named(state, tmp_path):
         "cls_embedding.cap_proj.fc1.weight": torch.zeros(2, 2),
         "cls_embedding.uncond_embedding": torch.zeros(2, 2),
     }
-    with pytest.raises(UserError, match=r"text-to-image network of LlamaGen \(t2i: .*class-conditional networks \(c2i\)"):
+    with pytest.raises(
+        UserError, match=r"text-to-image network of LlamaGen \(t2i: .*class-conditional networks \(c2i\)"
+    ):
         open_network(save({"model": t2i}, tmp_path / "t2i_XL_stage1_256.pt"))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megastar.checkpoint.class_rows import read_class_map
 from megastar.config.load import load_config
 from megastar.config.schema import DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainConfig
 from megastar.data.shards.manifest import Manifest, write_manifest
@@ -25,6 +26,7 @@ from megastar.tokenizer.io import save_tokenizer, tokenizer_hash
 from megastar.tokenizer.vq import VQModel
 from megastar.utils.files import sha256
 from tests.checkpoints import save_model, write_checkpoint
+from tests.fuzz import odd_files
 
 CFG = ModelConfig(name="t", n_layer=2, n_head=2, dim=16, multiple_of=8, vocab_size=23, num_classes=4, image_tokens=16)
 OLD = ["ant", "bee", "cat", "dog"]
@@ -92,7 +94,10 @@ def test_rows_of_the_class_table(tmp_path, init, caplog):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("ant: 0\neel: pig\ndog: 1", "m.yaml: 'eel': the old class 'pig' does not exist: choose one of ant, bee, cat, dog"),
+        (
+            "ant: 0\neel: pig\ndog: 1",
+            "m.yaml: 'eel': the old class 'pig' does not exist: choose one of ant, bee, cat, dog",
+        ),
         ("ant: 0\neel: 4\ndog: 1", r"the old class 4 is outside 0\.\.3"),
         ("ant: 0\neal: 3\ndog: 1", "the new class 'eal' does not exist: did you mean eel"),
         ("ant: 0\ndog: 1", "lacks the classes eel: map each to an old class, or to null for a new embedding"),
@@ -107,7 +112,18 @@ def test_a_wrong_map_is_refused(tmp_path, init, text, sentence):
     more = {"init_classes": "map", "init_class_map": str(tmp_path / "m.yaml")}
     refused(run(tmp_path, init, few, replace(CFG, num_classes=3), **more), sentence)
     more["init_class_map"] = "nowhere.yaml"
-    refused(run(tmp_path, init, few, replace(CFG, num_classes=3), **more), "train.init_class_map: nowhere.yaml does not exist")
+    refused(
+        run(tmp_path, init, few, replace(CFG, num_classes=3), **more),
+        "train.init_class_map: nowhere.yaml does not exist",
+    )
+
+
+@pytest.mark.parametrize("kind", odd_files())
+def test_a_map_that_is_no_text_is_refused(tmp_path, kind):
+    path = tmp_path / "m.yaml"
+    odd_files()[kind](path)
+    with pytest.raises(UserError, match="m.yaml"):
+        read_class_map(str(path), 1, None, 1, None)
 
 
 def test_other_weights_are_refused(tmp_path, init, caplog):
@@ -116,14 +132,19 @@ def test_other_weights_are_refused(tmp_path, init, caplog):
     refused(run(tmp_path, init, codes, replace(CFG, n_head=1)), "n_head 2, not 1")  # equal shapes
     refused(run(tmp_path, init, codes, replace(CFG, num_classes=3)), "has 4 classes, model.num_classes is 3: set train")
     other = shards(tmp_path / "other", OLD, "b" * 64)
-    refused(run(tmp_path, init, other), "codes of the tokenizer aaaaaaaaaaaa, this run's codes are of bbbbbbbbbbbb: encode")
+    refused(
+        run(tmp_path, init, other), "codes of the tokenizer aaaaaaaaaaaa, this run's codes are of bbbbbbbbbbbb: encode"
+    )
     assert rows(run(tmp_path, init, other, init_any_tokenizer=True)) == [0, 1, 2, 3, 4]
     assert "started from nevertheless" in caplog.text
     unknown = shards(tmp_path / "unknown", OLD)
     assert rows(run(tmp_path, init, unknown)) and "unknown records no tokenizer hash" in caplog.text
     eighth = shards(tmp_path / "eighth", OLD, downsample=8)
     refused(run(tmp_path, init, eighth), "downsample images by 4, this run's codes downsample by 8: encode")
-    refused(run(tmp_path, init, shards(tmp_path / "mixed", OLD[::-1], "a" * 64)), "in another order: set train.init_classes=map")
+    refused(
+        run(tmp_path, init, shards(tmp_path / "mixed", OLD[::-1], "a" * 64)),
+        "in another order: set train.init_classes=map",
+    )
     strangers = shards(tmp_path / "strangers", ["e", "f", "g", "h"], "a" * 64)
     assert rows(run(tmp_path, init, strangers)) and "class 0 is ant in" in caplog.text
     refused(run(tmp_path, init, strangers, init_classes="map"), "no class of the shards has a name of")
@@ -162,7 +183,10 @@ def test_weights_of_llamagen_take_from_the_run_what_they_do_not_store(tmp_path):
     assert rows(cfg) == [0, 1, 2, 3, 4]
     assert torch.equal(open_initial(cfg).network.read("norm.weight"), state["norm.weight"] + 1)
     cfg = run(tmp_path, str(tmp_path / "c2i.pt"), codes, init_weights="ema", init_classes="fresh")
-    refused(cfg, r"is not one of LlamaGen's sizes .*: megastar convert .*c2i.pt --to safetensors --out c2i.safetensors --config")
+    refused(
+        cfg,
+        r"is not one of LlamaGen's sizes .*: megastar convert .*c2i.pt --to safetensors --out c2i.safetensors --config",
+    )
     table = state["cls_embedding.embedding_table.weight"][:4]
     torch.save({"model": state | {"cls_embedding.embedding_table.weight": table}}, tmp_path / "n.pt")
     assert rows(run(tmp_path, str(tmp_path / "n.pt"), codes)) == [0, 1, 2, 3, None]  # a new null class
