@@ -260,7 +260,7 @@ class _Folders:
         if deeper.any():
             next_level = {p[self.level] for p in map(self.parts.__getitem__, self.used) if len(p) > self.level}
             notes.append(
-                f"{int(deeper.sum())} of {len(self.rows)} images are in folders below level {self.level}, which has {len(next_level)} more names at level {self.level + 1}; their class is that of level {self.level}"
+                f"images in folders below level {self.level}, whose class is that of level {self.level}: {int(deeper.sum())} of {len(self.rows)} (names at level {self.level + 1}: {len(next_level)})"
             )
         if self.level not in (0, 1):
             paths: dict[str, set[str]] = {}
@@ -269,11 +269,11 @@ class _Folders:
                 paths.setdefault(stem[-1], set()).add("/".join(stem))
             if merged := sorted(name for name, where in paths.items() if len(where) > 1):
                 notes.append(
-                    f"{len(merged)} names occur in several folders and are one class each, such as {merged[0]!r} of {', '.join(sorted(paths[merged[0]])[:3])}"
+                    f"names in several folders, one class each: {len(merged)}, for example {merged[0]!r} of {', '.join(sorted(paths[merged[0]])[:3])}"
                 )
         empty = [e.split("/")[self.depth :] for e in self.listing.findings.empty if f"{e}/".startswith(self._prefix())]
         if names := sorted({e[self.level - 1] for e in empty if self.level > 0 and len(e) == self.level}):
-            notes.append(f"{len(names)} folders without images are not classes, such as {names[0]!r}")
+            notes.append(f"folders without images, which are no classes: {len(names)}, for example {names[0]!r}")
         return notes
 
     def _prefix(self) -> str:

@@ -6,17 +6,17 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-_KINDS = {  # kind -> sentence; counts and an example are filled in
-    "hidden": "{n} hidden or system files and folders were ignored, such as {example}",
-    "loops": "{n} links to a folder above them were not followed, such as {example}",
-    "dangling": "{n} links lead nowhere and were ignored, such as {example}",
-    "replaced": "{n} members of tars occur twice and the last one was used, such as {example}",
-    "repeated": "{n} lines of the list repeat an image and its class and were ignored, such as {example}",
-    "archives": "{n} compressed archives were not read, such as {example}: unpack them",
-    "tars": "{n} tars were not read, because there are images outside them, such as the tar {example}",
-    "beside": "{n} images outside the tars were not read, such as {example}",
-    "deeper": "{n} tars in deeper folders were not read, such as {example}",
-    "special": "{n} pipes, devices and sockets were ignored, such as {example}",
+_KINDS = {  # kind -> what is counted
+    "hidden": "hidden and system files and folders, ignored",
+    "loops": "links to a folder above them, not followed",
+    "dangling": "links that lead nowhere, ignored",
+    "replaced": "members of tars that a later member of their name replaces",
+    "repeated": "lines of the list that repeat an image and its class, ignored",
+    "archives": "compressed archives, not read (unpack them)",
+    "tars": "tars, not read because there are images outside them",
+    "beside": "images outside the tars, not read",
+    "deeper": "tars in deeper folders, not read",
+    "special": "pipes, devices and sockets, ignored",
 }
 MOST_EMPTY = 1000
 
@@ -49,7 +49,7 @@ class Findings:
         self.tar_names += other.tar_names
 
     def sentences(self) -> list[str]:
-        return [_KINDS[k].format(n=n, example=repr(self.examples[k])) for k, n in self.counts.items() if k in _KINDS]
+        return [f"{_KINDS[k]}: {n}, for example {self.examples[k]!r}" for k, n in self.counts.items() if k in _KINDS]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -39,6 +39,8 @@ def class_summary(store: Store, m: Manifest) -> str:
         return start + "images per class are not recorded, `megastar data stats` counts them"
     if len(counts) == 1:
         return start + _class(m, counts, 0)
+    if min(counts) == max(counts):
+        return f"{start}each with {counts[0]} image{'s' * (counts[0] != 1)}"
     smallest, largest = int(np.argmin(counts)), int(np.argmax(counts))
     line = f"{start}smallest {_class(m, counts, smallest)}, largest {_class(m, counts, largest)}"
     empty = counts.count(0)

@@ -46,7 +46,10 @@ def test_classes_are_those_of_imagefolder(tmp_path, kind):
     assert found.class_names == names == ["Zebra", "ant.v2", "cat", "dog", "été"]
     assert {p.key: p.label for p in found} == labels
     assert found.classes.source == "folder level 1, in string order"
-    assert "2 of 7 images are in folders below level 1, which has 1 more names at level 2" in found.notes[0]
+    assert (
+        found.notes[0]
+        == "images in folders below level 1, whose class is that of level 1: 2 of 7 (names at level 2: 1)"
+    )
 
 
 def test_equal_names_in_different_branches(tmp_path):
@@ -57,7 +60,7 @@ def test_equal_names_in_different_branches(tmp_path):
     assert np.bincount(found.labels).tolist() == [6] * 22
     second = ImageSet(tmp_path, choice=Choice(level=2))
     assert len(second.class_names) == 24
-    assert "2 names occur in several folders and are one class each, such as 'left' of c00/left" in second.notes[-1]
+    assert "names in several folders, one class each: 2, for example 'left' of c00/left" in second.notes[-1]
 
 
 def test_innermost_folders_as_older_versions_read_them(tmp_path):
@@ -103,7 +106,7 @@ def test_folders_without_images_are_told(tmp_path):
     (tmp_path / "c_empty").mkdir()
     found = ImageSet(tmp_path)
     assert found.class_names == ["a", "c"]
-    assert "2 folders without images are not classes, such as 'b'" in found.notes
+    assert "folders without images, which are no classes: 2, for example 'b'" in found.notes
 
 
 @pytest.mark.parametrize(
@@ -193,9 +196,9 @@ def test_links(tmp_path):
     found = ImageSet(tmp_path / "p")
     assert [p.key for p in found] == ["a/0", "b/0"]
     notes = "\n".join(found.notes)
-    assert "1 links to a folder above them were not followed, such as 'a/up'" in notes
-    assert "2 links lead nowhere and were ignored, such as 'a/gone.png'" in notes
-    assert "1 pipes, devices and sockets were ignored, such as 'b/pipe.png'" in notes
+    assert "links to a folder above them, not followed: 1, for example 'a/up'" in notes
+    assert "links that lead nowhere, ignored: 2, for example 'a/gone.png'" in notes
+    assert "pipes, devices and sockets, ignored: 1, for example 'b/pipe.png'" in notes
 
 
 def test_links_that_multiply(tmp_path):

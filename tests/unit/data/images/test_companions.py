@@ -150,7 +150,7 @@ def test_hidden_files_are_ignored_and_counted(tmp_path, kind):
         files = {f"./{name}": data for name, data in files.items()}
     found = ImageSet(source(kind, tmp_path, files))
     assert [p.key for p in found] == ["a/0", "b/1"] and found.class_names == ["a", "b"]
-    assert len(found.notes) == 1 and found.notes[0].startswith("8 hidden or system files and folders were ignored")
+    assert len(found.notes) == 1 and found.notes[0].startswith("hidden and system files and folders, ignored: 8, for")
     assert found.digest() == ImageSet(make_folder(tmp_path / "plain", SHOWN)).digest()
 
 
@@ -167,7 +167,7 @@ def test_macos_side_files_in_webdataset_tars(tmp_path):
     (tmp_path / "._w.tar").write_bytes(SIDE)
     found = ImageSet(tmp_path)
     assert found.labels.tolist() == [0, 1] * 3
-    assert "13 hidden or system files and folders were ignored" in found.notes[0]
+    assert "hidden and system files and folders, ignored: 13," in found.notes[0]
 
 
 def test_a_source_in_a_hidden_folder(tmp_path):
@@ -178,7 +178,7 @@ def test_a_source_in_a_hidden_folder(tmp_path):
 
 
 def test_only_hidden_files(tmp_path):
-    with pytest.raises(UserError, match="no images in .*; 1 hidden or system files and folders were ignored"):
+    with pytest.raises(UserError, match="no images in .*; hidden and system files and folders, ignored: 1, for"):
         ImageSet(make_folder(tmp_path, {"._0.png": SIDE}))
 
 
@@ -190,21 +190,21 @@ def test_a_member_that_occurs_twice_is_the_last_one(tmp_path):
         tar.add(make_folder(tmp_path / "new", {"0.png": png(9)}) / "0.png", "a/0.png")
     found = ImageSet(tmp_path / "w.tar")
     assert [int(np.asarray(found.read(i))[0, 0, 0]) for i in range(len(found))] == [9, 2]
-    assert found.notes == ["1 members of tars occur twice and the last one was used, such as 'a/0.png'"]
+    assert found.notes == ["members of tars that a later member of their name replaces: 1, for example 'a/0.png'"]
 
 
 def test_other_archives_and_tars_are_told(tmp_path):
     folder = make_folder(tmp_path / "f", {"a/0.png": X, "a/rest.zip": b"PK", "b/more.tar.gz": b"", "b/1.png": X})
     make_tar(folder / "a" / "deep.tar", {"0.png": X})
     notes = "\n".join(ImageSet(folder).notes)
-    assert "2 compressed archives were not read, such as 'a/rest.zip': unpack them" in notes
-    assert "1 tars were not read, because there are images outside them, such as the tar 'a/deep.tar'" in notes
+    assert "compressed archives, not read (unpack them): 2, for example 'a/rest.zip'" in notes
+    assert "tars, not read because there are images outside them: 1, for example 'a/deep.tar'" in notes
     make_tar(folder / "top.tar", {"c/0.png": X})
     found = ImageSet(folder)
     assert found.class_names == ["c"]
     notes = "\n".join(found.notes)
-    assert "2 images outside the tars were not read, such as 'a/0.png'" in notes
-    assert "1 tars in deeper folders were not read, such as 'a/deep.tar'" in notes
+    assert "images outside the tars, not read: 2, for example 'a/0.png'" in notes
+    assert "tars in deeper folders, not read: 1, for example 'a/deep.tar'" in notes
 
 
 def test_a_zip_is_refused(tmp_path):

@@ -80,13 +80,13 @@ def test_folders_outside_the_list_are_no_classes_by_themselves(folder):
 def test_repeated_lines(folder):
     assert look(folder, "a.png 0\n./a.png 0\nb c.png 1\n") == [("a", "0"), ("b c", "1")]
     notes = ImageSet(folder / "l.txt").notes
-    assert notes == ["1 lines of the list repeat an image and its class and were ignored, such as 'a.png, line 2'"]
+    assert notes == ["lines of the list that repeat an image and its class, ignored: 1, for example 'a.png, line 2'"]
 
 
 def test_side_files_of_find(folder):
     (folder / "._a.png").write_bytes(b"side")
     assert look(folder, "a.png 0\n._a.png 0\n__MACOSX/a.png 0\n") == [("a", "0")]
-    assert "2 hidden or system files" in ImageSet(folder / "l.txt").notes[0]
+    assert "hidden and system files and folders, ignored: 2" in ImageSet(folder / "l.txt").notes[0]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_the_last_line_names_the_classes(tree, tokenizer, tmp_path, notes, capsy
     assert manifest.classes == ["cat", "dog"] and manifest.class_counts == [8, 4]
     wanted = "2 classes (folder level 1, in string order): smallest 'dog' with 4 images, largest 'cat' with 8 images"
     assert notes.records[-1].getMessage() == wanted
-    assert any("12 of 12 images are in folders below level 1" in r.getMessage() for r in notes.records)
+    assert any("whose class is that of level 1: 12 of 12" in r.getMessage() for r in notes.records)
     notes.clear()
     make(tree, tokenizer, tmp_path / "out")  # complete
     assert notes.records[-1].getMessage() == wanted
@@ -74,7 +74,7 @@ def test_hidden_files_and_companions_are_told(tokenizer, tmp_path, notes):  # no
     files = {"0.png": png(), "0.cls": b"1", "0.json": b"{}", "._0.png": b"side", "._0.cls": b"side"}
     make(make_tar(tmp_path / "w.tar", files), tokenizer, tmp_path / "out")
     text = notes.text
-    assert "w.tar: 2 hidden or system files and folders were ignored, such as '._0.png'" in text
+    assert "w.tar: hidden and system files and folders, ignored: 2, for example '._0.png'" in text
     assert "w.tar: companions .json were not read" in text
     assert (
         notes.records[-1].getMessage()
