@@ -75,6 +75,7 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
     from megastar.data.images.dataset import ImageSet
     from megastar.evaluation.image_sources import load_images
     from megastar.tokenizer.io import read_tokenizer_metadata, save_tokenizer
+    from megastar.tokenizer.lpips import check_files
     from megastar.tokenizer.train import TokenizerTrainer
     from megastar.utils.device import pick_device, pick_dtype
     from megastar.utils.files import check_output, write_json
@@ -83,6 +84,8 @@ def train_tokenizer(cfg: TokenizerTrainConfig, console: Console, command: str = 
         torch.set_num_threads(cfg.threads)
     device, out = pick_device(), Path(cfg.out)
     check_output(out, "out =", folder=True)  # before the images are listed
+    if cfg.perceptual and cfg.lpips_vgg:
+        check_files(cfg.lpips_vgg, cfg.lpips_linear)
     pictures = ImageSet(cfg.pictures, cfg.subset or None, choice=None)
     for note in pictures.notes:
         logger.info("%s: %s", cfg.pictures, note)

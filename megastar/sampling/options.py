@@ -14,7 +14,7 @@ class SamplingOptions:
     """How tokens are sampled; the defaults are the model's own distribution.
 
     ``cfg_scale`` 1 means no guidance; ``cfg_schedule`` and ``cfg_interval`` as in ``guidance.scales``; ``top_k`` 0 or
-    above the vocabulary keeps all codes.
+    above the vocabulary keeps all codes. With a factorised head these filters apply to each sub-code.
     """
 
     cfg_scale: float = 1.0

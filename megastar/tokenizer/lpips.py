@@ -25,6 +25,8 @@ from megastar.utils.safetensors_header import open_tensors, read_header
 GROUPS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
 EPSILON = 1e-10
+VGG_FILE = "lpips_vgg: torchvision's VGG-16, vgg16-397923af.pth"
+LINEAR_FILE = "lpips_linear: vgg.pth of LPIPS 0.1"
 
 
 class LPIPS(nn.Module):
@@ -72,16 +74,24 @@ class LPIPS(nn.Module):
         return loss
 
 
+def check_files(vgg: str | Path, linear: str | Path) -> None:
+    """Raises ``UserError`` for a file that does not exist."""
+    for path, what in ((vgg, VGG_FILE), (linear, LINEAR_FILE)):
+        if not Path(path).exists():
+            raise UserError(f"{path} does not exist: name the file of {what}")
+
+
 def load_lpips(vgg: str | Path, linear: str | Path) -> LPIPS:
     """The loss from two files. Raises ``UserError`` if one is missing, damaged or holds other weights."""
+    check_files(vgg, linear)
     net = LPIPS()
     vgg_names = {
         f"features.{p}.{kind}": (f"features_{p}", kind) for g in net.places for p in g for kind in ("weight", "bias")
     }
-    found = _tensors(Path(vgg), list(vgg_names), "lpips_vgg: torchvision's VGG-16, vgg16-397923af.pth")
+    found = _tensors(Path(vgg), list(vgg_names), VGG_FILE)
     state: dict[str, Tensor] = {f"convolutions.{a}.{b}": found[name] for name, (a, b) in vgg_names.items()}
     lin_names = [f"lin{i}.model.1.weight" for i in range(len(GROUPS))]
-    found = _tensors(Path(linear), lin_names, "lpips_linear: vgg.pth of LPIPS 0.1")
+    found = _tensors(Path(linear), lin_names, LINEAR_FILE)
     state |= {f"linear.{i}": found[name].flatten() for i, name in enumerate(lin_names)}
     wrong = [
         f"{name} has {tuple(state[name].shape)}, not {tuple(p.shape)}"
@@ -96,8 +106,6 @@ def load_lpips(vgg: str | Path, linear: str | Path) -> LPIPS:
 
 def _tensors(path: Path, names: list[str], what: str) -> Mapping[str, Tensor]:
     """The tensors ``names`` of a torch.save or safetensors file."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: name the file of {what}")
     if path.suffix == ".safetensors":
         _, entries = read_header(path)
         have = {name for name in names if name in entries}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import weakref
 from pathlib import Path
 
@@ -296,6 +297,14 @@ def test_peak_of_a_step(dtype, vocabulary, views, checkpointing, as_on_a_gpu):
         states["gradients"] + budget.STEP_BYTES * states["ema"] // 4
     )  # of the optimizer, which the tracked step lacks
     assert sum(memory[k] for k in causes) == pytest.approx(max(tracked_peak(cfg, 8, dtype), update), rel=0.08)
+
+
+@pytest.mark.parametrize(("dtype", "factors"), [("fp32", [64, 64]), ("bf16", [256, 256]), ("fp32", [16, 8, 32])])
+def test_peak_of_a_step_with_a_factorised_head(dtype, factors, as_on_a_gpu):
+    cfg = tiny(vocab_size=math.prod(factors), head="factorised", head_factors=factors)
+    memory, _ = budget.memory_bytes(cfg.model, cfg.self_guided, budget.Zero(1, reduce_bucket=0), 1, 1, 8, False, dtype)
+    causes = ("gradients", "activations", "head", "features", "contrastive", "working")
+    assert sum(memory[k] for k in causes) == pytest.approx(tracked_peak(cfg, 8, dtype), rel=0.08)
 
 
 # Buffers --------------------------------------------------------------------------------

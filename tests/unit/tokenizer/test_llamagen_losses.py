@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from megastar.commands.train_tokenizer import main as train_tokenizer
 from megastar.config.load import load_tokenizer_config
 from megastar.config.schema import TokenizerConfig, TokenizerTrainConfig
 from megastar.errors import UserError
@@ -116,6 +117,9 @@ def test_wrong_lpips_files_get_a_sentence(files, tmp_path):
     ]:
         with pytest.raises(UserError, match=sentence):
             load_lpips(*pair)
+    words = ["pictures=nowhere", f"out={tmp_path / 'out'}", f"lpips_vgg={vgg}", "lpips_linear=none.pth"]
+    with pytest.raises(UserError, match="none.pth does not exist: name the file of lpips_linear"):  # before the images
+        train_tokenizer(words)
     for one, other in (("lpips_vgg", "lpips_linear"), ("lpips_linear", "lpips_vgg")):
         with pytest.raises(UserError, match=f"{one} = f: LPIPS needs both files, and {other} is empty"):
             load_tokenizer_config(None, ["pictures=p", f"{one}=f"])
