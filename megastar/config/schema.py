@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megastar.config.knob import LARGE, MOST_BATCH, MOST_SECONDS, MOST_SEED, MOST_STEPS, MOST_THREADS, knob
 from megastar.config.optim import OptimConfig
+from megastar.config.rank_faults import RankFaultsConfig
 
 
 @dataclass
@@ -75,6 +76,8 @@ class TokenizerTrainConfig:
     threads: int = knob(0, "CPU threads; 0: torch's default", low=0, high=MOST_THREADS)
     eval_every: int = knob(1000, "steps between evaluations on val_subset", low=1, high=MOST_STEPS)
     save_every: int = knob(500, "steps between checkpoints", low=1, high=MOST_STEPS)
+    log_every: int = knob(50, "steps between rows of metrics.jsonl", low=1, high=MOST_STEPS)
+    faults: RankFaultsConfig = knob(RankFaultsConfig, "hung and lost ranks")
 
 
 @dataclass
@@ -218,27 +221,9 @@ class ParallelConfig:
 
 
 @dataclass
-class FaultsConfig:
+class FaultsConfig(RankFaultsConfig):
     """What a run does when a fault occurs (docs/faults.md)."""
 
-    hang_timeout: float = knob(
-        600.0,
-        "seconds without progress after which the watchdog of each rank writes all stacks and ends the rank; 0: never",
-        low=0,
-        high=MOST_SECONDS,
-    )
-    lost_timeout: float = knob(
-        60.0,
-        "seconds without a heartbeat after which a rank counts as lost; the others name it and end; 0: never",
-        low=0,
-        high=MOST_SECONDS,
-    )
-    join_timeout: float = knob(
-        600.0,
-        "seconds that a starting rank waits for the others to join; then it names them and ends",
-        low=1,
-        high=MOST_SECONDS,
-    )
     spike_sigma: float = knob(
         6.0,
         "skip a step whose loss is this many standard deviations above the last spike_window losses; 0: never",
