@@ -89,10 +89,15 @@ class HeldOut:
         self.pictures, self.size, self.reported = pictures, size, False
         count, rank, world = len(pictures), replicas.rank, replicas.world
         self.mine = range(count * rank // world, count * (rank + 1) // world)
+        self.most = -(-count // world)  # images of a rank
 
     def __len__(self) -> int:
         """Images of all ranks."""
         return len(self.pictures)
+
+    def rounds(self, batch: int) -> int:
+        """The number of batches of the rank that has the most."""
+        return -(-self.most // batch)
 
     def batches(self, batch: int) -> Iterator[torch.Tensor]:
         """uint8 (B, H, W, 3) of this rank. Unreadable images are skipped, with a warning the first time."""

@@ -13,10 +13,10 @@ from megastar.errors import UserError
 from megastar.run_dir.events import append_event
 from megastar.run_dir.layout import CHECKPOINTS, CONFIG
 from megastar.run_dir.lease import RunLease
+from megastar.run_dir.tokenizer_run import STATE as STATE
 from megastar.run_dir.tokenizer_run import is_tokenizer_run
 from megastar.utils.signals import StopFlag
 
-STATE = "last.pt"  # the newest checkpoint; older ones are not kept
 RESULT, SCORES = "tokenizer.safetensors", "scores.json"
 
 

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,6 +31,7 @@ from megastar.errors import UserError
 from megastar.parallel.replicas import Replicas
 from megastar.run_dir import layout
 from megastar.run_dir.checkpoint_dir import name_of
+from megastar.run_dir.tokenizer_run import read_rows
 from megastar.tokenizer.io import read_tokenizer_metadata, save_tokenizer
 from megastar.tokenizer.train import TokenizerTrainer, learning_rate
 from megastar.tokenizer.vq import to_images
@@ -122,7 +123,7 @@ class _Run:
         def build() -> tuple[TokenizerTrainer, Validator]:
             trainer = TokenizerTrainer(cfg, ctx.device, ctx.dtype, fetch, self.replicas)
             networks = open_networks(ctx.device, self.inception) if self.held_out else []
-            validator = Validator(self.replicas, ctx.device, trainer.perceptual, networks, lambda: PHASE.at(VALIDATION))
+            validator = Validator(self.replicas, ctx.device, trainer.perceptual, networks, self._stopping)
             for name, images in self.held_out.items():
                 validator.check(images, name)
             return trainer, validator
@@ -164,6 +165,8 @@ class _Run:
             kind = "resumed" if self.saved >= 0 else "started"
             if first < cfg.steps or self.saved < 0:
                 self.metrics.event(kind, text, steps=cfg.steps, ranks=ctx.world, **environment)
+            if self._lacks_validation():
+                self._validate()
             while trainer.step < cfg.steps:
                 PHASE.begin(trainer.step + 1)
                 images = self._next_batch(batches)
@@ -218,18 +221,39 @@ class _Run:
     def _validate(self) -> None:
         """Scores of val_subset, and a grid of reconstructions, every ``eval_every`` steps and at the end."""
         cfg, step = self.cfg, self.trainer.step
-        if step <= cfg.continuous_steps or (step != cfg.steps and step % cfg.eval_every):
+        if not self._validation_due():
             return
         PHASE.at(VALIDATION)
         scores = {}
         if images := self.held_out.get(cfg.val_subset):
-            scores = self.validator.scores(self.trainer.average, images)
+            scores = self._scores_of(images)
             self.scored = step, scores
             self.metrics.write(step, scores)
             named = ", ".join(f"{k} {v:.4g}" for k, v in scores.items())
             self.metrics.note(f"step {step}: validation {named}")
         if self.ctx.main:
             self._draw(step, scores)
+
+    def _validation_due(self) -> bool:
+        cfg, step = self.cfg, self.trainer.step
+        return step > cfg.continuous_steps and (step == cfg.steps or step % cfg.eval_every == 0)
+
+    def _lacks_validation(self) -> bool:
+        """Whether the run was stopped within the validation of the step that it resumes at."""
+        if self.saved < 0 or not self._validation_due() or not self.cfg.val_subset:
+            return False
+        step = self.trainer.step
+        return not run_on_main(self.ctx, lambda: any(r["step"] == step and "psnr" in r for r in read_rows(self.out)))
+
+    def _scores_of(self, images: HeldOut) -> dict[str, float]:
+        """The scores of ``images``; all ranks leave, with the state saved, if one has a stop signal meanwhile."""
+        if (scores := self.validator.scores(self.trainer.average, images)) is None:
+            self._stop_for(self._maximum(self.stop.signal)[0])
+        return scores
+
+    def _stopping(self) -> bool:
+        PHASE.at(VALIDATION)
+        return bool(self._maximum(self.stop.signal)[0])
 
     def _draw(self, step: int, scores: dict[str, float]) -> None:
         size = self.cfg.tokenizer.image_size
@@ -284,7 +308,7 @@ class _Run:
         self._save(patience)
         return f"the state after step {self.trainer.step} of {self.cfg.steps} is saved in {self.out / STATE}"
 
-    def _stop_for(self, number: int) -> None:
+    def _stop_for(self, number: int) -> NoReturn:
         kept = self._save_steps(grace_period(number))
         self.metrics.event("signal", f"signal {number}: {kept}; the same command resumes")
         raise Preempted(number)
@@ -298,7 +322,7 @@ class _Run:
         for name, images in self.held_out.items():
             done, found = self.scored
             known = name == cfg.val_subset and done == trainer.step
-            scores[name] = found if known else self.validator.scores(trainer.average, images)
+            scores[name] = found if known else self._scores_of(images)
         broken = self._broken(batches)
         if broken and ctx.main:
             logger.warning("%d unreadable images were replaced by the next one: %s", len(broken), ", ".join(broken[:3]))

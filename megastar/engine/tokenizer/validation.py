@@ -36,14 +36,14 @@ SHOWN = 8  # images of a grid
 class Validator:
     """The networks that score reconstructions on ``device``, and this rank's place. ``scores`` is a collective.
 
-    ``moving`` is called before each batch: the watchdog sees progress.
+    ``stopping`` is called by all ranks before each batch; if it returns true there, the validation is given up.
     """
 
     replicas: Replicas
     device: torch.device
     perceptual: PerceptualLoss | None
     networks: Sequence[tuple[str, Network]]  # metric and its network
-    moving: Callable[[], None] = lambda: None
+    stopping: Callable[[], bool] = lambda: False
     _real: dict[tuple[int, int], Collector] = field(default_factory=dict)  # of held-out set and network, by their id
 
     def check(self, held_out: HeldOut, name: str) -> None:
@@ -53,8 +53,8 @@ class Validator:
                 check_count([metric], network, Settings(), len(held_out), name)
 
     @torch.no_grad()
-    def scores(self, model: VQModel, held_out: HeldOut) -> dict[str, float]:
-        """Scores of the reconstructions in fp32: ``psnr`` (dB, mean over images), ``psnr_of_mean`` (dB, of the mean squared
+    def scores(self, model: VQModel, held_out: HeldOut) -> dict[str, float] | None:
+        """None if ``stopping``, else scores of the reconstructions in fp32: ``psnr`` (dB, mean over images), ``psnr_of_mean`` (dB, of the mean squared
         error over all), ``ssim``, ``perceptual_distance`` (of the training's perceptual loss), ``codes_used`` (share of the
         codebook), ``perplexity`` (of the codes' frequencies), and r with the name of each network's Frechet distance.
 
@@ -66,8 +66,12 @@ class Validator:
         active = [(m, n) for m, n in self.networks if len(held_out) >= min_images(m, n, Settings())]
         made = {id(n): Collector(n) for _, n in active}
         fresh = {id(n): Collector(n) for _, n in active if (id(held_out), id(n)) not in self._real}
-        for pixels in held_out.batches(BATCH):
-            self.moving()
+        batches = held_out.batches(BATCH)
+        for _ in range(held_out.rounds(BATCH)):  # of all ranks alike
+            if self.stopping():
+                return None
+            if (pixels := next(batches, None)) is None:
+                continue
             images = to_images(pixels, self.device)
             codes = model.encode(images)
             decoded = model.decode_codes(codes)
