@@ -30,7 +30,7 @@ def as_train(fields: Mapping[str, Any]) -> TrainConfig:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10**9:
             raise UserError(f"{name} = {shown(str(value))} is not a number of steps")
         found[name] = int(value)
-    return TrainConfig(**found)
+    return TrainConfig(steps=found["steps"], log_every=found["log_every"], save_every=found["save_every"])
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:

@@ -174,9 +174,9 @@ class _Run:
                 self._log(trainer.train_step(to_images(images, ctx.device)))
                 PHASE.finish(trainer.step)
                 start = time.perf_counter()
-                self._validate()
                 if trainer.step == cfg.steps or trainer.step % cfg.save_every == 0:
                     self._save(PATIENCE if trainer.step == cfg.steps else 0.0)
+                self._validate()
                 self.metrics.pause(time.perf_counter() - start)
             if first < cfg.steps:
                 self.metrics.event("finished", f"{cfg.steps} steps are done", note=False)
