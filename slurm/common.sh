@@ -54,6 +54,7 @@ run_step() {
     fi
 }
 
+COMMAND=train FOLDER_FIELD=run # of the training, and its field that names the run folder
 # train DEFAULT [CONFIG] [section.field=value ...]: one task per GPU, one process group; does not return.
 # If one rank has exited and the others have not detected it, --wait ends them after twice the timeout of their watchdogs
 # (faults.lost_timeout).
@@ -61,6 +62,7 @@ run_step() {
 train() {
     local config="" word cache=${MEGASTAR_SCRATCH:+data.cache=$MEGASTAR_SCRATCH/megastar} default=$1
     shift
+    [ "$COMMAND" = train ] || cache=""
     for word; do
         case $word in
         data.cache=*) cache="" ;;
@@ -77,8 +79,15 @@ train() {
         run_elastic "$@" ${cache:+"$cache"}
         finish $?
     fi
-    run_step --label --wait=120 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar train "$@" ${cache:+"$cache"}
+    run_step --label --wait=120 ${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} megastar "$COMMAND" "$@" ${cache:+"$cache"}
     finish $?
+}
+
+# train_tokenizer DEFAULT [CONFIG] [field=value ...]: `train` for megastar train-tokenizer, whose run folder is the field out.
+train_tokenizer() {
+    [ -z "${MEGASTAR_ELASTIC:-}" ] || fail "MEGASTAR_ELASTIC=$MEGASTAR_ELASTIC: megastar elastic runs megastar train only; unset it"
+    COMMAND=train-tokenizer FOLDER_FIELD=out
+    train "$@"
 }
 
 # run_elastic [CONFIG] [section.field=value ...]: one agent per node, which starts the node's ranks (docs/elastic.md). Needs
@@ -109,12 +118,12 @@ run_group() {
 
 # find_run_folder WORD ...: set REQUEUE_LOG. megastar itself reads the configuration, in the environment of the ranks.
 find_run_folder() {
-    local word run="" ask=(megastar train "$@" --print-run-folder) status=0
+    local word run="" ask=(megastar "$COMMAND" "$@" --print-run-folder) status=0
     ask=(${MEGASTAR_PREFIX[@]+"${MEGASTAR_PREFIX[@]}"} "${ask[@]}")
     if [ -n "${MEGASTAR_DRY_RUN:-}" ]; then
         [ -z "${MEGASTAR_VENV:-}" ] || PATH=$MEGASTAR_VENV/bin:$PATH
         if ! command -v "${ask[0]}" >/dev/null; then # on a login node: only an override can be shown
-            for word; do [[ $word != run=* ]] || run=$(realpath -m "${word#run=}"); done
+            for word; do [[ $word != "$FOLDER_FIELD="* ]] || run=$(realpath -m "${word#*=}"); done
             info "run folder ${run:-unknown (${ask[0]} is not on PATH)}, last checkpoint $(REQUEUE_LOG=${run:-}/requeues.log && last_checkpoint)"
             return
         fi
@@ -129,7 +138,11 @@ find_run_folder() {
     info "run folder $run, last checkpoint $(last_checkpoint)"
 }
 
-last_checkpoint() { cat "${REQUEUE_LOG%/*}/checkpoints/latest" 2>/dev/null || echo none; }
+# A tokenizer's training has one checkpoint, which it replaces: its time tells whether there is a new one.
+last_checkpoint() {
+    cat "${REQUEUE_LOG%/*}/checkpoints/latest" 2>/dev/null ||
+        date -r "${REQUEUE_LOG%/*}/last.pt" '+last.pt-%FT%T' 2>/dev/null || echo none
+}
 
 # prepare_start: called before training starts. Warns if the time limit is too short to train; records the failed host if the batch
 # script of the previous start ended without a message, because its own node failed; requeues the job if its allocation contains

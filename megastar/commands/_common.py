@@ -150,6 +150,17 @@ def check_outputs(outputs: Mapping[str, Path | None], *inputs: str | Path | None
             raise UserError(f"{other} and {name} both name {path}: give two files")
 
 
+def print_run_folder(folder: str, field: str) -> None:
+    """Print the absolute path of ``folder`` for a batch script. Raises ``UserError`` for one that it cannot read."""
+    folder = os.path.abspath(folder)
+    if any(c < " " for c in folder):
+        raise UserError(
+            f"{field} = {folder!r} contains a control character, which a batch script cannot read: rename it"
+        )
+    sys.stdout.buffer.write(os.fsencode(folder) + b"\n")
+    sys.stdout.flush()
+
+
 def print_table(title: str, rows: dict[str, Any]) -> None:
     """Print ``rows`` under ``title`` to standard output; lines are not wrapped for programs that read them."""
     from rich.table import Table

@@ -19,6 +19,7 @@ megastar report runs/ar runs/star --names AR,ST-AR --out both.html     both runs
 megastar report runs/star --baseline configs/run/demo.yaml     configuration compared with a file
 megastar report runs/star --no-samples --no-attention          takes a second or two, loads no model
 megastar report runs/compare                                   all runs of a comparison
+megastar report runs/tokenizer-emoji64                         a tokenizer's training: scores and reconstructions by step
 Sample grids are generated once per checkpoint and stored in RUN/samples.
 """
 
@@ -91,18 +92,26 @@ def main(words: list[str]) -> int:
 def baseline_of(given: str | None, runs: list[ReportRun]) -> tuple[str, dict[str, Any]]:
     """The configuration to compare with: its name on the page, and its fields. Raises ``UserError``."""
     from megastar.config.env_text import recorded
-    from megastar.config.load import load_config
-    from megastar.config.schema import RunConfig
+    from megastar.config.load import load_config, load_tokenizer_config
+    from megastar.config.schema import RunConfig, TokenizerTrainConfig
     from megastar.report.read_run import read_config
 
     if given is None:
         first = next((run for run in runs if run.config), None)
         if len(runs) > 1 and first is not None:
             return first.name, first.config or {}
-        return "megastar's defaults", asdict(RunConfig())
+        return "megastar's defaults", asdict(TokenizerTrainConfig() if of_tokenizer(runs) else RunConfig())
     if not Path(given).is_dir():
-        return given, recorded(asdict(load_config(given)))
+        return given, recorded(asdict((load_tokenizer_config if of_tokenizer(runs) else load_config)(given)))
     _, config, problem = read_config(Path(given))
     if config is None:
         raise UserError(f"--baseline {given}: {problem}; name a run folder or a configuration file")
     return given, config
+
+
+def of_tokenizer(runs: list[ReportRun]) -> bool:
+    """Whether the first run with a configuration is a tokenizer's training."""
+    from megastar.run_dir.tokenizer_run import is_tokenizer_run
+
+    first = next((run.config for run in runs if run.config), None)
+    return first is not None and is_tokenizer_run(first)

@@ -11,10 +11,10 @@ from megastar.commands._common import (
     Parser,
     config_and_overrides,
     is_launched,
+    print_run_folder,
     processes,
     terminal_width,
 )
-from megastar.errors import UserError
 from megastar.utils.printable import one_line, say
 from megastar.utils.process_exit import die_with_agent
 from megastar.utils.signals import StopFlag
@@ -66,13 +66,7 @@ def main(words: list[str]) -> int:
         say(config_yaml(cfg).rstrip("\n"))
         return 0
     if args.print_run_folder:  # the batch scripts of slurm/ ask for it
-        folder = os.path.abspath(cfg.run)
-        if any(c < " " for c in folder):
-            raise UserError(
-                f"run = {folder!r} contains a control character, which a batch script cannot read: rename it"
-            )
-        sys.stdout.buffer.write(os.fsencode(folder) + b"\n")
-        sys.stdout.flush()
+        print_run_folder(cfg.run, "run")
         return 0
     if args.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch

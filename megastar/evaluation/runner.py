@@ -30,7 +30,7 @@ from megastar.sampling.distributed import SamplingPipeline, iterate_images
 from megastar.sampling.npz import record_of
 from megastar.tokenizer.io import load_tokenizer, read_tokenizer_metadata, tokenizer_hash
 from megastar.tokenizer.losses import psnr
-from megastar.tokenizer.train import summary_of
+from megastar.tokenizer.scores import summary_of
 from megastar.tokenizer.vq import to_images, to_pixels
 from megastar.utils.files import write_output
 from megastar.utils.json_file import ANY, dict_of, read_json, shown, text, validator

@@ -192,6 +192,7 @@ class _Joining:
 
     def _meet(self, store: dist.TCPStore) -> None:
         """Rank 0 checks for the others, and publishes that all have joined or that it gives up."""
+        self._compare_worlds(store)
         store.set(f"{PREFIX}{self.rank}", host_name(self.environ))
         all_here, stop = PREFIX + "all", PREFIX + "stop"
         here, pause, stop_sent = 0, 0.01, False  # ranks below ``here`` have joined
@@ -203,6 +204,8 @@ class _Joining:
                 return
             if self.liveness is not None and select.select([self.liveness], [], [], 0)[0]:
                 raise self._lost()
+            if store.check([PREFIX + "differ"]):
+                raise UserError(bytes(store.get(PREFIX + "differ")).decode(), reported=True)
             if self.stopped() and not stop_sent:
                 store.set(stop, "")
                 stop_sent = True
@@ -217,6 +220,23 @@ class _Joining:
             pause = min(0.5, 1.2 * pause)
         if bytes(store.get(all_here)) == GAVE_UP.encode():
             raise MissingRanks("")  # rank 0 reports it
+
+    def _compare_worlds(self, store: dist.TCPStore) -> None:
+        """Raises ``UserError``, on the ranks that wait too, if this rank was started for another number of ranks."""
+        key = PREFIX + "world"
+        if self.rank == 0:
+            store.set(key, str(self.world))
+            return
+        while not store.check([key]):  # rank 0 has just opened it
+            self._check(lambda: f"rank 0 at {self.host}:{self.port}")
+            time.sleep(0.01)
+        if (world := bytes(store.get(key)).decode()) != str(self.world):
+            text = (
+                f"rank {self.rank} was started as one of {self.world} ranks, rank 0 as one of {world}: give all ranks of a "
+                "launch the same number (WORLD_SIZE, --nnodes and --nproc-per-node, or srun's --ntasks)"
+            )
+            store.set(PREFIX + "differ", text)
+            raise UserError(text)
 
     def _missing(self, store: dist.TCPStore) -> str:
         """The ranks that have not joined; empty if a lower rank reports them."""

@@ -72,6 +72,23 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
         ),
     ),
     (
+        "Tokenizer",
+        (
+            single("l2", "Reconstruction error", "mean squared error of the training crops, in [-1, 1]", log=True),
+            single("perceptual", "Perceptual loss"),
+            single("vq", "Codebook and commitment loss"),
+            single("discriminator", "Discriminator's hinge loss", "1: it cannot tell reconstructions from images"),
+            single("psnr", "PSNR", "held-out images, averaged weights", unit=" dB", smooth=False),
+            single("ssim", "SSIM", "held-out images", smooth=False),
+            single("perceptual_distance", "Perceptual distance", "held-out images", smooth=False),
+            single("rFID", "rFID", "reconstructions of the held-out images", smooth=False),
+            single("rFD-EffLite0", "rFD-EffLite0", "reconstructions of the held-out images", smooth=False),
+            single("codes_used", "Codes used", "by the held-out images", unit="%", zero=True, smooth=False),
+            single("perplexity", "Perplexity of the codes", "the codebook size if all are used equally", smooth=False),
+            points("dead", "Dead codes", "unused between the last two revivals"),
+        ),
+    ),
+    (
         "Optimizer",
         (
             single("lr", "Learning rate", zero=True, smooth=False),

@@ -21,11 +21,19 @@ from megastar.run_dir.events import NAME as EVENTS
 from megastar.run_dir.events import STARTED, read_events
 from megastar.run_dir.layout import CHECKPOINTS, CONFIG, METRICS
 from megastar.run_dir.status import Status, duration, status_of
+from megastar.run_dir.tokenizer_run import is_tokenizer_run
 from megastar.run_dir.training_checks import compares_one_pass
 from megastar.utils.files import read_lines
 
 MAX_CONFIG = 200_000  # characters of a configuration that are shown
 MAX_WARNINGS = 20
+TOKENIZER_SCORES = {  # of the newest validation
+    "psnr": ("PSNR", "{:.2f} dB"),
+    "ssim": ("SSIM", "{:.4f}"),
+    "rFID": ("rFID", "{:.3f}"),
+    "rFD-EffLite0": ("rFD-EffLite0", "{:.3f}"),
+    "codes_used": ("codes used", "{:.1%}"),
+}
 
 
 def find_runs(source: Path) -> list[Path]:
@@ -65,7 +73,8 @@ def run_names(paths: list[Path], given: str | None) -> list[str]:
 
 
 def read_config(folder: Path) -> tuple[RunConfig | None, dict[str, Any] | None, str]:
-    """The configuration of a run, its fields (an invalid one has some too), and its problem or ""."""
+    """The configuration of a run, its fields (an invalid one has some too), and its problem or "". That of a tokenizer's
+    training has fields only."""
     path = folder / CONFIG
     if not path.is_file():
         return None, None, f"{path} is missing"
@@ -73,6 +82,8 @@ def read_config(folder: Path) -> tuple[RunConfig | None, dict[str, Any] | None, 
         fields = read_yaml(path, lenient=True)
     except UserError as error:
         return None, None, str(error)
+    if is_tokenizer_run(fields):
+        return None, recorded(fields), ""
     try:
         cfg = config_from_dict(dict(fields))
     except UserError as error:
@@ -102,6 +113,8 @@ def read_run(folder: Path, name: str) -> tuple[ReportRun, RunConfig | None]:
     run.config_text = "\n".join(read_lines(folder / CONFIG))[:MAX_CONFIG]
     if cfg is not None:
         run.global_batch, run.chance = cfg.train.global_batch, chance_accuracy(cfg, run.events)
+    elif fields and is_tokenizer_run(fields) and isinstance(fields.get("batch"), int):
+        run.global_batch = int(fields["batch"])
     run.facts, run.origin = find_facts(run, cfg, status), find_origin(run, status, folder)
     return run, cfg
 
@@ -130,6 +143,8 @@ def find_facts(run: ReportRun, cfg: RunConfig | None, status: Status | None) -> 
         found.append(("objective", "ST-AR (self-guided)" if cfg.self_guided.enabled else "next token (AR baseline)"))
         size = f"{m.n_layer} blocks, width {m.dim}, {m.image_tokens} tokens, vocabulary of {m.vocab_size}"
         found.append(("network", f"{m.name}: {size}"))
+    if run.config and is_tokenizer_run(run.config):
+        found += tokenizer_facts(run)
     if (lowest := best(run.columns.get("val_loss_ar"))) is not None:
         found.append(("best validation loss", f"{lowest[0]:.4f} at step {lowest[1]:,}"))
     for name, label in (("loss_ar", "last next-token loss"), ("loss", "last loss")):
@@ -149,6 +164,20 @@ def find_facts(run: ReportRun, cfg: RunConfig | None, status: Status | None) -> 
             found.append(("checkpoint", f"step {status.checkpoint_step:,}"))
         if status.restarts:
             found.append(("restarts", f"{len(status.restarts)}"))
+    return found
+
+
+def tokenizer_facts(run: ReportRun) -> list[tuple[str, str]]:
+    """The lines of the card of a tokenizer's training."""
+    config = (run.config or {}).get("tokenizer")
+    found = []
+    if isinstance(config, dict):
+        names = ("image_size", "codebook_size", "codebook_embed_dim")
+        size, codes, dim = (str(config.get(name, "?"))[:20] for name in names)
+        found.append(("tokenizer", f"images of {size} pixels, {codes} codes of {dim} dimensions"))
+    for name, (label, form) in TOKENIZER_SCORES.items():
+        if (value := last_finite(run.columns.get(name))) is not None:
+            found.append((label, form.format(value)))
     return found
 
 

@@ -64,7 +64,9 @@ def add_grids(
 
 
 def grid_caption(provenance: dict[str, Any]) -> str:
-    """How a grid was sampled; empty without ``provenance``."""
+    """How a grid was made; empty without ``provenance``."""
+    if isinstance(caption := provenance.get("caption"), str):  # reconstructions of a tokenizer
+        return caption[:300]
     if "weights" not in provenance:
         return ""
     p, weights = provenance, "averaged" if provenance["weights"] == "ema" else provenance["weights"]

@@ -14,7 +14,7 @@ from megastar.config.files import read_yaml
 from megastar.config.load import config_from_dict
 from megastar.config.schema import RunConfig, TrainConfig
 from megastar.errors import UserError
-from megastar.run_dir import checkpoint_dir, events, training_checks
+from megastar.run_dir import checkpoint_dir, events, tokenizer_run, training_checks
 from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import CHECKPOINTS, CONFIG, HEARTBEATS, MANIFEST, METRICS
 from megastar.run_dir.lease import read_holder
@@ -44,6 +44,7 @@ class Status:
     loss: float | None = None
     val_loss: float | None = None
     val_step: int | None = None
+    validation: str = ""  # of a tokenizer: its scores in a sentence
     images_per_s: float | None = None
     step_s: float | None = None
     data_wait_s: float | None = None
@@ -71,23 +72,35 @@ def status_of(run: Path, now: float | None = None) -> Status:
     path = run / CONFIG
     if not path.is_file():
         raise UserError(f"{run} is not a run folder: it contains no {CONFIG}; name the `run` of a configuration")
+    past = events.read_events(run)
+    cfg: RunConfig | None = None
     try:
-        cfg = config_from_dict(read_yaml(path, lenient=True))
+        fields = read_yaml(path, lenient=True)
+        if tokenizer_run.is_tokenizer_run(fields):
+            train = tokenizer_run.as_train(fields)
+        else:
+            cfg = config_from_dict(fields)
+            train = cfg.train
     except UserError as error:
         problem = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be used ({problem}): restore the file that `megastar train` wrote") from error
-    rows = training_checks.read_rows(run)
-    past = events.read_events(run)
-    checkpoint, manifest = read_checkpoint(run, now)
+        raise UserError(f"{path} cannot be used ({problem}): restore the file that the run wrote") from error
+    if cfg is not None:
+        rows, scores = training_checks.read_rows(run), ""
+        checkpoint, manifest = read_checkpoint(run, now)
+    else:
+        rows = tokenizer_run.read_rows(run)
+        scores = tokenizer_run.describe_scores(rows)
+        checkpoint, manifest = tokenizer_run.read_state(run, past, now), {}
     status = Status(
         str(run),
         "new",
         "nothing was trained yet",
-        steps=total_of(cfg.train, past, manifest),
+        steps=total_of(train, past, manifest),
         last_sign_s=last_sign(run, now),
         holder=describe_holder(run, now),
         ranks=describe_heartbeats(run, now),
-        upload=describe_upload(cfg.train, past),
+        validation=scores,
+        upload=describe_upload(train, past),
         restarts=restart_reasons(past),
         mesh=[f"{e['time']} at step {e.get('step')}: {e.get('text')}" for e in past if e["event"] == "mesh_changed"],
         excluded=excluded_hosts(run),
@@ -95,14 +108,14 @@ def status_of(run: Path, now: float | None = None) -> Status:
         **checkpoint,
     )
     status = replace(status, step=max(status.step, status.checkpoint_step or 0))
-    state, why = find_state(status, cfg.train, run, past)
+    state, why = find_state(status, train, run, past)
     status = replace(status, state=state, why=why)
     if status.steps and status.step_s and state in ("running", "starting"):
         status = replace(status, left_s=max(0, status.steps - status.step) * status.step_s)
     health = [
         *health_of_rows(rows),
-        *health_of_method(cfg, status.steps, rows, past),
-        *health_of_checkpoint(status, cfg.train),
+        *(health_of_method(cfg, status.steps, rows, past) if cfg is not None else ()),
+        *health_of_checkpoint(status, train),
         *health_of_disk(status, run, manifest),
         *health_of_restarts(past),
         *(f"since step {e.get('step')}: {e.get('text')}" for e in events.open_situations(past)),

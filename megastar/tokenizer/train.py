@@ -1,40 +1,43 @@
-"""Training of the tokenizer: reconstruction, perceptual and VQ losses, revival of unused codes."""
+"""Training of the tokenizer, one step at a time: reconstruction, perceptual and VQ losses, revival of unused codes.
+
+The step is that of the global batch: on several ranks (``Replicas``) each computes the losses of its part, gradients are
+averaged, and what concerns the codebook is decided from the codes and latents of all ranks. engine/tokenizer/ has the loop.
+"""
 
 from __future__ import annotations
 
 import copy
-import logging
+import io
 import math
-import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor, nn
 
 from megastar.config.env_text import recorded
 from megastar.config.schema import TokenizerTrainConfig
 from megastar.errors import UserError
-from megastar.run_dir.jsonl import JsonlWriter
-from megastar.run_dir.layout import METRICS
+from megastar.parallel.batch_norm import use_global_batch
+from megastar.parallel.replicas import Replicas
 from megastar.tokenizer.io import load_tokenizer
-from megastar.tokenizer.losses import hinge_discriminator_loss, make_discriminator, make_perceptual, psnr
+from megastar.tokenizer.losses import hinge_discriminator_loss, make_discriminator, make_perceptual
 from megastar.tokenizer.quantizers.base import code_statistics, rows_at_once
-from megastar.tokenizer.quantizers.vq import VectorQuantizer
 from megastar.tokenizer.vq import VQModel, to_images
 from megastar.utils.files import atomic_file
 from megastar.utils.json_file import shown
-from megastar.utils.progress_bar import progress_bar
 
-logger = logging.getLogger(__name__)
 BatchOf = Callable[[int], Tensor]
 # Fields that may change when a run resumes.
-MAY_DIFFER = ("steps", "threads", "out", "val_subset", "test_subset", "eval_every", "save_every")
+MAY_DIFFER = (
+    "steps", "threads", "out", "val_subset", "test_subset", "eval_every", "save_every", "log_every", "faults"
+)  # fmt: skip
 NETWORKS = ("model", "average", "optimizer", "discriminator", "d_optimizer")  # in a checkpoint
+DROPOUT = int.from_bytes(b"drop", "big")  # makes dropout's random numbers independent of other uses of the seed
 
 
 def learning_rate(step: int, c: TokenizerTrainConfig) -> float:
@@ -68,11 +71,23 @@ def kmeans(
 
 
 class TokenizerTrainer:
-    """The state of a training run. ``batch_of(step)`` returns uint8 images (B, H, W, 3), a pure function of the step."""
+    """The state of a training run, equal on all ranks of ``replicas``.
 
-    def __init__(self, c: TokenizerTrainConfig, device: torch.device, dtype: torch.dtype, batch_of: BatchOf):
+    ``batch_of(step)`` returns this rank's part of a step's uint8 images, (B / ranks, H, W, 3). The batch is a pure function
+    of the step. Here it is only called for k-means, which needs more images than one step has.
+    """
+
+    def __init__(
+        self,
+        c: TokenizerTrainConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_of: BatchOf,
+        replicas: Replicas | None = None,
+    ):
         torch.manual_seed(c.seed)
         self.c, self.device, self.dtype, self.batch_of = c, device, dtype, batch_of
+        self.replicas = replicas or Replicas()
         self.model = self._initial().to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         parameters = self.model.parameters()
@@ -85,9 +100,18 @@ class TokenizerTrainer:
         if c.adversarial:
             self.discriminator, self.d_optimizer = make_discriminator(c)
             self.discriminator.to(device)
-        self.uses = torch.zeros(c.tokenizer.codebook_size, dtype=torch.long)  # of each code since the last revival
-        self.dead = 0  # codes without a use at the last revival
+        # The random numbers of k-means and revivals, the same on all ranks.
+        self.draws = torch.Generator()
+        self.draws.set_state(torch.get_rng_state())
+        self.uses = torch.zeros(
+            c.tokenizer.codebook_size, dtype=torch.long
+        )  # of each code, on this rank, since a revival
+        self.dead = 0  # codes without a use on any rank at the last revival
         self.step = 0
+        self.pictures: dict[str, Any] | None = None  # count and digest of the training images, if a checkpoint has them
+        for network in filter(None, (self.model, self.average, self.discriminator)):
+            use_global_batch(network, self.replicas)
+        self.model.quantize.average = self.replicas.mean
 
     def _initial(self) -> VQModel:
         if not self.c.init:
@@ -101,11 +125,38 @@ class TokenizerTrainer:
             )
         return model.requires_grad_(True)
 
+    def start_equal(self) -> None:
+        """Give all ranks the weights of rank 0. A collective."""
+        self.replicas.from_main(self._weights())
+
+    def _weights(self) -> Iterator[Tensor]:
+        """Parameters and buffers, which are equal on all ranks."""
+        for network in filter(None, (self.model, self.average, self.discriminator)):
+            yield from (p.data for p in network.parameters())
+            yield from network.buffers()
+
+    @property
+    def embedding(self) -> Tensor | None:
+        """The codebook, where it is learned: (V, E)."""
+        embedding = getattr(self.model.quantize, "embedding", None)
+        return embedding.weight if isinstance(embedding, nn.Embedding) else None
+
+    @property
+    def is_vq(self) -> bool:
+        return self.c.tokenizer.quantizer == "vq"
+
     # One step ------------------------------------------------------------------------------------------------
-    def train_step(self, images: Tensor) -> dict[str, float]:
+    def train_step(self, images: Tensor) -> dict[str, Tensor]:
+        """One optimizer step; ``images`` (B / ranks, 3, H, W) in [-1, 1] are this rank's part of the step's batch.
+
+        Returns scalars: the losses of this rank's part, and ``grad_norm``, of all.
+        """
         c = self.c
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, c)
+        if c.tokenizer.dropout:
+            place = [c.seed, DROPOUT, self.step, self.replicas.rank]
+            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         self.model.train()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             z = self.model.latents(images)
@@ -128,97 +179,110 @@ class TokenizerTrainer:
                 loss = loss - c.adversarial * self.discriminator(recon).float().mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.replicas.average_gradients(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if not torch.isfinite(norm):
+        if not torch.isfinite(norm):  # on all ranks alike
             raise UserError(
                 f"tokenizer step {self.step}: the gradient norm is {norm.item()}; reduce lr (now {c.lr}) and resume"
             )
         self.optimizer.step()
-        self._train_discriminator(images, recon.detach())
+        metrics = {"loss": loss, "l2": l2, "perceptual": perceptual, "vq": vq, "grad_norm": norm}
+        metrics |= self._train_discriminator(images, recon.detach())
         self._update_average()
         self.step += 1
         if self.step == c.continuous_steps:
             self._set_codebook(z.detach())
         elif c.revive_every and self.step > c.continuous_steps and self.step % c.revive_every == 0:
             self._revive(z.detach())
-        metrics = {"loss": loss, "l2": l2, "perceptual": perceptual, "vq": vq, "grad_norm": norm}
-        return {name: value.item() for name, value in metrics.items()} | batch_codes
+        return {name: value.detach() for name, value in metrics.items()} | {
+            name: torch.tensor(value) for name, value in batch_codes.items()
+        }
 
-    def _train_discriminator(self, real: Tensor, fake: Tensor) -> None:
+    def _train_discriminator(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         if self.discriminator is None or self.d_optimizer is None or self.step < self.c.adversarial_start:
-            return
+            return {}
         self.d_optimizer.zero_grad(set_to_none=True)  # also removes the gradients of the generator's loss
         loss = hinge_discriminator_loss(self.discriminator(real), self.discriminator(fake))
-        if self.c.discriminator == "llamagen":
-            (self.c.adversarial * loss).backward()
+        llamagen = self.c.discriminator == "llamagen"
+        (self.c.adversarial * loss if llamagen else loss).backward()
+        self.replicas.average_gradients(self.discriminator.parameters())
+        if llamagen:
             torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), 1.0)
-        else:
-            loss.backward()
         self.d_optimizer.step()
+        return {"discriminator": loss}
 
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.c.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
-    # The codebook of vq ---------------------------------------------------------------------------------------
+    # The codebook of vq -------------------------------------------------------------------------------------------
     def _points(self, z: Tensor) -> Tensor:
-        flat = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+        """This rank's latents (B / ranks, E, h, w) -> points (B * h * w, E) of the global batch."""
+        flat = self.replicas.gather(z.float()).permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         return F.normalize(flat, dim=1) if self.c.tokenizer.codebook_l2_norm else flat
 
     @torch.no_grad()
     def _set_codebook(self, z: Tensor) -> None:
+        if self.embedding is None or not self.is_vq:
+            return
         pool = [self._points(z)]
         wanted = 16 * self.c.tokenizer.codebook_size
         step = self.step
         while sum(map(len, pool)) < wanted:  # the next batches
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                pool.append(self._points(self.model.latents(to_images(self.batch_of(step), self.device))))
+                z = self.model.latents(to_images(self.batch_of(step), self.device))
+            pool.append(self._points(z))
             step += 1
-        centres = kmeans(torch.cat(pool), self.c.tokenizer.codebook_size, spherical=self.c.tokenizer.codebook_l2_norm)
+        size, spherical = self.c.tokenizer.codebook_size, self.c.tokenizer.codebook_l2_norm
+        centres = kmeans(torch.cat(pool), size, generator=self.draws, spherical=spherical)
+        self.replicas.from_main([centres])  # on a GPU the order of its sums may differ
         for model in (self.model, self.average):
-            _codebook(model).copy_(centres)
+            model.quantize.embedding.weight.copy_(centres)
 
     @torch.no_grad()
     def _revive(self, z: Tensor) -> None:
-        """Count the codes without a use since the last count; vq replaces them by encoder outputs of this batch."""
-        dead = torch.nonzero(self.uses == 0).flatten()
+        """Count the codes without a use on any rank since the last count; vq replaces them by encoder outputs of this
+        batch."""
+        dead = torch.nonzero(self.all_uses() == 0).flatten()
         self.dead = len(dead)
-        if len(dead) and self.c.tokenizer.quantizer == "vq" and self.step < 0.8 * self.c.steps:
+        embedding = self.embedding
+        if embedding is not None and self.is_vq and len(dead) and self.step < 0.8 * self.c.steps:
             points = self._points(z)
-            chosen = points[torch.randint(len(points), (len(dead),))].to(self.device)
-            state = self.optimizer.state[_codebook(self.model)]
+            chosen = points[torch.randint(len(points), (len(dead),), generator=self.draws)].to(self.device)
+            state = self.optimizer.state[embedding]
             for model in (self.model, self.average):
-                _codebook(model)[dead] = chosen
+                model.quantize.embedding.weight[dead] = chosen
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name][dead] = 0
         self.uses.zero_()
 
-    # Scores --------------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def score(self, pixels: Tensor, batch: int = 128) -> dict[str, float]:
-        """``score`` of uint8 images (N, H, W, 3) with the averaged weights."""
-        return score(self.average, pixels, self.device, batch)
+    def all_uses(self) -> Tensor:
+        """Uses of each code since the last revival, on all ranks: (V,) int64 on the CPU. A collective."""
+        return self.replicas.sum(self.uses.to(self.device)).cpu()
 
     # Checkpoints ---------------------------------------------------------------------------------------------
-    def save(self, path: Path) -> None:
+    def state(self) -> dict[str, Any]:
+        """What ``save`` writes; it refers to the live tensors. A collective, because codes are counted on each rank."""
         state = {k: getattr(self, k).state_dict() for k in NETWORKS if getattr(self, k)}
-        state |= {"step": self.step, "uses": self.uses, "dead": self.dead}
-        state |= {"rng": torch.get_rng_state(), "config": recorded(asdict(self.c))}
+        state |= {"step": self.step, "uses": self.all_uses(), "dead": self.dead, "rng": self.draws.get_state()}
+        state["config"] = recorded(asdict(self.c))
+        return state | ({"pictures": self.pictures} if self.pictures else {})
+
+    def save(self, path: Path, state: Mapping[str, Any] | None = None) -> None:
+        """Write ``state``, which defaults to that of this step. Raises ``OSError``."""
+        state = self.state() if state is None else state
         with atomic_file(path) as temporary:
             torch.save(state, temporary)
 
-    def load(self, path: Path) -> None:
-        """Continue from a state that ``save`` wrote. Raises ``UserError``, also if its configuration differs."""
+    def load(self, path: Path, content: bytes | None = None) -> None:
+        """Continue from a state that ``save`` wrote, on any number of ranks. ``content``: that of the file, if it is read
+        elsewhere. Raises ``UserError``, also if its configuration differs.
+        """
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            old, values = _with_missing(dict(state["config"])), asdict(self.c)
-            new = recorded(values)
-            differing = [
-                f"{k}: {shown(str(old.get(k)), 400)} -> {new[k]}"
-                for k in new
-                if k not in MAY_DIFFER and old.get(k) not in (new[k], values[k])
-            ]
+            file = path if content is None else io.BytesIO(content)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            differing = self._differences(dict(state["config"]))
             if not differing:
                 self._restore(state)
         except Exception as error:  # torch.load raises many types for damaged files
@@ -230,101 +294,50 @@ class TokenizerTrainer:
                 f"{path} has another configuration ({'; '.join(differing)}): choose another out=... or remove it"
             )
 
+    def _differences(self, old: dict[str, Any]) -> list[str]:
+        """The fields that may not differ and do. Fields that ``old`` lacks have their defaults: they are newer than it."""
+        values = asdict(self.c)
+        new, before = recorded(values), with_defaults(old, type(self.c))
+        return [
+            f"{k}: {shown(str(before.get(k)), 400)} -> {new[k]}"
+            for k in new
+            if k not in MAY_DIFFER and before.get(k) not in (new[k], values[k])
+        ]
+
     def _restore(self, state: dict[str, Any]) -> None:
-        step, uses, dead = state["step"], state["uses"], state.get("dead", 0)
+        step, uses, dead, pictures = state["step"], state["uses"], state.get("dead", 0), state.get("pictures")
         if not (type(step) is type(dead) is int and step >= 0 <= dead):
             raise ValueError(f"step {step!r}, dead {dead!r}")
         if uses.shape != self.uses.shape or uses.dtype != self.uses.dtype:
             raise ValueError(f"uses is {uses.dtype} {tuple(uses.shape)}")
+        if not (pictures is None or (isinstance(pictures, dict) and {"count", "digest"} <= pictures.keys())):
+            raise ValueError(f"pictures {pictures!r}")
         for k in NETWORKS:
             if getattr(self, k) and k in state:
                 getattr(self, k).load_state_dict(state[k])
-        torch.set_rng_state(state["rng"])
-        self.step, self.uses, self.dead = step, uses, dead
+        self.draws.set_state(state["rng"])
+        self.step, self.dead, self.pictures = step, dead, pictures
+        self.uses = uses if self.replicas.rank == 0 else torch.zeros_like(uses)
 
-    # The loop ------------------------------------------------------------------------------------------------
-    def fit(
-        self,
-        holdout: Tensor | None,
-        out: Path,
-        console: Console,
-        stop: Callable[[], bool] = lambda: False,
-        check: Callable[[], None] = lambda: None,
-    ) -> dict[str, float]:
-        """Train to ``steps``, resuming from ``out/last.pt`` if it exists. Returns the last scores.
-
-        ``stop``: save after this step and return. ``check`` is called before each save; it raises if another process
-        has taken over ``out``.
-        """
-        c, last = self.c, out / "last.pt"
-        if last.is_file():
-            self.load(last)
-            logger.info("resumed %s at step %d", last, self.step)
-        scores: dict[str, float] = {}
-        rows = JsonlWriter(out / METRICS)
-        rows.cut_after(self.step)
-        with progress_bar(console, "tokenizer", c.steps, done=self.step) as bar:
-            while self.step < c.steps and not stop():
-                start = time.perf_counter()
-                metrics = self.train_step(to_images(self.batch_of(self.step), self.device))
-                rate = c.batch / (time.perf_counter() - start)
-                text = [f"loss {metrics['loss']:.4f}", f"{rate:.0f} images/s"]
-                bar.update(self.step, "  ".join(text + [f"{k} {v:.4g}" for k, v in scores.items()]))
-                row = {"step": self.step, "images_per_s": round(rate, 1), **metrics, "dead": self.dead}
-                is_last = self.step == c.steps
-                if (
-                    holdout is not None
-                    and self.step > c.continuous_steps
-                    and (is_last or self.step % c.eval_every == 0)
-                ):
-                    scores = self.score(holdout)
-                    row |= scores
-                if self.step % 50 == 0 or scores.keys() & row.keys():
-                    rows.append(row)
-                if is_last or self.step % c.save_every == 0 or stop():
-                    check()
-                    self.save(last)
-        if self.step < c.steps and not last.is_file():  # stopped before the first step
-            self.save(last)
-        rows.flush(sync=True)
-        return scores
+    def replicas_agree(self) -> bool:
+        """Whether weights, averages and optimizer states have the same bits on all ranks. A collective."""
+        states = [o.state[p] for o in (self.optimizer, self.d_optimizer) if o for p in _parameters(o) if p in o.state]
+        moments = [s[name] for s in states for name in ("exp_avg", "exp_avg_sq")]
+        return self.replicas.all_equal([*self._weights(), *moments])
 
 
-def _codebook(model: VQModel) -> Tensor:
-    """The weights of vq's codebook (V, E)."""
-    assert isinstance(model.quantize, VectorQuantizer)
-    return model.quantize.embedding.weight
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-@torch.no_grad()
-def score(model: VQModel, pixels: Tensor, device: torch.device | str = "cpu", batch: int = 128) -> dict[str, float]:
-    """Reconstruct uint8 images (N, H, W, 3) in fp32.
-
-    Returns ``psnr`` (dB, mean over images), ``psnr_of_mean`` (dB, of the mean squared error over all), ``codes_used``
-    (share of the codebook used by these images) and ``perplexity`` (of their codes; quantizers/base.py).
-    """
-    ratios, uses = [], torch.zeros(model.config.codebook_size, dtype=torch.long)
-    model.eval()
-    for part in pixels.split(batch):
-        images = to_images(part, device)
-        codes = model.encode(images)
-        uses += torch.bincount(codes.flatten().cpu(), minlength=len(uses))
-        ratios.append(psnr(images, model.decode_codes(codes)).double().cpu())
-    return summary_of(torch.cat(ratios), uses)
-
-
-def summary_of(ratios: Tensor, uses: Tensor) -> dict[str, float]:
-    """The mean PSNR (dB) of images with ``ratios``, the PSNR of their mean squared error, and ``code_statistics``."""
-    return {
-        "psnr": ratios.mean().item(),
-        "psnr_of_mean": -10 * math.log10((10 ** (-ratios / 10)).mean().item()),
-        **code_statistics(uses),
-    }
-
-
-def _with_missing(config: dict[str, Any]) -> dict[str, Any]:
-    """A recorded configuration with the defaults of the fields that did not exist when it was written."""
-    defaults = recorded(asdict(TokenizerTrainConfig()))
-    tokenizer = config.get("tokenizer")
-    network = defaults["tokenizer"] | tokenizer if isinstance(tokenizer, dict) else tokenizer
-    return defaults | config | {"tokenizer": network}
+def with_defaults(old: dict[str, Any], schema: type) -> dict[str, Any]:
+    """Fields of an older version of ``schema``, with the defaults of the fields that it did not have."""
+    defaults = schema()
+    out = dict(old)
+    for f in fields(schema):
+        default = getattr(defaults, f.name)
+        if is_dataclass(default) and isinstance(out.get(f.name), dict):
+            out[f.name] = with_defaults(out[f.name], type(default))
+        elif f.name not in out:
+            out[f.name] = recorded(asdict(defaults))[f.name]
+    return out

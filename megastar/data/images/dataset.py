@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -183,10 +184,30 @@ def ten_crop(image: Image.Image, size: int, scale: float = 1.1) -> np.ndarray:
     return np.stack(five(pixels) + five(pixels[:, ::-1]))
 
 
+class CropPlace(NamedTuple):
+    """A random crop: ``large``, the side of the centre crop that it is taken from, its corner, and whether it is mirrored."""
+
+    large: int
+    top: int
+    left: int
+    mirrored: bool
+
+
+def draw_crop(size: int, rng: np.random.Generator, max_scale: float = 1.25) -> CropPlace:
+    """A random crop of ``size`` pixels of a random enlargement in [1, max_scale], mirrored half of the time. The draws
+    depend on no image: a rank draws those of a whole batch and decodes its part."""
+    large = int(size * rng.uniform(1.0, max_scale))
+    top, left = rng.integers(0, large - size + 1, 2)
+    return CropPlace(large, int(top), int(left), bool(rng.random() < 0.5))
+
+
+def crop_at(image: Image.Image, size: int, place: CropPlace) -> np.ndarray:
+    """The crop of ``image``: (size, size, 3) uint8."""
+    pixels = np.asarray(center_crop(image, place.large))
+    pixels = pixels[place.top : place.top + size, place.left : place.left + size]
+    return pixels[:, ::-1] if place.mirrored else pixels
+
+
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator, max_scale: float = 1.25) -> np.ndarray:
-    """A random crop of a random enlargement in [1, max_scale], mirrored half of the time: (size, size, 3) uint8."""
-    pixels = np.asarray(center_crop(image, int(size * rng.uniform(1.0, max_scale))))
-    d = pixels.shape[0] - size
-    top, left = rng.integers(0, d + 1, 2)
-    pixels = pixels[top : top + size, left : left + size]
-    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+    """``crop_at`` of ``draw_crop``: (size, size, 3) uint8."""
+    return crop_at(image, size, draw_crop(size, rng, max_scale))

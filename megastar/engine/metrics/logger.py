@@ -18,7 +18,10 @@ from megastar.utils.progress_bar import progress_bar
 
 logger = logging.getLogger(__name__)
 QUIET_KINDS = ("started", "resumed", "saved", "finished")
-SHOWN = {"loss": "loss", "loss_ar": "ar", "acc_step": "acc_step", "acc_view": "acc_view", "images_per_s": "images/s"}
+SHOWN = {
+    "loss": "loss", "loss_ar": "ar", "acc_step": "acc_step", "acc_view": "acc_view", "l2": "l2",
+    "images_per_s": "images/s",
+}  # fmt: skip
 
 
 class MetricsLogger:
@@ -26,13 +29,24 @@ class MetricsLogger:
 
     A resumed run cuts rows after its checkpoint, so that metrics.jsonl holds each step once. Rows that cannot be written
     are buffered in memory; a TensorBoard that fails is switched off. ``ideal``: seconds of a step at the devices' peak; its share
-    of the measured time is the row's ``mfu``. Raises ``OSError`` if rows cannot be cut.
+    of the measured time is the row's ``mfu``. ``line_every``: without a terminal, log lines are at least so many seconds
+    apart, and there are lines between the rows of slow steps; 0: a line for each row. Raises ``OSError`` if rows cannot be cut.
     """
 
-    def __init__(self, folder: Path, start: int, total: int, every: int, active: bool, ideal: float | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        total: int,
+        every: int,
+        active: bool,
+        ideal: float | None = None,
+        line_every: float = 0.0,
+    ):
         self.active, self.every, self.total, self.folder = active, every, total, folder
         self.done, self.ideal = start, ideal  # steps done
         self.last_step = start  # of the last row
+        self.line_every, self._line_at, self._text = line_every, time.perf_counter(), ""
         self._saved: Path | None = None
         if not active:
             return
@@ -73,6 +87,7 @@ class MetricsLogger:
         self.images += images
         self.bar.update(step)
         if not due:
+            self._line(step)
             return
         seconds = time.perf_counter() - self.clock
         row = {**row, "images_per_s": self.images / seconds, "step_s": seconds / max(1, step - before)}
@@ -80,10 +95,23 @@ class MetricsLogger:
             row["mfu"] = self.ideal / row["step_s"]
         self.clock, self.images = time.perf_counter(), 0
         self.write(step, row)
-        text = "  ".join(f"{short} {row[name]:.3g}" for name, short in SHOWN.items() if name in row)
-        self.bar.update(step, text)
-        if not self.terminal:  # a log file gets a line instead of a bar
-            logger.info("step %d/%d  %s", step, self.total, text)
+        self._text = "  ".join(f"{short} {row[name]:.3g}" for name, short in SHOWN.items() if name in row)
+        self.bar.update(step, self._text)
+        if not self.line_every or step == self.total:
+            self._line_at = -math.inf
+        self._line(step, due=True)
+
+    def _line(self, step: int, due: bool = False) -> None:
+        """A log file gets a line instead of a bar."""
+        if self.terminal or not (due or self.line_every) or time.perf_counter() - self._line_at < self.line_every:
+            return
+        self._line_at = time.perf_counter()
+        logger.info("step %d/%d  %s", step, self.total, self._text or "no row yet")
+
+    def pause(self, seconds: float) -> None:
+        """``seconds`` were spent on something other than steps: the next row's speed leaves them out."""
+        if self.active:
+            self.clock += seconds
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Append one row now: also validation losses and times."""

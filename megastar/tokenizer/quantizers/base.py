@@ -5,6 +5,7 @@ Legend: B batch, h w the token grid, E dimension of a code, V codes, N = B * h *
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ class Quantizer(nn.Module):
 
     codebook_size: int
     embed_dim: int
+    # The mean over the ranks of a mean over this rank's part of the batch, with its gradient (parallel/replicas.py).
+    average: Callable[[Tensor], Tensor] = staticmethod(lambda x: x)
 
     def forward(self, z: Tensor, entropy_temperature: float | None = None) -> Quantized:
         """z (B, E, h, w) -> ``Quantized``. ``entropy_temperature`` None omits the entropy loss."""

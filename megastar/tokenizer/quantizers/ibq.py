@@ -58,7 +58,9 @@ class IndexBackpropagationQuantizer(Quantizer):
             means.append(mean)
             if temperature is not None:
                 sums, entropies = sums + total, entropies + each
-        loss = flat.new_zeros(()) if temperature is None else entropies / len(flat) - entropy(sums / len(flat))
+        loss = flat.new_zeros(())
+        if temperature is not None:
+            loss = entropies / len(flat) - entropy(self.average(sums / len(flat)))
         return torch.cat(means), loss
 
     def encode(self, z: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +29,9 @@ class LookupFreeQuantizer(Quantizer):
         signs = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
         commitment_loss = (signs - z).square().mean()
         zero = z.new_zeros(())
-        loss = zero if entropy_temperature is None else entropy_loss(z.reshape(-1, self.embed_dim), entropy_temperature)
+        loss = zero
+        if entropy_temperature is not None:
+            loss = entropy_loss(z.reshape(-1, self.embed_dim), entropy_temperature, self.average)
         latents = z + (signs - z).detach()
         return Quantized(latents.permute(0, 3, 1, 2), zero, commitment_loss, self._codes(z), loss)
 
@@ -43,8 +47,11 @@ class LookupFreeQuantizer(Quantizer):
         return (2 * bits - 1).float()
 
 
-def entropy_loss(z: Tensor, temperature: float) -> Tensor:
-    """z (N, E) -> scalar: the mean entropy of a latent's codes, less the entropy of the mean distribution (V,), in nats."""
+def entropy_loss(z: Tensor, temperature: float, average: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """z (N, E) -> scalar: the mean entropy of a latent's codes, less the entropy of the mean distribution (V,), in nats.
+
+    ``average``: the mean of that distribution over the ranks.
+    """
     with torch.autocast(z.device.type, enabled=False):
         # The logits of the codes c are 2 z.c / temperature: those of bit 1 and bit 0 differ by 4 z_i / temperature.
         x = z * (4 / temperature)  # (N, E)
@@ -53,7 +60,7 @@ def entropy_loss(z: Tensor, temperature: float) -> Tensor:
         half = z.shape[1] // 2
         low, high = _products(x[:, :half]), _products(x[:, half:])
         mean = low.t() @ high / len(z)  # (2^half, 2^(E - half)): the mean probability of each code
-        return each - entropy(mean.flatten())
+        return each - entropy(average(mean.flatten()))
 
 
 def _products(x: Tensor) -> Tensor:

@@ -9,19 +9,17 @@ import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from megastar import cli
 from megastar.commands import _common, sample
 from megastar.commands import _launch as launching
 from megastar.commands.demo import ends_of
-from megastar.commands.train_tokenizer import Batches
 from megastar.config.load import load_compare_config, load_config, load_tokenizer_config
-from megastar.config.schema import RunConfig, TokenizerConfig, TokenizerTrainConfig
+from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.version import __version__
+from tests.unit.engine.tokenizer.test_batches import folder_of_pictures
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
@@ -295,48 +293,11 @@ def test_ends_of_metrics(tmp_path):
     assert [r["step"] for r in ends_of(path)] == [1, 5]
 
 
-# The tokenizer's batches -------------------------------------------------------------------------------------------
-def folder_of_pictures(tmp_path, count=6):
-    for i in range(count):
-        path = tmp_path / "pictures" / f"class{i % 2}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((16, 16, 3), 40 * i, np.uint8)).save(path)
-    return tmp_path / "pictures"
-
-
-def test_tokenizer_batches_are_a_function_of_the_step(tmp_path):
-    from megastar.data.images.dataset import ImageSet
-
-    pictures = ImageSet(folder_of_pictures(tmp_path))
-    cfg = TokenizerTrainConfig(tokenizer=TokenizerConfig(image_size=8), batch=2)
-    with Batches(pictures, cfg) as one:
-        first = [one(step) for step in range(6)]
-    with Batches(pictures, cfg) as other:  # a resumed run starts in the middle
-        assert all((other(step) == first[step]).all() for step in (4, 5, 2))
-    assert first[0].shape == (2, 8, 8, 3)
-    for epoch in (first[:3], first[3:]):  # no picture is left out of a pass
-        assert sorted({int(x[0, 0, 0]) for batch in epoch for x in batch}) == [0, 40, 80, 120, 160, 200]
-
-
-def test_tokenizer_batches_step_over_a_broken_picture(tmp_path):
-    from megastar.data.images.dataset import ImageSet
-
-    folder = folder_of_pictures(tmp_path)
-    (folder / "class0" / "2.png").write_bytes(b"no picture")
-    cfg = TokenizerTrainConfig(tokenizer=TokenizerConfig(image_size=8), batch=6)
-    with Batches(ImageSet(folder), cfg) as batches:
-        colours = sorted(int(x[0, 0, 0]) for x in batches(0))
-        assert batches.broken == {"class0/2"}
-    assert colours == [0, 40, 120, 160, 160, 200]
-    for path in folder.rglob("*.png"):
-        path.write_bytes(b"")
-    with (
-        Batches(ImageSet(folder), cfg) as batches,
-        pytest.raises(UserError, match=r"no image of .* can be read: check the files"),
-    ):
-        batches(0)
-
-
+# The tokenizer's training ------------------------------------------------------------------------------------------
 def test_train_tokenizer_with_too_few_pictures(tmp_path, capsys):
     words = [f"pictures={folder_of_pictures(tmp_path)}", f"out={tmp_path / 'run'}", "batch=64"]
     assert "holds 6 images, fewer than batch 64: lower batch" in error(capsys, "train-tokenizer", *words)
+    wanted = (
+        "batch = 64 images of a step do not divide among 3 ranks: start 2 or 4 ranks, or set batch to a multiple of 3"
+    )
+    assert wanted in error(capsys, "train-tokenizer", *words, "--nproc", "3")  # before processes are started

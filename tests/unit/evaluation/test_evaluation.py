@@ -24,7 +24,7 @@ from megastar.evaluation.options import Settings
 from megastar.evaluation.runner import evaluate, evaluate_collected, evaluate_reconstruction
 from megastar.tokenizer.efficientnet import EfficientNetLite0
 from megastar.tokenizer.io import load_tokenizer, save_tokenizer
-from megastar.tokenizer.train import score
+from megastar.tokenizer.scores import score
 from megastar.tokenizer.vq import VQModel
 from megastar.utils.logs import ROOT
 

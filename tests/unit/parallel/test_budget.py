@@ -142,7 +142,9 @@ def test_states_by_brute_force(tensor, data):
             expected = {
                 "weights": e * all_of_it / weights,
                 "gradients": e * all_of_it / gradients,
-                "optimizer": (8 if e == 4 and (stage == 1 or stage == 2 and data == 1) else 12) * all_of_it / data,  # own masters
+                "optimizer": (8 if e == 4 and (stage == 1 or stage == 2 and data == 1) else 12)
+                * all_of_it
+                / data,  # own masters
                 "ema": 4 * all_of_it / data,
                 "teacher": e * theirs / weights,
             }

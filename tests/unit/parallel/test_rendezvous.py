@@ -25,13 +25,14 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def ranks(ranks_here, world, timeout=30.0, stopped=None, port="", **more):
-    """What ``join`` returned or raised, by rank."""
+def ranks(ranks_here, world, timeout=30.0, stopped=None, port="", worlds=None, **more):
+    """What ``join`` returned or raised, by rank. ``worlds``: of ranks that were told another number of ranks."""
     stopped, port = stopped or {}, port or free_port()
     results = {}
 
     def start(rank):
-        place = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **more}
+        size = (worlds or {}).get(rank, world)
+        place = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **more}
         try:
             results[rank] = join(timeout, lambda: stopped.get(rank, 0), place)
         except BaseException as error:
@@ -49,6 +50,14 @@ def test_all_ranks_meet():
     stores = ranks([2, 1, 0], 3)
     stores[1].set("key", "value")
     assert stores[0].get("key") == b"value" == stores[2].get("key")
+
+
+def test_ranks_of_different_worlds_are_refused_at_once():
+    begin = time.monotonic()
+    found = ranks([0, 1, 2], 3, worlds={2: 4})
+    assert time.monotonic() - begin < 20 and all(isinstance(e, UserError) for e in found.values())
+    assert str(found[2]).startswith("rank 2 was started as one of 4 ranks, rank 0 as one of 3: give all ranks")
+    assert [e.reported for _, e in sorted(found.items())] == [True, True, False]
 
 
 @pytest.mark.parametrize("former", [False, True])

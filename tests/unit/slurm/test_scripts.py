@@ -35,7 +35,8 @@ def command(*words: object, **env: str) -> list[str]:
 
 def test_scripts_ask_for_what_keeps_a_run_alive():
     assert [p.stem for p in SCRIPTS] == [
-        "pretokenize", "probe", "sample_fid", "train_3b", "train_b", "train_l", "train_xl", "train_xxl"
+        "pretokenize", "probe", "sample_fid", "train_3b", "train_b", "train_l", "train_tokenizer",
+        "train_xl", "train_xxl",
     ]  # fmt: skip
     for script in SCRIPTS:
         asked = directives(script)
@@ -52,7 +53,8 @@ def test_scripts_ask_for_what_keeps_a_run_alive():
 @pytest.mark.parametrize("script", TRAIN, ids=lambda p: p.stem)
 def test_a_training_script_without_words_trains_its_own_configuration(script):
     words = command(script)
-    assert words[0] == "srun" and words[-3:-1] == ["megastar", "train"] and (ROOT / words[-1]).is_file()
+    wanted = "train-tokenizer" if script.stem == "train_tokenizer" else "train"
+    assert words[0] == "srun" and words[-3:-1] == ["megastar", wanted] and (ROOT / words[-1]).is_file()
 
 
 def test_words_reach_the_command():
@@ -67,6 +69,10 @@ def test_words_reach_the_command():
     assert command(train, "--dry-run")[-2:] == ["configs/run/star_xl_50ep.yaml", "--dry-run"]
     assert command(train, MEGASTAR_SCRATCH="/scratch")[-1] == "data.cache=/scratch/megastar"
     assert command(train, "data.cache=/x", MEGASTAR_SCRATCH="/scratch")[-1] == "data.cache=/x"
+    tokenizer = ROOT / "slurm/train_tokenizer.sh"
+    emoji = "configs/tokenizer/emoji64.yaml"
+    scratch = command(tokenizer, emoji, "out=a b", MEGASTAR_SCRATCH="/scratch")  # data.cache is no field of a tokenizer
+    assert scratch[2:] == ["--label", "--wait=120", "megastar", "train-tokenizer", emoji, "out=a b"]
     words = ["megastar", "pretokenize", "a folder", "--out", "x"]
     assert command(ROOT / "slurm/pretokenize.sh", *words[2:]) == ["srun", "--kill-on-bad-exit=0", *words]
     assert command(ROOT / "slurm/sample_fid.sh", "w")[2:] == ["python", "tools/sample_fid.py", "w"]
@@ -90,6 +96,17 @@ def test_a_dry_run_tells_what_sbatch_and_the_site_ask_for():
     assert folder == f"megastar: run folder {ROOT / 'runs/x'}, last checkpoint none"
 
 
+def test_a_tokenizers_folder_and_checkpoint(tmp_path):
+    """The time of its one checkpoint changes with each save; the names of the run folder and of its field are its own."""
+    words = ("slurm/train_tokenizer.sh", "configs/tokenizer/emoji64.yaml", f"out={tmp_path}")
+    lines = shell("bash", *words, MEGASTAR_DRY_RUN="1").stdout.splitlines()
+    assert lines[1] == f"megastar: run folder {tmp_path}, last checkpoint none"
+    (tmp_path / "last.pt").write_bytes(b"")
+    os.utime(tmp_path / "last.pt", (86400, 86400))
+    lines = shell("bash", *words, MEGASTAR_DRY_RUN="1", TZ="UTC").stdout.splitlines()
+    assert lines[1] == f"megastar: run folder {tmp_path}, last checkpoint last.pt-1970-01-02T00:00:00"
+
+
 def test_the_settings_of_a_site(tmp_path):
     site = tmp_path / "site.sh"
     site.write_text(
@@ -110,6 +127,7 @@ def test_the_settings_of_a_site(tmp_path):
     [
         (("slurm/train_b.sh",), "not in a SLURM job: submit with sbatch slurm/train_b.sh"),
         (("slurm/train_b.sh", "nothing.yaml"), f"nothing.yaml cannot be read in {ROOT}: run sbatch in the repository"),
+        (("slurm/train_tokenizer.sh", "no.yaml"), f"no.yaml cannot be read in {ROOT}: run sbatch in the repository"),
         (("slurm/probe.sh",), "usage: sbatch slurm/probe.sh RUN"),
         (("slurm/pretokenize.sh",), "usage: sbatch slurm/pretokenize.sh SOURCE"),
         (("slurm/sample_fid.sh",), "usage: sbatch slurm/sample_fid.sh RUN"),

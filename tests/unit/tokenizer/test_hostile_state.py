@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 
 from megastar.config.env_text import EnvText
 from megastar.errors import UserError
@@ -27,6 +26,7 @@ WRONG = {
     "float": {"step": 1.5}, "uses": {"uses": torch.zeros(3)}, "huge uses": {"uses": torch.zeros(1).expand(10**12)},
     "no uses": {"uses": None}, "dead": {"dead": 10.0}, "rng": {"rng": torch.zeros(3)}, "no rng": {"rng": "x"},
     "model": {"model": {}}, "model of another size": {"model": {"a": torch.zeros(1)}}, "a model": {"model": [1]},
+    "pictures": {"pictures": [1]}, "facts": {"pictures": {"count": 3}},
     "optimizer": {"optimizer": {"state": {}, "param_groups": []}}, "an optimizer": {"optimizer": 5},
 }  # fmt: skip
 
@@ -37,7 +37,7 @@ def test_values_that_are_wrong(tmp_path, saved, label):
     state = torch.load(tmp_path / "whole.pt", weights_only=True)
     torch.save(state | WRONG[label], tmp_path / "last.pt")
     with pytest.raises(UserError, match=r"last\.pt is damaged .*: restore it, or remove it to start again"):
-        _trainer(_config()).fit(None, tmp_path, Console(quiet=True), lambda: True)
+        _trainer(_config()).load(tmp_path / "last.pt")
 
 
 def test_damaged_bytes(tmp_path, saved):

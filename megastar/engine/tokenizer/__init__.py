@@ -1,0 +1,1 @@
+"""Training of the tokenizer on any number of ranks: batches, the loop, validation."""
