@@ -27,6 +27,7 @@ from megastar.parallel.replicas import Replicas
 from megastar.tokenizer.io import load_tokenizer
 from megastar.tokenizer.losses import hinge_discriminator_loss, make_discriminator, make_perceptual
 from megastar.tokenizer.quantizers.base import code_statistics, rows_at_once
+from megastar.tokenizer.quantizers.vq import VectorQuantizer
 from megastar.tokenizer.vq import VQModel, to_images
 from megastar.utils.files import atomic_file
 from megastar.utils.json_file import shown
@@ -238,7 +239,7 @@ class TokenizerTrainer:
         centres = kmeans(torch.cat(pool), size, generator=self.draws, spherical=spherical)
         self.replicas.from_main([centres])  # on a GPU the order of its sums may differ
         for model in (self.model, self.average):
-            model.quantize.embedding.weight.copy_(centres)
+            _codebook(model).copy_(centres)
 
     @torch.no_grad()
     def _revive(self, z: Tensor) -> None:
@@ -252,7 +253,7 @@ class TokenizerTrainer:
             chosen = points[torch.randint(len(points), (len(dead),), generator=self.draws)].to(self.device)
             state = self.optimizer.state[embedding]
             for model in (self.model, self.average):
-                model.quantize.embedding.weight[dead] = chosen
+                _codebook(model)[dead] = chosen
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name][dead] = 0
         self.uses.zero_()
@@ -324,6 +325,12 @@ class TokenizerTrainer:
         states = [o.state[p] for o in (self.optimizer, self.d_optimizer) if o for p in _parameters(o) if p in o.state]
         moments = [s[name] for s in states for name in ("exp_avg", "exp_avg_sq")]
         return self.replicas.all_equal([*self._weights(), *moments])
+
+
+def _codebook(model: VQModel) -> Tensor:
+    """The weights of vq's codebook (V, E)."""
+    assert isinstance(model.quantize, VectorQuantizer)
+    return model.quantize.embedding.weight
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from megastar.engine.tokenizer.batches import HeldOut
 from megastar.errors import UserError
@@ -23,7 +23,7 @@ from megastar.evaluation.options import Settings
 from megastar.evaluation.scores import check_count, min_images
 from megastar.parallel.replicas import Replicas
 from megastar.sampling.grid import save_grid
-from megastar.tokenizer.losses import PerceptualLoss, psnr
+from megastar.tokenizer.losses import psnr
 from megastar.tokenizer.quantizers.base import code_statistics
 from megastar.tokenizer.scores import BATCH, ssim
 from megastar.tokenizer.vq import VQModel, to_images, to_pixels
@@ -42,7 +42,7 @@ class Validator:
 
     replicas: Replicas
     device: torch.device
-    perceptual: PerceptualLoss | None
+    perceptual: nn.Module | None
     networks: Sequence[tuple[str, Network]]  # metric and its network
     stopping: Callable[[], bool] = lambda: False
     _real: dict[tuple[int, int], Collector] = field(default_factory=dict)  # of held-out set and network, by their id
