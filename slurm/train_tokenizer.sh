@@ -9,6 +9,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# sbatch slurm/train_tokenizer.sh [CONFIG] [field=value ...]   (default: configs/tokenizer/imagenet256.yaml)
+# sbatch slurm/train_tokenizer.sh [CONFIG] [field=value ...]   (default: configs/tokenizer/vq16_imagenet256.yaml)
 source slurm/common.sh || exit 2
-train_tokenizer configs/tokenizer/imagenet256.yaml "$@"
+train_tokenizer configs/tokenizer/vq16_imagenet256.yaml "$@"

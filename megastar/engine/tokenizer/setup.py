@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,26 +27,28 @@ from megastar.utils.files import open_regular
 from megastar.utils.hostname import host_name
 from megastar.utils.launcher import place_of
 
+T = TypeVar("T")
 OF_A_RANK = ("threads",)  # fields that may differ between ranks
 PIECE = 1 << 28  # bytes of a checkpoint that are sent at once
 
 
-def check_ranks(batch: int, world: int) -> None:
-    """Raises ``UserError`` if the global batch cannot be divided among ``world`` ranks."""
+def check_ranks(batch: int, world: int, rank: int = 0) -> None:
+    """Raises ``UserError`` if the global batch cannot be divided among ``world`` ranks, of which the first reports it."""
     if batch % world:
         near = [n for n in range(1, batch + 1) if batch % n == 0 and n <= 2 * world]
         raise UserError(
             f"batch = {batch} images of a step do not divide among {world} ranks: start {' or '.join(map(str, near[-2:]))} "
-            f"ranks, or set batch to a multiple of {world} (another batch is another run)"
+            f"ranks, or set batch to a multiple of {world} (another batch is another run)",
+            reported=rank > 0,
         )
 
 
 def join(cfg: TokenizerTrainConfig, stopped: Callable[[], int] = lambda: 0) -> Context:
     """Join the process group of the launch, if it has several ranks. Raises ``UserError`` for a batch that does not divide
     among them or for configurations that differ, and as ``parallel.rendezvous.join``."""
-    world = place_of(os.environ).world
-    check_ranks(cfg.batch, world)
-    if world == 1:
+    place = place_of(os.environ)
+    check_ranks(cfg.batch, place.world, place.rank)
+    if place.world == 1:
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         device = pick_device()
@@ -91,6 +93,14 @@ def one_set_of_pictures(ctx: Context, pictures: ImageSet, source: str) -> dict[s
                 reported=rank != ctx.rank,
             )
     return {"count": count, "digest": digest}
+
+
+def reported_once(ctx: Context, make: Callable[[], T]) -> T:
+    """``on_all_ranks``, for errors that all ranks find alike: rank 0 reports them."""
+    try:
+        return on_all_ranks(ctx, make)
+    except UserError as error:
+        raise UserError(*error.args, reported=not ctx.main) from error
 
 
 class FoundFile(NamedTuple):

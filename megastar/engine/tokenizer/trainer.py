@@ -25,7 +25,7 @@ from megastar.engine.phase import DATA, ENDING, PHASE, SAVING, VALIDATION
 from megastar.engine.rank_sync import error_of_any_rank, from_main, gather, on_all_ranks, retry, run_on_main
 from megastar.engine.tokenizer.batches import Batches, HeldOut
 from megastar.engine.tokenizer.folder import RESULT, SCORES, STATE, hold_out_folder
-from megastar.engine.tokenizer.setup import join, one_set_of_pictures, read_by_main
+from megastar.engine.tokenizer.setup import join, one_set_of_pictures, read_by_main, reported_once
 from megastar.engine.tokenizer.validation import SHOWN, Validator, open_networks, save_reconstructions
 from megastar.errors import UserError
 from megastar.parallel.replicas import Replicas
@@ -113,7 +113,7 @@ class _Run:
             subsets = [s for s in (cfg.val_subset, cfg.test_subset) if s]
             return pictures, {s: HeldOut(ImageSet(cfg.pictures, s, choice=None), size, self.replicas) for s in subsets}
 
-        self.pictures, self.held_out = on_all_ranks(self.ctx, open_sets)
+        self.pictures, self.held_out = reported_once(self.ctx, open_sets)
         for note in self.pictures.notes if self.ctx.main else ():
             logger.info("%s: %s", cfg.pictures, note)
         self.facts = one_set_of_pictures(self.ctx, self.pictures, cfg.pictures)
@@ -133,16 +133,17 @@ class _Run:
                 validator.check(images, name)
             return trainer, validator
 
-        self.trainer, self.validator = on_all_ranks(ctx, build)
+        self.trainer, self.validator = reported_once(ctx, build)
         self.trainer.start_equal()
         if found := read_by_main(ctx, last):
-            on_all_ranks(ctx, lambda: self.trainer.load(last, found.content))
+            reported_once(ctx, lambda: self.trainer.load(last, found.content))
             self.saved = self.trainer.step
         before = self.trainer.pictures
         if before is not None and before != self.facts:
             raise UserError(
                 f"{last} was trained on other images ({before['count']}, now {self.facts['count']} in {cfg.pictures}): "
-                "restore them, or choose another out=..."
+                "restore them, or choose another out=...",
+                reported=not ctx.main,
             )
         self.trainer.pictures = self.facts
         run_on_main(ctx, lambda: save_config(cfg, self.out / layout.CONFIG))
