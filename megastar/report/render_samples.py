@@ -88,7 +88,7 @@ def draw_missing(
     checkpoints = evenly_spaced(complete(folder / CHECKPOINTS), GRIDS)
     if not checkpoints:
         return
-    tokenizer = find_tokenizer(folder, options)
+    tokenizer = find_tokenizer(data, folder, options)
     common = SAMPLING | {"weights": options.weights, "per_class": options.per_class}
     common |= {"classes": evenly_spaced(list(range(classes)), CLASSES), "tokenizer_sha256": sha256(tokenizer)}
     for checkpoint in checkpoints:
@@ -114,18 +114,24 @@ def draw_grid(
     save_grid(image_grid([Block("", images, labels)], names, columns=columns), out, provenance)
 
 
-def find_tokenizer(folder: Path, options: RenderOptions) -> Path:
+def find_tokenizer(data: DataConfig, folder: Path, options: RenderOptions) -> Path:
     """The tokenizer of the run in ``folder``. Raises ``UserError`` if it is missing, or has another hash than the run's."""
     from megastar.checkpoint.find_tokenizer import check_identity
     from megastar.checkpoint.find_weights import find_weights
 
     found = find_weights(folder, options.weights)
-    tokenizer = Path(found.tokenizer_file(options.tokenizer))
-    if not tokenizer.is_file():
-        raise UserError(f"the tokenizer {tokenizer} does not exist: give its location with --tokenizer")
+    named = find_file(data.tokenizer, folder / CONFIG) if data.tokenizer else None
     if found.identity:
+        found.places.append(named)
+        tokenizer = Path(found.tokenizer_file(options.tokenizer))
         check_identity(folder, found.identity, tokenizer)
-    return tokenizer
+        return tokenizer
+    given = options.tokenizer or data.tokenizer
+    if not given:
+        raise UserError("the run has no tokenizer: give one with --tokenizer")
+    if (path := find_file(given, folder / CONFIG)) is None:
+        raise UserError(f"the tokenizer {given} does not exist: give its location with --tokenizer")
+    return path
 
 
 def find_shards(data: DataConfig, folder: Path, options: RenderOptions) -> str:
@@ -190,7 +196,7 @@ def compute_attention(
         f"Image {options.picture} of {Path(shards).name} (class {label}), {which}, mean of the heads. "
         f"{len(maps['hidden'])} of {len(hidden) - 1} keys are hidden {how}."
     )
-    image = decode_image(folder, options, codes[0], device)
+    image = decode_image(cfg.data, folder, options, codes[0], device)
     return distances, maps | {"trained": trained, "block": block, "image": image}
 
 
@@ -209,7 +215,9 @@ def centre_codes(shards: str, data: DataConfig, first: int) -> tuple[torch.Tenso
     return torch.from_numpy(codes[:, 0].astype(np.int64)), torch.from_numpy(np.asarray(labels, np.int64))
 
 
-def decode_image(folder: Path, options: RenderOptions, codes: torch.Tensor, device: torch.device) -> str:
+def decode_image(
+    data: DataConfig, folder: Path, options: RenderOptions, codes: torch.Tensor, device: torch.device
+) -> str:
     """The image of codes (T,), or a white one if the tokenizer is missing or another one; a note beside the samples says so."""
     from PIL import Image
 
@@ -217,7 +225,7 @@ def decode_image(folder: Path, options: RenderOptions, codes: torch.Tensor, devi
     from megastar.tokenizer.io import load_tokenizer
 
     try:
-        vq = load_tokenizer(find_tokenizer(folder, options), device)
+        vq = load_tokenizer(find_tokenizer(data, folder, options), device)
     except UserError:
         return embedded(Image.new("RGB", (8, 8), "white"))
     return embedded(Image.fromarray(decode_images(vq, codes[None])[0]), lossless=True)
