@@ -50,7 +50,7 @@ print(json.dumps({"to": to, **options, "peak_gib": round(peak / 2**20, 3), "base
 """
 
 
-def measure(folder: Path, tiny: bool) -> Iterator[dict[str, Any]]:
+def measure(folder: Path, tiny: bool = False) -> Iterator[dict[str, Any]]:
     """Convert to each format and yield its row; the output is removed."""
     small = ["model.n_layer=2", "self_guided.contrastive_block=1", "model.dim=32", "model.n_head=2"] if tiny else []
     cfg = load_config(ROOT / "configs/run/star_b_50ep.yaml", small)

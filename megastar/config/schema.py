@@ -32,18 +32,6 @@ class ModelConfig:
         low=1,
         high=10**6,
     )
-    head: str = knob(
-        "full",
-        "full: one embedding and one output per code; factorised: a code is predicted as sub-codes, one after the other",
-        choices=("full", "factorised"),
-    )
-    head_factors: list[int] = knob(
-        [],
-        "factorised: number of values of each sub-code, whose product is V, as [512, 512]",
-        low=2,
-        high=65536,
-        fewest=0,
-    )
     image_tokens: int = knob(
         256, "tokens per image T, a square number; unless set: that of the shards", low=4, high=65536
     )
@@ -56,6 +44,18 @@ class ModelConfig:
     token_dropout_p: float = knob(0.1, "dropout after the embeddings [P]", low=0, below=1)
     resid_dropout_p: float = knob(0.1, "dropout after the attention output projection [P]", low=0, below=1)
     ffn_dropout_p: float = knob(0.1, "dropout after the SwiGLU [P]", low=0, below=1)
+    head: str = knob(
+        "full",
+        "full: one embedding and one output per code; factorised: a code is predicted as sub-codes, one after the other",
+        choices=("full", "factorised"),
+    )
+    head_factors: list[int] = knob(
+        [],
+        "factorised: number of values of each sub-code, whose product is V, as [512, 512]",
+        low=2,
+        high=65536,
+        fewest=0,
+    )
     unset = frozenset[str]()  # no field: sizes that the user has not set, see config/model_sizes.py
 
     def __setattr__(self, name: str, value: object) -> None:

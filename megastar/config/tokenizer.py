@@ -19,20 +19,20 @@ class TokenizerConfig:
     )
     res_blocks: int = knob(2, "residual blocks per level of the encoder; the decoder has one more", low=1, high=64)
     z_channels: int = knob(256, "channels between the networks and the codebook", low=1, high=4096)
+    codebook_size: int = knob(16384, "number of codes V", low=2, high=2**20)
+    codebook_embed_dim: int = knob(8, "dimension of a code; lfq: log2 of V; fsq: number of levels", low=1, high=4096)
+    codebook_l2_norm: bool = knob(True, "vq: L2-normalize codes before comparing them")
+    norm_groups: int = knob(32, "groups of every GroupNorm; LlamaGen: 32", low=1, high=4096)
+    dropout: float = knob(0.0, "dropout in the residual blocks", low=0, below=1)
     quantizer: str = knob(
         "vq",
         "vq: nearest code of a codebook; lfq: signs (arXiv 2310.05737); fsq: levels of each channel (arXiv 2309.15505); "
         "ibq: codebook with gradients to all codes (arXiv 2412.02692)",
         choices=("vq", "lfq", "fsq", "ibq"),
     )
-    codebook_size: int = knob(16384, "number of codes V", low=2, high=2**20)
-    codebook_embed_dim: int = knob(8, "dimension of a code; lfq: log2 of V; fsq: number of levels", low=1, high=4096)
-    codebook_l2_norm: bool = knob(True, "vq: L2-normalize codes before comparing them")
     fsq_levels: list[int] = knob(
         [], "fsq: values of each channel, whose product is V, as [8, 8, 8, 6, 5]", low=2, high=1024, fewest=0
     )
-    norm_groups: int = knob(32, "groups of every GroupNorm; LlamaGen: 32", low=1, high=4096)
-    dropout: float = knob(0.0, "dropout in the residual blocks", low=0, below=1)
 
     @property
     def downsample(self) -> int:
