@@ -102,7 +102,7 @@ def _of_file(t: TrainConfig, model: ModelConfig) -> WeightsFile:
     """``open_weights``; what a file of LlamaGen does not store is taken from the run, where the run can know it."""
     path, options = Path(t.init), dict[str, Any]()
     same = t.init_classes == "same"
-    known = {"--image-tokens": {"image_tokens": model.image_tokens}}
+    known: dict[str, dict[str, Any]] = {"--image-tokens": {"image_tokens": model.image_tokens}}
     if same:
         known |= {"--num-classes": {"num_classes": model.num_classes}, "--config": {"config": model}}
     while True:
@@ -255,8 +255,8 @@ def load_initial(initial: InitialWeights, init: str, ctx: Context, engines: Engi
         if name == CLASS_TABLE:
             value, taken = mapped_table(value, initial.rows)
             part = slice(shard.start, shard.stop)
-            mine, take = value.reshape(-1)[part].to(master), taken.reshape(-1)[part].to(master.device)
-            master.copy_(torch.where(take, mine, master))
+            new, take = value.reshape(-1)[part].to(master), taken.reshape(-1)[part].to(master.device)
+            master.copy_(torch.where(take, new, master))
         else:
             split = split_of(shard.name) if ctx.tensor > 1 else None
             local = split.cut(value, ctx.tensor, ctx.mesh.tensor_rank) if split else value
