@@ -80,3 +80,15 @@ def test_what_is_not_there(tokenizer, tmp_path, s3, use_s3):  # noqa: F811
         pretokenize("s3://public/nothing", None, tokenizer, tmp_path / "a", **SETTINGS)
     with pytest.raises(UserError, match=r"bucket none of s3://none/x.* does not exist"):
         pretokenize("s3://none/x", None, tokenizer, tmp_path / "a", **SETTINGS)
+
+
+def test_hidden_objects_are_ignored_and_counted(tars, s3, request, use_s3):
+    from megastar.data.images.dataset import ImageSet
+
+    url, folder = tars
+    use_s3(s3)
+    for name in ("._n00000001.tar", "__MACOSX/n00000001.tar"):
+        client_of(s3).put_object(Bucket="public", Key=f"{request.node.name}/train/{name}", Body=b"side")
+    found = ImageSet(url)
+    assert found.digest() == ImageSet(folder).digest()
+    assert found.notes == ["hidden and system files and folders, ignored: 2, for example '._n00000001.tar'"]
