@@ -16,7 +16,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.replicas.world == 1 or not (self.training or self.running_mean is None):
             return super().forward(x)
-        h = x.float()
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = self.replicas.mean(h.mean((0, 2, 3)))  # (C,)
         centred = h - mean[:, None, None]
         variance = self.replicas.mean(centred.square().mean((0, 2, 3)))  # (C,)

@@ -77,9 +77,9 @@ class _Run:
 
     def run(self) -> tuple[Path, dict[str, Any]]:
         cfg = self.cfg
-        check_output(self.out, "out =", folder=True)  # before the images are listed
         PHASE.reset()
         self.ctx = join(cfg, lambda: self.stop.signal)
+        run_on_main(self.ctx, lambda: check_output(self.out, "out =", folder=True))  # before the images are listed
         self.replicas = Replicas(self.ctx.rank, self.ctx.world, self.ctx.data_group)
         with hold_out_folder(self.out, self.ctx, self.stop) as self.lease, self._watched(), ExitStack() as opened:
             self._leave_if_stopped()
