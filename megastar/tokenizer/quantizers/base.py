@@ -5,6 +5,7 @@ Legend: B batch, h w the token grid, E dimension of a code, V codes, N = B * h *
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class Quantized(NamedTuple):
     entropy_loss: Tensor  # scalar, its weight is ``entropy``; 0 without a temperature and where there is none
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """Latents (B, E, h, w) to codes 0..V - 1 and back."""
 
     codebook_size: int
@@ -32,17 +33,17 @@ class Quantizer(nn.Module):
     # The mean over the ranks of a mean over this rank's part of the batch, with its gradient (parallel/replicas.py).
     average: Callable[[Tensor], Tensor] = staticmethod(lambda x: x)
 
+    @abstractmethod
     def forward(self, z: Tensor, entropy_temperature: float | None = None) -> Quantized:
         """z (B, E, h, w) -> ``Quantized``. ``entropy_temperature`` None omits the entropy loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, z: Tensor) -> Tensor:
         """z (B, E, h, w) -> codes (B, h, w) int64, without a gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
         """codes (...) int64 -> latents (..., E) fp32."""
-        raise NotImplementedError
 
     def unquantized(self, z: Tensor) -> Tensor:
         """z (B, E, h, w) as the decoder receives it in steps without quantization, of the same shape."""
