@@ -122,6 +122,15 @@ def test_two_ranks_equal_one_process(one, two):
     assert_equal(two, one)
 
 
+@pytest.mark.parametrize(("quantizer", "codes", "dimension"), [("lfq", 16, 4), ("ibq", 24, 4)])
+def test_the_entropy_loss_is_that_of_the_global_batch(train, tmp_path, quantizer, codes, dimension):
+    words = [f"tokenizer.quantizer={quantizer}", f"tokenizer.codebook_size={codes}", "adversarial=0", "entropy=0.5"]
+    words += [f"tokenizer.codebook_embed_dim={dimension}", "continuous_steps=0", "entropy_temperature=1"]
+    for ranks in (0, 2):
+        ok(train(tmp_path / f"{ranks}", ranks, *words))
+    assert_equal(tmp_path / "2", tmp_path / "0")
+
+
 def test_four_ranks_equal_one_process(train, one, tmp_path):
     ok(train(tmp_path, 4))
     assert_equal(tmp_path, one)
