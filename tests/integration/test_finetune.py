@@ -91,7 +91,7 @@ def loss(run: Path) -> float:
 INIT = f"train.init={SHIPPED_WEIGHTS}"
 
 
-@pytest.mark.parametrize("case", ["few", "designs", pytest.param("finer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["few", *(pytest.param(c, marks=pytest.mark.slow) for c in ("designs", "finer"))])
 def test_half_of_the_steps_from_the_shipped_weights_beat_all_from_random_ones(request, tmp_path, case):
     shards = request.getfixturevalue(case)
     tokens = 144 if case == "finer" else 64
