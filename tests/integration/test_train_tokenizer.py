@@ -53,7 +53,7 @@ def test_a_signal_saves_the_last_step_and_the_same_command_resumes(config, tmp_p
     process = start(*words, config, f"out={tmp_path}")
     wait_for_row(tmp_path, process)
     process.send_signal(number)
-    text = process.communicate(timeout=120)[0]
+    text = process.communicate(timeout=300)[0]
     assert process.returncode == status, text
     step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
     assert step > 0 and f"signal {int(number)}: the state after step {step} of 100000 is saved" in text

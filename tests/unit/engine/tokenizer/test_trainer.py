@@ -228,3 +228,17 @@ def test_too_few_held_out_images_for_rfid(images, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="val: 8 images, but fid requires 2049"):
         train_tokenizer(config(images, tmp_path), inception="file")
     assert not (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.parametrize("steps", ["[/]", "-1", "true", "[1]", "null", "1e99", "99999999999999999999"])
+def test_the_status_of_a_folder_with_a_wrong_configuration(tmp_path, steps):
+    (tmp_path / "config.yaml").write_text(f"pictures: x\nsteps: {steps}\n")
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 3, "psnr": [1]}\n{"step": 4, "psnr": 1, "ssim": "x", "rFD-": {}}\n'
+    )
+    with pytest.raises(UserError, match=r"config.yaml cannot be used \(steps = .* is not a number of steps\)"):
+        status_of(tmp_path)
+    (tmp_path / "config.yaml").write_text("pictures: x\nsteps: 9\n")
+    (tmp_path / "last.pt").write_bytes(b"")
+    status = status_of(tmp_path)
+    assert (status.step, status.steps, status.validation) == (4, 9, "PSNR 1.00 dB at step 4")
