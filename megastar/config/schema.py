@@ -24,20 +24,20 @@ class TokenizerConfig:
     )
     res_blocks: int = knob(2, "residual blocks per level of the encoder; the decoder has one more", low=1, high=64)
     z_channels: int = knob(256, "channels between the networks and the codebook", low=1, high=4096)
+    codebook_size: int = knob(16384, "number of codes V", low=2, high=2**20)
+    codebook_embed_dim: int = knob(8, "dimension of a code; lfq: log2 of V; fsq: number of levels", low=1, high=4096)
+    codebook_l2_norm: bool = knob(True, "vq: L2-normalize codes before comparing them")
+    norm_groups: int = knob(32, "groups of every GroupNorm; LlamaGen: 32", low=1, high=4096)
+    dropout: float = knob(0.0, "dropout in the residual blocks", low=0, below=1)
     quantizer: str = knob(
         "vq",
         "vq: nearest code of a codebook; lfq: signs (arXiv 2310.05737); fsq: levels of each channel (arXiv 2309.15505); "
         "ibq: codebook with gradients to all codes (arXiv 2412.02692)",
         choices=("vq", "lfq", "fsq", "ibq"),
     )
-    codebook_size: int = knob(16384, "number of codes V", low=2, high=2**20)
-    codebook_embed_dim: int = knob(8, "dimension of a code; lfq: log2 of V; fsq: number of levels", low=1, high=4096)
-    codebook_l2_norm: bool = knob(True, "vq: L2-normalize codes before comparing them")
     fsq_levels: list[int] = knob(
         [], "fsq: values of each channel, whose product is V, as [8, 8, 8, 6, 5]", low=2, high=1024, fewest=0
     )
-    norm_groups: int = knob(32, "groups of every GroupNorm; LlamaGen: 32", low=1, high=4096)
-    dropout: float = knob(0.0, "dropout in the residual blocks", low=0, below=1)
 
     @property
     def downsample(self) -> int:
@@ -115,18 +115,6 @@ class ModelConfig:
     dim: int = knob(768, "width D; the head dimension D / H must be a multiple of 4 (2-D RoPE)", low=1, high=65536)
     multiple_of: int = knob(256, "the SwiGLU width int(8 D / 3) is rounded up to a multiple of this", low=1, high=65536)
     vocab_size: int = knob(16384, "codebook size V of the tokenizer", low=2, high=2**18)
-    head: str = knob(
-        "full",
-        "full: one embedding and one output per code; factorised: a code is predicted as sub-codes, one after the other",
-        choices=("full", "factorised"),
-    )
-    head_factors: list[int] = knob(
-        [],
-        "factorised: number of values of each sub-code, whose product is V, as [512, 512]",
-        low=2,
-        high=65536,
-        fewest=0,
-    )
     num_classes: int = knob(1000, "classes; the embedding table has one more row, the null class", low=1, high=10**6)
     image_tokens: int = knob(
         256, "tokens per image T, a square number; the sequence is class + T - 1 tokens", low=4, high=65536
@@ -140,6 +128,18 @@ class ModelConfig:
     token_dropout_p: float = knob(0.1, "dropout after the embeddings [P]", low=0, below=1)
     resid_dropout_p: float = knob(0.1, "dropout after the attention output projection [P]", low=0, below=1)
     ffn_dropout_p: float = knob(0.1, "dropout after the SwiGLU [P]", low=0, below=1)
+    head: str = knob(
+        "full",
+        "full: one embedding and one output per code; factorised: a code is predicted as sub-codes, one after the other",
+        choices=("full", "factorised"),
+    )
+    head_factors: list[int] = knob(
+        [],
+        "factorised: number of values of each sub-code, whose product is V, as [512, 512]",
+        low=2,
+        high=65536,
+        fewest=0,
+    )
 
     @property
     def head_dim(self) -> int:
