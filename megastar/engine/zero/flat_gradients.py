@@ -21,7 +21,7 @@ BUCKET = 1 << 23  # elements: the first collective starts early in the backward 
 
 
 @dataclass
-class Bucket:
+class GradientBucket:
     """Neighbouring parameters of a group, in the order in which the backward pass ends them."""
 
     pieces: list[tuple[int, Tensor]]  # the owner's rank in the data group, and its part of the flat gradient
@@ -73,8 +73,8 @@ class FlatGradients:
         self.flat = [torch.zeros_like(weights) for weights in zero.bit16_groups_flat]
         self.view: dict[nn.Parameter, Tensor] = {}
         self.share: dict[nn.Parameter, float] = {}  # of a rank's gradient in the average
-        self.bucket: dict[nn.Parameter, Bucket] = {}
-        self.buckets: list[Bucket] = []
+        self.bucket: dict[nn.Parameter, GradientBucket] = {}
+        self.buckets: list[GradientBucket] = []
         self.written: set[nn.Parameter] = set()  # since the last step
         self.launched = 0
         self.handles: list[Any] = []
@@ -104,7 +104,7 @@ class FlatGradients:
             end = min(high, (low // size + 1) * size)
             pieces.append((low // size, self.flat[i][low:end]))
             low = end
-        bucket = Bucket(pieces, self.zero.real_dp_process_group[i], {p for p, _ in run})
+        bucket = GradientBucket(pieces, self.zero.real_dp_process_group[i], {p for p, _ in run})
         self.buckets.append(bucket)
         self.bucket |= dict.fromkeys(bucket.params, bucket)
 
