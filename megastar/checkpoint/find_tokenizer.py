@@ -17,6 +17,7 @@ from typing import Any
 from megastar.config.files import find_file
 from megastar.errors import UserError
 from megastar.tokenizer.io import FORMAT, tokenizer_hash
+from megastar.utils.launcher import place_of
 from megastar.utils.safetensors_header import read_header
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def check_identity(what: object, identity: str, tokenizer: str | Path, any_token
 
     Where no hash is recorded, or the difference is allowed, a warning says so.
     """
-    if not identity:
+    if not identity and place_of(os.environ).rank == 0:
         logger.warning("%s records no tokenizer hash: that %s made its codes cannot be checked", what, tokenizer)
     elif (found := identity_of(tokenizer)) != identity:
         sentence = f"{what} was trained on codes of the tokenizer {identity[:SHORT]}, but {tokenizer} has the hash {found[:SHORT]}"

@@ -8,24 +8,27 @@ from typing import Any
 
 from megastar.config.schema import RunConfig
 from megastar.data.shards.manifest import Manifest
-from megastar.engine.checkpointer.initial_weights import InitialWeights, open_initial
 from megastar.engine.checkpointer.load import check_resumable
 from megastar.engine.checkpointer.s3_upload import check_upload
 from megastar.engine.context import Context
 from megastar.engine.input_pipeline.data_checks import RunData, check_same_data, check_same_order
 from megastar.engine.rank_sync import run_on_main
 from megastar.engine.zero.engines import Engines
-from megastar.run_dir import config_file
+from megastar.errors import UserError
+from megastar.run_dir import checkpoint_dir, config_file
 from megastar.run_dir.training_checks import uses_contrastive
 
 logger = logging.getLogger(__name__)
 
 
-def first_checks(cfg: RunConfig) -> InitialWeights | None:
-    """The weights of ``train.init``, opened, if the run starts from them. Raises ``UserError``, before anything is built, for
-    a file that does not fit, or an S3 endpoint that ``train.upload`` cannot use."""
+def first_checks(cfg: RunConfig) -> RunConfig:
+    """``cfg``. Raises ``UserError``, before the data is opened, if ``train.init`` is read and does not exist, or for an S3
+    endpoint that ``train.upload`` cannot use."""
     check_upload(cfg.train.upload)
-    return open_initial(cfg)
+    init = cfg.train.init
+    if init and not Path(init).exists() and not checkpoint_dir.latest(checkpoint_dir.folder_of(cfg.run)):
+        raise UserError(f"train.init = {init} does not exist: name the weights or the run to start from")
+    return cfg
 
 
 def claim_run_folder(cfg: RunConfig, ctx: Context, data: RunData) -> None:

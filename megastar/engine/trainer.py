@@ -17,7 +17,7 @@ from megastar.data.loader import TokenLoader
 from megastar.data.order import VERSION as ORDER
 from megastar.data.storage.store import is_remote
 from megastar.engine.checkpointer.async_saver import Saver, grace_period
-from megastar.engine.checkpointer.initial_weights import check_initial, load_initial
+from megastar.engine.checkpointer.initial_weights import check_initial, load_initial, open_initial
 from megastar.engine.checkpointer.load import load_checkpoint
 from megastar.engine.dry_run import describe
 from megastar.engine.elastic.memory_checkpoint import MemoryCheckpoints
@@ -103,11 +103,12 @@ class Trainer:
         and rolling back do not help, ``CorruptReplica`` for ranks that disagree. Never ends the interpreter.
         """
         cfg = self.cfg
+        first_checks(cfg)
         self.data = open_data(cfg)
         self.stop = self._stop or StopFlag()
         PHASE.reset()
         try:
-            self.initial = first_checks(cfg)
+            self.initial = open_initial(cfg)
             check_initial(self.initial, cfg, self.data)
             self.ctx = check_run(cfg, start(cfg, lambda: self.stop.signal))  # before the run folder exists
             self._leave_if_stopped()
@@ -128,9 +129,9 @@ class Trainer:
 
     def dry_run(self) -> None:
         """Build everything, run steps on random tokens, and print memory, batch and schedule. Writes nothing."""
-        cfg, shards = self.cfg, self.cfg.data.shards
+        cfg, shards = first_checks(self.cfg), self.cfg.data.shards
         with closing(open_data(cfg)) if is_remote(shards) or Path(shards).exists() else nullcontext() as data:
-            check_initial(first_checks(cfg), cfg, data)
+            check_initial(open_initial(cfg), cfg, data)
             ctx = check_run(cfg, start(cfg))
             engines = build(cfg, ctx)
             check_start(cfg, ctx, engines, data, checkpoint_dir.latest(self.checkpoints))
@@ -153,8 +154,10 @@ class Trainer:
             changes = check_resumed(cfg, ctx, self.data, restored, found)
         else:
             changes = []
-            initial = self.initial
-            self.step, origin = 0, load_initial(initial, cfg.train.init, ctx, self.engines) if initial else None
+            self.step, origin = (
+                0,
+                load_initial(self.initial, cfg.train.init, ctx, self.engines) if self.initial else None,
+            )
             seed_dropout(cfg.train.seed, ctx.mesh.data_rank, 0)
         self.steps = total_steps(cfg.train, manifest.samples)
         self.found, self.first = found, self.step  # first: steps done at the start, or at the last rollback

@@ -23,7 +23,6 @@ TINY = {
     "loss_head": ("--rows 64 --dim 32 --vocabulary 256 --repeats 1", "megastar: chunks"),
     "optimizer.muon_step": ("--tiny", "Muon"),
     "parallel_step": ("--ranks 2 --tiny", "zero3, tensor 2 x data 1"),
-    "s3": ("--shards 2 --megabytes 0.1 --window 1 --batch 8 --repeats 1", "TokenLoader, empty cache"),
     "tokenizer/ranks": ("--tiny", "two ranks / one ="),
     "vocab_parallel": ("--ranks 2 --size nano --rows 16 --repeats 1", "vocabulary-parallel"),
 }

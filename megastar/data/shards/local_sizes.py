@@ -6,9 +6,6 @@ from pathlib import Path
 
 from megastar.config.model_sizes import SIZES_OF_DATA, take_sizes
 from megastar.config.schema import RunConfig
-from megastar.data.shards.manifest import load_manifest
-from megastar.data.storage.shard_info import MANIFEST
-from megastar.data.storage.store import is_remote
 from megastar.run_dir.config_file import sizes_of_run
 
 
@@ -21,8 +18,13 @@ def take_local_sizes(cfg: RunConfig) -> str:
         return ""
     recorded, where = sizes_of_run(cfg)
     shards = cfg.data.shards
-    if not recorded and shards and not is_remote(shards) and (Path(shards) / MANIFEST).is_file():
-        recorded, where = load_manifest(shards).model_sizes, f"the manifest of {shards}"
+    if not recorded and shards and Path(shards).is_dir():
+        # Imported here: megastar plan answers without numpy where it can.
+        from megastar.data.shards.manifest import load_manifest
+        from megastar.data.storage.shard_info import MANIFEST
+
+        if (Path(shards) / MANIFEST).is_file():
+            recorded, where = load_manifest(shards).model_sizes, f"the manifest of {shards}"
     if recorded:
         return "; ".join(take_sizes(cfg, recorded, where))
     names = [f"model.{name} = {getattr(cfg.model, name)}" for name in SIZES_OF_DATA if name in cfg.model.unset]

@@ -76,7 +76,7 @@ def open_data(cfg: RunConfig) -> RunData:
     told = tuple(_take_sizes(cfg, manifest))
     check_manifest(manifest, cfg.model, expected, cfg.views)
     check_enough(cfg.data.shards, manifest, cfg.train.global_batch)
-    if name:
+    if name and not manifest.tokenizer_sha256:
         check_downsample(name, manifest, cfg.data.shards)
     file = os.path.abspath(name) if name else ""
     if not cfg.data.val_shards:

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megastar.checkpoint.shard_format import StateReader
-from megastar.engine.checkpointer import load
 from megastar.engine.checkpointer.async_saver import Saver
+from megastar.engine.checkpointer.initial_weights import check_initial, load_initial, open_initial
 from megastar.engine.fault_tolerance.skip_policy import StepRecord
 from megastar.engine.teacher_pass import teacher_first
 from megastar.engine.train_step import average_over_ranks, losses, set_schedules
@@ -41,7 +41,9 @@ def run_case(out: Path, name: str, stage: str, tensor: int, micro: int, changes:
     if ctx.main:
         save_model(cfg.train.init, initial_weights(), cfg.model, {"step": 5})
     dist.barrier()
-    load.load_initial(cfg.train.init, ctx, engines)
+    initial = open_initial(cfg)
+    check_initial(initial, cfg, None)
+    load_initial(initial, cfg.train.init, ctx, engines)
     engines.student.train()
     record = StepRecord()
     starts = [(a * ctx.mesh.data + ctx.mesh.data_rank) * micro for a in range(count)]

@@ -34,7 +34,7 @@ def test_images_to_a_loss(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["images_to_loss", str(tmp_path), "ar:ar_muon"])
     images_to_loss.main()
     out = capsys.readouterr().out
-    assert "ar ends at 3.0000; ar_muon: 2,400 images, 0.500 of 4,800; ends at 1.0000" in out
+    assert "ar ends at 3.0000; ar_muon: 1,200 images, 0.500 of 2,400; ends at 1.0000" in out
     assert images_to_loss.steps_to([(25, 4.0)], 3.0) is None
     with pytest.raises(SystemExit, match="holds no run of star"):
         images_to_loss.seeds_of(tmp_path, "star")
