@@ -72,7 +72,7 @@ def test_mixed_tokenizers(folder, tmp_path):
         open_data(run_config(folder, f"data.val_shards={other}"))
     tokenizer = tmp_path / "t.safetensors"
     small = TokenizerConfig(
-        image_size=8, channels=4, channel_multipliers=[1, 2], res_blocks=1, z_channels=4, norm_groups=2
+        image_size=32, channels=4, channel_multipliers=[1, 1, 1, 1], res_blocks=1, z_channels=4, norm_groups=2
     )
     save_tokenizer(VQModel(small), tokenizer, {})
     with pytest.raises(UserError, match=r"made with another tokenizer \(SHA-256 abababababab"):
