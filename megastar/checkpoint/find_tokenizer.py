@@ -51,7 +51,9 @@ def check_identity(what: object, identity: str, tokenizer: str | Path, any_token
 
     Where no hash is recorded, or the difference is allowed, a warning says so.
     """
-    if not identity and place_of(os.environ).rank == 0:
+    if not identity:
+        if place_of(os.environ).rank:  # rank 0 reports it
+            return
         logger.warning("%s records no tokenizer hash: that %s made its codes cannot be checked", what, tokenizer)
     elif (found := identity_of(tokenizer)) != identity:
         sentence = f"{what} was trained on codes of the tokenizer {identity[:SHORT]}, but {tokenizer} has the hash {found[:SHORT]}"
