@@ -238,11 +238,13 @@ def _rows(cfg: RunConfig, initial: InitialWeights, ours: list[str] | None, main:
 
 # Loading -----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def load_initial(initial: InitialWeights, init: str, ctx: Context, engines: Engines) -> dict[str, Any]:
-    """Put the weights into the masters of student and average; returns what a checkpoint records of them.
+def load_initial(initial: InitialWeights | None, init: str, ctx: Context, engines: Engines) -> dict[str, Any] | None:
+    """Put the weights into the masters of student and average; returns what a checkpoint records of them, None without any.
 
     Every rank reads one whole tensor at a time. Raises ``UserError`` where ranks found different checkpoints of a run.
     """
+    if initial is None:
+        return None
     mine = str(initial.network.path)
     theirs = run_on_main(ctx, lambda: mine)
     on_all_ranks(ctx, lambda: _same_source(init, mine, theirs))
