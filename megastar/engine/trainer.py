@@ -154,10 +154,7 @@ class Trainer:
             changes = check_resumed(cfg, ctx, self.data, restored, found)
         else:
             changes = []
-            self.step, origin = (
-                0,
-                load_initial(self.initial, cfg.train.init, ctx, self.engines) if self.initial else None,
-            )
+            self.step, origin = 0, load_initial(self.initial, cfg.train.init, ctx, self.engines)
             seed_dropout(cfg.train.seed, ctx.mesh.data_rank, 0)
         self.steps = total_steps(cfg.train, manifest.samples)
         self.found, self.first = found, self.step  # first: steps done at the start, or at the last rollback
