@@ -54,6 +54,7 @@ setup(
         "dev": [
             *(
                 "pytest>=8.0",
+                "pytest-timeout>=2.3",
                 "pytest-xdist>=3.6",
                 "hypothesis>=6.100",
                 "ruff>=0.9",

@@ -18,7 +18,7 @@ from megastar.config.schema import TokenizerConfig
 from megastar.tokenizer.io import save_tokenizer
 from megastar.tokenizer.vq import VQModel
 from tests import forker
-from tests.integration.helpers.s3 import relay, s3, use_s3, weed  # noqa: F401
+from tests.integration.helpers.s3 import relay, s3, use_s3, weed, weed_session  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = TokenizerConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import select
 import socket
@@ -22,13 +23,20 @@ BUCKETS = ("runs", "codes", "public")  # everybody may read the last
 
 
 def free_port() -> int:
-    """A port of which port + 10000 is a port too: the server opens both."""
-    while True:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        if port < 50000:
-            return port
+    """A port of which port + 10000 is free too: the server opens both.
+
+    Both lie below the range from which systems choose the ports of outgoing connections (32768 on Linux). A port of that
+    range can be taken by any process while a server that was killed is down, and the server then cannot start again.
+    """
+    for port in random.SystemRandom().sample(range(11000, 22700), 1000):
+        try:
+            for one in (port, port + 10000):
+                with socket.socket() as s:
+                    s.bind(("127.0.0.1", one))
+        except OSError:
+            continue
+        return port
+    raise AssertionError("no free port from 11000 to 22699")
 
 
 def client_of(endpoint: str):
@@ -58,6 +66,25 @@ class Server:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
+        """Return when it accepts connections; a server that ends, or accepts none in 30 s, is started again, twice."""
+        for attempt in range(3):
+            self._spawn()
+            if self._listens(30):
+                return
+            assert attempt < 2, self.log()
+            self.kill()
+
+    def _listens(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process is not None and self.process.poll() is None:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=5).close()
+                return True
+            except OSError:
+                time.sleep(0.1)
+        return False
+
+    def _spawn(self) -> None:
         command = [
             str(WEED), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self.folder / 'data'}", "-filer", "-s3",
             *(f"-{name}.port={port}" for name, port in self.ports.items()), f"-s3.config={self.folder / 's3.json'}",
@@ -70,12 +97,14 @@ class Server:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def make_buckets(self) -> None:
-        """Once it answers, for which this waits."""
-        client, deadline, left = client_of(self.endpoint), time.monotonic() + 60, list(BUCKETS)
-        while left:
+        """Those that are missing, once the server answers, for which this waits."""
+        client, deadline = client_of(self.endpoint), time.monotonic() + 60
+        while True:
             try:
-                client.create_bucket(Bucket=left[0])
-                left.pop(0)
+                have = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+                for name in (name for name in BUCKETS if name not in have):
+                    client.create_bucket(Bucket=name)
+                return
             except Exception:
                 assert self.process is not None and self.process.poll() is None, self.log()
                 assert time.monotonic() < deadline, self.log()
@@ -92,7 +121,7 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def weed(tmp_path_factory) -> Iterator[Server]:
+def weed_session(tmp_path_factory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("s3"))
     server.start()
     try:
@@ -102,10 +131,19 @@ def weed(tmp_path_factory) -> Iterator[Server]:
         server.kill()
 
 
+@pytest.fixture
+def weed(weed_session) -> Iterator[Server]:
+    """The server of the session, to kill and start; it runs again after the test, also when the test failed."""
+    yield weed_session
+    if weed_session.process is None or weed_session.process.poll() is not None:
+        weed_session.start()
+    weed_session.make_buckets()
+
+
 @pytest.fixture(scope="session")
-def s3(weed) -> str:
+def s3(weed_session) -> str:
     """The endpoint of a server with the empty buckets ``BUCKETS``."""
-    return weed.endpoint
+    return weed_session.endpoint
 
 
 @pytest.fixture
@@ -194,7 +232,7 @@ class CuttingRelay:
 
 
 @pytest.fixture
-def relay(weed) -> Iterator[CuttingRelay]:
-    relay = CuttingRelay(weed.port)
+def relay(weed_session) -> Iterator[CuttingRelay]:
+    relay = CuttingRelay(weed_session.port)
     yield relay
     relay.close()
