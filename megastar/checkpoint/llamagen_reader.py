@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from megastar.checkpoint.llamagen_writer import SIZES
+from megastar.config.rules.tokenizer import tokenizer_problems
 from megastar.config.schema import ModelConfig, TokenizerConfig
-from megastar.config.validate import tokenizer_problems
 from megastar.errors import UserError
 from megastar.model.io import shape_fields
 from megastar.utils.files import open_regular

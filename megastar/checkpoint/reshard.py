@@ -18,7 +18,7 @@ from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
 from megastar.checkpoint.rng_state import random_file, seed_dropout
 from megastar.checkpoint.shard_format import OPEN_FILES, Piece, StateReader, kinds_of, piece_writer, state_file
 from megastar.checkpoint.source import Source, same_bits, stored_elements
-from megastar.config.validate import divisors, words
+from megastar.config.rules.problem import divisors, words
 from megastar.errors import UserError
 from megastar.parallel.budget import check_tensor
 from megastar.parallel.mesh import Mesh

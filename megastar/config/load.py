@@ -19,8 +19,9 @@ from megastar.config.deepspeed import deepspeed_problems
 from megastar.config.env_text import ENV, EnvText, keep_expressions, recorded, resolve
 from megastar.config.files import find_file, read_yaml, require_file
 from megastar.config.model_sizes import unset_sizes
+from megastar.config.rules.problem import Problem, divisors, words
 from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
-from megastar.config.validate import Problem, divisors, find_problems, words
+from megastar.config.validate import find_problems
 from megastar.config.yaml_text import YamlError, parse_value
 from megastar.errors import UserError
 from megastar.utils.files import write_atomic

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 
-from megastar.config.optim import OptimConfig
 from megastar.config.schema import TrainConfig
+from megastar.config.sections.optim import OptimConfig
 
 EMBEDDINGS = ("transformer.tok_embeddings.", "transformer.cls_embedding.")
 BLOCK = re.compile(r"transformer\.layers\.(\d+)\.")

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megastar.config.rank_faults import RankFaultsConfig
+from megastar.config.sections.rank_faults import RankFaultsConfig
 from megastar.errors import UserError
 from megastar.parallel.rendezvous import join, on_one_node
 from megastar.utils.device import keep_freed_memory

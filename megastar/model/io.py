@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from megastar.config.env_text import recorded
 from megastar.config.from_file import check_section
+from megastar.config.rules.model import model_problems
 from megastar.config.schema import ModelConfig
-from megastar.config.validate import model_problems
 from megastar.errors import UserError
 from megastar.parallel.budget import parameter_shapes
 from megastar.utils.json_file import ANY, dict_of, integer, list_of, optional, parse_json, record, text, validator

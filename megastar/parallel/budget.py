@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megastar.config.optim import MuonConfig
+from megastar.config.rules.model import tensor_parallel_degrees
+from megastar.config.rules.problem import words
 from megastar.config.schema import ModelConfig, SelfGuidedConfig
-from megastar.config.validate import tensor_parallel_degrees, words
+from megastar.config.sections.optim import MuonConfig
 from megastar.errors import UserError
 from megastar.parallel.head import embedding_shapes, head_bytes, head_shapes
 from megastar.parallel.muon import muon_traffic, working_bytes

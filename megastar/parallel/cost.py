@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megastar.config.load import resolve_batch
-from megastar.config.optim import MuonConfig
+from megastar.config.rules.model import tensor_parallel_degrees
+from megastar.config.rules.problem import words
 from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig
-from megastar.config.validate import tensor_parallel_degrees, words
+from megastar.config.sections.optim import MuonConfig
 from megastar.errors import UserError
 from megastar.parallel.budget import (
     ELEMENT,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil, sqrt
 from typing import NamedTuple
 
-from megastar.config.optim import MuonConfig
+from megastar.config.sections.optim import MuonConfig
 from megastar.parallel.plan import block_matrix
 
 SLACK = 0.1

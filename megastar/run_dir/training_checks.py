@@ -12,8 +12,8 @@ from statistics import fmean as mean
 from typing import Any
 
 from megastar.config.load import resolve_batch
-from megastar.config.optim import OptimConfig
 from megastar.config.schema import RunConfig, SelfGuidedConfig, TrainConfig
+from megastar.config.sections.optim import OptimConfig
 from megastar.run_dir.jsonl import read_ends
 from megastar.run_dir.layout import METRICS
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from megastar.config.env_text import recorded
 from megastar.config.from_file import check_section
+from megastar.config.rules.tokenizer import tokenizer_problems
 from megastar.config.schema import TokenizerConfig
-from megastar.config.validate import tokenizer_problems
 from megastar.errors import UserError
 from megastar.utils.files import atomic_file
 from megastar.utils.json_file import ANY, dict_of, parse_json, text, validator

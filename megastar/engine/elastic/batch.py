@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megastar.config.load import resolve_batch
+from megastar.config.rules.problem import divisors
 from megastar.config.schema import RunConfig
-from megastar.config.validate import divisors
 from megastar.errors import UserError
 from megastar.run_dir.training_checks import compares_one_pass
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megastar.config.optim import MuonConfig
+from megastar.config.sections.optim import MuonConfig
 from megastar.engine.context import Context
 from megastar.engine.zero.matrix_exchange import MatrixExchange
 from megastar.engine.zero.partitions import AdamWEMA, flats_of, shards

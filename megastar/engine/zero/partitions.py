@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from megastar.checkpoint.shard_format import kinds_of
-from megastar.config.optim import MuonConfig
+from megastar.config.sections.optim import MuonConfig
 from megastar.engine.zero.streams import gather_after_updates
 from megastar.parallel.plan import block_matrix
 from megastar.teacher.ema import lerp_

@@ -17,8 +17,8 @@ from torch import nn
 
 from megastar.config.deepspeed import deepspeed_config
 from megastar.config.load import resolve_batch
-from megastar.config.optim import rate_warning
 from megastar.config.schema import RunConfig, TrainConfig
+from megastar.config.sections.optim import rate_warning
 from megastar.engine.context import Context
 from megastar.engine.lr_schedule import is_frozen, layer_scale, scaled
 from megastar.engine.student import Student

@@ -13,8 +13,8 @@ import yaml
 from megastar.config.comparison import CompareConfig, VariantConfig
 from megastar.config.deepspeed import read_deepspeed
 from megastar.config.load import diff_configs, load_compare_config, load_config, load_tokenizer_config, resolve_batch
-from megastar.config.optim import MuonConfig
 from megastar.config.schema import RunConfig
+from megastar.config.sections.optim import MuonConfig
 from megastar.parallel.budget import GIB, Zero
 from megastar.parallel.cost import GPUS, Machine, make_plan
 

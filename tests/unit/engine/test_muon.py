@@ -9,7 +9,7 @@ import torch
 
 from megastar.checkpoint.shard_format import KINDS, MUON_KINDS, kinds_of
 from megastar.config.load import load_config
-from megastar.config.optim import MuonConfig, OptimConfig
+from megastar.config.sections.optim import MuonConfig, OptimConfig
 from megastar.engine.checkpointer.load import _same_optimizer
 from megastar.engine.context import Context
 from megastar.engine.lr_schedule import learning_rate, muon_rate, rates_at

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from megastar.commands.convert import main as convert
 from megastar.config.load import load_config
+from megastar.config.rules.model import tensor_parallel_degrees
 from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig
-from megastar.config.validate import tensor_parallel_degrees
 from megastar.engine.student import Student
 from megastar.engine.zero.partitions import parameter_groups
 from megastar.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megastar.config.optim import MuonConfig, OptimConfig, rate_warning
+from megastar.config.sections.optim import MuonConfig, OptimConfig, rate_warning
 from megastar.parallel import budget, cost, muon
 from megastar.parallel.gpus import GPUS
 from megastar.parallel.plan import block_matrix

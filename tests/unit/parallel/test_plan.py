@@ -12,8 +12,8 @@ import yaml
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megastar.config.rules.model import tensor_parallel_degrees
 from megastar.config.schema import ModelConfig
-from megastar.config.validate import tensor_parallel_degrees
 from megastar.model.projector import Projector
 from megastar.model.rope import rope_table
 from megastar.model.transformer import Transformer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megastar.config.knob import LARGE, MOST_BATCH, MOST_SEED, MOST_STEPS, MOST_THREADS, knob
-from megastar.config.rank_faults import RankFaultsConfig
+from megastar.config.sections.rank_faults import RankFaultsConfig
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The rules of single sections; ``config/validate.py`` collects them."""
