@@ -1,6 +1,7 @@
 """Check that LlamaGen's code and megastar give equal results with weights converted by `megastar convert`.
 
 LLAMAGEN_DIR=/path/to/LlamaGen python -m benchmarks.llamagen_parity [--image 64]
+LLAMAGEN_DIR=/path/to/LlamaGen python -m benchmarks.llamagen_parity --tiny        # small grids, seconds
 
 Random weights are saved by LlamaGen's modules, converted and loaded. The script asserts that in fp32 the logits of whole
 sequences (8 x 8 and 24 x 24 tokens, and weights of 16 x 16 on 24 x 24 and 32 x 32), the greedy tokens with and without
@@ -38,7 +39,10 @@ def check(what: str, value: float | torch.Tensor, limit: float) -> None:
     assert value <= limit, what
 
 
-def network(folder: Path, cfg: ModelConfig = CFG) -> None:
+INTERVALS = ((1.0, -1), (2.0, -1), (3.0, 10))  # guidance, and the last token that it applies to
+
+
+def network(folder: Path, cfg: ModelConfig, guided: tuple[tuple[float, int], ...] = INTERVALS[1:2]) -> None:
     theirs, _ = networks(cfg, torch.float32, "cpu")
     for p in theirs.parameters():  # large enough that the distributions are far from flat
         if p.dim() > 1:
@@ -52,7 +56,7 @@ def network(folder: Path, cfg: ModelConfig = CFG) -> None:
     ours, _ = load_model(folder / "w.safetensors")
     labels, tokens = torch.arange(4), torch.randint(cfg.vocab_size, (4, cfg.image_tokens - 1))
     check("logits of whole sequences", (ours(labels, tokens).logits - logits(theirs, labels, tokens)).abs().max(), 1e-4)
-    for scale, interval in ((1.0, -1), (2.0, -1), (3.0, 20)) if cfg is CFG else ((2.0, -1),):
+    for scale, interval in guided:
         guidance: dict[str, Any] = {"cfg_scale": scale, "cfg_interval": interval}
         their = generate(
             theirs, labels, cfg.image_tokens, temperature=1.0, top_k=0, top_p=1.0, sample_logits=False, **guidance
@@ -123,18 +127,22 @@ def tokenizer(folder: Path, name: str, side: int) -> None:
 def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--image", type=int, default=64, help="side of the tokenizers' images in pixels")
+    p.add_argument("--tiny", action="store_true", help="grids of 4 x 4 to 8 x 8 tokens")
     a = p.parse_args()
     llamagen()
     warnings.filterwarnings("ignore", category=FutureWarning)
     print("largest differences in fp32, equal weights")
+    cfg, pretrained, larger = (
+        (replace(CFG, image_tokens=16), 16, (6, 8)) if a.tiny else (CFG, 256, (24, 32))
+    )  # 384, 512 pixels
     with tempfile.TemporaryDirectory() as place:
-        network(Path(place))
-        for side in (24, 32):  # 384 and 512 pixels
+        network(Path(place), cfg, INTERVALS)
+        for side in larger:
             print(f" {side} x {side} tokens")
-            large = replace(CFG, image_tokens=side * side)
-            if side == 24:
+            large = replace(cfg, image_tokens=side * side)
+            if side == larger[0]:
                 network(Path(place), large)
-            resized(replace(CFG, image_tokens=256), large)
+            resized(replace(cfg, image_tokens=pretrained), large)
         for name in ("VQ-16", "VQ-8"):
             tokenizer(Path(place), name, a.image)
 

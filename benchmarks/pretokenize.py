@@ -1,6 +1,7 @@
 """Images per second of `megastar pretokenize`, compared with LlamaGen's extraction loop with equal random VQ-16 weights.
 
-LLAMAGEN_DIR=<a checkout of github.com/FoundationVision/LlamaGen> python -m benchmarks.pretokenize [IMAGES] [ROUNDS]
+LLAMAGEN_DIR=<a checkout of github.com/FoundationVision/LlamaGen> python -m benchmarks.pretokenize [--images 4] [--rounds 2]
+LLAMAGEN_DIR=... python -m benchmarks.pretokenize --tiny        # one image of 32 pixels; its times mean nothing
 
 The reference is the loop of autoregressive/train/extract_codes_c2i.py on this device: a DataLoader of batch size 1 that
 makes ten crops, LlamaGen's VQModel, one .npy per image and one per label. torchvision is not used (it cannot be installed
@@ -11,6 +12,7 @@ equal in float64, so that rounding decides between them.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -37,22 +39,21 @@ from megastar.tokenizer.io import load_tokenizer, save_tokenizer
 from megastar.tokenizer.vq import VQModel
 from tests.unit.data.images.test_dataset import tenfold
 
-SIZE = 256
 TIE = 1e-4  # maximum difference of squared distances on the unit sphere, which are between 0 and 4
 
 
 class TenCrops(Dataset):
     """ImageFolder with LlamaGen's transform."""
 
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
+    def __init__(self, paths: list[Path], size: int):
+        self.paths, self.size = paths, size
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         with Image.open(self.paths[i], formats=FORMATS) as image:
-            crops = tenfold(image.convert("RGB"), SIZE, 1.1)
+            crops = tenfold(image.convert("RGB"), self.size, 1.1)
         tensors = [torch.from_numpy(np.array(c)).permute(2, 0, 1).contiguous().float().div(255) for c in crops]
         return torch.stack(tensors).sub_(0.5).div_(0.5), 0
 
@@ -67,15 +68,17 @@ def peer_model(model: VQModel):
     sys.path.insert(0, folder)
     from tokenizer.tokenizer_image.vq_model import VQ_models
 
-    peer = VQ_models["VQ-16"](codebook_size=16384, codebook_embed_dim=8).eval()
+    peer = VQ_models["VQ-16"](codebook_size=model.config.codebook_size, codebook_embed_dim=8).eval()
     missing, unexpected = peer.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"quantize.codebook_used"}, (missing, unexpected)
     return peer
 
 
 @torch.no_grad()
-def llamagen(peer, paths: list[Path], out: Path) -> None:
-    for n, (x, y) in enumerate(DataLoader(TenCrops(paths), batch_size=1, num_workers=len(os.sched_getaffinity(0)))):
+def llamagen(peer, paths: list[Path], size: int, out: Path) -> None:
+    for n, (x, y) in enumerate(
+        DataLoader(TenCrops(paths, size), batch_size=1, num_workers=len(os.sched_getaffinity(0)))
+    ):
         _, _, [_, _, indices] = peer.encode(x.flatten(0, 1))
         np.save(out / f"{n}.npy", indices.reshape(1, 10, -1).numpy())
         np.save(out / f"{n}.label.npy", y.numpy())
@@ -90,7 +93,7 @@ def compare(model: VQModel, paths: list[Path], ours: np.ndarray, theirs: np.ndar
         exact.load_state_dict(model.state_dict())
         book = torch.nn.functional.normalize(exact.quantize.embedding.weight, dim=-1)
     for n, view, t in differ:
-        crop = tenfold(Image.open(paths[n], formats=FORMATS).convert("RGB"), SIZE, 1.1)[view]
+        crop = tenfold(Image.open(paths[n], formats=FORMATS).convert("RGB"), model.config.image_size, 1.1)[view]
         image = torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None].double().div(255).sub(0.5).div(0.5)
         z = torch.nn.functional.normalize(exact.latents(image)[0].flatten(1).T[t], dim=-1)
         near = [(z - book[int(c[n, view, t])]).square().sum() for c in (ours, theirs)]
@@ -98,7 +101,14 @@ def compare(model: VQModel, paths: list[Path], ours: np.ndarray, theirs: np.ndar
     return len(differ)
 
 
-def main(count: int = 4, rounds: int = 2) -> None:
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--images", type=int, default=4)
+    p.add_argument("--rounds", type=int, default=2)
+    p.add_argument("--tiny", action="store_true", help="one image of 32 pixels, a narrow tokenizer")
+    a = p.parse_args()
+    count, rounds = (1, 1) if a.tiny else (a.images, a.rounds)
+    config = TokenizerConfig(image_size=32, channels=32, codebook_size=512) if a.tiny else TokenizerConfig()
     with tempfile.TemporaryDirectory() as name:
         folder, rng = Path(name), np.random.default_rng(0)
         (folder / "pictures" / "class").mkdir(parents=True)
@@ -107,7 +117,7 @@ def main(count: int = 4, rounds: int = 2) -> None:
             coarse.resize((400, 350), Image.Resampling.BICUBIC).save(folder / f"pictures/class/{i:03d}.jpg", quality=95)
         paths = sorted((folder / "pictures" / "class").iterdir())
         torch.manual_seed(0)
-        save_tokenizer(VQModel(TokenizerConfig()), folder / "vq.safetensors", {}, torch.float32)
+        save_tokenizer(VQModel(config), folder / "vq.safetensors", {}, torch.float32)
         model = load_tokenizer(folder / "vq.safetensors")
         peer = peer_model(model)
         cores = len(os.sched_getaffinity(0))
@@ -122,7 +132,7 @@ def main(count: int = 4, rounds: int = 2) -> None:
                 waited.append(p.waiting)
             seconds["megastar"].append(time.perf_counter() - start)
             start = time.perf_counter()
-            llamagen(peer, paths, folder)
+            llamagen(peer, paths, config.image_size, folder)
             seconds["LlamaGen"].append(time.perf_counter() - start)
             print("  ".join(f"{k} {v[-1]:.1f} s" for k, v in seconds.items()), flush=True)
         pretokenize(folder / "pictures", None, folder / "vq.safetensors", folder / "out", console=Console())
@@ -141,4 +151,4 @@ def main(count: int = 4, rounds: int = 2) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()

@@ -2,6 +2,7 @@
 
 LLAMAGEN_DIR=/path/to/LlamaGen python -m benchmarks.sampling [--batches 1,16,64] [--dtype fp32] [--tokens 256]
     [--layers 6 --heads 6 --dim 384] [--repeats 3] [--profile]
+LLAMAGEN_DIR=/path/to/LlamaGen python -m benchmarks.sampling --tiny        # seconds; its times mean nothing
 
 Both sample the same number of tokens with equal random weights, dtype and threads, taking turns in one process, so that
 other load affects both; values are medians over the repetitions. ``--clock cpu``, the default on a CPU, measures CPU
@@ -84,7 +85,10 @@ def main() -> None:
     p.add_argument("--profile", action="store_true", help="profile megastar's sampler at the last batch size")
     for name, value in (("tokens", 256), ("layers", 6), ("heads", 6), ("dim", 384), ("vocab", 16384)):
         p.add_argument(f"--{name}", type=int, default=value)
+    p.add_argument("--tiny", action="store_true", help="16 tokens of a network of one narrow block")
     a = p.parse_args()
+    if a.tiny:
+        a.batches, a.repeats, a.tokens, a.layers, a.heads, a.dim, a.vocab = "2", 1, 16, 1, 2, 32, 64
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(a.threads)
     clock = a.clock or ("cpu" if a.device == "cpu" else "wall")
@@ -117,7 +121,9 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in rows}
         for _ in range(a.repeats):
             for name, work in rows.items():
-                times[name].append(seconds(work, tick))
+                drawn: list[torch.Tensor] = []
+                times[name].append(seconds(lambda work=work, drawn=drawn: drawn.append(work()), tick))
+                assert tuple(drawn[0].shape) == (batch, a.tokens), f"{name}: tokens {tuple(drawn[0].shape)}"
         mine = statistics.median(times["megastar"])
         for name, some in times.items():
             m = statistics.median(some)

@@ -18,7 +18,7 @@ from megastar.config.convert import convert, shown, type_name
 from megastar.config.deepspeed import deepspeed_problems
 from megastar.config.env_text import ENV, EnvText, keep_expressions, recorded, resolve
 from megastar.config.files import find_file, read_yaml, require_file
-from megastar.config.model_sizes import unset_sizes
+from megastar.config.model_sizes import unset_sizes, unset_sizes_of_base
 from megastar.config.rules.problem import Problem, divisors, words
 from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
 from megastar.config.validate import find_problems
@@ -105,7 +105,7 @@ def _load(
 ) -> T:
     problems: list[Problem] = []
     overrides = recorded(list(overrides))  # of a comparison's file
-    unset = unset_sizes(data, overrides)
+    unset = unset_sizes_of_base(data, overrides, near) if schema is CompareConfig else unset_sizes(data, overrides)
     includes = _Includes(schema, near, problems, [text.partition("=")[0] for text in overrides])
     data = includes.expand(data, schema)
     for text in overrides:
@@ -122,11 +122,11 @@ def _load(
         problems.append(Problem(f"{field}: its ${{...}} cannot be resolved ({sentence[0]})", ()))
         raise UserError(_report(str(where or "command line"), [p.text for p in problems])) from error
     keep_expressions(cfg, config, data)
-    if isinstance(cfg, RunConfig):
-        cfg.model.leave_unset(unset)
+    run = cfg.base if isinstance(cfg, CompareConfig) else cfg
+    if isinstance(run, RunConfig):
+        run.model.leave_unset(unset)
     invalid = {name for problem in problems for name in problem.fields}
     problems += [p for p in find_problems(cfg) if not any(_concerns(p, b) for b in invalid)]
-    run = cfg.base if isinstance(cfg, CompareConfig) else cfg
     if (
         files
         and isinstance(run, RunConfig)

@@ -8,8 +8,11 @@ the sizes are taken, the fields have those defaults, which `megastar plan` uses 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from megastar.config.files import read_yaml, require_file
 from megastar.config.schema import RunConfig
 from megastar.config.validate import find_problems
 from megastar.errors import UserError
@@ -27,6 +30,17 @@ def unset_sizes(data: Mapping[str, Any], overrides: Sequence[str]) -> frozenset[
             given = {size for size in SIZES_OF_DATA if size in value and "{" in value}
         given.add(name.removeprefix("model."))
     return frozenset(SIZES_OF_DATA) - given
+
+
+def unset_sizes_of_base(data: dict[str, Any], overrides: Sequence[str], near: Path | None) -> frozenset[str]:
+    """The unset sizes of the section ``base`` of a comparison: its fields, or the path of a run file."""
+    base = data.get("base")
+    for text in overrides:
+        base = text.removeprefix("base=") if text.startswith("base=") else base
+    with suppress(UserError):  # reported where the file is included
+        base = read_yaml(require_file(base, "base", near)) if isinstance(base, str) else base
+    own = [text.removeprefix("base.") for text in overrides if text.startswith("base.")]
+    return unset_sizes(base if isinstance(base, dict) else {}, own)
 
 
 def take_sizes(cfg: RunConfig, sizes: Mapping[str, int], origin: str) -> list[str]:

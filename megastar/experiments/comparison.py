@@ -17,7 +17,15 @@ from megastar.errors import UserError
 from megastar.experiments import figures, tables
 from megastar.experiments.evaluation import Evaluation, find_tokenizer
 from megastar.experiments.job_queue import Attempt, Job, JobQueue, QueueStopped, last_step, tail
-from megastar.experiments.plan import PlannedRun, check_folder, check_order, codes_folder, is_trained, needed_splits
+from megastar.experiments.plan import (
+    PlannedRun,
+    check_folder,
+    check_order,
+    codes_folder,
+    is_trained,
+    needed_splits,
+    take_sizes_of_codes,
+)
 from megastar.experiments.results import Results, gather
 from megastar.run_dir.layout import METRICS
 from megastar.run_dir.lease import hold
@@ -49,6 +57,9 @@ class Comparison:
             check_folder(self.cfg, self.runs)
             save_config(self.cfg, self.out / "compare.yaml")
             self.pretokenize()
+            if text := take_sizes_of_codes(self.cfg, self.runs):
+                self.console.print(text, highlight=False, markup=False)
+                save_config(self.cfg, self.out / "compare.yaml")
             self.evaluation.check()
             self.digests = check_order(self.runs)
             for run in self.runs:

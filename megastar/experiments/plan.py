@@ -10,7 +10,9 @@ from pathlib import Path
 
 from megastar.config.comparison import CompareConfig
 from megastar.config.load import diff_configs, load_compare_config, load_config, override_config
+from megastar.config.model_sizes import take_sizes
 from megastar.config.schema import RunConfig
+from megastar.config.validate import find_problems
 from megastar.errors import UserError
 from megastar.run_dir.checkpoint_dir import folder_of, latest, name_of
 from megastar.run_dir.layout import CONFIG
@@ -102,6 +104,26 @@ def plan_runs(cfg: CompareConfig, gpus: int) -> list[PlannedRun]:
             runs.append(PlannedRun(label, name, seed, override_config(cfg.base, overrides, f"variant {name}")))
     check_fair(runs, cfg.curve.every)
     return runs
+
+
+def take_sizes_of_codes(cfg: CompareConfig, runs: Iterable[PlannedRun]) -> str:
+    """Set the unset sizes of all models from the manifest of the training codes, if that exists; a sentence about them.
+
+    Raises ``UserError`` for sizes that do not fit the rest of the configuration.
+    """
+    from megastar.data.shards.manifest import load_manifest
+    from megastar.data.storage.shard_info import MANIFEST
+
+    folder = codes_folder(cfg, "train")
+    if not cfg.base.model.unset or not (Path(folder) / MANIFEST).is_file():
+        return ""
+    sizes, origin = load_manifest(folder).model_sizes, f"the manifest of {folder}"
+    for run in runs:
+        take_sizes(run.cfg, sizes, origin)
+    told = take_sizes(cfg.base, sizes, origin)
+    if problem := next(iter(find_problems(cfg)), None):
+        raise UserError(f"{told[0]}: {problem.text}")
+    return "; ".join(told)
 
 
 def changed_fields(cfg: CompareConfig, run: PlannedRun) -> list[str]:

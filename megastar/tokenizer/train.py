@@ -104,6 +104,7 @@ class TokenizerTrainer:
         # The random numbers of k-means and revivals, the same on all ranks.
         self.draws = torch.Generator()
         self.draws.set_state(torch.get_rng_state())
+        self.batch_uses: Tensor | None = None  # uses of each code in the last step on this rank
         self.uses = torch.zeros(
             c.tokenizer.codebook_size, dtype=torch.long
         )  # of each code, on this rank, since a revival
@@ -164,14 +165,13 @@ class TokenizerTrainer:
             if self.step < c.continuous_steps:
                 recon = self.model.decode(self.model.quantize.unquantized(z))
                 vq = z.new_zeros((), dtype=torch.float32)
-                batch_codes: dict[str, float] = {}
+                self.batch_uses = None
             else:
                 q = self.model.quantize(z, c.entropy_temperature if c.entropy else None)
                 recon = self.model.decode(q.latents)
                 vq = q.codebook_loss + c.commitment * q.commitment_loss + c.entropy * q.entropy_loss
-                uses = torch.bincount(q.codes.flatten().cpu(), minlength=len(self.uses))
-                self.uses += uses
-                batch_codes = {f"batch_{name}": value for name, value in code_statistics(uses).items()}
+                self.batch_uses = torch.bincount(q.codes.flatten().cpu(), minlength=len(self.uses))
+                self.uses += self.batch_uses
             recon = recon.float()
             l2 = (recon - images).square().mean()
             perceptual = self.perceptual(images, recon) if self.perceptual else l2.new_zeros(())
@@ -195,9 +195,17 @@ class TokenizerTrainer:
             self._set_codebook(z.detach())
         elif c.revive_every and self.step > c.continuous_steps and self.step % c.revive_every == 0:
             self._revive(z.detach())
-        return {name: value.detach() for name, value in metrics.items()} | {
-            name: torch.tensor(value) for name, value in batch_codes.items()
-        }
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def batch_codes(self) -> dict[str, float]:
+        """``batch_codes_used`` and ``batch_perplexity`` of the last step's global batch; {} without quantization.
+
+        Called by all ranks alike.
+        """
+        if self.batch_uses is None:
+            return {}
+        uses = self.replicas.sum(self.batch_uses.to(self.device)).cpu()
+        return {f"batch_{name}": value for name, value in code_statistics(uses).items()}
 
     def _train_discriminator(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         if self.discriminator is None or self.d_optimizer is None or self.step < self.c.adversarial_start:

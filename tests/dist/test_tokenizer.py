@@ -106,8 +106,9 @@ def difference(a: Path, b: Path) -> float:
 
 def assert_equal(out: Path, one: Path) -> None:
     assert difference(out, one) < 1e-5
+    codes = ("batch_codes_used", "batch_perplexity")  # of the global batch
     for a, b in zip(rows_of(one), rows_of(out), strict=True):
-        for name in ("step", "loss", "l2", "vq", "grad_norm", "discriminator", "dead", "lr"):
+        for name in ("step", "loss", "l2", "vq", "grad_norm", "discriminator", "dead", "lr", *codes):
             assert a.get(name) == pytest.approx(b.get(name), abs=1e-5), name
 
 

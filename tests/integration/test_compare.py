@@ -27,6 +27,8 @@ STEPS = 40
 def write_comparison(world, folder: Path) -> Path:
     """Two variants, two seeds, fp32; scores use the validation images."""
     base = yaml.safe_load(world.write_config(folder / "run.yaml", folder / "run").read_text())
+    for size in ("vocab_size", "num_classes", "image_tokens"):
+        del base["model"][size]  # of the codes
     base["train"] |= {"steps": STEPS, "save_every": 20, "val_every": STEPS}
     file = folder / "compare.yaml"
     fields = {
@@ -65,6 +67,11 @@ def test_a_comparison_is_interrupted_continued_and_finished(world, tmp_path, cap
     assert done and max(done.values()) < STEPS, "the runs ended before the signal: the test proves nothing"
     saved = [latest(out / "runs" / name / "checkpoints") for name in done]
     assert any(saved), "a started run saves when it is stopped"
+    sizes = (
+        f"model.vocab_size = 64, model.num_classes = 3, model.image_tokens = 16, from the manifest of {world.folder}"
+    )
+    assert sizes in " ".join((tmp_path / "first.log").read_text().split())
+    assert yaml.safe_load((out / "compare.yaml").read_text())["base"]["model"]["num_classes"] == 3
 
     assert main(["compare", str(config)]) == 0
     printed = capsys.readouterr().out

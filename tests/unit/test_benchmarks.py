@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.stand_in.llamagen import write_checkout
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
     "attention": ("--repeats 1 --blocks 1 --batch 1", "masked / plain causal"),
@@ -20,19 +22,25 @@ TINY = {
     "first_batch": ("--shards 2 --megabytes 0.1 --window 1 --batch 8 --repeats 1", "S3, empty cache"),
     "guard_cost": ("--row --batch 2 --repeats 1", "mean with a row"),
     "loader": ("--samples 200 --shard 50 --batch 8 --seconds 0.1 --repeats 1 --only plain,packed", "megastar, packed"),
+    "llamagen_parity": ("--tiny --image 32", "VQ-8: LlamaGen loads all weights after the reverse conversion"),
     "loss_head": ("--rows 64 --dim 32 --vocabulary 256 --repeats 1", "megastar: chunks"),
     "optimizer.muon_step": ("--tiny", "Muon"),
     "parallel_step": ("--ranks 2 --tiny", "zero3, tensor 2 x data 1"),
+    "pretokenize": ("--tiny", "codes: 40 of 40 equal, 0 ties"),
+    "sampling": ("--tiny", "LlamaGen generate"),
     "tokenizer/ranks": ("--tiny", "two ranks / one ="),
     "vocab_parallel": ("--ranks 2 --size nano --rows 16 --repeats 1", "vocabulary-parallel"),
 }
+PEERS = ("llamagen_parity", "pretokenize", "sampling")  # compare with LlamaGen: here with a stand-in
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_the_benchmark_runs(name, tmp_path):
     words, last = TINY[name]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    module = name in ("convert", "optimizer.muon_step")  # these import from other benchmarks or tests
+    if name in PEERS:
+        environment["LLAMAGEN_DIR"] = str(write_checkout(tmp_path))
+    module = name in ("convert", "optimizer.muon_step", *PEERS)  # these import from other benchmarks or tests
     script = ["-m", f"benchmarks.{name}"] if module else [str(ROOT / f"benchmarks/{name}.py")]
     command = [sys.executable, *script, *words.split()]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -10,33 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.stand_in.llamagen import write_checkout
+
 ROOT = Path(__file__).resolve().parents[2]
-# megastar's network behind LlamaGen's interface. WORK: what the step does with its batch.
-STAND_IN = """
-import dataclasses
-
-import torch.nn.functional as F
-
-from megastar.config.schema import ModelConfig
-from megastar.model import transformer
-
-
-def ModelArgs(block_size, **fields):
-    return ModelConfig(image_tokens=block_size, **fields)
-
-
-class Transformer(transformer.Transformer):
-    def forward(self, cond_idx, idx, targets):
-        WORK
-        logits = super().forward(cond_idx, idx).logits
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-"""
 
 
 def bench(tmp_path: Path, *words: str, work: str = "pass") -> subprocess.CompletedProcess:
-    folder = tmp_path / "autoregressive/models"
-    folder.mkdir(parents=True)
-    (folder / "gpt.py").write_text(STAND_IN.replace("WORK", work))
+    write_checkout(tmp_path, work=work)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LLAMAGEN_DIR": str(tmp_path)}
     command = [sys.executable, str(ROOT / "benchmarks/step.py"), "--tiny", *words]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from megastar.config.rules.problem import Problem, words
 from megastar.config.schema import TokenizerConfig, TokenizerTrainConfig
 
+PATCH_GAN = 24  # pixels: its three strides of 2 and two convolutions without leave one logit
+
 
 def tokenizer_problems(t: TokenizerConfig) -> Iterator[Problem]:
     here = "tokenizer."
@@ -96,6 +98,18 @@ def tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
         yield Problem(
             f"{given} = {getattr(cfg, given)}: LPIPS needs both files, and {other} is empty: name it, or leave out both",
             (given, other),
+        )
+    elif cfg.lpips_vgg and not cfg.perceptual:
+        yield Problem(
+            f"lpips_vgg = {cfg.lpips_vgg}: not used with perceptual 0: set perceptual above 0, or leave out lpips_vgg and "
+            f"lpips_linear",
+            ("lpips_vgg", "perceptual"),
+        )
+    if cfg.adversarial and cfg.tokenizer.image_size < PATCH_GAN:
+        yield Problem(
+            f"adversarial = {cfg.adversarial}: the discriminator needs images of at least {PATCH_GAN} pixels, and "
+            f"tokenizer.image_size is {cfg.tokenizer.image_size}: set adversarial to 0",
+            ("adversarial", "tokenizer.image_size"),
         )
     if not cfg.pictures:
         yield Problem("pictures is empty: name a folder of class folders, a .tar, or a folder of tars", ("pictures",))

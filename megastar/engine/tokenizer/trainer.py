@@ -220,7 +220,7 @@ class _Run:
         row: dict[str, Any] = {}
         if step % cfg.log_every == 0 or step == cfg.steps:
             means = self.replicas.sum(torch.stack([v.double() for v in found.values()])) / self.ctx.world
-            row = dict(zip(found, means.tolist(), strict=True))
+            row = dict(zip(found, means.tolist(), strict=True)) | self.trainer.batch_codes()
             row |= {"lr": learning_rate(step - 1, cfg), "dead": self.trainer.dead}
         self.metrics.step(step, cfg.batch, row)
 

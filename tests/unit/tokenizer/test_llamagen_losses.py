@@ -123,6 +123,22 @@ def test_wrong_lpips_files_get_a_sentence(files, tmp_path):
     for one, other in (("lpips_vgg", "lpips_linear"), ("lpips_linear", "lpips_vgg")):
         with pytest.raises(UserError, match=f"{one} = f: LPIPS needs both files, and {other} is empty"):
             load_tokenizer_config(None, ["pictures=p", f"{one}=f"])
+    unused = r"lpips_vgg = f: not used with perceptual 0: set perceptual above 0, or leave out"
+    with pytest.raises(UserError, match=unused):
+        load_tokenizer_config(None, ["pictures=p", "lpips_vgg=f", "lpips_linear=g", "perceptual=0"])
+
+
+@pytest.mark.parametrize("kind", ["small", "llamagen"])
+def test_the_smallest_images_of_the_discriminator(kind):
+    """One logit an image of 24 pixels; smaller ones are refused before anything is built."""
+    net = PatchDiscriminator(batch_norm=kind == "llamagen")
+    assert net(torch.randn(2, 3, 24, 24)).shape == (2, 1, 1, 1)
+    with pytest.raises(RuntimeError):
+        net(torch.randn(2, 3, 23, 23))
+    words = ["pictures=p", "adversarial=0.5", f"discriminator={kind}", "tokenizer.channel_multipliers=[1,1]"]
+    load_tokenizer_config(None, [*words, "tokenizer.image_size=24"])
+    with pytest.raises(UserError, match="adversarial = 0.5: the discriminator needs images of at least 24 pixels, and"):
+        load_tokenizer_config(None, [*words, "tokenizer.image_size=22"])
 
 
 def test_patchgan_is_taming_transformers():
