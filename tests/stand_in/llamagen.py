@@ -50,11 +50,17 @@ def generate(model, cond, count, cfg_scale=1.0, cfg_interval=-1, temperature=1.0
     return tokens
 """
 TOKENIZER = """
+import torch
+
 from megastar.config.schema import TokenizerConfig
 from megastar.tokenizer.vq import VQModel
 
 
 class Model(VQModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.quantize.register_buffer("codebook_used", torch.zeros(65536))
+
     def encode(self, images):
         codes = super().encode(images)
         return None, None, (None, None, codes.flatten())
