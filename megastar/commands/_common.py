@@ -87,9 +87,9 @@ def logging_options() -> list[str]:
 def config_and_overrides(items: list[str]) -> tuple[str | None, list[str]]:
     """Split ``[CONFIG] a.b=c ...``. Raises ``UserError`` for a second file.
 
-    The path of CONFIG may contain ``=``: a field name contains no slash, and an override is not an existing file.
+    The path of CONFIG may contain ``=``: a field name contains no slash, and an existing file is not an override.
     """
-    files = [i for i in items if "=" not in i or "/" in i.partition("=")[0] or Path(i).is_file()]
+    files = [i for i in items if "=" not in i or "/" in i.partition("=")[0] or os.path.isfile(i)]
     if len(files) > 1:
         raise UserError(f"two configurations, {files[0]} and {files[1]}: give one; write fields as section.field=value")
     return (files[0] if files else None), [i for i in items if i not in files]

@@ -95,8 +95,11 @@ def describe_machine(args: argparse.Namespace) -> Machine:
     from megastar.parallel.cost import GPUS, Machine
 
     if args.gpu not in GPUS:
+        # Of several GPUs of one name, which differ in memory, the larger one first.
+        alike = sorted((g for g in GPUS if g.split("-")[0] == args.gpu.lower()), key=lambda g: -GPUS[g].memory)
+        known = f"choose {' or '.join(alike)}." if alike else nearest(args.gpu, GPUS)
         raise UserError(
-            f"gpu {args.gpu!r} is unknown: {nearest(args.gpu, GPUS)} "
+            f"gpu {args.gpu!r} is unknown: {known} "
             "For another GPU give the closest type and override --memory, --tflops, --hbm, --nvlink, --network"
         )
     overrides = {name: getattr(args, name) for name in MEASURES if getattr(args, name) is not None}
