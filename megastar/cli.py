@@ -115,5 +115,9 @@ def run(words: list[str]) -> int:
     name = words[0]
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: {nearest(name, COMMANDS)}")
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the working directory was removed: change to another one") from error
     module = importlib.import_module(f"megastar.commands.{COMMANDS[name][0]}")
     return module.main(words[1:]) or 0

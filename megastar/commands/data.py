@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, bounded, positive, print_table
+from megastar.commands._shared.outputs import check_outputs
 from megastar.config.knob import MOST_SECONDS
 from megastar.config.schema import DataConfig
 from megastar.errors import UserError, nearest
-from megastar.utils.files import check_output
 from megastar.utils.printable import one_line, say
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def main(words: list[str]) -> int:
 
     console = PlainConsole(stderr=True)  # for progress; standard output is for results
     a = parser(words[0]).parse(words[1:], console)
+    check_outputs({}, folders={"--cache": getattr(a, "cache", "")})
     data = DataConfig(cache=getattr(a, "cache", ""), patience=a.patience)
     return {"inspect": inspect, "verify": check, "stats": stats, "index": index}[words[0]](a, data, console)
 
@@ -193,7 +194,7 @@ def index(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
 
     classes = None if a.classes is None else read_class_names(a.classes)
     if "://" not in a.set and Path(a.set).is_dir():
-        check_output(Path(a.set), "SET", folder=True)
+        check_outputs({}, folders={"SET": a.set})
     from megastar.data.shards.import_webdataset import index_webdataset
 
     manifest = index_webdataset(

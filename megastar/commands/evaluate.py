@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megastar.commands._common import Parser, add_score_options, check_outputs, positive, score_options_of, seed
+from megastar.commands._common import Parser, add_score_options, positive, score_options_of, seed
+from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
 from megastar.utils.redact import redact
 

@@ -7,7 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, check_outputs, natural, positive
+from megastar.commands._common import Parser, natural, positive
+from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def main(words: list[str]) -> int:
     from megastar.version import __version__
 
     console = shared_console()
+    check_outputs({"--out": a.out}, a.tokenizer)
     folders = [f for source in a.runs for f in find_runs(Path(source))]
     names = run_names(folders, a.names)
     out = a.out or Path(a.runs[0]) / "report.html"
