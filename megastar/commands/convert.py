@@ -108,11 +108,8 @@ def check(a: argparse.Namespace) -> None:
     if a.weights and a.source.is_dir() and a.weights not in ("ema", "student"):
         raise UserError(f"--weights {a.weights}: a run has the weights ema and student: give one of them")
     if a.out:
-        as_folder = a.to in FOLDERS or a.out.is_dir()  # an existing one: the format's own message
-        outputs = {"--out": a.out}
-        check_outputs(
-            {} if as_folder else outputs, a.source, a.tokenizer, a.config, folders=outputs if as_folder else {}
-        )
+        inputs, out = (a.source, a.tokenizer, a.config), {"--out": a.out}
+        check_outputs({} if a.to in FOLDERS else out, *inputs, folders=out if a.to in FOLDERS else {})
     if a.to == "checkpoint" and a.data is None:
         raise UserError("--to checkpoint needs --data, the number of data ranks (and --tensor, default 1)")
 

@@ -151,11 +151,11 @@ def main(words: list[str]) -> int:
     if a.score and (a.npz or a.out):
         raise UserError("--score keeps no images: leave out --npz and --out, or score an .npz with megastar evaluate")
     grid = None if a.score else a.out or Path("samples.png")
-    for path in filter(None, (grid, a.npz)):
-        check_regular(path)
     source = a.source if a.source and Path(a.source).is_file() else None
     files = {"--out": grid, "--npz": a.npz, "--score": a.score}
     check_outputs(files, source, a.tokenizer, a.real, folders={"--folder": a.folder})
+    for path in filter(None, (grid, a.npz)):
+        check_regular(path)  # they are renamed into place
     if a.nproc > 1 and world == 1:
         from megastar.commands._launch import launch
 
