@@ -116,7 +116,7 @@ def table_of(found: list[Status]) -> Table:
 
 def lines_of(s: Status) -> dict[str, str]:
     """Property -> text; every run has the same properties."""
-    from megastar.run_dir.status import duration
+    from megastar.utils.clock import duration
 
     share = f", {s.step / s.steps:.1%}" if s.steps else ""
     data_wait = ""
