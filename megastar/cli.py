@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """``megastar COMMAND``. Each command is a module of megastar/commands, imported only when it runs."""
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megastar.commands._common import place_of, report_error
+from megastar.commands._shared import completion
 from megastar.errors import MissingRanks, UserError, as_user_error, nearest
 from megastar.utils.hostname import shorten_dns_timeout
 from megastar.utils.parent import end_with_launcher
@@ -54,6 +56,8 @@ def usage() -> str:
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``main`` and end the process."""
+    if completion.VARIABLE in os.environ:
+        completion.complete(COMMANDS)
     shorten_dns_timeout()
     tolerate_any_text()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, bounded, positive, print_table
+from megastar.commands._shared.json_output import SetReport, only_json
 from megastar.commands._shared.outputs import check_outputs
 from megastar.config.knob import MOST_SECONDS
 from megastar.config.schema import DataConfig
@@ -117,13 +118,13 @@ def inspect(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
     from megastar.data.shards.class_counts import class_summary, count_classes
     from megastar.data.shards.reader import ShardSet
 
-    with closing(ShardSet(a.set, data=data, max_open=1)) as shards:
+    with only_json(a.json) as print_json, closing(ShardSet(a.set, data=data, max_open=1)) as shards:
         rows, first = describe(shards.manifest), first_samples(shards, a.samples)
         summary = class_summary(shards.store, shards.manifest)
         counts = count_classes(shards.store, shards.manifest)
-    if a.json:
-        print(json.dumps({"set": a.set, **rows, "class_counts": counts, "first": first}, indent=1))
-        return 0
+        if a.json:
+            print_json(SetReport(set=a.set, **rows, class_counts=counts, first=first))
+            return 0
     names, made_by, skipped = (rows.pop(name) for name in ("class_names", "made_by", "skipped"))
     rows["bytes"] = decimal(rows["bytes"])
     rows["classes"] = f"{len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"

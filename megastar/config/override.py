@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -66,3 +66,25 @@ def parse_as(hint: Any, raw: str) -> Any:
     if hint is Path or (is_dataclass(hint) and not raw.lstrip().startswith("{")):
         return None if raw.strip() in ("", "null", "~") else parse_text(raw)
     return parse_value(raw)
+
+
+def names_of(schema: type, prefix: str = "") -> list[str]:
+    """The dotted names of all fields of the dataclass ``schema``, in its order; sections before their fields."""
+    names = []
+    for field, hint in get_type_hints(schema).items():
+        names.append(prefix + field)
+        if is_dataclass(hint):
+            names += names_of(hint, f"{prefix}{field}.")  # type: ignore[arg-type]
+    return names
+
+
+def choices_of(schema: type, name: str) -> list[str]:
+    """The values that the field with this dotted name can have; none where it is not one of a few words."""
+    section, _, last = name.rpartition(".")
+    owner = type_of(schema, section) if section else schema
+    if not is_dataclass(owner):
+        return []
+    found = [f for f in fields(owner) if f.name == last]
+    if found and type_of(schema, name) is bool:
+        return ["true", "false"]
+    return [str(c) for f in found for c in f.metadata.get("choices", ())]

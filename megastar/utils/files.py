@@ -67,9 +67,9 @@ def check_output(path: Path, name: str, inputs: Iterable[str | Path | None] = ()
     missing = [part.name for part in (path, *path.parents) if part != there and not os.path.exists(part)]
     probe = there if folder else temporary_path(there / path.name)  # as atomic_file does: the name may be too long
     try:
-        for part in missing:  # of folders to make
+        for folder_name in missing:  # to make
             with suppress(FileNotFoundError):
-                os.lstat(there / part)
+                os.lstat(there / folder_name)
         with tempfile.TemporaryFile(dir=there) if folder else probe.open("xb") as f:
             f.write(bytes(4096))
             f.flush()
