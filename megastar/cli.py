@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """``megastar COMMAND``. Each command is a module of megastar/commands, imported only when it runs."""
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megastar.commands._common import place_of, report_error
+from megastar.commands._shared import completion
 from megastar.errors import MissingRanks, UserError, as_user_error, nearest
 from megastar.utils.hostname import shorten_dns_timeout
 from megastar.utils.parent import end_with_launcher
@@ -54,6 +56,8 @@ def usage() -> str:
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``main`` and end the process."""
+    if completion.VARIABLE in os.environ:
+        completion.complete(COMMANDS)
     shorten_dns_timeout()
     tolerate_any_text()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -115,5 +119,9 @@ def run(words: list[str]) -> int:
     name = words[0]
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: {nearest(name, COMMANDS)}")
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the working directory was removed: change to another one") from error
     module = importlib.import_module(f"megastar.commands.{COMMANDS[name][0]}")
     return module.main(words[1:]) or 0

@@ -41,6 +41,7 @@ class Browser:
             os.close(fd)
         self.number, self.buffer, self.session = 0, b"", None
         self.problems: list[str] = []
+        self.allowed: tuple[str, ...] = ("file:", "data:", "about:")  # beginnings of addresses that may be requested
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -89,15 +90,16 @@ class Browser:
             self.problems.append(f"console: {[a.get('value', a.get('description')) for a in p['args']]}")
         elif method == "Log.entryAdded" and p["entry"]["level"] in ("error", "warning"):
             self.problems.append(f"log: {p['entry']['text']}")
-        elif method == "Network.requestWillBeSent" and not p["request"]["url"].startswith(("file:", "data:", "about:")):
+        elif method == "Network.requestWillBeSent" and not p["request"]["url"].startswith(self.allowed):
             self.problems.append(f"request: {p['request']['url']}")
         elif method == "Page.loadEventFired":
             self.events.append(message)
 
     # Actions of a user -----------------------------------------------------------------------------------------------
-    def open(self, file: Path) -> None:
+    def open(self, file: Path | str) -> None:
+        """A file, or a URL."""
         self.events.clear()
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=file if isinstance(file, str) else file.resolve().as_uri())
         while not self.events:
             self.receive()
         self.settle()

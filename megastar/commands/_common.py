@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 from megastar.config.convert import shown
 from megastar.config.knob import MOST_SEED, MOST_THREADS
 from megastar.errors import UserError
-from megastar.utils.files import check_output
+from megastar.utils.hostname import host_name
 from megastar.utils.launcher import LAUNCHED_BY_US, is_launched, place_of
 from megastar.utils.printable import one_entry, one_line, say
 from megastar.utils.redact import redact
@@ -87,9 +87,9 @@ def logging_options() -> list[str]:
 def config_and_overrides(items: list[str]) -> tuple[str | None, list[str]]:
     """Split ``[CONFIG] a.b=c ...``. Raises ``UserError`` for a second file.
 
-    The path of CONFIG may contain ``=``: a field name contains no slash, and an override is not an existing file.
+    The path of CONFIG may contain ``=``: a field name contains no slash, and an existing file is not an override.
     """
-    files = [i for i in items if "=" not in i or "/" in i.partition("=")[0] or Path(i).is_file()]
+    files = [i for i in items if "=" not in i or "/" in i.partition("=")[0] or os.path.isfile(i)]
     if len(files) > 1:
         raise UserError(f"two configurations, {files[0]} and {files[1]}: give one; write fields as section.field=value")
     return (files[0] if files else None), [i for i in items if i not in files]
@@ -139,17 +139,6 @@ class FaultTolerantStream:
         return getattr(self.stream, name)
 
 
-def check_outputs(outputs: Mapping[str, Path | None], *inputs: str | Path | None) -> None:
-    """``check_output`` of each option's file, before the work; two may not be the same file. Raises ``UserError``."""
-    seen: dict[str, str] = {}
-    for name, path in outputs.items():
-        if path is None:
-            continue
-        check_output(path, name, inputs)
-        if (other := seen.setdefault(os.path.realpath(path), name)) != name:
-            raise UserError(f"{other} and {name} both name {path}: give two files")
-
-
 def print_run_folder(folder: str, field: str) -> None:
     """Print the absolute path of ``folder`` for a batch script. Raises ``UserError`` for one that it cannot read."""
     folder = os.path.abspath(folder)
@@ -195,9 +184,16 @@ def own_device(name: str) -> str:
 def report_error(message: str, environ: Mapping[str, str]) -> None:
     """Report a user error once: rank 0 prints it; below our own launcher, which prints it, no rank does.
 
-    Other ranks write it to the error file of torch's launchers, or print it if there is no such file.
+    Other ranks write it to the error file of torch's launchers. Without such a file, as below srun, the first rank of
+    each other node prints it with the node's name, since the cause may be on that node; other ranks are silent.
     """
     message, path = redact(message), environ.get("TORCHELASTIC_ERROR_FILE")
+    with suppress(UserError):  # the launcher's variables are what is wrong
+        rank, _, local = place_of(environ)
+        if rank and not path:
+            if not local:
+                print_error(f"{message} (on {host_name()})")
+            return
     if path and (environ.get("RANK") != "0" or LAUNCHED_BY_US in environ):
         try:
             Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

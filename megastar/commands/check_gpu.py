@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, bounded
+from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
-from megastar.utils.files import check_output, write_json
+from megastar.utils.files import write_json
 from megastar.utils.printable import say
 
 if TYPE_CHECKING:
@@ -58,13 +59,16 @@ def parser() -> Parser:
 
 
 def main(words: list[str]) -> int:
-    import torch
-
     from megastar.utils.console import PlainConsole
-    from megastar.utils.device import pick_device
 
     begun = time.perf_counter()
     args = parser().parse(words, PlainConsole())
+    if not args.tests:
+        check_outputs({"--out": Path(args.out)})
+    import torch
+
+    from megastar.utils.device import pick_device
+
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError(
             "check-gpu needs a CUDA GPU and torch finds none: run it on a machine with a GPU, or use --device cpu "
@@ -105,7 +109,6 @@ class GpuReport:
 
     def __init__(self, path: Path):
         self.path, self.content = path, {"failures": [], "compared": []}  # type: tuple[Path, dict[str, Any]]
-        check_output(path, "--out")
         write_json(path, self.content)
 
     def set(self, key: str, value: Any) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megastar.commands._common import Parser, config_and_overrides, is_launched, terminal_width
+from megastar.commands._shared.outputs import check_outputs
 from megastar.config.comparison import CompareConfig
 from megastar.config.help import fields_text
 from megastar.config.load import config_yaml, load_compare_config
 from megastar.errors import UserError
-from megastar.utils.files import check_output
 from megastar.utils.printable import say
 
 if TYPE_CHECKING:
@@ -62,6 +62,10 @@ def main(words: list[str]) -> int:
     if cfg is not None and a.print_config:
         say(config_yaml(cfg).rstrip("\n"))
         return 0
+    if cfg is not None and not a.dry_run:
+        check_outputs({}, folders={"out =": cfg.out})
+    elif a.redraw is not None and os.path.isdir(a.redraw):
+        check_outputs({}, folders={"--redraw": a.redraw})
     import torch
 
     from megastar.experiments.comparison import Comparison, redraw
@@ -71,8 +75,6 @@ def main(words: list[str]) -> int:
 
     console = shared_console()
     if cfg is None:
-        if os.path.isdir(a.redraw):
-            check_output(Path(a.redraw), "--redraw", folder=True)
         redraw(Path(a.redraw), console)
         return 0
     gpus = torch.cuda.device_count()
@@ -86,7 +88,6 @@ def main(words: list[str]) -> int:
         named = {run.name: run for run in runs}
         if a.evaluate not in named:
             raise UserError(f"--evaluate {a.evaluate}: the runs are {', '.join(named)}")
-        check_output(Path(cfg.out), "out =", folder=True)  # before the weights are read
         Evaluation(cfg).run(named[a.evaluate], console)
         return 0
     return Comparison(cfg, runs, gpus, shlex.join(["megastar", "compare", *a.items]), console).run()

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from megastar.commands._common import Parser, bounded, processes
+from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
-from megastar.utils.files import check_output
 
 EXAMPLES = """
 megastar convert --inspect runs/demo/run                              contents and health of a checkpoint
@@ -29,6 +29,9 @@ ONLY = {  # option -> formats that it applies to
     "data": ("checkpoint",),
     "tensor": ("checkpoint",),
 }
+
+
+FOLDERS = ("universal", "checkpoint")  # formats
 
 
 def parser() -> Parser:
@@ -105,7 +108,8 @@ def check(a: argparse.Namespace) -> None:
     if a.weights and a.source.is_dir() and a.weights not in ("ema", "student"):
         raise UserError(f"--weights {a.weights}: a run has the weights ema and student: give one of them")
     if a.out:
-        check_output(a.out, "--out", (a.source, a.tokenizer, a.config), folder=a.out.is_dir())
+        inputs, out = (a.source, a.tokenizer, a.config), {"--out": a.out}
+        check_outputs({} if a.to in FOLDERS else out, *inputs, folders=out if a.to in FOLDERS else {})
     if a.to == "checkpoint" and a.data is None:
         raise UserError("--to checkpoint needs --data, the number of data ranks (and --tensor, default 1)")
 

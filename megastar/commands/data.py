@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import Parser, bounded, positive, print_table
+from megastar.commands._shared.json_output import SetReport, only_json
+from megastar.commands._shared.outputs import check_outputs
 from megastar.config.knob import MOST_SECONDS
 from megastar.config.schema import DataConfig
 from megastar.errors import UserError, nearest
-from megastar.utils.files import check_output
 from megastar.utils.printable import one_line, say
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def main(words: list[str]) -> int:
 
     console = PlainConsole(stderr=True)  # for progress; standard output is for results
     a = parser(words[0]).parse(words[1:], console)
+    check_outputs({}, folders={"--cache": getattr(a, "cache", "")})
     data = DataConfig(cache=getattr(a, "cache", ""), patience=a.patience)
     return {"inspect": inspect, "verify": check, "stats": stats, "index": index}[words[0]](a, data, console)
 
@@ -116,13 +118,13 @@ def inspect(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
     from megastar.data.shards.class_counts import class_summary, count_classes
     from megastar.data.shards.reader import ShardSet
 
-    with closing(ShardSet(a.set, data=data, max_open=1)) as shards:
+    with only_json(a.json) as print_json, closing(ShardSet(a.set, data=data, max_open=1)) as shards:
         rows, first = describe(shards.manifest), first_samples(shards, a.samples)
         summary = class_summary(shards.store, shards.manifest)
         counts = count_classes(shards.store, shards.manifest)
-    if a.json:
-        print(json.dumps({"set": a.set, **rows, "class_counts": counts, "first": first}, indent=1))
-        return 0
+        if a.json:
+            print_json(SetReport(set=a.set, **rows, class_counts=counts, first=first))
+            return 0
     names, made_by, skipped = (rows.pop(name) for name in ("class_names", "made_by", "skipped"))
     rows["bytes"] = decimal(rows["bytes"])
     rows["classes"] = f"{len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
@@ -193,7 +195,7 @@ def index(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
 
     classes = None if a.classes is None else read_class_names(a.classes)
     if "://" not in a.set and Path(a.set).is_dir():
-        check_output(Path(a.set), "SET", folder=True)
+        check_outputs({}, folders={"SET": a.set})
     from megastar.data.shards.import_webdataset import index_webdataset
 
     manifest = index_webdataset(

@@ -10,12 +10,12 @@ from typing import Any
 
 from megastar.checkpoint.find_weights import SHIPPED_WEIGHTS
 from megastar.commands._common import Parser, config_and_overrides, positive, processes
+from megastar.commands._shared.outputs import check_outputs
 from megastar.config.files import REPOSITORY, find_file
 from megastar.config.load import diff_configs, load_config
 from megastar.config.schema import RunConfig
 from megastar.errors import UserError
 from megastar.run_dir import layout
-from megastar.utils.files import check_output
 from megastar.utils.json_file import ANY, FLOAT, dict_of, integer, read_json, record, text, validator
 from megastar.utils.npz import NpzFile
 
@@ -71,7 +71,9 @@ class Demo:
     def run(self) -> int:
         scores = self.finished()
         if scores is None:
-            check_output(self.folder, "the folder of run =", folder=True)
+            data = self.cfg.data
+            written = {"run =": self.cfg.run, "data.shards =": data.shards, "data.val_shards =": data.val_shards}
+            check_outputs({}, folders=written)
             self.heading("1/4  tokenizing")
             self.pretokenize()
             self.heading("2/4  training")
@@ -96,7 +98,7 @@ class Demo:
 
     def finished(self) -> dict[str, Any] | None:
         """The scores of a completed demo of the same configuration, if any."""
-        if not (self.scores_file.is_file() and self.grid.is_file()):
+        if not (os.path.isfile(self.scores_file) and os.path.isfile(self.grid)):  # False also for an invalid name
             return None
         try:
             scores: dict[str, Any] = read_json(self.scores_file, SCORES)

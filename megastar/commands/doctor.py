@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import TYPE_CHECKING
 
 from megastar.commands._common import Parser, bounded, is_launched, place_of, processes, terminal_width
+from megastar.commands._shared.json_output import DoctorReport, only_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,16 +64,16 @@ def main(words: list[str]) -> int:
 
     rank, world, _ = place_of(os.environ)
     options = DoctorOptions(args.run, args.cache, args.s3, args.upload, args.patience)
-    report = run_checks(options, rank, world, console.print)
     status = 0
-    if report is not None:
-        status = int(report.failed)
-        if args.json:
-            checks = [a.as_dict() for a in report.answers]
-            content = {"ok": not report.failed, "nodes": report.nodes, "ranks": report.ranks, "checks": checks}
-            print(json.dumps(content, indent=1))
-        else:
-            show(report)
+    with only_json(args.json) as print_json:
+        report = run_checks(options, rank, world, console.print)
+        if report is not None:
+            status = int(report.failed)
+            if args.json:
+                checks = [a.as_dict() for a in report.answers]
+                print_json(DoctorReport(not report.failed, report.nodes, report.ranks, checks))
+            else:
+                show(report)
     if hung:  # a thread that waits for a disk or a GPU would keep the process alive
         sys.stdout.flush()
         sys.stderr.flush()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megastar.commands._common import Parser, add_score_options, check_outputs, positive, score_options_of, seed
+from megastar.commands._common import Parser, add_score_options, positive, score_options_of, seed
+from megastar.commands._shared.json_output import only_json
+from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
 from megastar.utils.redact import redact
 
@@ -29,6 +31,7 @@ def parser() -> Parser:
     p.add_argument("--seed", type=seed, default=0, help="seed of KID's subsets")
     p.add_argument("--provenance", type=Path, help="JSON file with the samples' provenance (default: SAMPLES.npz.json)")
     p.add_argument("--out", type=Path, help="JSON file for the scores and their provenance")
+    p.add_argument("--json", action="store_true", help="print what --out holds instead of a table")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     p.add_argument("--batch", type=positive, default=32, help="images per batch")
     return p
@@ -51,8 +54,11 @@ def main(words: list[str]) -> int:
         "console": shared_console(),
         "provenance": provenance | {"command": redact(" ".join(["megastar evaluate", *words]))},
     }
-    if a.tokenizer:
-        evaluate_reconstruction(a.tokenizer, a.real, **options)
-    else:
-        evaluate(a.generated, a.real, generated_subset=a.subset, **options)
+    with only_json(a.json) as print_json:
+        if a.tokenizer:
+            result = evaluate_reconstruction(a.tokenizer, a.real, **options)
+        else:
+            result = evaluate(a.generated, a.real, generated_subset=a.subset, **options)
+        if a.json:
+            print_json(result)
     return 0

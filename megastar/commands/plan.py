@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megastar.commands._common import MOST, Parser, bounded, config_and_overrides, positive, processes, terminal_width
+from megastar.commands._shared.json_output import PlanReport, only_json
 from megastar.errors import UserError, nearest
 from megastar.utils.printable import one_line, say
 
@@ -66,6 +67,11 @@ def parser() -> Parser:
 
 def main(words: list[str]) -> int:
     args = parser().parse(words)
+    with only_json(args.json) as print_json:
+        return plan(args, print_json)
+
+
+def plan(args: argparse.Namespace, print_json: Callable[[object], None]) -> int:
     from megastar.config.load import load_config
     from megastar.data.shards.local_sizes import take_local_sizes
     from megastar.parallel.cost import make_plans, recommend
@@ -85,7 +91,7 @@ def main(words: list[str]) -> int:
     plans.sort(key=lambda p: (not p.fits, p.seconds if p.fits else p.need))
     best = recommend(plans)
     if args.json:
-        print(json.dumps(as_json(cfg, machine, dtype, plans, best), indent=1))
+        print_json(as_json(cfg, machine, dtype, plans, best))
     else:
         show(cfg, machine, dtype, plans, best, args.all)
     return 0 if best else 1
@@ -95,8 +101,11 @@ def describe_machine(args: argparse.Namespace) -> Machine:
     from megastar.parallel.cost import GPUS, Machine
 
     if args.gpu not in GPUS:
+        # Of several GPUs of one name, which differ in memory, the larger one first.
+        alike = sorted((g for g in GPUS if g.split("-")[0] == args.gpu.lower()), key=lambda g: -GPUS[g].memory)
+        known = f"choose {' or '.join(alike)}." if alike else nearest(args.gpu, GPUS)
         raise UserError(
-            f"gpu {args.gpu!r} is unknown: {nearest(args.gpu, GPUS)} "
+            f"gpu {args.gpu!r} is unknown: {known} "
             "For another GPU give the closest type and override --memory, --tflops, --hbm, --nvlink, --network"
         )
     overrides = {name: getattr(args, name) for name in MEASURES if getattr(args, name) is not None}
@@ -295,7 +304,7 @@ def checkpoint_of(cfg: RunConfig, machine: Machine, plan: Plan) -> dict[str, int
     return {"files": machine.gpus + plan.data + 1, "bytes": size}
 
 
-def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: Plan | None) -> dict[str, Any]:
+def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: Plan | None) -> PlanReport:
     from megastar.parallel.cost import assumptions, step_flops
 
     def one(p: Plan) -> dict[str, Any]:
@@ -303,15 +312,14 @@ def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], bes
         derived |= {"images_per_s": cfg.train.global_batch / p.seconds}
         return dataclasses.asdict(p) | derived | {"zero": p.zero.label, "deepspeed": p.zero.file}
 
-    return {
-        "model": cfg.model.name,
-        "dtype": dtype,
-        "global_batch": cfg.train.global_batch,
-        "machine": dataclasses.asdict(machine),
-        "flops": step_flops(cfg),
-        "recommended": one(best) | {"why": why(best, plans), "checkpoint": checkpoint_of(cfg, machine, best)}
-        if best
-        else None,
-        "plans": [one(p) for p in plans],
-        "assumptions": assumptions(cfg),
-    }
+    extra = {"why": why(best, plans), "checkpoint": checkpoint_of(cfg, machine, best)} if best else {}
+    return PlanReport(
+        model=cfg.model.name,
+        dtype=dtype,
+        global_batch=cfg.train.global_batch,
+        machine=machine,
+        flops=step_flops(cfg),
+        recommended=one(best) | extra if best else None,
+        plans=[one(p) for p in plans],
+        assumptions=assumptions(cfg),
+    )

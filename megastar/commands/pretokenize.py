@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 
 from megastar.commands import data
 from megastar.commands._common import (
@@ -21,8 +20,8 @@ from megastar.commands._common import (
     seed,
     threads,
 )
+from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
-from megastar.utils.files import check_output
 
 EXAMPLES = """
 megastar pretokenize assets/emoji64/emoji64.tar --subset train --tokenizer assets/tokenizer/emoji64-vq.safetensors \\
@@ -78,7 +77,7 @@ def main(words: list[str]) -> int:
         return 2 if data.main(["verify", a.out, *logging_options()]) else 0
     if a.source is None or a.tokenizer is None:
         raise UserError("pretokenize needs SOURCE and --tokenizer; see megastar pretokenize --help")
-    check_output(Path(a.out), "--out", [a.source], folder=True)
+    check_outputs({}, a.source, folders={"--out": a.out})
     from megastar.data.images.classes import Choice
     from megastar.data.shards.class_names import read_class_names
 

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import MOST, Parser, bounded, check_outputs, natural, positive, seed
+from megastar.commands._common import MOST, Parser, bounded, natural, positive, seed
+from megastar.commands._shared.outputs import check_outputs
 from megastar.config.convert import shown
 from megastar.errors import UserError
-from megastar.utils.files import check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,9 +66,7 @@ def main(words: list[str]) -> int:
         raise UserError(f"--names {','.join(names)}: give {len(a.source)} different names, one for each source")
     if a.figure and a.figure.suffix.lower() != ".png":
         raise UserError(f"--figure {a.figure} must end in .png")
-    check_outputs({"--out": a.out, "--figure": a.figure}, *a.source)
-    if a.cache:
-        check_output(a.cache, "--cache", folder=True)
+    check_outputs({"--out": a.out, "--figure": a.figure}, *a.source, folders={"--cache": a.cache})
     from megastar.evaluation.figure import draw_probes
     from megastar.utils.files import write_json
     from megastar.utils.logs import shared_console

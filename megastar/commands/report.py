@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, check_outputs, natural, positive
+from megastar.commands._common import Parser, bounded, natural, positive
+from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
+from megastar.utils.interfaces import LOOPBACK, LOOPBACKS
+from megastar.utils.printable import say
 
 if TYPE_CHECKING:
     from megastar.report.page import ReportRun
@@ -20,8 +26,13 @@ megastar report runs/star --baseline configs/run/demo.yaml     configuration com
 megastar report runs/star --no-samples --no-attention          takes a second or two, loads no model
 megastar report runs/compare                                   all runs of a comparison
 megastar report runs/tokenizer-emoji64                         a tokenizer's training: scores and reconstructions by step
-Sample grids are generated once per checkpoint and stored in RUN/samples.
+megastar report runs/star --serve                              the page at http://127.0.0.1:6060/, kept up to date
+Sample grids are generated once per checkpoint and stored in RUN/samples. --serve generates none and shows those that exist.
 """
+
+
+PORT = 6060
+logger = logging.getLogger(__name__)
 
 
 def parser() -> Parser:
@@ -46,47 +57,99 @@ def parser() -> Parser:
     p.add_argument("--tokenizer", help="tokenizer .safetensors (default: the run's)")
     p.add_argument("--shards", help="token shards for attention maps (default: the run's)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    live = p.add_argument_group("live view, until Ctrl-C")
+    live.add_argument("--serve", action="store_true", help="serve the page by HTTP and refresh it while the runs train")
+    live.add_argument("--port", type=bounded(int, 0, 65535), help="port of --serve (default 6060); 0: any free one")
+    live.add_argument(
+        "--host",
+        help="address of --serve (default 127.0.0.1, this machine only); others can read the page without a password",
+    )
     return p
 
 
 def main(words: list[str]) -> int:
     a = parser().parse(words)
-    from megastar.report.differences import differences
-    from megastar.report.page import page
-    from megastar.report.read_run import find_runs, read_run, run_names
-    from megastar.report.render_samples import RenderOptions, add_attention, add_grids
+    if a.serve and a.out:
+        raise UserError("--serve writes no file: leave out --out, or --serve")
+    if not a.serve and (a.port is not None or a.host is not None):
+        raise UserError("--port and --host belong to --serve: give --serve too")
+    check_outputs({"--out": a.out}, a.tokenizer)
+    if a.serve:
+        from megastar.report.live import VERSION
+
+        serve(a, words, lambda: build(a, words, VERSION)[0])
+        return 0
+    out = a.out or Path(a.runs[0]) / "report.html"
+    find_folders(a)
+    check_outputs({"--out": out}, a.tokenizer)
     from megastar.utils.files import write_output
     from megastar.utils.logs import shared_console
-    from megastar.version import __version__
 
-    console = shared_console()
-    folders = [f for source in a.runs for f in find_runs(Path(source))]
-    names = run_names(folders, a.names)
-    out = a.out or Path(a.runs[0]) / "report.html"
-    check_outputs({"--out": out}, a.tokenizer)
-    runs, options = [], RenderOptions(a.weights, a.tokenizer, a.shards, a.device, a.per_class, a.picture)
-    for folder, name in zip(folders, names, strict=True):
-        run, cfg = read_run(folder, name)
-        add_grids(run, cfg, folder, options, console, draw=not a.no_samples)
-        if not a.no_attention:
-            add_attention(run, cfg, folder, options, console, blocks_for=len(folders))
-        runs.append(run)
-    baseline, config = baseline_of(a.baseline, runs)
-    html = page(
-        runs,
-        baseline,
-        differences(config, [run.config for run in runs]),
-        title="megastar report: " + (", ".join(names) if len(names) <= 3 else f"{len(names)} runs"),
-        made=f"made {datetime.now().astimezone():%Y-%m-%d %H:%M %Z} by megastar {__version__}: {' '.join(['megastar report', *words])}",
-    )
+    html, runs = build(a, words)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_output(out, html.encode())
+    console = shared_console()
     for run in runs:
         for note in run.notes:
             console.print(f"{run.name}: {note}", markup=False, highlight=False, soft_wrap=True)
     summary = f"{out}  {len(html) / 1e6:.2f} MB, {len(runs)} run{'s' * (len(runs) > 1)}"
     console.print(summary, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def find_folders(a: argparse.Namespace) -> list[Path]:
+    """The run folders. Raises ``UserError``."""
+    from megastar.report.read_run import find_runs
+
+    return [f for source in a.runs for f in find_runs(Path(source))]
+
+
+def build(a: argparse.Namespace, words: list[str], version: str = "") -> tuple[str, list[ReportRun]]:
+    """The page of the runs as they are now. With ``version``, for the server, nothing is computed. Raises ``UserError``."""
+    from megastar.report.differences import differences
+    from megastar.report.page import page
+    from megastar.report.read_run import read_run, run_names
+    from megastar.report.render_samples import RenderOptions, add_attention, add_grids
+    from megastar.utils.logs import shared_console
+    from megastar.version import __version__
+
+    console, folders = shared_console(), find_folders(a)
+    names = run_names(folders, a.names)
+    runs, options = [], RenderOptions(a.weights, a.tokenizer, a.shards, a.device, a.per_class, a.picture)
+    for folder, name in zip(folders, names, strict=True):
+        run, cfg = read_run(folder, name)
+        add_grids(run, cfg, folder, options, console, draw=not (a.no_samples or version))
+        if not (a.no_attention or version):
+            add_attention(run, cfg, folder, options, console, blocks_for=len(folders))
+        runs.append(run)
+    baseline, config = baseline_of(a.baseline, runs)
+    time = "" if version else f"made {datetime.now().astimezone():%Y-%m-%d %H:%M %Z} by "
+    html = page(
+        runs,
+        baseline,
+        differences(config, [run.config for run in runs]),
+        title="megastar report: " + (", ".join(names) if len(names) <= 3 else f"{len(names)} runs"),
+        made=f"{time}megastar {__version__}: {' '.join(['megastar report', *words])}",
+        version=version,
+    )
+    return html, runs
+
+
+def serve(a: argparse.Namespace, words: list[str], make: Callable[[], str]) -> None:
+    """Serve the page until a signal ends the command."""
+    from megastar.report.live import LiveReport
+    from megastar.report.server import ReportServer
+
+    report = LiveReport(lambda: find_folders(a), make)
+    host = a.host or LOOPBACK
+    try:
+        with ReportServer(report, host, PORT if a.port is None else a.port) as server:
+            say(f"{server.url}  (Ctrl-C ends it)")
+            if not host.startswith(LOOPBACKS) and host != "localhost":
+                logger.warning("everyone who reaches %s can read this report: docs/security.md", server.url)
+            server.serve_forever(poll_interval=0.2)
+    finally:
+        report.close()
 
 
 def baseline_of(given: str | None, runs: list[ReportRun]) -> tuple[str, dict[str, Any]]:

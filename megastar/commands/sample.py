@@ -12,7 +12,6 @@ from megastar.commands._common import (
     Parser,
     add_score_options,
     bounded,
-    check_outputs,
     main_console,
     natural,
     own_device,
@@ -22,9 +21,10 @@ from megastar.commands._common import (
     seed,
 )
 from megastar.commands._sample_output import SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
+from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
 from megastar.sampling.pipeline import open_pipeline
-from megastar.utils.files import check_output, check_regular
+from megastar.utils.files import check_regular
 
 EXAMPLES = """
 megastar sample                                                 the shipped weights, all classes -> samples.png
@@ -151,12 +151,11 @@ def main(words: list[str]) -> int:
     if a.score and (a.npz or a.out):
         raise UserError("--score keeps no images: leave out --npz and --out, or score an .npz with megastar evaluate")
     grid = None if a.score else a.out or Path("samples.png")
-    for path in filter(None, (grid, a.npz)):
-        check_regular(path)
     source = a.source if a.source and Path(a.source).is_file() else None
-    check_outputs({"--out": grid, "--npz": a.npz, "--score": a.score}, source, a.tokenizer, a.real)
-    if a.folder:
-        check_output(a.folder, "--folder", folder=True)
+    files = {"--out": grid, "--npz": a.npz, "--score": a.score}
+    check_outputs(files, source, a.tokenizer, a.real, folders={"--folder": a.folder})
+    for path in filter(None, (grid, a.npz)):
+        check_regular(path)  # they are renamed into place
     if a.nproc > 1 and world == 1:
         from megastar.commands._launch import launch
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megastar.commands._common import Parser, bounded, print_error, terminal_width
+from megastar.commands._shared.json_output import as_line
 from megastar.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def main(words: list[str]) -> int:
             found, problems = read()
             if args.json:
                 for status in found:
-                    print(json.dumps(as_json(status)), flush=True)
+                    print(as_line(status), flush=True)
             elif args.watch is None:
                 console.print(table_of(found))
             elif live is None:
@@ -81,14 +80,6 @@ def main(words: list[str]) -> int:
     for problem in problems:
         print_error(problem)
     return 2 if problems else 0
-
-
-def as_json(status: Status) -> dict[str, Any]:
-    """Non-finite numbers become strings: JSON has none."""
-    from math import isfinite
-
-    pairs = dataclasses.asdict(status).items()
-    return {k: str(v) if isinstance(v, float) and not isfinite(v) else v for k, v in pairs}
 
 
 def table_of(found: list[Status]) -> Table:
@@ -116,7 +107,7 @@ def table_of(found: list[Status]) -> Table:
 
 def lines_of(s: Status) -> dict[str, str]:
     """Property -> text; every run has the same properties."""
-    from megastar.run_dir.status import duration
+    from megastar.utils.clock import duration
 
     share = f", {s.step / s.steps:.1%}" if s.steps else ""
     data_wait = ""

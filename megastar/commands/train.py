@@ -15,6 +15,7 @@ from megastar.commands._common import (
     processes,
     terminal_width,
 )
+from megastar.commands._shared.outputs import check_outputs
 from megastar.utils.printable import one_line, say
 from megastar.utils.process_exit import die_with_agent
 from megastar.utils.signals import StopFlag
@@ -68,6 +69,8 @@ def main(words: list[str]) -> int:
     if args.print_run_folder:  # the batch scripts of slurm/ ask for it
         print_run_folder(cfg.run, "run")
         return 0
+    if not args.dry_run and not is_launched(os.environ):  # launched ranks let rank 0 check: engine/run_folder.py
+        check_outputs({}, folders={"run =": cfg.run})
     if args.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._launch import launch
 

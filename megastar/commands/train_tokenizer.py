@@ -16,6 +16,7 @@ from megastar.commands._common import (
     processes,
     terminal_width,
 )
+from megastar.commands._shared.outputs import check_outputs
 from megastar.config.help import fields_text
 from megastar.config.load import config_yaml, load_tokenizer_config
 from megastar.config.schema import TokenizerTrainConfig
@@ -65,6 +66,8 @@ def main(words: list[str]) -> int:
     if args.print_run_folder:  # the batch scripts of slurm/ ask for it
         print_run_folder(cfg.out, "out")
         return 0
+    if not is_launched(os.environ):  # launched ranks let rank 0 check
+        check_outputs({}, folders={"out =": cfg.out})
     from megastar.engine.tokenizer.setup import check_ranks
 
     if args.nproc > 1 and not is_launched(os.environ):

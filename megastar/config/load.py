@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -16,19 +15,19 @@ from omegaconf.errors import OmegaConfBaseException
 from megastar.config.comparison import CompareConfig
 from megastar.config.convert import convert, shown, type_name
 from megastar.config.deepspeed import deepspeed_problems
-from megastar.config.env_text import ENV, EnvText, keep_expressions, recorded, resolve
+from megastar.config.env_text import EnvText, keep_expressions, recorded, resolve
 from megastar.config.files import find_file, read_yaml, require_file
 from megastar.config.model_sizes import unset_sizes, unset_sizes_of_base
+from megastar.config.override import set_override
 from megastar.config.rules.problem import Problem, divisors, words
 from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
 from megastar.config.validate import find_problems
-from megastar.config.yaml_text import YamlError, parse_value
+from megastar.config.yaml_text import YamlError
 from megastar.errors import UserError
 from megastar.utils.files import write_atomic
 
 T = TypeVar("T")
 AnyConfig = RunConfig | TokenizerTrainConfig | CompareConfig
-OF_FIELDS = re.compile(r"\$\{(?!\s*oc\.)")  # an expression that is resolved in the whole configuration
 NOT_IN_METHOD = ("base", "method", "run", "model", "data")  # they belong to one run
 
 
@@ -110,7 +109,7 @@ def _load(
     data = includes.expand(data, schema)
     for text in overrides:
         includes.pending.pop(0)
-        _override(data, text, problems)
+        set_override(data, text, schema, problems)
         data = includes.expand(data, schema, method_wins=True)
 
     config = OmegaConf.structured(schema)
@@ -221,30 +220,6 @@ def _report(where: str, texts: list[str]) -> str:
     if len(texts) == 1:
         return f"{where}: {texts[0]}"
     return f"{where}: {len(texts)} problems\n" + "\n".join(f"  - {text}" for text in texts)
-
-
-def _override(data: dict[str, Any], text: str, problems: list[Problem]) -> None:
-    name, equals, raw = text.partition("=")
-    if not equals or not name or not all(name.split(".")):
-        problems.append(Problem(f"override {shown(text)} is not of the form section.field=value", ()))
-        return
-    try:
-        value = parse_value(raw)
-        if ENV in raw and not OF_FIELDS.search(raw):
-            value = resolve({name: value})[name]
-    except YamlError as error:
-        problems.append(Problem(f"override {shown(text)} cannot be read ({error})", (name,)))
-        return
-    *parents, last = name.split(".")
-    if parents and last == "base":
-        section = ".".join(parents)
-        problems.append(Problem(f"override {shown(text)}: give {section}=FILE, then {section}.field=value", (section,)))
-        return
-    node = data
-    for parent in parents:
-        inner = node.get(parent)
-        node[parent] = node = inner if isinstance(inner, dict) else {}
-    node[last] = value
 
 
 def _leaves(schema: type, prefix: str = "") -> list[str]:

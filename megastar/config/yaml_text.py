@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -84,6 +85,29 @@ def parse_value(text: str) -> Any:
         more = "\n" in text.strip() or text[node.end_mark.index :].strip()
         return text.strip() if more else parse_yaml(text)
     return parse_yaml(text)
+
+
+def parse_text(text: str) -> str:
+    """The value of an override of a field that is text: as it is typed, without the spaces around it. Only quotes around
+    the whole value are removed, as in a file. Raises ``YamlError`` for a control character."""
+    typed = text.strip()
+    if found := yaml.reader.Reader.NON_PRINTABLE.search(re.sub("[\ud800-\udfff]", "", typed)):
+        raise YamlError(f"the character {found[0]!r} is not allowed", syntax=True)
+    if len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\"":
+        with suppress(YamlError):
+            node = _compose(typed)
+            if isinstance(node, yaml.ScalarNode):
+                return str(node.value)
+    return typed
+
+
+def parse_texts(text: str) -> Any:
+    """The value of an override of a field that is a list of texts: its items are as they are typed. Raises ``YamlError``."""
+    parse_value(text)  # raises
+    node = _compose(text)
+    if not isinstance(node, yaml.SequenceNode):
+        return parse_value(text)
+    return [one.value if isinstance(one, yaml.ScalarNode) and one.tag in PLAIN else _value(one) for one in node.value]
 
 
 def _compose(text: str) -> yaml.Node | None:

@@ -12,6 +12,7 @@ from megastar.engine.rank_sync import run_on_main
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.events import append_event
 from megastar.run_dir.lease import RunLease
+from megastar.utils.files import check_output
 from megastar.utils.signals import StopFlag
 
 
@@ -22,6 +23,7 @@ def hold_run_folder(cfg: RunConfig, ctx: Context, stop: StopFlag) -> Iterator[Ru
     run = Path(cfg.run)
     lease = RunLease(run, "megastar train", "run")
     try:
+        run_on_main(ctx, lambda: check_output(run, "run =", folder=True))
         run_on_main(ctx, lambda: lease.acquire(lambda: bool(stop.signal)))
         if lease.taken_over:
             found = checkpoint_dir.latest(checkpoint_dir.folder_of(run))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import shlex
 import signal
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
+from megastar.utils.progress_bar import LOG_EVERY, time_left
 from megastar.utils.signals import STOP_SIGNALS, is_ignored
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 POLL = 0.2
+logger = logging.getLogger(__name__)
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -118,8 +121,9 @@ class JobQueue:
         columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
         caught = [s for s in STOP_SIGNALS if not is_ignored(s)]
         handlers = {s: signal.signal(s, self._handle_signal) for s in caught}
+        logged = time.perf_counter()
         try:
-            hidden = not self.console.is_terminal  # then a line is printed per start
+            hidden = not self.console.is_terminal  # then a line is printed per start, and every LOG_EVERY seconds
             with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:
                 while waiting or self.running:
                     while waiting and len(self.running) < len(self.environments) and not self.stop_signal:
@@ -128,6 +132,9 @@ class JobQueue:
                     if self.message:
                         self.console.print(self.message, highlight=False)
                         self.message = ""
+                    if hidden and time.perf_counter() - logged >= LOG_EVERY:
+                        logged = time.perf_counter()
+                        logger.info(self._progress(len(waiting)))
                     for slot, one in list(self.running.items()):
                         bar.update(one.task, completed=min(one.job.total, one.update()))
                         attempt = self._poll(slot)
@@ -140,6 +147,15 @@ class JobQueue:
             self._end_all()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _progress(self, waiting: int) -> str:
+        """What the running jobs have done, with the time that each still needs."""
+        jobs = []
+        for one in self.running.values():
+            steady, done = one.steady(), one.last.done or one.before
+            left = time_left(one.job.total - done, steady.done / steady.seconds if steady.seconds else 0.0)
+            jobs.append(f"{one.job.title} {done} of {one.job.total}" + (f", {left}" if left else ""))
+        return "; ".join([*jobs, f"{waiting} jobs wait"])
 
     def _handle_signal(self, number: int, frame: object) -> None:
         """The first signal lets the jobs save, the second one kills them."""

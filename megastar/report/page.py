@@ -21,6 +21,7 @@ POINTS = 16_000  # of one value over all runs, shared among them
 MAX_EVENTS = 200  # of one run
 MAX_WIDTH = 1280  # pixels of an embedded image
 SCRIPTS = ("chart.js", "charts.js", "images.js", "page.js")
+LIVE = "live.js"
 
 
 @dataclass
@@ -54,8 +55,13 @@ class ReportRun:
     distances: dict[str, Any] | None = None  # ``means`` of blocks, ``heads`` of each, ``uniform``, ``caption``
 
 
-def page(runs: list[ReportRun], baseline: str, table: list[Difference], *, title: str, made: str) -> str:
-    """The HTML. ``baseline``: name of the configuration that ``table`` compares with; ``made``: time and command."""
+def page(
+    runs: list[ReportRun], baseline: str, table: list[Difference], *, title: str, made: str, version: str = ""
+) -> str:
+    """The HTML. ``baseline``: name of the configuration that ``table`` compares with; ``made``: time and command.
+
+    ``version``: of a page that a server sends, which takes over newer versions by itself; empty for a file.
+    """
     names = {name for run in runs for name in run.columns}
     points = max(100, min(1000, POINTS // max(1, len(runs))))
     data = {"groups": charts_for(names), "runs": [script_data(run, points) for run in runs]}
@@ -72,7 +78,8 @@ def page(runs: list[ReportRun], baseline: str, table: list[Difference], *, title
         attention=any(run.attention for run in runs),
         distances=any(run.distances for run in runs),
         style=read("page.css"),
-        script="\n".join(read(name) for name in SCRIPTS),
+        version=version,
+        script="\n".join(read(name) for name in (*SCRIPTS, *([LIVE] if version else []))),
         data=as_json(printable_texts(data)),
     )
     return printable(html)  # a name must not reorder the text around it

@@ -20,9 +20,10 @@ from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.events import NAME as EVENTS
 from megastar.run_dir.events import STARTED, read_events
 from megastar.run_dir.layout import CHECKPOINTS, CONFIG, METRICS
-from megastar.run_dir.status import Status, duration, status_of
+from megastar.run_dir.status import Status, status_of
 from megastar.run_dir.tokenizer_run import is_tokenizer_run
 from megastar.run_dir.training_checks import compares_one_pass
+from megastar.utils.clock import duration
 from megastar.utils.files import read_lines
 
 MAX_CONFIG = 200_000  # characters of a configuration that are shown

@@ -18,6 +18,7 @@ from megastar.run_dir import checkpoint_dir, events, tokenizer_run, training_che
 from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import CHECKPOINTS, CONFIG, HEARTBEATS, MANIFEST, METRICS
 from megastar.run_dir.lease import read_holder
+from megastar.utils.clock import duration
 from megastar.utils.files import read_lines
 from megastar.utils.json_file import integer, record, shown, text, validator
 
@@ -332,17 +333,3 @@ def health_of_restarts(past: list[dict[str, Any]]) -> list[str]:
     if alike >= 3 and past[-1]["event"] != "finished":
         return [f"the last {alike} starts were all at step {steps[-1]}: it fails before it saves; see the log"]
     return []
-
-
-def duration(seconds: float) -> str:
-    """ "40 s", "3 min 5 s", "2 h 10 min", "3 d 4 h"."""
-    if seconds < 1:
-        return f"{seconds:.1g} s"
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    rest = round(seconds)
-    parts: list[tuple[int, str]] = []
-    for name, size in units:
-        if rest >= size or parts:
-            parts.append((rest // size, name))
-            rest %= size
-    return " ".join(f"{n} {name}" for n, name in parts[:2] if n)

@@ -44,9 +44,13 @@ def check_output(path: Path, name: str, inputs: Iterable[str | Path | None] = ()
     """Raise ``UserError`` unless the file (or ``folder``) ``path`` can be written. Called before hours of work.
 
     Leaves no file. ``name``: the option, for the message. ``inputs``: files that must not be overwritten. A device or
-    pipe is allowed: it is written to, not replaced.
+    pipe is allowed: it is written to, not replaced. Missing folders above ``path`` are allowed: the writer makes them.
     """
     there = existing_parent(path)
+    for part in (path, *path.parents) if folder else path.parents:
+        if os.path.islink(part) and not os.path.exists(part):
+            problem = f"{part} is a symbolic link to {os.readlink(part)}, which does not exist"
+            raise UserError(f"{name} {path}: {problem}: name another place")
     if folder and there == path and not os.path.isdir(path):
         raise UserError(f"{name} {path} is not a folder: name another place")
     if not folder and os.path.isdir(path):
@@ -60,18 +64,27 @@ def check_output(path: Path, name: str, inputs: Iterable[str | Path | None] = ()
         there = path.parent
     if not os.path.isdir(there):
         raise UserError(f"{name} {path}: {there} is not a folder: name another place")
-    probe = temporary_path(there / path.name)  # as atomic_file does: the name may be too long
+    missing = [part.name for part in (path, *path.parents) if part != there and not os.path.exists(part)]
+    probe = there if folder else temporary_path(there / path.name)  # as atomic_file does: the name may be too long
     try:
+        for folder_name in missing:  # to make
+            with suppress(FileNotFoundError):
+                os.lstat(there / folder_name)
         with tempfile.TemporaryFile(dir=there) if folder else probe.open("xb") as f:
             f.write(bytes(4096))
             f.flush()
             os.fsync(f.fileno())
     except OSError as error:
         remedy = "free space or name another place"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "change its permissions or name another place"
+        elif error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
+            remedy = "give another name"
         raise UserError(f"{name} {path} cannot be written ({error.strerror}): {remedy}") from error
     finally:
-        with suppress(OSError):
-            probe.unlink(missing_ok=True)
+        if not folder:
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
 
 
 def temporary_path(path: Path) -> Path:

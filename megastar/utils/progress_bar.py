@@ -1,4 +1,4 @@
-"""Progress of long operations: a bar on a terminal, otherwise a log line every 30 seconds."""
+"""Progress of long operations: a bar on a terminal, otherwise a log line at most every 10 seconds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -18,10 +19,13 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 
+from megastar.utils.clock import duration
 from megastar.utils.printable import printable
 
-LOG_EVERY = 30.0  # seconds between log lines without a terminal
+LOG_EVERY = 10.0  # seconds between log lines without a terminal
+BAR = 20  # columns
 logger = logging.getLogger(__name__)
 ROOT = logging.getLogger("megastar")
 
@@ -29,8 +33,8 @@ ROOT = logging.getLogger("megastar")
 class ProgressBar:
     """One task of ``total`` units. Made by ``progress_bar``."""
 
-    def __init__(self, bar: Progress, title: str, total: float, done: float, log: bool):
-        self.bar, self.title, self.total, self.done, self.log = bar, title, total, done, log
+    def __init__(self, bar: Progress, title: str, total: float, done: float, log: bool, bytes: bool = False):
+        self.bar, self.title, self.total, self.done, self.log, self.bytes = bar, title, total, done, log, bytes
         self.task = bar.add_task(printable(title), total=total, completed=int(done), text="")
         self.first, self.start = done, time.perf_counter()
         self._logged = self.start
@@ -51,7 +55,14 @@ class ProgressBar:
             self.bar.update(self.task, text=printable(text))
         if self.log and time.perf_counter() - self._logged >= LOG_EVERY:
             self._logged = time.perf_counter()
-            logger.info("%s: %d of %d%s", self.title, done, self.total, f", {text}" if text else "")
+            shown = [decimal(int(n)) if self.bytes else f"{n:.0f}" for n in (done, self.total)]
+            parts = [f"{self.title}: {' of '.join(shown)}", time_left(self.total - done, self.rate), text]
+            logger.info(", ".join(filter(None, parts)))
+
+
+def time_left(units: float, rate: float) -> str:
+    """ "5 min 12 s left" for the remaining ``units`` at ``rate`` units per second; empty if it is unknown or over."""
+    return f"{duration(units / rate)} left" if units > 0 and rate > 0 else ""
 
 
 @contextmanager
@@ -63,9 +74,12 @@ def progress_bar(
     ``bytes``: show units as bytes, with their rate. ``transient``: remove the bar at the end.
     """
     numbers: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()] if bytes else [MofNCompleteColumn()]
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), *numbers, TimeRemainingColumn()]
-    columns.append(TextColumn("{task.fields[text]}", markup=False))
+    # On a narrow terminal, what comes last is cut: the bar and the text.
+    fixed, cut = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    head = TextColumn("{task.description}", markup=False, table_column=fixed)
+    tail = TextColumn("{task.fields[text]}", markup=False, table_column=cut)
+    columns = [head, *numbers, TimeRemainingColumn(table_column=Column(no_wrap=True)), BarColumn(BAR), tail]
     quiet = console is None or console.quiet or ROOT.level > logging.INFO
     hidden = quiet or console is None or not console.is_terminal
-    with Progress(*columns, console=console, disable=hidden, transient=transient) as bar:
-        yield ProgressBar(bar, title, total, done, log=hidden and not quiet)
+    with Progress(*columns, console=console, disable=hidden, transient=transient, expand=True) as bar:
+        yield ProgressBar(bar, title, total, done, hidden and not quiet, bytes)

@@ -85,10 +85,11 @@ class Training:
         return self.last()
 
     def steps_since_start(self) -> int:
-        """Of the newest start in the log."""
+        """Of the newest start in the log, whose first step has a line."""
         log = self.folder / f"megastar-b-{self.job}.log"
         text = log.read_text(errors="replace") if log.is_file() else ""
-        return len(re.findall(rf"step \d+/{STEPS} ", text.rpartition(f"megastar: job {self.job} (")[2]))
+        first = re.search(rf"step (\d+)/{STEPS} ", text.rpartition(f"megastar: job {self.job} (")[2])
+        return self.last() - int(first[1]) + 1 if first else 0
 
     def bad_hosts(self) -> list[str]:
         path = self.run / "bad_hosts.log"

@@ -14,7 +14,6 @@ from pathlib import Path
 from megastar.commands._common import (
     Parser,
     bounded,
-    check_outputs,
     config_and_overrides,
     logging_options,
     natural,
@@ -22,6 +21,7 @@ from megastar.commands._common import (
     print_error,
     processes,
 )
+from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
 from megastar.utils.files import write_output
 from megastar.utils.hostname import host_name
@@ -81,6 +81,7 @@ def main(words: list[str]) -> int:
     path, overrides = config_and_overrides(args.items)
     check_outputs({"--status-file": args.status_file}, path)
     cfg = load_config(path, overrides)
+    check_outputs({}, folders={"run =": cfg.run})
     hosts = tuple(filter(None, args.hosts.split(",")))
     index = args.index if args.index is not None else hosts.index(host_name()) if host_name() in hosts else -1
     if not hosts or index >= len(hosts):

@@ -14,7 +14,7 @@ from megastar.run_dir.events import append_event, flush_events
 from megastar.run_dir.jsonl import JsonlWriter
 from megastar.run_dir.layout import METRICS
 from megastar.utils.logs import shared_console
-from megastar.utils.progress_bar import progress_bar
+from megastar.utils.progress_bar import LOG_EVERY, progress_bar, time_left
 
 logger = logging.getLogger(__name__)
 QUIET_KINDS = ("started", "resumed", "saved", "finished")
@@ -29,8 +29,8 @@ class MetricsLogger:
 
     A resumed run cuts rows after its checkpoint, so that metrics.jsonl holds each step once. Rows that cannot be written
     are buffered in memory; a TensorBoard that fails is switched off. ``ideal``: seconds of a step at the devices' peak; its share
-    of the measured time is the row's ``mfu``. ``line_every``: without a terminal, log lines are at least so many seconds
-    apart, and there are lines between the rows of slow steps; 0: a line for each row. Raises ``OSError`` if rows cannot be cut.
+    of the measured time is the row's ``mfu``. ``line_every``: without a terminal, log lines with the step and the time left
+    are at least so many seconds apart, except the first and the last one. Raises ``OSError`` if rows cannot be cut.
     """
 
     def __init__(
@@ -41,12 +41,13 @@ class MetricsLogger:
         every: int,
         active: bool,
         ideal: float | None = None,
-        line_every: float = 0.0,
+        line_every: float | None = None,
     ):
         self.active, self.every, self.total, self.folder = active, every, total, folder
         self.done, self.ideal = start, ideal  # steps done
         self.last_step = start  # of the last row
-        self.line_every, self._line_at, self._text = line_every, time.perf_counter(), ""
+        self.line_every = LOG_EVERY if line_every is None else line_every
+        self._line_at, self._text, self._step_s = -math.inf, "", 0.0
         self._saved: Path | None = None
         if not active:
             return
@@ -97,16 +98,18 @@ class MetricsLogger:
         self.write(step, row)
         self._text = "  ".join(f"{short} {row[name]:.3g}" for name, short in SHOWN.items() if name in row)
         self.bar.update(step, self._text)
-        if not self.line_every or step == self.total:
-            self._line_at = -math.inf
-        self._line(step, due=True)
+        self._step_s = row["step_s"]
+        self._line(step)
 
-    def _line(self, step: int, due: bool = False) -> None:
+    def _line(self, step: int) -> None:
         """A log file gets a line instead of a bar."""
-        if self.terminal or not (due or self.line_every) or time.perf_counter() - self._line_at < self.line_every:
+        now = time.perf_counter()
+        if self.terminal or (now - self._line_at < self.line_every and step != self.total):
             return
-        self._line_at = time.perf_counter()
-        logger.info("step %d/%d  %s", step, self.total, self._text or "no row yet")
+        self._line_at = now
+        seconds = self._step_s or (now - self.clock) / max(1, step - self.last_step)
+        left = time_left(self.total - step, 1 / max(1e-9, seconds))
+        logger.info("step %d/%d%s  %s", step, self.total, left and f"  {left}", self._text or "no row yet")
 
     def pause(self, seconds: float) -> None:
         """``seconds`` were spent on something other than steps: the next row's speed leaves them out."""

@@ -40,7 +40,6 @@ from megastar.utils.files import check_output, write_json
 from megastar.utils.signals import Preempted, StopFlag
 
 logger = logging.getLogger(__name__)
-LINE_EVERY = 10.0  # seconds between log lines without a terminal
 PATIENCE = 600.0  # seconds that the last save is retried
 
 
@@ -161,9 +160,7 @@ class _Run:
     def _train(self, batches: Batches) -> None:
         cfg, ctx, trainer = self.cfg, self.ctx, self.trainer
         first = trainer.step
-        with closing(
-            MetricsLogger(self.out, first, cfg.steps, cfg.log_every, ctx.main, line_every=LINE_EVERY)
-        ) as self.metrics:
+        with closing(MetricsLogger(self.out, first, cfg.steps, cfg.log_every, ctx.main)) as self.metrics:
             text = f"{self.out}: {cfg.steps} steps on {ctx.world} rank(s)"
             if self.saved >= 0:
                 text = f"resumed {self.out / STATE} at step {first}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ def start(config: Path, log: Path, *words: str) -> subprocess.Popen:
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 600  # on a machine that may be busy
-        while "step 2/" not in log.read_text():
+        while not re.search(r"step \d+/", log.read_text()):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.05)
     except BaseException:

@@ -13,7 +13,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 
 from megastar.config.comparison import CompareConfig
-from megastar.config.load import config_yaml, load_compare_config, load_config, load_tokenizer_config
+from megastar.config.load import config_yaml, load_compare_config, load_config, load_tokenizer_config, save_config
+from megastar.config.override import parse_as
 from megastar.config.schema import RunConfig, TokenizerTrainConfig
 from megastar.errors import UserError
 
@@ -84,12 +85,40 @@ def test_a_string_is_what_was_written(tmp_path, written):
     assert load_config(tmp_path / "run.yaml").run == written
 
 
+@pytest.mark.parametrize("typed", ["null", "~", "yes", "no", "True", "FALSE", "#2", "a: b", "a:", "{a: 1}", "[a]", "[1", "- a", "*a", "&a", "@a", "%a", "`a", "| a", "? a", ", a", "---", "...", "'a' b", "a 'b'", "'x", "!!str 3", "a\tb", "'", '"', "=", "<<"])  # fmt: skip
+def test_text_of_an_override_is_taken_as_typed(tmp_path, typed):
+    """Also where a file would need quotes, and the saved configuration loads as the same text."""
+    cfg = load_config(None, ["data.shards=x", "train.steps=5", f"run={typed}", f"train.init= {typed} "])
+    assert (cfg.run, cfg.train.init) == (typed, typed)
+    save_config(cfg, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml").run == typed
+
+
+@pytest.mark.parametrize(("typed", "text"), [('"a b"', "a b"), ("'it''s'", "it's"), ('"007"', "007"), ("''", ""), ("", ""), ("  ", "")])  # fmt: skip
+def test_quotes_around_a_whole_value_are_removed(typed, text):
+    assert load_config(None, ["data.shards=x", "train.steps=5", f"train.init={typed}"]).train.init == text
+
+
+def test_lists_of_text_and_files_are_taken_as_typed(tmp_path, monkeypatch):
+    texts = parse_as(list[str], "[007, null, 2024_01_01, yes, 'a, b', 1e-4]")
+    assert texts == ["007", "null", "2024_01_01", "yes", "a, b", "1e-4"]
+    overrides = ["pictures=p", "variants.a.label=007", "variants.a.overrides=[train.init=007]"]
+    cfg = load_compare_config("configs/run/compare_emoji.yaml", overrides)
+    assert cfg.variants["a"].label == "007" and cfg.variants["a"].overrides == ["train.init=007"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1e3").write_text("n_layer: 7\n")
+    assert load_config(None, ["data.shards=x", "train.steps=5", "model=1e3"]).model.n_layer == 7
+    assert load_config(None, ["data.shards=x", "train.steps=5", "model=null", "method="]).model.n_layer == RunConfig().model.n_layer  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("run=!!python/name:os.system", "cannot be read (the tag !!python/name:os.system is not allowed"),
-        ("run=[1", "cannot be read (expected ',' or ']'"),
-        ("run={a: b}", "run = {'a': 'b'}: must be a string"),
+        ("train.steps=!!python/name:os.system", "cannot be read (the tag !!python/name:os.system is not allowed"),
+        ("train.steps=[1", "cannot be read (expected ',' or ']'"),
+        ("train.steps={a: b}", "train.steps = {'a': 'b'}: must be an integer"),
+        ("model={name: [x]}", "model.name = ['x']: must be a string"),
+        ("model=!!python/name:os.system", "model: !!python/name:os.system does not exist"),
         ("train.steps=" + "[" * 3000, "(3014 characters) cannot be read (it has more than 32 levels)"),
         ("run=${x}", "run: its ${...} cannot be resolved (Interpolation key 'x' not found)"),
         ("run=${", "must be a value in which each ${ has a matching }"),

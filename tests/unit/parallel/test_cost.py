@@ -219,6 +219,8 @@ def test_nothing_fits(capsys):
     ("words", "sentence"),
     [
         (["xl", "--gpu", "h10"], "gpu 'h10' is unknown: did you mean h100?"),
+        (["xl", "--gpu", "a100"], "gpu 'a100' is unknown: choose a100-80 or a100-40. For another GPU give the closest"),
+        (["xl", "--gpu", "A100"], "gpu 'A100' is unknown: choose a100-80 or a100-40."),
         (["xk"], "size 'xk' is unknown: did you mean xl?"),
         ([], "name a run configuration or a size, nano, b, l, xl, xxl, 3b"),
         (

@@ -16,7 +16,8 @@ from megastar.config.load import load_config, save_config
 from megastar.engine.metrics.logger import MetricsLogger
 from megastar.errors import UserError
 from megastar.run_dir import events
-from megastar.run_dir.status import duration, status_of
+from megastar.run_dir.status import status_of
+from megastar.utils.clock import duration
 from tests.checkpoints import write_checkpoint
 
 STEPS = 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import time
 
 import pytest
 from rich.console import Console
@@ -54,10 +55,40 @@ def test_progress_is_logged_where_there_is_no_terminal(console, monkeypatch):
     configure_logging(console=console, environ={})
     monkeypatch.setattr(progress_bar, "LOG_EVERY", 0.0)
     with progress_bar.progress_bar(console, "features", 10, done=2) as bar:
+        bar.start -= 4.2  # seconds since the start
         bar.advance(3, "5 images/s")
-    assert console.file.getvalue().split("INFO ")[1].strip() == "features: 5 of 10, 5 images/s"
+    assert console.file.getvalue().split("INFO ")[1].strip() == "features: 5 of 10, 7 s left, 5 images/s"
     configure_logging("WARNING", console=console)
     for quiet in (None, console):
         with progress_bar.progress_bar(quiet, "features", 10) as bar:
             bar.update(10)
     assert console.file.getvalue().count("features") == 1
+
+
+def test_progress_lines_are_ten_seconds_apart(console, monkeypatch):
+    configure_logging(console=console, environ={})
+    now = [100.0]
+    monkeypatch.setattr(progress_bar.time, "perf_counter", lambda: now[0])
+    with progress_bar.progress_bar(console, "checking", 10**10, bytes=True) as bar:
+        for _ in range(250):
+            now[0] += 0.1
+            bar.advance(10**7)
+    lines = [line.split("INFO ")[1] for line in console.file.getvalue().splitlines() if "INFO" in line]
+    assert lines == ["checking: 1.0 GB of 10.0 GB, 1 min 30 s left", "checking: 2.0 GB of 10.0 GB, 1 min 20 s left"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_shows_the_step_and_the_time_left(width, monkeypatch):
+    terminal = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    text = "loss 6.123  ar 5.123  acc_step 0.0123  acc_view 0.123  l2 0.12  images/s 1.2e+03"
+    with progress_bar.progress_bar(terminal, "train", 500_000) as bar:
+        begun, passed = time.monotonic(), [0]
+        monkeypatch.setattr(bar.bar, "get_time", lambda: begun + passed[0])
+        for i in range(5):
+            passed[0] = 5 * i
+            bar.update(50_000 * i, text)
+            bar.bar.refresh()
+    last = [line for line in re.split(r"[\r\n]+", terminal.file.getvalue()) if "train" in line][-1]
+    seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last)
+    assert re.match(r"train 200000/500000 0:00:3[01] ", seen) and len(seen) <= width, seen
+    assert "loss 6.1" in seen, seen

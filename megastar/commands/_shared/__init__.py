@@ -1,0 +1,1 @@
+"""Shared by the commands: output paths, JSON on standard output, shell completion."""
