@@ -31,6 +31,7 @@ class EvaluationOptions:
     features: str = "efflite0"
     inception: str | Path | None = None
     inception_sha256: str | None = None
+    dinov2: str | Path | None = None
     real_subset: str | None = None
     real_sha256: str | None = None
     real_tokenizer: str | Path | None = None
