@@ -71,7 +71,8 @@ class _SelfAttention(nn.Module):
         B, S, D = x.shape
         q, k, v = self.qkv(x).view(B, S, 3, D // HEAD_DIM, HEAD_DIM).permute(2, 0, 3, 1, 4)  # each (B, H, S, D/H)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(B, S, D))
+        out: Tensor = self.proj(y.transpose(1, 2).reshape(B, S, D))
+        return out
 
 
 class _Mlp(nn.Module):
@@ -80,7 +81,8 @@ class _Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
 
 
 class _SwiGLU(nn.Module):
@@ -90,7 +92,8 @@ class _SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        out: Tensor = self.w3(F.silu(gate) * value)
+        return out
 
 
 class _LayerScale(nn.Module):
@@ -112,7 +115,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
+        return out
 
 
 class _PatchEmbed(nn.Module):
@@ -121,7 +125,8 @@ class _PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, shape.dim, shape.patch, shape.patch)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
+        out: Tensor = self.proj(images).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
+        return out
 
 
 class DINOv2(nn.Module):

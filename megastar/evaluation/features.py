@@ -173,7 +173,7 @@ class DinoFeatures(_PlainNetwork):
     ``UserError`` for a file that is missing or not DINOv2's.
     """
 
-    metrics = ("fd_dinov2", "kid", "pr")
+    metrics: tuple[str, ...] = ("fd_dinov2", "kid", "pr")
 
     def __init__(self, path: str | Path | None, device: torch.device | str = "cpu"):
         if path is None or not Path(path).is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,3 +42,4 @@ class EvaluationOptions:
     out: str | Path | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     console: Console | None = None
+    on_batch: Callable[[], None] = lambda: None  # called before each batch of the reference
