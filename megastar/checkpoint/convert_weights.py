@@ -16,7 +16,7 @@ from torch import Tensor
 from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
 from megastar.checkpoint.find_tokenizer import recorded_identity
 from megastar.checkpoint.inspect import Shapes, read_weights_header, require_weights
-from megastar.checkpoint.llamagen_reader import CLASS_TABLE, load_pickled, model_config, tokenizer_config
+from megastar.checkpoint.llamagen_reader import CLASS_TABLE, model_config, tokenizer_config
 from megastar.checkpoint.llamagen_sets import (
     choose_set,
     downsample_in,
@@ -41,6 +41,7 @@ from megastar.utils.files import sha256, write_atomic
 from megastar.utils.json_file import check, validator
 from megastar.utils.progress_bar import progress_bar
 from megastar.utils.safetensors_header import open_tensors
+from megastar.utils.weights.weight_file import load_pickled
 
 USED = 65536  # size of the buffer in which LlamaGen's tokenizer keeps the last used codes
 

@@ -1,22 +1,16 @@
 """Reading LlamaGen's files: the AR network's checkpoints and the VQ tokenizers, pickled by torch.save.
 
 Sources: LlamaGen's autoregressive/sample/sample_c2i.py (location of the weights in a checkpoint), autoregressive/models/
-gpt.py (names, sizes), tokenizer/tokenizer_image/vq_model.py. Unpickling can run arbitrary code, so only torch's
-restricted reader (``weights_only=True``) is used.
+gpt.py (names, sizes), tokenizer/tokenizer_image/vq_model.py.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
-import re
-import types
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megastar.checkpoint.llamagen_writer import SIZES
@@ -24,7 +18,6 @@ from megastar.config.rules.tokenizer import tokenizer_problems
 from megastar.config.schema import ModelConfig, TokenizerConfig
 from megastar.errors import UserError
 from megastar.model.io import shape_fields
-from megastar.utils.files import open_regular
 from megastar.utils.json_file import shown
 
 CLASS_TABLE = "cls_embedding.embedding_table.weight"
@@ -37,45 +30,6 @@ class NeedsOption(UserError):
     def __init__(self, sentence: str, option: str):
         super().__init__(sentence)
         self.option = option
-
-
-def load_pickled(path: Path) -> dict[str, Any]:
-    """The content of a torch.save file, tensors memory-mapped. ``UserError`` for anything but plain data."""
-    # LlamaGen's trainer stores its command line; load it as a plain namespace.
-    try:
-        with torch.serialization.safe_globals([(types.SimpleNamespace, "argparse.Namespace")]):
-            mapped = _is_plain_zip(path)  # older files are one pickle
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"an object of {found.group(1)}" if found else "unexpected objects"
-        raise UserError(
-            f"{path} contains {what}, which can run code when loaded: "
-            "ask its author for a file with tensors only, or for safetensors"
-        ) from error
-    except UserError:
-        raise
-    except Exception as error:  # torch.load raises many types for damaged files
-        message = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"{path} is truncated or not a torch.save file ({message}): download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path} contains a {type(content).__name__}, not a dictionary of weights: use a file with named tensors"
-        )
-    return content
-
-
-def _is_plain_zip(path: Path) -> bool:
-    """Whether the file is a zip as ``torch.save`` writes it: nothing compressed, so that it holds no more than its size."""
-    with open_regular(path) as f:
-        if not zipfile.is_zipfile(f):
-            return False
-        with zipfile.ZipFile(f) as archive:
-            if packed := [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]:
-                raise UserError(
-                    f"{path} is damaged or was not written by torch.save: {shown(packed[0])} in it is compressed: download it again"
-                )
-    return True
 
 
 def model_config(

@@ -218,10 +218,14 @@ def add_score_options(p: Any, *, required: bool) -> None:
     p.add_argument("--real-tokenizer", help="tokenizer that decodes the token shards of --real")
     p.add_argument("--inception", help="file with FID's Inception weights; never downloaded")
     p.add_argument("--inception-sha256", help="SHA-256 of a custom Inception file")
-    p.add_argument("--features", default="efflite0", help="without --inception: efflite0 or module:function")
+    p.add_argument("--dinov2", help="file with DINOv2's weights, for FD-DINOv2 (ViT-L/14); never downloaded")
+    p.add_argument(
+        "--features", default="efflite0", help="without --inception and --dinov2: efflite0 or module:function"
+    )
     p.add_argument(
         "--metrics",
-        help="comma-separated: fid,sfid,is,pr,kid (default fid,sfid,is,pr); without --inception fd,pr,kid (default fd)",
+        help="comma-separated: with --inception fid,sfid,is,pr,kid (default fid,sfid,is,pr), with --dinov2 "
+        "fd_dinov2,pr,kid (default fd_dinov2), else fd,pr,kid (default fd)",
     )
     p.add_argument("--is-split", type=positive, default=5000, help="images per split for IS (default 5000, as in ADM)")
     p.add_argument("--kid-subsets", type=positive, default=100, help="random subsets for KID")
@@ -233,13 +237,17 @@ def score_options_of(a: argparse.Namespace, seed: int = 0) -> dict[str, Any]:
     """Keyword arguments of ``evaluation.runner``; ``seed`` selects KID's subsets. Raises ``UserError``."""
     from megastar.evaluation.options import Settings
 
-    if a.inception is not None and a.features not in ("efflite0", "inception"):
-        raise UserError(f"--inception and --features {a.features} select different networks: give one")
+    for option in ("inception", "dinov2"):
+        if getattr(a, option) is not None and a.features not in ("efflite0", option):
+            raise UserError(f"--{option} and --features {a.features} select different networks: give one")
+    if a.inception is not None and a.dinov2 is not None:
+        raise UserError("--inception and --dinov2 select different networks: give one, and score twice")
     metrics = [m.strip().lower() for m in a.metrics.split(",") if m.strip()] if a.metrics else None
     features = a.features
-    if metrics and set(metrics) & {"fid", "sfid", "is"} and features == "efflite0":
-        features = "inception"  # reports that --inception is missing
+    if features == "efflite0" and a.dinov2 is None and metrics:  # reports that a file is missing
+        features = "inception" if set(metrics) & {"fid", "sfid", "is"} else features
+        features = "dinov2" if set(metrics) == {"fd_dinov2"} else features
     settings = {k: getattr(a, k) for k in ("is_split", "kid_subsets", "kid_size", "allow_few")}
-    names = ("inception", "inception_sha256", "real_subset", "real_sha256", "real_tokenizer")
+    names = ("inception", "inception_sha256", "dinov2", "real_subset", "real_sha256", "real_tokenizer")
     kwargs = {name: getattr(a, name) for name in names}
     return kwargs | {"metrics": metrics, "features": features, "settings": Settings(**settings, seed=seed)}

@@ -15,6 +15,7 @@ megastar evaluate samples.npz --real VIRTUAL_imagenet256_labeled.npz --inception
 megastar evaluate samples.npz --real imagenet/val --inception FILE --metrics fid,kid --out scores.json
 megastar evaluate samples.npz --real data/codes/val --real-tokenizer vq.safetensors --inception FILE
 megastar evaluate samples.npz --real assets/emoji64/emoji64.tar --real-subset train --out scores.json
+megastar evaluate samples.npz --real imagenet/val --metrics fd_dinov2 --dinov2 dinov2_vitl14_pretrain.pth
 megastar evaluate folder/of/images --real imagenet/val --features my_network:features --metrics fd,pr
 megastar evaluate --tokenizer assets/tokenizer/emoji64-vq.safetensors --real assets/emoji64/emoji64.tar --real-subset test
 Without --inception the score is FD-EffLite0. It is not an FID: compare it only between runs and with its floor, the
@@ -41,7 +42,7 @@ def main(words: list[str]) -> int:
     a = parser().parse(words)
     if (a.generated is None) == (a.tokenizer is None):
         raise UserError("give either images to score or --tokenizer; see megastar evaluate --help")
-    check_outputs({"--out": a.out}, a.generated, a.tokenizer, a.real, a.inception, a.provenance)
+    check_outputs({"--out": a.out}, a.generated, a.tokenizer, a.real, a.inception, a.dinov2, a.provenance)
     from megastar.evaluation.runner import evaluate, evaluate_reconstruction, read_provenance
     from megastar.utils.device import pick_device
     from megastar.utils.logs import shared_console

@@ -128,6 +128,7 @@ def lines_of(s: Status) -> dict[str, str]:
         "loss": f"{s.loss:.4f}" if s.loss is not None else "",
         "validation": s.validation
         or (f"next-token loss {s.val_loss:.4f} at step {s.val_step}" if s.val_loss is not None else ""),
+        "evaluation": s.evaluation,
         "speed": f"{s.images_per_s:.3g} images/s, {s.step_s:.3g} s per step" if s.images_per_s and s.step_s else "",
         "data wait": data_wait,
         "held by": s.holder,

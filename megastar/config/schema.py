@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from megastar.config.knob import LARGE, MOST_BATCH, MOST_SECONDS, MOST_SEED, MOST_STEPS, MOST_THREADS, knob
+from megastar.config.sections.evaluation import EvaluationConfig
 from megastar.config.sections.optim import OptimConfig
 from megastar.config.sections.rank_faults import RankFaultsConfig
 from megastar.config.sections.self_guided import SelfGuidedConfig as SelfGuidedConfig
@@ -270,6 +271,7 @@ class RunConfig:
     parallel: ParallelConfig = knob(ParallelConfig, "the split over GPUs")
     faults: FaultsConfig = knob(FaultsConfig, "what a run does when a fault occurs")
     train: TrainConfig = knob(TrainConfig, "length, batch, precision, logging, checkpoints")
+    eval: EvaluationConfig = knob(EvaluationConfig, "scores of samples while the run trains")
 
     @property
     def views(self) -> int:

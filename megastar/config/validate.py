@@ -12,6 +12,7 @@ from typing import Any
 from megastar.config.comparison import CompareConfig
 from megastar.config.comparison import rules as comparison_rules
 from megastar.config.env_text import recorded
+from megastar.config.rules.evaluation import evaluation_rules
 from megastar.config.rules.model import model_problems, self_guided_rules, tensor_parallel_degrees
 from megastar.config.rules.problem import Problem, divisors, near, words
 from megastar.config.rules.tokenizer import tokenizer_rules
@@ -94,6 +95,7 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
             ("train.micro_batch", "train.global_batch"),
         )
     yield from _init_rules(t, m)
+    yield from evaluation_rules(cfg)
     if t.upload and not (t.upload[:5].lower() == "s3://" and t.upload[5:].split("/")[0]):
         yield Problem(f"train.upload = {t.upload}: must have the form s3://bucket/prefix", ("train.upload",))
     if not cfg.run:

@@ -14,6 +14,7 @@ STARTING = "starting"  # building engines, reading a checkpoint
 DATA = "waiting for data"
 SAVING = "saving"
 VALIDATION = "validation"
+EVALUATION = "evaluation"  # the phase begins anew with each token, batch of features and second of waiting
 ENDING = "ending"
 
 START_EXTRA = 900.0  # extra seconds for a start, including its first step

@@ -10,7 +10,8 @@ from typing import Any
 from megastar.config.schema import RunConfig
 from megastar.engine.checkpointer.async_saver import Saver, grace_period
 from megastar.engine.context import Context
-from megastar.engine.fault_tolerance.skip_policy import SkipPolicy
+from megastar.engine.evaluation.scheduled import ScheduledEvaluation
+from megastar.engine.fault_tolerance.skip_policy import SkipPolicy, StepRecord
 from megastar.engine.fault_tolerance.step_consensus import any_stop_signal
 from megastar.engine.input_pipeline.batch_fetcher import BatchFetcher
 from megastar.engine.metrics.logger import MetricsLogger
@@ -40,6 +41,7 @@ class RunEnd:
     fetcher: BatchFetcher
     metrics: MetricsLogger
     metadata: dict[str, Any]
+    evaluation: ScheduledEvaluation
 
     def _finish(self) -> None:
         """The last checkpoint is on the disk and uploaded, or the run fails."""
@@ -75,6 +77,19 @@ class RunEnd:
     def _stop_for(self, signal_number: int, kept: str, when: str = "") -> None:
         self.metrics.event("signal", f"signal {signal_number}{when}: {kept}; the same command resumes")
         raise Preempted(signal_number)
+
+    def _evaluate(self, record: StepRecord) -> None:
+        """The hook of the scheduled evaluations. Raises ``Preempted`` after a stop signal, with the step saved."""
+        if self.evaluation.due(self.step, self.steps) and (number := self.evaluation.evaluate(self.step, self.metrics)):
+            PHASE.at(SAVING)
+            unsaved = self._save_with_retry(grace_period(number))
+            self.metrics.saved(self.saver.done)
+            self._stop_for(number, unsaved or f"saved {self.saver.done}", " in an evaluation")
+
+    def _evaluate_again(self) -> None:
+        """At a start: the evaluation of the checkpoint's step, if it was due and was not finished."""
+        if self.evaluation.due(self.step, self.steps) and (number := self.evaluation.evaluate(self.step, self.metrics)):
+            self._stop_for(number, f"step {self.step} is saved", " in an evaluation")
 
     def _leave_if_stopped(self) -> None:
         """Before the first step there is nothing to save. Called by all ranks alike."""

@@ -22,6 +22,8 @@ from megastar.engine.checkpointer.load import load_checkpoint
 from megastar.engine.dry_run import describe
 from megastar.engine.elastic.memory_checkpoint import MemoryCheckpoints
 from megastar.engine.elastic.mesh_change import record_start
+from megastar.engine.evaluation.checks import check_evaluation
+from megastar.engine.evaluation.scheduled import ScheduledEvaluation
 from megastar.engine.fault_tolerance import replica_checksum
 from megastar.engine.fault_tolerance.errors import CorruptReplica
 from megastar.engine.fault_tolerance.rollback import commit_rollback, finish_rollback, plan_rollback
@@ -91,7 +93,8 @@ class Trainer(RunEnd):
         self.cfg, self.watchdog, self._stop = as_run_config(config), watchdog, stop
         self.run, self.checkpoints = Path(self.cfg.run), checkpoint_dir.folder_of(self.cfg.run)
         self.step = self.steps = 0  # done; in all
-        self.hooks: list[Callable[[StepRecord], None]] = [self._log, self._validate, self._save, self._remember]
+        self.hooks: list[Callable[[StepRecord], None]] = [self._log, self._validate, self._save]
+        self.hooks += [self._evaluate, self._remember]
 
     # Set-up ------------------------------------------------------------------------------------------------------
     def fit(self) -> TrainResult:
@@ -109,6 +112,7 @@ class Trainer(RunEnd):
             self.initial = open_initial(cfg)
             check_initial(self.initial, cfg, self.data)
             self.ctx = check_run(cfg, start(cfg, lambda: self.stop.signal))  # before the run folder exists
+            run_on_main(self.ctx, lambda: check_evaluation(cfg, self.data))
             self._leave_if_stopped()
             with hold_run_folder(cfg, self.ctx, self.stop) as self.lease:
                 self._leave_if_stopped()
@@ -131,6 +135,7 @@ class Trainer(RunEnd):
         with closing(open_data(cfg)) if is_remote(shards) or Path(shards).exists() else nullcontext() as data:
             check_initial(open_initial(cfg), cfg, data)
             ctx = check_run(cfg, start(cfg))
+            run_on_main(ctx, lambda: check_evaluation(cfg, data))
             engines = build(cfg, ctx)
             check_start(cfg, ctx, engines, data, checkpoint_dir.latest(self.checkpoints))
             describe(cfg, ctx, engines, data)
@@ -169,11 +174,17 @@ class Trainer(RunEnd):
     def _train(self) -> None:
         """Open what a run that has steps left needs, run the loop, close it."""
         cfg, ctx = self.cfg, self.ctx
+        self.evaluation = ScheduledEvaluation(cfg, ctx, self.engines, self.data, lambda: self.stop.signal)
         if self.step >= self.steps:
             if ctx.main:
                 logger.info("%s is done: %d of %d steps; raise train.steps to continue", cfg.run, self.step, self.steps)
             if cfg.train.upload:
                 Saver(cfg, ctx, self.engines, self.step, self.lease).repeat_upload()
+            with ExitStack() as opened:  # an earlier start may have ended in the last evaluation
+                if not self.evaluation.due(self.step, self.steps):
+                    return
+                self.metrics = on_all_ranks(ctx, lambda: self._open_metrics(opened))
+                self._evaluate_again()
             return
         self._leave_if_stopped()
         with ExitStack() as opened:
@@ -195,6 +206,7 @@ class Trainer(RunEnd):
             self.engines.student.train()
             self.skipped = 0  # steps since the last row
             try:
+                self._evaluate_again()
                 self._loop()
                 self._finish()
             except OutOfData as error:

@@ -5,7 +5,7 @@ A sampler can feed its images as it samples them, so images need not be written 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -53,9 +53,10 @@ class Collector:
             self._ids.append(ids.astype(np.int64))
         self.count, self.dim, self.side = self.count + len(pool), pool.shape[1], images.shape[1]
         if sum(len(p) for p, _ in self._pending) >= BUFFER:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Add the pending features to the statistics. Raises ``UserError`` for NaN and infinity."""
         if self._pending:
             self.stats.update(np.concatenate([p for p, _ in self._pending]))
             if self.spatial:
@@ -64,7 +65,7 @@ class Collector:
 
     def finish(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> Collector:
         """Combine the features of all ranks of ``group``, on each rank; ``device`` must suit the group's backend."""
-        self._flush()
+        self.flush()
         if group is None:
             return self
         sizes = gather_rows(torch.tensor([[self.dim, self.count]], device=device), group).cpu()  # (ranks, 2)
@@ -115,11 +116,17 @@ class Collector:
 
 
 def collect(
-    collector: Collector, batches: Iterable[np.ndarray], total: int, title: str, console: Console | None = None
+    collector: Collector,
+    batches: Iterable[np.ndarray],
+    total: int,
+    title: str,
+    console: Console | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Collector:
-    """Feed all ``batches`` with a progress bar, then finish."""
+    """Feed all ``batches`` with a progress bar, then finish. ``on_batch`` is called before each."""
     with progress_bar(console, f"features {title}", total) as bar:
         for batch in batches:
+            on_batch()
             collector.update(batch)
             bar.advance(len(batch), f"{bar.rate:.1f} images/s")
     return collector.finish()

@@ -1,6 +1,7 @@
-"""Frozen networks whose features are compared: FID's Inception, EfficientNet-Lite0 (offline), or a user's function.
+"""Frozen networks whose features are compared: FID's Inception, DINOv2, EfficientNet-Lite0 (offline), a user's function.
 
-Only scores of the published Inception file are named FID; those of EfficientNet-Lite0 are named FD-EffLite0.
+Only scores of the published Inception file are named FID, and only those of the published DINOv2 ViT-L/14 FD-DINOv2;
+those of EfficientNet-Lite0 are named FD-EffLite0.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from megastar.encoders import dinov2 as encoder
 from megastar.errors import UserError
 from megastar.evaluation.inception import CLASSES, POOL, SHA256, SPATIAL, load_inception, scale
 from megastar.tokenizer.efficientnet import EfficientNetLite0
@@ -25,7 +29,9 @@ from megastar.utils.files import sha256
 
 M = TypeVar("M", bound=nn.Module)
 SIDE = 128  # EfficientNet's input in pixels; it was trained at 224, from which 64-pixel images do not benefit
-RECIPE = "1"  # increment when a value of FD-EffLite0 changes: older cached features are then ignored
+DINOV2_SIDE = 224  # pixels
+DINOV2_SHA256 = "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"  # dinov2_vitl14_pretrain.pth
+RECIPE = "1"  # increment when a value of FD-EffLite0 or FD-DINOv2 changes: older cached features are then ignored
 
 
 class Network(Protocol):
@@ -54,15 +60,22 @@ def open_network(
     *,
     inception: str | Path | None = None,
     inception_sha256: str | None = None,
+    dinov2: str | Path | None = None,
 ) -> Network:
-    """ "inception" (also if ``inception`` names a file), "efflite0", or "module:function". Raises ``UserError``."""
+    """ "inception" and "dinov2" (also if these name a file), "efflite0", or "module:function". Raises ``UserError``."""
+    if inception is not None and dinov2 is not None:
+        raise UserError("--inception and --dinov2 select different networks: give one")
     if inception is not None or features == "inception":
         return Inception(inception, device, inception_sha256)
+    if dinov2 is not None or features == "dinov2":
+        return DinoFeatures(dinov2, device)
     if features == "efflite0":
         return EffLite0(device)
     if ":" in features:
         return CustomFeatures(features, device)
-    raise UserError(f"unknown features {features!r}: choose efflite0, --inception FILE, or a module:function")
+    raise UserError(
+        f"unknown features {features!r}: choose efflite0, --inception FILE, --dinov2 FILE, or a module:function"
+    )
 
 
 def _place(net: M, device: torch.device) -> M:
@@ -153,6 +166,44 @@ class EffLite0(_PlainNetwork):
         }
 
 
+class DinoFeatures(_PlainNetwork):
+    """DINOv2's class token after the final norm, in fp32, of images resized to 224 x 224 pixels by Pillow (bicubic).
+
+    As dgm-eval computes it by default (Stein et al. 2023, arXiv 2306.04675: ViT-L/14; models/dinov2.py). Raises
+    ``UserError`` for a file that is missing or not DINOv2's.
+    """
+
+    metrics: tuple[str, ...] = ("fd_dinov2", "kid", "pr")
+
+    def __init__(self, path: str | Path | None, device: torch.device | str = "cpu"):
+        if path is None or not Path(path).is_file():
+            problem = "FD-DINOv2 requires --dinov2 FILE" if path is None else f"--dinov2 {path} does not exist"
+            raise UserError(f"{problem}: download {encoder.WANTED}; SHA-256 of the ViT-L/14: {DINOV2_SHA256}")
+        self.device = torch.device(device)
+        net = encoder.load(path)
+        self.net, self.dim, self.digest = net.to(self.device), net.dim, sha256(Path(path))
+        self.key = f"dinov2-{RECIPE}-{self.digest[:12]}"
+        short = net.shape.name.replace("dinov2_", "DINOv2-")
+        self.suffix = "DINOv2" if self.digest == DINOV2_SHA256 else f"{short}@{self.digest[:8]}"
+
+    def name(self, metric: str) -> str:
+        return super().name("fd" if metric == "fd_dinov2" else metric)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, spatial: bool = False) -> tuple[Tensor, None]:
+        images = resize_pillow(pixels, DINOV2_SIDE).to(self.device)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self.net(images.permute(0, 3, 1, 2).float() / 255)[0].float(), None
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "network": f"{self.net.shape.name}, class token after the final norm ({self.dim})",
+            "weights_sha256": self.digest,
+            "published_vitl14": self.digest == DINOV2_SHA256,
+            "input": f"Pillow's bicubic to {DINOV2_SIDE} x {DINOV2_SIDE} px, rounded to 8 bits, ImageNet's mean and deviation",
+        }
+
+
 class CustomFeatures(_PlainNetwork):
     """A user's function: uint8 (B, H, W, 3) on the device -> features (B, F)."""
 
@@ -190,6 +241,14 @@ def resize(pixels: Tensor) -> Tensor:
     if images.shape[-2:] != (SIDE, SIDE):
         images = F.interpolate(images, size=(SIDE, SIDE), mode="bicubic", antialias=True)
     return images.div_(127.5).sub_(1)
+
+
+def resize_pillow(pixels: Tensor, side: int) -> Tensor:
+    """uint8 (B, H, W, 3) -> uint8 (B, side, side, 3) on the CPU, as ``PIL.Image.resize`` with BICUBIC."""
+    if pixels.shape[1:3] == (side, side):
+        return pixels
+    images = [Image.fromarray(x).resize((side, side), Image.Resampling.BICUBIC) for x in pixels.cpu().numpy()]
+    return torch.from_numpy(np.stack([np.asarray(x) for x in images]))
 
 
 def fuse(net: nn.Module) -> None:

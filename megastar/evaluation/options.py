@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class EvaluationOptions:
     features: str = "efflite0"
     inception: str | Path | None = None
     inception_sha256: str | None = None
+    dinov2: str | Path | None = None
     real_subset: str | None = None
     real_sha256: str | None = None
     real_tokenizer: str | Path | None = None
@@ -41,3 +42,4 @@ class EvaluationOptions:
     out: str | Path | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     console: Console | None = None
+    on_batch: Callable[[], None] = lambda: None  # called before each batch of the reference

@@ -78,7 +78,7 @@ def read_reference(
         if images is None:
             metadata["size"] = "not recorded in the file"
         elif keep:
-            collect(collector, images.batches(o.batch), images.count, "real", o.console)
+            collect(collector, images.batches(o.batch), images.count, "real", o.console, o.on_batch)
         metadata["statistics"] = "mu and sigma of the file"
     else:
         assert images is not None
@@ -86,7 +86,7 @@ def read_reference(
         folder = Path(o.cache or os.environ.get("MEGASTAR_CACHE") or Path.home() / ".cache" / "megastar")
         file = folder / f"{network.key}-{size}-{digest[:32]}-{contents}.safetensors"
         if not _restore(collector, file):
-            collect(collector, images.batches(o.batch), images.count, "real", o.console)
+            collect(collector, images.batches(o.batch), images.count, "real", o.console, o.on_batch)
             _save(file, collector.arrays())
         stats, spatial_stats = collector.stats, collector.spatial_stats if spatial else None
     metadata["pictures"] = collector.count or None

@@ -157,7 +157,9 @@ class Reconstructions:
 
 def _prepare(o: EvaluationOptions, count: int, source: object) -> tuple[Sequence[str], Collector]:
     """The metrics, and a collector for ``count`` images of ``source``."""
-    network = open_network(o.features, o.device, inception=o.inception, inception_sha256=o.inception_sha256)
+    network = open_network(
+        o.features, o.device, inception=o.inception, inception_sha256=o.inception_sha256, dinov2=o.dinov2
+    )
     metrics = choose_metrics(o.metrics, network)
     check_count(metrics, network, o.settings, count, source)
     return metrics, Collector(network, **needs(metrics, real=False))

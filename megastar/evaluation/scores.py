@@ -19,7 +19,8 @@ from megastar.evaluation.options import Settings
 from megastar.evaluation.prdc import precision_recall
 from megastar.evaluation.reference import Reference
 
-METRICS = ("fid", "sfid", "is", "pr", "kid", "fd")
+METRICS = ("fid", "sfid", "is", "pr", "kid", "fd", "fd_dinov2")
+FRECHET = ("fd", "fd_dinov2")  # with a floor: the distance between halves of the real set
 REPORTABLE = 5000  # with fewer, FD of 1280 features is too noisy to compare with runs of another count
 USUAL = 50_000  # in papers
 FLOOR_SEED = 0
@@ -28,12 +29,13 @@ FLOOR_SEED = 0
 def choose_metrics(words: Sequence[str] | None, network: Network) -> tuple[str, ...]:
     """The metrics to compute; by default ADM's suite with Inception, the Frechet distance with other features."""
     if words is None:
-        return ("fid", "sfid", "is", "pr") if "fid" in network.metrics else ("fd",)
+        return ("fid", "sfid", "is", "pr") if "fid" in network.metrics else network.metrics[:1]
     for word in words:
         if word not in METRICS:
             raise UserError(f"unknown metric {word!r}: choose from {', '.join(METRICS)}")
         if word not in network.metrics:
-            hint = "" if "fid" in network.metrics else "; fid, sfid and is require --inception FILE"
+            hint = "; fd_dinov2 requires --dinov2 FILE" if word == "fd_dinov2" else ""
+            hint += "" if "fid" in network.metrics else "; fid, sfid and is require --inception FILE"
             raise UserError(
                 f"metric {word!r} is not available with these features: use {', '.join(network.metrics)}{hint}"
             )
@@ -42,14 +44,14 @@ def choose_metrics(words: Sequence[str] | None, network: Network) -> tuple[str, 
 
 def needs(metrics: Sequence[str], *, real: bool) -> dict[str, bool]:
     """The ``keep`` and ``spatial`` that a ``Collector`` must have."""
-    kept = {"pr", "kid", "fd"} if real else {"pr", "kid", "is"}  # fd's floor uses halves of the real set
+    kept = {"pr", "kid", *FRECHET} if real else {"pr", "kid", "is"}  # fd's floor uses halves of the real set
     return {"keep": bool(kept & set(metrics)), "spatial": "sfid" in metrics}
 
 
 def min_images(metric: str, network: Network, s: Settings) -> int:
     """The number of images of each set that a metric requires."""
     if s.allow_few:
-        return {"pr": s.k + 1, "fd": 4}.get(metric, 2)
+        return {"pr": s.k + 1, "fd": 4, "fd_dinov2": 4}.get(metric, 2)
     return {
         "fid": POOL + 1,  # with fewer, the covariance is singular
         "sfid": network.spatial_dim + 1,
@@ -57,6 +59,7 @@ def min_images(metric: str, network: Network, s: Settings) -> int:
         "pr": s.k + 1,
         "kid": s.kid_size,
         "fd": 4,
+        "fd_dinov2": getattr(network, "dim", 0) + 1,
     }[metric]
 
 
@@ -87,7 +90,7 @@ def compute(
     details: dict[str, Any] = {}
     name = network.name
     for metric in metrics:
-        if metric in ("fid", "fd"):
+        if metric == "fid" or metric in FRECHET:
             scores[name(metric)] = frechet_distance(real.stats, made.stats)
         elif metric == "sfid":
             assert real.spatial is not None
@@ -106,12 +109,12 @@ def compute(
             size = min(s.kid_size, made.count, len(real.features))
             mean, std = kernel_distance(real.features, features, subsets=s.kid_subsets, size=size, seed=s.seed)
             scores[name(metric)], details[name("kid") + "_std"] = mean, std
-    if "fd" in metrics:
+    if found := [m for m in metrics if m in FRECHET]:
         assert real.features is not None
         floor, half = finite_sample_floor(real.features, FLOOR_SEED)
         details |= {
             "floor": floor,
-            "floor_meaning": f"{name('fd')} between two disjoint halves of the real set, {half} images each",
+            "floor_meaning": f"{name(found[0])} between two disjoint halves of the real set, {half} images each",
             "floor_seed": FLOOR_SEED,
         }
     return scores, details, _warnings(made, real, metrics, s)
@@ -131,6 +134,7 @@ def _warnings(made: Collector, real: Reference, metrics: Sequence[str], s: Setti
         out.append(
             "the reference's mu and sigma are from the published Inception file, the images' features from another"
         )
-    if "fid" in metrics and made.count != USUAL:
-        out.append(f"FID of {made.count} images: papers use {USUAL}")
+    for metric in ("fid", "fd_dinov2"):
+        if metric in metrics and made.count != USUAL:
+            out.append(f"{made.network.name(metric)} of {made.count} images: papers use {USUAL}")
     return out

@@ -25,6 +25,7 @@ HOUSEKEEPING = (
     "data.cache",
     "data.cache_gib",
     "data.patience",
+    "eval",
     "faults",
     "train.log_every",
     "train.keep_last",

@@ -29,6 +29,7 @@ RESUMABLE = (
     "data.tokenizer",  # likewise
     "data.cache",
     "data.patience",
+    "eval.",
     "faults.",
     "optim.lr",  # the remedy for a loss that is not finite
     "optim.muon.lr",

@@ -24,7 +24,7 @@ from megastar.utils.redact import redact
 NAME = "events.jsonl"
 STARTED = ("started", "resumed")
 ENDED = ("finished", "signal", "error", "hang", "lost")
-KINDS = (*STARTED, *ENDED, "saved", "warning", "slow", "skipped", "rolled_back", "mesh_changed")
+KINDS = (*STARTED, *ENDED, "saved", "warning", "slow", "skipped", "rolled_back", "mesh_changed", "evaluated")
 NOT_UPLOADED = " was not uploaded to "  # in the text about an upload that failed
 _EVENT = validator(
     record(

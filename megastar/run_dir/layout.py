@@ -9,5 +9,6 @@ HEARTBEATS = "heartbeats"
 STACKS, LOST = "stacks", "lost.jsonl"
 SKIPPED = "skipped.jsonl"
 ROLLBACKS = "rollbacks.jsonl"
+EVALUATIONS, EVALUATING = "evaluations.jsonl", "evaluating.json"  # scores while training; the one under way
 MANIFEST = "megastar.json"  # of a checkpoint
 FORMAT = 2  # of a checkpoint

@@ -14,9 +14,9 @@ from megastar.config.files import read_yaml
 from megastar.config.load import config_from_dict
 from megastar.config.schema import RunConfig, TrainConfig
 from megastar.errors import UserError
-from megastar.run_dir import checkpoint_dir, events, tokenizer_run, training_checks
+from megastar.run_dir import checkpoint_dir, evaluations, events, tokenizer_run, training_checks
 from megastar.run_dir.jsonl import read_jsonl
-from megastar.run_dir.layout import CHECKPOINTS, CONFIG, HEARTBEATS, MANIFEST, METRICS
+from megastar.run_dir.layout import CHECKPOINTS, CONFIG, EVALUATING, HEARTBEATS, MANIFEST, METRICS
 from megastar.run_dir.lease import read_holder
 from megastar.utils.clock import duration
 from megastar.utils.files import read_lines
@@ -46,6 +46,8 @@ class Status:
     val_loss: float | None = None
     val_step: int | None = None
     validation: str = ""  # of a tokenizer: its scores in a sentence
+    evaluation: str = ""  # scores of samples while the run trained
+    epochs_to: dict[str, float | None] = field(default_factory=dict)  # eval.thresholds: the first epoch at or below
     images_per_s: float | None = None
     step_s: float | None = None
     data_wait_s: float | None = None
@@ -109,6 +111,14 @@ def status_of(run: Path, now: float | None = None) -> Status:
         **checkpoint,
     )
     status = replace(status, step=max(status.step, status.checkpoint_step or 0))
+    if cfg is not None:
+        scored, progress = evaluations.read_evaluations(run, status.step), evaluations.read_progress(run)
+        reached = evaluations.epochs_to(scored, cfg.eval.thresholds) if scored else {}
+        status = replace(
+            status,
+            evaluation=evaluations.describe_evaluations(scored, cfg.eval.thresholds, progress),
+            epochs_to={f"{k:g}": finite(epoch) for k, epoch in reached.items()},
+        )
     state, why = find_state(status, train, run, past)
     status = replace(status, state=state, why=why)
     if status.steps and status.step_s and state in ("running", "starting"):
@@ -181,7 +191,7 @@ def total_of(train: TrainConfig, past: list[dict[str, Any]], manifest: dict[str,
 
 def last_sign(run: Path, now: float) -> float | None:
     """The age of the newest row or event, in seconds."""
-    times = [p.stat().st_mtime for p in (run / METRICS, run / events.NAME) if p.is_file()]
+    times = [p.stat().st_mtime for p in (run / METRICS, run / events.NAME, run / EVALUATING) if p.is_file()]
     return max(0.0, now - max(times)) if times else None
 
 

@@ -24,6 +24,7 @@ LEVEL = {
     "parallel": 1,
     "model": 2,
     "tokenizer": 2,
+    "encoders": 2,
     "objectives": 3,
     "teacher": 3,
     "data": 3,

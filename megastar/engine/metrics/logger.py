@@ -17,7 +17,7 @@ from megastar.utils.logs import shared_console
 from megastar.utils.progress_bar import LOG_EVERY, progress_bar, time_left
 
 logger = logging.getLogger(__name__)
-QUIET_KINDS = ("started", "resumed", "saved", "finished")
+QUIET_KINDS = ("started", "resumed", "saved", "finished", "evaluated")
 SHOWN = {
     "loss": "loss", "loss_ar": "ar", "acc_step": "acc_step", "acc_view": "acc_view", "l2": "l2",
     "images_per_s": "images/s",
