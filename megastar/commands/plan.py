@@ -202,7 +202,7 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     # Not a terminal: use the width that the table needs.
     width = None if sys.stdout.isatty() else max(118, terminal_width())
     console = PlainConsole(width=width)
-    counts, g, gpu = elements(cfg.model, cfg.self_guided), cfg.self_guided, machine.gpu
+    counts, g, gpu = elements(cfg.model, cfg.self_guided, repa=cfg.repa), cfg.self_guided, machine.gpu
     P, extra = trunk(counts), sum(counts.values()) - trunk(counts)
     views = f" x {cfg.student_views} views (teacher {g.views})" if g.enabled else ""
     data = "network" if machine.nodes > 1 else "NVLink"
@@ -274,7 +274,7 @@ def muon_line(cfg: RunConfig, machine: Machine, dtype: str, plan: Plan) -> str:
     from megastar.parallel.muon import all_matrices
 
     place = (plan.zero.stage, plan.tensor, plan.data, dtype)
-    held = [state_bytes(cfg.model, cfg.self_guided, *place, muon=m)[0]["optimizer"] for m in (False, True)]
+    held = [state_bytes(cfg.model, cfg.self_guided, *place, muon=m, repa=cfg.repa)[0]["optimizer"] for m in (False, True)]
     count, flops = len(all_matrices(parameter_shapes(cfg.model), cfg.optim.muon.split_qkv)), step_flops(cfg)
     share = flops["newton_schulz"] / (flops["student"] + flops["teacher"])
     return (
@@ -290,7 +290,7 @@ def checkpoint_of(cfg: RunConfig, machine: Machine, plan: Plan) -> dict[str, int
     from megastar.parallel.budget import matrix_elements
     from megastar.parallel.cost import elements
 
-    counts = elements(cfg.model, cfg.self_guided)
+    counts = elements(cfg.model, cfg.self_guided, repa=cfg.repa)
     size = 16 * sum(counts.values()) - (4 * matrix_elements(counts) if cfg.optim.of_matrices else 0)
     return {"files": machine.gpus + plan.data + 1, "bytes": size}
 

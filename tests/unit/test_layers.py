@@ -22,6 +22,7 @@ LEVEL = {
     "config": 0,
     "run_dir": 1,
     "parallel": 1,
+    "encoders": 1,
     "model": 2,
     "tokenizer": 2,
     "objectives": 3,
