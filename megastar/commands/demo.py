@@ -210,7 +210,7 @@ class Demo:
 
 ROW = record({"metric": text(100), "value": FLOAT, "floor": FLOAT, "step": integer()})
 SCORES = validator(record({"rows": dict_of(text(100), ROW), "samples": integer(), "config": ANY, "shipped": ANY}))
-SHOWN = ("loss", "loss_ar", "loss_mim", "loss_repa", "acc_step", "acc_view")
+SHOWN = ("loss", "loss_ar", "loss_mim", "acc_step", "acc_view")
 
 
 def ends_of(metrics: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -244,9 +244,7 @@ def _packed(
     return Samples(np.concatenate(offsets), np.concatenate(labels), keys, list(arrays.values()), expected, names)
 
 
-def _array(
-    data: Buffer, member: Member, where: str, headers: _Headers, dtypes: dict[str, str] = DTYPES
-) -> Array:
+def _array(data: Buffer, member: Member, where: str, headers: _Headers, dtypes: dict[str, str] = DTYPES) -> Array:
     """Read the header of an npy member. Samples share headers, so each distinct one is parsed once."""
     start, end = member.start, member.start + member.size
     head = data[start : min(start + 12, end)]
