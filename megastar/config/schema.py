@@ -264,9 +264,9 @@ class RunConfig:
     )
     data: DataConfig = knob(DataConfig, "the token shards")
     self_guided: SelfGuidedConfig = knob(
-        SelfGuidedConfig, "the ST-AR objectives and the teacher; a method file (configs/method/star.yaml) sets them"
+        SelfGuidedConfig, "the ST-AR objectives and the teacher; method: configs/method/star.yaml sets them"
     )
-    repa: RepaConfig = knob(RepaConfig, "representation alignment; a method file (configs/method/repa.yaml) sets it")
+    repa: RepaConfig = knob(RepaConfig, "representation alignment; method: configs/method/repa.yaml sets it")
     attention: AttentionConfig = knob(AttentionConfig, "the attention kernel")
     optim: OptimConfig = knob(OptimConfig, "the optimizer")
     parallel: ParallelConfig = knob(ParallelConfig, "the split over GPUs")

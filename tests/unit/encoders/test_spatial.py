@@ -63,7 +63,9 @@ def test_efflite0_has_the_tokens_grid(side, grid):
 
 def test_a_finer_grid_is_averaged_only_if_asked_for():
     name = f"{HERE}:four_times"
-    with pytest.raises(UserError, match="64 patches for images of 16 pixels, the tokens a grid of 4 x 4: --feature-pool"):
+    with pytest.raises(
+        UserError, match="64 patches for images of 16 pixels, the tokens a grid of 4 x 4: --feature-pool"
+    ):
         encoder(name)
     made = encoder(name, average=True)
     assert (made.stored.pool, made.stored.grid, made.stored.width) == (2, 4, 3)
