@@ -25,7 +25,7 @@ COMMANDS = {  # name -> (module of megastar.commands, description)
     "train-tokenizer": ("train_tokenizer", "train a VQ tokenizer on images"),
     "pretokenize": ("pretokenize", "encode images into token shards"),
     "data": ("data", "inspect, verify, count and index token shards"),
-    "train": ("train", "train a model: ST-AR or the AR baseline"),
+    "train": ("train", "train a model: ST-AR, REPA, both, or the AR baseline"),
     "elastic": ("elastic", "train on several nodes, and continue on the others if one is lost"),
     "convert": ("convert", "inspect a checkpoint, or convert it to weights or another format"),
     "sample": ("sample", "generate images from a run or a weights file"),

@@ -22,6 +22,7 @@ from megastar.checkpoint.safetensors_stream import TensorWriter, byte_view
 from megastar.config.schema import ModelConfig
 from megastar.errors import UserError
 from megastar.model.io import check_fits
+from megastar.parallel.alignment import PROJECTORS
 from megastar.parallel.budget import check_tensor
 from megastar.parallel.plan import block_matrix, split_of
 from megastar.run_dir.checkpoint_dir import damaged
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
 STATES = ("exp_avg", "exp_avg_sq", "ema")
 KINDS = ("fp32", *STATES)  # tensors stored for each parameter that AdamW updates
 MUON_KINDS = ("fp32", "momentum_buffer", "ema")
-PROJECTOR = "projector."
-PREFIX = "transformer."  # of the network's own weights; the projector is used in training only
+PREFIX = "transformer."  # of the network's own weights; the projectors are used in training only
 PIECES = validator(
     dict_of(WEIGHT_NAME, core.list_schema(integer(), min_length=3, max_length=3, strict=True))
 )  # name -> tensor rank, start, stop
@@ -87,7 +87,7 @@ def check_parameters(folder: Path, manifest: dict[str, Any], model: ModelConfig)
     """Raise ``UserError`` unless a manifest's parameters fit its configuration and its tensor-parallel degree."""
     shapes = {n: tuple(s) for n, s in manifest["parameters"].items()}
     check_fits(folder, {n.removeprefix(PREFIX): s for n, s in shapes.items() if n.startswith(PREFIX)}, model)
-    if other := [n for n in shapes if not n.startswith((PREFIX, PROJECTOR))]:
+    if other := [n for n in shapes if not n.startswith((PREFIX, *PROJECTORS))]:
         raise damaged(folder, f"{folder / MANIFEST} is damaged: it names a parameter {shown(other[0])}")
     check_tensor(model, manifest["mesh"]["tensor"])
 

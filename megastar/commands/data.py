@@ -126,6 +126,8 @@ def inspect(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
             print_json(SetReport(set=a.set, **rows, class_counts=counts, first=first))
             return 0
     names, made_by, skipped = (rows.pop(name) for name in ("class_names", "made_by", "skipped"))
+    stored = shards.manifest.stored_features
+    rows["features"] = f"{stored}, {decimal(stored.bytes)} a crop" if stored else "none"
     rows["bytes"] = decimal(rows["bytes"])
     rows["classes"] = f"{len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
     rows["skipped images"] = len(skipped)
@@ -150,6 +152,7 @@ def describe(m: Manifest) -> dict[str, Any]:
         "class_names": m.classes,
         "grid": f"{m.grid} x {m.grid}",
         "tokenizer_sha256": m.tokenizer_sha256 or "not recorded",
+        "features": m.features,
         **{name: getattr(m, name) for name in same},
     }
 
@@ -202,5 +205,5 @@ def index(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
         a.set, tokenizer=a.tokenizer, codebook_size=a.codebook_size, classes=classes, layout=a.layout, crops=a.crops,
         data=data, console=console,
     )  # fmt: skip
-    print_table(a.set, {k: v for k, v in describe(manifest).items() if k not in ("class_names", "made_by", "skipped")})
+    print_table(a.set, {k: v for k, v in describe(manifest).items() if k not in ("class_names", "made_by", "skipped", "features")})
     return 0

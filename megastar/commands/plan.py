@@ -211,7 +211,7 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     # Not a terminal: use the width that the table needs.
     width = None if sys.stdout.isatty() else max(118, terminal_width())
     console = PlainConsole(width=width)
-    counts, g, gpu = elements(cfg.model, cfg.self_guided), cfg.self_guided, machine.gpu
+    counts, g, gpu = elements(cfg.model, cfg.self_guided, repa=cfg.repa), cfg.self_guided, machine.gpu
     P, extra = trunk(counts), sum(counts.values()) - trunk(counts)
     views = f" x {cfg.student_views} views (teacher {g.views})" if g.enabled else ""
     data = "network" if machine.nodes > 1 else "NVLink"
@@ -232,7 +232,7 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     if len(shown) < len(plans):
         console.print(f"{len(shown)} of {len(plans)} plans shown, {len(fitting)} fit; --all shows all\n")
     console.print(
-        "GiB per rank at the peak of a step. other: L_MIM's features, contrastive losses, what accumulated passes share, working memory; buffers: ZeRO-3's gathered "
+        "GiB per rank at the peak of a step. other: features of L_MIM and REPA, contrastive losses, what accumulated passes share, working memory; buffers: ZeRO-3's gathered "
         "weights, reduction buckets; needs: the sum with a reserve; plans below the line do not fit. tensor, data: GB that "
         f"a rank sends per step in tensor groups (NVLink) and between data ranks ({data}). MFU counts student and teacher."
     )
@@ -248,6 +248,8 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
         )
         if kept := kept_line(cfg, best, dtype):
             console.print(f"  {kept}", soft_wrap=True)
+        if cfg.repa.active:
+            console.print(f"  {features_line(cfg)}", soft_wrap=True)
         saved = checkpoint_of(cfg, machine, best)
         console.print(f"  a checkpoint: {saved['files']:,} files, {saved['bytes'] / 1e9:.1f} GB")
         if cfg.optim.of_matrices:
@@ -276,6 +278,28 @@ def kept_line(cfg: RunConfig, plan: Plan, dtype: str) -> str:
     return f"{text}, its last features are recomputed (parallel.teacher_features=keep: {size}, and no block runs twice)"
 
 
+def features_of(cfg: RunConfig) -> dict[str, int]:
+    """Bytes of the stored features of a crop, and of those that all ranks read in a step; 0 without alignment."""
+    from megastar.parallel.alignment import stored_bytes
+
+    crop = stored_bytes(cfg.repa, cfg.model) if cfg.repa.active else 0
+    return {"crop": crop, "step": crop * cfg.train.global_batch * cfg.views}
+
+
+def features_line(cfg: RunConfig) -> str:
+    """What the features of representation alignment take on disk, and what is read of them."""
+    from rich.filesize import decimal
+
+    from megastar.parallel.alignment import encoder_width
+
+    size, images = features_of(cfg), 1_281_167
+    return (
+        f"features of {cfg.model.grid} x {cfg.model.grid} patches, width {encoder_width(cfg.repa)}: {decimal(size['crop'])} a "
+        f"stored crop, {decimal(10 * size['crop'] * images)} for 10 crops of the {images:,} images of ImageNet; all ranks "
+        f"read {decimal(size['step'])} of them a step"
+    )
+
+
 def muon_line(cfg: RunConfig, machine: Machine, dtype: str, plan: Plan) -> str:
     """What Muon costs beside AdamW, and saves."""
     from megastar.parallel.budget import GIB, parameter_shapes, state_bytes
@@ -283,7 +307,9 @@ def muon_line(cfg: RunConfig, machine: Machine, dtype: str, plan: Plan) -> str:
     from megastar.parallel.muon import all_matrices
 
     place = (plan.zero.stage, plan.tensor, plan.data, dtype)
-    held = [state_bytes(cfg.model, cfg.self_guided, *place, muon=m)[0]["optimizer"] for m in (False, True)]
+    held = [
+        state_bytes(cfg.model, cfg.self_guided, *place, muon=m, repa=cfg.repa)[0]["optimizer"] for m in (False, True)
+    ]
     count, flops = len(all_matrices(parameter_shapes(cfg.model), cfg.optim.muon.split_qkv)), step_flops(cfg)
     share = flops["newton_schulz"] / (flops["student"] + flops["teacher"])
     return (
@@ -299,7 +325,7 @@ def checkpoint_of(cfg: RunConfig, machine: Machine, plan: Plan) -> dict[str, int
     from megastar.parallel.budget import matrix_elements
     from megastar.parallel.cost import elements
 
-    counts = elements(cfg.model, cfg.self_guided)
+    counts = elements(cfg.model, cfg.self_guided, repa=cfg.repa)
     size = 16 * sum(counts.values()) - (4 * matrix_elements(counts) if cfg.optim.of_matrices else 0)
     return {"files": machine.gpus + plan.data + 1, "bytes": size}
 
@@ -319,6 +345,7 @@ def as_json(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], bes
         global_batch=cfg.train.global_batch,
         machine=machine,
         flops=step_flops(cfg),
+        feature_bytes=features_of(cfg),
         recommended=one(best) | extra if best else None,
         plans=[one(p) for p in plans],
         assumptions=assumptions(cfg),

@@ -33,6 +33,9 @@ sbatch --array=0-15 slurm/pretokenize.sh s3://bucket/images --tokenizer ... --ou
 megastar pretokenize photos --class-level 2 --tokenizer vq.safetensors --out codes/train
 megastar pretokenize photos/val --classes codes/train --tokenizer vq.safetensors --out codes/val
 megastar pretokenize shards --label-field json.label --tokenizer vq.safetensors --out codes/train
+megastar pretokenize photos --tokenizer vq.safetensors --out codes/repa --features efflite0
+megastar pretokenize photos --tokenizer vq.safetensors --out codes/repa --features dinov2 \\
+    --feature-weights dinov2_vitb14_pretrain.pth
 megastar pretokenize --verify --out data/imagenet256/train
 SOURCE: a folder with one subfolder per class (ImageFolder); a list (.txt, .tsv) with path<TAB>class on each line; or a
 tar, a folder of tars or s3://bucket/prefix of tars. A tar holds one folder per class, KEY.jpg and KEY.cls (WebDataset),
@@ -67,6 +70,13 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the encoder")
     p.add_argument("--batch", type=natural, default=0, help="crops per encoder call; 0: by device and size")
     p.add_argument("--seed", type=seed, default=0, help="seed of the order of the images")
+    kinds = (
+        "also store an encoder's patch features, for repa: efflite0, dinov2 (with --feature-weights) or module:function"
+    )
+    p.add_argument("--features", default="", metavar="ENCODER", help=kinds)
+    p.add_argument("--feature-weights", metavar="FILE", help="weights of the encoder of --features")
+    pool = "average the patches of an encoder whose grid is a multiple of the tokens' (else it is refused)"
+    p.add_argument("--feature-pool", action="store_true", help=pool)
     p.add_argument("--verify", action="store_true", help="only verify --out; exit status 2 if a shard is damaged")
     return p
 
@@ -92,6 +102,7 @@ def main(words: list[str]) -> int:
     if place_of(os.environ)[0]:  # rank 0 reports the result
         runner.logger.setLevel(logging.ERROR)
     options = {k: getattr(a, k) for k in ("crops", "shard_size", "layout", "workers", "dtype", "batch", "seed")}
+    options |= {name: getattr(a, name) for name in ("features", "feature_weights", "feature_pool")}
     options["choice"] = choice
     options |= {"device": own_device(a.device), "console": main_console()}
     runner.pretokenize(a.source, a.subset, a.tokenizer, a.out, **options)

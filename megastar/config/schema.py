@@ -13,6 +13,7 @@ from megastar.config.knob import LARGE, MOST_BATCH, MOST_SECONDS, MOST_SEED, MOS
 from megastar.config.sections.evaluation import EvaluationConfig
 from megastar.config.sections.optim import OptimConfig
 from megastar.config.sections.rank_faults import RankFaultsConfig
+from megastar.config.sections.repa import RepaConfig as RepaConfig
 from megastar.config.sections.self_guided import SelfGuidedConfig as SelfGuidedConfig
 from megastar.config.sections.tokenizer import TokenizerConfig as TokenizerConfig
 from megastar.config.sections.tokenizer import TokenizerTrainConfig as TokenizerTrainConfig
@@ -264,8 +265,9 @@ class RunConfig:
     )
     data: DataConfig = knob(DataConfig, "the token shards")
     self_guided: SelfGuidedConfig = knob(
-        SelfGuidedConfig, "the ST-AR objectives and the teacher; method: configs/method/{star,ar}.yaml sets them"
+        SelfGuidedConfig, "the ST-AR objectives and the teacher; method: configs/method/star.yaml sets them"
     )
+    repa: RepaConfig = knob(RepaConfig, "representation alignment; method: configs/method/repa.yaml sets it")
     attention: AttentionConfig = knob(AttentionConfig, "the attention kernel")
     optim: OptimConfig = knob(OptimConfig, "the optimizer")
     parallel: ParallelConfig = knob(ParallelConfig, "the split over GPUs")
@@ -282,3 +284,10 @@ class RunConfig:
     def student_views(self) -> int:
         """Sequences of an image that the student processes per step."""
         return self.self_guided.sequences
+
+    @property
+    def objective(self) -> str:
+        """The method in words."""
+        if not self.repa.active:
+            return "ST-AR (self-guided)" if self.self_guided.enabled else "next token (AR baseline)"
+        return "ST-AR (self-guided) and REPA" if self.self_guided.enabled else "next token and REPA"

@@ -15,6 +15,7 @@ from megastar.config.env_text import recorded
 from megastar.config.rules.evaluation import evaluation_rules
 from megastar.config.rules.model import model_problems, self_guided_rules, tensor_parallel_degrees
 from megastar.config.rules.problem import Problem, divisors, near, words
+from megastar.config.rules.repa import repa_rules
 from megastar.config.rules.tokenizer import tokenizer_rules
 from megastar.config.schema import ModelConfig, RunConfig, TokenizerTrainConfig, TrainConfig
 
@@ -77,6 +78,8 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
     yield from model_problems(cfg.model)
     if cfg.self_guided.enabled:
         yield from self_guided_rules(cfg.self_guided, cfg.model)
+    if cfg.repa.enabled:
+        yield from repa_rules(cfg.repa, cfg.model)
     m, tp, t = cfg.model, cfg.parallel.tensor_parallel, cfg.train
     legal = tensor_parallel_degrees(m)
     if tp not in legal:

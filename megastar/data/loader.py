@@ -25,6 +25,7 @@ from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
 
 _ROWS = 2048  # maximum rows of one read
+_FEATURE_BYTES = 256 << 20  # of features that are read ahead
 
 
 def check_manifest(manifest: Manifest, model: ModelConfig, tokenizer_sha256: str | None, views: int) -> None:
@@ -71,10 +72,12 @@ class TokenLoader:
     """Endless iterator over the micro-batches of this rank, read ahead by one thread.
 
     A batch is a dict: ``step``; ``codes`` (b, M, T) int64; ``labels`` (b,) int64, dropped ones are ``num_classes``;
-    ``true_labels`` (b,) as stored; ``ids`` and ``epochs`` (b,) int64. b = global_batch / accumulation / world. With
-    ``device`` codes and labels are there already, copied ahead of use; ids and epochs stay on the CPU.
+    ``true_labels`` (b,) as stored; ``ids`` and ``epochs`` (b,) int64. b = global_batch / accumulation / world. Under
+    representation alignment also ``features`` (b, M, T, C) float16. With ``device`` codes, labels and features are there
+    already, copied ahead of use; ids and epochs stay on the CPU.
     ``shards`` come from ``open_shards``; the loader closes their files when it is closed. Of ``cfg`` it uses the
-    model's sizes and class dropout, the number of views, ``data.window``, ``train.seed`` and ``train.global_batch``.
+    model's sizes and class dropout, the number of views, ``data.window``, ``train.seed``, ``train.global_batch`` and whether
+    ``repa`` is active.
     The shards of this window and as many after it are fetched and verified in the background. Raises ``UserError`` for
     shards or sizes that do not match, here or when a row is read.
     """
@@ -97,6 +100,8 @@ class TokenLoader:
         window = cfg.data.window
         manifest = shards.manifest
         check_manifest(manifest, cfg.model, None, cfg.views)
+        stored = manifest.stored_features if cfg.repa.active else None
+        self.feature_shape = (manifest.tokens, stored.width) if stored else None  # (T, C); None: batches have none
         if self.global_batch < 1 or self.global_batch % (world * accumulation):
             raise UserError(
                 f"global batch {self.global_batch} cannot be divided among {world} ranks x {accumulation} accumulation steps: make it a multiple of {world * accumulation}"
@@ -110,6 +115,9 @@ class TokenLoader:
         b = self.global_batch // (accumulation * world)
         # From S3 one by one: a batch whose shards are cached must not wait for another shard.
         self._together = 1 if shards.store.remote else max(1, min(prefetch, _ROWS // b))
+        if stored:
+            self._together = 1
+            self._prefetch = max(1, min(prefetch, _FEATURE_BYTES // (b * cfg.views * stored.bytes)))
         self._to_device = ToDevice(device)
         self._reader: ReadAhead | None = None
         self._announced: tuple[int, int] | None = None
@@ -170,6 +178,8 @@ class TokenLoader:
             "ids": ids,
             "epochs": epochs,
         }
+        if self.feature_shape:
+            columns["features"] = self.shards.gather_features(ids, views)  # (n * b, M, T, C)
         parts = {name: torch.from_numpy(column).chunk(len(micros)) for name, column in columns.items()}
         return [{"step": step, **{name: part[n] for name, part in parts.items()}} for n, (step, _) in enumerate(micros)]
 

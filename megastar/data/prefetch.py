@@ -98,7 +98,7 @@ class ToDevice:
     that copy only.
     """
 
-    ON_DEVICE = ("codes", "labels", "true_labels")
+    ON_DEVICE = {"codes", "labels", "true_labels", "features"}  # features where the batch has them
 
     def __init__(self, device: torch.device | str | None):
         self.device = torch.device(device or "cpu")
@@ -110,7 +110,7 @@ class ToDevice:
         # Threads start on the first GPU, and leaving the stream would create a context there, half a GiB a rank.
         torch.cuda.set_device(self.device)
         with torch.cuda.stream(self._stream):
-            for name in self.ON_DEVICE:  # the allocator keeps pinned memory until the copy is done
+            for name in self.ON_DEVICE & batch.keys():  # the allocator keeps pinned memory until the copy is done
                 batch[name] = batch[name].pin_memory().to(self.device, non_blocking=True)
             two_bytes = batch["codes"].dtype == torch.int16
             batch["codes"] = batch["codes"].to(torch.int64)  # (b, M, T)
@@ -128,6 +128,6 @@ class ToDevice:
             return batch
         current = torch.cuda.current_stream(self.device)
         current.wait_event(batch.pop("copied"))
-        for name in self.ON_DEVICE:
+        for name in self.ON_DEVICE & batch.keys():
             batch[name].record_stream(current)  # it was allocated on the other stream
         return batch

@@ -23,7 +23,7 @@ IMAGENET = 1_281_167  # training images of ImageNet-1k, assumed where there are 
 
 def describe(cfg: RunConfig, ctx: Context, engines: Engines, data: RunData | None) -> None:
     """Three steps on random codes with a learning rate of 0; prints parameters, memory per rank, batch and schedule."""
-    batch = random_batch(cfg.model, cfg.views, engines.micro_batch, seed=ctx.mesh.data_rank)
+    batch = random_batch(cfg.model, cfg.views, engines.micro_batch, ctx.mesh.data_rank, cfg.repa)
     manifest = data.train.manifest if data else None
     samples = manifest.samples if manifest else IMAGENET
     steps = total_steps(cfg.train, samples)
@@ -65,7 +65,7 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, data: RunData | Non
         },
         "teacher": f"decay {decay_at(0, cfg.self_guided):.4f} -> {decay_at(steps - 1, cfg.self_guided):.4f}"
         if engines.teacher
-        else "none (AR baseline)",
+        else f"none ({cfg.objective})",
         "fake step": f"loss {loss.item():.4f}, {seconds:.1f} s",
     }
     table = Table(title=f"dry run of {cfg.run}", show_header=False)

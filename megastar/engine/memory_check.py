@@ -23,11 +23,12 @@ def planned_bytes(cfg: RunConfig, world: int, dtype: str) -> tuple[int, int]:
     micro, accumulation = resolve_batch(cfg.train, tensor, world)
     compiled = cfg.train.compile != "off" and tensor == 1
     states, _ = state_bytes(
-        cfg.model, cfg.self_guided, zero.stage, tensor, world // tensor, dtype, zero.offload, cfg.optim.name == "muon"
-    )
+        cfg.model, cfg.self_guided, zero.stage, tensor, world // tensor, dtype, zero.offload, cfg.optim.name == "muon",
+        cfg.repa,
+    )  # fmt: skip
     memory, _ = memory_bytes(
         cfg.model, cfg.self_guided, zero, tensor, world // tensor, micro, p.activation_checkpointing, dtype,
-        compiled, accumulation, p.teacher_features == "keep", cfg.optim.of_matrices,
+        compiled, accumulation, p.teacher_features == "keep", cfg.optim.of_matrices, cfg.repa,
     )  # fmt: skip
     return sum(states.values()), sum(memory.values())
 

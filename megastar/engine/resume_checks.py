@@ -67,7 +67,7 @@ def check_resumed(cfg: RunConfig, ctx: Context, data: RunData, restored: dict[st
 
     Raises ``UserError`` for other data, another order of it, or other initial weights. A collective.
     """
-    check_same_data(cfg.data, restored, data.digests, found)
+    check_same_data(cfg.data, restored, data.record, found)
     check_same_order(cfg.data.window, data.train.manifest, restored, found)
     recorded = restored.get("config")
     before = recorded if isinstance(recorded, dict) else {}

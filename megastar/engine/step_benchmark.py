@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from megastar.config.schema import ModelConfig, RunConfig
+from megastar.config.sections.repa import RepaConfig
 from megastar.engine.context import Context
 from megastar.engine.teacher_pass import teacher_first
 from megastar.engine.train_step import losses
 from megastar.engine.zero.engines import Engines
 from megastar.engine.zero.setup import build, chosen_kernels
+from megastar.parallel.alignment import encoder_width
 from megastar.parallel.cost import step_flops
 
 
@@ -25,7 +27,7 @@ def step_speed(
     """Build ``cfg`` for one process and train: median of ``steps`` steps of ``images`` images after three warm-up steps.
 
     ``mfu`` (share of ``peak_tflops``, None without it) is split into student, teacher and heads (output head and
-    projector), by FLOPs counted from shapes; the loss is that of the last step. Memory in GiB, GPU only.
+    projectors), by FLOPs counted from shapes; the loss is that of the last step. Memory in GiB, GPU only.
     """
     cfg = dataclasses.replace(
         cfg,
@@ -44,7 +46,7 @@ def step_speed(
     engines = build(cfg, ctx)
     try:
         engines.student.train()
-        batch = random_batch(cfg.model, cfg.views, images)
+        batch = random_batch(cfg.model, cfg.views, images, repa=cfg.repa)
         times = []
         loss = torch.zeros(())
         for step in range(steps + 3):
@@ -83,10 +85,16 @@ def one_step(cfg: RunConfig, ctx: Context, engines: Engines, batch: dict[str, An
     return loss.detach()
 
 
-def random_batch(model: ModelConfig, views: int, images: int, seed: int = 0) -> dict[str, Any]:
+def random_batch(
+    model: ModelConfig, views: int, images: int, seed: int = 0, repa: RepaConfig | None = None
+) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, model.num_classes, (images,), generator=g)
-    return {
+    batch = {
         "codes": torch.randint(0, model.vocab_size, (images, views, model.image_tokens), generator=g),
         "labels": labels, "true_labels": labels, "ids": torch.arange(images), "epochs": torch.zeros(images, dtype=torch.int64),
     }  # fmt: skip
+    if repa is not None and repa.active:
+        shape = (images, views, model.image_tokens, encoder_width(repa))
+        batch["features"] = torch.randn(shape, generator=g).half()
+    return batch

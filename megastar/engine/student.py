@@ -1,4 +1,4 @@
-"""The student, transformer and projector in one module for one DeepSpeed engine. The teacher is a transformer only."""
+"""The student, transformer and projectors in one module for one DeepSpeed engine. The teacher is a transformer only."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from megastar.config.schema import RunConfig
 from megastar.model.masks import MaskSpec
 from megastar.model.projector import Projector
 from megastar.model.transformer import Transformer
+from megastar.objectives.alignment import output_positions
+from megastar.parallel.alignment import encoder_width
 from megastar.run_dir.training_checks import uses_contrastive
 
 
@@ -17,10 +19,12 @@ class StudentOutput(NamedTuple):
     loss: Tensor  # mean next-token cross-entropy in nats, N = B * student views sequences
     last: Tensor | None  # (N, T, D) before the final norm
     anchors: Tensor | None  # (N, K, D) projected features at the drawn positions
+    aligned: Tensor | None = None  # (N, P, C) features projected to the encoder's width, of the aligned positions
 
 
 class Student(nn.Module):
-    """``student.transformer`` has LlamaGen's weight names; ``student.projector`` exists when self-guided."""
+    """``student.transformer`` has LlamaGen's weight names; ``student.projector`` exists when self-guided,
+    ``student.repa_projector`` under representation alignment."""
 
     def __init__(self, cfg: RunConfig):
         super().__init__()
@@ -30,15 +34,26 @@ class Student(nn.Module):
         self.contrastive = uses_contrastive(guided)
         if self.contrastive:
             self.projector = Projector(cfg.model.dim, guided.projector_dim)
+        self.repa_block, self.repa_match = cfg.repa.block_of(cfg.model.n_layer), cfg.repa.match
+        if cfg.repa.active:  # last, so that the other weights are drawn as without it
+            self.repa_projector = Projector(cfg.model.dim, cfg.repa.projector_dim, encoder_width(cfg.repa))
 
     def forward(
-        self, labels: Tensor, tokens: Tensor, mask: MaskSpec | None = None, positions: Tensor | None = None
+        self,
+        labels: Tensor,
+        tokens: Tensor,
+        mask: MaskSpec | None = None,
+        positions: Tensor | None = None,
+        align: bool = False,
     ) -> StudentOutput:
-        """labels (N,), tokens (N, T), positions (K,) or None for plain next-token prediction."""
+        """labels (N,), tokens (N, T), positions (K,) or None for plain next-token prediction; ``align``: project the
+        features of the aligned positions."""
         positions = positions if self.contrastive else None
         block = self.block if positions is not None else None
         out = self.transformer(
-            labels, tokens[:, :-1], mask, features_at=block, checkpointing=self.checkpointing, targets=tokens
-        )
+            labels, tokens[:, :-1], mask, features_at=block, checkpointing=self.checkpointing, targets=tokens,
+            aligned_at=self.repa_block if align else None,
+        )  # fmt: skip
         anchors = None if positions is None else self.projector(out.features[:, positions.to(out.features.device)])
-        return StudentOutput(out.loss, out.last, anchors)
+        aligned = self.repa_projector(output_positions(out.aligned, self.repa_match)) if align else None
+        return StudentOutput(out.loss, out.last, anchors, aligned)

@@ -13,10 +13,12 @@ from megastar.config.schema import RunConfig
 from megastar.engine.context import Context
 from megastar.engine.lr_schedule import learning_rate, muon_rate
 from megastar.engine.phase import PHASE, VALIDATION
+from megastar.engine.student import StudentOutput
 from megastar.engine.teacher_pass import StepTargets, step_positions, teacher_labels, teacher_pass
 from megastar.engine.zero.engines import Engines
 from megastar.errors import UserError
 from megastar.model.masks import MaskSpec, draw_hidden
+from megastar.objectives.alignment import alignment_loss, target_patches
 from megastar.objectives.contrastive import identity
 from megastar.objectives.self_guided import total
 from megastar.parallel.collectives import gather_rows
@@ -41,15 +43,17 @@ def losses(
 
     ``batch``: codes (B, M, T) int64, labels (B,) with dropped ones already the null class, ids and epochs (B,); from
     ``teacher_first`` also ``teacher``, ``StepTargets``. Without it the contrastive losses compare this micro-batch's images.
-    ``spreads``: the features' spread among the parts; asked for where a row of metrics is due.
+    ``spreads``: the features' spread among the parts; asked for where a row of metrics is due. Under representation
+    alignment ``batch`` also holds the encoder's ``features`` (B, M, T, C).
     """
     if cfg.parallel.check_batches:
         check_batch(ctx, batch, step)
     codes, labels = to_device(batch["codes"], ctx.device), to_device(batch["labels"], ctx.device)
     B, M = codes.shape[:2]
-    guided = cfg.self_guided
+    guided, align = cfg.self_guided, cfg.repa.active
     if not guided.enabled:
-        return total(guided, loss_ar=engines.student(labels.repeat_interleave(M), codes.flatten(0, 1)).loss)
+        out = engines.student(labels.repeat_interleave(M), codes.flatten(0, 1), align=align)
+        return with_alignment(cfg, batch, out, M, *total(guided, loss_ar=out.loss))
 
     assert engines.teacher is not None
     Ms = guided.student_views
@@ -58,7 +62,7 @@ def losses(
     mask = hidden_mask(cfg, batch, Ms, ctx.device)
     student_codes = codes[:, :Ms].flatten(0, 1)  # (B*Ms, T)
     student_labels = labels.repeat_interleave(Ms)
-    out = engines.student(student_labels, student_codes, mask=mask, positions=positions)
+    out = engines.student(student_labels, student_codes, mask=mask, positions=positions, align=align)
     anchors = None if out.anchors is None else out.anchors.unflatten(0, (B, Ms))  # (B, Ms, K, D)
     seen: StepTargets | None = batch.get("teacher")
     last, targets = (None, None) if seen is None else (seen.last, seen.targets)
@@ -80,7 +84,19 @@ def losses(
     )
     if seen is not None and spreads and anchors is not None:
         metrics |= seen.spreads(anchors, ctx)
-    return loss, metrics
+    return with_alignment(cfg, batch, out, Ms, loss, metrics)
+
+
+def with_alignment(
+    cfg: RunConfig, batch: dict[str, Any], out: StudentOutput, views: int, loss: Tensor, metrics: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its parts with that of representation alignment, where it is active. ``views``: of the student."""
+    if out.aligned is None:
+        return loss, metrics
+    features = to_device(batch["features"], out.aligned.device)[:, :views].flatten(0, 1)  # (N, T, C)
+    value, parts = alignment_loss(out.aligned, target_patches(features, cfg.repa.match))
+    loss = loss + cfg.repa.weight * value
+    return loss, metrics | parts | {"loss": loss.detach()}
 
 
 def check_batch(ctx: Context, batch: dict[str, Any], step: int) -> None:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from megastar.encoders import dinov2 as encoder
+from megastar.encoders.efficientnet import EfficientNetLite0
 from megastar.errors import UserError
 from megastar.evaluation.inception import CLASSES, POOL, SHA256, SPATIAL, load_inception, scale
-from megastar.tokenizer.efficientnet import EfficientNetLite0
 from megastar.utils.files import sha256
 
 M = TypeVar("M", bound=nn.Module)

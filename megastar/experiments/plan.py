@@ -133,8 +133,8 @@ def changed_fields(cfg: CompareConfig, run: PlannedRun) -> list[str]:
 
 
 def baselines(cfg: CompareConfig, runs: Iterable[PlannedRun]) -> list[str]:
-    """The variants that others are compared with: the main ones without self-guidance, else the first main one."""
-    guided = {run.variant: run.cfg.self_guided.enabled for run in runs}
+    """The variants that others are compared with: the main ones without self-guidance and alignment, else the first main one."""
+    guided = {run.variant: run.cfg.self_guided.enabled or run.cfg.repa.active for run in runs}
     main = [name for name, v in cfg.variants.items() if v.kind == "main"]
     return [name for name in main if not guided[name]] or main[:1]
 

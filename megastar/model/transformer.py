@@ -30,6 +30,7 @@ class Output(NamedTuple):
     features: Tensor | None  # (B, S, D), output of block ``features_at``
     last: Tensor | None  # (B, S, D), output of the last block that ran, before the final norm
     loss: Tensor | None = None  # mean next-token cross-entropy in nats, in fp32 or more
+    aligned: Tensor | None = None  # (B, S, D), output of block ``aligned_at``
 
 
 class LabelEmbedder(nn.Module):
@@ -112,10 +113,11 @@ class Transformer(nn.Module):
         start: int = 0,
         need_logits: bool = True,
         targets: Tensor | None = None,
+        aligned_at: int | None = None,
     ) -> Output:
         """labels (B,) with num_classes for the null class, tokens (B, 0..T - 1) -> ``Output`` with S = 1 + tokens.
 
-        mask: hidden keys; None is plain causal. features_at: the block, counted from 1, whose output is returned.
+        mask: hidden keys; None is plain causal. features_at, aligned_at: the blocks, counted from 1, whose outputs are returned.
         last_block: stop after that block (no logits). checkpointing: recompute each block in the backward pass.
         cache, start: these are positions start..start + S - 1 and the cache holds the earlier ones; with start > 0
         labels is None and only tokens are embedded. targets (B, S): compute the loss instead of the logits, in chunks
@@ -130,7 +132,7 @@ class Transformer(nn.Module):
 
         kind = torch.float64 if h.dtype == torch.float64 else torch.float32
         rope = rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, h.device, kind)[start : start + h.shape[1]]
-        features, attend = None, None
+        features, aligned, attend = None, None, None
         if cache is None:
             device = h.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
@@ -143,10 +145,12 @@ class Transformer(nn.Module):
             h = checkpoint(run, h, use_reentrant=False) if recompute else run(h)
             if i + 1 == features_at:
                 features = h
+            if i + 1 == aligned_at:
+                aligned = h
         whole = last_block is None or last_block >= cfg.n_layer
         logits = loss = None
         if whole and targets is not None:
             loss = self.output(self.norm(h), targets=targets)
         elif whole and need_logits:
             logits = self.output(self.norm(h))
-        return Output(logits, features, h, loss)
+        return Output(logits, features, h, loss, aligned)

@@ -15,7 +15,9 @@ from megastar.config.rules.model import tensor_parallel_degrees
 from megastar.config.rules.problem import words
 from megastar.config.schema import ModelConfig, SelfGuidedConfig
 from megastar.config.sections.optim import MuonConfig
+from megastar.config.sections.repa import RepaConfig
 from megastar.errors import UserError
+from megastar.parallel.alignment import alignment_bytes, projector_shapes
 from megastar.parallel.head import embedding_shapes, head_bytes, head_shapes
 from megastar.parallel.muon import muon_traffic, working_bytes
 from megastar.parallel.plan import block_matrix, own_masters, split_of
@@ -84,8 +86,10 @@ def runs_teacher_first(guided: SelfGuidedConfig, accumulation: int) -> bool:
     return accumulation > 1 and has_projector(guided) and guided.negatives != "micro_batch"
 
 
-def parameter_shapes(model: ModelConfig, guided: SelfGuidedConfig | None = None) -> dict[str, tuple[int, ...]]:
-    """Every weight of the student by its name, in the module's order: ``transformer.*``, then ``projector.*``."""
+def parameter_shapes(
+    model: ModelConfig, guided: SelfGuidedConfig | None = None, repa: RepaConfig | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Every weight of the student by its name, in the module's order: ``transformer.*``, then those of its projectors."""
     D, F = model.dim, model.ffn_dim
     shapes: dict[str, tuple[int, ...]] = {
         "transformer.cls_embedding.embedding_table.weight": (model.num_classes + 1, D),
@@ -107,7 +111,7 @@ def parameter_shapes(model: ModelConfig, guided: SelfGuidedConfig | None = None)
         P = guided.projector_dim
         for name, rows, columns in (("w1", P, D), ("w2", P, P), ("w3", D, P)):
             shapes |= {f"projector.{name}.weight": (rows, columns), f"projector.{name}.bias": (rows,)}
-    return shapes
+    return shapes | projector_shapes(model, repa)
 
 
 def check_tensor(model: ModelConfig, tensor: int) -> None:
@@ -122,15 +126,17 @@ def check_tensor(model: ModelConfig, tensor: int) -> None:
         )
 
 
-def elements(model: ModelConfig, guided: SelfGuidedConfig, tensor: int = 1) -> dict[str, int]:
+def elements(
+    model: ModelConfig, guided: SelfGuidedConfig, tensor: int = 1, repa: RepaConfig | None = None
+) -> dict[str, int]:
     """Elements of each weight on one tensor rank: split weights divided by ``tensor``, others replicated."""
     check_tensor(model, tensor)
-    counts = {name: math.prod(shape) for name, shape in parameter_shapes(model, guided).items()}
+    counts = {name: math.prod(shape) for name, shape in parameter_shapes(model, guided, repa).items()}
     return {name: n // tensor if split_of(name) else n for name, n in counts.items()}
 
 
 def trunk(counts: Mapping[str, int]) -> int:
-    """Elements of the transformer, which the teacher also has; only the student has the projector."""
+    """Elements of the transformer, which the teacher also has; only the student has projectors."""
     return sum(n for name, n in counts.items() if name.startswith("transformer."))
 
 
@@ -154,6 +160,7 @@ def state_bytes(
     dtype: str = "bf16",
     offload: Collection[str] = (),
     muon: bool = False,
+    repa: RepaConfig | None = None,
 ) -> tuple[dict[str, int], int]:
     """Bytes on one rank's device between steps, and in its host memory. By cause: weights, gradients, optimizer (fp32
     masters and two moments), ema (in the optimizer), teacher (its compute copy, transformer only).
@@ -170,7 +177,7 @@ def state_bytes(
         raise UserError(f"ZeRO stage 0 with dtype {dtype} loses precision (no fp32 masters): use stage 1 to 3")
     if offload and stage != 3:
         raise UserError(f"offload of {words(sorted(offload))} with ZeRO stage {stage}: use stage 3")
-    e, counts = ELEMENT[dtype], elements(model, guided, tensor)
+    e, counts = ELEMENT[dtype], elements(model, guided, tensor, repa)
     whole = sum(counts.values())
     if stage == 3:
         split = {name: -(-n // data) for name, n in counts.items()}
@@ -296,7 +303,12 @@ def kept_elements(counts: Mapping[str, int], zero: Zero) -> int:
 
 
 def buffer_bytes(
-    model: ModelConfig, guided: SelfGuidedConfig, zero: Zero, tensor: int = 1, dtype: str = "bf16"
+    model: ModelConfig,
+    guided: SelfGuidedConfig,
+    zero: Zero,
+    tensor: int = 1,
+    dtype: str = "bf16",
+    repa: RepaConfig | None = None,
 ) -> dict[str, int]:
     """gather: weights that stage 3 has gathered at once; buckets: of the gradients' reduction.
 
@@ -304,7 +316,7 @@ def buffer_bytes(
     block, or its largest weight, and the prefetched ones. Two buckets: with ``overlap_comm`` one is filled while the
     other is sent (stages 1 and 2), and stage 3's reduce-scatter copies its bucket; a sum in fp32 requires a wide copy.
     """
-    e, counts = ELEMENT[dtype], elements(model, guided, tensor)
+    e, counts = ELEMENT[dtype], elements(model, guided, tensor, repa)
     gather = 0
     if zero.stage == 3:
         largest = max(block_elements(counts), *counts.values())
@@ -332,6 +344,7 @@ def memory_bytes(
     accumulation: int = 1,
     keep_features: bool = True,
     muon: MuonConfig | None = None,
+    repa: RepaConfig | None = None,
 ) -> tuple[dict[str, int], int]:
     """Peak bytes of one rank's device by cause, and bytes of its host memory. The sum of the former is the peak of a step
     of ``accumulation`` passes of ``micro`` images; each value is that at the peak.
@@ -341,12 +354,13 @@ def memory_bytes(
     block and its backward pass, or the optimizer's step; ``kept`` is ``kept_bytes``, which passes of the step share.
     """
     N, options = micro * guided.sequences, (tensor, dtype)
-    states, host = state_bytes(model, guided, zero.stage, tensor, data, dtype, zero.offload, muon is not None)
+    states, host = state_bytes(model, guided, zero.stage, tensor, data, dtype, zero.offload, muon is not None, repa)
     kept = kept_activation_bytes(model, N, *options, checkpointing, compiled)
     if guided.enabled and guided.mask_ratio:  # sdpa's additive mask, once for all blocks (model/masks.py)
         kept += N * model.image_tokens**2 * ELEMENT[dtype]
     losses = loss_bytes(model, guided, micro, tensor, data, dtype, accumulation)
-    buffers = buffer_bytes(model, guided, zero, *options)
+    losses["features"] += alignment_bytes(model, repa, N, ELEMENT[dtype])
+    buffers = buffer_bytes(model, guided, zero, *options, repa)
     first = keep_features and runs_teacher_first(guided, accumulation)
     held = {"kept": sum(kept_bytes(model, guided, micro, data, dtype, accumulation, keep_features).values())}
     head_kept, head = {"activations": kept, "head": losses["head"]}, head_bytes(model, N, *options)[1]
@@ -360,11 +374,11 @@ def memory_bytes(
     first_bucket = min(late["buckets"], ELEMENT[dtype] * zero.reduce_bucket)
     # Gathered weights of the teacher are released after its pass, those of the student after the backward pass; with one
     # data rank they are views. At stage 3 the buckets exist from the first step on.
-    student = {"gather": buffer_bytes(model, replace(guided, enabled=False), zero, *options)["gather"]}
+    student = {"gather": buffer_bytes(model, replace(guided, enabled=False), zero, *options, repa)["gather"]}
     if data == 1:
         student = buffers = {}
     early |= {"buckets": 2 * first_bucket} if zero.stage == 3 else {}
-    shard = sum(elements(model, guided, tensor).values()) // (data if zero.stage else 1)
+    shard = sum(elements(model, guided, tensor, repa).values()) // (data if zero.stage else 1)
     in_step = (IN_PLACE_STEP_BYTES if dtype == "bf16" or muon else 0) if in_place else STEP_BYTES
     updating = 0 if "optimizer" in zero.offload else in_step * shard
     if muon:

@@ -15,7 +15,9 @@ from megastar.config.rules.model import tensor_parallel_degrees
 from megastar.config.rules.problem import words
 from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig
 from megastar.config.sections.optim import MuonConfig
+from megastar.config.sections.repa import RepaConfig
 from megastar.errors import UserError
+from megastar.parallel.alignment import projector_flops
 from megastar.parallel.budget import (
     ELEMENT,
     GIB,
@@ -204,6 +206,7 @@ def step_flops(cfg: RunConfig) -> dict[str, int]:
     N = B * cfg.student_views
     head = N * 2 * T * head_products(m)
     projector = N * 2 * g.positions * sum(n for name, n in shapes.items() if name.startswith("projector."))
+    projector += projector_flops(m, cfg.repa, N)
     blocks = N * m.n_layer * block
     muon = cfg.optim.of_matrices
     return {
@@ -248,6 +251,7 @@ def transfers(
     dtype: str,
     again: bool = False,
     muon: MuonConfig | None = None,
+    repa: RepaConfig | None = None,
 ) -> list[Transfer]:
     """The collectives of an optimizer step on ``tensor`` x ``data`` ranks, without small reductions of metrics.
 
@@ -257,7 +261,7 @@ def transfers(
     Muon's matrices go to their owners and back over all ranks (engine/zero/matrix_exchange.py).
     """
     e, A, ran = ELEMENT[dtype], accumulation, teacher_blocks(m, g, again)
-    counts = elements(m, g, tensor)
+    counts = elements(m, g, tensor, repa)
     P, teacher, L = sum(counts.values()), trunk(counts), m.n_layer
     out: list[Transfer] = []
     if tensor > 1:
@@ -322,20 +326,21 @@ def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpo
     again = not keep and bool(cfg.self_guided.alpha) and runs_teacher_first(cfg.self_guided, accumulation)
     memory, host = memory_bytes(
         cfg.model, cfg.self_guided, zero, tensor, data, micro, checkpointing, dtype, compiled, accumulation, keep,
-        cfg.optim.of_matrices,
+        cfg.optim.of_matrices, cfg.repa,
     )  # fmt: skip
     need = sum(memory.values()) * (1 + FRAGMENTATION) + RESERVED_GIB * GIB
     muon = cfg.optim.of_matrices
     sent = transfers(
-        cfg.model, cfg.self_guided, zero, tensor, data, micro, accumulation, checkpointing, dtype, again, muon
-    )
+        cfg.model, cfg.self_guided, zero, tensor, data, micro, accumulation, checkpointing, dtype, again, muon,
+        cfg.repa,
+    )  # fmt: skip
     compute = compute_seconds(cfg, machine, tensor, checkpointing, compiled, dtype, again)
     exposed, hidden = 0.0, 0.0
     for t in sent:
         rate = machine.tensor_rate() if t.link == "tensor" else machine.data_rate(tensor)
         seconds = t.bytes / rate + t.count * LATENCY
         exposed, hidden = exposed + seconds * (not t.hidden), hidden + seconds * t.hidden
-    shard = sum(elements(cfg.model, cfg.self_guided, tensor).values()) / (data if zero.stage else 1)
+    shard = sum(elements(cfg.model, cfg.self_guided, tensor, cfg.repa).values()) / (data if zero.stage else 1)
     e = ELEMENT[dtype]
     if "optimizer" in zero.offload:  # gradients to the host, new weights back, unless they are offloaded too
         optimizer = shard * (e * (accumulation + 1) / HOST_LINK + OPTIMIZER_TRAFFIC / HOST_MEMORY)

@@ -59,6 +59,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 "loss_mim", "Masked-image loss", "1 - cosine to the teacher's last features; near 0: nothing to learn"
             ),
             single("loss_step", "Contrastive loss between positions", "falls as features of one image agree"),
+            single("loss_repa", "Alignment loss", "1 - cosine to the encoder's features of the matched patches"),
             single("loss_view", "Contrastive loss between views", "falls as two crops of one image agree"),
         ),
     ),

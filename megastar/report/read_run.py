@@ -141,7 +141,7 @@ def find_facts(run: ReportRun, cfg: RunConfig | None, status: Status | None) -> 
     found = [("step", f"{step:,} of {total:,} ({step / total:.0%})" if total else f"{step:,}")]
     if cfg is not None:
         m = cfg.model
-        found.append(("objective", "ST-AR (self-guided)" if cfg.self_guided.enabled else "next token (AR baseline)"))
+        found.append(("objective", cfg.objective))
         size = f"{m.n_layer} blocks, width {m.dim}, {m.image_tokens} tokens, vocabulary of {m.vocab_size}"
         found.append(("network", f"{m.name}: {size}"))
     if run.config and is_tokenizer_run(run.config):

@@ -31,6 +31,7 @@ RESUMABLE = (
     "data.patience",
     "eval.",
     "faults.",
+    "repa.encoder",  # and its weights: the checkpoint's record of the features decides
     "optim.lr",  # the remedy for a loss that is not finite
     "optim.muon.lr",
     "train.steps",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megastar.config.schema import TokenizerTrainConfig
-from megastar.tokenizer.efficientnet import EfficientNetLite0
+from megastar.encoders.efficientnet import EfficientNetLite0
 from megastar.tokenizer.lpips import load_lpips
 
 

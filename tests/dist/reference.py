@@ -13,6 +13,7 @@ from megastar.config.schema import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    RepaConfig,
     RunConfig,
     SelfGuidedConfig,
     TrainConfig,
@@ -24,6 +25,7 @@ from megastar.objectives.self_guided import draw_positions, total
 from megastar.teacher.schedule import decay_at
 
 STEPS, BATCH, TOKENS, VOCAB, CLASSES = 8, 8, 16, 32, 5
+WIDTH = 12  # of the encoder's features
 
 
 def config(**changes) -> RunConfig:
@@ -36,6 +38,7 @@ def config(**changes) -> RunConfig:
         model=model,
         data=DataConfig(),
         self_guided=SelfGuidedConfig(contrastive_block=2, projector_dim=24, teacher_decay=0.9, teacher_warmup=True),
+        repa=RepaConfig(projector_dim=20, width=WIDTH),
         # A larger eps than a run's: with 1e-8 Adam makes whole steps of gradients that are rounding errors.
         optim=OptimConfig(lr=3e-3, eps=1e-6, scale_lr=False, grad_clip=0.5, warmup_steps=2, schedule="cosine"),
         parallel=ParallelConfig(deepspeed="configs/ds/zero3.json"),
@@ -60,6 +63,8 @@ def batch_of(cfg: RunConfig, step: int, rows: slice) -> dict:
         "ids": torch.arange(BATCH) + step * BATCH,
         "epochs": torch.full((BATCH,), step),
     }
+    if cfg.repa.active:
+        whole["features"] = torch.randn(BATCH, views, TOKENS, WIDTH, generator=g).half()
     return {k: v[rows] for k, v in whole.items()}
 
 
@@ -112,7 +117,9 @@ def train(cfg: RunConfig, accumulation: int, initial: dict[str, torch.Tensor] | 
                 loss, parts = _guided(cfg, student, teacher, b, step)
             else:
                 codes = b["codes"][:, 0]
-                loss, parts = total(guided, loss_ar=_next_token(student, student(b["labels"], codes), codes))
+                out = student(b["labels"], codes, align=cfg.repa.active)
+                plain = total(guided, loss_ar=_next_token(student, out, codes))
+                loss, parts = _with_alignment(cfg, out, b, 1, *plain)
             (loss / accumulation).backward()
             for k, v in parts.items():
                 sums[k] = sums.get(k, 0.0) + v.item() / accumulation
@@ -199,6 +206,18 @@ def _next_token(student, out, codes):
     return next_token_loss(trunk.output(trunk.norm(out.last)), codes)[0]
 
 
+def _with_alignment(cfg, out, b, views, loss, parts):
+    """With the term of representation alignment, as its equation."""
+    if not cfg.repa.active:
+        return loss, parts
+    wanted = b["features"][:, :views].flatten(0, 1).float()  # (N, T, C)
+    wanted = wanted if cfg.repa.match == "next" else wanted[:, :-1]
+    cosine = (out.aligned * wanted).sum(-1) / (out.aligned.norm(dim=-1) * wanted.norm(dim=-1))
+    value = (1 - cosine).mean()
+    loss = loss + cfg.repa.weight * value
+    return loss, {**parts, "loss_repa": value.detach(), "loss": loss.detach()}
+
+
 def _guided(cfg, student, teacher, b, step):
     guided, (B, M, _) = cfg.self_guided, b["codes"].shape
     Ms = guided.student_views
@@ -207,17 +226,18 @@ def _guided(cfg, student, teacher, b, step):
     hidden = [draw_hidden(cfg.train.seed, b["epochs"], b["ids"], TOKENS, guided.mask_ratio, view=m) for m in range(Ms)]
     mask = MaskSpec.hidden(torch.stack(hidden, 1).flatten(0, 1))
     codes = b["codes"][:, :Ms].flatten(0, 1)
-    out = student(b["labels"].repeat_interleave(Ms), codes, mask=mask, positions=K)
+    out = student(b["labels"].repeat_interleave(Ms), codes, mask=mask, positions=K, align=cfg.repa.active)
     with torch.no_grad():
         every = b["codes"].flatten(0, 1)
         seen = teacher(b["labels"].repeat_interleave(M), every[:, :-1], features_at=guided.contrastive_block)
     last = seen.last.unflatten(0, (B, M))[:, :Ms].flatten(0, 1)
     targets = seen.features[:, K].unflatten(0, (B, M))
-    return total(
+    loss, parts = total(
         guided, loss_ar=_next_token(student, out, codes), student_last=out.last, teacher_last=last,
         anchors=out.anchors.unflatten(0, (B, Ms)) if contrastive else None, targets=targets if contrastive else None,
         spreads=True,
     )  # fmt: skip
+    return _with_alignment(cfg, out, b, Ms, loss, parts)
 
 
 def uncut_step(cfg: RunConfig, passes: int = 1) -> tuple[dict[str, float], dict[str, torch.Tensor]]:

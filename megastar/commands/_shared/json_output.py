@@ -32,6 +32,7 @@ class PlanReport:
     global_batch: int
     machine: Any
     flops: dict[str, int]
+    feature_bytes: dict[str, int]  # of stored features: of a crop, of a step; 0 without alignment
     recommended: dict[str, Any] | None
     plans: list[dict[str, Any]]
     assumptions: dict[str, str]

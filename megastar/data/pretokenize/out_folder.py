@@ -83,7 +83,15 @@ def settings_of(m: Manifest) -> dict[str, object]:
     """What two runs must have in common to write the same shards."""
     names = hashlib.sha256("\n".join(m.classes).encode(errors="surrogatepass")).hexdigest()
     made_by = {k: v for k, v in m.made_by.items() if k != "class_source"}  # words; the digests are compared
-    return {"tokenizer": m.tokenizer_sha256, "crops": m.crops, "layout": m.layout, **made_by, "class_names": names}
+    stored = {"features": m.features} if m.features else {}  # absent in the plans of versions that knew none
+    return {
+        "tokenizer": m.tokenizer_sha256,
+        "crops": m.crops,
+        "layout": m.layout,
+        **stored,
+        **made_by,
+        "class_names": names,
+    }
 
 
 def check_settings(out: Path, there: dict[str, object], now: dict[str, object], old: bool) -> None:

@@ -27,6 +27,7 @@ from megastar.data.images.crops import parse_crops
 from megastar.data.images.dataset import ImageSet
 from megastar.data.order import permutation
 from megastar.data.pretokenize.encoding import Pipeline, ViewEncoder
+from megastar.data.pretokenize.features import FeatureEncoder, size_of_features
 from megastar.data.pretokenize.out_folder import (
     PROGRESS,
     check_settings,
@@ -75,6 +76,9 @@ def pretokenize(
     batch: int = 0,
     seed: int = 0,
     choice: Choice = DEFAULT,
+    features: str = "",
+    feature_weights: str | Path | None = None,
+    feature_pool: bool = False,
     console: Console | None = None,
 ) -> Manifest:
     """Encode the images of ``source`` (below ``subset``) and write token shards with a manifest to ``out``.
@@ -89,6 +93,9 @@ def pretokenize(
         dtype: "fp32", or "bf16", which is faster on a GPU; codes differ in near ties.
         batch: crops per encoder call; 0: by device and image size.
         choice: where the class of an image is read from, see data/images/classes.py.
+        features: also store the patch features of this encoder (encoders/spatial.py); empty: none.
+        feature_weights: the file of the encoder's weights.
+        feature_pool: average the patches of an encoder whose grid is a multiple of the tokens'.
         console: shows a progress bar (default: a new console).
 
     Finished shards are never written again; shards that a finished folder lacks are. Raises ``UserError`` for a bad
@@ -109,6 +116,14 @@ def pretokenize(
             f"tokenizer {tokenizer_path} has {config.codebook_size} codes, shards store at most {MAX_CODEBOOK}: use a tokenizer with fewer codes"
         )
 
+    if not features and (feature_weights is not None or feature_pool):
+        raise UserError(
+            "feature_weights and feature_pool are options of features, which are not stored: name the encoder"
+        )
+    encoder = None
+    if features:
+        encoder = FeatureEncoder(features, feature_weights, where, config.grid, config.image_size, average=feature_pool)
+
     def describe(images: ImageSet) -> Manifest:
         return Manifest(
             samples=0,
@@ -123,6 +138,7 @@ def pretokenize(
             shards=[],
             layout=layout,
             dtype=code_type(config.codebook_size),
+            features=asdict(encoder.stored) if encoder else {},
             made_by={
                 "subset": subset or "",
                 "seed": seed,
@@ -138,7 +154,7 @@ def pretokenize(
         threads = workers or max(1, len(os.sched_getaffinity(0)) // (local_world(os.environ) or 1))
         if images.remote is not None and where.type != "cpu" and not workers:
             threads *= 4  # most of their time is spent waiting for S3
-        return Pipeline(images, make, views, ViewEncoder(model, where, DTYPES[dtype], batch), threads)
+        return Pipeline(images, make, views, ViewEncoder(model, where, DTYPES[dtype], batch, encoder), threads)
 
     try:
         return _pretokenize(out, partial(ImageSet, source, subset, choice=choice), describe, pipeline, console)
@@ -188,6 +204,8 @@ def _pretokenize(
             images = _list_once(progress, claims, partial(list_images, report=report))
         run = PretokenizeRun(out, describe(images), len(images), claims)
         run.join()
+        if stored := run.template.stored_features:
+            logger.info("%s", size_of_features(stored, run.template.views, len(images)))
         title = f"pretokenize {run.template.made_by['subset']}".strip()
         with progress_bar(console, title, len(images)) as bar, pipeline(images) as encode:
             while (shard := run.next(bar)) is not None:
@@ -288,11 +306,13 @@ class PretokenizeRun:
         tar, record = self.out / f"{self.name(shard)}.tar", self.progress / f"{self.name(shard)}.json"
         places = [(p, int(self.order[p])) for p in range(start, start + self.sizes[shard])]
         try:
-            with open_writer(tar, self.template.layout, self.template.dtype) as writer:
+            stored = self.template.stored_features
+            with open_writer(tar, self.template.layout, self.template.dtype, stored) as writer:
                 for batch in encode(places):
-                    for (place, i), codes in zip(batch.places, batch.data, strict=True):
+                    encoded = [None] * len(batch.places) if batch.features is None else batch.features
+                    for (place, i), codes, of_crops in zip(batch.places, batch.data, encoded, strict=True):
                         image = images[i]
-                        writer.add(f"{place:09d}", codes, image.label, image.key)
+                        writer.add(f"{place:09d}", codes, image.label, image.key, of_crops)
                     skipped += [{**s, "shard": tar.name} for s in batch.skipped]
                     self.written += batch.images
                     bar.advance(batch.images, f"{self.rate:.3g} images/s here")

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic_core import from_json
 
 from megastar.config.schema import DataConfig
+from megastar.data.shards.features import StoredFeatures, stored_features
 from megastar.data.shards.sample_parser import DTYPES, LAYOUTS, Expected
 from megastar.data.shards.shard_table import (
     TABLE,
@@ -53,6 +54,7 @@ class Manifest:
     dtype: str = "uint16"  # of the stored codes: DTYPES
     format: int = FORMAT
     class_counts: list[int] = field(default_factory=list)  # samples of each class, by number; empty: not recorded
+    features: dict[str, object] = field(default_factory=dict)  # of an encoder, stored with the codes; empty: none
 
     @property
     def shard_sizes(self) -> tuple[int, ...] | np.ndarray:
@@ -69,12 +71,22 @@ class Manifest:
         return 4 if self.crops.startswith("ten") and self.views > 4 else 0
 
     @property
+    def stored_features(self) -> StoredFeatures | None:
+        """What ``features`` records."""
+        return stored_features(self.features)
+
+    @property
     def expected(self) -> Expected:
-        """Type and shape of a sample's codes."""
-        return Expected(self.dtype, self.views, self.tokens)
+        """Type and shape of a sample's codes, and of its features."""
+        return Expected(self.dtype, self.views, self.tokens, features=self.stored_features)
+
+    def as_record(self) -> dict[str, object]:
+        """For JSON. A set without features is recorded as by versions that knew none."""
+        record = {"format": self.format, **asdict(self)}
+        return record if self.features else {k: v for k, v in record.items() if k != "features"}
 
     def to_json(self) -> str:
-        return json.dumps({"format": self.format, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(self.as_record(), indent=1, ensure_ascii=False) + "\n"
 
 
 def write_manifest(store: Store, manifest: Manifest) -> None:
@@ -83,7 +95,7 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
     if len(manifest.shards) > TABLE_ABOVE:
         table = pack_table(manifest.shards)
         store.put(TABLE, table)
-        rest = asdict(replace(manifest, shards=[], format=TABLE_FORMAT))
+        rest = replace(manifest, shards=[], format=TABLE_FORMAT).as_record()
         text = json.dumps({**rest, "table": describe_table(table)}, indent=1, ensure_ascii=False) + "\n"
     store.put(MANIFEST, (text or manifest.to_json()).encode())
 
@@ -131,6 +143,7 @@ def _check_types(manifest: Manifest) -> None:
         raise TypeError("classes must be strings")
     if not all(type(n) is int for n in manifest.class_counts):
         raise TypeError("class_counts must be integers")
+    stored_features(manifest.features)
     if not all(isinstance(s, dict) for s in manifest.skipped):
         raise TypeError("skipped must contain mappings")
 
@@ -157,7 +170,10 @@ def _problem(m: Manifest) -> str:
         len(m.class_counts) != len(m.classes) or min(m.class_counts) < 0 or sum(m.class_counts) != m.samples
     ):
         return f"counts {sum(m.class_counts)} samples in {len(m.class_counts)} classes, and declares {m.samples} samples of {len(m.classes)} classes"
-    sample = m.views * m.tokens * np.dtype(DTYPES[m.dtype]).itemsize
+    stored = m.stored_features
+    if stored is not None and stored.grid != m.grid:
+        return f"has features on a grid of {stored.grid} x {stored.grid}, its tokens have {m.grid} x {m.grid}"
+    sample = m.views * (m.tokens * np.dtype(DTYPES[m.dtype]).itemsize + (stored.bytes if stored else 0))
     names = set[str]()
     if isinstance(m.shards, ShardTable):  # its names and hashes are checked when a shard is used
         sizes, samples = m.shards.rows["bytes"], m.shards.samples

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megastar.config.schema import DataConfig
+from megastar.data.shards.features import NUMPY, not_finite
 from megastar.data.shards.index import ShardIndex, pack_index, unpack_index
 from megastar.data.shards.manifest import Manifest, parse_manifest
 from megastar.data.shards.sample_parser import DTYPES, code_type, find_samples
@@ -122,6 +123,38 @@ class ShardSet:
             raise self._invalid(ids[row], f"has class {labels[row]}, outside 0 to {len(m.classes) - 1}")
         return found, labels
 
+    def gather_features(self, ids: Sequence[int] | np.ndarray, views: np.ndarray) -> np.ndarray:
+        """ids (B,), view numbers (B, M) -> the encoder's features (B, M, P, C) float16, one call a crop.
+
+        Raises ``UserError`` for a value that is not finite. The set must have features.
+        """
+        stored, ids = self.manifest.stored_features, np.asarray(ids, np.int64)
+        assert stored is not None
+        out = np.empty((*views.shape, stored.patches, stored.width), NUMPY)
+        shards = np.searchsorted(self.starts, ids, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            self.open(shard)
+            opened = self._maps[shard]
+            assert opened.index.features is not None
+            for row in np.flatnonzero(shards == shard).tolist():
+                start = int(opened.index.features[ids[row] - self.starts[shard]])
+                for m, view in enumerate(views[row].tolist()):
+                    self._read_into(out[row, m], opened.file, start + view * stored.bytes, shard)
+        if (wrong := not_finite(out)).any():
+            raise self._invalid(ids[np.argmax(wrong)], "holds features that are not finite")
+        return out
+
+    def _read_into(self, part: np.ndarray, file: BinaryIO, place: int, shard: int) -> None:
+        try:
+            found = os.preadv(file.fileno(), [part], place)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if found != part.nbytes:
+            raise self._cut(self.manifest.shards[shard], os.fstat(file.fileno()).st_size)
+
+    def _unreadable(self, error: OSError) -> UserError:
+        return UserError(f"token shards of {self.folder} cannot be read ({error.strerror}): check the disk")
+
     def _invalid(self, sample_id: int, what: str) -> UserError:
         command = f"`megastar data verify {self.folder}`"
         return UserError(f"{self.where(sample_id)} of {self.folder} {what}: find all such samples with {command}")
@@ -164,9 +197,7 @@ class ShardSet:
         try:
             found = list(map(os.preadv, map(files.__getitem__, numbers), parts, places.ravel().tolist()))
         except OSError as error:
-            raise UserError(
-                f"token shards of {self.folder} cannot be read ({error.strerror}): check the disk"
-            ) from error
+            raise self._unreadable(error) from error
         if found.count(self._row) != b * M:
             shard = numbers[[got == self._row for got in found].index(False)]
             raise self._cut(self.manifest.shards[shard], os.fstat(files[shard]).st_size)
@@ -279,4 +310,4 @@ def walk_shard(data: mmap.mmap, where: str, manifest: Manifest, info: ShardInfo)
     found = find_samples(data, where, manifest.layout, manifest.expected, info.samples)
     if (n := len(found.offsets)) != info.samples:
         raise damaged(where, f"holds {n} samples, the manifest records {info.samples}: it was truncated or changed")
-    return ShardIndex(found.offsets, found.labels)
+    return ShardIndex(found.offsets, found.labels, found.features)

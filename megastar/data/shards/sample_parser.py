@@ -3,6 +3,8 @@
 plain   a sample is ``KEY.codes.npy`` (or ``KEY.npy``): the codes; ``KEY.cls``: its class in ASCII, else "label" in
         ``KEY.json``; optionally ``KEY.json``: {"source": name of the image}
 packed  a block of n samples is ``KEY.codes.npy`` (n, views, T), ``KEY.cls.npy`` (n,), ``KEY.json`` {"sources": [...]}
+
+Of a set whose manifest records features, each also has ``KEY.features.npy`` (features.py); others ignore that member.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megastar.data.shards.features import DTYPE, NUMPY, StoredFeatures
 from megastar.data.shards.tar_reader import Buffer, Member, damaged, shown, walk
 from megastar.errors import UserError
 
@@ -23,7 +26,7 @@ DTYPES = {
     n: np.dtype(n).newbyteorder("<").str for n in ["uint16", "uint8", "int16", "int32", "int64", "uint32", "uint64"]
 }
 _NPY = re.compile(
-    rb"\{\s*'descr':\s*'([<|][ui]\d)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d, ]*)\),?\s*\}[ ]*\n?"
+    rb"\{\s*'descr':\s*'([<|][uif]\d)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d, ]*)\),?\s*\}[ ]*\n?"
 )
 _KEY = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")  # as in webdataset: up to the first dot of the last path component
 _MAX_CLASSES = 1 << 20
@@ -56,6 +59,7 @@ class Expected:
     views: int
     tokens: int
     why: str = "as the manifest records: pretokenize again"
+    features: StoredFeatures | None = None
 
     @property
     def bytes(self) -> int:
@@ -72,6 +76,7 @@ class Samples:
     arrays: list[Array] = field(repr=False)  # of codes: one per sample or per block
     expected: Expected | None  # of all arrays; None without samples
     sources: list[str] = field(default_factory=list, repr=False)
+    features: np.ndarray | None = None  # (n,) int64, of the first feature; None: not stored
 
 
 def check_layout(layout: str) -> None:
@@ -88,11 +93,14 @@ def find_samples(
     ``limit``: maximum number of samples. ``sources``: read the names of the source images too (the key if there is no
     name). Raises ``UserError``, naming file and member, for anything that does not fit the layout.
     """
-    tables: _Tables = {"codes": {}, "classes": {}, "notes": {}}
+    tables: _Tables = {"codes": {}, "classes": {}, "notes": {}, "features": {}}
     arrays: dict[str, Array] = {}
-    headers = _Headers({})
+    headers, of_features = _Headers({}), _Headers({})
+    stored, encoded = expected.features if expected else None, dict[str, Array]()
     cls = "cls.npy" if layout == "packed" else "cls"
     kinds = {"codes.npy": "codes", "npy": "codes", cls: "classes", "json": "notes"}
+    if stored is not None:
+        kinds["features.npy"] = "features"
     for member in walk(data, where):
         match = _KEY.fullmatch(member.name)
         kind = kinds.get(match[2].lower()) if match else None
@@ -109,6 +117,8 @@ def find_samples(
             expected = _compare(array, where, layout, expected)
             if limit is not None and len(arrays) > limit:
                 raise damaged(where, f"holds more than the {limit} samples of the manifest: it was changed")
+        elif kind == "features":
+            encoded[key] = _array(data, member, where, of_features, {DTYPE: NUMPY.str})
     for key, member in tables["classes"].items():
         if key not in arrays:
             raise damaged(f"{where}: {shown(member.name)}", f"has no codes, {shown(key)}.codes.npy")
@@ -118,7 +128,30 @@ def find_samples(
     if isinstance(data, mmap.mmap):
         data.madvise(mmap.MADV_DONTNEED)  # the walk touched every page
     parse = _packed if layout == "packed" else _plain
-    return parse(data, where, arrays, tables, expected, sources)
+    found = parse(data, where, arrays, tables, expected, sources)
+    if stored is not None and expected is not None:
+        found.features = _features(where, arrays, encoded, expected.views, stored, layout)
+    return found
+
+
+def _features(
+    where: str, arrays: dict[str, Array], encoded: dict[str, Array], views: int, stored: StoredFeatures, layout: str
+) -> np.ndarray:
+    """Positions (n,) of the samples' features, in the order of their codes. Raises ``UserError``."""
+    if lone := next((key for key in encoded if key not in arrays), None):
+        raise damaged(f"{where}: {shown(encoded[lone].name)}", f"has no codes, {shown(lone)}.codes.npy")
+    shape, offsets = (views, stored.patches, stored.width), [np.empty(0, np.int64)]
+    for key, array in arrays.items():
+        if (found := encoded.get(key)) is None:
+            raise damaged(f"{where}: {shown(array.name)}", f"has no features, {shown(key)}.features.npy")
+        wanted = (array.shape[0], *shape) if layout == "packed" else shape
+        if found.shape != wanted:
+            raise damaged(
+                f"{where}: {shown(found.name)}", f"has shape {found.shape}, the manifest's features have {wanted}"
+            )
+        count = array.shape[0] if layout == "packed" else 1
+        offsets.append(found.start + views * stored.bytes * np.arange(count, dtype=np.int64))
+    return np.concatenate(offsets)
 
 
 def check_codes(tar: mmap.mmap, found: Samples, where: str, codebook_size: int) -> None:
@@ -211,7 +244,7 @@ def _packed(
     return Samples(np.concatenate(offsets), np.concatenate(labels), keys, list(arrays.values()), expected, names)
 
 
-def _array(data: Buffer, member: Member, where: str, headers: _Headers) -> Array:
+def _array(data: Buffer, member: Member, where: str, headers: _Headers, dtypes: dict[str, str] = DTYPES) -> Array:
     """Read the header of an npy member. Samples share headers, so each distinct one is parsed once."""
     start, end = member.start, member.start + member.size
     head = data[start : min(start + 12, end)]
@@ -224,14 +257,14 @@ def _array(data: Buffer, member: Member, where: str, headers: _Headers) -> Array
     if (parsed := headers.get(text)) is None:
         match = _NPY.fullmatch(text)
         sizes = [int(word) for word in match[3].replace(b",", b" ").split() if len(word) < 16] if match else []
-        dtype = {v: k for k, v in DTYPES.items()}.get(match[1].decode() if match else "")
+        dtype = {v: k for k, v in dtypes.items()}.get(match[1].decode() if match else "")
         if match is None or dtype is None or (match[2] == b"True" and sum(n > 1 for n in sizes) > 1):
             raise UserError(
-                f"token shard {where}: {shown(member.name)} must hold integers in C order ({', '.join(DTYPES)}), its header is {shown(text[:200].decode(errors='backslashreplace').strip())}"
+                f"token shard {where}: {shown(member.name)} must hold {'integers' if dtypes is DTYPES else 'numbers'} in C order ({', '.join(dtypes)}), its header is {shown(text[:200].decode(errors='backslashreplace').strip())}"
             )
         parsed = headers[bytes(text)] = dtype, tuple(sizes)
     dtype, shape = parsed
-    wanted = np.dtype(DTYPES[dtype]).itemsize * math.prod(shape)
+    wanted = np.dtype(dtypes[dtype]).itemsize * math.prod(shape)
     if body + length + wanted != end:
         size = body + length - start + wanted
         what = f"has {member.size} bytes, an array of {dtype} of shape {shape} has {size}"

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from megastar.config.schema import DataConfig
+from megastar.data.shards.features import NUMPY, not_finite
 from megastar.data.shards.index import ShardIndex, unpack_index
 from megastar.data.shards.manifest import Manifest, parse_manifest
 from megastar.data.shards.reader import walk_shard
@@ -39,7 +40,7 @@ class ShardProblem(NamedTuple):
 def verify(folder: str | Path, data: DataConfig | None = None, progress: Console | None = None) -> list[ShardProblem]:
     """Read every shard of a folder or ``s3://bucket/prefix``, bypassing the cache, and compare it with the manifest.
 
-    Checked are size, SHA-256, number and shape of the samples, the range of codes and classes, and the index beside the
+    Checked are size, SHA-256, number and shape of the samples, the range of codes and classes, that features are finite, and the index beside the
     shard if a reader would use it. Returns the problems in the shards' order, none for a good set. ``progress`` shows a
     bar. Raises ``UserError`` for an invalid manifest and an unreachable store.
     """
@@ -90,7 +91,7 @@ def _reasons(fd: int, found: str, store: Store, manifest: Manifest, info: ShardI
             yield str(error)
             return
         kept = unpack_index(store.index_uncached(info), info, manifest.layout, manifest.expected, data)
-        if kept and not all(np.array_equal(getattr(kept, k), getattr(index, k)) for k in ("offsets", "labels")):
+        if kept and not all(_equal(getattr(kept, k), getattr(index, k)) for k in ("offsets", "labels", "features")):
             yield f"its index {index_name(info.name)} does not match its samples: remove it, and it is rebuilt"
         yield from _contents(data, index, manifest)
 
@@ -117,3 +118,23 @@ def _contents(data: mmap.mmap, index: ShardIndex, manifest: Manifest) -> Iterato
         data.madvise(mmap.MADV_DONTNEED)
     if bad:
         yield f"{first}, outside the codebook of {manifest.codebook_size} ({bad} such samples)"
+    yield from _features(data, index, manifest)
+
+
+def _features(data: mmap.mmap, index: ShardIndex, manifest: Manifest) -> Iterator[str]:
+    """Features that are not finite."""
+    stored, bad, first = manifest.stored_features, 0, -1
+    if stored is None or index.features is None:
+        return
+    size = manifest.views * stored.bytes
+    for row, start in enumerate(index.features.tolist()):
+        if not_finite(np.frombuffer(data, NUMPY, size // NUMPY.itemsize, start)[None])[0]:
+            first, bad = row if first < 0 else first, bad + 1
+        if row % max(1, _BYTES_AT_ONCE // size) == 0:
+            data.madvise(mmap.MADV_DONTNEED)
+    if bad:
+        yield f"sample {first} holds features that are not finite ({bad} such samples)"
+
+
+def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))

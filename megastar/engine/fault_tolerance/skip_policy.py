@@ -147,7 +147,9 @@ def suspects(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     The contrastive losses depend on all ranks' teacher features: only the other parts show the origin.
     """
-    own = [e for e in every if {"loss_ar", "loss_mim"} & set(e["broken"])] or [e for e in every if e["broken"]]
+    own = [e for e in every if {"loss_ar", "loss_mim", "loss_repa"} & set(e["broken"])] or [
+        e for e in every if e["broken"]
+    ]
     return [{"rank": e["rank"], "host": e["host"]} for e in own] if len(own) < len(every) else []
 
 

@@ -96,4 +96,7 @@ class BatchFetcher:
         b = loader.global_batch // (loader.accumulation * loader.world)
         codes = torch.zeros(b, loader.views, loader.shards.manifest.tokens, dtype=torch.int64)
         names = ("labels", "true_labels", "ids", "epochs")
-        return {"step": loader.step, "codes": codes, **{name: torch.zeros(b, dtype=torch.int64) for name in names}}
+        batch = {"step": loader.step, "codes": codes, **{name: torch.zeros(b, dtype=torch.int64) for name in names}}
+        if loader.feature_shape:
+            batch["features"] = torch.zeros(b, loader.views, *loader.feature_shape, dtype=torch.float16)
+        return batch

@@ -16,10 +16,12 @@ from megastar.config.schema import DataConfig, ModelConfig, RunConfig, TrainConf
 from megastar.data.loader import check_enough, check_manifest, open_shards, validation_batches
 from megastar.data.order import VERSION as ORDER
 from megastar.data.prefetch import Batch
+from megastar.data.shards.features import check_same_features
 from megastar.data.shards.manifest import Manifest
 from megastar.data.shards.reader import ShardSet
 from megastar.data.shards.shard_table import digest_of
 from megastar.engine.context import Context
+from megastar.engine.input_pipeline.feature_checks import check_features, check_same_encoder
 from megastar.errors import UserError
 from megastar.run_dir.config_file import sizes_of_run
 from megastar.tokenizer.io import read_tokenizer_metadata, tokenizer_hash
@@ -44,7 +46,9 @@ class RunData:
     @property
     def record(self) -> dict[str, Any]:
         """What a checkpoint records of them."""
-        known = {"tokenizer_file": self.tokenizer_file, "downsample": downsample_of(self.train.manifest)}
+        manifest = self.train.manifest
+        known: dict[str, Any] = {"tokenizer_file": self.tokenizer_file, "downsample": downsample_of(manifest)}
+        known["features"] = manifest.features
         return self.digests | {name: value for name, value in known.items() if value}
 
     def validation_batches(self, train: TrainConfig, ctx: Context, micro_batch: int) -> list[Batch]:
@@ -75,6 +79,7 @@ def open_data(cfg: RunConfig) -> RunData:
     manifest = train.manifest
     told = tuple(_take_sizes(cfg, manifest))
     check_manifest(manifest, cfg.model, expected, cfg.views)
+    check_features(cfg.repa, manifest, cfg.data.shards)
     check_enough(cfg.data.shards, manifest, cfg.train.global_batch)
     if name and not manifest.tokenizer_sha256:
         check_downsample(name, manifest, cfg.data.shards)
@@ -86,6 +91,10 @@ def open_data(cfg: RunConfig) -> RunData:
     if val.manifest.classes != manifest.classes:
         raise UserError(
             f"{cfg.data.val_shards} and {cfg.data.shards} name different classes: make both from folders of the same names, or one with --classes of the other"
+        )
+    if cfg.repa.active:
+        check_same_features(
+            manifest.stored_features, val.manifest.stored_features, cfg.data.shards, cfg.data.val_shards
         )
     hashes = [m.tokenizer_sha256 for m in (manifest, val.manifest)]
     if all(hashes) and hashes[0] != hashes[1]:
@@ -138,8 +147,13 @@ def _classes_of(t: TrainConfig) -> int:
     return found.num_classes if isinstance(found, ModelConfig) else 0
 
 
-def check_same_data(data: DataConfig, restored: dict[str, Any], digests: dict[str, str], found: Path) -> None:
-    """Raise ``UserError`` for other shards than the checkpoint's, wherever they lie now."""
+def check_same_data(data: DataConfig, restored: dict[str, Any], record: dict[str, Any], found: Path) -> None:
+    """Raise ``UserError`` for other shards than the checkpoint's, wherever they lie now.
+
+    ``record``: ``RunData.record`` of those that are there.
+    """
+    check_same_encoder(restored.get("features"), record.get("features"), data.shards, found)
+    digests: dict[str, str] = record
     for name, what, where in (
         ("data", "was trained on", f"data.shards = {data.shards}"),
         ("val_data", "was validated on", f"data.val_shards = {data.val_shards}"),

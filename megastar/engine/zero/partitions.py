@@ -19,6 +19,7 @@ from torch.optim.adamw import adamw
 from megastar.checkpoint.shard_format import kinds_of
 from megastar.config.sections.optim import MuonConfig
 from megastar.engine.zero.streams import gather_after_updates
+from megastar.parallel.alignment import PROJECTORS
 from megastar.parallel.plan import block_matrix
 from megastar.teacher.ema import lerp_
 
@@ -114,7 +115,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Weight decay on tensors of two or more dimensions only (st-ar.md, training set-up).
 
-    The projector has separate groups: the teacher has none, so a replicated teacher gathers whole groups. So do, with
+    The projectors have separate groups: the teacher has none, so a replicated teacher gathers whole groups. So do, with
     ``muon``, the weights that Muon updates; their groups have ``muon`` set. ``scale``: name -> factor of the learning rate,
     a group's ``lr_scale``; weights with the factor 0 have no decay.
     """
@@ -123,7 +124,7 @@ def parameter_groups(
         if p.requires_grad:
             decays = len(getattr(p, "ds_shape", p.shape)) >= 2  # under zero.Init p itself is empty
             matrix = muon is not None and block_matrix(name) is not None
-            groups.setdefault((name.startswith("projector."), not decays, matrix, scale(name)), []).append(p)
+            groups.setdefault((name.startswith(PROJECTORS), not decays, matrix, scale(name)), []).append(p)
     out: list[dict[str, Any]] = []
     for key in sorted(groups):
         out.append({"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay})

@@ -15,6 +15,7 @@ from megastar.config.deepspeed import read_deepspeed
 from megastar.config.load import diff_configs, load_compare_config, load_config, load_tokenizer_config, resolve_batch
 from megastar.config.schema import RunConfig
 from megastar.config.sections.optim import MuonConfig
+from megastar.config.sections.repa import RepaConfig
 from megastar.parallel.budget import GIB, Zero
 from megastar.parallel.cost import GPUS, Machine, make_plan
 
@@ -65,6 +66,7 @@ LATER = {
     "train.init_any_tokenizer": False,
     "train.freeze_blocks": 0,
     **{f"optim.muon.{name}": value for name, value in dataclasses.asdict(MuonConfig()).items()},
+    **{f"repa.{name}": value for name, value in dataclasses.asdict(RepaConfig()).items()},
 }  # defaults that later versions changed or added
 
 

@@ -16,13 +16,13 @@ from rich.console import Console
 
 from megastar.config.schema import TokenizerConfig
 from megastar.data.pretokenize.runner import pretokenize
+from megastar.encoders.efficientnet import EfficientNetLite0
 from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector
 from megastar.evaluation.features import EffLite0, resize
 from megastar.evaluation.image_sources import load_images, open_images, source_hash
 from megastar.evaluation.options import Settings
 from megastar.evaluation.runner import evaluate, evaluate_collected, evaluate_reconstruction
-from megastar.tokenizer.efficientnet import EfficientNetLite0
 from megastar.tokenizer.io import load_tokenizer, save_tokenizer
 from megastar.tokenizer.scores import score
 from megastar.tokenizer.vq import VQModel

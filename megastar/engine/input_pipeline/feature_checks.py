@@ -1,0 +1,60 @@
+"""The features that representation alignment reads: the shards have them, of the encoder that the run names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megastar.config.sections.repa import RepaConfig
+from megastar.data.shards.features import stored_features
+from megastar.data.shards.manifest import Manifest
+from megastar.errors import UserError
+from megastar.utils.files import sha256
+
+
+def check_features(repa: RepaConfig, manifest: Manifest, shards: str) -> None:
+    """Set ``repa.width`` from the shards where it is 0. Does nothing without alignment.
+
+    Raises ``UserError`` for shards without features, or with those of another encoder, other weights or another width.
+    """
+    if not repa.active:
+        return
+    stored = manifest.stored_features
+    if stored is None:
+        raise UserError(
+            f"data.shards = {shards} stores no features, which repa.enabled needs: make the set again with megastar pretokenize "
+            "--features, or set repa.enabled=false"
+        )
+    if repa.encoder and repa.encoder != stored.encoder:
+        raise UserError(
+            f"repa.encoder = {repa.encoder}, but data.shards = {shards} has features of {stored}: name that encoder, or "
+            "pretokenize again"
+        )
+    if repa.encoder_weights:
+        if not Path(repa.encoder_weights).is_file():
+            raise UserError(f"repa.encoder_weights = {repa.encoder_weights} does not exist: name the encoder's weights")
+        if (digest := sha256(Path(repa.encoder_weights))) != stored.weights_sha256:
+            raise UserError(
+                f"repa.encoder_weights = {repa.encoder_weights} has SHA-256 {digest[:12]}..., but data.shards = {shards} has "
+                f"features of {stored}: name the file that they were made with, or pretokenize again"
+            )
+    if repa.width and repa.width != stored.width:
+        raise UserError(
+            f"repa.width = {repa.width}, but data.shards = {shards} has features of {stored}: set it to {stored.width}, or to 0"
+        )
+    repa.width = stored.width
+
+
+def check_same_encoder(recorded: Any, now: Any, shards: str, found: Path) -> None:
+    """Raise ``UserError`` for features other than those that the checkpoint ``found`` records. An older checkpoint, or one of
+    shards without features, records none."""
+    if recorded and recorded != now:
+        try:
+            before = stored_features(recorded)
+        except (AttributeError, TypeError, ValueError):
+            before = None
+        here = stored_features(now or {})
+        raise UserError(
+            f"data.shards = {shards} has {f'features of {here}' if here else 'no features'}, {found} was trained on shards with "
+            f"features of {before or 'an encoder that it does not name'}: restore them, or choose another run=..."
+        )
