@@ -48,6 +48,8 @@ def library() -> Any:
     """The module huggingface_hub. Raises ``UserError`` if it is not installed."""
     if find_spec("huggingface_hub") is None:
         raise UserError("hf:// sources and megastar push need huggingface_hub: run pip install 'megastar[hub]'")
+    for name in ("constants", "errors"):  # the package imports its modules on demand only
+        importlib.import_module(f"huggingface_hub.{name}")
     return importlib.import_module("huggingface_hub")
 
 
