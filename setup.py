@@ -52,6 +52,11 @@ setup(
             "matplotlib>=3.8",  # the linear probe's figure
         ],
         "completion": ["argcomplete>=3.5"],  # of commands, options and fields in a shell
+        # Experiment trackers, train.trackers (docs/trackers.md).
+        "wandb": ["wandb>=0.19"],
+        "trackio": ["trackio>=0.20"],
+        "mlflow": ["mlflow-skinny>=3.1", "sqlalchemy>=2.0", "alembic>=1.13"],  # the store is a local SQLite file
+        "hub": ["huggingface_hub>=1.0"],  # hf:// weights and megastar push (docs/hub.md)
         "dev": [
             *(
                 "argcomplete>=3.5",

@@ -38,8 +38,9 @@ def load(
     """The weights in ``source`` with their tokenizer.
 
     Args:
-        source: a run folder (its newest checkpoint), a checkpoint folder, a .safetensors file that megastar wrote, or a
-            .pt file of LlamaGen; None: the weights shipped with megastar, trained on emoji images of 64 x 64 pixels.
+        source: a run folder (its newest checkpoint), a checkpoint folder, a .safetensors file that megastar wrote, a
+            folder of ``megastar convert --to hf``, such a folder on the Hub as "hf://owner/name" or
+            "hf://owner/name@revision", or a .pt file of LlamaGen; None: the weights shipped with megastar, trained on emoji images of 64 x 64 pixels.
         tokenizer: a tokenizer .safetensors; None: the one whose hash the weights record, where the run had it, beside its
             shards or the weights, or shipped with megastar.
         weights: which weights of a run or checkpoint, "ema" (None means it) or "student"; of a .pt file with several sets

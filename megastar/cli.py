@@ -36,6 +36,8 @@ COMMANDS = {  # name -> (module of megastar.commands, description)
     "check-gpu": ("check_gpu", "check and time the attention kernels on this GPU"),
     "doctor": ("doctor", "diagnose this node, or all nodes of a job, and suggest fixes"),
     "report": ("report", "write an HTML report: curves, samples by step, attention, configuration"),
+    "profile": ("profile", "print what train.profile recorded: phases, kernels, operators, host synchronizations"),
+    "push": ("push", "publish a folder of convert --to hf on the Hugging Face Hub"),
     "status": ("status", "show the state of runs: step, loss, speed, checkpoint, restarts, health, time left"),
 }
 RESUMED = ("demo", "train-tokenizer", "pretokenize", "train", "sample", "compare")  # by the same command

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
 from megastar.checkpoint.find_tokenizer import recorded_identity
+from megastar.checkpoint.hub.layout import is_hub_folder
+from megastar.checkpoint.hub.reader import folder_tensors, read_folder
 from megastar.checkpoint.inspect import Shapes, read_weights_header, require_weights
 from megastar.checkpoint.llamagen_reader import CLASS_TABLE, model_config, tokenizer_config
 from megastar.checkpoint.llamagen_sets import (
@@ -66,12 +68,18 @@ def open_weights(
     weights: str | None = None,
     num_classes: int | None = None,
 ) -> WeightsFile:
-    """A weights file of LlamaGen (.pt) or of megastar (.safetensors), of a network or of a tokenizer.
+    """A weights file of LlamaGen (.pt) or of megastar (.safetensors), of a network or of a tokenizer; or a network's folder
+    in the Hub's layout.
 
     ``config`` (an architecture or a model's YAML), ``image_tokens``, ``num_classes`` and ``image_size`` supply what
     LlamaGen's files do not store; ``weights`` names one of several sets in a .pt file, such as "ema". Raises ``UserError``.
     """
     path = Path(path)
+    if is_hub_folder(path):
+        if weights is not None:
+            raise UserError(f"--weights {weights} does not apply to {path}: it has one set of weights, leave it out")
+        model, provenance, shapes = read_folder(path)
+        return WeightsFile(path, model, shapes, folder_tensors(path), provenance)
     if path.suffix == ".safetensors":
         if weights is not None:
             raise UserError(

@@ -15,6 +15,9 @@ from megastar.checkpoint.find_tokenizer import (
     recorded_identity,
     search_tokenizer,
 )
+from megastar.checkpoint.hub.download import local_source
+from megastar.checkpoint.hub.layout import TOKENIZER, is_hub_folder
+from megastar.checkpoint.hub.reader import digest_file, read_folder, tokenizer_in
 from megastar.config.files import find_file
 from megastar.config.schema import DataConfig, ModelConfig
 from megastar.errors import UserError, nearest
@@ -33,7 +36,7 @@ SHIPPED_WEIGHTS = "assets/weights/demo-nano.safetensors"
 class Weights:
     """A source resolved to files."""
 
-    file: Path
+    file: Path  # of weights in several files their folder
     tokenizer: str | None = None  # the run's
     shards: str | None = None
     recorded: str = ""  # the tokenizer's hash in the run's checkpoint
@@ -45,6 +48,11 @@ class Weights:
     def opened(self) -> WeightsFile:
         """The file of a network, of megastar or of LlamaGen; its tensors are read later. Raises ``UserError``."""
         return open_network(self.file, weights=self.chosen)
+
+    @property
+    def digest_file(self) -> Path:
+        """The file whose SHA-256 identifies the weights."""
+        return digest_file(self.file) if self.file.is_dir() else self.file
 
     @property
     def config(self) -> ModelConfig:
@@ -69,7 +77,11 @@ class Weights:
         if given:
             return str(find_file(given) or given)
         if self.identity:
-            folders = [self.file.parent, *([self.run, self.run.parent] if self.run else [])]
+            folders = [
+                self.file.parent,
+                self.file.parent / TOKENIZER,
+                *([self.run, self.run.parent] if self.run else []),
+            ]
             if self.shards and "://" not in self.shards:
                 roots = [Path(), *(self.run.resolve().parents if self.run else [])]
                 folders += [p for root in roots for p in (root / self.shards, (root / self.shards).parent)]
@@ -134,23 +146,41 @@ def is_shipped(file: Path) -> bool:
 def find_weights(source: str | Path | None, weights: str | None = None) -> Weights:
     """Resolve ``source``; a run folder or checkpoint is first converted to RUN/weights, once per step.
 
-    ``weights``: of a run ema (default) or student, of a .pt file with several sets the name of one. Raises ``UserError``.
+    ``source``: also a folder in the Hub's layout, or hf://owner/name[@revision]. ``weights``: of a run ema (default) or
+    student, of a .pt file with several sets the name of one. Raises ``UserError``.
     """
-    path = Path(source or SHIPPED_WEIGHTS)
+    path = local_source(source or SHIPPED_WEIGHTS)
     if not source and find_file(path) is None:
         raise UserError(
             f"the shipped weights {path} are not in this installation: name a run folder or a .safetensors file, or "
             "install megastar again from a clone of the repository"
         )
+    if is_hub_folder(path):
+        return _of_hub_folder(path, weights)
     if not path.is_dir():
         found = Weights(find_file(path) or path, chosen=weights)
         if found.file.suffix == ".safetensors":
             found.chosen = None
-            _check_name(weights)
-            if weights and (has := found.provenance.get("weights", weights)) != weights:
-                raise UserError(f"{found.file} contains the {has} weights only: leave out --weights {weights}")
+            _check_set(found, weights)
         return found
     return _of_run(path, weights or "ema")
+
+
+def _of_hub_folder(path: Path, weights: str | None) -> Weights:
+    """A single weights file is read as one."""
+    _, provenance, _ = read_folder(path)
+    one = digest_file(path)
+    file = one if one.suffix == ".safetensors" else path
+    found = Weights(file, recorded=recorded_identity(provenance), places=[tokenizer_in(path)])
+    _check_set(found, weights)
+    return found
+
+
+def _check_set(found: Weights, weights: str | None) -> None:
+    """Raise ``UserError`` if a file with one set of weights has not the one that is asked for."""
+    _check_name(weights)
+    if weights and (has := found.provenance.get("weights", weights)) != weights:
+        raise UserError(f"{found.file} contains the {has} weights only: leave out --weights {weights}")
 
 
 def _of_run(path: Path, weights: str) -> Weights:

@@ -26,7 +26,11 @@ def parser() -> Parser:
     p = Parser(
         "probe", "Train a linear classifier on one frozen block's features, computed with the null class.", EXAMPLES
     )
-    p.add_argument("source", nargs="+", help="run folders, checkpoints, .safetensors or .json files (earlier probes)")
+    p.add_argument(
+        "source",
+        nargs="+",
+        help="run folders, checkpoints, .safetensors, folders of convert --to hf, hf://owner/name, or .json files (earlier probes)",
+    )
     p.add_argument("--names", help="comma-separated names for the table and the figure")
     p.add_argument("--shards", help="training token shards (default: the run's)")
     p.add_argument("--val-shards", help="validation token shards")
@@ -94,7 +98,7 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
     found = find_weights(source)
     shards = a.shards or found.shards
     if not shards:
-        raise UserError(f"{source} is a weights file, which records no training shards: give --shards")
+        raise UserError(f"{source} is weights without a run, which record no training shards: give --shards")
     found.require_null_class("a probe needs")
     for folder in (shards, a.val_shards):
         check_codes(found.file, found.identity, folder)
@@ -102,7 +106,7 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
     options = {k: getattr(a, k) for k in ("block", "positions", "epochs", "batch", "lr", "optimizer", "seed", "cache")}
     train, val = load_crops(shards, limit=a.limit), load_crops(a.val_shards, limit=a.limit)
     result = linear_probe(model, *train, *val, console=console, **options)
-    weights = {"weights": str(found.file), "weights_sha256": sha256(found.file)}
+    weights = {"weights": str(found.file), "weights_sha256": sha256(found.digest_file)}
     return result | weights | {"shards": str(shards), "val_shards": a.val_shards}
 
 

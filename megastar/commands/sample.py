@@ -32,6 +32,7 @@ megastar sample runs/demo/run --out run.png                     EMA weights of t
 megastar sample --classes food-drink,travel-places --per-class 24 --cfg-scale 2 --seed 1
 megastar sample --count 5000 --like runs/demo/codes/train --npz samples.npz
 megastar sample w.safetensors --tokenizer t.safetensors --count 50000 --cfg-scale 1.5 --npz samples.npz --nproc 8
+megastar sample hf://owner/name@v1.0                            a folder of convert --to hf on the Hub; docs/hub.md
 megastar sample c2i_B_256.pt --tokenizer vq16.safetensors --cfg-scale 2     LlamaGen's file; docs/convert.md
 torchrun --nproc-per-node 8 -m megastar sample w.safetensors --count 50000 --npz samples.npz --folder parts
 sbatch slurm/sample_fid.sh w.safetensors --cfg-scale 1.5 --npz samples.npz
@@ -44,7 +45,10 @@ Repeating an interrupted command resumes it. docs/sampling.md lists the guarante
 def parser() -> Parser:
     p = Parser("sample", "Generate images from a run or a weights file.", EXAMPLES)
     p.add_argument(
-        "source", nargs="?", help="run folder, checkpoint, .safetensors, or LlamaGen's .pt (default: shipped weights)"
+        "source",
+        nargs="?",
+        help="run folder, checkpoint, .safetensors, folder of convert --to hf, hf://owner/name[@revision], or LlamaGen's .pt "
+        "(default: shipped weights)",
     )
     p.add_argument(
         "--tokenizer", help="tokenizer .safetensors (default: the one whose hash the weights record, if it is found)"
@@ -179,7 +183,7 @@ def main(words: list[str]) -> int:
         "cfg_interval": a.cfg_interval,
     }
     settings = {"seed": a.seed, "dtype": a.dtype, "batch": a.batch, "size": a.size}
-    origin = {"weights": str(found.file), "tokenizer": tokenizer, "trained": provenance, "passes": a.cfg_passes}
+    origin = {"weights": str(found.digest_file), "tokenizer": tokenizer, "trained": provenance, "passes": a.cfg_passes}
     origin["label_plan"] = f"like {a.like}" if a.like else a.plan if a.count else "per class"
     console, device = main_console(), own_device(a.device)
     pipeline = open_pipeline(

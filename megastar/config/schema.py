@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from megastar.config.knob import LARGE, MOST_BATCH, MOST_SECONDS, MOST_SEED, MOST_STEPS, MOST_THREADS, knob
 from megastar.config.sections.evaluation import EvaluationConfig
 from megastar.config.sections.optim import OptimConfig
+from megastar.config.sections.profile import ProfileConfig as ProfileConfig
 from megastar.config.sections.rank_faults import RankFaultsConfig
 from megastar.config.sections.repa import RepaConfig as RepaConfig
 from megastar.config.sections.self_guided import SelfGuidedConfig as SelfGuidedConfig
 from megastar.config.sections.tokenizer import TokenizerConfig as TokenizerConfig
 from megastar.config.sections.tokenizer import TokenizerTrainConfig as TokenizerTrainConfig
+from megastar.config.sections.trackers import TRACKER_NAMES, TRACKERS_HELP
 
 
 @dataclass
@@ -203,8 +205,8 @@ class TrainConfig:
     seed: int = knob(0, "seed of all random numbers", low=0, high=MOST_SEED)
     init: str = knob(
         "",
-        "weights to start from: a .safetensors file, LlamaGen's .pt file, or a run folder; empty: random weights. The "
-        "projector always starts at random",
+        "weights to start from: a .safetensors file, LlamaGen's .pt file, a run folder, a folder of convert --to hf, or "
+        "hf://owner/name[@revision]; empty: random weights. The projector always starts at random",
     )
     init_weights: str = knob(
         "", "of a run ema (empty: this) or student; of a .pt file with several sets of weights the name of one"
@@ -224,6 +226,7 @@ class TrainConfig:
         high=1024,
     )
     log_every: int = knob(10, "steps between rows of metrics", low=1, high=MOST_STEPS)
+    trackers: list[str] = knob(["tensorboard"], TRACKERS_HELP, choices=TRACKER_NAMES)
     val_every: int = knob(1000, "steps between validation losses; 0: never", low=0, high=MOST_STEPS)
     val_images: int = knob(
         1024, "images of the validation split that the loss is computed on, always the same", low=1, high=10**9
@@ -253,6 +256,7 @@ class TrainConfig:
     threads: int = knob(
         0, "CPU threads per rank; 0: cores / local ranks on a CPU, torch's default on a GPU", low=0, high=MOST_THREADS
     )
+    profile: ProfileConfig = knob(ProfileConfig, "record some steps with torch.profiler (docs/profiling.md)")
 
 
 @dataclass

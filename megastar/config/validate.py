@@ -17,6 +17,7 @@ from megastar.config.rules.model import model_problems, self_guided_rules, tenso
 from megastar.config.rules.problem import Problem, divisors, near, words
 from megastar.config.rules.repa import repa_rules
 from megastar.config.rules.tokenizer import tokenizer_rules
+from megastar.config.rules.tracking import profile_problems, tracker_problems
 from megastar.config.schema import ModelConfig, RunConfig, TokenizerTrainConfig, TrainConfig
 
 
@@ -58,8 +59,10 @@ def _bounds(section: Any, prefix: str = "") -> Iterator[Problem]:
                 yield from _bounds(inner, f"{name}.{key}.")
             continue
         if "choices" in meta:
-            if value not in meta["choices"]:
-                yield Problem(f"{name} = {recorded(value)}: must be {words(list(meta['choices']))}", (name,))
+            for one in value if isinstance(value, list) else [value]:
+                if one not in meta["choices"]:
+                    yield Problem(f"{name} = {recorded(value)}: must be {words(list(meta['choices']))}", (name,))
+                    break
             continue
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, float) and not math.isfinite(one):
@@ -99,6 +102,8 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
         )
     yield from _init_rules(t, m)
     yield from evaluation_rules(cfg)
+    yield from tracker_problems(t.trackers, "train.trackers")
+    yield from profile_problems(t)
     if t.upload and not (t.upload[:5].lower() == "s3://" and t.upload[5:].split("/")[0]):
         yield Problem(f"train.upload = {t.upload}: must have the form s3://bucket/prefix", ("train.upload",))
     if not cfg.run:

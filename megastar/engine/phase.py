@@ -6,6 +6,7 @@ One process is one rank, so there is one ``PHASE``; without a watchdog it has no
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from megastar.config.schema import RunConfig
 from megastar.data.storage.store import is_remote
@@ -23,9 +24,11 @@ DATA_EXTRA = 600.0  # extra seconds on top of data.patience, for slow responses 
 
 
 class Phase:
-    """``moves`` counts every change; ``step`` is the current step, counted from 1, 0 before the first."""
+    """``moves`` counts every change; ``step`` is the current step, counted from 1, 0 before the first. ``listener``
+    is called with each new phase, on the thread of the loop; the profiler sets it while it records."""
 
     def __init__(self) -> None:
+        self.listener: Callable[[str], None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -43,6 +46,8 @@ class Phase:
     def at(self, phase: str) -> None:
         self.phase = phase
         self.moves += 1
+        if self.listener is not None:
+            self.listener(phase)
 
 
 PHASE = Phase()

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
+from megastar.checkpoint.hub.download import is_hub_source
 from megastar.config.schema import RunConfig
 from megastar.data.shards.manifest import Manifest
 from megastar.engine.checkpointer.load import check_resumable
 from megastar.engine.checkpointer.s3_upload import check_upload
 from megastar.engine.context import Context
 from megastar.engine.input_pipeline.data_checks import RunData, check_same_data, check_same_order
+from megastar.engine.metrics.trackers.packages import check_installed
+from megastar.engine.profiling.settings import check_ranks
 from megastar.engine.rank_sync import run_on_main
 from megastar.engine.zero.engines import Engines
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir, config_file
 from megastar.run_dir.training_checks import uses_contrastive
+from megastar.utils.launcher import place_of
 
 logger = logging.getLogger(__name__)
 
 
 def first_checks(cfg: RunConfig) -> RunConfig:
-    """``cfg``. Raises ``UserError``, before the data is opened, if ``train.init`` is read and does not exist, or for an S3
-    endpoint that ``train.upload`` cannot use."""
+    """``cfg``. Raises ``UserError``, before the data is opened, if ``train.init`` is read and does not exist, for an S3
+    endpoint that ``train.upload`` cannot use, a tracker that is not installed, or a profiled rank that does not exist."""
+    check_installed(cfg.train.trackers, "train.trackers")
+    check_ranks(cfg.train.profile, place_of(os.environ).world)
     check_upload(cfg.train.upload)
     init = cfg.train.init
-    if init and not Path(init).exists() and not checkpoint_dir.latest(checkpoint_dir.folder_of(cfg.run)):
+    if (
+        init
+        and not is_hub_source(init)
+        and not Path(init).exists()
+        and not checkpoint_dir.latest(checkpoint_dir.folder_of(cfg.run))
+    ):
         raise UserError(f"train.init = {init} does not exist: name the weights or the run to start from")
     return cfg
 

@@ -39,7 +39,9 @@ from megastar.engine.metrics.environment import command_line
 from megastar.engine.metrics.health_monitor import HealthMonitor
 from megastar.engine.metrics.logger import MetricsLogger
 from megastar.engine.metrics.step_metrics import ideal_seconds, step_metrics
+from megastar.engine.metrics.trackers.tracker import public_config
 from megastar.engine.phase import PHASE, SAVING, STARTING, VALIDATION
+from megastar.engine.profiling.step_profiler import StepProfiler
 from megastar.engine.rank_sync import on_all_ranks, run_on_main
 from megastar.engine.resume_checks import check_resumed, check_start, claim_run_folder, first_checks
 from megastar.engine.run_end import RunEnd
@@ -203,6 +205,8 @@ class Trainer(RunEnd):
             micro_batch = self.engines.micro_batch
             self.validation = on_all_ranks(ctx, lambda: self.data.validation_batches(cfg.train, ctx, micro_batch))
             self.health = HealthMonitor(cfg, ctx.world, self.steps, self.metrics)
+            self.profiler = StepProfiler(cfg.train.profile, ctx, self.run, self.metrics, self.steps)
+            opened.callback(self.profiler.close)
             self.engines.student.train()
             self.skipped = 0  # steps since the last row
             try:
@@ -223,7 +227,10 @@ class Trainer(RunEnd):
 
     def _open_metrics(self, opened: ExitStack) -> MetricsLogger:
         cfg, ctx = self.cfg, self.ctx
-        metrics = MetricsLogger(self.run, self.step, self.steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx))
+        metrics = MetricsLogger(
+            self.run, self.step, self.steps, cfg.train.log_every, ctx.main, ideal_seconds(cfg, ctx),
+            trackers=cfg.train.trackers, config=public_config(cfg),
+        )  # fmt: skip
         opened.callback(metrics.close)  # at once: what follows, or another rank, may fail
         return metrics
 
@@ -233,6 +240,7 @@ class Trainer(RunEnd):
         engines = self.engines
         while self.step < self.steps:
             PHASE.begin(self.step + 1)
+            self.profiler.begin(self.step)
             record = StepRecord()
             batches = self.fetcher.micro_batches(engines.accumulation)
             for batch in teacher_first(self.cfg, engines, self.ctx, batches, self.step, self.fetcher.timer):
@@ -264,6 +272,7 @@ class Trainer(RunEnd):
             self.metadata.pop("val_loss_ar", None)
             for hook in self.hooks:
                 hook(record)
+            self.profiler.end()
 
     def _forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         due = row_due(self.cfg.train, self.step, self.steps)

@@ -37,6 +37,8 @@ RESUMABLE = (
     "train.steps",
     "train.epochs",
     "train.log_every",
+    "train.trackers",
+    "train.profile.",
     "train.val_every",
     "train.save_every",
     "train.keep",
@@ -152,7 +154,8 @@ def check_same_init(init: str, recorded: Any, recorded_init: str, checkpoint: Pa
     digest = recorded.get("sha256") if isinstance(recorded, dict) else None
     name = recorded.get("checkpoint") if isinstance(recorded, dict) else None
     run = [checkpoint_dir.folder_of(init) / name / MANIFEST] if isinstance(name, str) else []
-    places = [Path(init), *run, Path(init) / MANIFEST]
+    hub = [Path(init) / name for name in ("model.safetensors", "config.json")]  # in the Hub's layout
+    places = [Path(init), *run, Path(init) / MANIFEST, *hub]
     if init and digest and any(os.path.isfile(place) and sha256(place) == digest for place in places):
         return
     raise UserError(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megastar.config.rules.problem import Problem, words
+from megastar.config.rules.tracking import tracker_problems
 from megastar.config.schema import TokenizerConfig, TokenizerTrainConfig
 
 PATCH_GAN = 24  # pixels: its three strides of 2 and two convolutions without leave one logit
@@ -75,6 +76,7 @@ def _quantizer_problems(t: TokenizerConfig) -> Iterator[Problem]:
 
 def tokenizer_rules(cfg: TokenizerTrainConfig) -> Iterator[Problem]:
     yield from tokenizer_problems(cfg.tokenizer)
+    yield from tracker_problems(cfg.trackers, "trackers")
     if not cfg.tokenizer.channel_multipliers:
         return
     if cfg.continuous_steps >= cfg.steps:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megastar.config.knob import LARGE, MOST_BATCH, MOST_SEED, MOST_STEPS, MOST_THREADS, knob
 from megastar.config.sections.rank_faults import RankFaultsConfig
+from megastar.config.sections.trackers import TRACKER_NAMES, TRACKERS_HELP
 
 
 @dataclass
@@ -99,4 +100,5 @@ class TokenizerTrainConfig:
     eval_every: int = knob(1000, "steps between evaluations on val_subset", low=1, high=MOST_STEPS)
     save_every: int = knob(500, "steps between checkpoints", low=1, high=MOST_STEPS)
     log_every: int = knob(50, "steps between rows of metrics.jsonl", low=1, high=MOST_STEPS)
+    trackers: list[str] = knob(["tensorboard"], TRACKERS_HELP, choices=TRACKER_NAMES)
     faults: RankFaultsConfig = knob(RankFaultsConfig, "hung and lost ranks")

@@ -20,6 +20,8 @@ from megastar.checkpoint.class_rows import match_classes, read_class_map
 from megastar.checkpoint.convert_weights import WeightsFile, open_weights
 from megastar.checkpoint.find_tokenizer import SHORT, identity_of
 from megastar.checkpoint.find_weights import Weights, convert_hint, has_null_class
+from megastar.checkpoint.hub.download import is_hub_source, local_source
+from megastar.checkpoint.hub.layout import is_hub_folder
 from megastar.checkpoint.llamagen_reader import CLASS_TABLE, NeedsOption
 from megastar.checkpoint.source import open_source
 from megastar.config.schema import ModelConfig, RunConfig, TrainConfig
@@ -57,7 +59,9 @@ class InitialWeights:
     def record(self, init: str, main: bool) -> dict[str, Any]:
         """What a checkpoint records of them; the hash only on the main rank, which writes it."""
         out = {"file": init, "model": self.config.name, **self.network.provenance}
-        if self.network.path.is_dir():
+        if is_hub_source(init):
+            out["revision"] = self.network.path.name  # the commit
+        elif self.network.path.is_dir() and not is_hub_folder(self.network.path):
             out["checkpoint"] = self.network.path.name
         return out | ({"sha256": sha256(self.digest_of)} if main else {})
 
@@ -70,11 +74,13 @@ def open_initial(cfg: RunConfig) -> InitialWeights | None:
     t = cfg.train
     if not t.init or checkpoint_dir.latest(checkpoint_dir.folder_of(cfg.run)):
         return None
-    if Path(t.init).is_dir():
+    path = local_source(t.init)
+    if path.is_dir() and not is_hub_folder(path):
         network, weights, digest_of = _of_run(t)
     else:
-        network = _of_file(t, cfg.model)
-        weights, digest_of = Weights(network.path), network.path
+        network = _of_file(path, t, cfg.model)
+        weights = Weights(network.path)
+        digest_of = weights.digest_file
         weights.__dict__["opened"] = network  # it is not opened again
     _check_architecture(t, network.cfg, cfg.model)
     _check_finite(t.init, network)
@@ -98,9 +104,9 @@ def _of_run(t: TrainConfig) -> tuple[WeightsFile, Weights, Path]:
     return network, weights, source.folder / MANIFEST
 
 
-def _of_file(t: TrainConfig, model: ModelConfig) -> WeightsFile:
+def _of_file(path: Path, t: TrainConfig, model: ModelConfig) -> WeightsFile:
     """``open_weights``; what a file of LlamaGen does not store is taken from the run, where the run can know it."""
-    path, options = Path(t.init), dict[str, Any]()
+    options = dict[str, Any]()
     same = t.init_classes == "same"
     known: dict[str, dict[str, Any]] = {"--image-tokens": {"image_tokens": model.image_tokens}}
     if same:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from megastar.checkpoint.convert_weights import open_weights
+from megastar.checkpoint.hub.download import local_source
+from megastar.checkpoint.hub.layout import is_hub_folder
 from megastar.checkpoint.source import open_source
 from megastar.config.model_sizes import take_sizes
 from megastar.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -139,9 +141,10 @@ def _take_sizes(cfg: RunConfig, manifest: Manifest) -> list[str]:
 def _classes_of(t: TrainConfig) -> int:
     """The number of classes of the weights ``train.init``; 0 where it is unknown: opening them later gives the reason."""
     try:
-        if Path(t.init).is_dir():
-            return open_source(Path(t.init)).cfg.model.num_classes
-        found = open_weights(Path(t.init), weights=t.init_weights or None).cfg
+        path = local_source(t.init)
+        if path.is_dir() and not is_hub_folder(path):
+            return open_source(path).cfg.model.num_classes
+        found = open_weights(path, weights=t.init_weights or None).cfg
     except UserError:
         return 0
     return found.num_classes if isinstance(found, ModelConfig) else 0

@@ -1,23 +1,25 @@
-"""The metrics of a run: metrics.jsonl, events.jsonl, TensorBoard, a progress bar. Main rank only."""
+"""The metrics of a run: metrics.jsonl, events.jsonl, trackers such as TensorBoard, a progress bar. Main rank only."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megastar.engine.metrics.tensorboard import TensorBoardWriter
+from megastar.engine.metrics.trackers.sinks import Trackers
+from megastar.engine.metrics.trackers.tracker import QUIET_KINDS, TrackedRun
 from megastar.run_dir.events import append_event, flush_events
 from megastar.run_dir.jsonl import JsonlWriter
 from megastar.run_dir.layout import METRICS
 from megastar.utils.logs import shared_console
 from megastar.utils.progress_bar import LOG_EVERY, progress_bar, time_left
+from megastar.utils.redact import redact
 
 logger = logging.getLogger(__name__)
-QUIET_KINDS = ("started", "resumed", "saved", "finished", "evaluated")
 SHOWN = {
     "loss": "loss", "loss_ar": "ar", "acc_step": "acc_step", "acc_view": "acc_view", "l2": "l2",
     "images_per_s": "images/s",
@@ -28,8 +30,9 @@ class MetricsLogger:
     """``step`` after each optimizer step; a row is written every ``every`` steps and at the end.
 
     A resumed run cuts rows after its checkpoint, so that metrics.jsonl holds each step once. Rows that cannot be written
-    are buffered in memory; a TensorBoard that fails is switched off. ``ideal``: seconds of a step at the devices' peak; its share
-    of the measured time is the row's ``mfu``. ``line_every``: without a terminal, log lines with the step and the time left
+    are buffered in memory; a tracker that fails is switched off. ``ideal``: seconds of a step at the devices' peak; its share
+    of the measured time is the row's ``mfu``. ``trackers`` also receive rows, events, images and the ``config``, dotted
+    names and values without secrets. ``line_every``: without a terminal, log lines with the step and the time left
     are at least so many seconds apart, except the first and the last one. Raises ``OSError`` if rows cannot be cut.
     """
 
@@ -42,6 +45,8 @@ class MetricsLogger:
         active: bool,
         ideal: float | None = None,
         line_every: float | None = None,
+        trackers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
     ):
         self.active, self.every, self.total, self.folder = active, every, total, folder
         self.done, self.ideal = start, ideal  # steps done
@@ -56,7 +61,7 @@ class MetricsLogger:
         self.rows.cut_after(start)
         self.rows.flush()  # the file exists, and its time is that of this start
         self.disk_fails = False
-        self.board = TensorBoardWriter(folder / "tensorboard", start)
+        self.trackers = Trackers(trackers, TrackedRun(folder, start, config or {}))
         self._stack, console = ExitStack(), shared_console()
         self.terminal = console.is_terminal
         bar = progress_bar(console if self.terminal else None, "train", total, done=start)
@@ -72,8 +77,7 @@ class MetricsLogger:
             self.rows.cut_after(step)
         except OSError as error:  # the next start cuts them
             self.note(f"{self.rows.path} keeps rows of steps after {step}: {error}", logging.WARNING)
-        self.board.close()
-        self.board = TensorBoardWriter(self.folder / "tensorboard", step)
+        self.trackers.rewind(step)
         self.clock, self.images = time.perf_counter(), 0
         self.bar.update(step)
 
@@ -122,7 +126,7 @@ class MetricsLogger:
             return
         rounded = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
         self.rows.append({"step": step, **rounded})
-        self.board.add(row, step)
+        self.trackers.row(step, row)
         self._check_disk()
 
     def note(self, text: str, level: int = logging.INFO) -> None:
@@ -134,8 +138,14 @@ class MetricsLogger:
         """A line of events.jsonl, and a log line unless something else prints it."""
         if self.active:
             append_event(self.folder, kind, self.done, text, **more)
+            self.trackers.event(self.done, kind, redact(text))
             if note:
                 logger.log(logging.INFO if kind in QUIET_KINDS else logging.WARNING, text)
+
+    def image(self, name: str, path: Path, caption: str) -> None:
+        """A PNG file for the trackers, such as a grid of samples."""
+        if self.active:
+            self.trackers.image(self.done, name, path, caption)
 
     def saved(self, checkpoint: Path | None) -> None:
         """``checkpoint`` is this process's newest complete one: an event the first time. Called after each step."""
@@ -151,7 +161,8 @@ class MetricsLogger:
     def close(self) -> None:
         if self.active:
             self._stack.close()
-            self.board.close()
+            for problem in self.trackers.close(complete=self.done >= self.total):
+                self.event("warning", problem)
             self.rows.flush(sync=True)
             self._check_disk()
             if self.rows.error:
@@ -173,5 +184,5 @@ class MetricsLogger:
             text = f"{self.rows.path} can be written again: the buffered rows are written{lost}"
             self.event("warning", text, situation="disk", over=True)
         self.disk_fails = error is not None
-        if problem := self.board.take_problem():
+        for problem in self.trackers.take_problems():
             self.event("warning", problem)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 
 class TensorBoardWriter:
@@ -24,12 +28,27 @@ class TensorBoardWriter:
         except (OSError, UnicodeError) as error:  # its names are UTF-8
             self._drop(error)
 
-    def add(self, row: dict[str, Any], step: int) -> None:
+    def add(self, row: Mapping[str, Any], step: int) -> None:
         try:
             for name, value in row.items():
                 if self.writer and isinstance(value, (int, float)):
                     self.writer.add_scalar(name, value, step)
         except Exception as error:  # also of the writer's thread
+            self._drop(error)
+
+    def add_event(self, kind: str, text: str, step: int) -> None:
+        try:
+            if self.writer:
+                self.writer.add_text(f"events/{kind}", text, step)
+        except Exception as error:
+            self._drop(error)
+
+    def add_image(self, name: str, path: Path, step: int) -> None:
+        try:
+            if self.writer:
+                with Image.open(path) as image:
+                    self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        except Exception as error:
             self._drop(error)
 
     def take_problem(self) -> str:

@@ -21,6 +21,8 @@ from megastar.engine.fault_tolerance.step_consensus import any_stop_signal
 from megastar.engine.fault_tolerance.watchdog import watch
 from megastar.engine.metrics.environment import process_environment
 from megastar.engine.metrics.logger import MetricsLogger
+from megastar.engine.metrics.trackers.packages import check_installed
+from megastar.engine.metrics.trackers.tracker import public_config
 from megastar.engine.phase import DATA, ENDING, PHASE, SAVING, VALIDATION
 from megastar.engine.rank_sync import error_of_any_rank, from_main, gather, on_all_ranks, retry, run_on_main
 from megastar.engine.tokenizer.batches import Batches, HeldOut
@@ -76,6 +78,7 @@ class _Run:
 
     def run(self) -> tuple[Path, dict[str, Any]]:
         cfg = self.cfg
+        check_installed(cfg.trackers, "trackers")
         PHASE.reset()
         self.ctx = join(cfg, lambda: self.stop.signal)
         run_on_main(self.ctx, lambda: check_output(self.out, "out =", folder=True))  # before the images are listed
@@ -160,7 +163,17 @@ class _Run:
     def _train(self, batches: Batches) -> None:
         cfg, ctx, trainer = self.cfg, self.ctx, self.trainer
         first = trainer.step
-        with closing(MetricsLogger(self.out, first, cfg.steps, cfg.log_every, ctx.main)) as self.metrics:
+        with closing(
+            MetricsLogger(
+                self.out,
+                first,
+                cfg.steps,
+                cfg.log_every,
+                ctx.main,
+                trackers=cfg.trackers,
+                config=public_config(cfg),
+            )  # fmt: skip
+        ) as self.metrics:
             text = f"{self.out}: {cfg.steps} steps on {ctx.world} rank(s)"
             if self.saved >= 0:
                 text = f"resumed {self.out / STATE} at step {first}"
@@ -268,6 +281,7 @@ class _Run:
             if len(shown := images.first(SHOWN)):
                 path = self.out / layout.SAMPLES / f"{name_of(step)}.png"
                 save_reconstructions(self.trainer.average, shown, path, {"caption": text, "step": step})
+                self.metrics.image("reconstructions", path, text)
         except OSError as error:  # a full disk
             self.metrics.event("warning", f"the reconstructions of step {step} are not written ({error})")
 

@@ -91,13 +91,13 @@ def a_run_without_a_disk_loses_no_row(disk: Path) -> None:
     metrics.step(1, 4, {"loss": 1.0})
     filler = fill(disk)
     step = 1
-    while not (metrics.disk_fails and metrics.board.writer is None):
+    while not (metrics.disk_fails and metrics.trackers.board.writer is None):
         step += 1
         assert step < 250
         metrics.step(step, 4, {"loss": float(step)})
-        if (writer := metrics.board.writer) is not None:
+        if (writer := metrics.trackers.board.writer) is not None:
             for n in range(40):
-                metrics.board.add({f"more/{n}": 1.0}, step)
+                metrics.trackers.board.add({f"more/{n}": 1.0}, step)
             with suppress(OSError):  # the writer's thread would come to it after two minutes
                 writer.flush()
     filler.unlink()

@@ -1,0 +1,74 @@
+"""`megastar push`: publish a folder in the Hub's layout. Nothing else in the folder is sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megastar.checkpoint.find_tokenizer import SHORT, identity_of
+from megastar.checkpoint.hub import layout
+from megastar.checkpoint.hub.download import REPOSITORY, REVISION, library
+from megastar.checkpoint.hub.reader import damaged_files, read_folder, tokenizer_in
+from megastar.errors import UserError
+
+
+@dataclass(frozen=True)
+class Publication:
+    """The files of ``folder`` that are published, with their sizes."""
+
+    folder: Path
+    files: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.files.values())
+
+
+def check_repository(name: str, revision: str | None = None) -> None:
+    """Raise ``UserError`` for a name that is no owner/name."""
+    if not REPOSITORY.fullmatch(name) or ".." in name:
+        raise UserError(f"{name[:200]} is not the name of a repository: give owner/name")
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise UserError(f"--revision {revision[:200]} is not the name of a branch")
+
+
+def prepare(folder: Path) -> Publication:
+    """The content of a complete folder. Raises ``UserError`` for a damaged one, or a tokenizer of other weights."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: name one that megastar convert --to hf wrote")
+    _, provenance, _ = read_folder(folder)
+    if damaged := damaged_files(folder):
+        raise UserError(
+            f"{folder / damaged[0]} is damaged: its SHA-256 differs from {layout.CONFIG}'s; convert it again"
+        )
+    tokenizer = tokenizer_in(folder)
+    if tokenizer is None:
+        raise UserError(f"{folder} has no tokenizer: write it again with megastar convert --to hf")
+    if (found := identity_of(tokenizer)) != provenance.get("tokenizer"):
+        raise UserError(
+            f"{tokenizer} has the hash {found[:SHORT]}, but {layout.CONFIG} records {str(provenance.get('tokenizer'))[:SHORT]}: "
+            "convert the weights again"
+        )
+    names = [layout.CONFIG, *layout.read_config(folder)["weights"], layout.INDEX, layout.PREPROCESSOR, layout.CARD]
+    names += [f"{layout.TOKENIZER}/{name}" for name in (layout.CONFIG, layout.TOKENIZER_FILE)]
+    return Publication(folder, {n: (folder / n).stat().st_size for n in names if (folder / n).is_file()})
+
+
+def publish(what: Publication, repository: str, *, private: bool = False, revision: str | None = None) -> str:
+    """Create ``repository`` where it does not exist, and commit the files; the address. Raises ``UserError``."""
+    hub = library()
+    api = hub.HfApi(library_name="megastar")
+    try:
+        api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        files = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(what.folder / name)) for name in what.files]
+        message = "Weights written by megastar convert --to hf"
+        done = api.create_commit(repository, files, commit_message=message, revision=revision)
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{repository} could not be published ({reason}): check HF_TOKEN (it needs write access) and the network, and "
+            "run the same command again"
+        ) from error
+    return str(getattr(done, "commit_url", "") or repository)

@@ -1,0 +1,1 @@
+"""``train.profile``: some steps recorded with torch.profiler."""

@@ -1,0 +1,107 @@
+"""hf:// sources and megastar push against a server on loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from tests.integration.hub.conftest import files_of
+
+pytestmark = pytest.mark.dist
+
+
+def test_a_repository_is_a_source_of_every_command(folder, hub, client, world, tmp_path):
+    commit = hub.commit("owner/tiny", files_of(folder) | {"evil.py": b"raise SystemExit(9)", "pytorch_model.bin": b"x"})
+    hub.branches["owner/tiny"]["v1.0"] = commit
+    hub.commit("owner/tiny", {"config.json": b"{}"})  # main is another library's
+    source, here = "hf://owner/tiny@v1.0", tmp_path / "here.safetensors"
+    done = client("convert", source, "--to", "safetensors", "--out", here)
+    assert done.returncode == 0, done.stderr
+    assert client("convert", folder, "--to", "safetensors", "--out", tmp_path / "there.safetensors").returncode == 0
+    assert here.read_bytes() == (tmp_path / "there.safetensors").read_bytes()
+    assert hub.fetched() == {"config.json", "model.safetensors", "tokenizer/tokenizer.safetensors"}
+    before = len([r for r in hub.requests if r.startswith("GET")])
+    assert client("sample", source, "--per-class", "1", "--out", tmp_path / "a.png").returncode == 0
+    assert len([r for r in hub.requests if r.startswith("GET")]) == before  # from the cache
+    config = world.write_config(tmp_path / "run.yaml", tmp_path / "run", steps=1, val_every=0, init=source)
+    done = client("train", config, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "run/checkpoints/step-00000001/megastar.json").read_text())
+    assert manifest["init"]["revision"] == commit and manifest["init"]["file"] == source
+    done = client("sample", "hf://owner/tiny", "--out", tmp_path / "b.png")
+    assert done.returncode == 2 and "holds a model of another library" in " ".join(done.stderr.split())
+
+
+def test_weights_in_several_files(folder, whole, hub, client, tmp_path):
+    from megastar.checkpoint.hub.convert_to import to_hub_folder
+
+    to_hub_folder(whole, tmp_path / "parts", "run", shard_bytes=60_000)
+    hub.commit("owner/parts", files_of(tmp_path / "parts"))
+    done = client("convert", "hf://owner/parts", "--to", "hf", "--out", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_sources_that_are_refused(folder, hub, client, tmp_path):
+    commit = hub.commit("owner/tiny", files_of(folder))
+    hub.commit("owner/gated", files_of(folder))
+    hub.gated.add("owner/gated")
+    hub.commit("owner/empty", {"README.md": b"x"})
+    hub.commit("owner/half", {k: v for k, v in files_of(folder).items() if k != "model.safetensors"})
+
+    def said(source: str, **env: str) -> str:
+        done = client("sample", source, "--out", tmp_path / "grid.png", **env)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        return " ".join(done.stderr.split())
+
+    assert "owner/tiny has no revision v9: name a branch, a tag or a commit" in said("hf://owner/tiny@v9")
+    assert "the Hub has no public model owner/none" in said("hf://owner/none")
+    assert "owner/gated is gated" in said("hf://owner/gated")
+    assert "owner/empty has no config.json" in said("hf://owner/empty")
+    assert "has no model.safetensors" in said("hf://owner/half")
+    assert "cannot be reached" in said(f"hf://owner/tiny@{commit[:39]}0", HF_HUB_OFFLINE="1")
+    for bad in ("hf://owner", "hf://../../x", "hf://owner/na me", "hf://owner/tiny@", "hf://owner/tiny@../x", "hf://a/b/c"):
+        assert "is not a repository of the Hub" in said(bad), bad
+    assert "could not be fetched" in (text := said("hf://owner/tiny", HF_ENDPOINT="http://127.0.0.1:9")) or "cannot be reached" in text
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_push_publishes_what_can_be_fetched_again(folder, hub, client, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    (source / "notes.txt").write_text("mine alone")
+    done = client("push", source, "owner/new", "--yes")
+    assert done.returncode == 2 and "HF_TOKEN" in done.stderr and "owner/new" not in hub.branches
+    done = client("push", source, "owner/new", HF_TOKEN="hf_tester")
+    assert done.returncode == 2 and "pass --yes" in done.stderr and not hub.branches
+    done = client("push", source, "owner/new", "--yes", "--private", HF_TOKEN="hf_tester")
+    assert done.returncode == 0, done.stderr
+    assert "published: " in done.stdout and "model.safetensors" in done.stdout
+    assert hub.commits[hub.branches["owner/new"]["main"]] == files_of(folder)
+    assert "owner/new" in hub.private
+    done = client("convert", "hf://owner/new", "--to", "hf", "--out", tmp_path / "back", HF_TOKEN="hf_tester")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    done = client("push", source, "owner/new", "--yes", "--revision", "next", HF_TOKEN="hf_tester")
+    assert done.returncode == 0 and "next" in hub.branches["owner/new"], done.stderr
+
+
+def test_a_damaged_folder_is_not_published(folder, hub, client, tmp_path):
+    def said(change) -> str:
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "bad")
+        change(tmp_path / "bad")
+        done = client("push", tmp_path / "bad", "owner/new", "--yes", HF_TOKEN="hf_tester")
+        assert done.returncode == 2 and not hub.branches, done.stdout
+        return " ".join(done.stderr.split())
+
+    def flip(path):
+        data = bytearray((path / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (path / "model.safetensors").write_bytes(data)
+
+    assert "its SHA-256 differs from config.json's" in said(flip)
+    assert "has no tokenizer" in said(lambda path: shutil.rmtree(path / "tokenizer"))
+    assert "is not the name of a repository" in client("push", folder, "owner", "--yes").stderr
