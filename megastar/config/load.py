@@ -20,6 +20,7 @@ from megastar.config.env_text import ENV, EnvText, keep_expressions, recorded, r
 from megastar.config.files import find_file, read_yaml, require_file
 from megastar.config.model_sizes import unset_sizes
 from megastar.config.rules.problem import Problem, divisors, words
+from megastar.config.rules.token_order import set_target_position
 from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
 from megastar.config.validate import find_problems
 from megastar.config.yaml_text import YamlError, parse_value
@@ -122,11 +123,12 @@ def _load(
         problems.append(Problem(f"{field}: its ${{...}} cannot be resolved ({sentence[0]})", ()))
         raise UserError(_report(str(where or "command line"), [p.text for p in problems])) from error
     keep_expressions(cfg, config, data)
-    if isinstance(cfg, RunConfig):
-        cfg.model.leave_unset(unset)
+    run = cfg.base if isinstance(cfg, CompareConfig) else cfg
+    if isinstance(run, RunConfig):
+        set_target_position(run)
+        run.model.leave_unset(unset if run is cfg else frozenset())
     invalid = {name for problem in problems for name in problem.fields}
     problems += [p for p in find_problems(cfg) if not any(_concerns(p, b) for b in invalid)]
-    run = cfg.base if isinstance(cfg, CompareConfig) else cfg
     if (
         files
         and isinstance(run, RunConfig)

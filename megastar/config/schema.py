@@ -13,6 +13,7 @@ from megastar.config.knob import LARGE, MOST_BATCH, MOST_SECONDS, MOST_SEED, MOS
 from megastar.config.sections.optim import OptimConfig
 from megastar.config.sections.rank_faults import RankFaultsConfig
 from megastar.config.sections.self_guided import SelfGuidedConfig as SelfGuidedConfig
+from megastar.config.sections.token_order import TokenOrderConfig
 from megastar.config.sections.tokenizer import TokenizerConfig as TokenizerConfig
 from megastar.config.sections.tokenizer import TokenizerTrainConfig as TokenizerTrainConfig
 
@@ -56,6 +57,12 @@ class ModelConfig:
         low=2,
         high=65536,
         fewest=0,
+    )
+    target_position: str = knob(
+        "none",
+        "how the network is given the position of the token to predict, which a random order needs (token_order.kind sets "
+        "rotary): embedding: a learned one, added to the input (RAR); rotary: also, RoPE turns queries by that position",
+        choices=("none", "embedding", "rotary"),
     )
     unset = frozenset[str]()  # no field: sizes that the user has not set, see config/model_sizes.py
 
@@ -214,6 +221,9 @@ class TrainConfig:
     )
     init_class_map: str = knob("", "YAML file of new class: old class, each a name or a number; null: a new embedding")
     init_resize: bool = knob(False, "allow train.init to have another model.image_tokens; RoPE is recomputed")
+    init_any_order: bool = knob(
+        False, "allow train.init to be trained in another token order (token_order.kind)"
+    )
     init_any_tokenizer: bool = knob(False, "allow train.init to be trained on the codes of another tokenizer")
     freeze_blocks: int = knob(
         0,
@@ -252,6 +262,10 @@ class TrainConfig:
         0, "CPU threads per rank; 0: cores / local ranks on a CPU, torch's default on a GPU", low=0, high=MOST_THREADS
     )
 
+    def total_steps(self, samples: int) -> int:
+        """Optimizer steps of the run: ``steps``, or ``epochs`` over ``samples`` images."""
+        return self.steps or max(1, round(self.epochs * samples / self.global_batch))
+
 
 @dataclass
 class RunConfig:
@@ -265,6 +279,7 @@ class RunConfig:
     self_guided: SelfGuidedConfig = knob(
         SelfGuidedConfig, "the ST-AR objectives and the teacher; method: configs/method/{star,ar}.yaml sets them"
     )
+    token_order: TokenOrderConfig = knob(TokenOrderConfig, "the order of an image's tokens")
     attention: AttentionConfig = knob(AttentionConfig, "the attention kernel")
     optim: OptimConfig = knob(OptimConfig, "the optimizer")
     parallel: ParallelConfig = knob(ParallelConfig, "the split over GPUs")

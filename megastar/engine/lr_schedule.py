@@ -14,7 +14,7 @@ BLOCK = re.compile(r"transformer\.layers\.(\d+)\.")
 
 def total_steps(train: TrainConfig, samples: int) -> int:
     """Optimizer steps of the run: ``train.steps``, or epochs over ``samples`` images."""
-    return train.steps or max(1, round(train.epochs * samples / train.global_batch))
+    return train.total_steps(samples)
 
 
 def row_due(train: TrainConfig, step: int, steps: int) -> bool:

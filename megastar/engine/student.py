@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from megastar.config.schema import RunConfig
 from megastar.model.masks import MaskSpec
 from megastar.model.projector import Projector
+from megastar.model.token_order import Placement
 from megastar.model.transformer import Transformer
+from megastar.objectives.self_guided import rows_at
 from megastar.run_dir.training_checks import uses_contrastive
 
 
@@ -32,13 +34,20 @@ class Student(nn.Module):
             self.projector = Projector(cfg.model.dim, guided.projector_dim)
 
     def forward(
-        self, labels: Tensor, tokens: Tensor, mask: MaskSpec | None = None, positions: Tensor | None = None
+        self,
+        labels: Tensor,
+        tokens: Tensor,
+        mask: MaskSpec | None = None,
+        positions: Tensor | None = None,
+        placement: Placement | None = None,
     ) -> StudentOutput:
-        """labels (N,), tokens (N, T), positions (K,) or None for plain next-token prediction."""
+        """labels (N,), tokens (N, T), in the order of ``placement`` where it is given; positions (K,), or (N, K) of each
+        sequence, or None for plain next-token prediction."""
         positions = positions if self.contrastive else None
         block = self.block if positions is not None else None
         out = self.transformer(
-            labels, tokens[:, :-1], mask, features_at=block, checkpointing=self.checkpointing, targets=tokens
-        )
-        anchors = None if positions is None else self.projector(out.features[:, positions.to(out.features.device)])
+            labels, tokens[:, :-1], mask, features_at=block, checkpointing=self.checkpointing, targets=tokens,
+            placement=placement,
+        )  # fmt: skip
+        anchors = None if positions is None else self.projector(rows_at(out.features, positions))
         return StudentOutput(out.loss, out.last, anchors)

@@ -190,7 +190,7 @@ class Trainer(RunEnd):
             if ctx.main and (shortfall := self.saver.disk_shortfall(self.steps)):
                 self.metrics.event("warning", shortfall)
             micro_batch = self.engines.micro_batch
-            self.validation = on_all_ranks(ctx, lambda: self.data.validation_batches(cfg.train, ctx, micro_batch))
+            self.validation = on_all_ranks(ctx, lambda: self.data.validation_batches(cfg, ctx, micro_batch))
             self.health = HealthMonitor(cfg, ctx.world, self.steps, self.metrics)
             self.engines.student.train()
             self.skipped = 0  # steps since the last row
