@@ -9,6 +9,7 @@ from megastar.config.schema import TrainConfig
 from megastar.config.sections.optim import OptimConfig
 
 EMBEDDINGS = ("transformer.tok_embeddings.", "transformer.cls_embedding.")
+TARGETS = "transformer.target_embeddings."  # of a random token order
 BLOCK = re.compile(r"transformer\.layers\.(\d+)\.")
 
 
@@ -49,7 +50,7 @@ def rates_at(optim: OptimConfig, global_batch: int, step: int, steps: int) -> di
 
 def layer_scale(name: str, n_layer: int, decay: float) -> float:
     """Factor of the learning rate of the weight ``name`` of the student: ``optim.layer_decay``."""
-    if name.startswith(EMBEDDINGS):
+    if name.startswith((*EMBEDDINGS, TARGETS)):
         return decay**n_layer
     block = BLOCK.match(name)
     return decay ** (n_layer - 1 - int(block.group(1))) if block else 1.0

@@ -161,6 +161,7 @@ class Trainer(RunEnd):
             **self.data.record,
             "order": ORDER,
             "classes": manifest.classes,
+            "samples": manifest.samples,
             "init": origin,
             "changes": changes,
             "command": command_line(),

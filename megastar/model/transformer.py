@@ -128,19 +128,7 @@ class Transformer(nn.Module):
         whose tokens and targets the caller has permuted; None: raster order. Label dropout is the caller's task.
         """
         cfg = self.cfg
-        parts = [] if labels is None else [self.cls_embedding(labels)]
-        if tokens is not None and tokens.shape[1]:
-            parts.append(self.tok_embeddings(tokens))
-        h = torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # (B, S, D)
-        del parts  # not needed by the backward pass
-        kind = torch.float64 if h.dtype == torch.float64 else torch.float32
-        if cfg.target_position == "none":
-            assert placement is None, "a raster network has no placement"
-            rope = rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, h.device, kind)[start : start + h.shape[1]]
-        else:
-            placement = placement or Placement.raster(start, h.shape[1], h.device)
-            h = h + self.target_embeddings(placement.target)
-            rope = placed_rope(cfg, placement, h.device, kind)
+        h, rope = self.embed(labels, tokens, start, placement)
         h = self.tok_dropout(h)
         features, attend = None, None
         if cache is None:
@@ -162,3 +150,19 @@ class Transformer(nn.Module):
         elif whole and need_logits:
             logits = self.output(self.norm(h))
         return Output(logits, features, h, loss)
+
+    def embed(
+        self, labels: Tensor | None, tokens: Tensor | None, start: int = 0, placement: Placement | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The input of the first block, (B, S, D), before dropout, and RoPE's rows of all blocks. Arguments of ``forward``."""
+        cfg = self.cfg
+        parts = [] if labels is None else [self.cls_embedding(labels)]
+        if tokens is not None and tokens.shape[1]:
+            parts.append(self.tok_embeddings(tokens))
+        h = torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # (B, S, D)
+        kind = torch.float64 if h.dtype == torch.float64 else torch.float32
+        if cfg.target_position == "none":
+            assert placement is None, "a raster network has no placement"
+            return h, rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, h.device, kind)[start : start + h.shape[1]]
+        placement = placement or Placement.raster(start, h.shape[1], h.device)
+        return h + self.target_embeddings(placement.target), placed_rope(cfg, placement, h.device, kind)
