@@ -58,7 +58,11 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, data: RunData | Non
         if manifest
         else f"{cfg.data.shards} does not exist; assuming the {IMAGENET} images of ImageNet",
         "length": f"{steps} steps = {steps * cfg.train.global_batch / samples:.1f} epochs",
-        **({"token order": _order_row(cfg)} if cfg.token_order.kind == "random" else {}),
+        **(
+            {"token order": f"{cfg.token_order.text}, target position {cfg.model.target_position}"}
+            if cfg.token_order.kind == "random"
+            else {}
+        ),
         **{
             f"learning rate{' (matrices)' * (k == 'lr_muon')}": f"{rates[0][k]:.2e} -> {max(r[k] for r in rates[:2]):.2e} -> "
             f"{rates[2][k]:.2e} ({o.schedule}, {o.warmup_steps} warm-up)"
@@ -73,11 +77,3 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, data: RunData | Non
     for name, value in rows.items():
         table.add_row(name, value)
     PlainConsole().print(table)
-
-
-def _order_row(cfg: RunConfig) -> str:
-    o = cfg.token_order
-    unit = "of the run" if o.anneal_unit == "run" else "epochs"
-    annealed = o.anneal_start < 1 if o.anneal_unit == "run" else o.anneal_start < cfg.train.epochs or cfg.train.steps
-    share = f", raster from {o.anneal_start:g} to {o.anneal_end:g} {unit} on" if annealed else ""
-    return f"random, target position {cfg.model.target_position}{share}"

@@ -43,6 +43,13 @@ class TokenOrderConfig:
             return 0.0
         return (self.anneal_end - place) / (self.anneal_end - self.anneal_start)
 
+    @property
+    def text(self) -> str:
+        """Of a random order, for people."""
+        unit = " epochs" if self.anneal_unit == "epochs" else " of the run"
+        never = (self.anneal_start, self.anneal_unit) == (1.0, "run")
+        return "random order" + ("" if never else f", annealed from {self.anneal_start:g} to {self.anneal_end:g}{unit}")
+
     def anneals(self, epochs: float) -> bool:
         """Whether a run of that many epochs reads images in raster order before its end."""
         return self.kind == "random" and self.anneal_start < (epochs if self.anneal_unit == "epochs" else 1.0)
