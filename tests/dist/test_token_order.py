@@ -58,4 +58,6 @@ def test_sharded_training_equals_one_process(runs, ranks, c):
         expected = {k: v for k, v in wanted[kind].items() if not k.startswith("projector")}
         assert weights[kind].keys() == expected.keys() and expected["target_embeddings.weight"].abs().max() > 1e-3
         for name, value in expected.items():
-            assert (weights[kind][name] - value).norm() <= 1e-5 * value.norm(), f"{kind} {name}"
+            # The table starts at zero: its norm is that of the updates alone, a hundredth of the other weights'.
+            tolerance = 1e-4 if name == "target_embeddings.weight" else 1e-5
+            assert (weights[kind][name] - value).norm() <= tolerance * value.norm(), f"{kind} {name}"
