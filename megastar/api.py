@@ -99,6 +99,9 @@ class Model:
         top_k: int = 0,
         top_p: float = 1.0,
         batch: int = 64,
+        parallel_steps: int = 0,
+        schedule: str = "cosine",
+        token_order: str = "auto",
     ) -> np.ndarray:
         """``n`` images of each class, class by class: uint8 (N, H, W, 3), equal to those of ``megastar sample``.
 
@@ -110,6 +113,9 @@ class Model:
             top_k: sample from the k most probable codes only; 0: from all.
             top_p: sample from the most probable codes up to this total probability only.
             batch: images that are sampled at once.
+            parallel_steps: draw the tokens in this many steps, by weights of random token order; 0: one by one.
+            schedule: "cosine" or "uniform", how many tokens each of these steps draws.
+            token_order: "raster", "random", or "auto": random with ``parallel_steps``, else raster.
 
         Raises ``UserError`` for an unknown class or an option out of its range.
 
@@ -122,7 +128,10 @@ class Model:
         check_guidance(self._provenance, cfg_scale)
         labels = torch.tensor([c for c in self._class_numbers(classes) for _ in range(n)])  # (N,)
         seeds = sample_seeds(seed, len(labels))
-        options = SamplingOptions(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        options = SamplingOptions(
+            cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p,
+            parallel_steps=parallel_steps, schedule=schedule, token_order=token_order,
+        )  # fmt: skip
         batch = min(batch, len(labels))
         if self._sampler is None or (self._sampler.options, self._sampler.batch) != (options, batch):
             self._sampler = Sampler(self.transformer, options, batch)

@@ -83,6 +83,7 @@ def summary(folder: Path, manifest: dict[str, Any], cfg: RunConfig) -> dict[str,
     network = f"{m.name}: {m.n_layer} blocks, {m.n_head} heads, width {m.dim}, {m.vocab_size} codes, "
     network += f"{m.num_classes} classes, {m.image_tokens} tokens"
     network += f", head factorised {m.head_factors}" if m.head != "full" else ""
+    network += f", {cfg.token_order.text}" if cfg.token_order.kind == "random" else ""
     states = ", ".join(STATES)
     if optimizer_of(manifest) == "muon":
         states += "; of the blocks' matrices momentum_buffer in place of exp_avg and exp_avg_sq"

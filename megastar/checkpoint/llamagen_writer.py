@@ -137,6 +137,10 @@ def check_expressible(cfg: ModelConfig | TokenizerConfig, path: Path) -> None:
         raise UserError(f"{path}: LlamaGen has no quantizer {cfg.quantizer}, only vq: convert to safetensors")
     if isinstance(cfg, ModelConfig) and cfg.head != "full":
         raise UserError(f"{path}: LlamaGen has no {cfg.head} head: convert to safetensors")
+    if isinstance(cfg, ModelConfig) and cfg.target_position != "none":
+        raise UserError(
+            f"{path}: LlamaGen has no random token order (model.target_position {cfg.target_position}): convert to safetensors"
+        )
 
 
 def how_to_load(cfg: ModelConfig | TokenizerConfig) -> str:

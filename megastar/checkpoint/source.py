@@ -57,9 +57,21 @@ class Source:
             "images_seen": self.manifest["step"] * self.cfg.train.global_batch,
             "seed": self.cfg.train.seed,
             "self_guided": self.cfg.self_guided.enabled,
+            **self._token_order(),
             "classes": self.manifest.get("classes"),
             "command": self.manifest.get("command"),
         }
+
+    def _token_order(self) -> dict[str, Any]:
+        """Of a random order: the share of permuted images at this step."""
+        order, samples = self.cfg.token_order, self.manifest.get("samples")
+        if order.kind != "random":
+            return {}
+        share = None
+        if isinstance(samples, int) and samples > 0:
+            per_step = self.cfg.train.global_batch / samples  # passes over the shards
+            share = order.random_share(self.manifest["step"] * per_step, self.cfg.train.total_steps(samples) * per_step)
+        return {"token_order": {"kind": "random", "permuted_share": share}}
 
 
 def open_source(path: Path, console: Console | None = None) -> Source:

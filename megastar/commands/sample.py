@@ -35,6 +35,7 @@ megastar sample w.safetensors --tokenizer t.safetensors --count 50000 --cfg-scal
 megastar sample hf://owner/name@v1.0                            a folder of convert --to hf on the Hub; docs/hub.md
 megastar sample c2i_B_256.pt --tokenizer vq16.safetensors --cfg-scale 2     LlamaGen's file; docs/convert.md
 torchrun --nproc-per-node 8 -m megastar sample w.safetensors --count 50000 --npz samples.npz --folder parts
+megastar sample runs/random --parallel-steps 16                   random token order: 16 steps instead of one per token
 sbatch slurm/sample_fid.sh w.safetensors --cfg-scale 1.5 --npz samples.npz
 megastar sample w.safetensors --tokenizer t.safetensors --count 50000 --real VIRTUAL_imagenet256_labeled.npz --inception FILE
     --score scores.json --nproc 8                              scored while sampling, no images on disk
@@ -100,6 +101,24 @@ def parser() -> Parser:
         default=1.0,
         help="sample from the most likely codes of this total probability",
     )
+    p.add_argument(
+        "--parallel-steps",
+        type=bounded(int, 1, 65536),
+        help="weights of random token order: draw the tokens of an image in this many steps (default: one by one)",
+    )
+    p.add_argument(
+        "--schedule",
+        choices=("cosine", "uniform"),
+        help="with --parallel-steps: few tokens in the first steps and many in the last (cosine, the default), or as many in "
+        "each",
+    )
+    p.add_argument(
+        "--token-order",
+        choices=("auto", "raster", "random"),
+        default="auto",
+        help="weights of random token order: raster, or random, another order for each image, from the seed and its number "
+        "(default: random with --parallel-steps, else raster)",
+    )
     p.add_argument("--seed", type=seed, default=0, help="image i depends on the seed, i and its class only")
     p.add_argument("--batch", type=positive, default=64, help="images per batch")
     p.add_argument(
@@ -147,6 +166,8 @@ def main(words: list[str]) -> int:
         raise UserError("--like sets the class frequencies of --count images: give --count too")
     if a.plan == "random" and (a.count is None or a.like):
         raise UserError("--plan random draws the classes of --count images: give --count, and no --like")
+    if a.schedule and not a.parallel_steps:
+        raise UserError(f"--schedule {a.schedule} divides the tokens among --parallel-steps: give that too")
     rank, world, _ = place_of(os.environ)
     if max(world, a.nproc) > 1 and not (a.npz or a.folder or a.score):
         raise UserError("several processes need a shared output: give --npz, --folder or --score")
@@ -181,6 +202,9 @@ def main(words: list[str]) -> int:
         "top_k": a.top_k,
         "top_p": a.top_p,
         "cfg_interval": a.cfg_interval,
+        "parallel_steps": a.parallel_steps or 0,
+        "schedule": a.schedule or "cosine",
+        "token_order": a.token_order,
     }
     settings = {"seed": a.seed, "dtype": a.dtype, "batch": a.batch, "size": a.size}
     origin = {"weights": str(found.digest_file), "tokenizer": tokenizer, "trained": provenance, "passes": a.cfg_passes}
@@ -209,7 +233,7 @@ def main(words: list[str]) -> int:
 
     block = Block("", np.stack(list(shown.values())), [labels[i] for i in shown])
     out = a.out or Path("samples.png")
-    save_grid(image_grid([block], names, columns=columns), out, settings | options | origin)
+    save_grid(image_grid([block], names, columns=columns), out, settings | pipeline.options.recorded() | origin)
     written = " and ".join(str(p) for p in (out, a.npz, a.folder) if p)
     console.print(f"{len(labels)} images of {len(set(labels))} classes: {written}", markup=False, highlight=False)
     return 0

@@ -20,6 +20,7 @@ from megastar.config.files import find_file, read_yaml, require_file
 from megastar.config.model_sizes import unset_sizes, unset_sizes_of_base
 from megastar.config.override import set_override
 from megastar.config.rules.problem import Problem, divisors, words
+from megastar.config.rules.token_order import set_target_position
 from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
 from megastar.config.validate import find_problems
 from megastar.config.yaml_text import YamlError
@@ -123,6 +124,7 @@ def _load(
     keep_expressions(cfg, config, data)
     run = cfg.base if isinstance(cfg, CompareConfig) else cfg
     if isinstance(run, RunConfig):
+        set_target_position(run)
         run.model.leave_unset(unset)
     invalid = {name for problem in problems for name in problem.fields}
     problems += [p for p in find_problems(cfg) if not any(_concerns(p, b) for b in invalid)]

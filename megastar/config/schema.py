@@ -16,6 +16,7 @@ from megastar.config.sections.profile import ProfileConfig as ProfileConfig
 from megastar.config.sections.rank_faults import RankFaultsConfig
 from megastar.config.sections.repa import RepaConfig as RepaConfig
 from megastar.config.sections.self_guided import SelfGuidedConfig as SelfGuidedConfig
+from megastar.config.sections.token_order import TokenOrderConfig
 from megastar.config.sections.tokenizer import TokenizerConfig as TokenizerConfig
 from megastar.config.sections.tokenizer import TokenizerTrainConfig as TokenizerTrainConfig
 from megastar.config.sections.trackers import TRACKER_NAMES, TRACKERS_HELP
@@ -60,6 +61,12 @@ class ModelConfig:
         low=2,
         high=65536,
         fewest=0,
+    )
+    target_position: str = knob(
+        "none",
+        "how the network is given the position of the token to predict, which a random order needs (token_order.kind sets "
+        "rotary): embedding: a learned one, added to the input (RAR); rotary: also, RoPE turns queries by that position",
+        choices=("none", "embedding", "rotary"),
     )
     unset = frozenset[str]()  # no field: sizes that the user has not set, see config/model_sizes.py
 
@@ -218,6 +225,7 @@ class TrainConfig:
     )
     init_class_map: str = knob("", "YAML file of new class: old class, each a name or a number; null: a new embedding")
     init_resize: bool = knob(False, "allow train.init to have another model.image_tokens; RoPE is recomputed")
+    init_any_order: bool = knob(False, "allow train.init to be trained in another token order (token_order.kind)")
     init_any_tokenizer: bool = knob(False, "allow train.init to be trained on the codes of another tokenizer")
     freeze_blocks: int = knob(
         0,
@@ -258,6 +266,10 @@ class TrainConfig:
     )
     profile: ProfileConfig = knob(ProfileConfig, "record some steps with torch.profiler (docs/profiling.md)")
 
+    def total_steps(self, samples: int) -> int:
+        """Optimizer steps of the run: ``steps``, or ``epochs`` over ``samples`` images."""
+        return self.steps or max(1, round(self.epochs * samples / self.global_batch))
+
 
 @dataclass
 class RunConfig:
@@ -272,6 +284,7 @@ class RunConfig:
         SelfGuidedConfig, "the ST-AR objectives and the teacher; method: configs/method/star.yaml sets them"
     )
     repa: RepaConfig = knob(RepaConfig, "representation alignment; method: configs/method/repa.yaml sets it")
+    token_order: TokenOrderConfig = knob(TokenOrderConfig, "the order of an image's tokens")
     attention: AttentionConfig = knob(AttentionConfig, "the attention kernel")
     optim: OptimConfig = knob(OptimConfig, "the optimizer")
     parallel: ParallelConfig = knob(ParallelConfig, "the split over GPUs")

@@ -16,6 +16,7 @@ from megastar.config.rules.evaluation import evaluation_rules
 from megastar.config.rules.model import model_problems, self_guided_rules, tensor_parallel_degrees
 from megastar.config.rules.problem import Problem, divisors, near, words
 from megastar.config.rules.repa import repa_rules
+from megastar.config.rules.token_order import token_order_rules
 from megastar.config.rules.tokenizer import tokenizer_rules
 from megastar.config.rules.tracking import profile_problems, tracker_problems
 from megastar.config.schema import ModelConfig, RunConfig, TokenizerTrainConfig, TrainConfig
@@ -83,6 +84,7 @@ def _run_rules(cfg: RunConfig) -> Iterator[Problem]:
         yield from self_guided_rules(cfg.self_guided, cfg.model)
     if cfg.repa.enabled:
         yield from repa_rules(cfg.repa, cfg.model)
+    yield from token_order_rules(cfg)
     m, tp, t = cfg.model, cfg.parallel.tensor_parallel, cfg.train
     legal = tensor_parallel_degrees(m)
     if tp not in legal:
@@ -135,6 +137,7 @@ def _init_rules(t: TrainConfig, m: ModelConfig) -> Iterator[Problem]:
             "init_classes": t.init_classes != "same" and t.init_classes,
             "init_class_map": t.init_class_map,
             "init_resize": t.init_resize,
+            "init_any_order": t.init_any_order,
             "init_any_tokenizer": t.init_any_tokenizer,
             "freeze_blocks": t.freeze_blocks,
         }

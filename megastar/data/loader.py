@@ -21,6 +21,7 @@ from megastar.data.shards.manifest import Manifest
 from megastar.data.shards.reader import ShardSet
 from megastar.data.shards.shard_table import largest
 from megastar.data.storage.store import is_remote
+from megastar.data.token_order import draw_orders, random_shares, validation_orders
 from megastar.data.views import draw_label_drop, draw_views
 from megastar.errors import UserError
 
@@ -72,12 +73,13 @@ class TokenLoader:
     """Endless iterator over the micro-batches of this rank, read ahead by one thread.
 
     A batch is a dict: ``step``; ``codes`` (b, M, T) int64; ``labels`` (b,) int64, dropped ones are ``num_classes``;
-    ``true_labels`` (b,) as stored; ``ids`` and ``epochs`` (b,) int64. b = global_batch / accumulation / world. Under
-    representation alignment also ``features`` (b, M, T, C) float16. With ``device`` codes, labels and features are there
-    already, copied ahead of use; ids and epochs stay on the CPU.
+    ``true_labels`` (b,) as stored; ``ids`` and ``epochs`` (b,) int64; with ``token_order.kind`` random also ``orders``
+    (b, M, T) int32 (token_order.py); under representation alignment also ``features`` (b, M, T, C) float16.
+    b = global_batch / accumulation / world. With ``device`` codes, labels and features are there already, copied ahead
+    of use; the others stay on the CPU.
     ``shards`` come from ``open_shards``; the loader closes their files when it is closed. Of ``cfg`` it uses the
-    model's sizes and class dropout, the number of views, ``data.window``, ``train.seed``, ``train.global_batch`` and whether
-    ``repa`` is active.
+    model's sizes and class dropout, the number of views, ``data.window``, ``token_order`` and the length of the run for
+    its annealing, ``train.seed``, ``train.global_batch`` and whether ``repa`` is active.
     The shards of this window and as many after it are fetched and verified in the background. Raises ``UserError`` for
     shards or sizes that do not match, here or when a row is read.
     """
@@ -97,7 +99,7 @@ class TokenLoader:
         self.shards, self.views, self.seed = shards, cfg.views, cfg.train.seed
         self.global_batch, self.accumulation, self.rank, self.world = cfg.train.global_batch, accumulation, rank, world
         self.num_classes, self.class_dropout_prob = cfg.model.num_classes, cfg.model.class_dropout_prob
-        window = cfg.data.window
+        self._cfg, window = cfg, cfg.data.window
         manifest = shards.manifest
         check_manifest(manifest, cfg.model, None, cfg.views)
         stored = manifest.stored_features if cfg.repa.active else None
@@ -180,6 +182,10 @@ class TokenLoader:
         }
         if self.feature_shape:
             columns["features"] = self.shards.gather_features(ids, views)  # (n * b, M, T, C)
+        if self._cfg.token_order.kind == "random":
+            shares = random_shares(self._cfg, np.array([step for step, _ in micros]), self.shards.manifest.samples)
+            each = np.repeat(shares, [len(r[0]) for r in rows])
+            columns["orders"] = draw_orders(self.seed, epochs, ids, self.views, codes.shape[-1], each)
         parts = {name: torch.from_numpy(column).chunk(len(micros)) for name, column in columns.items()}
         return [{"step": step, **{name: part[n] for name, part in parts.items()}} for n, (step, _) in enumerate(micros)]
 
@@ -251,13 +257,20 @@ class TokenLoader:
 
 
 def validation_batches(
-    shards: ShardSet, n_images: int, batch: int, rank: int = 0, world: int = 1, view: int | None = None
+    shards: ShardSet,
+    n_images: int,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    view: int | None = None,
+    permuted: bool = False,
 ) -> list[Batch]:
     """The first ``n_images`` samples (all, if fewer) with one fixed view each, cut into this rank's batches.
 
     The shards hold a random draw, so the first ones are one too. ``view`` is by default the centre crop. Every rank
     gets the same number of batches, of at most ``batch`` rows, as ZeRO's gathers need; up to ``world`` - 1 samples
-    are left out if ``n_images`` is too small to divide evenly. A batch has ``codes`` (b, 1, T), ``labels`` and ``ids`` (b,).
+    are left out if ``n_images`` is too small to divide evenly. A batch has ``codes`` (b, 1, T), ``labels`` and ``ids`` (b,),
+    and if ``permuted`` ``orders`` (b, 1, T), of each image always the same.
     """
     m = shards.manifest
     n = min(n_images, m.samples)
@@ -275,5 +288,7 @@ def validation_batches(
     for ids in np.array_split(np.arange(n), pieces)[rank::world]:
         codes, labels = shards.gather(ids, np.full((len(ids), 1), chosen))
         row = {"codes": torch.from_numpy(codes.astype(np.int64)), "labels": torch.from_numpy(labels)}
+        if permuted:
+            row["orders"] = torch.from_numpy(validation_orders(ids, codes.shape[-1]))
         batches.append(row | {"ids": torch.from_numpy(ids)})
     return batches

@@ -33,7 +33,7 @@ def _key(seed: int, stream: int) -> np.ndarray:
     return state
 
 
-def _bits(seed: int, stream: int, epochs: np.ndarray, ids: np.ndarray, n: int) -> np.ndarray:
+def random_bits(seed: int, stream: int, epochs: np.ndarray, ids: np.ndarray, n: int) -> np.ndarray:
     """(B,), (B,) -> n random uint64 per sample, (B, n). A hash of the words seed, stream, epoch, id, number."""
     state = (_key(seed, stream) + _GOLDEN) ^ epochs.astype(np.uint64)
     state = _mix(state)
@@ -49,7 +49,7 @@ def _bits(seed: int, stream: int, epochs: np.ndarray, ids: np.ndarray, n: int) -
 def draw_views(seed: int, epochs: np.ndarray, ids: np.ndarray, stored: int, M: int) -> np.ndarray:
     """``M`` distinct stored views per sample: (B,), (B,) -> (B, M) int64 in random order."""
     assert stored >= M, (stored, M)
-    bits = _bits(seed, _VIEWS, epochs, ids, stored)
+    bits = random_bits(seed, _VIEWS, epochs, ids, stored)
     if M > 2 or stored < 4:
         return np.argsort(bits, axis=1, kind="stable")[:, :M]
     # The smallest ones without a sort.
@@ -62,5 +62,5 @@ def draw_views(seed: int, epochs: np.ndarray, ids: np.ndarray, stored: int, M: i
 
 def draw_label_drop(seed: int, epochs: np.ndarray, ids: np.ndarray, prob: float) -> np.ndarray:
     """Whether the sample trains with the null class: (B,), (B,) -> (B,) bool, true with probability ``prob``."""
-    uniform = (_bits(seed, _LABEL_DROP, epochs, ids, 1)[:, 0] >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    uniform = (random_bits(seed, _LABEL_DROP, epochs, ids, 1)[:, 0] >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return uniform < prob

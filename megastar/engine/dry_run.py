@@ -58,6 +58,11 @@ def describe(cfg: RunConfig, ctx: Context, engines: Engines, data: RunData | Non
         if manifest
         else f"{cfg.data.shards} does not exist; assuming the {IMAGENET} images of ImageNet",
         "length": f"{steps} steps = {steps * cfg.train.global_batch / samples:.1f} epochs",
+        **(
+            {"token order": f"{cfg.token_order.text}, target position {cfg.model.target_position}"}
+            if cfg.token_order.kind == "random"
+            else {}
+        ),
         **{
             f"learning rate{' (matrices)' * (k == 'lr_muon')}": f"{rates[0][k]:.2e} -> {max(r[k] for r in rates[:2]):.2e} -> "
             f"{rates[2][k]:.2e} ({o.schedule}, {o.warmup_steps} warm-up)"

@@ -9,12 +9,13 @@ from megastar.config.schema import TrainConfig
 from megastar.config.sections.optim import OptimConfig
 
 EMBEDDINGS = ("transformer.tok_embeddings.", "transformer.cls_embedding.")
+TARGETS = "transformer.target_embeddings."  # of a random token order
 BLOCK = re.compile(r"transformer\.layers\.(\d+)\.")
 
 
 def total_steps(train: TrainConfig, samples: int) -> int:
     """Optimizer steps of the run: ``train.steps``, or epochs over ``samples`` images."""
-    return train.steps or max(1, round(train.epochs * samples / train.global_batch))
+    return train.total_steps(samples)
 
 
 def row_due(train: TrainConfig, step: int, steps: int) -> bool:
@@ -49,7 +50,7 @@ def rates_at(optim: OptimConfig, global_batch: int, step: int, steps: int) -> di
 
 def layer_scale(name: str, n_layer: int, decay: float) -> float:
     """Factor of the learning rate of the weight ``name`` of the student: ``optim.layer_decay``."""
-    if name.startswith(EMBEDDINGS):
+    if name.startswith((*EMBEDDINGS, TARGETS)):
         return decay**n_layer
     block = BLOCK.match(name)
     return decay ** (n_layer - 1 - int(block.group(1))) if block else 1.0

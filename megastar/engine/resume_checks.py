@@ -85,6 +85,7 @@ def check_resumed(cfg: RunConfig, ctx: Context, data: RunData, restored: dict[st
     before = recorded if isinstance(recorded, dict) else {}
     init = str((before.get("train") or {}).get("init") or "")
     run_on_main(ctx, lambda: config_file.check_same_init(cfg.train.init, restored.get("init"), init, found))
+    _check_same_target(cfg, before, found)
     if uses_contrastive(cfg.self_guided):
         config_file.check_same_negatives(cfg.self_guided.negatives, config_file.recorded_negatives(before), found)
     changes = config_file.changes_since(before, cfg)
@@ -92,6 +93,16 @@ def check_resumed(cfg: RunConfig, ctx: Context, data: RunData, restored: dict[st
         for change in changes:
             logger.info("changed since %s: %s", found.name, change)
     return changes
+
+
+def _check_same_target(cfg: RunConfig, before: dict[str, Any], found: Path) -> None:
+    """Both kinds of random order have the same weights."""
+    recorded = (before.get("model") or {}).get("target_position", "none")
+    if before and recorded != cfg.model.target_position:
+        raise UserError(
+            f"model.target_position = {cfg.model.target_position}: {found} was trained with {recorded}, which cannot change on "
+            "resume: restore the field, or choose another run=..."
+        )
 
 
 def start_event(

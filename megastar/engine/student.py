@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from megastar.config.schema import RunConfig
 from megastar.model.masks import MaskSpec
 from megastar.model.projector import Projector
+from megastar.model.token_order import Placement
 from megastar.model.transformer import Transformer
 from megastar.objectives.alignment import output_positions
+from megastar.objectives.self_guided import rows_at
 from megastar.parallel.alignment import encoder_width
 from megastar.run_dir.training_checks import uses_contrastive
 
@@ -44,16 +46,17 @@ class Student(nn.Module):
         tokens: Tensor,
         mask: MaskSpec | None = None,
         positions: Tensor | None = None,
+        placement: Placement | None = None,
         align: bool = False,
     ) -> StudentOutput:
-        """labels (N,), tokens (N, T), positions (K,) or None for plain next-token prediction; ``align``: project the
-        features of the aligned positions."""
+        """labels (N,), tokens (N, T), in the order of ``placement`` where it is given; positions (K,), or (N, K) of each
+        sequence, or None for plain next-token prediction; ``align``: project the features of the aligned positions."""
         positions = positions if self.contrastive else None
         block = self.block if positions is not None else None
         out = self.transformer(
             labels, tokens[:, :-1], mask, features_at=block, checkpointing=self.checkpointing, targets=tokens,
-            aligned_at=self.repa_block if align else None,
+            aligned_at=self.repa_block if align else None, placement=placement,
         )  # fmt: skip
-        anchors = None if positions is None else self.projector(out.features[:, positions.to(out.features.device)])
+        anchors = None if positions is None else self.projector(rows_at(out.features, positions))
         aligned = self.repa_projector(output_positions(out.aligned, self.repa_match)) if align else None
         return StudentOutput(out.loss, out.last, anchors, aligned)

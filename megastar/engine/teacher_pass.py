@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from megastar.config.schema import RunConfig
+from megastar.data.token_order import draw_orders
 from megastar.engine.context import Context
 from megastar.engine.input_pipeline.compute_timer import ComputeTimer
 from megastar.engine.phase import PHASE
 from megastar.engine.zero.engines import Engines
+from megastar.model.token_order import Placement, slots_of
 from megastar.model.transformer import Output
 from megastar.objectives.self_guided import at_positions, draw_positions
 from megastar.objectives.spread import feature_spread
@@ -42,6 +44,34 @@ class StepTargets:
             return {}
         student = feature_spread(gather_rows(torch.cat(self.anchors), ctx.data_group))
         return {"spread_student": student, "spread_teacher": feature_spread(self.targets)}
+
+
+def orders_of(cfg: RunConfig, batch: dict[str, Any], device: torch.device) -> Tensor | None:
+    """The token orders of a batch, (B, M, T) int64; None for raster order. A batch without any, as those of a dry run, gets
+    those that the loader would draw before any annealing."""
+    if cfg.token_order.kind != "random":
+        return None
+    orders = batch.get("orders")
+    if orders is None:
+        ids, epochs = batch["ids"].numpy(), batch["epochs"].numpy()
+        orders = torch.from_numpy(draw_orders(cfg.train.seed, epochs, ids, *batch["codes"].shape[1:]))
+    return to_device(orders, device).long()
+
+
+def codes_of(cfg: RunConfig, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The codes of a batch, (B, M, T), in the order in which the networks read them, and ``orders_of`` it."""
+    codes, orders = to_device(batch["codes"], device), orders_of(cfg, batch, device)
+    return (codes if orders is None else codes.gather(-1, orders)), orders
+
+
+def placement_of(orders: Tensor | None) -> Placement | None:
+    """orders (B, M, T) -> of their B * M sequences."""
+    return None if orders is None else Placement.of(orders.flatten(0, 1))
+
+
+def places_of(positions: Tensor | None, orders: Tensor | None) -> Tensor | None:
+    """Image positions (K,) -> their places in the sequences: (K,) in raster order, else (B, M, K)."""
+    return positions if positions is None or orders is None else slots_of(orders, positions)
 
 
 def step_positions(cfg: RunConfig, step: int, device: torch.device) -> Tensor:
@@ -73,8 +103,8 @@ def teacher_first(
     keep = cfg.parallel.teacher_features == "keep" and cfg.self_guided.alpha > 0
     positions, held, mine = step_positions(cfg, step, ctx.device), [], []
     for batch in batches:
-        codes, labels = to_device(batch["codes"], ctx.device), teacher_labels(cfg, batch, ctx.device)
-        last, targets = teacher_pass(cfg, engines, codes, labels, positions, need_last=keep)
+        (codes, orders), labels = codes_of(cfg, batch, ctx.device), teacher_labels(cfg, batch, ctx.device)
+        last, targets = teacher_pass(cfg, engines, codes, labels, places_of(positions, orders), keep, orders)
         assert targets is not None
         mine.append(targets)
         held.append((batch, last))
@@ -102,31 +132,38 @@ def teacher_pass(
     labels: Tensor,
     positions: Tensor | None,
     need_last: bool = True,
+    orders: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Unmasked teacher on codes (B, M, T): last-layer features of the student's views (B * Ms, T, D), or None unless
-    ``need_last``, and the contrastive block's of all views at the positions, (B, M, K, D), or None without positions."""
+    """Unmasked teacher on codes (B, M, T), in the order ``orders`` (B, M, T): last-layer features of the student's views
+    (B * Ms, T, D), or None unless ``need_last``, and the contrastive block's of all views at the positions (K,), or
+    (B, M, K) of each sequence: (B, M, K, D), or None without positions."""
     M, Ms, block = codes.shape[1], cfg.self_guided.student_views, cfg.self_guided.contrastive_block
     teacher, features_at = engines.teacher, None if positions is None else block
     assert teacher is not None
 
-    def see(views: Tensor, last_block: int | None = None) -> tuple[Tensor, Tensor | None]:  # views (B, m, T)
-        inputs = views.flatten(0, 1)[:, :-1]
-        repeated = labels.repeat_interleave(views.shape[1])
-        out: Output = teacher(repeated, inputs, features_at=features_at, last_block=last_block, need_logits=False)
+    def see(views: slice, last_block: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Last features and, with positions, those of the contrastive block at these: (B * m, T, D), (B, m, K, D)."""
+        inputs = codes[:, views].flatten(0, 1)[:, :-1]
+        repeated, m = labels.repeat_interleave(codes[:, views].shape[1]), codes[:, views].shape[1]
+        placement = placement_of(None if orders is None else orders[:, views])
+        out: Output = teacher(
+            repeated, inputs, features_at=features_at, last_block=last_block, need_logits=False, placement=placement
+        )
         assert out.last is not None
-        return out.last, out.features
-
-    def at(features: Tensor | None, m: int) -> Tensor:
-        assert features is not None and positions is not None
-        return at_positions(features, positions, m)
+        if positions is None:
+            return out.last, None
+        assert out.features is not None
+        own = positions if positions.ndim == 1 else positions[:, views].flatten(0, 1)
+        return out.last, at_positions(out.features, own, m)
 
     if positions is None:
-        return see(codes[:, :Ms])[0], None
+        return see(slice(Ms))[0], None
     if not need_last:
-        return None, at(see(codes, last_block=block)[1], M)
-    last, features = see(codes[:, :Ms])
+        return None, see(slice(M), last_block=block)[1]
+    last, features = see(slice(Ms))
     if Ms == M:
-        return last, at(features, M)
+        return last, features
     # The views that the student does not see are needed no deeper than the contrastive block.
-    _, rest = see(codes[:, Ms:], last_block=block)
-    return last, torch.cat([at(features, Ms), at(rest, M - Ms)], dim=1)
+    _, rest = see(slice(Ms, M), last_block=block)
+    assert features is not None and rest is not None
+    return last, torch.cat([features, rest], dim=1)

@@ -14,10 +14,19 @@ from megastar.engine.context import Context
 from megastar.engine.lr_schedule import learning_rate, muon_rate
 from megastar.engine.phase import PHASE, VALIDATION
 from megastar.engine.student import StudentOutput
-from megastar.engine.teacher_pass import StepTargets, step_positions, teacher_labels, teacher_pass
+from megastar.engine.teacher_pass import (
+    StepTargets,
+    codes_of,
+    placement_of,
+    places_of,
+    step_positions,
+    teacher_labels,
+    teacher_pass,
+)
 from megastar.engine.zero.engines import Engines
 from megastar.errors import UserError
 from megastar.model.masks import MaskSpec, draw_hidden
+from megastar.model.token_order import Placement
 from megastar.objectives.alignment import alignment_loss, target_patches
 from megastar.objectives.contrastive import identity
 from megastar.objectives.self_guided import total
@@ -48,28 +57,32 @@ def losses(
     """
     if cfg.parallel.check_batches:
         check_batch(ctx, batch, step)
-    codes, labels = to_device(batch["codes"], ctx.device), to_device(batch["labels"], ctx.device)
+    (codes, orders), labels = codes_of(cfg, batch, ctx.device), to_device(batch["labels"], ctx.device)
     B, M = codes.shape[:2]
     guided, align = cfg.self_guided, cfg.repa.active
     if not guided.enabled:
-        out = engines.student(labels.repeat_interleave(M), codes.flatten(0, 1), align=align)
+        inputs = labels.repeat_interleave(M), codes.flatten(0, 1)
+        out = engines.student(*inputs, placement=placement_of(orders), align=align)
         return with_alignment(cfg, batch, out, M, *total(guided, loss_ar=out.loss))
 
     assert engines.teacher is not None
     Ms = guided.student_views
     contrastive = engines.student.module.contrastive  # false in the ablation without both contrastive losses
     positions = step_positions(cfg, step, ctx.device) if contrastive else None  # (K,)
+    places = places_of(positions, orders)  # (K,) or (B, M, K)
     mask = hidden_mask(cfg, batch, Ms, ctx.device)
     student_codes = codes[:, :Ms].flatten(0, 1)  # (B*Ms, T)
     student_labels = labels.repeat_interleave(Ms)
-    out = engines.student(student_labels, student_codes, mask=mask, positions=positions, align=align)
+    own = places if places is None or places.ndim == 1 else places[:, :Ms].flatten(0, 1)  # (K,) or (B*Ms, K)
+    placement = placement_of(None if orders is None else orders[:, :Ms])
+    out = engines.student(student_labels, student_codes, mask=mask, positions=own, placement=placement, align=align)
     anchors = None if out.anchors is None else out.anchors.unflatten(0, (B, Ms))  # (B, Ms, K, D)
     seen: StepTargets | None = batch.get("teacher")
     last, targets = (None, None) if seen is None else (seen.last, seen.targets)
     if seen is None or (last is None and guided.alpha):
-        at = positions if seen is None else None
-        last, own = teacher_pass(cfg, engines, codes, teacher_labels(cfg, batch, ctx.device), at)
-        targets = own if seen is None else targets
+        at = places if seen is None else None
+        last, mine = teacher_pass(cfg, engines, codes, teacher_labels(cfg, batch, ctx.device), at, orders=orders)
+        targets = mine if seen is None else targets
     ranks, rank = ctx.mesh.data, ctx.mesh.data_rank
     loss, metrics = total(
         guided,
@@ -116,13 +129,18 @@ def check_batch(ctx: Context, batch: dict[str, Any], step: int) -> None:
 
 @torch.no_grad()
 def validation_loss(engines: Engines, ctx: Context, batches: list[dict[str, Any]]) -> float:
-    """Mean next-token loss of the student on fixed images: one view, no mask, no dropout, true classes."""
+    """Mean next-token loss of the student on fixed images: one view, no mask, no dropout, true classes; in the order of the
+    batch, or in raster order."""
     engines.student.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
     for batch in batches:
         PHASE.at(VALIDATION)
-        codes = batch["codes"][:, 0].to(ctx.device)
-        loss = engines.student(batch["labels"].to(ctx.device), codes).loss
+        codes, orders = batch["codes"][:, 0].to(ctx.device), batch.get("orders")
+        placement = None
+        if orders is not None:
+            order = orders[:, 0].to(ctx.device).long()
+            codes, placement = codes.gather(-1, order), Placement.of(order)
+        loss = engines.student(batch["labels"].to(ctx.device), codes, placement=placement).loss
         sums += torch.stack([loss.double() * len(codes), torch.full_like(loss, len(codes), dtype=torch.float64)])
     if ctx.world > 1:
         dist.all_reduce(sums)

@@ -168,6 +168,7 @@ class Trainer(RunEnd):
             **self.data.record,
             "order": ORDER,
             "classes": manifest.classes,
+            "samples": manifest.samples,
             "init": origin,
             "changes": changes,
             "command": command_line(),
@@ -203,7 +204,7 @@ class Trainer(RunEnd):
             if ctx.main and (shortfall := self.saver.disk_shortfall(self.steps)):
                 self.metrics.event("warning", shortfall)
             micro_batch = self.engines.micro_batch
-            self.validation = on_all_ranks(ctx, lambda: self.data.validation_batches(cfg.train, ctx, micro_batch))
+            self.validation = on_all_ranks(ctx, lambda: self.data.validation_batches(cfg, ctx, micro_batch))
             self.health = HealthMonitor(cfg, ctx.world, self.steps, self.metrics)
             self.profiler = StepProfiler(cfg.train.profile, ctx, self.run, self.metrics, self.steps)
             opened.callback(self.profiler.close)

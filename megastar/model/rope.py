@@ -34,19 +34,25 @@ def rope_table(
 
 
 def split_qkv(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, S, 3, H, d) -> q and k, rotated, and v: (B, H, S, d) each. On a GPU by one kernel (fused.py)."""
+    """qkv (B, S, 3, H, d) -> q and k, rotated, and v: (B, H, S, d) each. On a GPU by one kernel (fused.py).
+
+    table (S, d / 2, 2) for all sequences, or (1 or 2, B or 1, 1, S, d / 2, 2): rows of each sequence, common to q and k or
+    one set for each (token_order.py), which the kernel does not read: torch's operations are used.
+    """
     if not torch.compiler.is_compiling():
-        return fused.split_qkv(plain_split_qkv, qkv, table)
+        return plain_split_qkv(qkv, table) if table.ndim > 3 else fused.split_qkv(plain_split_qkv, qkv, table)
     # The compiler generates no complex code. As products of reals, q and k separate and in the layout of qkv, it needs one
     # kernel for each, without a copy before the attention kernel, and one for the gradient of qkv.
     q, k, v = qkv.unbind(2)
-    return real_rope(q, table).transpose(1, 2), real_rope(k, table).transpose(1, 2), v.transpose(1, 2)
+    of_q, of_k = (table, table) if table.ndim == 3 else (table[0, :, 0], table[-1, :, 0])  # (B or 1, S, d / 2, 2)
+    return real_rope(q, of_q).transpose(1, 2), real_rope(k, of_k).transpose(1, 2), v.transpose(1, 2)
 
 
 def real_rope(x: Tensor, table: Tensor) -> Tensor:
-    """x (B, S, H, d), as ``apply_rope``."""
+    """x (B, S, H, d), as ``apply_rope``; rows of each sequence (B or 1, S, d / 2, 2) too."""
     pairs = x.to(table.dtype).unflatten(-1, (-1, 2))  # (B, S, H, d / 2, 2)
-    cos, sin = table[:, None, :, :1], table[:, None, :, 1:]
+    rows = table.unsqueeze(-3)
+    cos, sin = rows[..., :1], rows[..., 1:]
     sign = torch.arange(2, device=x.device) * 2 - 1
     return (pairs * cos + pairs.flip(-1) * (sin * sign)).flatten(-2).to(x.dtype)
 
@@ -58,7 +64,7 @@ def plain_split_qkv(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate interleaved pairs (x[2i], x[2i + 1]) by the table's rows (S, d / 2, 2).
+    """Rotate interleaved pairs (x[2i], x[2i + 1]) by the table's rows (S, d / 2, 2), or more dimensions that broadcast.
 
     x (..., S, d) with a contiguous last dimension -> the same shape and dtype; arithmetic in fp32 (fp64 for fp64 inputs).
     """

@@ -21,6 +21,7 @@ from megastar.model.kernels import AttentionPlan
 from megastar.model.layers import Dropout, Embedding, Head, Linear, RMSNorm
 from megastar.model.masks import MaskSpec
 from megastar.model.rope import rope_table
+from megastar.model.token_order import Placement, placed_rope
 
 
 class Output(NamedTuple):
@@ -34,14 +35,14 @@ class Output(NamedTuple):
 
 
 class LabelEmbedder(nn.Module):
-    """labels (B,) -> (B, 1, D); the last row of the table, num_classes, is the null class."""
+    """labels (B,) -> (B, 1, D), or (B, S) -> (B, S, D); the last row of the table, num_classes, is the null class."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.embedding_table = Embedding(cfg.num_classes + 1, cfg.dim, cfg.initializer_range)
 
     def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels)[:, None]
+        return self.embedding_table(labels if labels.ndim > 1 else labels[:, None])
 
 
 class FeedForward(nn.Module):
@@ -100,6 +101,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = Head(cfg.dim, cfg.vocab_size, std=0.0) if whole else FactorisedHead(cfg)
+        if cfg.target_position != "none":  # zeros draw no random numbers: the other weights start as without it
+            self.target_embeddings = Embedding(cfg.image_tokens, cfg.dim, std=0.0)
 
     def forward(
         self,
@@ -113,25 +116,22 @@ class Transformer(nn.Module):
         start: int = 0,
         need_logits: bool = True,
         targets: Tensor | None = None,
+        placement: Placement | None = None,
         aligned_at: int | None = None,
     ) -> Output:
-        """labels (B,) with num_classes for the null class, tokens (B, 0..T - 1) -> ``Output`` with S = 1 + tokens.
+        """labels (B,) with num_classes for the null class, tokens (B, 0..T - 1) -> ``Output`` with S = 1 + tokens; labels
+        (B, Q) are as many inputs, queries of a parallel step.
 
         mask: hidden keys; None is plain causal. features_at, aligned_at: the blocks, counted from 1, whose outputs are returned.
         last_block: stop after that block (no logits). checkpointing: recompute each block in the backward pass.
         cache, start: these are positions start..start + S - 1 and the cache holds the earlier ones; with start > 0
         labels is None and only tokens are embedded. targets (B, S): compute the loss instead of the logits, in chunks
-        that never hold all logits. Label dropout is the caller's task.
+        that never hold all logits. placement: of the S inputs, for a network of random order (``cfg.target_position``),
+        whose tokens and targets the caller has permuted; None: raster order. Label dropout is the caller's task.
         """
         cfg = self.cfg
-        parts = [] if labels is None else [self.cls_embedding(labels)]
-        if tokens is not None and tokens.shape[1]:
-            parts.append(self.tok_embeddings(tokens))
-        h = self.tok_dropout(torch.cat(parts, 1) if len(parts) > 1 else parts[0])  # (B, S, D)
-        del parts  # not needed by the backward pass
-
-        kind = torch.float64 if h.dtype == torch.float64 else torch.float32
-        rope = rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, h.device, kind)[start : start + h.shape[1]]
+        h, rope = self.embed(labels, tokens, start, placement)
+        h = self.tok_dropout(h)
         features, aligned, attend = None, None, None
         if cache is None:
             device = h.device.type
@@ -154,3 +154,19 @@ class Transformer(nn.Module):
         elif whole and need_logits:
             logits = self.output(self.norm(h))
         return Output(logits, features, h, loss, aligned)
+
+    def embed(
+        self, labels: Tensor | None, tokens: Tensor | None, start: int = 0, placement: Placement | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The input of the first block, (B, S, D), before dropout, and RoPE's rows of all blocks. Arguments of ``forward``."""
+        cfg = self.cfg
+        parts = [] if labels is None else [self.cls_embedding(labels)]
+        if tokens is not None and tokens.shape[1]:
+            parts.append(self.tok_embeddings(tokens))
+        h = torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # (B, S, D)
+        kind = torch.float64 if h.dtype == torch.float64 else torch.float32
+        if cfg.target_position == "none":
+            assert placement is None, "a raster network has no placement"
+            return h, rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, h.device, kind)[start : start + h.shape[1]]
+        placement = placement or Placement.raster(start, h.shape[1], h.device)
+        return h + self.target_embeddings(placement.target), placed_rope(cfg, placement, h.device, kind)

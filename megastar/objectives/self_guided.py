@@ -27,9 +27,17 @@ def draw_positions(seed: int, step: int, tokens: int, count: int) -> Tensor:
     return torch.from_numpy(1 + np.sort(rng.choice(tokens - 1, count, replace=False)))
 
 
+def rows_at(features: Tensor, positions: Tensor) -> Tensor:
+    """Features of N sequences (N, S, D) at positions (K,), or (N, K) of each -> (N, K, D)."""
+    positions = positions.to(features.device)
+    if positions.ndim == 1:
+        return features[:, positions]
+    return features.gather(1, positions[..., None].expand(-1, -1, features.shape[-1]))
+
+
 def at_positions(features: Tensor, positions: Tensor, views: int) -> Tensor:
-    """Features of all sequences (B * M, S, D) at positions (K,) -> (B, M, K, D)."""
-    chosen = features[:, positions.to(features.device)]  # (B * M, K, D)
+    """Features of all sequences (B * M, S, D) at positions (K,), or (B * M, K) of each -> (B, M, K, D)."""
+    chosen = rows_at(features, positions)  # (B * M, K, D)
     return chosen.view(-1, views, *chosen.shape[1:])
 
 

@@ -107,6 +107,8 @@ def parameter_shapes(
         }
         shapes |= {f"transformer.layers.{i}.{name}": shape for name, shape in block.items()}
     shapes |= {"transformer.norm.weight": (D,), **head_shapes(model)}
+    if model.target_position != "none":
+        shapes |= {"transformer.target_embeddings.weight": (model.image_tokens, D)}
     if guided is not None and has_projector(guided):
         P = guided.projector_dim
         for name, rows, columns in (("w1", P, D), ("w2", P, P), ("w3", D, P)):
@@ -358,6 +360,8 @@ def memory_bytes(
     kept = kept_activation_bytes(model, N, *options, checkpointing, compiled)
     if guided.enabled and guided.mask_ratio:  # sdpa's additive mask, once for all blocks (model/masks.py)
         kept += N * model.image_tokens**2 * ELEMENT[dtype]
+    if model.target_position != "none":  # RoPE's rows of each sequence, once for all blocks (model/token_order.py)
+        kept += 4 * N * model.image_tokens * model.head_dim * (2 if model.target_position == "rotary" else 1)
     losses = loss_bytes(model, guided, micro, tensor, data, dtype, accumulation)
     losses["features"] += alignment_bytes(model, repa, N, ELEMENT[dtype])
     buffers = buffer_bytes(model, guided, zero, *options, repa)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megastar.model.masks import MaskSpec
-from megastar.model.rope import apply_rope, rope_table
+from megastar.model.rope import apply_rope
 from megastar.model.transformer import Transformer, TransformerBlock
 
 
@@ -35,15 +35,14 @@ def block_attention(block: TransformerBlock, x: Tensor, rope: Tensor, mask: Mask
 def attention_maps(
     model: Transformer, labels: Tensor, tokens: Tensor, mask: MaskSpec | None = None
 ) -> Iterator[Tensor]:
-    """Yields the weights (B, H, S, S) of each block, for labels (B,) and tokens (B, S - 1); ``mask`` None: causal.
+    """Yields the weights (B, H, S, S) of each block, for labels (B,) and tokens (B, S - 1); ``mask`` None: causal. A network
+    of random order reads the tokens in raster order.
 
     The model must be in eval mode, without dropout.
     """
     assert not model.training
-    cfg, mask = model.cfg, mask or MaskSpec.causal()
-    h = torch.cat([model.cls_embedding(labels), model.tok_embeddings(tokens)], 1)  # (B, S, D)
-    kind = torch.float64 if h.dtype == torch.float64 else torch.float32
-    rope = rope_table(cfg.grid, cfg.head_dim, cfg.rope_base, h.device, kind)[: h.shape[1]]
+    mask = mask or MaskSpec.causal()
+    h, rope = model.embed(labels, tokens)  # (B, S, D)
     for block in model.layers:
         assert isinstance(block, TransformerBlock)
         yield block_attention(block, h, rope, mask)

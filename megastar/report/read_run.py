@@ -144,6 +144,8 @@ def find_facts(run: ReportRun, cfg: RunConfig | None, status: Status | None) -> 
         found.append(("objective", cfg.objective))
         size = f"{m.n_layer} blocks, width {m.dim}, {m.image_tokens} tokens, vocabulary of {m.vocab_size}"
         found.append(("network", f"{m.name}: {size}"))
+        if cfg.token_order.kind == "random":
+            found.append(("tokens", cfg.token_order.text))
     if run.config and is_tokenizer_run(run.config):
         found += tokenizer_facts(run)
     if (lowest := best(run.columns.get("val_loss_ar"))) is not None:

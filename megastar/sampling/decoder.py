@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from megastar.model.factorised import FactorisedHead
+from megastar.model.token_order import Placement
 from megastar.model.transformer import Transformer
 from megastar.sampling.guidance import doubled_labels, guide
 from megastar.sampling.kv_cache import KVCache
 from megastar.sampling.packed_linear import decoding_copy
+from megastar.sampling.parallel import DecodingStep
 
 
 class CachedDecoder:
@@ -66,15 +68,58 @@ class CachedDecoder:
         state: Tensor = self.model.norm(last)[:, -1]
         return state
 
-    def sub_logits(self, states: Tensor, index: int, rows: int, scale: float) -> Tensor:
-        """States of sub-code ``index`` (``rows`` or twice as many, D) -> guided fp32 logits (rows, V_index)."""
-        logits = self._head.heads[index](states).float()
-        if len(states) == rows:
+    def query_states(
+        self, labels: Tensor, tokens: Tensor, orders: Tensor, step: DecodingStep, with_null: bool
+    ) -> Tensor:
+        """For a network of random order: the head's inputs (B or 2B, count, D) for the tokens of ``step``, null rows last.
+
+        labels (B,), tokens and orders (B, T) in the order of drawing. Input i > 0 is token i - 1. The inputs from ``start``
+        to before ``first`` enter the cache, as in training: each with the target that came next. Then the last known token
+        is the input of ``count`` queries, one for each target: a query computes what it would in training if its target
+        came next, so the tokens of a step are drawn independently given all earlier ones.
+        """
+        caches = self.caches if with_null else self.caches[:1]
+        start, first, count = step
+        own = torch.cat([torch.zeros_like(orders[:, :1]), 1 + orders[:, :first]], 1)  # (B, 1 + first) of the inputs
+        again = first + 1 - start  # the inputs of this pass, before the last one is repeated
+        own = torch.cat([own[:, start:], own[:, -1:].expand(-1, count - 1)], 1)  # (B, again + count - 1)
+        inputs = labels[:, None].expand(-1, count)
+        if first:
+            known = tokens[:, start - 1 : first]  # (B, again)
+            inputs = torch.cat([known, known[:, -1:].expand(-1, count - 1)], 1)
+        null = torch.full_like(inputs, self.cfg.num_classes) if not first else inputs
+        placement = Placement(own, orders[:, start : first + count])
+        assert inputs.shape[1] == again + count - 1 == placement.target.shape[1]
+        if with_null:
+            inputs = torch.cat([inputs, null])
+            placement = Placement(*(torch.cat([p, p]) for p in placement))
+        parts = zip(*(x.chunk(len(caches)) for x in (inputs, *placement)), caches, strict=True)
+        out = []
+        for some, at, target, cache in parts:
+            cache.queries = count
+            given = (None, some) if first else (some, None)
+            where = Placement(at, target)
+            last = self.model(*given, cache=cache, start=start, need_logits=False, placement=where).last
+            cache.queries = 1
+            assert last is not None
+            out.append(self.model.norm(last[:, -count:]))
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    def code_logits(self, states: Tensor, rows: int, scale: float | Tensor) -> Tensor:
+        """States of a full head (``rows`` or twice as many, count, D) -> guided fp32 logits (rows, count, V)."""
+        return self._guided(self.model.output(states).float(), rows, scale)
+
+    def _guided(self, logits: Tensor, rows: int, scale: float | Tensor) -> Tensor:
+        if len(logits) == rows:
             return logits
-        return guide(logits, scale) if scale != 1 else logits[:rows]
+        return logits[:rows] if isinstance(scale, float) and scale == 1 else guide(logits, scale)
+
+    def sub_logits(self, states: Tensor, index: int, rows: int, scale: float | Tensor) -> Tensor:
+        """States of sub-code ``index`` (``rows`` or twice as many, ..., D) -> guided fp32 logits (rows, ..., V_index)."""
+        return self._guided(self._head.heads[index](states).float(), rows, scale)
 
     def next_states(self, states: Tensor, index: int, drawn: Tensor) -> Tensor:
-        """States of sub-code ``index`` and what was drawn (rows,) -> the states of the next one; null rows get the same."""
+        """States of sub-code ``index`` and what was drawn (rows, ...) -> the states of the next one; null rows get the same."""
         codes = drawn if len(states) == len(drawn) else torch.cat([drawn, drawn])
         out: Tensor = self._head.mixers[index](states, codes)
         return out
@@ -92,7 +137,7 @@ class CachedDecoder:
 
 
 class StepGraphs:
-    """A CUDA graph for each position of ``step``, which reads and writes only tensors that exist before its first call.
+    """A CUDA graph for each position (or parallel step) of ``step``, which reads and writes only tensors that exist before its first call.
 
     A step is hundreds of small kernels that take less time than their launches. The first call at a position runs the
     step and records it; later ones replay it. All graphs use one memory pool: no result of a step outlives it there, so

@@ -128,7 +128,7 @@ class SamplingPipeline:
             "image_size": self.size,
             "resize": None if native == self.size else f"bicubic from {native}",
             "dtype": next(name for name, kind in DTYPES.items() if kind == dtype),
-            **vars(self.options),
+            **self.options.recorded(),
             "batch": self.batch,
         }
 

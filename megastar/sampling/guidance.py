@@ -15,8 +15,8 @@ def doubled_labels(labels: Tensor, null_class: int) -> Tensor:
     return torch.cat([labels, torch.full_like(labels, null_class)])
 
 
-def guide(logits: Tensor, scale: float) -> Tensor:
-    """Logits of a doubled batch (2B, V) -> u + (c - u) * scale, (B, V). Source: LlamaGen generate.py."""
+def guide(logits: Tensor, scale: float | Tensor) -> Tensor:
+    """Logits of a doubled batch (2B, ..., V) -> u + (c - u) * scale, (B, ..., V). Source: LlamaGen generate.py."""
     conditional, null = logits.chunk(2)
     return null + (conditional - null) * scale
 

@@ -20,7 +20,13 @@ class KVCache:
 
     A forward pass with fewer than ``rows`` rows uses the first ones, so the null rows, stored after the conditional ones,
     can be dropped in the middle of a sample.
+
+    ``queries``: of the positions of a pass, the last ones, this many, are queries for different tokens after the same
+    prefix (parallel.py): each sees the positions before them all, and itself. Only the first one stays in the cache: the
+    next pass begins at its position + 1 and overwrites the others.
     """
+
+    queries = 1
 
     def __init__(
         self,
@@ -56,7 +62,8 @@ class KVCache:
         return self.buffer.numel() * self.buffer.element_size()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        """Store k, v at positions start..start + S - 1 of block ``layer``; causal attention of q over all positions so far.
+        """Store k, v at positions start..start + S - 1 of block ``layer``; causal attention of q over all positions so far,
+        except that the last ``queries`` of them do not see each other.
 
         q, k, v (B, H, S, d), positions counted from 0 -> (B, H, S, d).
         """
@@ -73,13 +80,13 @@ class KVCache:
         reads = [slice(0, min(self.block, end - i * self.block)) for i in range(-(-end // self.block))]
         if q.device.type != "cpu":
             k, v = (x[0].view(-1, H, *x[0].shape[1:])[:B, :, :end] for x in (keys, values))
-            mask = _causal(S, end, q.device) if S > 1 else None
+            mask = _visible(S, end, self.queries, q.device) if S > 1 else None
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         flat = (q * d**-0.5).reshape(B * H, S, d)
         logits = [torch.bmm(flat, keys[i][: B * H, r].transpose(1, 2)) for i, r in enumerate(reads)]  # (B * H, S, 64)
         joined = torch.cat(logits, -1) if len(logits) > 1 else logits[0]  # (B * H, S, end)
         if S > 1:
-            joined = joined.masked_fill(~_causal(S, end, q.device), -torch.inf)
+            joined = joined.masked_fill(~_visible(S, end, self.queries, q.device), -torch.inf)
         weights = joined.softmax(-1).split([r.stop for r in reads], -1)
         out = torch.bmm(weights[0], values[0][: B * H, reads[0]])  # (B * H, S, d)
         for i in range(1, len(reads)):
@@ -87,6 +94,9 @@ class KVCache:
         return out.view(B, H, S, d)
 
 
-def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Whether each of the last S of L positions sees each key: (S, L) bool."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+def _visible(size: int, keys: int, queries: int, device: torch.device) -> Tensor:
+    """Whether each of the last S of L positions sees each key: (S, L) bool. Causal; the last ``queries`` not each other."""
+    seen = torch.ones(size, keys, dtype=torch.bool, device=device).tril(keys - size)
+    if queries > 1:
+        seen[-queries:, -queries:] = torch.eye(queries, dtype=torch.bool, device=device)
+    return seen

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megastar.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,10 +68,24 @@ def open_pipeline(
     model, vq, provenance = load_networks(weights, tokenizer, device, dtype, any_tokenizer)
     settings = SamplingOptions(**options)
     check_guidance(provenance, settings.cfg_scale)
+    if rank == 0 and settings.permutes and (sentence := annealed(provenance)):
+        logger.warning(sentence)
     return SamplingPipeline(
         model, vq, labels, seed=seed, options=settings, batch=min(batch, max(1, len(labels))),
         passes=passes, rank=rank, size=size,
     )  # fmt: skip
+
+
+def annealed(provenance: dict[str, Any]) -> str:
+    """What is wrong with a random order for these weights; empty where all images were permuted to the end."""
+    order = provenance.get("token_order")
+    share = order.get("permuted_share") if isinstance(order, dict) else None
+    if not isinstance(share, (int, float)) or share >= 1:
+        return ""
+    return (
+        f"when these weights were saved, {share:.0%} of the images were permuted (token_order.anneal_start, anneal_end): "
+        "they are better in raster order, token by token, than in a random order or several tokens per step"
+    )
 
 
 def check_guidance(provenance: dict[str, Any], cfg_scale: float) -> None:

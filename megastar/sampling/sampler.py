@@ -16,6 +16,7 @@ from megastar.sampling.decoder import CachedDecoder, StepGraphs
 from megastar.sampling.guidance import null_until, scales
 from megastar.sampling.logits import draw, probabilities
 from megastar.sampling.options import SamplingOptions
+from megastar.sampling.parallel import DecodingStep, decoding_steps, random_orders
 from megastar.tokenizer.vq import VQModel, to_pixels
 from megastar.utils.progress_bar import ProgressBar
 
@@ -70,6 +71,7 @@ class Sampler:
         if problems:
             raise UserError("\n".join(problems))
         o, T = options, self.cfg.image_tokens
+        self.steps = decoding_steps(o.token_counts(T))
         self.scales = scales(T, o.cfg_scale, o.cfg_schedule, o.cfg_interval)
         self.null_until = null_until(self.scales)
         self.decoder = CachedDecoder(model, batch, self.null_until > 0, passes=passes)
@@ -78,7 +80,10 @@ class Sampler:
         self.factors = self.cfg.head_factors  # of a factorised head: a token takes one number per sub-code
         self.draws = T * max(1, len(self.factors))
         self.noise = torch.zeros(batch, self.draws, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros(batch, T, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(batch, T, dtype=torch.long, device=device)  # in the order of drawing
+        self.orders = torch.arange(T, device=device).repeat(batch, 1)
+        self.scale_of = torch.tensor(self.scales, dtype=torch.float32, device=device)
+        self.permuted = o.permutes
         self.broken = torch.zeros(
             batch, dtype=torch.long, device=device
         )  # first position with logits that are not finite
@@ -86,25 +91,34 @@ class Sampler:
         self.graphs = StepGraphs(lambda position: self._step(position, batch), device) if use_graphs else None
 
     @torch.inference_mode()
-    def draw(self, labels: Tensor, seeds: Sequence[int], on_progress: ProgressCallback | None = None) -> Tensor:
-        """At most ``batch`` images: labels (B,) and as many seeds -> codes (B, T) int64 on the CPU.
+    def draw(
+        self,
+        labels: Tensor,
+        seeds: Sequence[int],
+        on_progress: ProgressCallback | None = None,
+        orders: Tensor | None = None,
+    ) -> Tensor:
+        """At most ``batch`` images: labels (B,) and as many seeds -> codes (B, T) int64 on the CPU, row by row of the grid.
 
-        ``on_progress`` is called after each token. Raises ``UserError`` if the network's logits are not finite.
+        ``on_progress`` is called after each step. ``orders`` (B, T): the order in which each image's positions are drawn,
+        by a network of random order; None: that of the options. Raises ``UserError`` if the network's logits are not
+        finite, and for orders that are no permutations.
         """
         T, count = self.cfg.image_tokens, len(labels)
         assert count == len(seeds) <= self.batch, (count, len(seeds), self.batch)
         self.classes[:count] = labels.to(self.classes.device)
         self.noise[:count] = uniform_noise(seeds, self.draws).to(self.noise.device)
+        self._set_orders(seeds, orders)
         self.broken.fill_(T)
         broken = self.broken[:count]
-        for position in range(T):
+        for number, step in enumerate(self.steps):
             # A smaller last batch runs in the graphs of the full ones, but does not justify its own.
-            if self.graphs is not None and (count == self.batch or position in self.graphs):
-                self.graphs(position)
+            if self.graphs is not None and (count == self.batch or number in self.graphs):
+                self.graphs(number)
             else:
-                self._step(position, count)
+                self._step(number, count)
             if on_progress is not None:
-                on_progress((position + 1) / T)
+                on_progress((step.first + step.count) / T)
             if broken.is_cpu and any_below(broken, T):
                 break
         if any_below(broken, T):
@@ -114,10 +128,32 @@ class Sampler:
                 "the weights are damaged, or fp16/bf16 overflows; check them with megastar convert --inspect, "
                 "or sample with --dtype fp32"
             )
-        return self.tokens[:count].to("cpu", copy=True)
+        tokens = self.tokens[:count]
+        if self.permuted:
+            tokens = torch.zeros_like(tokens).scatter_(1, self.orders[:count], tokens)
+        return tokens.to("cpu", copy=True)
 
-    def _step(self, position: int, count: int) -> None:
-        """Draw the token at ``position`` of the first ``count`` images. Does not synchronize a GPU."""
+    def _set_orders(self, seeds: Sequence[int], given: Tensor | None) -> None:
+        T, count = self.cfg.image_tokens, len(seeds)
+        permuted = given is not None or self.options.permutes
+        if given is not None:
+            if self.cfg.target_position == "none":
+                raise UserError("orders are given, but this network was trained in raster order: leave them out")
+            fits = given.shape == (count, T) and torch.equal(given.sort(-1).values, torch.arange(T).expand(count, T))
+            if not fits:
+                raise UserError(f"orders of shape {tuple(given.shape)}: give one permutation of 0..{T - 1} per image")
+        if permuted != self.permuted and self.graphs is not None:
+            self.graphs.graphs.clear()  # they are of the other kind of step
+        self.permuted = permuted
+        orders = given if given is not None else random_orders(seeds, T) if permuted else torch.arange(T)
+        self.orders[:count] = orders.to(self.orders.device)
+
+    def _step(self, number: int, count: int) -> None:
+        """Draw the tokens of step ``number`` of the first ``count`` images. Does not synchronize a GPU."""
+        if self.permuted or self.steps[number].count > 1:
+            self._parallel_step(self.steps[number], count)
+            return
+        position = self.steps[number].first
         tokens, scale, with_null = self.tokens[:count], self.scales[position], position < self.null_until
         if not self.factors:
             logits = self.decoder.logits(self.classes[:count], tokens, position, scale, with_null)
@@ -133,13 +169,37 @@ class Sampler:
                 states = self.decoder.next_states(states, i, drawn)
         tokens[:, position] = code
 
+    def _parallel_step(self, step: DecodingStep, count: int) -> None:
+        tokens, first, until = self.tokens[:count], step.first, step.first + step.count
+        with_null, factors = first < self.null_until, max(1, len(self.factors))
+        same = len(set(self.scales[first:until])) == 1
+        scale = self.scales[first] if same else self.scale_of[first:until, None]  # (count, 1)
+        states = self.decoder.query_states(self.classes[:count], tokens, self.orders[:count], step, with_null)
+        noise = self.noise[:count].unflatten(1, (-1, factors))[:, first:until]  # (B, count, sub-codes)
+        if not self.factors:
+            logits = self.decoder.code_logits(states, count, scale)  # (B, count, V)
+            tokens[:, first:until] = self._draw_all(logits, first, noise[..., 0])
+            return
+        code = torch.zeros_like(tokens[:, first:until])
+        for i, size in enumerate(self.factors):
+            drawn = self._draw_all(self.decoder.sub_logits(states, i, count, scale), first, noise[..., i])
+            code = code * size + drawn
+            if i + 1 < len(self.factors):
+                states = self.decoder.next_states(states, i, drawn)
+        tokens[:, first:until] = code
+
+    def _draw_all(self, logits: Tensor, position: int, noise: Tensor) -> Tensor:
+        """Logits (B, count, V) and noise (B, count) -> one number each (B, count)."""
+        o, broken = self.options, self.broken[: len(logits)]
+        probs = probabilities(logits.flatten(0, 1), o.temperature, o.top_k, o.top_p)  # (B * count, V)
+        bad = probs[:, 0].isnan().view(noise.shape).any(1)
+        broken.copy_(torch.where(bad, broken.clamp(max=position), broken))
+        return draw(probs, noise.flatten()).view(noise.shape)
+
     def _draw(self, logits: Tensor, position: int, column: int) -> Tensor:
         """Logits (B, V), or of a sub-code, -> one number per row (B,), by the noise of ``column``."""
-        o, broken = self.options, self.broken[: len(logits)]
-        probs = probabilities(logits, o.temperature, o.top_k, o.top_p)  # (B, V)
         # One NaN or plus infinity among a row's logits makes all its probabilities NaN.
-        broken.copy_(torch.where(probs[:, 0].isnan(), broken.clamp(max=position), broken))
-        return draw(probs, self.noise[: len(logits), column])
+        return self._draw_all(logits[:, None], position, self.noise[: len(logits), column, None])[:, 0]
 
 
 def check_tokenizer(c: ModelConfig, tokenizer: VQModel) -> None:

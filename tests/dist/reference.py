@@ -18,14 +18,17 @@ from megastar.config.schema import (
     SelfGuidedConfig,
     TrainConfig,
 )
+from megastar.data.token_order import draw_orders
 from megastar.engine.lr_schedule import learning_rate, muon_rate
 from megastar.model.masks import MaskSpec, draw_hidden
+from megastar.model.token_order import Placement
 from megastar.objectives.next_token import next_token_loss
 from megastar.objectives.self_guided import draw_positions, total
 from megastar.teacher.schedule import decay_at
 
 STEPS, BATCH, TOKENS, VOCAB, CLASSES = 8, 8, 16, 32, 5
 WIDTH = 12  # of the encoder's features
+PERMUTED = 0.6  # share of the images of a random order
 
 
 def config(**changes) -> RunConfig:
@@ -65,7 +68,33 @@ def batch_of(cfg: RunConfig, step: int, rows: slice) -> dict:
     }
     if cfg.repa.active:
         whole["features"] = torch.randn(BATCH, views, TOKENS, WIDTH, generator=g).half()
+    if cfg.token_order.kind == "random":
+        epochs, ids = whole["epochs"].numpy(), whole["ids"].numpy()
+        whole["orders"] = torch.from_numpy(draw_orders(cfg.train.seed, epochs, ids, views, TOKENS, PERMUTED))
     return {k: v[rows] for k, v in whole.items()}
+
+
+def in_order(b: dict) -> tuple[torch.Tensor, Placement | None, list[list[int]]]:
+    """Codes (B, M, T) one by one in the order of their images, their placement, and each sequence's order."""
+    B, M, T = b["codes"].shape
+    if "orders" not in b:
+        return b["codes"], None, [list(range(T))] * (B * M)
+    orders = b["orders"].view(B * M, T).tolist()
+    rows = [[codes[p] for p in o] for codes, o in zip(b["codes"].view(B * M, T).tolist(), orders, strict=True)]
+    own = [[0, *(1 + p for p in o[:-1])] for o in orders]
+    return torch.tensor(rows).view(B, M, T), Placement(torch.tensor(own), torch.tensor(orders)), orders
+
+
+def place(order: list[int], position: int) -> int:
+    """Where the token that a raster sequence holds at ``position`` is an input; the last one is none."""
+    return min(1 + order.index(position - 1), TOKENS - 1)
+
+
+def some(placement: Placement | None, M: int, Ms: int) -> Placement | None:
+    """Of the student's views."""
+    if placement is None:
+        return None
+    return Placement(*(p.unflatten(0, (-1, M))[:, :Ms].flatten(0, 1) for p in placement))
 
 
 def initial_weights() -> dict[str, torch.Tensor]:
@@ -116,8 +145,8 @@ def train(cfg: RunConfig, accumulation: int, initial: dict[str, torch.Tensor] | 
             if guided.enabled:
                 loss, parts = _guided(cfg, student, teacher, b, step)
             else:
-                codes = b["codes"][:, 0]
-                out = student(b["labels"], codes, align=cfg.repa.active)
+                every, placement, _ = in_order(b)
+                out = student(b["labels"], codes := every[:, 0], placement=placement, align=cfg.repa.active)
                 plain = total(guided, loss_ar=_next_token(student, out, codes))
                 loss, parts = _with_alignment(cfg, out, b, 1, *plain)
             (loss / accumulation).backward()
@@ -225,13 +254,21 @@ def _guided(cfg, student, teacher, b, step):
     K = draw_positions(cfg.train.seed, step, TOKENS, guided.positions)
     hidden = [draw_hidden(cfg.train.seed, b["epochs"], b["ids"], TOKENS, guided.mask_ratio, view=m) for m in range(Ms)]
     mask = MaskSpec.hidden(torch.stack(hidden, 1).flatten(0, 1))
-    codes = b["codes"][:, :Ms].flatten(0, 1)
-    out = student(b["labels"].repeat_interleave(Ms), codes, mask=mask, positions=K, align=cfg.repa.active)
+    whole, placement, orders = in_order(b)
+    at = torch.tensor([[place(order, k) for k in K.tolist()] for order in orders])  # (B * M, K)
+    codes = whole[:, :Ms].flatten(0, 1)
+    own = at.unflatten(0, (B, M))[:, :Ms].flatten(0, 1)
+    out = student(
+        b["labels"].repeat_interleave(Ms), codes, mask=mask, positions=own if placement else K,
+        placement=some(placement, M, Ms), align=cfg.repa.active,
+    )  # fmt: skip
     with torch.no_grad():
-        every = b["codes"].flatten(0, 1)
-        seen = teacher(b["labels"].repeat_interleave(M), every[:, :-1], features_at=guided.contrastive_block)
+        every = whole.flatten(0, 1)
+        seen = teacher(
+            b["labels"].repeat_interleave(M), every[:, :-1], features_at=guided.contrastive_block, placement=placement
+        )
     last = seen.last.unflatten(0, (B, M))[:, :Ms].flatten(0, 1)
-    targets = seen.features[:, K].unflatten(0, (B, M))
+    targets = torch.stack([row[index] for row, index in zip(seen.features, at, strict=True)]).unflatten(0, (B, M))
     loss, parts = total(
         guided, loss_ar=_next_token(student, out, codes), student_last=out.last, teacher_last=last,
         anchors=out.anchors.unflatten(0, (B, Ms)) if contrastive else None, targets=targets if contrastive else None,

@@ -1,7 +1,8 @@
 """``train.init``: the weights that a run starts from, checked against the run before work starts.
 
 Blocks, norms and head are taken as they are. The class table is taken, drawn anew or mapped row by row (``init_classes``).
-RoPE has no weights: with ``init_resize`` it is recomputed for the new grid.
+RoPE has no weights: with ``init_resize`` it is recomputed for the new grid, and the table of target positions of a network
+of random token order is interpolated. With ``init_any_order`` such a table is left out, or starts at zero.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from megastar.checkpoint.llamagen_reader import CLASS_TABLE, NeedsOption
 from megastar.checkpoint.source import open_source
 from megastar.config.schema import ModelConfig, RunConfig, TrainConfig
 from megastar.data.shards.manifest import Manifest
+from megastar.engine.checkpointer.load import TARGETS
 from megastar.engine.context import Context
 from megastar.engine.input_pipeline.data_checks import RunData, downsample_of
 from megastar.engine.rank_sync import on_all_ranks, run_on_main
@@ -110,7 +112,8 @@ def _of_file(path: Path, t: TrainConfig, model: ModelConfig) -> WeightsFile:
     same = t.init_classes == "same"
     known: dict[str, dict[str, Any]] = {"--image-tokens": {"image_tokens": model.image_tokens}}
     if same:
-        known |= {"--num-classes": {"num_classes": model.num_classes}, "--config": {"config": model}}
+        raster = replace(model, target_position="none")  # as all of LlamaGen's
+        known |= {"--num-classes": {"num_classes": model.num_classes}, "--config": {"config": raster}}
     while True:
         try:
             found = open_weights(path, weights=t.init_weights or None, **options)
@@ -140,6 +143,12 @@ def _check_architecture(t: TrainConfig, theirs: Any, ours: ModelConfig) -> None:
             f"train.init = {t.init} is of another network than this run's model: {'; '.join(differ)}: set model to the "
             "file's architecture"
         )
+    if theirs.target_position != ours.target_position and not t.init_any_order:
+        raise UserError(
+            f"train.init = {t.init} was trained in {_order_of(theirs)}, this run reads tokens in {_order_of(ours)}: set "
+            "train.init_any_order=true to start from these weights nevertheless, or set token_order.kind and "
+            "model.target_position to theirs"
+        )
     if theirs.image_tokens != ours.image_tokens and not t.init_resize:
         raise UserError(
             f"train.init = {t.init} has {theirs.image_tokens} tokens per image ({theirs.grid} x {theirs.grid}), "
@@ -150,6 +159,11 @@ def _check_architecture(t: TrainConfig, theirs: Any, ours: ModelConfig) -> None:
             f"train.init = {t.init} has {theirs.num_classes} classes, model.num_classes is {ours.num_classes}: set "
             "train.init_classes=fresh for new class embeddings, or map to take some of its"
         )
+
+
+def _order_of(model: ModelConfig) -> str:
+    target = model.target_position
+    return "raster order" if target == "none" else f"random order (model.target_position {target})"
 
 
 def _check_finite(init: str, network: WeightsFile) -> None:
@@ -259,6 +273,8 @@ def load_initial(initial: InitialWeights | None, init: str, ctx: Context, engine
         if not shard.name.startswith(PREFIX) or name not in initial.network.shapes:
             continue
         value = initial.network.read(name).float()
+        if name == TARGETS.removeprefix(PREFIX) and value.shape[0] != shard.shape[0]:
+            value = resized_table(value, shard.shape[0])
         master = shard.view("fp32")
         if name == CLASS_TABLE:
             value, taken = mapped_table(value, initial.rows)
@@ -277,6 +293,14 @@ def load_initial(initial: InitialWeights | None, init: str, ctx: Context, engine
 def _same_source(init: str, mine: str, theirs: str) -> None:
     if mine != theirs:
         raise UserError(f"train.init = {init} is {mine} on one rank, {theirs} on another: name one of its checkpoints")
+
+
+def resized_table(table: Tensor, positions: int) -> Tensor:
+    """A row per grid position, (g * g, D), interpolated (bicubic) to another square grid: (positions, D)."""
+    old, new = round(table.shape[0] ** 0.5), round(positions**0.5)
+    grid = table.T.reshape(1, -1, old, old)  # (1, D, g, g)
+    resized = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return resized.flatten(2)[0].T.contiguous()
 
 
 def mapped_table(table: Tensor, rows: list[int | None]) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.manifest import optimizer_of, require_weights
 from megastar.utils.json_file import shown
 
+TARGETS = "transformer.target_embeddings.weight"  # of a network of random token order
+
 
 @torch.no_grad()
 def load_checkpoint(ctx: Context, engines: Engines, checkpoint: Path, seed: int) -> dict[str, Any]:
@@ -61,6 +63,13 @@ def check_resumable(ctx: Context, engines: Engines, checkpoint: Path) -> dict[st
 
 def _same_network(theirs: dict[str, list[int]], ours: dict[str, list[int]], checkpoint: Path) -> None:
     for name in [*ours, *theirs]:
+        if name == TARGETS and (name in theirs) != (name in ours):
+            orders = ("random", "raster") if name in theirs else ("raster", "random")
+            raise UserError(
+                f"{checkpoint} was trained in {orders[0]} token order, this configuration has token_order.kind = {orders[1]}, "
+                f"which cannot change on resume: set token_order.kind={orders[0]}, or start another run=... from its weights "
+                "(train.init, train.init_any_order=true)"
+            )
         if theirs.get(name) != ours.get(name):
             raise UserError(
                 f"{checkpoint} is of another network: {name} is {theirs.get(name, 'absent')} there, "

@@ -22,6 +22,7 @@ from megastar.data.shards.features import check_same_features
 from megastar.data.shards.manifest import Manifest
 from megastar.data.shards.reader import ShardSet
 from megastar.data.shards.shard_table import digest_of
+from megastar.data.token_order import validates_permuted
 from megastar.engine.context import Context
 from megastar.engine.input_pipeline.feature_checks import check_features, check_same_encoder
 from megastar.errors import UserError
@@ -53,12 +54,13 @@ class RunData:
         known["features"] = manifest.features
         return self.digests | {name: value for name, value in known.items() if value}
 
-    def validation_batches(self, train: TrainConfig, ctx: Context, micro_batch: int) -> list[Batch]:
+    def validation_batches(self, cfg: RunConfig, ctx: Context, micro_batch: int) -> list[Batch]:
         """This rank's part of the fixed validation images; empty where there is no validation."""
-        if self.val is None or not train.val_every:
+        if self.val is None or not cfg.train.val_every:
             return []
+        permuted, place = validates_permuted(cfg, self.train.manifest.samples), (ctx.mesh.data_rank, ctx.mesh.data)
         try:
-            return validation_batches(self.val, train.val_images, micro_batch, ctx.mesh.data_rank, ctx.mesh.data)
+            return validation_batches(self.val, cfg.train.val_images, micro_batch, *place, permuted=permuted)
         finally:
             self.val.close()
 

@@ -18,6 +18,7 @@ from megastar.config.schema import ModelConfig, RunConfig
 from megastar.engine.context import Context
 from megastar.model.kernels.select import only_sdpa
 from megastar.model.masks import MaskSpec, draw_hidden
+from megastar.model.token_order import Placement
 from megastar.model.transformer import Transformer, TransformerBlock
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,11 @@ def _results(
         tokens = torch.randint(0, 64, (BATCH, size), generator=g).to(device)
         hidden = draw_hidden(0, torch.zeros(BATCH), torch.arange(BATCH) + step * BATCH, size, 0.25)
         mask = MaskSpec.hidden(hidden.to(device)) if masked else None
-        out = network(torch.zeros_like(tokens[:, 0]), tokens[:, :-1], mask, need_logits=False).last
+        places = {}
+        if model.target_position != "none":
+            orders = torch.rand(BATCH, size, generator=g).argsort(-1).to(device)
+            places = {"placement": Placement.of(orders)}
+        out = network(torch.zeros_like(tokens[:, 0]), tokens[:, :-1], mask, need_logits=False, **places).last
         ((out * weights).sum() / size).backward()
         yield f"output of step {step + 1}", out.detach().double()
         with torch.no_grad():

@@ -1,0 +1,59 @@
+"""Parallel decoding: how many tokens each step draws, and the order of each image's tokens. T image tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STEP_SCHEDULES = ("cosine", "uniform")
+_ORDER = 1  # counter of the order's random numbers; those of the tokens begin at 0
+
+
+class DecodingStep(NamedTuple):
+    """``count`` tokens are drawn at places first .. first + count - 1 of the order. The cache has the keys and values of
+    the inputs before ``start``."""
+
+    start: int
+    first: int
+    count: int
+
+
+def token_counts(tokens: int, steps: int, schedule: str = "cosine") -> list[int]:
+    """Tokens that each of ``steps`` steps draws: at least one, in all ``tokens``.
+
+    ``uniform``: equal parts, as nearly as possible, smaller ones first. ``cosine``: after s of N steps T (1 - cos(pi s / 2 N))
+    tokens are drawn, so few at first, when little is known (MaskGIT, arXiv 2202.04200; RandAR, arXiv 2412.01827).
+    """
+    assert 1 <= steps <= tokens and schedule in STEP_SCHEDULES, (tokens, steps, schedule)
+    counts, done = [], 0
+    for s in range(1, steps + 1):
+        share = s / steps if schedule == "uniform" else 1 - math.cos(math.pi / 2 * s / steps)
+        until = tokens if s == steps else math.floor(tokens * share + 1e-9)
+        until = max(done + 1, min(until, tokens - (steps - s)))  # each later step needs a token
+        counts.append(until - done)
+        done = until
+    return counts
+
+
+def decoding_steps(counts: Sequence[int]) -> list[DecodingStep]:
+    """The steps that draw ``counts`` tokens: each begins with the inputs that the step before did not leave in the cache."""
+    steps, first, start = [], 0, 0
+    for count in counts:
+        steps.append(DecodingStep(start, first, count))
+        start, first = first + 1, first + count
+    return steps
+
+
+def random_orders(seeds: Sequence[int], tokens: int) -> Tensor:
+    """(N, T) int64, a permutation of the grid's positions per row: row i depends on seeds[i] only (Philox's raw numbers,
+    which are the same in every version of numpy)."""
+    rows = np.empty((len(seeds), tokens), np.int64)
+    for row, seed in zip(rows, seeds, strict=True):
+        bits = np.random.Philox(key=int(seed), counter=[0, 0, 0, _ORDER]).random_raw(tokens)
+        row[:] = np.argsort(bits, kind="stable")
+    return torch.from_numpy(rows)
