@@ -5,11 +5,12 @@
 # make test-elastic   lose nodes of runs that train, on loopback and on the local SLURM cluster (minutes)
 # make test-fuzz      run all hostile and damaged files through the commands (make test runs a part of them)
 # make test-browser   test the page of megastar report in a headless chromium
+# make test-pythons   run the tests that need no torch on the other supported interpreters of this machine
 # make test-nullgpu   test on a device that computes nothing: torch's CUDA build (5 GB, in .venv-nullgpu), no GPU needed
 # make lint           run ruff and mypy
 # make clean          remove .venv, .venv-nullgpu, builds and caches
 #
-# PYTHON selects the interpreter (3.10 to 3.12). TORCH_INDEX selects the package index for torch, for example PyTorch's index
+# PYTHON selects the interpreter (3.11 to 3.14). TORCH_INDEX selects the package index for torch, for example PyTorch's index
 # of CPU builds; without it pip installs its default build, which includes several GB of CUDA libraries.
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,12 +21,12 @@ GPU := command -v nvidia-smi >/dev/null
 # DeepSpeed's operators are compiled at first use, not during installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-slurm test-elastic test-fuzz test-browser test-nullgpu lint clean install
+.PHONY: demo test test-slurm test-elastic test-fuzz test-browser test-pythons test-nullgpu lint clean install
 
 install: $(STAMP)
 
 $(STAMP): setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"Python {v[0]}.{v[1]} is not supported: run make PYTHON=python3.11, or another version from 3.10 to 3.12")'
+	@sh tools/check_python.sh $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	@$(GPU) || [ -n '$(TORCH_INDEX)' ] || echo 'no NVIDIA GPU found: to avoid downloading CUDA libraries, set TORCH_INDEX to an index of CPU builds'
 	$(BIN)/pip install $(TORCH_FROM) $$(grep '^torch==' constraints.txt)
@@ -62,6 +63,13 @@ $(NULLGPU)/.installed: setup.py constraints.txt
 	$(NULLGPU)/bin/pip install -c $(NULLGPU)/constraints.txt -e '.[eval,dev]'
 	touch $@
 
+# Tests that need no torch, on each other supported interpreter that is installed, each in its own environment.
+OTHERS ?= $(shell sh tools/other_pythons.sh $(PYTHON))
+
+test-pythons:
+	@[ -n '$(OTHERS)' ] || echo 'no other supported Python found: set OTHERS to some, as OTHERS="python3.13 python3.14"'
+	for python in $(OTHERS); do sh tools/test_without_torch.sh "$$python" || exit 1; done
+
 test-nullgpu: $(NULLGPU)/.installed
 	$(NULLGPU)/bin/pytest -m nullgpu tests/nullgpu
 
@@ -71,5 +79,5 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(NULLGPU) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NULLGPU) .venv-python3* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,9 +27,9 @@ setup(
         )
         if folder.is_dir()
     ],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
-        "torch>=2.7",
+        "torch>=2.11,<2.16",  # tested: 2.11 and 2.13 (README.md)
         "deepspeed>=0.19.8",
         "webdataset>=1.0",
         "boto3>=1.34",
@@ -75,8 +75,9 @@ setup(
     },
     entry_points={"console_scripts": ["megastar=megastar.cli:program"]},
     classifiers=[
-        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -63,9 +64,13 @@ def parse_as(hint: Any, raw: str) -> Any:
         return parse_text(raw)
     if get_origin(hint) is list and get_args(hint)[0] is str:
         return parse_texts(raw)
-    if hint is Path or (is_dataclass(hint) and not raw.lstrip().startswith("{")):
-        return None if raw.strip() in ("", "null", "~") else parse_text(raw)
-    return parse_value(raw)
+    if hint is not Path and not is_dataclass(hint):
+        return parse_value(raw)
+    try:
+        value = parse_value(raw)
+    except YamlError:  # not YAML, but it can be the path of a file
+        return parse_text(raw)
+    return parse_text(raw) if isinstance(value, str) or os.path.isfile(raw.strip()) else value
 
 
 def names_of(schema: type, prefix: str = "") -> list[str]:

@@ -53,7 +53,7 @@ class ReportServer(ThreadingHTTPServer):
             raise UserError(f"--host {host} is not an address of this machine: name one, or leave it out") from error
         self.address_family = family
         try:
-            super().__init__(address[:2], Handler)  # type: ignore[arg-type]
+            super().__init__(address[:2], ReportHandler)  # type: ignore[arg-type]
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise UserError(f"--port {port} is in use: name another one, or 0 for any free port") from error
@@ -100,7 +100,7 @@ class ReportServer(ThreadingHTTPServer):
         logger.debug("a request failed", exc_info=True)  # the client went away
 
 
-class Handler(BaseHTTPRequestHandler):
+class ReportHandler(BaseHTTPRequestHandler):
     """``GET /``: the page. ``GET /events``: its versions, as server-sent events."""
 
     server: ReportServer

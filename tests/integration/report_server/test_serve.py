@@ -158,7 +158,7 @@ def test_connections_and_streams_are_bounded(run, monkeypatch):
     monkeypatch.setattr(server, "MOST_STREAMS", 2)
     monkeypatch.setattr(server, "MOST_CONNECTIONS", 5)
     monkeypatch.setattr(server, "REQUEST_TIMEOUT", 1.0)
-    monkeypatch.setattr(server.Handler, "timeout", 5.0)
+    monkeypatch.setattr(server.ReportHandler, "timeout", 5.0)
     report = live.LiveReport(lambda: [run], lambda: "page " + live.VERSION)
     with server.ReportServer(report, "127.0.0.1", 0) as made:
         thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)

@@ -159,7 +159,7 @@ def test_missing_parents_are_made(tmp_path, capsys, monkeypatch):
 
 
 def test_a_working_directory_that_was_removed(tmp_path):
-    code = f"import os, sys; os.rmdir({str(tmp_path / 'gone')!r}); from megastar import cli; sys.exit(cli.main(sys.argv[1:]))"
+    code = f"import os, sys; from megastar import cli; os.rmdir({str(tmp_path / 'gone')!r}); sys.exit(cli.main(sys.argv[1:]))"
     (tmp_path / "gone").mkdir()
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     for words in (["plan", "b"], ["status", "x"], ["sample"]):
