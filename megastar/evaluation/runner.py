@@ -24,6 +24,7 @@ from megastar.evaluation.feature_statistics import Collector, collect
 from megastar.evaluation.features import Network, open_network
 from megastar.evaluation.image_sources import ImageSource, open_images
 from megastar.evaluation.options import EvaluationOptions
+from megastar.evaluation.published import beside
 from megastar.evaluation.reference import Reference, read_reference
 from megastar.evaluation.scores import check_count, check_real, choose_metrics, compute, needs
 from megastar.sampling.distributed import SamplingPipeline, iterate_images
@@ -209,6 +210,8 @@ def _score(
         "provenance": provenance,
         "not_recorded": missing,
     }
+    if found := beside(result):
+        result["published"] = found
     for warning in warnings:
         logger.warning(warning)
     if missing:
@@ -232,6 +235,11 @@ def _show(result: dict[str, Any], console: Console) -> None:
             note = f"floor {result['floor']:.2f}: {result['floor_meaning']}"
         table.add_row(name, f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}", note)
     console.print(table)
+    for figure in result.get("published", []):
+        scores = ", ".join(f"{name} {value:g}" for name, value in figure["scores"].items())
+        differs = "; ".join(figure["differs"]) or "no known difference of the protocol"
+        text = f"published: {scores} ({figure['figure']}; {figure['source']}). Here: {differs}"
+        console.print(text, markup=False, highlight=False)
 
 
 def _read_record(generated: Path) -> dict[str, Any]:
