@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megastar", "megastar.*"]),
-    package_data={"megastar": ["py.typed"], "megastar.report": ["web/*"]},
+    package_data={"megastar": ["py.typed"], "megastar.report": ["web/*"], "megastar.evaluation": ["published.json"]},
     # megastar/config/files.py looks for configs/... and the 19 MB of shipped weights here when the working directory has none
     data_files=[
         (f"share/megastar/{folder.relative_to(ROOT)}", [str(f.relative_to(ROOT)) for f in sorted(folder.iterdir())])

@@ -208,6 +208,8 @@ def main(words: list[str]) -> int:
     }
     settings = {"seed": a.seed, "dtype": a.dtype, "batch": a.batch, "size": a.size}
     origin = {"weights": str(found.digest_file), "tokenizer": tokenizer, "trained": provenance, "passes": a.cfg_passes}
+    sizes = ("name", "n_layer", "n_head", "dim", "image_tokens", "num_classes", "vocab_size")
+    origin["model"] = {name: getattr(found.config, name) for name in sizes}
     origin["label_plan"] = f"like {a.like}" if a.like else a.plan if a.count else "per class"
     console, device = main_console(), own_device(a.device)
     pipeline = open_pipeline(

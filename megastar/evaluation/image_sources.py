@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,7 @@ class ImageSource(Protocol):
     count: int
     height: int
     width: int
+    resized: Mapping[str, int]  # after ``batches``: size of images that were cropped and resized -> their number
 
     def batches(self, batch: int) -> Iterator[np.ndarray]:
         """uint8 (B, H, W, 3), each image once, in order."""
@@ -92,6 +93,7 @@ class FolderImages:
         for note in self.set.notes:
             logger.info("%s: %s", path, note)
         self.given, self.others = size, list[str]()  # sizes of images that differ from the one scored
+        self.resized: Mapping[str, int] = {}
         self.count = min(len(self.set), limit or len(self.set))
         self.height = self.width = size or self._first_side()
 
@@ -128,11 +130,13 @@ class FolderImages:
             raise UserError(f"{self.path}: none of {self.count} images can be read; the first: {bad[0]}")
         if bad:
             logger.warning("%s: skipped %d of %d images: %s", self.path, len(bad), self.count, "; ".join(bad[:3]))
-        if self.others and self.given is None:
-            sizes = ", ".join(f"{n} of {size}" for size, n in Counter(self.others).most_common(3))
-            logger.warning(
-                "%s: %d of %d images are not of the %d x %d pixels that are scored, the first one's, and were cropped and "
-                "resized (%s)", self.path, len(self.others), self.count, self.width, self.height, sizes,
+        self.resized = Counter(self.others)
+        if self.resized:
+            first = ", the first one's" if self.given is None else ""
+            logger.log(
+                logging.WARNING if self.given is None or len(self.resized) > 1 else logging.INFO,
+                "%s: %d of %d images are not of the %d x %d pixels that are scored%s, and were cropped and resized (%s)",
+                self.path, len(self.others), self.count, self.width, self.height, first, sizes_of(self.resized),
             )  # fmt: skip
 
     def labels(self) -> np.ndarray | None:
@@ -153,6 +157,8 @@ class FolderImages:
 
 class NpzImages:
     """ADM's layout, read from the archive in batches: 50,000 images of 256 x 256 are 9.8 GB, never in memory at once."""
+
+    resized: Mapping[str, int] = {}  # all images of an array have one size
 
     def __init__(self, path: Path, limit: int | None = None):
         self.path, self.file = path, NpzFile(path)
@@ -201,6 +207,8 @@ class NpzImages:
 class TokenImages:
     """Reconstructions from the real images' codes: the best result that a model of these codes can have."""
 
+    resized: Mapping[str, int] = {}
+
     def __init__(self, path: str | Path, tokenizer: str | Path | None, limit: int | None = None):
         self.path = path
         self.shards = ShardSet(path)
@@ -242,6 +250,13 @@ class TokenImages:
         digest = hashlib.sha256("".join(s.sha256 for s in self.shards.manifest.shards).encode())
         _add_file(digest, self.tokenizer)
         return digest.hexdigest()
+
+
+def sizes_of(resized: Mapping[str, int]) -> str:
+    """``30 of 64 x 64, 7 of 48 x 32`` and how many other sizes there are."""
+    usual = sorted(resized.items(), key=lambda item: (-item[1], item[0]))
+    more = f" and {len(usual) - 3} other sizes" if len(usual) > 3 else ""
+    return ", ".join(f"{n} of {size}" for size, n in usual[:3]) + more
 
 
 def npz_names(path: Path) -> list[str]:

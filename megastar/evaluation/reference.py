@@ -85,9 +85,12 @@ def read_reference(
         contents = f"{'f' if keep else ''}{'s' if spatial else ''}-{limit or 'all'}"
         folder = Path(o.cache or os.environ.get("MEGASTAR_CACHE") or Path.home() / ".cache" / "megastar")
         file = folder / f"{network.key}-{size}-{digest[:32]}-{contents}.safetensors"
-        if not _restore(collector, file):
+        if (resized := _restore(collector, file)) is None:
             collect(collector, images.batches(o.batch), images.count, "real", o.console, o.on_batch)
-            _save(file, collector.arrays())
+            resized = sum(images.resized.values())
+            _save(file, collector.arrays() | {"resized": np.array([resized])})
+        if resized:  # those of another size than the generated ones
+            metadata["resized"] = resized
         stats, spatial_stats = collector.stats, collector.spatial_stats if spatial else None
     metadata["pictures"] = collector.count or None
     features = collector.features if keep else None
@@ -108,16 +111,18 @@ def _given(path: Path, mean: str, covariance: str, dim: int) -> Statistics:
     return Statistics.given(m, c)
 
 
-def _restore(collector: Collector, file: Path) -> bool:
+def _restore(collector: Collector, file: Path) -> int | None:
+    """Restore the cached features; the number of images that were resized (0 if the cache is older), None without a cache."""
     if not file.is_file():
-        return False
+        return None
     try:
         read_header(file)
-        collector.restore(load_file(file))
-        return True
+        arrays = load_file(file)
+        collector.restore(arrays)
+        return int(arrays["resized"].item()) if "resized" in arrays else 0
     except (UserError, SafetensorError, KeyError, ValueError, OSError):
         file.unlink(missing_ok=True)  # a damaged cache file is written again
-        return False
+        return None
 
 
 def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -22,8 +22,9 @@ from rich.table import Table
 from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector, collect
 from megastar.evaluation.features import Network, open_network
-from megastar.evaluation.image_sources import ImageSource, open_images
+from megastar.evaluation.image_sources import ImageSource, open_images, sizes_of
 from megastar.evaluation.options import EvaluationOptions
+from megastar.evaluation.published import beside
 from megastar.evaluation.reference import Reference, read_reference
 from megastar.evaluation.scores import check_count, check_real, choose_metrics, compute, needs
 from megastar.sampling.distributed import SamplingPipeline, iterate_images
@@ -66,6 +67,7 @@ def evaluate(
     collect(made, images.batches(o.batch), images.count, "generated", o.console)
     summary: dict[str, Any] = {"source": str(generated), "subset": generated_subset, "pictures": made.count}
     summary |= {"size": images.height, "sha256": images.sha256(), "classes": _class_counts(images.labels())}
+    summary |= {"resized": dict(images.resized)} if images.resized else {}
     return _score(made, reference, metrics, o, {"generated": summary}, provenance | dict(o.provenance), start)
 
 
@@ -191,6 +193,7 @@ def _score(
     check_count(metrics, made.network, o.settings, made.count, summary.get("generated", {}).get("source", "images"))
     with o.console.status(f"computing {', '.join(metrics)}") if o.console is not None else nullcontext():
         scores, details, warnings = compute(made, reference, metrics, o.settings)
+    warnings += list(_resized(summary.get("generated", {}), reference.metadata))
     first = next(iter(scores))
     missing = [] if "tokenizer" in summary else [name for name in EXPECTED if provenance.get(name) is None]
     result = {
@@ -209,6 +212,8 @@ def _score(
         "provenance": provenance,
         "not_recorded": missing,
     }
+    if found := beside(result):
+        result["published"] = found
     for warning in warnings:
         logger.warning(warning)
     if missing:
@@ -219,6 +224,17 @@ def _score(
         Path(o.out).parent.mkdir(parents=True, exist_ok=True)
         write_output(Path(o.out), (json.dumps(result, indent=2) + "\n").encode())
     return result
+
+
+def _resized(made: Mapping[str, Any], real: Mapping[str, Any]) -> Iterator[str]:
+    """Images that were not scored at their own size."""
+    if sizes := made.get("resized"):
+        yield (
+            f"{sum(sizes.values())} of {made['pictures']} generated images were cropped and resized to {made['size']} x "
+            f"{made['size']} pixels ({sizes_of(sizes)}): score images of one size"
+        )
+    if count := real.get("resized"):
+        yield f"{count} of {real['pictures']} real images were cropped and resized to {real['size']} x {real['size']} pixels"
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
@@ -232,6 +248,11 @@ def _show(result: dict[str, Any], console: Console) -> None:
             note = f"floor {result['floor']:.2f}: {result['floor_meaning']}"
         table.add_row(name, f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}", note)
     console.print(table)
+    for figure in result.get("published", []):
+        scores = ", ".join(f"{name} {value:g}" for name, value in figure["scores"].items())
+        differs = "; ".join(figure["differs"]) or "no known difference of the protocol"
+        text = f"published: {scores} ({figure['figure']}; {figure['source']}). Here: {differs}"
+        console.print(text, markup=False, highlight=False)
 
 
 def _read_record(generated: Path) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class ScheduledEvaluation:
         """Score the weights after ``step`` steps: a row of metrics.jsonl, a line of evaluations.jsonl and an event, or a
         warning. Returns the number of the stop signal that ended it, or 0."""
         start = time.perf_counter()
+        self._line_at, self._progress_at = time.monotonic(), 0.0
         try:
             with kept_random_state(self.ctx.device), torch.no_grad():
                 found, new = self._evaluate(step, start)

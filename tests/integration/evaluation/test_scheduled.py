@@ -50,6 +50,8 @@ def runs(request, world, tmp_path_factory):
     ranks, parallel = MESHES[request.param]
     folder = tmp_path_factory.mktemp("scheduled")
     cases = {"neither": ["train.val_every=0"], "validated": [], "evaluated": EVALUATED}
+    if request.param not in ("one rank", "ZeRO 3"):
+        del cases["validated"]
     for name, words in cases.items():
         config = world.write_config(folder / f"{name}.yaml", folder / name)
         megastar("train", config, *parallel, *words, ranks=ranks)
@@ -58,7 +60,7 @@ def runs(request, world, tmp_path_factory):
 
 def test_training_is_equal_to_the_last_bit(runs):
     plain = runs / "neither"
-    for name in ("validated", "evaluated"):
+    for name in sorted(p.name for p in runs.iterdir() if p.is_dir() and p != plain):
         assert training(runs / name) == training(plain)
         last = "checkpoints/step-00000012"
         for kind in ("student", "ema"):
@@ -67,7 +69,7 @@ def test_training_is_equal_to_the_last_bit(runs):
         for file in (plain / last).glob(random_file(0).replace("00000", "*")):
             a, b = torch.load(file), torch.load(runs / name / last / file.name)
             assert torch.equal(a["torch"], b["torch"])
-    assert {s for s, r in rows(runs / "validated").items() if "val_loss_ar" in r} == {6, 12}
+        assert {s for s, r in rows(runs / name).items() if "val_loss_ar" in r} == {6, 12}
 
 
 def test_scores_are_those_of_the_checkpoint(runs, world):

@@ -1,0 +1,201 @@
+"""Scores that papers print for class-conditional ImageNet at 256 x 256, beside which a measured one is shown.
+
+The figures are in published.json, with their sources; docs/published.md is made from it by ``markdown``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megastar.utils.json_file import (
+    FLOAT,
+    dict_of,
+    integer,
+    list_of,
+    one_of,
+    optional,
+    read_json,
+    record,
+    text,
+    validator,
+)
+
+FILE = Path(__file__).with_name("published.json")
+METHODS = {
+    "ar": "AR",
+    "star": "ST-AR",
+    "repa": "AR + REPA",
+    "gear": "GEAR",
+    "rar": "RAR",
+}
+NAMES = ("FID", "sFID", "IS", "precision", "recall")
+IMAGENET = 1_281_167  # images of the training set: an epoch
+SIZES = {(12, 768): "B", (24, 1024): "L", (36, 1280): "XL", (48, 1536): "XXL", (24, 3200): "3B"}  # (n_layer, dim)
+_FILE = validator(
+    record(
+        {
+            "reference": text(200),
+            "image_size": integer(1, 4096),
+            "figures": list_of(
+                record(
+                    {
+                        "paper": text(100), "method": one_of(*METHODS), "size": text(20), "tokens": integer(1, 65536),
+                        "epochs": optional(integer(1, 10_000)), "cfg_scale": optional(FLOAT), "samples": optional(integer(1)),
+                        "scores": dict_of(one_of(*NAMES), FLOAT), "source": text(500), "note": text(500),
+                    },
+                    closed=True,
+                )
+            ),
+        },
+        closed=True,
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Scores of one row of a table. ``epochs``, ``cfg_scale`` and ``samples`` are None where the source does not state them."""
+
+    paper: str
+    method: str
+    size: str
+    tokens: int
+    epochs: int | None
+    cfg_scale: float | None
+    samples: int | None
+    scores: Mapping[str, float]
+    source: str
+    note: str
+
+    def describe(self) -> str:
+        """``ST-AR's AR, B, 50 epochs, no guidance``"""
+        epochs = "epochs not stated" if self.epochs is None else f"{self.epochs} epochs"
+        return f"{METHODS[self.method]} {self.size} in {self.paper}, {epochs}, {guidance(self.cfg_scale)}"
+
+
+def guidance(scale: float | None) -> str:
+    return "guidance not stated" if scale is None else "no guidance" if scale == 1 else f"cfg_scale {scale:g}"
+
+
+@cache
+def load_published() -> tuple[str, int, tuple[Figure, ...]]:
+    """The reference, the picture size and the figures of published.json."""
+    content = read_json(FILE, _FILE)
+    return content["reference"], content["image_size"], tuple(Figure(**row) for row in content["figures"])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of images that were scored; None: not recorded."""
+
+    method: str
+    size: str
+    tokens: int | None
+    epochs: float | None
+    cfg_scale: float | None
+    samples: int
+    image_size: int
+    reference: str  # empty: the published moments of ADM's file
+
+
+def measured_of(result: Mapping[str, Any]) -> Measured | None:
+    """From a result of ``evaluation.runner``; None for images whose provenance names no network of a published size, or that
+    was not trained on ImageNet's 1000 classes."""
+    made, provenance = result.get("generated"), result.get("provenance")
+    if not isinstance(made, Mapping) or not isinstance(provenance, Mapping):
+        return None
+    model, trained = provenance.get("model"), provenance.get("trained")
+    if not isinstance(model, Mapping) or not isinstance(trained, Mapping) or model.get("num_classes") != 1000:
+        return None
+    size = SIZES.get((model.get("n_layer"), model.get("dim")))  # type: ignore[arg-type]
+    if size is None:
+        return None
+    seen, guided, method = trained.get("images_seen"), trained.get("self_guided"), trained.get("method")
+    epochs = seen / IMAGENET if isinstance(seen, (int, float)) and not isinstance(seen, bool) else None
+    real = result.get("real", {})
+    published = real.get("statistics") is not None and "VIRTUAL_imagenet256" in str(real.get("source"))
+    scale, tokens = provenance.get("cfg_scale"), model.get("image_tokens")
+    return Measured(
+        method=method if method in METHODS else "star" if guided else "ar",
+        size=size,
+        tokens=tokens if isinstance(tokens, int) else None,
+        epochs=epochs,
+        cfg_scale=float(scale) if isinstance(scale, (int, float)) else None,
+        samples=int(made.get("pictures") or 0),
+        image_size=int(made.get("size") or 0),
+        reference="" if published else str(real.get("source", "unknown")),
+    )
+
+
+def beside(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The published figures of the same method, size, epochs and guidance as a result with FID, and what differs otherwise.
+
+    A figure whose epochs or guidance are not stated, or not recorded for the result, is listed with that as a difference.
+    """
+    measured = measured_of(result)
+    if measured is None or "FID" not in result.get("scores", {}):
+        return []
+    reference, side, figures = load_published()
+    out = []
+    for figure in figures:
+        if (figure.method, figure.size) != (measured.method, measured.size) or _another(figure, measured):
+            continue
+        out.append(
+            {
+                "figure": figure.describe(),
+                "scores": dict(figure.scores),
+                "source": figure.source,
+                "differs": list(_differences(figure, measured, reference, side)),
+            }
+        )
+    return out
+
+
+def _another(figure: Figure, m: Measured) -> bool:
+    """Whether epochs, guidance or tokens are known on both sides and differ."""
+    epochs = figure.epochs is not None and m.epochs is not None and abs(m.epochs / figure.epochs - 1) > 0.01
+    scale = figure.cfg_scale is not None and m.cfg_scale is not None and not math.isclose(figure.cfg_scale, m.cfg_scale)
+    return epochs or scale or (m.tokens is not None and m.tokens != figure.tokens)
+
+
+def _differences(figure: Figure, m: Measured, reference: str, side: int) -> Iterator[str]:
+    if figure.samples is None:
+        yield f"{m.samples} samples, the paper's number was not verified"
+    elif figure.samples != m.samples:
+        yield f"{m.samples} samples instead of {figure.samples}"
+    if m.epochs is None:
+        yield f"the epochs of these weights are not recorded, the paper's are {figure.epochs}"
+    elif figure.epochs is None:
+        yield f"{m.epochs:.4g} epochs, the source does not state its own"
+    if m.cfg_scale is None:
+        yield f"the guidance of these samples is not recorded, the paper has {guidance(figure.cfg_scale)}"
+    elif figure.cfg_scale is None:
+        yield f"{guidance(m.cfg_scale)}, the source does not state its own"
+    if m.image_size != side:
+        yield f"pictures of {m.image_size} x {m.image_size} instead of {side} x {side} pixels"
+    if m.reference:
+        yield f"the reference is {m.reference} instead of {reference}"
+    if figure.note:
+        yield f"the paper: {figure.note}"
+
+
+def markdown() -> str:
+    """docs/published.md's table."""
+    head = ["method", "size", "tokens", "epochs", "guidance", "samples", *NAMES, "paper", "note"]
+    rows = [head]
+    _, _, figures = load_published()
+    for f in figures:
+        scores = [f"{f.scores[n]:.2f}" if n in f.scores else "" for n in NAMES]
+        counts = [
+            str(f.epochs or "not stated"),
+            guidance(f.cfg_scale),
+            f"{f.samples:,}" if f.samples else "not verified",
+        ]
+        rows.append([METHODS[f.method], f.size, str(f.tokens), *counts, *scores, f"{f.paper}: {f.source}", f.note])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
