@@ -203,5 +203,8 @@ def index(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
         a.set, tokenizer=a.tokenizer, codebook_size=a.codebook_size, classes=classes, layout=a.layout, crops=a.crops,
         data=data, console=console,
     )  # fmt: skip
-    print_table(a.set, {k: v for k, v in describe(manifest).items() if k not in ("class_names", "made_by", "skipped", "features")})
+    print_table(
+        a.set,
+        {k: v for k, v in describe(manifest).items() if k not in ("class_names", "made_by", "skipped", "features")},
+    )
     return 0
