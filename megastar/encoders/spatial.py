@@ -94,7 +94,8 @@ class DinoPatches:
     def __call__(self, pixels: Tensor, grid: int) -> Tensor:
         images = _resized(pixels.to(self.device), self.net.patch * grid).div_(255)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return self.net(images)[1].float()
+            patches: Tensor = self.net(images)[1]
+            return patches.float()
 
 
 class CustomPatches:

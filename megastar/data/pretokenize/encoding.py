@@ -23,8 +23,7 @@ _GPU_CROPS = 64
 
 
 class ViewEncoder:
-    """A tokenizer with its batch size: uint8 crops (N, size, size, 3) -> codes (N, T) int64 on the CPU, and with an encoder of
-    ``features`` these, (N, P, C) float16."""
+    """A tokenizer with its batch size: uint8 crops (N, size, size, 3) -> codes (N, T) int64 on the CPU."""
 
     def __init__(
         self,
@@ -41,8 +40,12 @@ class ViewEncoder:
         activation = self.size**2 * model.config.channels * 4
         self.batch = batch or (_GPU_CROPS if device.type == "cuda" else min(64, max(1, _CPU_BYTES // activation)))
 
+    def __call__(self, crops: np.ndarray) -> np.ndarray:
+        return self.encode(crops)[0]
+
     @torch.inference_mode()
-    def __call__(self, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def encode(self, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Crops -> codes, and where there is an encoder of ``features`` these, (N, P, C) float16."""
         parts, encoded = [], []
         for part in torch.from_numpy(crops).split(self.batch):
             if self.features is not None:
@@ -136,7 +139,7 @@ class Pipeline:
         start = time.perf_counter()
         if batch.places:
             n, views = batch.data.shape[:2]
-            codes, encoded = self.encoder(batch.data.reshape(n * views, *batch.data.shape[2:]))
+            codes, encoded = self.encoder.encode(batch.data.reshape(n * views, *batch.data.shape[2:]))
             if encoded is not None:
                 encoded = encoded.reshape(n, views, *encoded.shape[1:])
             batch = replace(batch, data=codes.reshape(n, views, -1), features=encoded)

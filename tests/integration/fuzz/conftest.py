@@ -22,6 +22,7 @@ from tests.checkpoints import write_checkpoint
 from tests.dist.reference import config
 from tests.fuzz import Tally
 from tests.integration.conftest import TOKENIZER
+from tests.unit.data.shards.test_features import write_features
 from tests.unit.data.shards.test_shards import write_set
 
 STEPS = (2, 3)  # of the checkpoints
@@ -68,6 +69,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(folder / "run")
     save_tokenizer(VQModel(TOKENIZER), folder / "tokenizer.safetensors", {"seed": 0})
     write_set(folder / "codes", (5, 0, 4), codebook_size=TOKENIZER.codebook_size)
+    write_features(folder / "encoded")
     convert(folder / "run", "safetensors", folder / "weights.safetensors")
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
     for name in ("made", "real"):

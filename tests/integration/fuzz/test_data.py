@@ -66,6 +66,43 @@ def test_index(box: Box) -> None:
     tally.check()
 
 
+def test_features(box: Box) -> None:
+    """A set with an encoder's features: its record in the manifest, its tar, its index."""
+    tally, rng = Tally("features"), random.Random("features")
+    folder = box.path / "encoded"
+    commands = [["data", action, "encoded"] for action in ("inspect", "verify", "stats")]
+    box.run(tally, "whole", *commands[1])
+    whole = json.loads((folder / "manifest.json").read_text())
+    hostile = [5, [], "x", {"encoder": "efflite0"}, {str(i): i for i in range(10_000)}]
+    hostile += [whole["features"] | {"grid": n, "width": n} for n in (10**30, -1, 2**31, 0, 1.5, None)]
+    hostile += [
+        whole["features"] | {"width": 65_536},
+        whole["features"] | {"encoder": "\x1b[31m[/red]", "layer": "x" * 10**6},
+    ]
+    variants = [(str(value)[:40], json.dumps(whole | {"features": value}).encode()) for value in hostile]
+    for label, data in json_variants(whole["features"], rng, 24):
+        text = json.dumps(whole | {"features": "@"}).encode()
+        variants.append((label, text.replace(b'"@"', data)))
+    for i, (label, data) in enumerate(variants):
+        box.variant(folder / "manifest.json", data)
+        box.run(tally, label, *commands[i % 3])
+    shard = folder / "shard-00000.tar"
+    for i, (label, data) in enumerate(byte_variants(shard.read_bytes(), rng, 24)):
+        box.variant(shard, data)
+        record = whole["shards"][0] | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        text = json.dumps(whole | {"shards": [record, *whole["shards"][1:]]})
+        (folder / "manifest.json").write_text(text)
+        box.run(tally, label, *commands[i % 3])
+    box.fresh()
+    index = shard.with_suffix(".idx")
+    for i, (label, data) in enumerate(byte_variants(index.read_bytes(), rng, 16)):
+        if i % 2 and len(data) > 32:
+            data = data[:-32] + hashlib.sha256(data[:-32]).digest()
+        box.variant(index, data)
+        box.run(tally, label, *commands[i % 3])
+    tally.check()
+
+
 def npy(array: np.ndarray, change: Callable[[bytes], bytes] = lambda data: data) -> bytes:
     out = io.BytesIO()
     np.save(out, array, allow_pickle=True)

@@ -81,7 +81,7 @@ def test_stored_features_are_those_of_the_stored_crops(world, encoded):
 
     make, encoder = parse_crops("ten:1.1")[0], EffLite0Patches()
     source = shards.sources(0)[4]
-    with Image.open(world.pictures / "train" / source) as image:
+    with Image.open(world.pictures / f"{source}.png") as image:
         crops = make(image.convert("RGB"), TOKENIZER.image_size)
     import torch
 
@@ -226,7 +226,7 @@ def test_a_run_resumes_with_its_features_only(world, encoded, tmp_path):
     shutil.copytree(encoded / "train", changed)
     before["features"]["weights_sha256"] = "0" * 64
     (changed / "manifest.json").write_text(json.dumps(before))
-    error = refused("train", config, REPA, f"data.shards={changed}")
+    error = refused("train", config, REPA, f"data.shards={changed}", "data.val_shards=")
     assert "was trained on shards with features of efflite0" in error and "weights 000000000000" in error
     assert "at step 3" in megastar("train", config, REPA, "repa.encoder=efflite0").stdout
 
