@@ -36,7 +36,7 @@ demo: $(STAMP)
 	$(BIN)/megastar demo
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not gpu and not nullgpu and not slow and not slurm and not browser'
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not gpu and not nullgpu and not slow and not slurm and not browser and not trackers'
 
 test-slurm: $(STAMP)
 	$(BIN)/pytest -m slurm tests/slurm
