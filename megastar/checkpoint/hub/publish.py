@@ -62,7 +62,9 @@ def publish(what: Publication, repository: str, *, private: bool = False, revisi
         api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        files = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(what.folder / name)) for name in what.files]
+        files = [
+            hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(what.folder / name)) for name in what.files
+        ]
         message = "Weights written by megastar convert --to hf"
         done = api.create_commit(repository, files, commit_message=message, revision=revision)
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:

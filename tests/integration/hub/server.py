@@ -37,7 +37,9 @@ class HubServer:
 
     def fetched(self) -> set[str]:
         """The files whose content was sent."""
-        return {r.split("/resolve/")[1].partition("/")[2] for r in self.requests if r.startswith("GET") and "/resolve/" in r}
+        return {
+            r.split("/resolve/")[1].partition("/")[2] for r in self.requests if r.startswith("GET") and "/resolve/" in r
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -119,7 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.json({"url": f"{hub.url}/{name}"})
         if path.endswith("/info/lfs/objects/batch"):
             objects = [
-                {**o, "actions": {"upload": {"href": f"{hub.url}/blobs/{o['oid']}"}}} for o in json.loads(data)["objects"]
+                {**o, "actions": {"upload": {"href": f"{hub.url}/blobs/{o['oid']}"}}}
+                for o in json.loads(data)["objects"]
             ]
             return self.json({"transfer": "basic", "objects": objects})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/branch/(.+)", path):
@@ -139,7 +142,9 @@ class _Handler(BaseHTTPRequestHandler):
                 elif item["key"] == "lfsFile":
                     files[item["value"]["path"]] = hub.blobs[item["value"]["oid"]]
             commit = hub.commit(found[1], files, found[2])
-            return self.json({"success": True, "commitOid": commit, "commitUrl": f"{hub.url}/{found[1]}/commit/{commit}"})
+            return self.json(
+                {"success": True, "commitOid": commit, "commitUrl": f"{hub.url}/{found[1]}/commit/{commit}"}
+            )
         return self.refuse(404, "NotHere")
 
 

@@ -90,12 +90,23 @@ def test_a_training_starts_from_the_folder(which, request, plain, world, tmp_pat
 def test_the_folder_describes_itself(folder, whole, world):
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "megastar" and config["torch_dtype"] == "float32"
-    assert config["tokenizer"]["sha256"] == tokenizer_hash(world.tokenizer) == tokenizer_hash(folder / "tokenizer/tokenizer.safetensors")
+    assert (
+        config["tokenizer"]["sha256"]
+        == tokenizer_hash(world.tokenizer)
+        == tokenizer_hash(folder / "tokenizer/tokenizer.safetensors")
+    )
     assert json.loads((folder / "tokenizer/config.json").read_text())["tokenizer"]["codebook_size"] == 64
     assert json.loads((folder / "preprocessor_config.json").read_text())["size"] == {"height": 16, "width": 16}
     card = (folder / "README.md").read_text()
     assert card.startswith('---\nlicense: "apache-2.0"\n')
-    for text in ("| steps | 12 of 12 |", "| images seen | 96 |", "ST-AR", "megastar train ", "None are recorded", "circle, square, stroke"):
+    for text in (
+        "| steps | 12 of 12 |",
+        "| images seen | 96 |",
+        "ST-AR",
+        "megastar train ",
+        "None are recorded",
+        "circle, square, stroke",
+    ):
         assert text in card, text
 
 
@@ -110,7 +121,10 @@ def test_the_card_has_the_scores_of_these_weights_with_their_protocol(whole, tmp
         (run / f"scores-{step}.json").write_text(json.dumps(result))
     megastar("convert", run, "--to", "hf", "--out", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| fd\\_efflite0 | 123.4 | 30 | 27 of a\\|b\\\\n\\# x | features efflite0, cfg\\_scale 1.5, seed 7 |" in card.replace("; cfg", ", cfg")
+    assert (
+        "| fd\\_efflite0 | 123.4 | 30 | 27 of a\\|b\\\\n\\# x | features efflite0, cfg\\_scale 1.5, seed 7 |"
+        in card.replace("; cfg", ", cfg")
+    )
     assert "567.8" not in card and "Not stated" in card and "license" not in card.split("---")[1]
 
 
@@ -144,7 +158,9 @@ def test_folders_that_are_refused(folder, sharded, tmp_path, capsys):
     assert "written by a newer megastar" in said(newer)
     other = made("other", folder, config__json=config | {"model": config["model"] | {"n_head": 1}})
     assert "describe different networks" in said(other)
-    pickled = made("pickled", folder, config__json=config | {"weights": {"model.bin": {"bytes": 1, "sha256": "0" * 64}}})
+    pickled = made(
+        "pickled", folder, config__json=config | {"weights": {"model.bin": {"bytes": 1, "sha256": "0" * 64}}}
+    )
     assert "only .safetensors files are read" in said(pickled)
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     first = next(iter(index["weight_map"]))
@@ -180,7 +196,9 @@ def test_conversions_that_are_refused(folder, whole, world, tmp_path, capsys):
     save_tokenizer(VQModel(TOKENIZER), another, {})
     out = tmp_path / "out"
     words = ("convert", whole, "--to", "hf", "--out", out)
-    assert "name the tokenizer of the training with --tokenizer" in refusal(*words, "--tokenizer", another, capsys=capsys)
+    assert "name the tokenizer of the training with --tokenizer" in refusal(
+        *words, "--tokenizer", another, capsys=capsys
+    )
     assert "identifier of the Hub" in refusal(*words, "--license", "my licence", capsys=capsys)
     assert "--license applies to --to hf" in refusal(
         "convert", whole, "--to", "safetensors", "--out", tmp_path / "w.safetensors", "--license", "mit", capsys=capsys

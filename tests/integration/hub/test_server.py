@@ -62,9 +62,19 @@ def test_sources_that_are_refused(folder, hub, client, tmp_path):
     assert "owner/empty has no config.json" in said("hf://owner/empty")
     assert "has no model.safetensors" in said("hf://owner/half")
     assert "cannot be reached" in said(f"hf://owner/tiny@{commit[:39]}0", HF_HUB_OFFLINE="1")
-    for bad in ("hf://owner", "hf://../../x", "hf://owner/na me", "hf://owner/tiny@", "hf://owner/tiny@../x", "hf://a/b/c"):
+    for bad in (
+        "hf://owner",
+        "hf://../../x",
+        "hf://owner/na me",
+        "hf://owner/tiny@",
+        "hf://owner/tiny@../x",
+        "hf://a/b/c",
+    ):
         assert "is not a repository of the Hub" in said(bad), bad
-    assert "could not be fetched" in (text := said("hf://owner/tiny", HF_ENDPOINT="http://127.0.0.1:9")) or "cannot be reached" in text
+    assert (
+        "could not be fetched" in (text := said("hf://owner/tiny", HF_ENDPOINT="http://127.0.0.1:9"))
+        or "cannot be reached" in text
+    )
     assert not (tmp_path / "grid.png").exists()
 
 

@@ -66,7 +66,9 @@ def refusal(*words: object, capsys) -> str:
 
 def test_what_is_refused(profiled, whole, world, tmp_path, capsys):
     config = world.write_config(tmp_path / "run.yaml", tmp_path / "run", profile="{start: 1, steps: 2, ranks: [0, 3]}")
-    assert "train.profile.ranks = [0, 3]: rank 3 does not exist, this run has only rank 0" in refusal("train", config, capsys=capsys)
+    assert "train.profile.ranks = [0, 3]: rank 3 does not exist, this run has only rank 0" in refusal(
+        "train", config, capsys=capsys
+    )
     late = refusal("train", config, "train.profile={start: 11, steps: 2}", capsys=capsys)
     assert "train.profile.start = 11: the 2 profiled steps after it end beyond train.steps 12" in late
     assert not (tmp_path / "run").exists()

@@ -46,7 +46,10 @@ def run(world, tmp_path_factory) -> Path:
     done = train(config, "train.steps=12")
     assert done.returncode == 0, done.stderr
     assert (run / "trackers.json").read_bytes() == ids
-    assert [e["event"] for e in read_events(run) if e["event"] in ("started", "resumed", "warning")] == ["started", "resumed"]
+    assert [e["event"] for e in read_events(run) if e["event"] in ("started", "resumed", "warning")] == [
+        "started",
+        "resumed",
+    ]
     return run
 
 

@@ -185,7 +185,10 @@ def test_a_missing_package_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     check_installed(["tensorboard"], "train.trackers")
     for name, modules in MODULES.items():
-        with pytest.raises(UserError, match=rf"train.trackers names {name}, whose package {modules[0]} is not installed: run pip install 'megastar\[{name}\]'"):
+        with pytest.raises(
+            UserError,
+            match=rf"train.trackers names {name}, whose package {modules[0]} is not installed: run pip install 'megastar\[{name}\]'",
+        ):
             check_installed(["tensorboard", name], "train.trackers")
     (tmp_path / "wandb" / "__init__.py").touch()
     sys.path_importer_cache.clear()
@@ -204,7 +207,10 @@ def test_what_is_sent_has_no_secrets_and_no_texts_among_numbers(tmp_path):
 @pytest.mark.parametrize(
     "override, text",
     [
-        ("train.trackers=[wandb,tensorbord]", "train.trackers = ['wandb', 'tensorbord']: must be tensorboard, wandb, trackio or mlflow"),
+        (
+            "train.trackers=[wandb,tensorbord]",
+            "train.trackers = ['wandb', 'tensorbord']: must be tensorboard, wandb, trackio or mlflow",
+        ),
         ("train.trackers=[mlflow,mlflow]", "mlflow is given twice"),
         ("train.trackers=wandb", "must be a list of strings"),
     ],
