@@ -4,11 +4,12 @@
 # make test-slurm     test the batch scripts on a local SLURM cluster (requires root and Debian)
 # make test-elastic   lose nodes of runs that train, on loopback and on the local SLURM cluster (minutes)
 # make test-fuzz      run all hostile and damaged files through the commands (make test runs a part of them)
+# make test-trackers  test runs with wandb, trackio and mlflow and their local stores (installed in .venv-trackers)
 # make test-browser   test the page of megastar report in a headless chromium
 # make test-pythons   run the tests that need no torch on the other supported interpreters of this machine
 # make test-nullgpu   test on a device that computes nothing: torch's CUDA build (5 GB, in .venv-nullgpu), no GPU needed
 # make lint           run ruff and mypy
-# make clean          remove .venv, .venv-nullgpu, builds and caches
+# make clean          remove .venv, .venv-nullgpu, .venv-trackers, builds and caches
 #
 # PYTHON selects the interpreter (3.11 to 3.14). TORCH_INDEX selects the package index for torch, for example PyTorch's index
 # of CPU builds; without it pip installs its default build, which includes several GB of CUDA libraries.
@@ -21,7 +22,7 @@ GPU := command -v nvidia-smi >/dev/null
 # DeepSpeed's operators are compiled at first use, not during installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-slurm test-elastic test-fuzz test-browser test-pythons test-nullgpu lint clean install
+.PHONY: demo test test-slurm test-elastic test-fuzz test-trackers test-browser test-pythons test-nullgpu lint clean install
 
 install: $(STAMP)
 
@@ -37,7 +38,7 @@ demo: $(STAMP)
 	$(BIN)/megastar demo
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not gpu and not nullgpu and not slow and not slurm and not browser'
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not gpu and not nullgpu and not slow and not slurm and not browser and not trackers'
 
 test-slurm: $(STAMP)
 	$(BIN)/pytest -m slurm tests/slurm
@@ -48,6 +49,18 @@ test-elastic: $(STAMP)
 
 test-fuzz: $(STAMP)
 	MEGASTAR_FUZZ=all $(BIN)/pytest -n 2 -rP tests/integration/fuzz
+
+# The trackers' packages in an environment of their own, on top of .venv's: trackio needs another Pillow.
+TRACKERS := .venv-trackers
+
+$(TRACKERS)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(TRACKERS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(TRACKERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(TRACKERS)/bin/pip install -e '.[wandb,trackio,mlflow]'
+	touch $@
+
+test-trackers: $(TRACKERS)/.installed
+	$(TRACKERS)/bin/python -m pytest -m trackers tests/integration/tracking
 
 test-browser: $(STAMP)
 	$(BIN)/pytest -m browser tests/integration
@@ -79,5 +92,5 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(NULLGPU) .venv-python3* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NULLGPU) $(TRACKERS) .venv-python3* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

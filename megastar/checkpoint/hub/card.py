@@ -114,13 +114,15 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def _method(provenance: Mapping[str, Any]) -> str:
     guided = provenance.get("self_guided")
-    return (
-        {True: "ST-AR (self-guided training)", False: "next-token prediction (AR baseline)"}.get(guided, "")
-        if isinstance(guided, bool)
-        else ""
-    )
+    if not isinstance(guided, bool):
+        return ""
+    return "ST-AR (self-guided training)" if guided else "next-token prediction (AR baseline)"
 
 
 def _training(provenance: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
@@ -146,10 +148,7 @@ def _scores(results: Mapping[str, dict[str, Any]]) -> list[str]:
         return ["None are recorded."]
     lines = ["| score | value | images | real images | protocol |", "|---|---|---|---|---|"]
     for result in results.values():
-        made, real, by = (
-            result.get(k) if isinstance(result.get(k), dict) else {} for k in ("generated", "real", "provenance")
-        )
-        assert made is not None and real is not None and by is not None
+        made, real, by = (_mapping(result.get(k)) for k in ("generated", "real", "provenance"))
         names = ("cfg_scale", "temperature", "top_k", "top_p", "seed", "dtype", "label_plan")
         protocol = ", ".join(f"{n} {shown(str(by[n]))}" for n in names if by.get(n) is not None)
         features = result.get("features")

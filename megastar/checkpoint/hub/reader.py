@@ -55,8 +55,8 @@ def read_folder(path: Path) -> tuple[ModelConfig, dict[str, Any], Shapes]:
 def _shapes_of_shards(path: Path, names: list[str]) -> Shapes:
     index = read_index(path)
     held: dict[str, set[str]] = defaultdict(set)
-    for weight, file in index.items():
-        held[file].add(weight)
+    for weight, name in index.items():
+        held[name].add(weight)
     if set(held) != set(names):
         differ = ", ".join(sorted(set(held) ^ set(names))[:3])
         raise UserError(

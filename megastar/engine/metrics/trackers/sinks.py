@@ -55,7 +55,8 @@ class Trackers:
 
     def take_problems(self) -> list[str]:
         """Messages about failing or hanging trackers, each once."""
-        found = [sink.take_problem() for sink in (*([self.board] if self.board else []), *self.threads)]
+        found = [self.board.take_problem()] if self.board else []
+        found += [thread.take_problem() for thread in self.threads]
         return [problem for problem in found if problem]
 
     def close(self, complete: bool) -> list[str]:
