@@ -49,7 +49,9 @@ def settings(a: argparse.Namespace, steps: list[int], own: bool) -> dict[str, Sa
     return rows
 
 
-def measure(networks: dict[str, Transformer], rows: dict[str, SamplingOptions], batch: int, a: argparse.Namespace) -> None:
+def measure(
+    networks: dict[str, Transformer], rows: dict[str, SamplingOptions], batch: int, a: argparse.Namespace
+) -> None:
     """Print images per second of each setting, and how many times those of the first."""
     tick = time.process_time if a.clock == "cpu" else time.perf_counter
     images = max(batch, a.images // batch * batch)
@@ -95,7 +97,7 @@ def score(draw: Callable[[list[int]], np.ndarray], labels: list[int], a: argpars
     result = evaluate_collected(
         found, a.real, real_subset=a.real_subset, metrics=metrics, settings=Settings(allow_few=True), cache=cache
     )
-    return float(result["scores"]["fd"])
+    return float(result["value"])
 
 
 def main() -> None:
@@ -138,8 +140,12 @@ def main() -> None:
     if raster is not None:
         networks[next(iter(rows))] = raster
     c = model.cfg
-    print(f"{c.name}: {c.n_layer} blocks x {c.dim}, T = {c.image_tokens}, V = {c.vocab_size}, guidance {a.cfg_scale:g}, fp32,")
-    print(f"{a.threads} threads, median of {a.repeats} turns, {a.clock} seconds; times the images per second of the first row")
+    print(
+        f"{c.name}: {c.n_layer} blocks x {c.dim}, T = {c.image_tokens}, V = {c.vocab_size}, guidance {a.cfg_scale:g}, fp32,"
+    )
+    print(
+        f"{a.threads} threads, median of {a.repeats} turns, {a.clock} seconds; times the images per second of the first row"
+    )
     if not a.skip_speed:
         for batch in map(int, a.batches.split(",")):
             measure(networks, rows, batch, a)

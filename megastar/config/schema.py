@@ -221,9 +221,7 @@ class TrainConfig:
     )
     init_class_map: str = knob("", "YAML file of new class: old class, each a name or a number; null: a new embedding")
     init_resize: bool = knob(False, "allow train.init to have another model.image_tokens; RoPE is recomputed")
-    init_any_order: bool = knob(
-        False, "allow train.init to be trained in another token order (token_order.kind)"
-    )
+    init_any_order: bool = knob(False, "allow train.init to be trained in another token order (token_order.kind)")
     init_any_tokenizer: bool = knob(False, "allow train.init to be trained on the codes of another tokenizer")
     freeze_blocks: int = knob(
         0,

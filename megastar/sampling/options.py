@@ -75,7 +75,9 @@ class SamplingOptions:
         if c.target_position == "none":
             trained = "these weights were trained in raster order, and only a network of random order (token_order.kind=random)"
             if self.parallel_steps:
-                out.append(f"parallel_steps {self.parallel_steps}: {trained} draws several tokens per step: leave it out")
+                out.append(
+                    f"parallel_steps {self.parallel_steps}: {trained} draws several tokens per step: leave it out"
+                )
             if self.token_order == "random":
                 out.append(f"token_order random: {trained} draws tokens in another order: leave it out")
         elif self.parallel_steps > c.image_tokens:

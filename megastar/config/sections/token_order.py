@@ -18,7 +18,10 @@ class TokenOrderConfig:
         choices=("raster", "random"),
     )
     anneal_start: float = knob(
-        1.0, "random: until here every image is permuted; 1.0 of the run: to its end [C; RAR: 0.5]", low=0, high=MOST_STEPS
+        1.0,
+        "random: until here every image is permuted; 1.0 of the run: to its end [C; RAR: 0.5]",
+        low=0,
+        high=MOST_STEPS,
     )
     anneal_end: float = knob(
         1.0,
@@ -28,7 +31,9 @@ class TokenOrderConfig:
         high=MOST_STEPS,
     )
     anneal_unit: str = knob(
-        "run", "unit of both: run, fractions of the run's steps; epochs, passes over the shards", choices=("run", "epochs")
+        "run",
+        "unit of both: run, fractions of the run's steps; epochs, passes over the shards",
+        choices=("run", "epochs"),
     )
 
     def random_share(self, epoch: float, epochs: float) -> float:

@@ -67,7 +67,9 @@ def test_ranks_make_no_difference(world, folder, tmp_path):
     still = [f"model.{name}_dropout_p=0" for name in ("token", "resid", "ffn")]
     found = []
     for ranks, micro in ((1, 8), (2, 2)):
-        config = world.write_config(tmp_path / "run.yaml", tmp_path / f"run{ranks}", steps=4, micro_batch=micro, val_every=4)
+        config = world.write_config(
+            tmp_path / "run.yaml", tmp_path / f"run{ranks}", steps=4, micro_batch=micro, val_every=4
+        )
         megastar("train", config, *RANDOM, *still, ranks=ranks)
         found.append(rows(tmp_path / f"run{ranks}"))
     for step in range(1, 5):
@@ -90,7 +92,10 @@ def test_the_order_cannot_change_on_resume(folder, tmp_path):
         done = megastar("train", folder / f"{name}.yaml", *fields, "train.steps=14", f"run={copy}", check=False)
         kinds = ("random", "raster") if name == "pure" else ("raster", "random")
         assert done.returncode == 2, done.stderr
-        assert f"was trained in {kinds[0]} token order, this configuration has token_order.kind = {kinds[1]}" in done.stderr
+        assert (
+            f"was trained in {kinds[0]} token order, this configuration has token_order.kind = {kinds[1]}"
+            in done.stderr
+        )
         (copy / "config.yaml").unlink(missing_ok=True)
     fields = [*PURE, "model.target_position=embedding", "train.steps=14", f"run={tmp_path / 'pure'}"]
     done = megastar("train", folder / "pure.yaml", *fields, check=False)
@@ -99,10 +104,15 @@ def test_the_order_cannot_change_on_resume(folder, tmp_path):
 
 def test_initial_weights_of_another_order_must_be_asked_for(world, folder, tmp_path):
     config = world.write_config(tmp_path / "run.yaml", tmp_path / "run", steps=2, val_every=0)
-    for init, fields, theirs in (("raster", PURE, "raster order"), ("pure", [], "random order (model.target_position rotary)")):
+    for init, fields, theirs in (
+        ("raster", PURE, "raster order"),
+        ("pure", [], "random order (model.target_position rotary)"),
+    ):
         words = [*fields, "self_guided.enabled=false", f"train.init={folder / init}", f"run={tmp_path / init}"]
         done = megastar("train", config, *words, check=False)
-        assert done.returncode == 2 and f"was trained in {theirs}, this run reads tokens in " in done.stderr, done.stderr
+        assert done.returncode == 2 and f"was trained in {theirs}, this run reads tokens in " in done.stderr, (
+            done.stderr
+        )
         assert not (tmp_path / init).exists()
         megastar("train", config, *words, "train.init_any_order=true", "optim.lr=1e-12")
         one, other = (full_weights(newest(run), "ema") for run in (folder / init, tmp_path / init))
@@ -112,7 +122,18 @@ def test_initial_weights_of_another_order_must_be_asked_for(world, folder, tmp_p
 
 
 def test_samples_in_several_steps(world, folder, tmp_path):
-    common = ["--tokenizer", world.tokenizer, "--count", 12, "--batch", 4, "--device", "cpu", "--out", tmp_path / "grid.png"]
+    common = [
+        "--tokenizer",
+        world.tokenizer,
+        "--count",
+        12,
+        "--batch",
+        4,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "grid.png",
+    ]
     parallel = ["--parallel-steps", 5, "--cfg-scale", 2]
     megastar("sample", folder / "pure", *common, *parallel, "--npz", tmp_path / "one.npz")
     megastar("sample", folder / "pure", *common, *parallel, "--npz", tmp_path / "two.npz", "--nproc", 2)
@@ -122,7 +143,9 @@ def test_samples_in_several_steps(world, folder, tmp_path):
     assert {k: record["identity"][k] for k in ("parallel_steps", "schedule", "token_order")} == {
         "parallel_steps": 5, "schedule": "cosine", "token_order": "random",
     }  # fmt: skip
-    done = megastar("sample", folder / "pure", *common, "--parallel-steps", 6, "--npz", tmp_path / "one.npz", check=False)
+    done = megastar(
+        "sample", folder / "pure", *common, "--parallel-steps", 6, "--npz", tmp_path / "one.npz", check=False
+    )
     assert done.returncode == 2 and "parallel_steps 5, not 6" in done.stderr
 
     model = package.load(folder / "pure", tokenizer=world.tokenizer, device="cpu")
@@ -155,5 +178,7 @@ def test_weights_files_tell_their_order(world, folder, tmp_path):
         assert done.returncode == 2 and "LlamaGen has no random token order" in done.stderr
         assert not (tmp_path / "w.pt").exists()
     assert "random order" in megastar("convert", "--inspect", folder / "pure").stdout
-    megastar("report", folder / "pure", "--tokenizer", world.tokenizer, "--out", tmp_path / "report.html", "--device", "cpu")
+    megastar(
+        "report", folder / "pure", "--tokenizer", world.tokenizer, "--out", tmp_path / "report.html", "--device", "cpu"
+    )
     assert "random order" in (tmp_path / "report.html").read_text()

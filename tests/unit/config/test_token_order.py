@@ -26,7 +26,11 @@ def test_a_random_order_sets_the_networks_target_position():
     made = as_run_config(override_config(load_config(None, FIELDS), ["token_order.kind=random"], "test"))
     assert made.model.target_position == "rotary" and "vocab_size" in made.model.unset  # still taken from the shards
     method = load_config(None, [*FIELDS, f"method={ROOT}/configs/method/random.yaml"])
-    assert (method.token_order.kind, method.model.target_position, method.self_guided.enabled) == ("random", "rotary", False)
+    assert (method.token_order.kind, method.model.target_position, method.self_guided.enabled) == (
+        "random",
+        "rotary",
+        False,
+    )
 
 
 def test_a_run_from_before_the_section_is_in_raster_order():
@@ -38,7 +42,9 @@ def test_a_run_from_before_the_section_is_in_raster_order():
 def test_a_variant_of_a_comparison_may_have_a_random_order(tmp_path):
     text = (ROOT / "configs/run/compare_emoji.yaml").read_text()
     path = tmp_path / "compare.yaml"
-    path.write_text(text.replace("variants:\n", "variants:\n  random: {label: R, overrides: [token_order.kind=random]}\n"))
+    path.write_text(
+        text.replace("variants:\n", "variants:\n  random: {label: R, overrides: [token_order.kind=random]}\n")
+    )
     cfg = load_compare_config(path)
     run = override_config(cfg.base, ["run=r", "data.shards=x", *cfg.variants["random"].overrides], "variant")
     assert (cfg.base.model.target_position, run.model.target_position) == ("none", "rotary")
@@ -48,7 +54,10 @@ def test_a_variant_of_a_comparison_may_have_a_random_order(tmp_path):
     ("fields", "sentence"),
     [
         (["token_order.kind=spiral"], "token_order.kind = spiral: must be raster or random"),
-        (["token_order.anneal_end=0.5"], "token_order.anneal_end = 0.5: applies to token_order.kind=random, but it is raster"),
+        (
+            ["token_order.anneal_end=0.5"],
+            "token_order.anneal_end = 0.5: applies to token_order.kind=random, but it is raster",
+        ),
         (["model.target_position=rotary"], "model.target_position = rotary: is an input of random-order networks"),
         (
             ["token_order.kind=random", "token_order.anneal_start=0.8", "token_order.anneal_end=0.5"],
@@ -71,7 +80,14 @@ def test_what_does_not_fit_is_one_sentence(fields, sentence):
 
 def test_epochs_may_be_any_number():
     cfg = load_config(
-        None, [*FIELDS, "token_order.kind=random", "token_order.anneal_unit=epochs", "token_order.anneal_start=200", "token_order.anneal_end=300"]
+        None,
+        [
+            *FIELDS,
+            "token_order.kind=random",
+            "token_order.anneal_unit=epochs",
+            "token_order.anneal_start=200",
+            "token_order.anneal_end=300",
+        ],
     )
     assert cfg.token_order.text == "random order, annealed from 200 to 300 epochs"
     assert load_config(None, [*FIELDS, "token_order.kind=random"]).token_order.text == "random order"

@@ -32,7 +32,9 @@ def network(kind: str = "rotary", **more) -> Transformer:
 
 
 @torch.no_grad()
-def recomputed(model: Transformer, labels: torch.Tensor, orders: torch.Tensor, seeds, counts, **options) -> torch.Tensor:
+def recomputed(
+    model: Transformer, labels: torch.Tensor, orders: torch.Tensor, seeds, counts, **options
+) -> torch.Tensor:
     """The sampler without a cache, token by token: each token of a step is the next one of a whole sequence of its own."""
     o, T = SamplingOptions(**options), model.cfg.image_tokens
     factors, codes = model.cfg.head_factors, torch.zeros(len(labels), T, dtype=torch.long)
@@ -186,7 +188,11 @@ def test_images_do_not_depend_on_the_batch(batch):
 @pytest.mark.parametrize(
     ("kind", "options", "sentence"),
     [
-        ("none", {"parallel_steps": 4}, "parallel_steps 4: these weights were trained in raster order, and only a network "),
+        (
+            "none",
+            {"parallel_steps": 4},
+            "parallel_steps 4: these weights were trained in raster order, and only a network ",
+        ),
         ("none", {"token_order": "random"}, "token_order random: these weights were trained in raster order"),
         ("rotary", {"parallel_steps": 17}, "parallel_steps 17 must be at most 16, the tokens of an image"),
         ("rotary", {"parallel_steps": -1}, "parallel_steps -1 must be 0 "),
