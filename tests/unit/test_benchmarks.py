@@ -22,7 +22,7 @@ TINY = {
     "loader": ("--samples 200 --shard 50 --batch 8 --seconds 0.1 --repeats 1 --only plain,packed", "megastar, packed"),
     "loss_head": ("--rows 64 --dim 32 --vocabulary 256 --repeats 1", "megastar: chunks"),
     "optimizer.muon_step": ("--tiny", "Muon"),
-    "parallel_decoding": ("--tiny", "4 steps, cosine"),
+    "evaluation/parallel_decoding": ("--tiny", "4 steps, cosine"),
     "parallel_step": ("--ranks 2 --tiny", "zero3, tensor 2 x data 1"),
     "tokenizer/ranks": ("--tiny", "two ranks / one ="),
     "vocab_parallel": ("--ranks 2 --size nano --rows 16 --repeats 1", "vocabulary-parallel"),

@@ -1,8 +1,8 @@
 """Parallel decoding of a random-order network: images per second and FD-EffLite0, compared with token by token in rows.
 
-python benchmarks/parallel_decoding.py RUN_OR_WEIGHTS [--real TAR --real-subset train] [--raster RUN_OR_WEIGHTS] [--steps 64,32,16,8]
+python benchmarks/evaluation/parallel_decoding.py RUN_OR_WEIGHTS [--real TAR --real-subset train] [--raster RUN_OR_WEIGHTS] [--steps 64,32,16,8]
     [--schedule cosine] [--batches 1,8,64] [--images 64] [--count 2000] [--cfg-scale 1]
-python benchmarks/parallel_decoding.py --tiny        random weights, a few images: the ratios mean nothing
+python benchmarks/evaluation/parallel_decoding.py --tiny        random weights, a few images: the ratios mean nothing
 
 Speed: the samplers take turns in one process and draw the same number of images of the same classes and seeds, so other load
 affects all alike; medians of the ratios of each turn. ``--clock cpu``, the default on a CPU, counts CPU seconds, without other
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megastar.config.schema import ModelConfig
 from megastar.model.transformer import Transformer
