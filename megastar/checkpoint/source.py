@@ -63,14 +63,15 @@ class Source:
         }
 
     def _token_order(self) -> dict[str, Any]:
-        """Of a random order: the share of permuted images at this step."""
+        """Of a random order: the share of permuted images in the last step."""
         order, samples = self.cfg.token_order, self.manifest.get("samples")
         if order.kind != "random":
             return {}
         share = None
         if isinstance(samples, int) and samples > 0:
             per_step = self.cfg.train.global_batch / samples  # passes over the shards
-            share = order.random_share(self.manifest["step"] * per_step, self.cfg.train.total_steps(samples) * per_step)
+            last = max(0, self.manifest["step"] - 1)
+            share = order.random_share(last * per_step, self.cfg.train.total_steps(samples) * per_step)
         return {"token_order": {"kind": "random", "permuted_share": share}}
 
 

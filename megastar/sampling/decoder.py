@@ -75,7 +75,7 @@ class CachedDecoder:
 
         labels (B,), tokens and orders (B, T) in the order of drawing. Input i > 0 is token i - 1. The inputs from ``start``
         to before ``first`` enter the cache, as in training: each with the target that came next. Then the last known token
-        is the input of ``count`` queries, one for each target: a query computes what it would in training if its target
+        is the input of ``drawn`` queries, one for each target: a query computes what it would in training if its target
         came next, so the tokens of a step are drawn independently given all earlier ones.
         """
         caches = self.caches if with_null else self.caches[:1]

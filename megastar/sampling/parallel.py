@@ -15,12 +15,12 @@ _ORDER = 1  # counter of the order's random numbers; those of the tokens begin a
 
 
 class DecodingStep(NamedTuple):
-    """``count`` tokens are drawn at places first .. first + count - 1 of the order. The cache has the keys and values of
+    """``drawn`` tokens, at places first .. first + drawn - 1 of the order. The cache has the keys and values of
     the inputs before ``start``."""
 
     start: int
     first: int
-    count: int
+    drawn: int
 
 
 def token_counts(tokens: int, steps: int, schedule: str = "cosine") -> list[int]:

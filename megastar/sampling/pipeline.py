@@ -80,7 +80,7 @@ def annealed(provenance: dict[str, Any]) -> str:
     """What is wrong with a random order for these weights; empty where all images were permuted to the end."""
     order = provenance.get("token_order")
     share = order.get("permuted_share") if isinstance(order, dict) else None
-    if not isinstance(share, (int, float)) or share >= 1:
+    if not isinstance(share, (int, float)) or not 0 <= share < 1:
         return ""
     return (
         f"when these weights were saved, {share:.0%} of the images were permuted (token_order.anneal_start, anneal_end): "

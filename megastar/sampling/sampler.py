@@ -118,7 +118,7 @@ class Sampler:
             else:
                 self._step(number, count)
             if on_progress is not None:
-                on_progress((step.first + step.count) / T)
+                on_progress((step.first + step.drawn) / T)
             if broken.is_cpu and any_below(broken, T):
                 break
         if any_below(broken, T):
@@ -150,7 +150,7 @@ class Sampler:
 
     def _step(self, number: int, count: int) -> None:
         """Draw the tokens of step ``number`` of the first ``count`` images. Does not synchronize a GPU."""
-        if self.permuted or self.steps[number].count > 1:
+        if self.permuted or self.steps[number].drawn > 1:
             self._parallel_step(self.steps[number], count)
             return
         position = self.steps[number].first
@@ -170,7 +170,7 @@ class Sampler:
         tokens[:, position] = code
 
     def _parallel_step(self, step: DecodingStep, count: int) -> None:
-        tokens, first, until = self.tokens[:count], step.first, step.first + step.count
+        tokens, first, until = self.tokens[:count], step.first, step.first + step.drawn
         with_null, factors = first < self.null_until, max(1, len(self.factors))
         same = len(set(self.scales[first:until])) == 1
         scale = self.scales[first] if same else self.scale_of[first:until, None]  # (count, 1)

@@ -25,7 +25,7 @@ TINY = {
     "llamagen_parity": ("--tiny --image 32", "VQ-8: LlamaGen loads all weights after the reverse conversion"),
     "loss_head": ("--rows 64 --dim 32 --vocabulary 256 --repeats 1", "megastar: chunks"),
     "optimizer.muon_step": ("--tiny", "Muon"),
-    "parallel_decoding": ("--tiny", "4 steps, cosine"),
+    "evaluation/parallel_decoding": ("--tiny", "4 steps, cosine"),
     "parallel_step": ("--ranks 2 --tiny", "zero3, tensor 2 x data 1"),
     "pretokenize": ("--tiny", "codes: 40 of 40 equal, 0 ties"),
     "sampling": ("--tiny", "LlamaGen generate"),

@@ -35,12 +35,14 @@ FIELDS: dict[str, list[Any]] = {
     "channel_multipliers": [[], [1] * 10**5, [10**12], [0, 1, 2], "x", [1, 2, True]], "codebook_size": [10**12, 1],
     "codebook_embed_dim": [10**12], "norm_groups": [3, 10**9, 0], "dropout": [float("nan"), 2.0, 10**400],
     "rope_base": [1e400], "quantizer": ["lfq", "fsq", "ibq", "x", 5], "fsq_levels": [[2] * 6, [1], [2] * 17, [10**9] * 4, "x"],
+    "target_position": ["rotary", "embedding", "x", 5, ["rotary"]],
     "head": ["factorised", "x", 5], "head_factors": [[2, 3], [1], [2] * 17, [10**9] * 4, "x"],
 }  # fmt: skip
 PROVENANCE: list[Any] = [
     [], "[/]", None, {"classes": ["a"]}, {"classes": 5}, {"classes": [1, None]}, {"step": "[/]"}, {"step": 10**30},
     {"null_class": 5, "downsample": "x", "weights": []}, {"null_class": False, "downsample": 10**30},
     {"classes": ["[/]", "\x1b]0;x\x07<script>"] + ["c"] * 3}, {"tokenizer": 5}, {"tokenizer": "f" * 64}, {"command": [1]},
+    {"token_order": 5}, {"token_order": {"kind": [], "permuted_share": "x"}}, {"token_order": {"permuted_share": -1e300}},
 ]  # fmt: skip
 
 

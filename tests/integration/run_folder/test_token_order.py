@@ -118,7 +118,8 @@ def test_initial_weights_of_another_order_must_be_asked_for(world, folder, tmp_p
         one, other = (full_weights(newest(run), "ema") for run in (folder / init, tmp_path / init))
         assert {*one} ^ {*other} == {"target_embeddings.weight"}
         assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one if name in other)
-    assert not full_weights(newest(tmp_path / "raster"), "student")["target_embeddings.weight"].any()  # zeros, as drawn
+    table = full_weights(newest(tmp_path / "raster"), "student")["target_embeddings.weight"]
+    assert table.abs().max() < 1e-9  # from zeros, at that rate
 
 
 def test_samples_in_several_steps(world, folder, tmp_path):

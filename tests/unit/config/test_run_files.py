@@ -16,6 +16,7 @@ from megastar.config.load import diff_configs, load_compare_config, load_config,
 from megastar.config.schema import RunConfig
 from megastar.config.sections.optim import MuonConfig
 from megastar.config.sections.repa import RepaConfig
+from megastar.config.sections.token_order import TokenOrderConfig
 from megastar.parallel.budget import GIB, Zero
 from megastar.parallel.cost import GPUS, Machine, make_plan
 
@@ -64,13 +65,16 @@ LATER = {
     "train.init_class_map": "",
     "train.init_resize": False,
     "train.init_any_tokenizer": False,
+    "train.init_any_order": False,
+    "model.target_position": "none",
     "train.freeze_blocks": 0,
     **{f"optim.muon.{name}": value for name, value in dataclasses.asdict(MuonConfig()).items()},
     **{f"repa.{name}": value for name, value in dataclasses.asdict(RepaConfig()).items()},
+    **{f"token_order.{name}": value for name, value in dataclasses.asdict(TokenOrderConfig()).items()},
 }  # defaults that later versions changed or added
 
 
-NEW = {"star_b_384", "star_b_512"}  # files of later versions
+NEW = {"star_b_384", "star_b_512", "random_b_300ep", "random_emoji"}  # files of later versions
 
 
 def test_every_file_resolves_to_the_configuration_of_version_0_1_0():
@@ -112,8 +116,9 @@ def test_a_run_file_holds_what_differs_and_says_what_to_expect(path):
     for word in HEADER:
         assert word in text, word
     data = yaml.safe_load(text)
-    assert data["method"] == f"configs/method/{'ar' if path.stem.startswith('ar_') else 'star'}.yaml"
-    assert path.stem == "demo" or data["run"] == f"runs/{path.stem}"
+    method = path.stem.partition("_")[0]
+    assert data["method"] == f"configs/method/{method if method in ('ar', 'random') else 'star'}.yaml"
+    assert path.stem == "demo" or data["run"] in (f"runs/{path.stem}", f"runs/{path.stem}/run")
     assert repeated_in_run(data) == []
 
 

@@ -1,8 +1,8 @@
 """Parallel decoding of a random-order network: images per second and FD-EffLite0, compared with token by token in rows.
 
-python benchmarks/parallel_decoding.py RUN_OR_WEIGHTS [--real TAR --real-subset train] [--raster RUN_OR_WEIGHTS] [--steps 64,32,16,8]
+python benchmarks/evaluation/parallel_decoding.py RUN_OR_WEIGHTS [--real TAR --real-subset train] [--raster RUN_OR_WEIGHTS] [--steps 64,32,16,8]
     [--schedule cosine] [--batches 1,8,64] [--images 64] [--count 2000] [--cfg-scale 1]
-python benchmarks/parallel_decoding.py --tiny        random weights, a few images: the ratios mean nothing
+python benchmarks/evaluation/parallel_decoding.py --tiny        random weights, a few images: the ratios mean nothing
 
 Speed: the samplers take turns in one process and draw the same number of images of the same classes and seeds, so other load
 affects all alike; medians of the ratios of each turn. ``--clock cpu``, the default on a CPU, counts CPU seconds, without other
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megastar.config.schema import ModelConfig
 from megastar.model.transformer import Transformer
@@ -49,7 +49,9 @@ def settings(a: argparse.Namespace, steps: list[int], own: bool) -> dict[str, Sa
     return rows
 
 
-def measure(networks: dict[str, Transformer], rows: dict[str, SamplingOptions], batch: int, a: argparse.Namespace) -> None:
+def measure(
+    networks: dict[str, Transformer], rows: dict[str, SamplingOptions], batch: int, a: argparse.Namespace
+) -> None:
     """Print images per second of each setting, and how many times those of the first."""
     tick = time.process_time if a.clock == "cpu" else time.perf_counter
     images = max(batch, a.images // batch * batch)
@@ -95,7 +97,7 @@ def score(draw: Callable[[list[int]], np.ndarray], labels: list[int], a: argpars
     result = evaluate_collected(
         found, a.real, real_subset=a.real_subset, metrics=metrics, settings=Settings(allow_few=True), cache=cache
     )
-    return float(result["scores"]["fd"])
+    return float(result["value"])
 
 
 def main() -> None:
@@ -138,8 +140,12 @@ def main() -> None:
     if raster is not None:
         networks[next(iter(rows))] = raster
     c = model.cfg
-    print(f"{c.name}: {c.n_layer} blocks x {c.dim}, T = {c.image_tokens}, V = {c.vocab_size}, guidance {a.cfg_scale:g}, fp32,")
-    print(f"{a.threads} threads, median of {a.repeats} turns, {a.clock} seconds; times the images per second of the first row")
+    print(
+        f"{c.name}: {c.n_layer} blocks x {c.dim}, T = {c.image_tokens}, V = {c.vocab_size}, guidance {a.cfg_scale:g}, fp32,"
+    )
+    print(
+        f"{a.threads} threads, median of {a.repeats} turns, {a.clock} seconds; times the images per second of the first row"
+    )
     if not a.skip_speed:
         for batch in map(int, a.batches.split(",")):
             measure(networks, rows, batch, a)
