@@ -1,15 +1,32 @@
 """megastar: `pip install .`, with extras `cuda`, `eval`, `hub`, `wandb`, `trackio`, `mlflow` and `dev`; the console command is `megastar`."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 ABOUT: dict[str, str] = {}
 exec((ROOT / "megastar" / "version.py").read_text(), ABOUT)  # not the package: its imports may not be installed yet
 
+# Files that commands find in an installation as in a clone (megastar/config/files.py): under 20 MB.
+SHIPPED = ("configs", "assets/tokenizer", "assets/weights")
+
+
+class BuildWithFiles(build_py):
+    """Puts the shipped files into the package; an editable installation finds them in the clone."""
+
+    def run(self) -> None:
+        super().run()
+        if not getattr(self, "editable_mode", False):
+            for folder in SHIPPED:
+                shutil.copytree(
+                    ROOT / folder, Path(self.build_lib) / "megastar" / "shipped" / folder, dirs_exist_ok=True
+                )
+
+
 setup(
-    name="megastar",
     version=ABOUT["__version__"],
     description="Self-guided (ST-AR) training of class-conditional autoregressive image transformers",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").is_file() else "",
@@ -17,16 +34,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["megastar", "megastar.*"]),
     package_data={"megastar": ["py.typed"], "megastar.report": ["web/*"], "megastar.evaluation": ["published.json"]},
-    # megastar/config/files.py looks for configs/... and the 19 MB of shipped weights here when the working directory has none
-    data_files=[
-        (f"share/megastar/{folder.relative_to(ROOT)}", [str(f.relative_to(ROOT)) for f in sorted(folder.iterdir())])
-        for folder in (
-            *sorted((ROOT / "configs").iterdir()),
-            ROOT / "assets" / "tokenizer",
-            ROOT / "assets" / "weights",
-        )
-        if folder.is_dir()
-    ],
+    cmdclass={"build_py": BuildWithFiles},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11,<2.16",  # tested: 2.11 and 2.13 (README.md)

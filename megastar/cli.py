@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megastar.commands._common import place_of, report_error
 from megastar.commands._shared import completion
+from megastar.commands._shared.common import place_of, report_error
 from megastar.errors import MissingRanks, UserError, as_user_error, nearest
 from megastar.utils.hostname import shorten_dns_timeout
 from megastar.utils.parent import end_with_launcher

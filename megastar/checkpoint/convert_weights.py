@@ -42,7 +42,7 @@ from megastar.utils.device import DTYPES
 from megastar.utils.files import sha256, write_atomic
 from megastar.utils.json_file import check, validator
 from megastar.utils.progress_bar import progress_bar
-from megastar.utils.safetensors_header import open_tensors
+from megastar.utils.weights.safetensors_header import open_tensors
 from megastar.utils.weights.weight_file import load_pickled
 
 USED = 65536  # size of the buffer in which LlamaGen's tokenizer keeps the last used codes

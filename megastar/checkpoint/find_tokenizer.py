@@ -18,7 +18,7 @@ from megastar.config.files import find_file
 from megastar.errors import UserError
 from megastar.tokenizer.io import FORMAT, tokenizer_hash
 from megastar.utils.launcher import place_of
-from megastar.utils.safetensors_header import read_header
+from megastar.utils.weights.safetensors_header import read_header
 
 logger = logging.getLogger(__name__)
 SHIPPED_TOKENIZER = "assets/tokenizer/emoji64-vq.safetensors"

@@ -24,7 +24,7 @@ from megastar.tokenizer.io import read_tokenizer_header
 from megastar.utils.files import sha256
 from megastar.utils.json_file import SHA256, read_json, record, validator
 from megastar.utils.progress_bar import progress_bar
-from megastar.utils.safetensors_header import read_header
+from megastar.utils.weights.safetensors_header import read_header
 
 _BESIDE = validator(record({"sha256": SHA256}))
 Shapes = dict[str, tuple[int, ...]]

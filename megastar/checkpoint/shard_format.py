@@ -30,7 +30,7 @@ from megastar.run_dir.layout import MANIFEST
 from megastar.run_dir.manifest import optimizer_of, require_weights
 from megastar.utils.files import open_regular
 from megastar.utils.json_file import WEIGHT_NAME, core, dict_of, integer, parse_json, shown, validator
-from megastar.utils.safetensors_header import read_header
+from megastar.utils.weights.safetensors_header import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, bounded
+from megastar.commands._shared.common import Parser, bounded
 from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
 from megastar.utils.files import write_json

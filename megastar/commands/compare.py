@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megastar.commands._common import Parser, config_and_overrides, is_launched, terminal_width
+from megastar.commands._shared.common import Parser, config_and_overrides, is_launched, terminal_width
 from megastar.commands._shared.outputs import check_outputs
 from megastar.config.comparison import CompareConfig
 from megastar.config.help import fields_text

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megastar.checkpoint.hub.card import check_license, read_scores
 from megastar.checkpoint.hub.download import local_source
 from megastar.checkpoint.hub.layout import is_hub_folder
-from megastar.commands._common import Parser, bounded, processes
+from megastar.commands._shared.common import Parser, bounded, processes
 from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
 

@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, bounded, positive, print_table
+from megastar.commands._shared.common import Parser, bounded, positive, print_table
 from megastar.commands._shared.json_output import SetReport, only_json
 from megastar.commands._shared.outputs import check_outputs
 from megastar.config.knob import MOST_SECONDS
@@ -99,7 +99,7 @@ def main(words: list[str]) -> int:
         raise SystemExit(0)  # as argparse does
     if words[0] not in ACTIONS:
         raise UserError(f"unknown action {words[0]!r} of megastar data: {nearest(words[0], ACTIONS)}")
-    from megastar.commands._data_stats import stats
+    from megastar.commands._shared.data_stats import stats
     from megastar.utils.console import PlainConsole
 
     console = PlainConsole(stderr=True)  # for progress; standard output is for results

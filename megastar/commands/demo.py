@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megastar.checkpoint.find_weights import SHIPPED_WEIGHTS
-from megastar.commands._common import Parser, config_and_overrides, positive, processes
+from megastar.commands._shared.common import Parser, config_and_overrides, positive, processes
 from megastar.commands._shared.outputs import check_outputs
 from megastar.config.files import REPOSITORY, find_file
 from megastar.config.load import diff_configs, load_config
@@ -120,7 +120,7 @@ class Demo:
     def train(self) -> int:
         import torch
 
-        from megastar.commands._launch import launch
+        from megastar.commands._shared.launch import launch
         from megastar.run_dir.checkpoint_dir import folder_of, latest, name_of
 
         saved, newest = Path(self.cfg.run) / layout.CONFIG, latest(folder_of(self.cfg.run))

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from megastar.commands._common import Parser, bounded, is_launched, place_of, processes, terminal_width
+from megastar.commands._shared.common import Parser, bounded, is_launched, place_of, processes, terminal_width
 from megastar.commands._shared.json_output import DoctorReport, only_json
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def main(words: list[str]) -> int:
     for url in filter(None, (args.s3, args.upload)):
         split_url(url)  # raises before anything is measured
     if args.nproc > 1 and not is_launched(os.environ):
-        from megastar.commands._launch import launch
+        from megastar.commands._shared.launch import launch
 
         return launch(args.nproc, ["doctor", *words])
     from megastar.diagnosis.checks import DoctorOptions, run_checks

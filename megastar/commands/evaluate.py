@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megastar.commands._common import Parser, add_score_options, positive, score_options_of, seed
+from megastar.commands._shared.common import Parser, add_score_options, positive, score_options_of, seed
 from megastar.commands._shared.json_output import only_json
 from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError

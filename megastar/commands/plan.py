@@ -8,7 +8,15 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import MOST, Parser, bounded, config_and_overrides, positive, processes, terminal_width
+from megastar.commands._shared.common import (
+    MOST,
+    Parser,
+    bounded,
+    config_and_overrides,
+    positive,
+    processes,
+    terminal_width,
+)
 from megastar.commands._shared.json_output import PlanReport, only_json
 from megastar.errors import UserError, nearest
 from megastar.utils.printable import one_line, say

@@ -6,7 +6,7 @@ import logging
 import os
 
 from megastar.commands import data
-from megastar.commands._common import (
+from megastar.commands._shared.common import (
     Parser,
     bounded,
     is_launched,
@@ -94,7 +94,7 @@ def main(words: list[str]) -> int:
     names = read_class_names(a.classes, sets=True) if a.classes is not None else []
     choice = Choice(a.class_level, a.label_field, tuple(names), a.classes or "")
     if a.nproc > 1 and not is_launched(os.environ):
-        from megastar.commands._launch import launch
+        from megastar.commands._shared.launch import launch
 
         return launch(a.nproc, ["pretokenize", *words])
     from megastar.data.pretokenize import runner

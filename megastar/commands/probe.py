@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import MOST, Parser, bounded, natural, positive, seed
+from megastar.commands._shared.common import MOST, Parser, bounded, natural, positive, seed
 from megastar.commands._shared.outputs import check_outputs
 from megastar.config.convert import shown
 from megastar.errors import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megastar.commands._common import Parser, natural, positive, terminal_width
+from megastar.commands._shared.common import Parser, natural, positive, terminal_width
 from megastar.errors import UserError
 
 EXAMPLES = """

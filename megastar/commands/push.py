@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megastar.commands._common import Parser
+from megastar.commands._shared.common import Parser
 from megastar.errors import UserError
 
 EXAMPLES = """

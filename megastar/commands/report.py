@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import Parser, bounded, natural, positive
+from megastar.commands._shared.common import Parser, bounded, natural, positive
 from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
 from megastar.utils.interfaces import LOOPBACK, LOOPBACKS

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from megastar.checkpoint.find_weights import class_names, class_number, find_weights, has_null_class, labels_of
-from megastar.commands._common import (
+from megastar.commands._shared.common import (
     MOST,
     Parser,
     add_score_options,
@@ -20,8 +20,8 @@ from megastar.commands._common import (
     processes,
     seed,
 )
-from megastar.commands._sample_output import SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
 from megastar.commands._shared.outputs import check_outputs
+from megastar.commands._shared.sample_output import SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
 from megastar.errors import UserError
 from megastar.sampling.pipeline import open_pipeline
 from megastar.utils.files import check_regular
@@ -182,7 +182,7 @@ def main(words: list[str]) -> int:
     for path in filter(None, (grid, a.npz)):
         check_regular(path)  # they are renamed into place
     if a.nproc > 1 and world == 1:
-        from megastar.commands._launch import launch
+        from megastar.commands._shared.launch import launch
 
         find_weights(a.source, a.weights)  # converts a run once, not in each process
         return launch(a.nproc, ["sample", *words])

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megastar.commands._common import Parser, bounded, print_error, terminal_width
+from megastar.commands._shared.common import Parser, bounded, print_error, terminal_width
 from megastar.commands._shared.json_output import as_line
 from megastar.errors import UserError
 

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TextIO, cast
 
-from megastar.commands._common import (
+from megastar.commands._shared.common import (
     FaultTolerantStream,
     Parser,
     config_and_overrides,
@@ -72,7 +72,7 @@ def main(words: list[str]) -> int:
     if not args.dry_run and not is_launched(os.environ):  # launched ranks let rank 0 check: engine/run_folder.py
         check_outputs({}, folders={"run =": cfg.run})
     if args.nproc > 1 and not is_launched(os.environ):
-        from megastar.commands._launch import launch
+        from megastar.commands._shared.launch import launch
 
         resolve_batch(cfg.train, cfg.parallel.tensor_parallel, args.nproc)  # raises before processes are started
         return launch(args.nproc, ["train", *words])

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TextIO, cast
 
-from megastar.commands._common import (
+from megastar.commands._shared.common import (
     FaultTolerantStream,
     Parser,
     config_and_overrides,
@@ -71,7 +71,7 @@ def main(words: list[str]) -> int:
     from megastar.engine.tokenizer.setup import check_ranks
 
     if args.nproc > 1 and not is_launched(os.environ):
-        from megastar.commands._launch import launch
+        from megastar.commands._shared.launch import launch
 
         check_ranks(cfg.batch, args.nproc)  # before processes are started
         return launch(args.nproc, ["train-tokenizer", *words])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os.path
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from megastar.utils.files import read_regular
 MAX_YAML = 4 << 20  # bytes
 REPOSITORY = Path(__file__).resolve().parents[2]
 LONGEST_PATH = 4000
-INSTALLED = Path(sys.prefix) / "share" / "megastar"  # setup.py puts configs/ there
+INSTALLED = Path(__file__).resolve().parents[1] / "shipped"  # setup.py puts configs/ and the shipped weights there
 
 
 def find_file(name: str | Path, near: Path | None = None) -> Path | None:

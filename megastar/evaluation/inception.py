@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from megastar.errors import UserError
 from megastar.utils.files import sha256
-from megastar.utils.safetensors_header import utf8_name
+from megastar.utils.weights.safetensors_header import utf8_name
 
 SIDE = 299
 POOL, SPATIAL, CLASSES = 2048, 17 * 17 * 7, 1008

@@ -22,7 +22,7 @@ from megastar.evaluation.options import EvaluationOptions
 from megastar.utils.files import atomic_file, sha256
 from megastar.utils.json_file import shown
 from megastar.utils.npz import NpzFile
-from megastar.utils.safetensors_header import read_header
+from megastar.utils.weights.safetensors_header import read_header
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from megastar.config.schema import ModelConfig
 from megastar.errors import UserError
 from megastar.parallel.budget import parameter_shapes
 from megastar.utils.json_file import ANY, dict_of, integer, list_of, optional, parse_json, record, text, validator
-from megastar.utils.safetensors_header import open_tensors, read_header
+from megastar.utils.weights.safetensors_header import open_tensors, read_header
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from megastar.config.schema import TokenizerConfig
 from megastar.errors import UserError
 from megastar.utils.files import atomic_file
 from megastar.utils.json_file import ANY, dict_of, parse_json, text, validator
-from megastar.utils.safetensors_header import open_tensors, read_header
+from megastar.utils.weights.safetensors_header import open_tensors, read_header
 
 if TYPE_CHECKING:
     import torch

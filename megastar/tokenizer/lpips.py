@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megastar.errors import UserError
 from megastar.utils.files import open_regular
 from megastar.utils.json_file import shown
-from megastar.utils.safetensors_header import open_tensors, read_header
+from megastar.utils.weights.safetensors_header import open_tensors, read_header
 
 # Channels of the convolutions between two max pools; LPIPS compares the last output of each group, after its ReLU.
 GROUPS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

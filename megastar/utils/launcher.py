@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megastar.errors import UserError
 
-LAUNCHED_BY_US = "MEGASTAR_LAUNCHER"  # process id of commands/_launch.py, for the ranks that it starts
+LAUNCHED_BY_US = "MEGASTAR_LAUNCHER"  # process id of commands/_shared/launch.py, for the ranks that it starts
 LISTEN_FD = "MEGASTAR_LISTEN_FD"  # on rank 0 of such a launch: its listening socket
 
 

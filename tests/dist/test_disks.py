@@ -18,7 +18,7 @@ def test_what_is_written_outlives_a_full_disk(tmp_path):
 def test_a_log_on_a_full_disk_is_no_error():
     code = """if True:
         import sys
-        from megastar.commands._common import FaultTolerantStream
+        from megastar.commands._shared.common import FaultTolerantStream
         sys.stdout, sys.stderr = FaultTolerantStream(sys.stdout), FaultTolerantStream(sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             for _ in range(100):

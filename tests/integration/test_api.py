@@ -176,13 +176,11 @@ def test_token_shards_on_s3_in_workers(s3, use_s3, shards, tmp_path):
 
 def test_an_installed_package_has_the_weights_and_the_types(tmp_path):
     """setup.py's own steps, without the network and without touching this environment."""
-    library, prefix = tmp_path / "lib", tmp_path / "prefix"
-    steps = ["build_py", "--build-lib", library, "install_data", "--install-dir", prefix]
+    library = tmp_path / "lib"
+    steps = ["build_py", "--build-lib", library]
     subprocess.run([sys.executable, "setup.py", "-q", *steps], cwd=ROOT, check=True, capture_output=True)
     assert (library / "megastar" / "py.typed").is_file()
     code = f"""
-import sys
-sys.prefix = {str(prefix)!r}
 import megastar
 assert megastar.__file__.startswith({str(library)!r}), megastar.__file__
 print(megastar.load(device="cpu"), megastar.load_config("configs/run/demo.yaml").model.name)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megastar.cli import COMMANDS
-from megastar.commands._common import config_and_overrides
+from megastar.commands._shared.common import config_and_overrides
 from megastar.config.load import load_config, load_tokenizer_config
 from megastar.version import __version__
 

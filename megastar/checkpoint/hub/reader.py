@@ -22,7 +22,7 @@ from megastar.config.schema import ModelConfig
 from megastar.errors import UserError
 from megastar.model.io import check_fits, read_model_header
 from megastar.utils.files import sha256
-from megastar.utils.safetensors_header import open_tensors, read_header
+from megastar.utils.weights.safetensors_header import open_tensors, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from megastar.commands._common import (
+from megastar.commands._shared.common import (
     Parser,
     bounded,
     config_and_overrides,

@@ -18,7 +18,7 @@ from torch import Tensor
 from megastar.errors import UserError
 from megastar.utils.files import open_regular
 from megastar.utils.json_file import shown
-from megastar.utils.safetensors_header import open_tensors, read_header
+from megastar.utils.weights.safetensors_header import open_tensors, read_header
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from megastar import cli
-from megastar.commands import _common, sample
-from megastar.commands import _launch as launching
+from megastar.commands import sample
+from megastar.commands._shared import common
+from megastar.commands._shared import launch as launching
 from megastar.commands.demo import ends_of
 from megastar.config.load import load_compare_config, load_config, load_tokenizer_config
 from megastar.config.schema import RunConfig
@@ -180,7 +181,7 @@ def test_verbose_and_quiet_set_the_log_level(trained, monkeypatch, capsys):
 
 
 def test_json_is_not_mixed_with_log_lines(capsys):
-    parser = _common.Parser("x", "", "")
+    parser = common.Parser("x", "", "")
     parser.add_argument("--json", action="store_true")
     assert parser.parse(["--json"]).json
     logging.getLogger("megastar").warning("text")
@@ -227,8 +228,8 @@ def test_nproc_starts_processes_unless_a_launcher_did(trained, monkeypatch):
     ],
 )
 def test_launchers_are_recognised(environ, launched, main):
-    assert _common.is_launched(environ) is launched
-    assert (_common.place_of(environ)[0] == 0) is main
+    assert common.is_launched(environ) is launched
+    assert (common.place_of(environ)[0] == 0) is main
 
 
 def test_a_mistake_is_told_once(monkeypatch, tmp_path, capsys):
@@ -239,7 +240,7 @@ def test_a_mistake_is_told_once(monkeypatch, tmp_path, capsys):
         file.unlink(missing_ok=True)
         monkeypatch.setenv("RANK", rank)
         if ours:
-            monkeypatch.setenv(_common.LAUNCHED_BY_US, "1")
+            monkeypatch.setenv(common.LAUNCHED_BY_US, "1")
         assert cli.main(["trian"]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err == (
@@ -253,7 +254,8 @@ def test_a_mistake_is_told_once(monkeypatch, tmp_path, capsys):
 def test_two_processes_say_a_mistake_once():
     code = (
         "import sys, megastar.cli\n"
-        "from megastar.commands import _launch, train\n"
+        "from megastar.commands import train\n"
+        "from megastar.commands._shared import launch as _launch\n"
         "train.main = lambda words: _launch.launch(2, ['probe', 'weights'])\n"
         "sys.exit(megastar.cli.main(['train']))"
     )

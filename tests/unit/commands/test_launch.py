@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megastar import cli
-from megastar.commands import _launch
+from megastar.commands._shared import launch as _launch
 from megastar.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -83,7 +83,7 @@ def test_ranks_that_do_not_end_after_a_failure_are_killed(ranks, monkeypatch):
     assert _launch.launch(2, ["train"]) == 3
 
 
-LAUNCH = "import sys; from megastar.commands import _launch; sys.executable = sys.argv[1]; sys.exit(_launch.launch(2, ['x']))"
+LAUNCH = "import sys; from megastar.commands._shared import launch as _launch; sys.executable = sys.argv[1]; sys.exit(_launch.launch(2, ['x']))"
 
 
 def launcher(tmp_path, *before: str) -> subprocess.Popen:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from megastar.utils.safetensors_header import open_tensors, read_header, utf8_name
+from megastar.utils.weights.safetensors_header import open_tensors, read_header, utf8_name
 
 
 @pytest.mark.parametrize("folder", [b"plain", b"\xff\xfe"])

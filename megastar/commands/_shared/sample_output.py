@@ -125,7 +125,7 @@ def sample_and_score(
     """--score: generate and score this rank's share; with --folder, all ranks first write the images there."""
     import torch.distributed as dist
 
-    from megastar.commands._common import score_options_of
+    from megastar.commands._shared.common import score_options_of
     from megastar.evaluation.runner import sample_and_evaluate
     from megastar.sampling import distributed
 

@@ -7,7 +7,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from megastar.commands._common import print_table
+from megastar.commands._shared.common import print_table
 from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
 from megastar.utils.printable import say

@@ -13,7 +13,7 @@ import time
 from types import FrameType
 from typing import IO
 
-from megastar.commands._common import logging_options, print_error
+from megastar.commands._shared.common import logging_options, print_error
 from megastar.errors import UserError
 from megastar.utils.interfaces import LOOPBACK, loopback_environment
 from megastar.utils.launcher import LAUNCHED_BY_US, LISTEN_FD
