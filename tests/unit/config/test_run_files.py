@@ -14,6 +14,7 @@ from megastar.config.comparison import CompareConfig, VariantConfig
 from megastar.config.deepspeed import read_deepspeed
 from megastar.config.load import diff_configs, load_compare_config, load_config, load_tokenizer_config, resolve_batch
 from megastar.config.schema import RunConfig
+from megastar.config.sections.evaluation import EvaluationConfig
 from megastar.config.sections.optim import MuonConfig
 from megastar.parallel.budget import GIB, Zero
 from megastar.parallel.cost import GPUS, Machine, make_plan
@@ -64,6 +65,7 @@ LATER = {
     "train.init_resize": False,
     "train.init_any_tokenizer": False,
     "train.freeze_blocks": 0,
+    **{f"eval.{name}": value for name, value in dataclasses.asdict(EvaluationConfig()).items()},
     **{f"optim.muon.{name}": value for name, value in dataclasses.asdict(MuonConfig()).items()},
 }  # defaults that later versions changed or added
 
