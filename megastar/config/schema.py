@@ -1,7 +1,7 @@
 """Every field of a configuration, with its default and meaning. Plain dataclasses, no torch.
 
-``metadata["help"]`` is what ``megastar train --help`` prints; [P] marks values from the ST-AR paper, [C]
-our choices where the paper gives none.
+``metadata["help"]`` is what ``megastar train --help`` prints; [P] marks values from the ST-AR paper, [L] LlamaGen's
+settings, which the paper adopts as "the same setting", [C] our choices where neither gives one.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class ModelConfig:
     initializer_range: float = knob(
         0.02, "standard deviation of the initial weights; the output head starts at zero", above=0, high=100
     )
-    class_dropout_prob: float = knob(0.1, "probability of training a sample with the null class [P]", low=0, high=1)
-    token_dropout_p: float = knob(0.1, "dropout after the embeddings [P]", low=0, below=1)
-    resid_dropout_p: float = knob(0.1, "dropout after the attention output projection [P]", low=0, below=1)
-    ffn_dropout_p: float = knob(0.1, "dropout after the SwiGLU [P]", low=0, below=1)
+    class_dropout_prob: float = knob(0.1, "probability of training a sample with the null class [L]", low=0, high=1)
+    token_dropout_p: float = knob(0.1, "dropout after the embeddings [L]", low=0, below=1)
+    resid_dropout_p: float = knob(0.1, "dropout after the attention output projection [L]", low=0, below=1)
+    ffn_dropout_p: float = knob(0.1, "dropout after the SwiGLU [L]", low=0, below=1)
     head: str = knob(
         "full",
         "full: one embedding and one output per code; factorised: a code is predicted as sub-codes, one after the other",
@@ -155,7 +155,8 @@ class FaultsConfig(RankFaultsConfig):
 
     spike_sigma: float = knob(
         6.0,
-        "skip a step whose loss is this many standard deviations above the last spike_window losses; 0: never",
+        "skip a step whose loss is this many standard deviations above the last spike_window losses; 0: never. The paper's "
+        "configurations skip such steps too, which the paper does not mention [C]",
         low=0,
         high=LARGE,
     )
@@ -205,9 +206,9 @@ class TrainConfig:
         high=MOST_BATCH,
     )
     steps: int = knob(0, "optimizer steps; 0: set by epochs", low=0, high=MOST_STEPS)
-    epochs: float = knob(50, "passes over the shards when steps is 0", low=0, high=10**8)
+    epochs: float = knob(50, "passes over the shards when steps is 0; 50 or 300 [P]", low=0, high=10**8)
     dtype: str = knob(
-        "bf16", "bf16, fp32, or auto: bf16 where the hardware supports it", choices=("bf16", "fp32", "auto")
+        "bf16", "bf16 [L], fp32, or auto: bf16 where the hardware supports it", choices=("bf16", "fp32", "auto")
     )
     seed: int = knob(0, "seed of all random numbers", low=0, high=MOST_SEED)
     init: str = knob(

@@ -112,24 +112,34 @@ def measured_of(result: Mapping[str, Any]) -> Measured | None:
     model, trained = provenance.get("model"), provenance.get("trained")
     if not isinstance(model, Mapping) or not isinstance(trained, Mapping) or model.get("num_classes") != 1000:
         return None
-    size = SIZES.get((model.get("n_layer"), model.get("dim")))  # type: ignore[arg-type]
+    sizes = [_number(model.get(name)) for name in ("n_layer", "dim", "image_tokens")]
+    size = SIZES.get((sizes[0], sizes[1]))  # type: ignore[arg-type]
     if size is None:
         return None
-    seen, guided, method = trained.get("images_seen"), trained.get("self_guided"), trained.get("method")
-    epochs = seen / IMAGENET if isinstance(seen, (int, float)) and not isinstance(seen, bool) else None
+    seen, method = _number(trained.get("images_seen")), trained.get("method")
     real = result.get("real", {})
     published = real.get("statistics") is not None and "VIRTUAL_imagenet256" in str(real.get("source"))
-    scale, tokens = provenance.get("cfg_scale"), model.get("image_tokens")
     return Measured(
-        method=method if method in METHODS else "star" if guided else "ar",
+        method=method
+        if isinstance(method, str) and method in METHODS
+        else "star"
+        if trained.get("self_guided")
+        else "ar",
         size=size,
-        tokens=tokens if isinstance(tokens, int) else None,
-        epochs=epochs,
-        cfg_scale=float(scale) if isinstance(scale, (int, float)) else None,
+        tokens=None if sizes[2] is None else int(sizes[2]),
+        epochs=None if seen is None else seen / IMAGENET,
+        cfg_scale=_number(provenance.get("cfg_scale")),
         samples=int(made.get("pictures") or 0),
         image_size=int(made.get("size") or 0),
         reference="" if published else str(real.get("source", "unknown")),
     )
+
+
+def _number(value: Any) -> float | None:
+    """A finite number of a file that another program may have written."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e15 < value < 1e15:
+        return None
+    return float(value)
 
 
 def beside(result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 from megastar.config.comparison import CompareConfig
 from megastar.experiments.evaluation import Evaluation
 from megastar.experiments.plan import PlannedRun, baselines
+from megastar.run_dir.evaluations import epochs_to, read_evaluations
 from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import METRICS
 
@@ -55,6 +56,7 @@ def gather(
         "evaluate_seconds": times.get(f"{run.name} evaluate", {}).get("seconds"),
         "val_loss_ar": losses[-1] if losses else None,
         "last_row": next((r for r in reversed(rows) if "loss" in r), {}),
+        "scored": read_evaluations(run.folder, rows[-1]["step"] if rows else 0),  # while it trained
         "weights": {},
         "curve": {},
     }
@@ -137,6 +139,17 @@ class Results:
             "with_startup": whole is not None,
         }
 
+    def epochs_to(self, variant: str, threshold: float) -> tuple[list[float], int]:
+        """The first evaluated epoch at or below ``threshold`` of each run that reached it, and the number of runs that were
+        scored while they trained."""
+        scored = [found for found in self.of(variant, lambda r: r.get("scored")).values() if found]
+        reached = [epochs_to(found, [threshold])[threshold] for found in scored]
+        return [epoch for epoch in reached if epoch is not None], len(scored)
+
+    def scored_metric(self) -> str:
+        """The name of the score of the evaluations while training; empty where no run has one."""
+        return next((str(r["scored"][-1]["metric"]) for r in self.rows.values() if r.get("scored")), "")
+
     def pairs(self) -> list[tuple[str, str]]:
         """(variant, baseline), each pair once."""
         out = []
@@ -146,7 +159,10 @@ class Results:
 
     def summary(self) -> dict[str, Any]:
         """By weights and variant: mean and deviation of each quantity, and its differences within a seed."""
+        thresholds = self.cfg.base.eval.thresholds if self.scored_metric() else []
+        reached = {v: {f"{k:g}": self.epochs_to(v, k) for k in thresholds} for v in self.cfg.variants}
         out: dict[str, Any] = {
+            "epochs_to": {v: {k: {"epochs": e, "runs": n} for k, (e, n) in x.items()} for v, x in reached.items()},
             "baselines": self.baselines,
             "cost": {v: self.cost(v) for v in self.cfg.variants},
             "weights": {},

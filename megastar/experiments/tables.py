@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from megastar.experiments.plan import changed_fields
-from megastar.experiments.results import HIGHER, Results
+from megastar.experiments.results import HIGHER, Results, spread
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +56,31 @@ def cost_table(results: Results, summary: Mapping[str, Any]) -> Rows:
     return rows
 
 
+def epochs_table(results: Results) -> Rows:
+    """One row per variant: the first evaluated epoch at or below each of ``base.eval.thresholds``, mean and standard deviation
+    over the seeds that reached it, and how many did. Only a header where no run was scored while it trained."""
+    metric, thresholds = results.scored_metric(), results.cfg.base.eval.thresholds
+    rows = [["variant", *(f"epochs to {metric} ≤ {k:g}" for k in thresholds)]]
+    for variant, label in results.labels.items() if metric and thresholds else ():
+        cells = []
+        for k in thresholds:
+            epochs, runs = results.epochs_to(variant, k)
+            value = formatted(spread(epochs), 1) if epochs else "not reached"
+            cells.append(f"{value.removesuffix(' (n=1)')} ({len(epochs)}/{runs})" if runs else "")
+        rows.append([label, *cells])
+    return rows
+
+
+def epochs_note(results: Results) -> str:
+    """The meaning of the columns of the table of epochs."""
+    e = results.cfg.base.eval
+    return (
+        f"The first evaluated epoch with {results.scored_metric()} at or below the threshold, not interpolated: evaluations every "
+        f"{e.every} steps of {e.samples} samples of the {e.weights} weights, cfg_scale {e.cfg_scale:g}. (reached/scored) counts "
+        "runs; mean and deviation are over those that reached it."
+    )
+
+
 def changes_table(results: Results) -> Rows:
     """One row per variant: the fields in which it differs from the base run."""
     changes = {results.labels[r.variant]: changed_fields(results.cfg, r) for r in results.runs}
@@ -70,6 +95,8 @@ def markdown(results: Results, summary: Mapping[str, Any], command: str) -> str:
         out += [f"## {weights} weights", as_markdown(quantities_table(results, summary, weights))]
         if len(pairs := differences_table(results, summary, weights)) > 1:
             out += ["Differences within a seed, mean ± standard deviation over seeds:", as_markdown(pairs)]
+    if len(epochs := epochs_table(results)) > 1:
+        out += ["## Epochs to a score", epochs_note(results), as_markdown(epochs)]
     out += ["## Cost", cost_note(results), as_markdown(cost_table(results, summary))]
     out += ["## Differences from the base run", as_markdown(changes_table(results))]
     return "\n\n".join(out) + "\n"
@@ -84,6 +111,10 @@ def show(results: Results, summary: Mapping[str, Any], console: Console) -> None
         print_rows(quantities_table(results, summary, weights), console)
         if len(pairs := differences_table(results, summary, weights)) > 1:
             print_rows(pairs, console)
+    if len(epochs := epochs_table(results)) > 1:
+        console.print(Text("\nepochs to a score", "bold"))
+        print_rows(epochs, console)
+        console.print(epochs_note(results), highlight=False, markup=False)
     console.print(Text("\ncost", "bold"))
     print_rows(cost_table(results, summary), console)
     console.print(description(results), cost_note(results), sep="\n", highlight=False, markup=False)

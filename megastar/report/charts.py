@@ -64,6 +64,16 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
         ),
     ),
     (
+        "Scores while training",
+        (
+            single(
+                "eval_fid", "FID", "samples of the averaged weights, unless eval.weights says otherwise", smooth=False
+            ),
+            single("eval_fd_dinov2", "FD-DINOv2", "samples of the averaged weights", smooth=False),
+            single("eval_fd", "FD-EffLite0", "samples of the averaged weights", smooth=False),
+        ),
+    ),
+    (
         "Self-guidance",
         (
             accuracy("acc_step", "positions"),
@@ -110,7 +120,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
         ),
     ),
 )
-HIDDEN = {"slowest_rank"}  # a rank, not a quantity
+HIDDEN = {"slowest_rank", "eval_epoch", "eval_samples", "eval_cfg_scale"}  # a rank, and how a score was measured
 
 
 def charts_for(names: Collection[str]) -> list[dict[str, Any]]:

@@ -154,6 +154,8 @@ def find_facts(run: ReportRun, cfg: RunConfig | None, status: Status | None) -> 
         if (last := last_finite(run.columns.get(name))) is not None:
             found.append((label, f"{last:.4f}"))
             break
+    if status is not None and status.evaluation:
+        found.append(("scores while training", "; ".join(status.evaluation.splitlines())))
     if run.global_batch:
         found.append(("images seen", f"{step * run.global_batch:,}"))
     if spent := training_hours(run.columns)["y"]:

@@ -63,7 +63,7 @@ class OptimConfig:
     weight_decay: float = knob(0.05, "weight decay of tensors with two or more dimensions [P]", low=0, high=LARGE)
     grad_clip: float = knob(1.0, "maximum gradient norm; 0: no clipping [P]", low=0, high=LARGE)
     schedule: str = knob(
-        "constant", "constant [P], cosine (to min_lr_ratio), or linear", choices=("constant", "cosine", "linear")
+        "constant", "constant [L], cosine (to min_lr_ratio), or linear", choices=("constant", "cosine", "linear")
     )
     warmup_steps: int = knob(0, "steps of linear warm-up", low=0, high=MOST_STEPS)
     min_lr_ratio: float = knob(0.01, "final lr of cosine and linear, as a fraction of the peak", low=0, high=1)

@@ -55,6 +55,18 @@ def write_run(run: Path) -> None:
         {"time": time, "event": "warning", "step": 3, "situation": "upload", "over": False},
     ]
     (run / "events.jsonl").write_text("".join(json.dumps(both | event) + "\n" for event in events))
+    score = {
+        "epoch": 0.5,
+        "metric": "FID",
+        "samples": 9,
+        "cfg_scale": 1.0,
+        "weights": "ema",
+        "against": "a",
+        "key": "k",
+    }
+    scores = [score | {"step": s, "value": 9.0 - s, "seconds": 1.0, "time": time} for s in (2, 4, 6)]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+    (run / "evaluating.json").write_text(json.dumps({"step": 8, "done": 3, "samples": 9}))
     (run / "heartbeats").mkdir()
     beat = {"time": time, "rank": 0, "host": "node", "pid": 5, "step": 3, "phase": "forward", "steps_s": 0.5}
     (run / "heartbeats" / "rank-00000.json").write_text(json.dumps(beat) + "\n")

@@ -26,9 +26,19 @@ LINES = [
     b'{"time": "2026-01-31T12:00:00+00:00", "event": "started", "step": 0, "ranks": 99999999999, "steps": -5}',
     b'{"time": "2026-01-31T12:00:00+00:00", "event": "saved", "step": null, "text": null, "host": 5}',
     b'{"time": "2026-01-31T12:00:00+00:00", "event": "warning", "step": 1, "situation": ["x"], "over": "x", "text": "[/]"}',
+    b'{"step": 5, "epoch": NaN, "metric": "[/]", "value": 1, "samples": 9, "cfg_scale": 1, "weights": "ema", "against": "", "key": ""}',
+    b'{"step": 5, "epoch": 1e400, "metric": "x", "value": 1e400, "samples": 0, "cfg_scale": null, "weights": 5, "against": []}',
     b'{"step": true, "loss_ar": true, "loss": false, "step_s": true}', b'{"step": 4, "a": ' + b"1" * 2_000_000 + b"}",
 ]  # fmt: skip
-FILES = ("events.jsonl", "metrics.jsonl", "heartbeats/rank-00000.json", "requeues.log", "bad_hosts.log")
+FILES = (
+    "events.jsonl",
+    "metrics.jsonl",
+    "evaluations.jsonl",
+    "evaluating.json",
+    "heartbeats/rank-00000.json",
+    "requeues.log",
+    "bad_hosts.log",
+)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from tests.fuzz import DEEP, GIB, Tally, byte_variants, dumps, json_variants, odd_files
 from tests.integration.fuzz.conftest import Box
 from tests.integration.fuzz.test_checkpoint import join_header, split_header
+from tests.unit.encoders.test_dinov2 import random_state
 
 WEIGHTS = [
     ["convert", "--inspect", "weights.safetensors"],
@@ -172,4 +174,42 @@ def test_llamagen(box: Box) -> None:
         box.fresh()
         make(target)
         box.run(tally, f"a {kind}", "convert", "--inspect", "x.pt")
+    tally.check()
+
+
+def test_dinov2(box: Box) -> None:
+    """The file of FD-DINOv2, pickled and as safetensors: bytes, shapes and objects of other kinds."""
+    tally, rng = Tally("dinov2"), random.Random("dinov2")
+    state = random_state(dim=64, blocks=1, grid=4)
+    evaluate = ["evaluate", "made.npz", "--real", "real.npz", "--allow-few", "--device", "cpu", "--dinov2"]
+    for name, write in (("w.pth", torch.save), ("w.safetensors", save_file)):
+        words, path = [*evaluate, name], box.whole / name
+        write(state, path)
+        whole = path.read_bytes()
+        path.unlink()
+        for label, data in byte_variants(whole, rng, 40):
+            box.variant(box.path / name, data)
+            box.run(tally, label, *words)
+        shapes: list[tuple[str, torch.Tensor]] = [
+            ("pos_embed", torch.zeros(1, 2, 64)), ("pos_embed", torch.zeros(1, 0, 64)), ("cls_token", torch.zeros(())),
+            ("patch_embed.proj.weight", torch.zeros(64, 3, 14, 0)), ("patch_embed.proj.weight", torch.zeros(63, 3, 14, 14)),
+            ("blocks.999.norm1.weight", torch.zeros(64)), ("register_tokens", torch.zeros(1, 500, 64)), ("x", torch.zeros(1)),
+            ("norm.weight", torch.full((64,), float("nan"))), ("norm.weight", torch.full((64,), 3e38)),
+        ]  # fmt: skip
+        for key, tensor in shapes:
+            box.fresh()
+            write(state | {key: tensor}, box.path / name)
+            box.run(tally, f"{key} {tuple(tensor.shape)}", *words)
+        for kind, make in odd_files().items():
+            box.instead(box.path / name, make)
+            box.run(tally, f"a {kind}", *words)
+    for label, content in (
+        ("list", [1]),
+        ("text", "x"),
+        ("path", Path("x")),
+        ("nested", {"model": {"model": {"a": 1}}}),
+    ):
+        box.fresh()
+        torch.save(content, box.path / "w.pth")
+        box.run(tally, label, *evaluate, "w.pth")
     tally.check()

@@ -14,6 +14,7 @@ from megastar.config.comparison import CompareConfig, VariantConfig
 from megastar.config.deepspeed import read_deepspeed
 from megastar.config.load import diff_configs, load_compare_config, load_config, load_tokenizer_config, resolve_batch
 from megastar.config.schema import RunConfig
+from megastar.config.sections.evaluation import EvaluationConfig
 from megastar.config.sections.optim import MuonConfig
 from megastar.config.sections.repa import RepaConfig
 from megastar.config.sections.token_order import TokenOrderConfig
@@ -68,6 +69,7 @@ LATER = {
     "train.init_any_order": False,
     "model.target_position": "none",
     "train.freeze_blocks": 0,
+    **{f"eval.{name}": value for name, value in dataclasses.asdict(EvaluationConfig()).items()},
     **{f"optim.muon.{name}": value for name, value in dataclasses.asdict(MuonConfig()).items()},
     **{f"repa.{name}": value for name, value in dataclasses.asdict(RepaConfig()).items()},
     **{f"token_order.{name}": value for name, value in dataclasses.asdict(TokenOrderConfig()).items()},

@@ -90,3 +90,20 @@ def test_they_are_printed_beside_the_measured_score():
     text = out.getvalue()
     assert "published: FID 31.35, sFID 8.75" in text and "AR B in ST-AR, 50 epochs, no guidance" in text
     assert "Here: 10000 samples instead of 50000" in text
+
+
+@pytest.mark.parametrize("value", [None, [1], {}, "x", True, 10**400, float("nan"), float("inf"), -5])
+def test_damaged_provenance_is_tolerated(value):
+    for section, name in (
+        ("model", "dim"),
+        ("model", "image_tokens"),
+        ("trained", "images_seen"),
+        ("trained", "method"),
+    ):
+        found = result()
+        found["provenance"][section][name] = value
+        assert isinstance(beside(found), list)
+    for name in ("cfg_scale", "model", "trained"):
+        found = result()
+        found["provenance"][name] = value
+        assert isinstance(beside(found), list)

@@ -276,3 +276,28 @@ def test_a_signal_does_not_take_the_status_of_a_job_that_has_ended():
     _, status, _ = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 7
+
+
+def test_epochs_to_a_score(results):
+    """Over the seeds that reached it, with the number of those that did; nothing where no run was scored."""
+    assert len(tables.epochs_table(results)) == 1 and results.summary()["epochs_to"]["ar"] == {}
+    results.cfg.base.eval.thresholds, results.cfg.base.eval.every = [50.0, 20.0], 100
+    base = {"metric": "FD-EffLite0", "samples": 1000, "cfg_scale": 1.0, "weights": "ema"}
+    curves = {0: (60, 40, 19), 1: (70, 55, 45), 2: (60, 50, 30)}
+    for run in results.runs:
+        if run.variant == "ar":
+            values = enumerate(curves[run.seed])
+            results.rows[run.name]["scored"] = [
+                base | {"step": i, "epoch": 10.0 * (i + 1), "value": v} for i, v in values
+            ]
+    header, *rows = tables.epochs_table(results)
+    assert header == ["variant", "epochs to FD-EffLite0 ≤ 50", "epochs to FD-EffLite0 ≤ 20"]
+    cells = {r[0]: r[1:] for r in rows}
+    assert cells[results.labels["ar"]] == [
+        "23.3 ± 5.8 (3/3)",
+        "30.0 (1/3)",
+    ]
+    assert all(c == ["", ""] for label, c in cells.items() if label != results.labels["ar"])
+    assert results.summary()["epochs_to"]["ar"]["20"] == {"epochs": [30.0], "runs": 3}
+    text = tables.markdown(results, results.summary(), "megastar compare x.yaml")
+    assert "## Epochs to a score" in text and "not interpolated: evaluations every 100 steps" in text
