@@ -146,7 +146,7 @@ class ShardSet:
 
     def _read_into(self, part: np.ndarray, file: BinaryIO, place: int, shard: int) -> None:
         try:
-            found = os.preadv(file.fileno(), [memoryview(part)], place)
+            found = os.preadv(file.fileno(), [part.data], place)
         except OSError as error:
             raise self._unreadable(error) from error
         if found != part.nbytes:
