@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from megastar.data.pretokenize.features import FeatureEncoder, size_of_features
 from megastar.encoders.spatial import CustomPatches, EffLite0Patches, open_encoder, pool_of, pooled
 from megastar.errors import UserError
+from megastar.utils.files import sha256
 
 HERE = "tests.unit.encoders.test_spatial"
 
@@ -118,3 +120,22 @@ def test_weights_are_named_hashed_and_handed_over(tmp_path):
         open_encoder(name, tmp_path / "none")
     with pytest.raises(UserError, match="the weights of efflite0 are those of a package"):
         open_encoder("efflite0", file)
+
+
+def test_dinov2_of_a_file_has_one_patch_a_token(tmp_path):
+    """Its patch tokens of a picture of 14 pixels a token, row by row, without the class token."""
+    dinov2 = pytest.importorskip("megastar.encoders.dinov2")
+    torch.manual_seed(0)
+    net = dinov2.DINOv2(dinov2.DinoShape(dim=64, blocks=2, hidden=128, swiglu=False, registers=0, patch=14, grid=4))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    file = tmp_path / "vit.safetensors"
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, file)
+    made = encoder("dinov2", 4, weights=file)
+    assert (made.stored.encoder, made.stored.grid, made.stored.width) == ("dinov2", 4, 64)
+    assert made.stored.weights_sha256 == sha256(file)
+    pictures = images()
+    resized = F.interpolate(pictures.permute(0, 3, 1, 2).float(), (56, 56), mode="bicubic", antialias=True) / 255
+    with torch.no_grad():
+        wanted = net.eval()(resized)[1]
+    assert wanted.shape == (3, 16, 64) and np.allclose(made(pictures), wanted.numpy(), atol=5e-3, rtol=2e-3)
