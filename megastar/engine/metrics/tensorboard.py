@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+
+from megastar.data.images.image_files import open_image
 
 
 class TensorBoardWriter:
@@ -46,7 +47,7 @@ class TensorBoardWriter:
     def add_image(self, name: str, path: Path, step: int) -> None:
         try:
             if self.writer:
-                with Image.open(path) as image:
+                with open_image(path) as image:
                     self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         except Exception as error:
             self._drop(error)

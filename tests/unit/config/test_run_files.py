@@ -64,6 +64,10 @@ LATER = {
     "train.init_resize": False,
     "train.init_any_tokenizer": False,
     "train.freeze_blocks": 0,
+    "train.trackers": ["tensorboard"],
+    "train.profile.start": 10,
+    "train.profile.steps": 0,
+    "train.profile.ranks": [0],
     **{f"optim.muon.{name}": value for name, value in dataclasses.asdict(MuonConfig()).items()},
 }  # defaults that later versions changed or added
 
