@@ -112,7 +112,7 @@ def check(a: argparse.Namespace) -> None:
             if option == "weights" and pickled and a.inspect:
                 continue
             what = f"--to {a.to}" if a.to else "--inspect"
-            raise UserError(f"--{option} applies to --to {' and '.join(formats)}: leave it out with {what}")
+            raise UserError(f"--{option} applies to --to {' or '.join(formats)}: leave it out with {what}")
     for option, holds, what in (
         ("config", pickled, "a .pt file of LlamaGen"),
         ("image-tokens", pickled, "a .pt file of LlamaGen"),

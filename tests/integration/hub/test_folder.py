@@ -200,7 +200,7 @@ def test_conversions_that_are_refused(folder, whole, world, tmp_path, capsys):
         *words, "--tokenizer", another, capsys=capsys
     )
     assert "identifier of the Hub" in refusal(*words, "--license", "my licence", capsys=capsys)
-    assert "--license applies to --to hf" in refusal(
+    assert "--license applies to --to hf: leave it out with --to safetensors" in refusal(
         "convert", whole, "--to", "safetensors", "--out", tmp_path / "w.safetensors", "--license", "mit", capsys=capsys
     )
     assert "has weights only" in refusal("convert", folder, "--to", "universal", "--out", out, capsys=capsys)

@@ -109,7 +109,7 @@ def test_train_help_shows_the_fields(capsys):
         (["convert", "run", "--to", "universal", "--out", "x", "--verify"], "--verify requires --inspect"),
         (
             ["convert", "run", "--to", "universal", "--out", "x", "--dtype", "bf16"],
-            "--dtype applies to --to safetensors and llamagen: leave it out with --to universal",
+            "--dtype applies to --to safetensors or llamagen or hf: leave it out with --to universal",
         ),
         (["convert", "run", "--to", "checkpoint", "--out", "x"], "--to checkpoint needs --data, the number of data"),
         (

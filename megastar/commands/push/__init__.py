@@ -9,9 +9,9 @@ from megastar.commands._shared.common import Parser
 from megastar.errors import UserError
 
 EXAMPLES = """
-megastar convert runs/demo/run --to hf --out demo-hf --license apache-2.0
 megastar push demo-hf owner/name                  shows the files and asks
 megastar push demo-hf owner/name --private --yes  without a question, for scripts
+megastar convert runs/demo/run --to hf --out demo-hf --license apache-2.0      writes such a folder
 Log in with hf auth login, or set HF_TOKEN. See docs/hub.md.
 """
 

@@ -8,10 +8,10 @@ from megastar.commands._shared.common import Parser, natural, positive, terminal
 from megastar.errors import UserError
 
 EXAMPLES = """
-megastar train configs/run/demo.yaml train.profile.start=20 train.profile.steps=3      writes RUN/profile
-megastar train ... 'train.profile={start: 100, steps: 3, ranks: [0, 8]}'               two ranks
 megastar profile runs/demo/run
 megastar profile runs/demo/run --rank 8 --top 30
+megastar train configs/run/demo.yaml train.profile.start=20 train.profile.steps=3      writes RUN/profile
+megastar train configs/run/star_xl_50ep.yaml 'train.profile={start: 100, steps: 3, ranks: [0, 8]}'
 docs/profiling.md explains the tables and the trace.
 """
 
