@@ -20,7 +20,7 @@ from megastar.checkpoint.shard_format import OPEN_FILES, Piece, StateReader, kin
 from megastar.checkpoint.source import Source, same_bits, stored_elements
 from megastar.config.rules.problem import divisors, words
 from megastar.errors import UserError
-from megastar.parallel.budget import check_tensor
+from megastar.parallel.head import check_tensor
 from megastar.parallel.mesh import Mesh
 from megastar.parallel.plan import split_of
 from megastar.run_dir import checkpoint_dir

@@ -23,7 +23,7 @@ from megastar.config.schema import ModelConfig
 from megastar.errors import UserError
 from megastar.model.io import check_fits
 from megastar.parallel.alignment import PROJECTORS
-from megastar.parallel.budget import check_tensor
+from megastar.parallel.head import check_tensor
 from megastar.parallel.plan import block_matrix, split_of
 from megastar.run_dir.checkpoint_dir import damaged
 from megastar.run_dir.layout import MANIFEST

@@ -11,14 +11,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megastar.config.rules.model import tensor_parallel_degrees
-from megastar.config.rules.problem import words
 from megastar.config.schema import ModelConfig, SelfGuidedConfig
 from megastar.config.sections.optim import MuonConfig
 from megastar.config.sections.repa import RepaConfig
-from megastar.errors import UserError
 from megastar.parallel.alignment import alignment_bytes, projector_shapes
-from megastar.parallel.head import embedding_shapes, head_bytes, head_shapes
+from megastar.parallel.head import check_tensor, embedding_shapes, head_bytes, head_shapes
 from megastar.parallel.muon import muon_traffic, working_bytes
 from megastar.parallel.plan import block_matrix, own_masters, split_of
 
@@ -114,18 +111,6 @@ def parameter_shapes(
         for name, rows, columns in (("w1", P, D), ("w2", P, P), ("w3", D, P)):
             shapes |= {f"projector.{name}.weight": (rows, columns), f"projector.{name}.bias": (rows,)}
     return shapes | projector_shapes(model, repa)
-
-
-def check_tensor(model: ModelConfig, tensor: int) -> None:
-    """Raises ``UserError`` if the degree does not divide heads, ffn width and the vocabulary of a full head; lists the
-    valid degrees."""
-    valid = tensor_parallel_degrees(model)
-    if tensor not in valid:
-        divided = [f"{model.n_head} heads", f"the ffn width {model.ffn_dim}"]
-        divided += [f"{model.vocab_size} codes"] if model.head == "full" else []
-        raise UserError(
-            f"tensor parallel degree {tensor}: must divide {', '.join(divided[:-1])} and {divided[-1]}; use {words(valid)}"
-        )
 
 
 def elements(

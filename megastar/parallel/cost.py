@@ -23,7 +23,6 @@ from megastar.parallel.budget import (
     GIB,
     Zero,
     block_elements,
-    check_tensor,
     elements,
     has_projector,
     kept_elements,
@@ -36,7 +35,7 @@ from megastar.parallel.gpus import GPUS as GPUS
 from megastar.parallel.gpus import Gpu as Gpu
 from megastar.parallel.gpus import gpu_model as gpu_model
 from megastar.parallel.gpus import peak_tflops as peak_tflops
-from megastar.parallel.head import OUTPUT, head_products, logits_per_token
+from megastar.parallel.head import OUTPUT, check_tensor, head_products, logits_per_token
 from megastar.parallel.muon import muon_traffic, owner_flops
 
 # Assumptions, not measured on the machines below.

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import math
 
+from megastar.config.rules.model import tensor_parallel_degrees
+from megastar.config.rules.problem import words
 from megastar.config.schema import ModelConfig
+from megastar.errors import UserError
 from megastar.parallel.plan import chunk_rows
 
 Shapes = dict[str, tuple[int, ...]]
@@ -72,3 +75,15 @@ def _loss_bytes(D: int, V: int, rows: int, dtype: str) -> tuple[int, int]:
         rows * D * e + V * D * (e if wide == e else wide + e),
     )
     return kept, max(temporary)
+
+
+def check_tensor(model: ModelConfig, tensor: int) -> None:
+    """Raises ``UserError`` if the degree does not divide heads, ffn width and the vocabulary of a full head; lists the
+    valid degrees."""
+    valid = tensor_parallel_degrees(model)
+    if tensor not in valid:
+        divided = [f"{model.n_head} heads", f"the ffn width {model.ffn_dim}"]
+        divided += [f"{model.vocab_size} codes"] if model.head == "full" else []
+        raise UserError(
+            f"tensor parallel degree {tensor}: must divide {', '.join(divided[:-1])} and {divided[-1]}; use {words(valid)}"
+        )

@@ -22,7 +22,7 @@ from megastar.model.io import load_model, metadata_of
 from megastar.model.transformer import Transformer
 from megastar.objectives.next_token import next_token_loss
 from megastar.parallel import budget
-from megastar.parallel.head import head_products
+from megastar.parallel.head import check_tensor, head_products
 from megastar.parallel.muon import all_matrices
 from megastar.parallel.plan import split_of
 from tests.checkpoints import save_model
@@ -212,4 +212,4 @@ def test_tensor_parallelism_does_not_divide_a_factorised_vocabulary():
     assert tensor_parallel_degrees(cfg) == [1, 2, 4]
     assert budget.elements(cfg, SelfGuidedConfig(), 2)["transformer.output.heads.1.weight"] == 5 * cfg.dim
     with pytest.raises(UserError, match="must divide 12 heads and the ffn width 2048; use"):
-        budget.check_tensor(cfg, 5)
+        check_tensor(cfg, 5)
