@@ -42,7 +42,7 @@ ONLY = {  # option -> formats that it applies to
 }
 
 
-FOLDERS = ("universal", "checkpoint")  # formats
+FOLDERS = ("universal", "checkpoint", "hf")  # formats
 
 
 def parser() -> Parser:

@@ -11,9 +11,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megastar.config.rules.problem import words
 from megastar.config.schema import ModelConfig, SelfGuidedConfig
 from megastar.config.sections.optim import MuonConfig
 from megastar.config.sections.repa import RepaConfig
+from megastar.errors import UserError
 from megastar.parallel.alignment import alignment_bytes, projector_shapes
 from megastar.parallel.head import check_tensor, embedding_shapes, head_bytes, head_shapes
 from megastar.parallel.muon import muon_traffic, working_bytes

@@ -51,6 +51,7 @@ class SetReport:
     class_names: list[str]
     grid: str
     tokenizer_sha256: str
+    features: dict[str, Any]
     layout: str
     dtype: str
     views: int

@@ -44,7 +44,7 @@ FOLDERS = {
     "demo data.shards =": ("demo", "run=/tmp/megastar-none/run", "data.shards="),
     "elastic run =": (*ELASTIC, "configs/run/demo.yaml", "run="),
 }
-NO_OUTPUT = {"status", "plan", "doctor"}
+NO_OUTPUT = {"status", "plan", "doctor", "profile", "push"}
 
 
 def command(words: tuple[str, ...], path: str) -> list[str]:
