@@ -55,6 +55,8 @@ class Client:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.stdin", io.StringIO())
             patch.setattr(constants, "ENDPOINT", self.env["HF_ENDPOINT"])
+            template = self.env["HF_ENDPOINT"] + "/{repo_id}/resolve/{revision}/{filename}"
+            patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
             patch.setattr(constants, "HF_HUB_CACHE", f"{self.env['HF_HOME']}/hub")
             patch.setattr(constants, "HF_TOKEN_PATH", f"{self.env['HF_HOME']}/token")
             patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
