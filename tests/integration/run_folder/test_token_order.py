@@ -172,7 +172,7 @@ def test_weights_files_tell_their_order(world, folder, tmp_path):
     found = find_weights(tmp_path / "w.safetensors")
     assert found.config.target_position == "rotary"
     assert found.provenance["token_order"] == {"kind": "random", "permuted_share": 1.0}
-    assert find_weights(folder / "star").provenance["token_order"]["permuted_share"] == 0.0
+    assert find_weights(folder / "star").provenance["token_order"]["permuted_share"] == 0.0  # annealed
     assert "token_order" not in find_weights(folder / "raster").provenance
     for source in (folder / "pure", tmp_path / "w.safetensors"):
         done = megastar("convert", source, "--to", "llamagen", "--out", tmp_path / "w.pt", check=False)
