@@ -100,7 +100,7 @@ def fd_ratio(
         table = Table("network", "generated", "held-out", "ratio")
         for name, row in rows.items():
             table.add_row(name, *(f"{row[what]:.4g}" for what in ("generated", "held_out", "ratio")))
-        table.add_row(result["metric"], "", "", f"{result['value']:.4g}")
+        table.add_row(f"FDr^{len(rows)}", "", "", f"{result['value']:.4g}")
         o.console.print(table)
     if o.out is not None:
         Path(o.out).parent.mkdir(parents=True, exist_ok=True)
