@@ -16,6 +16,7 @@ megastar evaluate samples.npz --real imagenet/val --inception FILE --metrics fid
 megastar evaluate samples.npz --real data/codes/val --real-tokenizer vq.safetensors --inception FILE
 megastar evaluate samples.npz --real assets/emoji64/emoji64.tar --real-subset train --out scores.json
 megastar evaluate samples.npz --real imagenet/val --metrics fd_dinov2 --dinov2 dinov2_vitl14_pretrain.pth
+megastar evaluate samples.npz --real imagenet/train --fdr efflite0,dinov2 --held-out imagenet/val --dinov2 FILE
 megastar evaluate folder/of/images --real imagenet/val --features my_network:features --metrics fd,pr
 megastar evaluate --tokenizer assets/tokenizer/emoji64-vq.safetensors --real assets/emoji64/emoji64.tar --real-subset test
 Without --inception the score is FD-EffLite0. It is not an FID: compare it only between runs and with its floor, the
@@ -29,6 +30,13 @@ def parser() -> Parser:
     p.add_argument("--tokenizer", help="score this tokenizer's reconstructions of the real images instead")
     p.add_argument("--subset", help="use only generated images in this top-level folder")
     add_score_options(p, required=True)
+    p.add_argument(
+        "--fdr",
+        metavar="NETWORKS",
+        help="instead of --metrics: FDr^k over these networks, comma-separated: efflite0, inception, dinov2, module:function",
+    )
+    p.add_argument("--held-out", help="for --fdr: held-out real images; a folder, tar or .npz")
+    p.add_argument("--held-out-subset", help="for --fdr: use only held-out images in this top-level folder")
     p.add_argument("--seed", type=seed, default=0, help="seed of KID's subsets")
     p.add_argument("--provenance", type=Path, help="JSON file with the samples' provenance (default: SAMPLES.npz.json)")
     p.add_argument("--out", type=Path, help="JSON file for the scores and their provenance")
@@ -42,7 +50,11 @@ def main(words: list[str]) -> int:
     a = parser().parse(words)
     if (a.generated is None) == (a.tokenizer is None):
         raise UserError("give either images to score or --tokenizer; see megastar evaluate --help")
-    check_outputs({"--out": a.out}, a.generated, a.tokenizer, a.real, a.inception, a.dinov2, a.provenance)
+    if (a.fdr is None) != (a.held_out is None) or (a.held_out_subset and not a.held_out):
+        raise UserError("--fdr and --held-out belong together: give both, or neither")
+    if a.fdr and (a.tokenizer or a.metrics or a.features != "efflite0"):
+        raise UserError("--fdr scores images with its own networks: leave out --tokenizer, --metrics and --features")
+    check_outputs({"--out": a.out}, a.generated, a.tokenizer, a.real, a.inception, a.dinov2, a.provenance, a.held_out)
     from megastar.evaluation.runner import evaluate, evaluate_reconstruction, read_provenance
     from megastar.utils.device import pick_device
     from megastar.utils.logs import shared_console
@@ -56,7 +68,13 @@ def main(words: list[str]) -> int:
         "provenance": provenance | {"command": redact(" ".join(["megastar evaluate", *words]))},
     }
     with only_json(a.json) as print_json:
-        if a.tokenizer:
+        if a.fdr:
+            from megastar.evaluation.fd_ratio import fd_ratio
+
+            names = [word.strip() for word in a.fdr.split(",") if word.strip()]
+            sets = {"generated_subset": a.subset, "held_out_subset": a.held_out_subset}
+            result = fd_ratio(a.generated, a.real, a.held_out, names, **sets, **options)
+        elif a.tokenizer:
             result = evaluate_reconstruction(a.tokenizer, a.real, **options)
         else:
             result = evaluate(a.generated, a.real, generated_subset=a.subset, **options)

@@ -132,11 +132,11 @@ class FolderImages:
             logger.warning("%s: skipped %d of %d images: %s", self.path, len(bad), self.count, "; ".join(bad[:3]))
         self.resized = Counter(self.others)
         if self.resized:
-            whose = ", the first one's" if self.given is None else ""
+            chosen = ", the first one's" if self.given is None else ""
             logger.log(
                 logging.WARNING if self.given is None or len(self.resized) > 1 else logging.INFO,
                 "%s: %d of %d images are not of the %d x %d pixels that are scored%s, and were cropped and resized (%s)",
-                self.path, len(self.others), self.count, self.width, self.height, whose, sizes_of(self.resized),
+                self.path, len(self.others), self.count, self.width, self.height, chosen, sizes_of(self.resized),
             )  # fmt: skip
 
     def labels(self) -> np.ndarray | None:

@@ -240,7 +240,7 @@ def score_options_of(a: argparse.Namespace, seed: int = 0) -> dict[str, Any]:
     for option in ("inception", "dinov2"):
         if getattr(a, option) is not None and a.features not in ("efflite0", option):
             raise UserError(f"--{option} and --features {a.features} select different networks: give one")
-    if a.inception is not None and a.dinov2 is not None:
+    if a.inception is not None and a.dinov2 is not None and not getattr(a, "fdr", None):
         raise UserError("--inception and --dinov2 select different networks: give one, and score twice")
     metrics = [m.strip().lower() for m in a.metrics.split(",") if m.strip()] if a.metrics else None
     features = a.features

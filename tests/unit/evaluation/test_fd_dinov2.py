@@ -89,3 +89,36 @@ def test_choices_that_do_not_fit_are_refused(weights, capsys, tmp_path):
     ):
         assert main(["evaluate", str(tmp_path / "a.npz"), "--real", str(tmp_path / "a.npz"), *words]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_fd_ratio_is_the_mean_over_networks(weights, tmp_path, monkeypatch, capsys):
+    """DINOv2 against the reference; EfficientNet-Lite0 against the scores of `evaluate`."""
+    monkeypatch.setenv("MEGASTAR_CACHE", str(tmp_path / "cache"))
+    sets = {"made": pictures(70, 24, 0), "real": pictures(80, 24, 1) // 2, "held": pictures(70, 24, 2) // 2 + 9}
+    for name, images in sets.items():
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+    made, real, held, out = (str(tmp_path / f"{n}") for n in ("made.npz", "real.npz", "held.npz", "r.json"))
+    words = ["evaluate", made, "--real", real, "--out", out, "--device", "cpu"]
+    assert main([*words, "--fdr", "dinov2,efflite0", "--held-out", held, "--dinov2", str(weights)]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    dino, lite = result["networks"].values()
+    features = {name: features_of(images) for name, images in sets.items()}
+    wanted = frechet(features["made"], features["real"]) / frechet(features["held"], features["real"])
+    assert dino["ratio"] == pytest.approx(wanted, rel=1e-4)
+    for name, key in ((made, "generated"), (held, "held_out")):
+        assert main(["evaluate", name, *words[2:], "--allow-few"]) == 0
+        assert json.loads((tmp_path / "r.json").read_text())["value"] == pytest.approx(lite[key], rel=1e-6)
+    assert result["metric"] == "FDr^2" and result["value"] == pytest.approx((dino["ratio"] + lite["ratio"]) / 2)
+    capsys.readouterr()
+    for more, sentence in (
+        (["--fdr", "efflite0"], "--fdr and --held-out belong together"),
+        (["--fdr", "efflite0,efflite0", "--held-out", held], "each once"),
+        (["--fdr", "inception", "--held-out", held], "FID requires --inception FILE"),
+        (
+            ["--fdr", "efflite0", "--held-out", held, "--metrics", "fd"],
+            "leave out --tokenizer, --metrics and --features",
+        ),
+        (["--fdr", "efflite0", "--held-out", real, "--allow-few"], "name held-out images, not the real ones"),
+    ):
+        assert main([*words, *more]) == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
