@@ -17,7 +17,7 @@ from megastar.diagnosis.finding import FAILURE, OK, WARNING, Finding, compact
 from megastar.version import __version__
 
 REQUIRED = {  # package -> minimum version, as in setup.py
-    "torch": "2.7",
+    "torch": "2.11",
     "deepspeed": "0.19.8",
     "jinja2": "3.1",
     "psutil": "5.9",
