@@ -285,7 +285,7 @@ def test_force_removes_only_what_a_conversion_wrote(runs, run, tmp_path, capsys)
         [runs / "1x1", "--to", "llamagen", "--out", run], capsys
     )
     told = refused([runs / "1x1", "--to", "universal", "--out", run / "metrics.jsonl"], capsys)
-    assert "metrics.jsonl is not a folder: name the folder to write" in told
+    assert "metrics.jsonl is not a folder: name another place" in told
     told = refused([runs / "1x1", "--to", "universal", "--out", run / "metrics.jsonl" / "deep"], capsys)
     assert f"{run / 'metrics.jsonl'} is not a folder: name another place" in told
 

@@ -40,7 +40,7 @@ def test_versions_are_those_of_setup_and_constraints():
     ("package", "version", "level", "sentence"),
     [
         ("torch", None, FAILURE, "missing"),
-        ("torch", "2.6.1+cu124", FAILURE, "2.6.1+cu124, older than 2.7"),
+        ("torch", "2.6.1+cu124", FAILURE, "2.6.1+cu124, older than 2.11"),
         ("torch", "2.11.0a0+git", OK, "2.11.0a0+git; the tests run with 2.13.0"),
         ("torch", "2.13.0+cu130", OK, "2.13.0+cu130"),
         ("deepspeed", "0.19.7", FAILURE, "0.19.7, older than 0.19.8"),
