@@ -22,6 +22,7 @@ from megastar.experiments.plan import (
     check_folder,
     check_order,
     codes_folder,
+    encoder_of,
     is_trained,
     needed_splits,
     take_sizes_of_codes,
@@ -84,10 +85,15 @@ class Comparison:
         from megastar.data.pretokenize.runner import pretokenize
         from megastar.data.storage.shard_info import MANIFEST
 
+        encoder, weights = encoder_of(self.runs)
         for split in needed_splits(self.cfg):
             out = codes_folder(self.cfg, split)
             if not (Path(out) / MANIFEST).is_file():
-                pretokenize(self.cfg.pictures, split, find_tokenizer(self.cfg), out, console=self.console)
+                which = encoder if split != "test" else ""  # no run trains or validates on it
+                pretokenize(
+                    self.cfg.pictures, split, find_tokenizer(self.cfg), out, console=self.console,
+                    features=which, feature_weights=weights if which and weights else None,
+                )  # fmt: skip
 
     # Jobs ------------------------------------------------------------------------------------------------------
     def plan_file(self, run: PlannedRun) -> Path:

@@ -104,7 +104,27 @@ def plan_runs(cfg: CompareConfig, gpus: int) -> list[PlannedRun]:
             overrides = [*variant.overrides, *(f"{field}={value}" for field, value in fixed.items())]
             runs.append(PlannedRun(label, name, seed, override_config(cfg.base, overrides, f"variant {name}")))
     check_fair(runs, cfg.curve.every)
+    encoder_of(runs)
     return runs
+
+
+def encoder_of(runs: Iterable[PlannedRun]) -> tuple[str, str]:
+    """The encoder of the variants with representation alignment, whose features the codes store, and its weights file.
+
+    ("", "") if no variant has it. Raises ``UserError`` for variants with different encoders.
+    """
+    first: PlannedRun | None = None
+    for run in runs:
+        if not run.cfg.repa.active:
+            continue
+        first = first or run
+        own, other = ((r.cfg.repa.encoder, r.cfg.repa.encoder_weights) for r in (run, first))
+        if own != other:
+            raise UserError(
+                f"variants {first.variant} and {run.variant}: repa.encoder and encoder_weights {other} and {own} differ, and all "
+                "variants read the same codes: use one encoder"
+            )
+    return (first.cfg.repa.encoder or "efflite0", first.cfg.repa.encoder_weights) if first else ("", "")
 
 
 def take_sizes_of_codes(cfg: CompareConfig, runs: Iterable[PlannedRun]) -> str:

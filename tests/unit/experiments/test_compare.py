@@ -26,7 +26,7 @@ from megastar.errors import UserError
 from megastar.experiments.comparison import Comparison
 from megastar.experiments.evaluation import Evaluation
 from megastar.experiments.job_queue import Attempt, Job, Steady
-from megastar.experiments.plan import check_folder, check_order, is_trained, order_digest, plan_runs
+from megastar.experiments.plan import check_folder, check_order, encoder_of, is_trained, order_digest, plan_runs
 from megastar.run_dir.checkpoint_dir import MANIFEST, name_of
 from megastar.run_dir.lease import hold
 from megastar.sampling.distributed import labels_like
@@ -203,6 +203,25 @@ def test_mistakes_are_told(tmp_path, override, sentence):
 def test_unfair_variants_are_told(tmp_path, overrides, gpus, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         plan_runs(small(tmp_path, *overrides), gpus)
+
+
+def test_the_codes_store_the_features_of_one_encoder(tmp_path):
+    aligned = "variants.{}.overrides=[self_guided.enabled=false,repa.enabled=true,repa.encoder={}]"
+    assert encoder_of(plan_runs(small(tmp_path), 0)) == ("", "")
+    assert encoder_of(plan_runs(small(tmp_path, "variants.a.overrides=[repa.enabled=true]"), 0)) == ("efflite0", "")
+    one = small(tmp_path, aligned.format("a", "efflite0"), aligned.format("b", "mine:encoder"))
+    with pytest.raises(UserError, match="variants a and b: repa.encoder and encoder_weights .* use one encoder"):
+        plan_runs(one, 0)
+
+
+def test_the_comparison_of_methods_has_each_of_them():
+    runs = {run.name: run.cfg for run in plan_runs(load_compare_config("configs/compare/methods_emoji.yaml"), 0)}
+    found = {
+        name.partition("-")[0]: (c.self_guided.enabled, c.repa.active, c.token_order.kind) for name, c in runs.items()
+    }
+    assert len(runs) == 20 and found["star_repa"] == (True, True, "raster") and found["repa"] == (False, True, "raster")
+    assert found["random"] == (False, False, "random") and found["star"] == (True, False, "raster")
+    assert runs["star_r35-seed0"].self_guided.mask_ratio == 0.35 and runs["star_k16-seed0"].self_guided.positions == 16
 
 
 def test_the_command_tells_mistakes_in_one_sentence(tmp_path, capsys, monkeypatch):
