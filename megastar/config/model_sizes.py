@@ -48,12 +48,16 @@ def take_sizes(cfg: RunConfig, sizes: Mapping[str, int], origin: str) -> list[st
 
     Raises ``UserError`` for sizes that do not fit the rest of the configuration.
     """
-    taken = {name: sizes[name] for name in SIZES_OF_DATA if name in cfg.model.unset and name in sizes}
-    for name, value in taken.items():
-        setattr(cfg.model, name, value)
-    if not taken:
+    if not (words := set_sizes(cfg, sizes)):
         return []
-    words = ", ".join(f"model.{name} = {value}" for name, value in taken.items())
     if problem := next(iter(find_problems(cfg)), None):
         raise UserError(f"{words}, from {origin}: {problem.text}")
     return [f"{words}, from {origin}"]
+
+
+def set_sizes(cfg: RunConfig, sizes: Mapping[str, int]) -> str:
+    """Set the unset sizes of ``cfg.model`` to ``sizes``, unchecked; returns those that were set, in words."""
+    taken = {name: sizes[name] for name in SIZES_OF_DATA if name in cfg.model.unset and name in sizes}
+    for name, value in taken.items():
+        setattr(cfg.model, name, value)
+    return ", ".join(f"model.{name} = {value}" for name, value in taken.items())

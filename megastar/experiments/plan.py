@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megastar.config.comparison import CompareConfig
 from megastar.config.load import diff_configs, load_compare_config, load_config, override_config
-from megastar.config.model_sizes import take_sizes
+from megastar.config.model_sizes import set_sizes, take_sizes
 from megastar.config.schema import RunConfig
 from megastar.config.validate import find_problems
 from megastar.errors import UserError
@@ -141,10 +141,10 @@ def take_sizes_of_codes(cfg: CompareConfig, runs: Iterable[PlannedRun]) -> str:
     sizes, origin = load_manifest(folder).model_sizes, f"the manifest of {folder}"
     for run in runs:
         take_sizes(run.cfg, sizes, origin)
-    told = take_sizes(cfg.base, sizes, origin)
+    words = set_sizes(cfg.base, sizes)
     if problem := next(iter(find_problems(cfg)), None):
-        raise UserError(f"{told[0]}: {problem.text}")
-    return "; ".join(told)
+        raise UserError(f"{words}, from {origin}: {problem.text}")
+    return f"{words}, from {origin}"
 
 
 def changed_fields(cfg: CompareConfig, run: PlannedRun) -> list[str]:

@@ -29,6 +29,7 @@ def write_comparison(world, folder: Path) -> Path:
     base = yaml.safe_load(world.write_config(folder / "run.yaml", folder / "run").read_text())
     for size in ("vocab_size", "num_classes", "image_tokens"):
         del base["model"][size]  # of the codes
+    base["run"] = ""  # the comparison sets it
     base["train"] |= {"steps": STEPS, "save_every": 20, "val_every": STEPS}
     file = folder / "compare.yaml"
     fields = {
