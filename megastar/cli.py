@@ -80,7 +80,8 @@ def run_reporting(words: list[str]) -> int:
     try:
         return run(words)
     except UserError as error:
-        if not error.reported or "TORCHELASTIC_ERROR_FILE" in os.environ:
+        # Rank 0 also reports what failed on another rank, which is silent there (report_error).
+        if not error.reported or "TORCHELASTIC_ERROR_FILE" in os.environ or _is_main():
             report_error(str(error), os.environ)
         return 2
     except MissingRanks as error:
@@ -107,6 +108,13 @@ def run_reporting(words: list[str]) -> int:
             )
             say(f"megastar: stopped by {stopped}: {kept}", sys.stderr)
         return 128 + stopped.signal
+
+
+def _is_main() -> bool:
+    try:
+        return place_of(os.environ)[0] == 0
+    except UserError:  # the launcher's variables are what is wrong
+        return True
 
 
 def run(words: list[str]) -> int:

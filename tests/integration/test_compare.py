@@ -100,7 +100,7 @@ def test_a_comparison_is_interrupted_continued_and_finished(world, tmp_path, cap
     assert before == {
         f: f.stat().st_mtime_ns for folder in ("runs", "evaluation", "logs") for f in (out / folder).rglob("*")
     }
-    assert "train" not in capsys.readouterr().out.split("mean ±")[0]
+    assert ": train" not in capsys.readouterr().out.split("mean ±")[0]  # no job
 
     # Other settings for the same folder are rejected before anything is written.
     assert main(["compare", str(config), "base.optim.lr=0.1"]) == 2
