@@ -206,12 +206,11 @@ def test_unfair_variants_are_told(tmp_path, overrides, gpus, sentence):
 
 
 def test_the_codes_store_the_features_of_one_encoder(tmp_path):
-    aligned = "variants.{}.overrides=[self_guided.enabled=false,repa.enabled=true,repa.encoder={}]"
+    aligned = "variants.{}.overrides=[repa.enabled=true,repa.encoder={}]"
     assert encoder_of(plan_runs(small(tmp_path), 0)) == ("", "")
     assert encoder_of(plan_runs(small(tmp_path, "variants.a.overrides=[repa.enabled=true]"), 0)) == ("efflite0", "")
-    one = small(tmp_path, aligned.format("a", "efflite0"), aligned.format("b", "mine:encoder"))
     with pytest.raises(UserError, match="variants a and b: repa.encoder and encoder_weights .* use one encoder"):
-        plan_runs(one, 0)
+        plan_runs(small(tmp_path, aligned.format("a", "efflite0"), aligned.format("b", "mine:encoder")), 0)
 
 
 def test_the_comparison_of_methods_has_each_of_them():
