@@ -66,7 +66,7 @@ def find_evaluation(run: Path, step: int, key: str) -> Record | None:
 
 
 def epochs_to(found: Sequence[Record], thresholds: Sequence[float]) -> dict[float, float | None]:
-    """Threshold -> the first evaluated epoch with a score at or below it, None if there is none. Not interpolated."""
+    """Threshold -> the first evaluated epoch with a score at or below it, None if no score reaches it. Not interpolated."""
     return {k: next((r["epoch"] for r in found if r["value"] <= k), None) for k in thresholds}
 
 

@@ -58,7 +58,7 @@ def profile_files(run: Path, rank: int, first: int, last: int) -> ProfileFiles:
 
 
 def read_profiles(run: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The summaries of a run, by first step and rank. Raises ``UserError`` if there is none, or for a damaged one."""
+    """The summaries of a run, by first step and rank. Raises ``UserError`` if the run has no profile, or for a damaged summary."""
     folder = run / PROFILE
     if not run.is_dir():
         raise UserError(f"{run} is not a folder: name a run folder")

@@ -86,7 +86,7 @@ def in_order(b: dict) -> tuple[torch.Tensor, Placement | None, list[list[int]]]:
 
 
 def place(order: list[int], position: int) -> int:
-    """Where the token that a raster sequence holds at ``position`` is an input; the last one is none."""
+    """Where the token that a raster sequence holds at ``position`` is an input; the last token is no input."""
     return min(1 + order.index(position - 1), TOKENS - 1)
 
 

@@ -239,7 +239,7 @@ class ScheduledEvaluation:
 
 
 def file_identity(path: str) -> list[Any]:
-    """Name, size and time of a file or folder; a name only where there is none."""
+    """Name, size and time of a file or folder; only the name if it does not exist."""
     if not path:
         return []
     try:

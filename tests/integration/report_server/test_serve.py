@@ -1,4 +1,4 @@
-"""`megastar report --serve`: what it answers, to whom, and its page in a real browser while a run writes rows."""
+"""`megastar report --serve`: its responses, the allowed hosts, and its page in a browser while a run writes rows."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class TrackerThread:
             self._warn(f"{self.name} does not keep up: rows are dropped for it; {ALL_ELSE}")
 
     def take_problem(self) -> str:
-        """The message about a failure or a hang, once; empty: there is none."""
+        """The message about a failure or a hang, returned once; empty if nothing failed."""
         since = self._since
         if since is not None and time.monotonic() - since > HANGS:
             self._warn(
