@@ -40,6 +40,9 @@ class EfficientNetLite0(nn.Module):
         net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         if last_block is not None:
             net._blocks = net._blocks[: last_block + 1]
+        for module in net.modules():
+            if isinstance(module, nn.ReLU6):
+                module.inplace = True  # the network is bound by memory; its inputs are used once
         self.net = net.eval()
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
