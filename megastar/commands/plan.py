@@ -290,7 +290,7 @@ def features_of(cfg: RunConfig) -> dict[str, int]:
     """Bytes of the stored features of a crop, and of those that all ranks read in a step; 0 without alignment."""
     from megastar.parallel.alignment import stored_bytes
 
-    crop = stored_bytes(cfg.repa, cfg.model) if cfg.repa.active else 0
+    crop = stored_bytes(cfg.repa, cfg.model) if cfg.repa.active and not cfg.repa.online else 0
     return {"crop": crop, "step": crop * cfg.train.global_batch * cfg.views}
 
 
@@ -301,6 +301,11 @@ def features_line(cfg: RunConfig) -> str:
     from megastar.parallel.alignment import encoder_width
 
     size, images = features_of(cfg), 1_281_167
+    if cfg.repa.online:
+        return (
+            f"features of {cfg.model.grid} x {cfg.model.grid} patches, width {encoder_width(cfg.repa)}, are computed in training: each "
+            f"image of a step is read, decoded and encoded {cfg.views} times; the encoder's time and memory are not counted"
+        )
     return (
         f"features of {cfg.model.grid} x {cfg.model.grid} patches, width {encoder_width(cfg.repa)}: {decimal(size['crop'])} a "
         f"stored crop, {decimal(10 * size['crop'] * images)} for 10 crops of the {images:,} images of ImageNet; all ranks "

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from megastar.config.schema import DataConfig, ModelConfig, RunConfig
+from megastar.data.online_features import OnlineFeatures
 from megastar.data.order import OrderSpec, sample_ids, shards_from, slot_of
 from megastar.data.prefetch import Batch, ReadAhead, ToDevice
 from megastar.data.shards.manifest import Manifest
@@ -80,6 +81,7 @@ class TokenLoader:
     ``shards`` come from ``open_shards``; the loader closes their files when it is closed. Of ``cfg`` it uses the
     model's sizes and class dropout, the number of views, ``data.window``, ``token_order`` and the length of the run for
     its annealing, ``train.seed``, ``train.global_batch`` and whether ``repa`` is active.
+    ``online`` computes the features, which are else read from the shards.
     The shards of this window and as many after it are fetched and verified in the background. Raises ``UserError`` for
     shards or sizes that do not match, here or when a row is read.
     """
@@ -95,6 +97,7 @@ class TokenLoader:
         start_step: int = 0,
         prefetch: int = 8,
         device: torch.device | str | None = None,
+        online: OnlineFeatures | None = None,
     ):
         self.shards, self.views, self.seed = shards, cfg.views, cfg.train.seed
         self.global_batch, self.accumulation, self.rank, self.world = cfg.train.global_batch, accumulation, rank, world
@@ -102,7 +105,8 @@ class TokenLoader:
         self._cfg, window = cfg, cfg.data.window
         manifest = shards.manifest
         check_manifest(manifest, cfg.model, None, cfg.views)
-        stored = manifest.stored_features if cfg.repa.active else None
+        self._features: ShardSet | OnlineFeatures = online or shards
+        stored = (online.stored if online else manifest.stored_features) if cfg.repa.active else None
         self.feature_shape = (manifest.tokens, stored.width) if stored else None  # (T, C); None: batches have none
         if self.global_batch < 1 or self.global_batch % (world * accumulation):
             raise UserError(
@@ -181,7 +185,7 @@ class TokenLoader:
             "epochs": epochs,
         }
         if self.feature_shape:
-            columns["features"] = self.shards.gather_features(ids, views)  # (n * b, M, T, C)
+            columns["features"] = self._features.gather_features(ids, views)  # (n * b, M, T, C)
         if self._cfg.token_order.kind == "random":
             shares = random_shares(self._cfg, np.array([step for step, _ in micros]), self.shards.manifest.samples)
             each = np.repeat(shares, [len(r[0]) for r in rows])
@@ -252,6 +256,8 @@ class TokenLoader:
             self._reader.close()
             self._waited += self._reader.waited
             self._reader = None
+        if isinstance(self._features, OnlineFeatures):
+            self._features.close()
         self.shards.close()
         self._announced = None
 

@@ -224,7 +224,10 @@ class Trainer(RunEnd):
     def _open_loader(self) -> TokenLoader:
         mesh, position = self.ctx.mesh, self.step + self.policy.offset
         place = {"rank": mesh.data_rank, "world": mesh.data, "accumulation": self.engines.accumulation}
-        return TokenLoader(self.data.train, self.cfg, start_step=position, device=self.ctx.device, **place)
+        device, online = self.ctx.device, self.data.online
+        if online is not None:
+            online.place(device)
+        return TokenLoader(self.data.train, self.cfg, start_step=position, device=device, online=online, **place)
 
     def _open_metrics(self, opened: ExitStack) -> MetricsLogger:
         cfg, ctx = self.cfg, self.ctx

@@ -115,7 +115,7 @@ def encoder_of(runs: Iterable[PlannedRun]) -> tuple[str, str]:
     """
     first: PlannedRun | None = None
     for run in runs:
-        if not run.cfg.repa.active:
+        if not run.cfg.repa.active or run.cfg.repa.online:
             continue
         first = first or run
         own, other = ((r.cfg.repa.encoder, r.cfg.repa.encoder_weights) for r in (run, first))

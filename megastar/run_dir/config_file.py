@@ -32,6 +32,9 @@ RESUMABLE = (
     "eval.",
     "faults.",
     "repa.encoder",  # and its weights: the checkpoint's record of the features decides
+    "repa.online",  # likewise: stored or computed
+    "repa.pictures",
+    "repa.feature_pool",
     "optim.lr",  # the remedy for a loss that is not finite
     "optim.muon.lr",
     "train.steps",

@@ -10,11 +10,26 @@ from megastar.config.sections.repa import ENCODERS, RepaConfig
 
 
 def repa_rules(r: RepaConfig, m: ModelConfig) -> Iterator[Problem]:
-    if r.online:
+    if r.online and not r.encoder:
         yield Problem(
-            "repa.online = true: features are not computed in training; store them with megastar pretokenize --features, "
-            "and set repa.online to false",
-            ("repa.online",),
+            f"repa.online = true needs repa.encoder: name {words([*ENCODERS, 'module:function'])}",
+            ("repa.online", "repa.encoder"),
+        )
+    if r.online and not r.pictures:
+        yield Problem(
+            "repa.online = true needs repa.pictures: name the images that the shards were made from",
+            ("repa.online", "repa.pictures"),
+        )
+    if not r.online and (r.pictures or r.feature_pool):
+        unused = f"repa.pictures = {r.pictures}" if r.pictures else "repa.feature_pool = true"
+        yield Problem(
+            f"{unused} is used with repa.online alone, which is false: set repa.online=true, or remove it",
+            ("repa.online", "repa.pictures", "repa.feature_pool"),
+        )
+    if r.online and r.encoder == "dinov2" and not r.encoder_weights:
+        yield Problem(
+            "repa.encoder = dinov2 needs the file of its weights: set repa.encoder_weights",
+            ("repa.encoder", "repa.encoder_weights"),
         )
     if r.block > m.n_layer:
         yield Problem(

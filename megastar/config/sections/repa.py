@@ -32,12 +32,18 @@ class RepaConfig:
         0, "width of the encoder's features; 0: that of the shards, or of repa.encoder", low=0, high=65536
     )
     encoder: str = knob(
-        "", "encoder that made the features: efflite0, dinov2 or module:function; another one is refused; empty: any"
+        "",
+        "encoder of the features: efflite0, dinov2 or module:function; stored ones of another are refused; empty: any",
     )
     encoder_weights: str = knob(
-        "", "weights file of the encoder: features made with another file are refused; empty: not compared"
+        "",
+        "weights file of the encoder: stored features made with another file are refused; empty: not compared, or none",
     )
-    online: bool = knob(False, "compute the features in training, from the pictures; not available: true is refused")
+    online: bool = knob(False, "compute the features in training, from repa.pictures, instead of reading stored ones")
+    pictures: str = knob("", "online: the folder, tar or s3:// prefix of images that the shards were made from")
+    feature_pool: bool = knob(
+        False, "online: average the patches of an encoder whose grid is a multiple of the tokens'"
+    )
 
     @property
     def active(self) -> bool:

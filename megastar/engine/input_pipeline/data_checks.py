@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megastar.checkpoint.source import open_source
 from megastar.config.model_sizes import take_sizes
 from megastar.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from megastar.data.loader import check_enough, check_manifest, open_shards, validation_batches
+from megastar.data.online_features import OnlineFeatures
 from megastar.data.order import VERSION as ORDER
 from megastar.data.prefetch import Batch
 from megastar.data.shards.features import check_same_features
@@ -24,7 +25,7 @@ from megastar.data.shards.reader import ShardSet
 from megastar.data.shards.shard_table import digest_of
 from megastar.data.token_order import validates_permuted
 from megastar.engine.context import Context
-from megastar.engine.input_pipeline.feature_checks import check_features, check_same_encoder
+from megastar.engine.input_pipeline.feature_checks import check_features, check_same_encoder, open_online
 from megastar.errors import UserError
 from megastar.run_dir.config_file import sizes_of_run
 from megastar.tokenizer.io import read_tokenizer_metadata, tokenizer_hash
@@ -39,6 +40,7 @@ class RunData:
     tokenizer: str = ""  # SHA-256 of the tokenizer that the shards were made with, or of data.tokenizer
     tokenizer_file: str = ""  # absolute path of data.tokenizer, so that it is found from any working directory
     told: tuple[str, ...] = ()  # sizes of the model that were taken from the data
+    online: OnlineFeatures | None = None  # features that are computed in training
 
     @property
     def digests(self) -> dict[str, str]:
@@ -51,7 +53,7 @@ class RunData:
         """What a checkpoint records of them."""
         manifest = self.train.manifest
         known: dict[str, Any] = {"tokenizer_file": self.tokenizer_file, "downsample": downsample_of(manifest)}
-        known["features"] = manifest.features
+        known["features"] = asdict(self.online.stored) if self.online else manifest.features
         return self.digests | {name: value for name, value in known.items() if value}
 
     def validation_batches(self, cfg: RunConfig, ctx: Context, micro_batch: int) -> list[Batch]:
@@ -83,20 +85,24 @@ def open_data(cfg: RunConfig) -> RunData:
     manifest = train.manifest
     told = tuple(_take_sizes(cfg, manifest))
     check_manifest(manifest, cfg.model, expected, cfg.views)
-    check_features(cfg.repa, manifest, cfg.data.shards)
+    online = open_online(cfg, train)
+    if online is None:
+        check_features(cfg.repa, manifest, cfg.data.shards)
+    elif manifest.features:
+        told = (*told, f"repa.online = true: the features that {cfg.data.shards} stores are not read")
     check_enough(cfg.data.shards, manifest, cfg.train.global_batch)
     if name and not manifest.tokenizer_sha256:
         check_downsample(name, manifest, cfg.data.shards)
     file = os.path.abspath(name) if name else ""
     if not cfg.data.val_shards:
-        return RunData(train, None, manifest.tokenizer_sha256 or expected or "", file, told)
+        return RunData(train, None, manifest.tokenizer_sha256 or expected or "", file, told, online)
     val = ShardSet(cfg.data.val_shards, data=cfg.data, max_open=1)  # its shards are read one after the other
     check_manifest(val.manifest, cfg.model, expected, 1)
     if val.manifest.classes != manifest.classes:
         raise UserError(
             f"{cfg.data.val_shards} and {cfg.data.shards} name different classes: make both from folders of the same names, or one with --classes of the other"
         )
-    if cfg.repa.active:
+    if cfg.repa.active and online is None:
         check_same_features(
             manifest.stored_features, val.manifest.stored_features, cfg.data.shards, cfg.data.val_shards
         )
@@ -105,7 +111,7 @@ def open_data(cfg: RunConfig) -> RunData:
         raise UserError(
             f"{cfg.data.shards} was made with the tokenizer {hashes[0][:12]}..., {cfg.data.val_shards} with {hashes[1][:12]}...: pretokenize both with one"
         )
-    return RunData(train, val, manifest.tokenizer_sha256 or expected or "", file, told)
+    return RunData(train, val, manifest.tokenizer_sha256 or expected or "", file, told, online)
 
 
 def downsample_of(manifest: Manifest) -> int:

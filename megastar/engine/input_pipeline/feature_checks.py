@@ -1,13 +1,16 @@
-"""The features that representation alignment reads: the shards have them, of the encoder that the run names."""
+"""The features of representation alignment: stored in the shards, by the encoder that the run names, or computed from images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from megastar.config.schema import RunConfig
 from megastar.config.sections.repa import RepaConfig
+from megastar.data.online_features import OnlineFeatures
 from megastar.data.shards.features import stored_features
 from megastar.data.shards.manifest import Manifest
+from megastar.data.shards.reader import ShardSet
 from megastar.errors import UserError
 from megastar.utils.files import sha256
 
@@ -23,7 +26,7 @@ def check_features(repa: RepaConfig, manifest: Manifest, shards: str) -> None:
     if stored is None:
         raise UserError(
             f"data.shards = {shards} stores no features, which repa.enabled needs: make the set again with megastar pretokenize "
-            "--features, or set repa.enabled=false"
+            "--features, compute them in training (repa.online), or set repa.enabled=false"
         )
     if repa.encoder and repa.encoder != stored.encoder:
         raise UserError(
@@ -43,6 +46,23 @@ def check_features(repa: RepaConfig, manifest: Manifest, shards: str) -> None:
             f"repa.width = {repa.width}, but data.shards = {shards} has features of {stored}: set it to {stored.width}, or to 0"
         )
     repa.width = stored.width
+
+
+def open_online(cfg: RunConfig, shards: ShardSet) -> OnlineFeatures | None:
+    """The features that ``repa.online`` computes, with ``repa.width`` set from them where it is 0; None without it.
+
+    Raises ``UserError`` for images that are not those of the shards, errors of the encoder, and another width.
+    """
+    repa = cfg.repa
+    if not (repa.active and repa.online):
+        return None
+    online = OnlineFeatures(repa, shards, cfg.data.tokenizer)
+    if repa.width and repa.width != online.stored.width:
+        raise UserError(
+            f"repa.width = {repa.width}, but features of {online.stored} are computed: set it to {online.stored.width}, or to 0"
+        )
+    repa.width = online.stored.width
+    return online
 
 
 def check_same_encoder(recorded: Any, now: Any, shards: str, found: Path) -> None:

@@ -188,7 +188,6 @@ def test_wrong_features_are_refused_in_one_sentence(world, encoded, tmp_path):
         f"repa.encoder_weights={other}": f"repa.encoder_weights = {other} has SHA-256",
         f"repa.encoder_weights={tmp_path}/none": "does not exist",
         "repa.width=768": "repa.width = 768, but data.shards",
-        "repa.online=true": "features are not computed in training",
         "repa.block=3": "repa.block = 3: must be at most model.n_layer 2",
         f"data.val_shards={encoded / 'own'}": "has features of efflite0 (block 10, 16 px a patch), 4 x 4 x 112 float16, weights",
     }  # fmt: skip
