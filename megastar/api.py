@@ -114,7 +114,8 @@ class Model:
             top_p: sample from the most probable codes up to this total probability only.
             batch: images that are sampled at once.
             parallel_steps: draw the tokens in this many steps, by weights of random token order; 0: one by one.
-            schedule: "cosine" or "uniform", how many tokens each of these steps draws.
+            schedule: "cosine" or "uniform", how many tokens each of these steps draws; "diagonal": one diagonal of the grid per
+                step, without ``parallel_steps``.
             token_order: "raster", "random", or "auto": random with ``parallel_steps``, else raster.
 
         Raises ``UserError`` for an unknown class or an option out of its range.

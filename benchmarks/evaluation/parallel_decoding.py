@@ -46,6 +46,7 @@ def settings(a: argparse.Namespace, steps: list[int], own: bool) -> dict[str, Sa
     rows["random order, one by one"] = SamplingOptions(**common, token_order="random")
     for n in steps:
         rows[f"{n} steps, {a.schedule}"] = SamplingOptions(**common, parallel_steps=n, schedule=a.schedule)
+    rows["one diagonal per step"] = SamplingOptions(**common, schedule="diagonal")
     return rows
 
 

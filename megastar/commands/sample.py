@@ -23,6 +23,7 @@ from megastar.commands._shared.common import (
 from megastar.commands._shared.outputs import check_outputs
 from megastar.commands._shared.sample_output import SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
 from megastar.errors import UserError
+from megastar.sampling.parallel import PART_SCHEDULES, STEP_SCHEDULES
 from megastar.sampling.pipeline import open_pipeline
 from megastar.utils.files import check_regular
 
@@ -108,9 +109,9 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--schedule",
-        choices=("cosine", "uniform"),
+        choices=STEP_SCHEDULES,
         help="with --parallel-steps: few tokens in the first steps and many in the last (cosine, the default), or as many in "
-        "each",
+        "each (uniform); without it: one diagonal of the grid of tokens per step, 15 steps for 8 x 8 (diagonal)",
     )
     p.add_argument(
         "--token-order",
@@ -166,7 +167,7 @@ def main(words: list[str]) -> int:
         raise UserError("--like sets the class frequencies of --count images: give --count too")
     if a.plan == "random" and (a.count is None or a.like):
         raise UserError("--plan random draws the classes of --count images: give --count, and no --like")
-    if a.schedule and not a.parallel_steps:
+    if a.schedule in PART_SCHEDULES and not a.parallel_steps:
         raise UserError(f"--schedule {a.schedule} divides the tokens among --parallel-steps: give that too")
     rank, world, _ = place_of(os.environ)
     if max(world, a.nproc) > 1 and not (a.npz or a.folder or a.score):

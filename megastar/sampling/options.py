@@ -8,7 +8,7 @@ from typing import Any
 
 from megastar.config.schema import ModelConfig
 from megastar.sampling.guidance import SCHEDULES
-from megastar.sampling.parallel import STEP_SCHEDULES, token_counts
+from megastar.sampling.parallel import STEP_SCHEDULES, diagonals, token_counts
 
 TOKEN_ORDERS = ("auto", "raster", "random")
 
@@ -21,8 +21,9 @@ class SamplingOptions:
     above the vocabulary keeps all codes. With a factorised head these filters apply to each sub-code.
 
     For networks of random order: ``parallel_steps`` draws the tokens in this many steps instead of one by one (0),
-    ``schedule`` as in ``parallel.token_counts``; ``token_order`` raster, random (a permutation of each image, from its
-    seed), or auto: random with ``parallel_steps``, else raster.
+    ``schedule`` as in ``parallel.token_counts``, or diagonal: one diagonal of the grid per step, without
+    ``parallel_steps``; ``token_order`` raster, random (a permutation of each image, from its seed), or auto: random with
+    ``parallel_steps``, else raster.
     """
 
     cfg_scale: float = 1.0
@@ -37,18 +38,24 @@ class SamplingOptions:
 
     @property
     def permutes(self) -> bool:
+        if self.schedule == "diagonal":
+            return True
         return self.token_order == "random" or (self.token_order == "auto" and self.parallel_steps > 0)
 
     def token_counts(self, tokens: int) -> list[int]:
         """The number of tokens that each step draws."""
+        if self.schedule == "diagonal":
+            return diagonals(tokens)[1]
         return token_counts(tokens, self.parallel_steps or tokens, self.schedule)
 
     def recorded(self) -> dict[str, Any]:
         """The fields for the record of images; those of random order only where they are used: older records lack them."""
         fields = dict(vars(self))
+        del fields["token_order"]
+        if self.schedule == "diagonal":
+            return fields | {"token_order": "diagonal"}
         if not self.parallel_steps:
             del fields["parallel_steps"], fields["schedule"]
-        del fields["token_order"]
         return fields | ({"token_order": "random"} if self.permutes else {})
 
     def problems(self, c: ModelConfig) -> list[str]:
@@ -72,12 +79,16 @@ class SamplingOptions:
             out.append(f"schedule {self.schedule!r}: choose one of {', '.join(STEP_SCHEDULES)}")
         if self.token_order not in TOKEN_ORDERS:
             out.append(f"token_order {self.token_order!r}: choose one of {', '.join(TOKEN_ORDERS)}")
+        if self.schedule == "diagonal":
+            out += self._diagonal_problems(c)
         if c.target_position == "none":
             trained = "these weights were trained in raster order, and only a network of random order (token_order.kind=random)"
             if self.parallel_steps:
                 out.append(
                     f"parallel_steps {self.parallel_steps}: {trained} draws several tokens per step: leave it out"
                 )
+            if self.schedule == "diagonal":
+                out.append(f"schedule diagonal: {trained} draws several tokens per step: leave it out")
             if self.token_order == "random":
                 out.append(f"token_order random: {trained} draws tokens in another order: leave it out")
         elif self.parallel_steps > c.image_tokens:
@@ -85,4 +96,16 @@ class SamplingOptions:
                 f"parallel_steps {self.parallel_steps} must be at most {c.image_tokens}, the tokens of an image: each step "
                 "draws one or more"
             )
+        return out
+
+    def _diagonal_problems(self, c: ModelConfig) -> list[str]:
+        steps = 2 * c.grid - 1
+        out = []
+        if self.parallel_steps not in (0, steps):
+            out.append(
+                f"parallel_steps {self.parallel_steps}: schedule diagonal draws one diagonal of the {c.grid} x {c.grid} tokens per "
+                f"step, {steps} steps: leave it out"
+            )
+        if self.token_order != "auto":
+            out.append(f"token_order {self.token_order}: schedule diagonal determines the order: leave it out")
         return out

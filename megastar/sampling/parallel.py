@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STEP_SCHEDULES = ("cosine", "uniform")
+PART_SCHEDULES = ("cosine", "uniform")  # parts of any order
+STEP_SCHEDULES = (*PART_SCHEDULES, "diagonal")
 _ORDER = 1  # counter of the order's random numbers; those of the tokens begin at 0
 
 
@@ -29,7 +30,7 @@ def token_counts(tokens: int, steps: int, schedule: str = "cosine") -> list[int]
     ``uniform``: equal parts, as nearly as possible, smaller ones first. ``cosine``: after s of N steps T (1 - cos(pi s / 2 N))
     tokens are drawn, so few at first, when little is known (MaskGIT, arXiv 2202.04200; RandAR, arXiv 2412.01827).
     """
-    assert 1 <= steps <= tokens and schedule in STEP_SCHEDULES, (tokens, steps, schedule)
+    assert 1 <= steps <= tokens and schedule in PART_SCHEDULES, (tokens, steps, schedule)
     counts, done = [], 0
     for s in range(1, steps + 1):
         share = s / steps if schedule == "uniform" else 1 - math.cos(math.pi / 2 * s / steps)
@@ -38,6 +39,19 @@ def token_counts(tokens: int, steps: int, schedule: str = "cosine") -> list[int]
         counts.append(until - done)
         done = until
     return counts
+
+
+def diagonals(tokens: int) -> tuple[list[int], list[int]]:
+    """The order of the grid's positions by diagonals, r + c = 0, 1, ..., each from its top, and the tokens of each: 2 g - 1
+    steps for a grid of g x g.
+
+    A token is drawn when its left and upper neighbours are known, as in raster order, and the tokens of a step are no
+    neighbours of each other (as in NAR, arXiv 2503.10696).
+    """
+    side = math.isqrt(tokens)
+    assert side * side == tokens, tokens
+    order = sorted(range(tokens), key=lambda p: (p // side + p % side, p))
+    return order, [min(d + 1, 2 * side - 1 - d) for d in range(2 * side - 1)]
 
 
 def decoding_steps(counts: Sequence[int]) -> list[DecodingStep]:

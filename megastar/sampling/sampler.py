@@ -16,7 +16,7 @@ from megastar.sampling.decoder import CachedDecoder, StepGraphs
 from megastar.sampling.guidance import null_until, scales
 from megastar.sampling.logits import draw, probabilities
 from megastar.sampling.options import SamplingOptions
-from megastar.sampling.parallel import DecodingStep, decoding_steps, random_orders
+from megastar.sampling.parallel import DecodingStep, decoding_steps, diagonals, random_orders
 from megastar.tokenizer.vq import VQModel, to_pixels
 from megastar.utils.progress_bar import ProgressBar
 
@@ -145,7 +145,11 @@ class Sampler:
         if permuted != self.permuted and self.graphs is not None:
             self.graphs.graphs.clear()  # they are of the other kind of step
         self.permuted = permuted
-        orders = given if given is not None else random_orders(seeds, T) if permuted else torch.arange(T)
+        orders = given
+        if orders is None and self.options.schedule == "diagonal":
+            orders = torch.tensor(diagonals(T)[0])
+        if orders is None:
+            orders = random_orders(seeds, T) if permuted else torch.arange(T)
         self.orders[:count] = orders.to(self.orders.device)
 
     def _step(self, number: int, count: int) -> None:

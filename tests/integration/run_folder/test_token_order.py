@@ -149,7 +149,14 @@ def test_samples_in_several_steps(world, folder, tmp_path):
     )
     assert done.returncode == 2 and "parallel_steps 5, not 6" in done.stderr
 
+    megastar("sample", folder / "pure", *common, "--schedule", "diagonal", "--npz", tmp_path / "diagonal.npz")
+    record = json.loads((tmp_path / "diagonal.npz.json").read_text())["identity"]
+    assert (record["schedule"], record["token_order"]) == ("diagonal", "diagonal")
+
     model = package.load(folder / "pure", tokenizer=world.tokenizer, device="cpu")
+    of_class = np.tile([0, 1, 2], 4).tolist()
+    drawn = model.sample(of_class, 1, cfg_scale=1, temperature=1, schedule="diagonal")
+    assert np.array_equal(drawn, read_npz(tmp_path / "diagonal.npz")[0])
     labels = ["circle", "square", "stroke"]
     plain = model.sample(labels, 2, cfg_scale=1.5)
     assert np.array_equal(model.sample(labels, 2, cfg_scale=1.5, parallel_steps=16, token_order="raster"), plain)
@@ -159,6 +166,8 @@ def test_samples_in_several_steps(world, folder, tmp_path):
         (["raster", "--parallel-steps", 4], "these weights were trained in raster order"),
         (["raster", "--token-order", "random"], "these weights were trained in raster order"),
         (["pure", "--parallel-steps", 17], "parallel_steps 17 must be at most 16, the tokens of an image"),
+        (["raster", "--schedule", "diagonal"], "schedule diagonal: these weights were trained in raster order"),
+        (["pure", "--schedule", "diagonal", "--parallel-steps", 5], "4 x 4 tokens per step, 7 steps: leave it out"),
         (["pure", "--schedule", "uniform"], "--schedule uniform divides the tokens among --parallel-steps"),
     ):
         done = megastar("sample", folder / words[0], *words[1:], "--tokenizer", world.tokenizer, check=False)

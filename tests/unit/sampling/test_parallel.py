@@ -15,7 +15,7 @@ from megastar.sampling.guidance import guide, scales
 from megastar.sampling.kv_cache import KVCache
 from megastar.sampling.logits import draw, probabilities
 from megastar.sampling.options import SamplingOptions
-from megastar.sampling.parallel import DecodingStep, decoding_steps, random_orders, token_counts
+from megastar.sampling.parallel import DecodingStep, decoding_steps, diagonals, random_orders, token_counts
 from megastar.sampling.sampler import Sampler, sample_seeds, uniform_noise
 
 T, V = 16, 23
@@ -84,6 +84,18 @@ def test_the_schedules_are_the_formulas():
     assert token_counts(256, 8) == sorted(token_counts(256, 8))  # few first
 
 
+def test_diagonals():
+    order, counts = diagonals(9)
+    assert order == [0, 1, 3, 2, 4, 6, 5, 7, 8] and counts == [1, 2, 3, 2, 1]
+    for side in (1, 2, 8, 16):
+        order, counts = diagonals(side * side)
+        assert sorted(order) == list(range(side * side)) and sum(counts) == side * side and len(counts) == 2 * side - 1
+        step = {p: n for n, c in enumerate(counts) for p in order[sum(counts[:n]) : sum(counts[:n]) + c]}
+        for p, n in step.items():  # the upper and the left neighbour are known
+            assert p < side or step[p - side] == n - 1
+            assert p % side == 0 or step[p - 1] == n - 1
+
+
 def test_a_step_begins_after_the_query_that_stays_in_the_cache():
     assert decoding_steps([1, 2, 3, 1]) == [
         DecodingStep(0, 0, 1),
@@ -139,6 +151,19 @@ def test_tokens_are_those_of_the_recomputed_sequences(kind, steps, schedule, sca
     raster = torch.arange(T).repeat(5, 1)
     wanted = recomputed(model, labels, raster, seeds, token_counts(T, steps, schedule), **options)
     assert torch.equal(Sampler(model, in_rows, 5).draw(labels, seeds), wanted)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "rotary"])
+@pytest.mark.parametrize("given", [0, 7])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_one_diagonal_per_step(kind, given, scale):
+    model, labels, seeds = network(kind), torch.tensor([0, 1, 3, 2, 1]), sample_seeds(11, 5)
+    options = {"cfg_scale": scale, "cfg_schedule": "linear", "top_k": 9}
+    sampler = Sampler(model, SamplingOptions(**options, parallel_steps=given, schedule="diagonal"), 3)
+    order, counts = diagonals(T)
+    wanted = recomputed(model, labels, torch.tensor(order).repeat(5, 1), seeds, counts, **options)
+    drawn = [sampler.draw(labels[i : i + 3], seeds[i : i + 3]) for i in (0, 3)]
+    assert torch.equal(torch.cat(drawn), wanted)
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -197,6 +222,17 @@ def test_images_do_not_depend_on_the_batch(batch):
         ("rotary", {"parallel_steps": 17}, "parallel_steps 17 must be at most 16, the tokens of an image"),
         ("rotary", {"parallel_steps": -1}, "parallel_steps -1 must be 0 "),
         ("rotary", {"parallel_steps": 2, "schedule": "linear"}, "schedule 'linear': choose one of cosine, uniform"),
+        ("none", {"schedule": "diagonal"}, "schedule diagonal: these weights were trained in raster order"),
+        (
+            "rotary",
+            {"schedule": "diagonal", "parallel_steps": 4},
+            "parallel_steps 4: schedule diagonal draws one diagonal of the 4 x 4 tokens per step, 7 steps: leave it out",
+        ),
+        (
+            "rotary",
+            {"schedule": "diagonal", "token_order": "raster"},
+            "token_order raster: schedule diagonal determines the order: leave it out",
+        ),
         ("rotary", {"token_order": "spiral"}, "token_order 'spiral': choose one of auto, raster, random"),
     ],
 )
