@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megastar.config.knob import LARGE, knob
 
-ENCODERS = ("efflite0", "dinov2")  # of megastar; any other is module:function
+ENCODERS = ("efflite0", "dinov2", "dinov3")  # of megastar; any other is module:function
 
 
 @dataclass
@@ -32,7 +32,8 @@ class RepaConfig:
         0, "width of the encoder's features; 0: that of the shards, or of repa.encoder", low=0, high=65536
     )
     encoder: str = knob(
-        "", "encoder that made the features: efflite0, dinov2 or module:function; another one is refused; empty: any"
+        "",
+        "encoder that made the features: efflite0, dinov2, dinov3 or module:function; another one is refused; empty: any",
     )
     encoder_weights: str = knob(
         "", "weights file of the encoder: features made with another file are refused; empty: not compared"
