@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from megastar.errors import UserError
-from megastar.utils.files import check_regular, existing_parent, sync_folder
+from megastar.utils.files import check_regular, check_space, existing_parent, sync_folder
 from megastar.utils.lockfile import is_running
 
 SLACK = 1 << 20  # bytes, for headers and folder entries
@@ -75,12 +75,7 @@ def check_free(out: Path, need: int, force: bool, holds: Sequence[str] = ()) -> 
     there = existing_parent(out.parent)
     if not there.is_dir():
         raise UserError(f"{out}: {there} is a file, not a folder: choose another path")
-    free = shutil.disk_usage(there).free
-    if free < need + SLACK:
-        raise UserError(
-            f"{out} needs {(need + SLACK) / 1e6:.0f} MB and {there} has {free / 1e6:.0f} MB free: "
-            "free space or choose another path"
-        )
+    check_space(there, need + SLACK, f"{out} needs")
 
 
 def settle(path: Path) -> None:

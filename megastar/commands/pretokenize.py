@@ -70,9 +70,7 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the encoder")
     p.add_argument("--batch", type=natural, default=0, help="crops per encoder call; 0: by device and size")
     p.add_argument("--seed", type=seed, default=0, help="seed of the order of the images")
-    kinds = (
-        "also store an encoder's patch features, for repa: efflite0, dinov2 (with --feature-weights) or module:function"
-    )
+    kinds = "also store an encoder's patch features, for repa: efflite0, dinov2 or dinov3 (with --feature-weights), or module:function"
     p.add_argument("--features", default="", metavar="ENCODER", help=kinds)
     p.add_argument("--feature-weights", metavar="FILE", help="weights of the encoder of --features")
     pool = "average the patches of an encoder whose grid is a multiple of the tokens' (else it is refused)"

@@ -21,7 +21,10 @@ class VariantConfig:
 
     label: str = knob("", "name in tables and figures; empty: its key")
     kind: str = knob("main", "main, or ablation (thinner lines in figures)", choices=KINDS)
-    overrides: list[str] = knob([], "fields that differ from the base run, each as section.field=value")
+    overrides: list[str] = knob(
+        [],
+        "fields that differ from the base run, each as section.field=value; also sample.parallel_steps, schedule, token_order",
+    )
     seeds: list[int] = knob([], "seeds of its runs; empty: those of the comparison", low=0, high=MOST_SEED)
 
 
@@ -43,7 +46,7 @@ class ProbeConfig:
 
 @dataclass
 class SampleConfig:
-    """The sampler, the same for all runs (megastar sample)."""
+    """The sampler, the same for all runs but for overrides of parallel decoding in variants (megastar sample)."""
 
     count: int = knob(2000, "images sampled from the last checkpoint of each run", low=4, high=10**9)
     like: str = knob("train", "split whose class frequencies the samples follow", choices=SPLITS)
@@ -51,6 +54,19 @@ class SampleConfig:
     temperature: float = knob(1.0, "1: the model's own distribution", above=0, high=10**6)
     top_k: int = knob(0, "keep the k most likely codes; 0: all", low=0, high=2**20)
     top_p: float = knob(1.0, "keep the most likely codes up to this probability mass", above=0, high=1)
+    parallel_steps: int = knob(
+        0, "variants of random token order: draw an image's tokens in this many steps; 0: one by one", low=0, high=65536
+    )
+    schedule: str = knob(
+        "cosine",
+        "with parallel_steps: cosine, few tokens in the first steps and many in the last; uniform, as many in each",
+        choices=("cosine", "uniform"),
+    )
+    token_order: str = knob(
+        "auto",
+        "variants of random token order: raster, random, or auto: random with parallel_steps, else raster",
+        choices=("auto", "raster", "random"),
+    )
     seed: int = knob(0, "image i depends only on the seed, i and its class", low=0, high=MOST_SEED)
     batch: int = knob(64, "images per batch", low=1, high=MOST_BATCH)
 
@@ -134,6 +150,11 @@ def rules(cfg: CompareConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     for name, texts, known in (("weights", cfg.weights, WEIGHTS), ("score.against", cfg.score.against, SPLITS)):
         if not texts or len(set(texts)) != len(texts) or set(texts) - set(known):
             yield f"{name} = {texts}: must contain one or more of {', '.join(known)}, each once", (name,)
+    if cfg.sample.schedule != SampleConfig().schedule and not cfg.sample.parallel_steps:
+        yield (
+            f"sample.schedule = {cfg.sample.schedule}: divides the tokens among sample.parallel_steps, which is 0: set that too",
+            ("sample.schedule", "sample.parallel_steps"),
+        )
     t, every = cfg.base.train, cfg.curve.every
     if not t.steps:
         yield "base.train.steps is 0: give the number of steps, the same for all variants", ("base.train.steps",)

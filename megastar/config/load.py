@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megastar.config.comparison import CompareConfig
+from megastar.config.comparison import CompareConfig, SampleConfig
 from megastar.config.convert import convert, shown, type_name
 from megastar.config.deepspeed import deepspeed_problems
 from megastar.config.env_text import EnvText, keep_expressions, recorded, resolve
@@ -59,6 +59,12 @@ def override_config(cfg: RunConfig, overrides: Sequence[str], where: str) -> Run
     made = _load(asdict(cfg), overrides, RunConfig, where, None)
     made.model.leave_unset(cfg.model.unset & unset_sizes({}, overrides))
     return made
+
+
+def override_sample(sample: SampleConfig, overrides: Sequence[str], where: str) -> SampleConfig:
+    """``sample`` of a comparison with ``sample.field=value`` overrides, checked; ``where`` begins the sentence about a problem."""
+    rest = {"pictures": "-", "variants": {"a": {}}, "base": {"train": {"steps": 1}}}
+    return _load(rest | {"sample": asdict(sample)}, overrides, CompareConfig, where, None).sample
 
 
 def config_from_dict(data: dict[str, Any], near: Path | None = None) -> RunConfig:

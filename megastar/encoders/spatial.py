@@ -1,6 +1,6 @@
-"""Frozen encoders of pictures into patch features, for representation alignment: efflite0, dinov2, or a user's function.
+"""Frozen encoders of pictures into patch features, for representation alignment: efflite0, dinov2, dinov3, or a user's function.
 
-The input size of efflite0 and dinov2 is chosen so that their patches are the patches of the tokens: no feature is
+The input size of efflite0, dinov2 and dinov3 is chosen so that their patches are the patches of the tokens: no feature is
 interpolated. A user's function may have a finer grid, a multiple of the tokens' grid, if averaging was asked for.
 """
 
@@ -19,10 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megastar.encoders.efficientnet import EfficientNetLite0, weights_file
+from megastar.encoders.vit import FrozenVit
 from megastar.errors import UserError
 from megastar.utils.files import sha256
 
-NAMES = "efflite0, dinov2 with a weights file, or module:function"
+NAMES = "efflite0, dinov2 or dinov3 with a weights file, or module:function"
+DINO = {
+    "dinov2": "dinov2_vitb14_pretrain.pth",
+    "dinov3": "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth",
+}  # an example of each
 BLOCK, STRIDE = (
     10,
     16,
@@ -47,10 +52,10 @@ def open_encoder(name: str, weights: str | Path | None = None, device: torch.dev
         return EffLite0Patches(device)
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"the encoder's weights {weights} do not exist: name the file")
-    if name == "dinov2":
+    if name in DINO:
         if weights is None:
-            raise UserError("dinov2 needs a weights file, as dinov2_vitb14_pretrain.pth: name it (--feature-weights)")
-        return DinoPatches(weights, device)
+            raise UserError(f"{name} needs a weights file, as {DINO[name]}: name it (--feature-weights)")
+        return DinoPatches(name, weights, device)
     if all(name.partition(":")):
         return CustomPatches(name, weights, device)
     raise UserError(f"unknown encoder {name!r}: choose {NAMES}")
@@ -83,16 +88,16 @@ class EffLite0Patches:
 
 
 class DinoPatches:
-    """DINOv2 of a weights file, its patch tokens after the last norm; images are resized to one patch a token."""
+    """DINOv2 or DINOv3 of a weights file, its patch tokens after the last norm; images are resized to one patch a token."""
 
-    name = "dinov2"
     layer = "patch tokens after the last norm"
 
-    def __init__(self, weights: str | Path, device: torch.device | str = "cpu"):
-        from megastar.encoders import dinov2
+    def __init__(self, name: str, weights: str | Path, device: torch.device | str = "cpu"):
+        from megastar.encoders import dinov2, dinov3
 
-        self.device = torch.device(device)
-        self.net = dinov2.load(weights).to(self.device)
+        self.name, self.device = name, torch.device(device)
+        net: FrozenVit = (dinov2 if name == "dinov2" else dinov3).load(weights)
+        self.net = net.to(self.device)
         self.weights_sha256 = sha256(Path(weights))
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from megastar.config.comparison import CompareConfig
 from megastar.config.files import require_file
 from megastar.errors import UserError
 from megastar.experiments.plan import PlannedRun, codes_folder
+from megastar.experiments.samplers import options_of, recorded_sampler, sampler_of
 from megastar.run_dir.checkpoint_dir import name_of
 from megastar.run_dir.layout import CHECKPOINTS, MANIFEST
 from megastar.utils.files import sha256, write_atomic
@@ -101,7 +102,7 @@ class Evaluation:
             codes = [hashes["codes"][s] for s in (c.probe.fit_on, c.probe.score_on)]
             inputs |= {"probe": asdict(c.probe), "codes": codes}
         else:
-            sample = asdict(c.sample) | {"count": part.count}
+            sample = recorded_sampler(sampler_of(c, part.run.variant)) | {"count": part.count}
             inputs |= {"sample": sample, "score": asdict(c.score), "curve": part.curve}
             inputs |= {"like": hashes["codes"][c.sample.like]}
             inputs |= {name: hashes[name] for name in ("real", "inception", "tokenizer")}
@@ -164,13 +165,12 @@ class Evaluation:
         from megastar.sampling.pipeline import open_pipeline
         from megastar.utils.device import pick_device
 
-        c, s = self.cfg, self.cfg.sample
+        c, s = self.cfg, sampler_of(self.cfg, part.run.variant)
         found, device = find_weights(part.checkpoint, part.weights), pick_device("auto")
         weights = found.file
         labels = labels_like(labels_of(codes_folder(c, s.like)), part.count, s.seed)
         pipeline = open_pipeline(
-            found, find_tokenizer(c), labels, seed=s.seed, batch=s.batch, cfg_scale=s.cfg_scale,
-            temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
+            found, find_tokenizer(c), labels, seed=s.seed, batch=s.batch, **vars(options_of(s))
         )  # fmt: skip
         network = open_network("efflite0", device, inception=c.score.inception or None)
         metrics = choose_metrics(c.score.metrics or None, network)[: 1 if part.curve else None]

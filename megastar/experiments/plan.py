@@ -14,6 +14,7 @@ from megastar.config.model_sizes import set_sizes, take_sizes
 from megastar.config.schema import RunConfig
 from megastar.config.validate import find_problems
 from megastar.errors import UserError
+from megastar.experiments.samplers import check_samplers, sampler_of, training_overrides
 from megastar.run_dir.checkpoint_dir import folder_of, latest, name_of
 from megastar.run_dir.layout import CONFIG
 
@@ -97,14 +98,16 @@ def plan_runs(cfg: CompareConfig, gpus: int) -> list[PlannedRun]:
                 "train.keep_every": cfg.curve.every,
                 "train.threads": cfg.base.train.threads or threads,
             }
-            if conflicts := [text for text in variant.overrides if text.partition("=")[0] in fixed]:
+            own = training_overrides(variant)
+            if conflicts := [text for text in own if text.partition("=")[0] in fixed]:
                 raise UserError(
                     f"variants.{name}.overrides contains {conflicts[0]}, which the comparison sets itself: remove it"
                 )
-            overrides = [*variant.overrides, *(f"{field}={value}" for field, value in fixed.items())]
+            overrides = [*own, *(f"{field}={value}" for field, value in fixed.items())]
             runs.append(PlannedRun(label, name, seed, override_config(cfg.base, overrides, f"variant {name}")))
     check_fair(runs, cfg.curve.every)
     encoder_of(runs)
+    check_samplers(cfg, ((run.variant, run.cfg.model) for run in runs))
     return runs
 
 
@@ -139,17 +142,20 @@ def take_sizes_of_codes(cfg: CompareConfig, runs: Iterable[PlannedRun]) -> str:
     if not cfg.base.model.unset or not (Path(folder) / MANIFEST).is_file():
         return ""
     sizes, origin = load_manifest(folder).model_sizes, f"the manifest of {folder}"
+    runs = list(runs)
     for run in runs:
         take_sizes(run.cfg, sizes, origin)
     words = set_sizes(cfg.base, sizes)
     if problem := next(iter(find_problems(cfg)), None):
         raise UserError(f"{words}, from {origin}: {problem.text}")
+    check_samplers(cfg, ((run.variant, run.cfg.model) for run in runs))
     return f"{words}, from {origin}"
 
 
 def changed_fields(cfg: CompareConfig, run: PlannedRun) -> list[str]:
-    """The fields in which a run differs from the base configuration, except the housekeeping ones."""
-    return diff_configs(cfg.base, run.cfg, (*HOUSEKEEPING, "train.seed"))
+    """The fields in which a run and its sampler differ from the base configuration, except the housekeeping ones."""
+    sampled = [f"sample.{text}" for text in diff_configs(cfg.sample, sampler_of(cfg, run.variant))]
+    return [*diff_configs(cfg.base, run.cfg, (*HOUSEKEEPING, "train.seed")), *sampled]
 
 
 def baselines(cfg: CompareConfig, runs: Iterable[PlannedRun]) -> list[str]:

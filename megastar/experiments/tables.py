@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megastar.experiments.plan import changed_fields
 from megastar.experiments.results import HIGHER, Results, spread
+from megastar.experiments.samplers import decoding_words, sampler_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,9 +128,18 @@ def description(results: Results) -> str:
         f"Mean ± standard deviation (n - 1) over seeds; n=1: one seed, no standard deviation. Probe: block "
         f"{c.probe.block}, null class, fitted on {c.probe.fit_on}, scored on {c.probe.score_on}; the best position is "
         f"chosen per run. Scores: {c.sample.count} images, cfg_scale {c.sample.cfg_scale:g}, temperature "
-        f"{c.sample.temperature:g}, against {' and '.join(c.score.against)}. Validation loss: next token, one crop, no "
+        f"{c.sample.temperature:g}{decoding_note(results)}, against {' and '.join(c.score.against)}. Validation loss: next token, one crop, no "
         f"mask, student weights. ↑ higher is better, ↓ lower is better."
     )
+
+
+def decoding_note(results: Results) -> str:
+    """How the tokens are drawn where it is not one by one in raster order; empty if they all are."""
+    words = {label: decoding_words(sampler_of(results.cfg, v)) for v, label in results.labels.items()}
+    used = {label: text for label, text in words.items() if text}
+    if len(used) == len(words) and len(set(used.values())) == 1:
+        return f", tokens drawn in {next(iter(used.values()))}"
+    return f", tokens drawn in {'; '.join(f'{text} for {label}' for label, text in used.items())}" if used else ""
 
 
 def cost_note(results: Results) -> str:

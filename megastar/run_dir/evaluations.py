@@ -3,7 +3,8 @@
     {"step": 400, "epoch": 5.0, "metric": "FID", "value": 31.4, "samples": 5000, "cfg_scale": 1.0, "weights": "ema",
      "against": "VIRTUAL_imagenet256_labeled.npz", "key": "3f9a...", "seconds": 120.3, "time": "2026-01-31T12:00:00+00:00"}
 
-The file is append-only: a step that is repeated, after a resume or a rollback, gets a new line if its weights differ.
+The file is append-only: a step that is repeated, after a resume or a rollback, gets a new line if its weights differ. A line's
+``rollbacks`` counts the rollbacks before it: one that a later rollback discarded the weights of is not read.
 ``key`` is a hash of everything that a score depends on, the weights included.
 """
 
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from megastar.run_dir import lease
+from megastar.run_dir.checkpoint_dir import NAME, step_in
 from megastar.run_dir.jsonl import MAX_EVENTS, read_jsonl
 from megastar.run_dir.layout import EVALUATING, EVALUATIONS
+from megastar.run_dir.rollbacks import read_rollbacks
 from megastar.utils.files import append_line
 from megastar.utils.json_file import FLOAT, integer, one_of, record, text, validator
 
@@ -28,7 +31,7 @@ _RECORD = validator(
             "step": integer(0, 10**9), "epoch": FLOAT, "metric": text(200), "value": FLOAT, "samples": integer(1, 10**9),
             "cfg_scale": FLOAT, "weights": one_of("ema", "student"), "against": text(5000), "key": text(100),
         },
-        {"seconds": FLOAT, "time": text(100)},
+        {"seconds": FLOAT, "time": text(100), "rollbacks": integer(0, 10**9)},
     )
 )  # fmt: skip
 _PROGRESS = validator(record({"step": integer(0, 10**9), "done": integer(0, 10**9), "samples": integer(1, 10**9)}))
@@ -45,14 +48,23 @@ def append_evaluation(run: Path, found: Mapping[str, Any]) -> None:
 
 def read_evaluations(run: Path, until: int | None = None) -> list[Record]:
     """The newest score of each step, in the order of the steps, of the protocol of the newest line; damaged lines are
-    skipped. ``until``: leave out later steps, of which a rolled-back run has scores of other weights."""
+    skipped, and scores of weights that a rollback discarded. ``until``: leave out later steps, of which older versions did not
+    record whether a rollback followed."""
     lines = [r for r in read_jsonl(run / EVALUATIONS, _RECORD, MAX_EVENTS) if math.isfinite(r["value"])]
+    names = [r["to"] for r in read_rollbacks(run)] if lines else []
+    targets = [step_in(Path(name)) if NAME.fullmatch(name) else math.inf for name in names]
+    lines = [r for r in lines if not is_discarded(r, targets)]
     lines = [r for r in lines if until is None or r["step"] <= until]
     if not lines:
         return []
     protocol = protocol_of(lines[-1])
     newest = {r["step"]: r for r in lines if protocol_of(r) == protocol}
     return [newest[step] for step in sorted(newest)]
+
+
+def is_discarded(found: Mapping[str, Any], targets: Sequence[float]) -> bool:
+    """Whether a rollback after the score went back to an earlier step. ``targets``: the steps of all rollbacks, oldest first."""
+    return "rollbacks" in found and any(step < found["step"] for step in targets[found["rollbacks"] :])
 
 
 def protocol_of(found: Mapping[str, Any]) -> tuple[Any, ...]:

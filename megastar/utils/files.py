@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import tempfile
@@ -38,6 +39,18 @@ def is_plain_name(name: object) -> bool:
 def existing_parent(path: Path) -> Path:
     """``path``, or its nearest parent that exists."""
     return next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+
+
+def check_space(path: Path, need: int, what: str, advice: str = "free space or choose another path") -> None:
+    """Raise ``UserError`` if the disk of ``path``, which may not exist yet, has less than ``need`` bytes free.
+
+    ``what`` and ``advice`` begin and end the sentence: "the images need" 5.0 MB and FOLDER has 1.0 MB free: "free space".
+    """
+    from rich.filesize import decimal
+
+    there = existing_parent(path)
+    if (free := shutil.disk_usage(there).free) < need:
+        raise UserError(f"{what} {decimal(need)} and {there} has {decimal(free)} free: {advice}")
 
 
 def check_output(path: Path, name: str, inputs: Iterable[str | Path | None] = (), folder: bool = False) -> None:

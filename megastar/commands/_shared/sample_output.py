@@ -100,18 +100,12 @@ def record(pipeline: SamplingPipeline, origin: dict[str, Any]) -> tuple[dict[str
 def check_free_space(pipeline: SamplingPipeline, folder: Path, copies: int) -> None:
     """Raise ``UserError`` if the disk of ``folder`` has too little free space for the missing images."""
     import math
-    import shutil
 
-    from megastar.utils.files import existing_parent
+    from megastar.utils.files import check_space
 
     have = sum(p.stat().st_size for p in folder.glob("part-*.npz")) if folder.is_dir() else 0
     need = copies * math.prod(pipeline.shape) - have
-    existing = existing_parent(folder)
-    if (free := shutil.disk_usage(existing).free) < need:
-        raise UserError(
-            f"the images need {need / 1e6:.0f} MB and {existing} has {free / 1e6:.0f} MB free: "
-            "free space or name another place"
-        )
+    check_space(folder, need, "the images need", "free space or name another place")
 
 
 def sample_and_score(

@@ -26,9 +26,9 @@ def repa_rules(r: RepaConfig, m: ModelConfig) -> Iterator[Problem]:
             f"{unused} is used with repa.online alone, which is false: set repa.online=true, or remove it",
             ("repa.online", "repa.pictures", "repa.feature_pool"),
         )
-    if r.online and r.encoder == "dinov2" and not r.encoder_weights:
+    if r.online and r.encoder in ("dinov2", "dinov3") and not r.encoder_weights:
         yield Problem(
-            "repa.encoder = dinov2 needs the file of its weights: set repa.encoder_weights",
+            f"repa.encoder = {r.encoder} needs the file of its weights: set repa.encoder_weights",
             ("repa.encoder", "repa.encoder_weights"),
         )
     if r.block > m.n_layer:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megastar.config.knob import LARGE, knob
 
-ENCODERS = ("efflite0", "dinov2")  # of megastar; any other is module:function
+ENCODERS = ("efflite0", "dinov2", "dinov3")  # of megastar; any other is module:function
 
 
 @dataclass
@@ -33,7 +33,7 @@ class RepaConfig:
     )
     encoder: str = knob(
         "",
-        "encoder of the features: efflite0, dinov2 or module:function; stored ones of another are refused; empty: any",
+        "encoder of the features: efflite0, dinov2, dinov3 or module:function; stored ones of another are refused; empty: any",
     )
     encoder_weights: str = knob(
         "",

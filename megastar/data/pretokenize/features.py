@@ -9,6 +9,7 @@ import torch
 from rich.filesize import decimal
 
 from megastar.data.shards.features import MOST_WIDTH, StoredFeatures, not_finite
+from megastar.data.shards.manifest import Manifest
 from megastar.encoders.spatial import open_encoder, pool_of, pooled
 from megastar.errors import UserError
 
@@ -54,6 +55,12 @@ class FeatureEncoder:
                 f"encoder {self.stored.encoder} returned values that are not finite in float16 (up to 65504): scale them"
             )
         return stored
+
+
+def bytes_of_image(m: Manifest) -> int:
+    """The bytes of the codes and the features of an image in a set of ``m``, without the headers of the shards."""
+    stored = m.stored_features
+    return m.views * (m.tokens * np.dtype(m.dtype).itemsize + (stored.bytes if stored else 0))
 
 
 def size_of_features(stored: StoredFeatures, views: int, images: int) -> str:

@@ -27,7 +27,7 @@ from megastar.data.images.crops import parse_crops
 from megastar.data.images.dataset import ImageSet
 from megastar.data.order import permutation
 from megastar.data.pretokenize.encoding import Pipeline, ViewEncoder
-from megastar.data.pretokenize.features import FeatureEncoder, size_of_features
+from megastar.data.pretokenize.features import FeatureEncoder, bytes_of_image, size_of_features
 from megastar.data.pretokenize.out_folder import (
     PROGRESS,
     check_settings,
@@ -49,7 +49,7 @@ from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.utils.console import PlainConsole
 from megastar.utils.device import DTYPES, pick_device
-from megastar.utils.files import write_atomic
+from megastar.utils.files import check_space, write_atomic
 from megastar.utils.json_file import ANY, dict_of, read_json, text, validator
 from megastar.utils.launcher import local_world
 from megastar.utils.lockfile import Claims
@@ -203,9 +203,10 @@ def _pretokenize(
         with _listing(console) as report:
             images = _list_once(progress, claims, partial(list_images, report=report))
         run = PretokenizeRun(out, describe(images), len(images), claims)
-        run.join()
         if stored := run.template.stored_features:
             logger.info("%s", size_of_features(stored, run.template.views, len(images)))
+        run.check_space()  # before the plan, which would bind the folder to these settings
+        run.join()
         title = f"pretokenize {run.template.made_by['subset']}".strip()
         with progress_bar(console, title, len(images)) as bar, pipeline(images) as encode:
             while (shard := run.next(bar)) is not None:
@@ -279,6 +280,22 @@ class PretokenizeRun:
         for path in self.progress.glob("shard-*.json"):
             if not is_complete(self.out, read_record(path)[0]):
                 path.unlink(missing_ok=True)
+
+    def check_space(self) -> None:
+        """Raise ``UserError`` if the missing shards do not fit on the disk of ``out``; some of their bytes may be there."""
+        done = {path.stem for path in self.progress.glob("shard-*.json") if is_complete(self.out, read_record(path)[0])}
+        images = sum(size for shard, size in enumerate(self.sizes) if self.name(shard) not in done)
+        begun = 0
+        for path in self.out.glob("shard-*.tmp"):
+            with suppress(FileNotFoundError):  # renamed by another process
+                begun += path.stat().st_size
+        need = images * bytes_of_image(self.template) - begun
+        rest = "" if images == self.images else f" that are not in {self.out} yet"
+        stored = "codes and features" if self.template.features else "codes"
+        fewer = "free space, choose another --out or fewer crops (--crops)" + (
+            ", or an encoder with narrower features" if self.template.features else ""
+        )
+        check_space(self.out, need, f"the {stored} of {images} images{rest} need", fewer)
 
     def next(self, bar: ProgressBar) -> int | None:
         """Claim the next shard; None when all are finished. Waits for the shards of other processes."""

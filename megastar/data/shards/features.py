@@ -25,7 +25,7 @@ _EXPONENT = np.uint16(0x7C00)  # of float16: all its bits are set in infinities 
 class StoredFeatures:
     """The field ``features`` of a manifest."""
 
-    encoder: str  # efflite0, dinov2, or module:function
+    encoder: str  # efflite0, dinov2, dinov3, or module:function
     weights_sha256: str  # of the file of its weights, or of the function's source
     layer: str  # what is taken from the network
     grid: int  # side of the grid of patches, that of the tokens

@@ -39,6 +39,7 @@ from megastar.model.transformer import Transformer
 from megastar.run_dir.evaluations import append_evaluation, describe_epochs, find_evaluation, read_evaluations
 from megastar.run_dir.jsonl import iter_jsonl
 from megastar.run_dir.layout import EVALUATING, METRICS
+from megastar.run_dir.rollbacks import read_rollbacks
 from megastar.sampling.distributed import SamplingPipeline
 from megastar.sampling.options import SamplingOptions
 from megastar.tokenizer.io import load_tokenizer
@@ -100,9 +101,8 @@ class ScheduledEvaluation:
         if not (self.ctx.main and found):
             return
         if not new and not any(r["key"] == found["key"] for r in read_evaluations(self.run)):
-            append_evaluation(
-                self.run, found
-            )  # a step that a rollback repeated with other weights, and then with these
+            # a step that a rollback repeated with other weights and then with these, or only with these
+            append_evaluation(self.run, found | {"rollbacks": len(read_rollbacks(self.run))})
         if not new and self._has_row(step):
             return
         row = {f"eval_{e.metric}": found["value"], "eval_epoch": found["epoch"], "eval_samples": found["samples"]}
@@ -204,6 +204,7 @@ class ScheduledEvaluation:
             "weights": e.weights,
             "against": str(self.reference.metadata["source"]),
             "key": key,
+            "rollbacks": len(read_rollbacks(self.run)),
             "seconds": round(time.perf_counter() - start, 1),
             "time": utc_now(),
             "labels": plan,

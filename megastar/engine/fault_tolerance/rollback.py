@@ -22,10 +22,10 @@ from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.events import time_and_job
 from megastar.run_dir.jsonl import MAX_EVENTS, read_ends, read_jsonl
 from megastar.run_dir.layout import METRICS, ROLLBACKS, SKIPPED
+from megastar.run_dir.rollbacks import read_rollbacks
 from megastar.utils.files import append_line, write_atomic
-from megastar.utils.json_file import FILE_NAME, integer, list_of, record, text, validator
+from megastar.utils.json_file import integer, list_of, record, text, validator
 
-_ROLLBACK = validator(record({"step": integer(), "to": FILE_NAME, "position": integer()}))
 _PLACES = list_of(record({"rank": integer(), "host": text(1000)}))
 _SKIPPED = validator(record({"step": integer(), "why": text()}, {"suspects": _PLACES, "hosts": integer()}))
 
@@ -38,11 +38,6 @@ class RollbackPlan:
     record: dict[str, Any]
     number: int
     text: str
-
-
-def read_rollbacks(run: Path) -> list[dict[str, Any]]:
-    """The run's rollbacks, oldest first: the ``step`` left, the checkpoint ``to``, the ``position`` in the data."""
-    return read_jsonl(run / ROLLBACKS, _ROLLBACK, MAX_EVENTS)
 
 
 def finish_rollback(run: Path, ctx: Context) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megastar.checkpoint.convert import convert
 from megastar.config.load import save_config
@@ -86,6 +87,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
     for name in ("made", "real"):
         save_npz(folder / f"{name}.npz", images.shape, [images], np.arange(6))
+    (folder / "photos" / "a").mkdir(parents=True)
+    Image.fromarray(images[0]).save(folder / "photos" / "a" / "0.png")
     return folder
 
 

@@ -9,13 +9,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests.fuzz import DEEP, GIB, Tally, byte_variants, dumps, json_variants, odd_files
 from tests.integration.fuzz.conftest import Box
 from tests.integration.fuzz.test_checkpoint import join_header, split_header
-from tests.unit.encoders.test_dinov2 import random_state
+from tests.unit.encoders.test_dinov2 import random_state as dinov2_state
+from tests.unit.encoders.test_dinov3 import random_state as dinov3_state
 
 WEIGHTS = [
     ["convert", "--inspect", "weights.safetensors"],
@@ -177,39 +179,61 @@ def test_llamagen(box: Box) -> None:
     tally.check()
 
 
-def test_dinov2(box: Box) -> None:
-    """The file of FD-DINOv2, pickled and as safetensors: bytes, shapes and objects of other kinds."""
-    tally, rng = Tally("dinov2"), random.Random("dinov2")
-    state = random_state(dim=64, blocks=1, grid=4)
-    evaluate = ["evaluate", "made.npz", "--real", "real.npz", "--allow-few", "--device", "cpu", "--dinov2"]
-    for name, write in (("w.pth", torch.save), ("w.safetensors", save_file)):
-        words, path = [*evaluate, name], box.whole / name
+@pytest.mark.parametrize("name", ["dinov2", "dinov3"])
+def test_dino(box: Box, name: str) -> None:
+    """The files of FD-DINOv2 and of DINOv3, pickled and as safetensors: bytes, shapes and objects of other kinds."""
+    tally, rng = Tally(name), random.Random(name)
+    if name == "dinov2":
+        state = dinov2_state(dim=64, blocks=1, grid=4)
+        command = ["evaluate", "made.npz", "--real", "real.npz", "--allow-few", "--device", "cpu", "--dinov2"]
+        own = [
+            ("pos_embed", torch.zeros(1, 2, 64)), ("pos_embed", torch.zeros(1, 0, 64)), ("register_tokens", torch.zeros(1, 500, 64)),
+            ("patch_embed.proj.weight", torch.zeros(63, 3, 14, 14)), ("storage_tokens", torch.zeros(1, 4, 64)),
+        ]  # fmt: skip
+    else:
+        state = dinov3_state(dim=64, blocks=1)
+        command = [
+            *("pretokenize", "photos", "--tokenizer", "tokenizer.safetensors", "--out", "new", "--crops", "center"),
+            *("--device", "cpu", "--features", "dinov3", "--feature-weights"),
+        ]
+        periods, mask = "rope_embed.periods", "blocks.0.attn.qkv.bias_mask"
+        own = [
+            (periods, torch.zeros(16)), (periods, torch.zeros(0)), (periods, torch.ones(2**16)), (periods, torch.ones(())),
+            (periods, torch.full((16,), 1e-38)), (periods, torch.ones(16, dtype=torch.complex64)), (mask, torch.ones(5)),
+            (mask, torch.full((192,), float("nan"))), (mask, torch.ones(192, dtype=torch.int64)), ("pos_embed", torch.zeros(1)),
+            ("storage_tokens", torch.zeros(1, 500, 64)), ("storage_tokens", torch.zeros(())), ("stages.0", torch.zeros(1)),
+            ("blocks.0.attn.qkv.bias", torch.ones(192, dtype=torch.int64)), ("layer.0.attention.q_proj.bias", torch.zeros(())),
+            ("patch_embed.proj.weight", torch.zeros(63, 3, 16, 16)), ("blocks.0.mlp.w1.weight", torch.zeros(4, 64)),
+        ]  # fmt: skip
+    for file, write in (("w.pth", torch.save), ("w.safetensors", save_file)):
+        words, path = [*command, file], box.whole / file
         write(state, path)
         whole = path.read_bytes()
         path.unlink()
         for label, data in byte_variants(whole, rng, 40):
-            box.variant(box.path / name, data)
+            box.variant(box.path / file, data)
             box.run(tally, label, *words)
         shapes: list[tuple[str, torch.Tensor]] = [
-            ("pos_embed", torch.zeros(1, 2, 64)), ("pos_embed", torch.zeros(1, 0, 64)), ("cls_token", torch.zeros(())),
-            ("patch_embed.proj.weight", torch.zeros(64, 3, 14, 0)), ("patch_embed.proj.weight", torch.zeros(63, 3, 14, 14)),
-            ("blocks.999.norm1.weight", torch.zeros(64)), ("register_tokens", torch.zeros(1, 500, 64)), ("x", torch.zeros(1)),
+            *own, ("cls_token", torch.zeros(())), ("patch_embed.proj.weight", torch.zeros(64, 3, 14, 0)),
+            ("blocks.999.norm1.weight", torch.zeros(64)), ("x", torch.zeros(1)),
             ("norm.weight", torch.full((64,), float("nan"))), ("norm.weight", torch.full((64,), 3e38)),
         ]  # fmt: skip
         for key, tensor in shapes:
             box.fresh()
-            write(state | {key: tensor}, box.path / name)
+            write(state | {key: tensor}, box.path / file)
             box.run(tally, f"{key} {tuple(tensor.shape)}", *words)
         for kind, make in odd_files().items():
-            box.instead(box.path / name, make)
+            box.instead(box.path / file, make)
             box.run(tally, f"a {kind}", *words)
     for label, content in (
         ("list", [1]),
         ("text", "x"),
         ("path", Path("x")),
         ("nested", {"model": {"model": {"a": 1}}}),
+        ("sparse", state | {"norm.weight": torch.ones(64).to_sparse()}),
+        ("float8", {k: v.to(torch.float8_e4m3fn) for k, v in state.items()}),
     ):
         box.fresh()
         torch.save(content, box.path / "w.pth")
-        box.run(tally, label, *evaluate, "w.pth")
+        box.run(tally, label, *command, "w.pth")
     tally.check()

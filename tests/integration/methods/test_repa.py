@@ -184,7 +184,7 @@ def test_wrong_features_are_refused_in_one_sentence(world, encoded, tmp_path):
     cases = {
         f"data.shards={world.codes('train')}": "stores no features, which repa.enabled needs: make the set again",
         "repa.encoder=dinov2": "repa.encoder = dinov2, but data.shards",
-        "repa.encoder=vgg": "must be efflite0, dinov2 or module:function, or empty",
+        "repa.encoder=vgg": "must be efflite0, dinov2, dinov3 or module:function, or empty",
         f"repa.encoder_weights={other}": f"repa.encoder_weights = {other} has SHA-256",
         f"repa.encoder_weights={tmp_path}/none": "does not exist",
         "repa.width=768": "repa.width = 768, but data.shards",

@@ -258,7 +258,9 @@ def test_a_mesh_that_cannot_be_reached(runs, tmp_path, capsys, mesh, sentence):
 @pytest.mark.parametrize("to", convert.TARGETS)
 def test_too_little_disk_is_told_before_the_first_byte(runs, tmp_path, monkeypatch, to):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5000}))
-    with pytest.raises(UserError, match=r"out needs \d+ MB and .* has 0 MB free: free space or choose another path"):
+    with pytest.raises(
+        UserError, match=r"out needs [\d.]+ MB and .* has \S+ \S+ free: free space or choose another path"
+    ):
         convert.convert(runs / "1x1", to, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megastar.encoders.dinov2 import MEAN, STD, load
+from megastar.encoders.dinov2 import load
+from megastar.encoders.vit import MEAN, STD
 from megastar.errors import UserError
 
 RELEASED = {"vits14": (384, 12), "vitb14": (768, 12), "vitl14": (1024, 24), "vitg14": (1536, 40)}

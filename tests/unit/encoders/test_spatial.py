@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from megastar.data.pretokenize.features import FeatureEncoder, size_of_features
+from megastar.encoders.dinov2 import DinoShape, DINOv2
+from megastar.encoders.dinov3 import Dino3Shape, DINOv3
 from megastar.encoders.spatial import CustomPatches, EffLite0Patches, open_encoder, pool_of, pooled
+from megastar.encoders.vit import FrozenVit
 from megastar.errors import UserError
 from megastar.utils.files import sha256
 
@@ -88,13 +91,14 @@ def test_other_grids_are_refused(patches):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vgg", "unknown encoder 'vgg': choose efflite0, dinov2 with a weights file, or module:function"),
+        ("vgg", "unknown encoder 'vgg': choose efflite0, dinov2 or dinov3 with a weights file, or module:function"),
         ("a:", "unknown encoder 'a:'"),
         ("no_such_module:f", "encoder no_such_module:f: No module named 'no_such_module'; name an importable"),
         (f"{HERE}:nothing", "has no attribute 'nothing'; name an importable"),
         (f"{HERE}:odd", "49 patches"),
         (f"{HERE}:flat", r"returned torch.float32 \(1, 64\) for 1 images: return a tensor \(B, P, C\)"),
         ("dinov2", "dinov2 needs a weights file"),
+        ("dinov3", "dinov3 needs a weights file, as dinov3_vitb16"),
     ],
 )
 def test_unusable_encoders_are_refused_before_work_starts(name, message):
@@ -122,20 +126,25 @@ def test_weights_are_named_hashed_and_handed_over(tmp_path):
         open_encoder("efflite0", file)
 
 
-def test_dinov2_of_a_file_has_one_patch_a_token(tmp_path):
-    """Its patch tokens of a picture of 14 pixels a token, row by row, without the class token."""
-    dinov2 = pytest.importorskip("megastar.encoders.dinov2")
+@pytest.mark.parametrize("name", ["dinov2", "dinov3"])
+def test_dino_of_a_file_has_one_patch_a_token(tmp_path, name):
+    """Its patch tokens of a picture of 14 or 16 pixels a token, row by row, without the class token and the registers."""
     torch.manual_seed(0)
-    net = dinov2.DINOv2(dinov2.DinoShape(dim=64, blocks=2, hidden=128, swiglu=False, registers=0, patch=14, grid=4))
+    size = {"dim": 64, "blocks": 2, "hidden": 128, "swiglu": False}
+    net: FrozenVit
+    if name == "dinov2":
+        net = DINOv2(DinoShape(**size, registers=0, patch=14, grid=4))
+    else:
+        net = DINOv3(Dino3Shape(**size, registers=4, patch=16, head_dim=64, qkv_bias=True))
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)
     file = tmp_path / "vit.safetensors"
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, file)
-    made = encoder("dinov2", 4, weights=file)
-    assert (made.stored.encoder, made.stored.grid, made.stored.width) == ("dinov2", 4, 64)
+    made = encoder(name, 4, weights=file)
+    assert (made.stored.encoder, made.stored.grid, made.stored.width) == (name, 4, 64)
     assert made.stored.weights_sha256 == sha256(file)
-    pictures = images()
-    resized = F.interpolate(pictures.permute(0, 3, 1, 2).float(), (56, 56), mode="bicubic", antialias=True) / 255
+    pictures, side = images(), 4 * net.patch
+    resized = F.interpolate(pictures.permute(0, 3, 1, 2).float(), (side, side), mode="bicubic", antialias=True) / 255
     with torch.no_grad():
         wanted = net.eval()(resized)[1]
     assert wanted.shape == (3, 16, 64) and np.allclose(made(pictures), wanted.numpy(), atol=5e-3, rtol=2e-3)
