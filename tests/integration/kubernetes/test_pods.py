@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from megastar.data.pretokenize.runner import pretokenize
 from megastar.run_dir.events import read_events
+from tests import forker
 from tests.checkpoints import full_weights
 from tests.integration.conftest import World, environment, megastar
 from tests.integration.test_train import rows
@@ -18,6 +21,7 @@ from tests.slurm.cluster import free_ports
 
 pytestmark = pytest.mark.dist
 STEPS = 40
+TRAIN = {"steps": STEPS, "save_every": 1000, "val_every": 0}
 
 
 def training(config: Path, world: World) -> dict:
@@ -38,13 +42,18 @@ def step(run: Path) -> int:
     return max(rows(run), default=0) if (run / "metrics.jsonl").is_file() else 0
 
 
-def test_evicted_training_pods_save_are_replaced_and_repeat_every_number(world, tmp_path):
+@pytest.fixture(scope="module")
+def straight(world, tmp_path_factory) -> Path:
+    """The folder of the run that nothing happens to, of two ranks."""
+    folder = tmp_path_factory.mktemp("straight")
+    megastar("train", world.write_config(folder / "run.yaml", folder / "run", **TRAIN), ranks=2)
+    return folder / "run"
+
+
+def test_evicted_training_pods_save_are_replaced_and_repeat_every_number(world, straight, tmp_path):
     """Two evictions: of pod 0, whose preStop signals it, and of pod 1 with SIGTERM alone. The pod that is not evicted ends
     with it, and the run of both is that of two ranks that nothing happens to, to the last bit."""
-    train = {"steps": STEPS, "save_every": 1000, "val_every": 0}
-    straight = world.write_config(tmp_path / "straight.yaml", tmp_path / "straight", **train)
-    megastar("train", straight, ranks=2)
-    config = world.write_config(tmp_path / "run.yaml", tmp_path / "elsewhere", **train)
+    config = world.write_config(tmp_path / "run.yaml", tmp_path / "elsewhere", **TRAIN)
     run = tmp_path / "runs/star_xl_50ep"  # as in the manifest
     with IndexedJob(training(config, world), tmp_path, environment(), tmp_path / "log") as job:
         for pod, hook in ((0, True), (1, False)):
@@ -60,10 +69,10 @@ def test_evicted_training_pods_save_are_replaced_and_repeat_every_number(world, 
     events = [e["event"] for e in read_events(run)]
     assert events.count("started") == 1 and events.count("resumed") == events.count("signal") == 2
     assert "lost" not in events and events[-1] == "finished"
-    assert rows(run) == rows(tmp_path / "straight")
+    assert rows(run) == rows(straight)
     last = f"checkpoints/step-{STEPS:08d}"
     for kind in ("student", "ema"):
-        a, b = (full_weights(folder / last, kind) for folder in (run, tmp_path / "straight"))
+        a, b = (full_weights(folder / last, kind) for folder in (run, straight))
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -77,15 +86,15 @@ def test_a_bad_configuration_fails_the_job_without_a_restart(world, tmp_path):
 
 
 def test_pretokenize_pods_one_of_which_is_killed_write_the_shards_of_one_process(world, tmp_path):
-    size = "--shard-size=2"
     alone, out = tmp_path / "alone", tmp_path / "data/imagenet256/train"  # the second as in the manifest
-    common = ["pretokenize", world.pictures, "--subset", "train", "--tokenizer", world.tokenizer, size, "--workers=1"]
-    megastar(*common, "--out", alone)
+    pretokenize(
+        world.pictures, "train", world.tokenizer, alone, shard_size=2, workers=1, console=Console(quiet=True)
+    )
     arguments = {
         "data/ILSVRC2012_img_train.tar": [str(world.pictures), "--subset=train"],
         "--tokenizer=": [f"--tokenizer={world.tokenizer}"],
         "--crops=": [],
-        "--shard-size=": [size],
+        "--shard-size=": ["--shard-size=2"],
         "--dtype=": [],
         "--workers=": ["--workers=1"],
     }
@@ -100,14 +109,15 @@ def test_pretokenize_pods_one_of_which_is_killed_write_the_shards_of_one_process
     assert contents(out) == contents(alone) and len(contents(out)) > 14
 
 
-def test_sampling_pods_one_of_which_is_evicted_write_the_images_of_one_process(world, whole, tmp_path):
+def test_sampling_pods_one_of_which_is_evicted_write_the_images_of_one_process(world, straight, tmp_path):
     options = ["--count=12", "--batch=2"]
     npz = tmp_path / "samples/star_xl_50ep.npz"  # as in the manifest
     (tmp_path / "samples").mkdir()
-    common = ["sample", whole, f"--tokenizer={world.tokenizer}", *options, "--cfg-scale=1"]
-    megastar(*common, f"--npz={tmp_path / 'alone.npz'}")
+    alone = tmp_path / "alone.npz"
+    words = ["sample", str(straight), f"--tokenizer={world.tokenizer}", *options, "--cfg-scale=1", f"--npz={alone}"]
+    assert forker.run(["-m", "megastar", *words], environment()).returncode == 0
     arguments = {
-        "runs/": [str(whole)],
+        "runs/": [str(straight)],
         "--tokenizer=": [f"--tokenizer={world.tokenizer}"],
         "--count=": options,
     }
@@ -117,7 +127,7 @@ def test_sampling_pods_one_of_which_is_evicted_write_the_images_of_one_process(w
         job.pods[1].delete(disrupted=True)
         job.run()
     assert job.ends[0] == (1, 143, "Ignore") and job.succeeded == {0, 1} and not job.counted, job.text()
-    assert npz.read_bytes() == (tmp_path / "alone.npz").read_bytes()
+    assert npz.read_bytes() == alone.read_bytes()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
