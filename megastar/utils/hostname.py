@@ -28,12 +28,16 @@ def expand_hosts(text: str) -> tuple[str, ...]:
     for entry in filter(None, text.split(",")):
         found = re.fullmatch(r"([^][]*)(?:\[([0-9]{1,9})-([0-9]{1,9})\]([^][]*))?", entry)
         if not found:
-            raise UserError(f"{entry!r} in a list of hosts: a name may have one range of numbers, such as node-[0-3].cluster")
+            raise UserError(
+                f"{entry!r} in a list of hosts: a name may have one range of numbers, such as node-[0-3].cluster"
+            )
         before, first, last, after = found.groups()
         if first is None:
             hosts.append(entry)
         elif int(first) > int(last) or int(last) - int(first) >= MOST_HOSTS:
-            raise UserError(f"{entry!r} in a list of hosts: the range must ascend and have at most {MOST_HOSTS:,} numbers")
+            raise UserError(
+                f"{entry!r} in a list of hosts: the range must ascend and have at most {MOST_HOSTS:,} numbers"
+            )
         else:
             hosts += [f"{before}{n:0{len(first)}d}{after}" for n in range(int(first), int(last) + 1)]
     return tuple(hosts)

@@ -79,7 +79,9 @@ class Pod:
         if self.process.poll() is not None:
             return
         self.disrupted, self.deleted_at = self.disrupted or disrupted, time.monotonic()
-        command = self.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command") if hook else None
+        command = (
+            self.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command") if hook else None
+        )
         if command:
             shell, option, script = command
             assert (shell, option) == ("sh", "-c")

@@ -24,7 +24,7 @@ PAGE = (FOLDER.parents[1] / "docs" / "kubernetes.md").read_text()
 @pytest.mark.parametrize("version", ["1.31", LATEST])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_manifest_is_valid(name, version):
-    assert NAMES == sorted([*JOBS, "pvc.yaml"])
+    assert sorted([*JOBS, "pvc.yaml"]) == NAMES
     validate(read(name), version)
 
 
@@ -106,7 +106,9 @@ def test_a_pod_is_not_privileged_and_has_what_it_mounts(name):
     assert {v["name"] for v in pod["volumes"]} == {v["name"] for v in container["volumeMounts"]}
     claims = [v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
     assert claims == [read("pvc.yaml")["metadata"]["name"]]
-    assert "command" not in container and container["args"][0] in COMMANDS  # the image's entry point is tini and megastar
+    assert (
+        "command" not in container and container["args"][0] in COMMANDS
+    )  # the image's entry point is tini and megastar
     text = (FOLDER / name).read_text()
     assert not re.search(r"(?i)secret_?access|password|AKIA|kind: Secret", text)
     assert manifest["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "user-queue"}
@@ -122,7 +124,10 @@ def test_the_places_that_give_the_number_of_pods_agree():
     assert expand_hosts(words["--hosts"]) == tuple(expected)
     assert int(words["--nproc"]) == container_of(train)["resources"]["limits"]["nvidia.com/gpu"]
     text = (FOLDER / "train.yaml").read_text()
-    assert len(re.findall(r"# pods\b", text)) == 4 and len(re.findall(r"# pods\b", (FOLDER / "sample.yaml").read_text())) == 3
+    assert (
+        len(re.findall(r"# pods\b", text)) == 4
+        and len(re.findall(r"# pods\b", (FOLDER / "sample.yaml").read_text())) == 3
+    )
     sample = read("sample.yaml")
     (world,) = [v["value"] for v in container_of(sample)["env"] if v["name"] == "WORLD_SIZE"]
     assert int(world) == job_of(sample)["completions"]

@@ -58,7 +58,9 @@ def parser() -> Parser:
     )
     p.add_argument("--nproc", type=processes, default=1, help="ranks of each node (default 1)")
     p.add_argument(
-        "--hosts", required=True, metavar="HOST,HOST,...",
+        "--hosts",
+        required=True,
+        metavar="HOST,HOST,...",
         help="all nodes, also as ranges such as node[01-16]; one of them hosts their common store",
     )
     p.add_argument(

@@ -87,9 +87,7 @@ def test_a_bad_configuration_fails_the_job_without_a_restart(world, tmp_path):
 
 def test_pretokenize_pods_one_of_which_is_killed_write_the_shards_of_one_process(world, tmp_path):
     alone, out = tmp_path / "alone", tmp_path / "data/imagenet256/train"  # the second as in the manifest
-    pretokenize(
-        world.pictures, "train", world.tokenizer, alone, shard_size=2, workers=1, console=Console(quiet=True)
-    )
+    pretokenize(world.pictures, "train", world.tokenizer, alone, shard_size=2, workers=1, console=Console(quiet=True))
     arguments = {
         "data/ILSVRC2012_img_train.tar": [str(world.pictures), "--subset=train"],
         "--tokenizer=": [f"--tokenizer={world.tokenizer}"],
