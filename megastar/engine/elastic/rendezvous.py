@@ -25,6 +25,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 from megastar.errors import UserError
 from megastar.utils.files import make_folder, sync_folder, temporary_path
+from megastar.utils.hostname import wait_for_name
 from megastar.utils.own_files import open_own
 
 # torch finds the caller of each of its (unused) log records with inspect.stack(), which takes up to a second: on a busy
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 KEEP_ALIVE, ATTEMPTS = 2, 5  # seconds between an agent's heartbeats, and how many may be missing
 REPLY = timedelta(seconds=10)  # timeout for a response of the store
 PROBE = timedelta(seconds=3)  # timeout for a response of a node whose store is not in use yet
+NAMED = 120.0  # seconds within which this node's own name must have an address
 FORGET = 600.0  # seconds after which a failure of a store no longer counts
 FIRST_CALL, LAST_CALL = 30, 5  # seconds to wait for more than MIN nodes: at the first start, at a restart
 KEY_FILE, KEY_BYTES = "rendezvous.key", 32  # in the run folder, as hexadecimal digits
@@ -273,11 +275,14 @@ def open_store(nodes: Nodes) -> TCPStore | None:
     if nodes.index < 0:
         return None
     host, port = nodes.hosts[nodes.index], nodes.port + nodes.index
+    problem = "has no address"
     try:
+        wait_for_name(host, min(NAMED, nodes.join))
+        problem = "is not free"
         listening = socket.create_server((host, port)).detach()  # on this address only
         return TCPStore(host, port, is_master=True, multi_tenant=True, timeout=REPLY, master_listen_fd=listening)
     except (OSError, RuntimeError, ValueError) as error:
-        logger.warning("this node cannot host the nodes' store: %s:%d is not free (%s)", host, port, error)
+        logger.warning("this node cannot host the nodes' store: %s:%d %s (%s)", host, port, problem, error)
         return None
 
 
