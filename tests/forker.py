@@ -9,6 +9,7 @@ of a process matter, a test starts real processes instead.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -68,6 +69,7 @@ def _server() -> Any:
 
 # The server --------------------------------------------------------------------------------------------------------
 def load() -> None:
+    import torch._dynamo  # 2 s of imports that the first optimizer of every rank would repeat
     import torch.utils.tensorboard  # noqa: F401
 
     import megastar.checkpoint.convert
@@ -75,6 +77,8 @@ def load() -> None:
     import megastar.commands.train
     import megastar.engine.trainer  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # else a collection in a rank visits all modules, and copies their pages
     assert len(os.listdir("/proc/self/task")) == 1, "a thread of the imports would be missing in the ranks"
 
 
