@@ -12,12 +12,15 @@
 # make clean          remove .venv, .venv-nullgpu, .venv-trackers, builds and caches
 #
 # PYTHON selects the interpreter (3.11 to 3.14). TORCH_INDEX selects the package index for torch, for example PyTorch's index
-# of CPU builds; without it pip installs its default build, which includes several GB of CUDA libraries.
+# of CPU builds; without it pip installs its default build, which includes several GB of CUDA libraries. WORKERS is the number of
+# files that make test runs at a time, TESTS what it runs of them.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+WORKERS ?= 2
+TESTS ?=
 GPU := command -v nvidia-smi >/dev/null
 # DeepSpeed's operators are compiled at first use, not during installation.
 export DS_BUILD_OPS := 0
@@ -38,7 +41,7 @@ demo: $(STAMP)
 	$(BIN)/megastar demo
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not gpu and not nullgpu and not slow and not slurm and not browser and not trackers'
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS) -m 'not gpu and not nullgpu and not slow and not slurm and not browser and not trackers'
 
 test-slurm: $(STAMP)
 	$(BIN)/pytest -m slurm tests/slurm

@@ -70,7 +70,7 @@ setup(
                 "argcomplete>=3.5",
                 "pytest>=8.0",
                 "pytest-timeout>=2.3",
-                "pytest-xdist>=3.6",
+                "pytest-xdist>=3.8",
                 "hypothesis>=6.100",
                 "ruff>=0.9",
                 "mypy>=1.11",

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,56 @@ from megastar.utils.signals import RANK_SIGNALS
 
 if not os.environ.get("MEGASTAR_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+HERE = Path(__file__).parent
+# Files that take more than 20 s, longest first. `make test` runs them in this order before all others: a worker that starts
+# one of them at the end would leave the other one without work.
+LONG = (
+    "dist/test_engine.py",
+    "integration/test_compare.py",
+    "dist/test_muon.py",
+    "unit/test_benchmarks.py",
+    "integration/fuzz/test_run_folder.py",
+    "dist/test_repa.py",
+    "integration/evaluation/test_interrupted.py",
+    "integration/test_outage.py",
+    "integration/test_watchdog.py",
+    "integration/run_folder/test_token_order.py",
+    "integration/codebooks/test_launched_training.py",
+    "integration/evaluation/test_scheduled.py",
+    "integration/test_local_launch.py",
+    "integration/fuzz/test_data.py",
+    "integration/methods/test_repa.py",
+    "integration/run_folder/test_negatives.py",
+    "dist/test_elastic.py",
+    "integration/test_disks.py",
+    "unit/data/pretokenize/test_many_processes.py",
+    "integration/hub/test_folder.py",
+    "unit/tokenizer/test_tokenizer.py",
+    "integration/test_faults.py",
+    "integration/test_scores.py",
+    "dist/test_token_order.py",
+    "dist/test_cut.py",
+    "unit/evaluation/test_fd_dinov2.py",
+    "integration/test_train.py",
+    "integration/storage/test_store.py",
+    "dist/test_convert.py",
+    "dist/test_exactly_once.py",
+    "integration/test_doctor.py",
+    "integration/run_folder/test_finetune.py",
+    "integration/test_api.py",
+    "integration/hub/test_server.py",
+    "integration/test_muon.py",
+    "integration/fuzz/test_weights.py",
+    "unit/test_scale_benchmark.py",
+    "integration/run_folder/test_moved_run.py",
+)
+PLACES = {HERE / name: place for place, name in enumerate(LONG)}
+assert all(path.is_file() for path in PLACES), f"{[str(p) for p in PLACES if not p.is_file()]}: renamed, or gone"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: PLACES.get(item.path, len(PLACES)))
 
 
 @pytest.fixture(autouse=True)

@@ -142,25 +142,47 @@ def test_mistakes(words, message):
 SLURM = ("slurmctld", "slurmd", "munged", "munge", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 
 
+STAGES = {"test", "test-fuzz", "test-slurm", "test-browser", "lint"}
+
+
+def ci(folder: Path, there: tuple[str, ...], make: str) -> subprocess.CompletedProcess:
+    """``.ci/run`` where these programs are installed and `make` runs this line of shell."""
+    programs = {"apt-get": "exit 100", "sudo": 'shift 2; exec "$@"', "make": make} | dict.fromkeys(there, "")
+    for name, what in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{what}\n")
+        (folder / name).chmod(0o755)
+    for name in ("bash", "env", "dirname", "id", "mktemp", "rm", "nice", "cat"):
+        (folder / name).symlink_to(shutil.which(name))
+    return shell("bash", ".ci/run", PATH=str(folder), TMPDIR=str(folder))
+
+
 @pytest.mark.parametrize(
     ("there", "missing"), [((), "on a real SLURM"), (SLURM, "in a browser"), ((*SLURM, "chromium"), "")]
 )
 def test_ci_fails_where_packages_cannot_be_installed(tmp_path, there, missing):
     """It is told before anything else runs; nothing is skipped."""
-    made = f'echo "$1" >>{tmp_path}/made'
-    programs = {"apt-get": "exit 100", "sudo": 'shift 2; exec "$@"', "make": made} | dict.fromkeys(there, "")
-    for name, what in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{what}\n")
-        (tmp_path / name).chmod(0o755)
-    for name in ("bash", "env", "dirname", "id"):
-        (tmp_path / name).symlink_to(shutil.which(name))
-    done = shell("bash", ".ci/run", PATH=str(tmp_path))
+    done = ci(tmp_path, there, f'echo "$1" >>{tmp_path}/made')
     if missing:
         told = f"cannot run the tests {missing}: their packages could not be installed; run as root"
         assert done.returncode == 1 and told in done.stderr
         assert done.stderr.count("\n") == 1 and not (tmp_path / "made").exists()
     else:
-        assert (tmp_path / "made").read_text().split() == ["test", "test-fuzz", "test-slurm", "test-browser", "lint"]
+        made = (tmp_path / "made").read_text().split()
+        assert done.returncode == 0 and made[0] == "test" and set(made) == STAGES and len(made) == len(STAGES)
+
+
+@pytest.mark.parametrize("failing", ["test-slurm", "lint", "test-slurm test-fuzz", "test"])
+def test_ci_runs_the_stages_beside_slurm_and_names_those_that_fail(tmp_path, failing):
+    """The output of test-slurm comes whole, behind the others'; where the tests fail, nothing else runs."""
+    make = f'echo "$1 a"; echo "$1 b"; [[ " {failing} " != *" $1 "* ]]'
+    done = ci(tmp_path, (*SLURM, "chromium"), make)
+    ran = ["test"] if failing == "test" else ["test", "test-fuzz", "test-browser", "lint", "test-slurm"]
+    assert done.stdout.splitlines() == [f"{stage} {part}" for stage in ran for part in "ab"]
+    assert done.returncode == 1
+    if failing != "test":
+        named = done.stderr.strip().removeprefix(".ci/run: error: failed: ").split()
+        assert set(named) == set(failing.split())
+    assert not list(tmp_path.glob("tmp.*")), "the file of its output is removed"
 
 
 def test_a_missing_settings_file():
