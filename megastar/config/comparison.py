@@ -59,8 +59,9 @@ class SampleConfig:
     )
     schedule: str = knob(
         "cosine",
-        "with parallel_steps: cosine, few tokens in the first steps and many in the last; uniform, as many in each",
-        choices=("cosine", "uniform"),
+        "with parallel_steps: cosine, few tokens in the first steps and many in the last; uniform, as many in each; "
+        "without: diagonal, one diagonal of the grid of tokens per step",
+        choices=("cosine", "uniform", "diagonal"),
     )
     token_order: str = knob(
         "auto",
@@ -150,7 +151,7 @@ def rules(cfg: CompareConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     for name, texts, known in (("weights", cfg.weights, WEIGHTS), ("score.against", cfg.score.against, SPLITS)):
         if not texts or len(set(texts)) != len(texts) or set(texts) - set(known):
             yield f"{name} = {texts}: must contain one or more of {', '.join(known)}, each once", (name,)
-    if cfg.sample.schedule != SampleConfig().schedule and not cfg.sample.parallel_steps:
+    if cfg.sample.schedule == "uniform" and not cfg.sample.parallel_steps:
         yield (
             f"sample.schedule = {cfg.sample.schedule}: divides the tokens among sample.parallel_steps, which is 0: set that too",
             ("sample.schedule", "sample.parallel_steps"),

@@ -63,14 +63,19 @@ def check_samplers(cfg: CompareConfig, models: Iterable[tuple[str, ModelConfig]]
         if not decoding_fields(sample):
             continue
         # The number of tokens may be unknown until the codes are made.
-        known = replace(model, image_tokens=MOST_TOKENS) if "image_tokens" in model.unset else model
-        if problems := options_of(sample).problems(known):
+        options, known = options_of(sample), model
+        if "image_tokens" in model.unset:
+            known = replace(model, image_tokens=MOST_TOKENS)
+            options = replace(options, parallel_steps=0) if options.schedule == "diagonal" else options
+        if problems := options.problems(known):
             raise UserError(f"variant {variant}: sample.{problems[0]}")
 
 
 def decoding_words(s: SampleConfig) -> str:
     """How the tokens are drawn where it is not one by one in raster order, else an empty text."""
     order = {"auto": "random" if s.parallel_steps else "raster"}.get(s.token_order, s.token_order)
+    if s.schedule == "diagonal":
+        return "one diagonal per step"
     if s.parallel_steps:
         return f"{s.parallel_steps} steps ({s.schedule}), {order} order"
     return f"{order} order, one by one" if order != "raster" else ""

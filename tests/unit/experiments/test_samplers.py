@@ -52,6 +52,8 @@ def test_a_variant_may_decode_in_parallel(tmp_path):
         "sample.schedule: cosine -> uniform",
     ]
     assert not any("sample" in text for text in changed_fields(cfg, runs["star"]))
+    cfg = small(tmp_path, RANDOM.format(",sample.schedule=diagonal"))
+    assert plan_runs(cfg, 0) and options_of(sampler_of(cfg, "random")).token_counts(16) == [1, 2, 3, 4, 3, 2, 1]
 
 
 def test_the_table_says_how_the_tokens_were_drawn(tmp_path):
@@ -65,6 +67,7 @@ def test_the_table_says_how_the_tokens_were_drawn(tmp_path):
     kinds = ("variants.ar.overrides=[token_order.kind=random]", "variants.star.overrides=[token_order.kind=random]")
     both = said(*kinds, "sample.parallel_steps=8", "sample.token_order=raster")
     assert "temperature 1, tokens drawn in 8 steps (cosine), raster order, against test" in both
+    assert "tokens drawn in one diagonal per step," in said(*kinds, "sample.schedule=diagonal")
     assert "tokens drawn in random order, one by one," in said(*kinds, "sample.token_order=random")
 
 
@@ -74,12 +77,14 @@ def test_the_table_says_how_the_tokens_were_drawn(tmp_path):
         (["sample.parallel_steps=4"], "variant ar: sample.parallel_steps 4: these weights were trained in raster order"),
         (["sample.token_order=random"], "variant ar: sample.token_order random: these weights were trained in raster order"),
         (["sample.schedule=uniform"], "sample.schedule = uniform: divides the tokens among sample.parallel_steps, which is 0"),
-        (["sample.schedule=linear"], "sample.schedule = linear: must be cosine or uniform"),
+        (["sample.schedule=linear"], "sample.schedule = linear: must be cosine, uniform or diagonal"),
         (["sample.token_order=x"], "sample.token_order = x: must be auto, raster or random"),
         (["sample.parallel_steps=-1"], "sample.parallel_steps = -1: must be at least 0"),
         ([RANDOM.format(",sample.parallel_steps=17")], "variant random: sample.parallel_steps 17 must be at most 16"),
         ([RANDOM.format(",sample.parallel_steps=x")], "variant random: sample.parallel_steps = 'x': must be an integer"),
         ([RANDOM.format(",sample.schedule=uniform")], "variant random: sample.schedule = uniform: divides the tokens"),
+        ([RANDOM.format(",sample.schedule=diagonal,sample.parallel_steps=4")], "4 x 4 tokens per step, 7 steps: leave it out"),
+        (["sample.schedule=diagonal"], "variant ar: sample.schedule diagonal: these weights were trained in raster order"),
         ([RANDOM.format(",sample.parallel_step=4")], "variant random: unknown key sample.parallel_step"),
         ([RANDOM.format(",sample.cfg_scale=2")], "variants.random.overrides contains sample.cfg_scale=2, which is equal for all"),
     ],
