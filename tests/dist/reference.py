@@ -26,7 +26,7 @@ from megastar.objectives.next_token import next_token_loss
 from megastar.objectives.self_guided import draw_positions, total
 from megastar.teacher.schedule import decay_at
 
-STEPS, BATCH, TOKENS, VOCAB, CLASSES = 8, 8, 16, 32, 5
+STEPS, BATCH, TOKENS, VOCAB, CLASSES = 5, 8, 16, 32, 5
 WIDTH = 12  # of the encoder's features
 PERMUTED = 0.6  # share of the images of a random order
 

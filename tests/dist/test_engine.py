@@ -100,7 +100,7 @@ FREEZING = [
 ]
 
 
-def launch(ranks: int, *arguments: str, timeout: int = 400) -> subprocess.CompletedProcess:
+def launch(ranks: int, *arguments: str, timeout: int = 800) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = forker.run(list(arguments), environment, ranks, timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
