@@ -1,4 +1,4 @@
-"""Ranks without their imports: a process that has imported what training needs, and forks the ranks of each launch.
+"""Ranks without their imports: a process that has imported what commands need, and forks the ranks of each launch.
 
 Importing torch and deepspeed takes longer than most runs of the tests. ``run`` asks a server that is started when it is
 first needed and ends with its parent; it takes requests on stdin and answers on stdout, a JSON object a line.
@@ -69,11 +69,19 @@ def _server() -> Any:
 
 # The server --------------------------------------------------------------------------------------------------------
 def load() -> None:
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # as ranks set it: read at the import
     import torch._dynamo  # 2 s of imports that the first optimizer of every rank would repeat
     import torch.utils.tensorboard  # noqa: F401
 
+    import megastar.api
     import megastar.checkpoint.convert
     import megastar.cli
+    import megastar.commands.convert
+    import megastar.commands.data
+    import megastar.commands.evaluate
+    import megastar.commands.pretokenize
+    import megastar.commands.probe
+    import megastar.commands.sample
     import megastar.commands.train
     import megastar.engine.trainer  # noqa: F401
 
@@ -139,6 +147,7 @@ def main(words: list[str]) -> Any:
         sys.argv = words
     try:
         if sys.argv[0].endswith(".py"):
+            sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
             runpy.run_path(sys.argv[0], run_name="__main__")
         else:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

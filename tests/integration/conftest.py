@@ -115,10 +115,10 @@ def environment() -> dict[str, str]:
 def megastar(
     *words: object, ranks: int = 1, check: bool = True, timeout: int = 300, launcher: bool = False
 ) -> subprocess.CompletedProcess:
-    """The command line, as a user would call it. A training's ranks come without their imports, but with ``launcher``
-    from torchrun."""
+    """The command line, as a user would call it. Its process, and a training's ranks, come without their imports; but from
+    torchrun with ``launcher``, and from a process of its own with ``--nproc``."""
     command = [sys.executable, "-m", "megastar", *map(str, words)]
-    if words[0] == "train" and "--nproc" not in words and not launcher:
+    if "--nproc" not in words and not launcher and (ranks == 1 or words[0] == "train"):
         done = forker.run(command[1:], environment(), 0 if ranks == 1 else ranks, timeout)
     else:
         if ranks > 1:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forker
 from tests.stand_in.llamagen import write_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +31,7 @@ TINY = {
     "tokenizer/ranks": ("--tiny", "two ranks / one ="),
     "vocab_parallel": ("--ranks 2 --size nano --rows 16 --repeats 1", "vocabulary-parallel"),
 }
+RANKED = ("checkpoint_save", "guard_cost", "parallel_step", "vocab_parallel")  # ema_update starts its ranks itself
 PEERS = ("llamagen_parity", "pretokenize", "sampling")  # compare with LlamaGen: here with a stand-in
 
 
@@ -43,7 +43,7 @@ def test_the_benchmark_runs(name, tmp_path):
         environment["LLAMAGEN_DIR"] = str(write_checkout(tmp_path))
     module = name in ("convert", "optimizer.muon_step", *PEERS)  # these import from other benchmarks or tests
     script = ["-m", f"benchmarks.{name}"] if module else [str(ROOT / f"benchmarks/{name}.py")]
-    command = [sys.executable, *script, *words.split()]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    ranks = 2 if name in RANKED else 0
+    done = forker.run([*script, *words.split()], environment, ranks, timeout=300)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert last in done.stdout

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forker
 from tests.stand_in.llamagen import write_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,8 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def bench(tmp_path: Path, *words: str, work: str = "pass") -> subprocess.CompletedProcess:
     write_checkout(tmp_path, work=work)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LLAMAGEN_DIR": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "benchmarks/step.py"), "--tiny", *words]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return forker.run([str(ROOT / "benchmarks/step.py"), "--tiny", *words], environment, timeout=300)
 
 
 @pytest.mark.parametrize(("level", "dtype"), [("model", "fp32"), ("engine", "bf16")])
