@@ -13,7 +13,7 @@ from megastar.model.transformer import Transformer
 from megastar.sampling.guidance import doubled_labels, guide
 from megastar.sampling.kv_cache import KVCache
 from megastar.sampling.packed_linear import decoding_copy
-from megastar.sampling.parallel import DecodingStep
+from megastar.sampling.step_schedules import DecodingStep
 
 
 class CachedDecoder:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megastar.config.schema import ModelConfig
 from megastar.sampling.guidance import SCHEDULES
-from megastar.sampling.parallel import STEP_SCHEDULES, diagonals, token_counts
+from megastar.sampling.step_schedules import STEP_SCHEDULES, diagonals, token_counts
 
 TOKEN_ORDERS = ("auto", "raster", "random")
 
@@ -21,7 +21,7 @@ class SamplingOptions:
     above the vocabulary keeps all codes. With a factorised head these filters apply to each sub-code.
 
     For networks of random order: ``parallel_steps`` draws the tokens in this many steps instead of one by one (0),
-    ``schedule`` as in ``parallel.token_counts``, or diagonal: one diagonal of the grid per step, without
+    ``schedule`` as in ``step_schedules.token_counts``, or diagonal: one diagonal of the grid per step, without
     ``parallel_steps``; ``token_order`` raster, random (a permutation of each image, from its seed), or auto: random with
     ``parallel_steps``, else raster.
     """

@@ -16,7 +16,8 @@ from megastar.sampling.decoder import CachedDecoder, StepGraphs
 from megastar.sampling.guidance import null_until, scales
 from megastar.sampling.logits import draw, probabilities
 from megastar.sampling.options import SamplingOptions
-from megastar.sampling.parallel import DecodingStep, decoding_steps, diagonals, random_orders
+from megastar.sampling.parallel import random_orders
+from megastar.sampling.step_schedules import DecodingStep, decoding_steps, diagonals
 from megastar.tokenizer.vq import VQModel, to_pixels
 from megastar.utils.progress_bar import ProgressBar
 

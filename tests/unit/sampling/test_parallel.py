@@ -15,8 +15,9 @@ from megastar.sampling.guidance import guide, scales
 from megastar.sampling.kv_cache import KVCache
 from megastar.sampling.logits import draw, probabilities
 from megastar.sampling.options import SamplingOptions
-from megastar.sampling.parallel import DecodingStep, decoding_steps, diagonals, random_orders, token_counts
+from megastar.sampling.parallel import random_orders
 from megastar.sampling.sampler import Sampler, sample_seeds, uniform_noise
+from megastar.sampling.step_schedules import DecodingStep, decoding_steps, diagonals, token_counts
 
 T, V = 16, 23
 SIZES = {"n_layer": 3, "n_head": 2, "dim": 32, "multiple_of": 16, "vocab_size": V, "num_classes": 4, "image_tokens": T}
