@@ -23,8 +23,8 @@ from megastar.commands._shared.common import (
 from megastar.commands._shared.outputs import check_outputs
 from megastar.commands._shared.sample_output import SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
 from megastar.errors import UserError
-from megastar.sampling.step_schedules import PART_SCHEDULES, STEP_SCHEDULES
 from megastar.sampling.pipeline import open_pipeline
+from megastar.sampling.step_schedules import PART_SCHEDULES, STEP_SCHEDULES
 from megastar.utils.files import check_regular
 
 EXAMPLES = """

@@ -18,7 +18,7 @@ from megastar.engine.zero import matrix_exchange
 from megastar.engine.zero.muon import MuonEMA, newton_schulz, orthogonalize
 from megastar.engine.zero.partitions import parameter_groups
 from megastar.errors import UserError
-from tests.dist.reference import Matrices, config, is_matrix
+from tests.dist.reference import STEPS, Matrices, config, is_matrix
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -77,7 +77,7 @@ def test_in_bf16_a_step_is_torchs_bit_for_bit(fields, bucket, monkeypatch):
     reference = Matrices(cfg, theirs, [p for n, p in theirs.named_parameters() if is_matrix(n, p)])
     for step in range(4):
         for group in optimizer.param_groups:
-            group["lr"] = muon_rate(cfg.optim, cfg.train.global_batch, step, 8) if group.get("muon") else 1e-3
+            group["lr"] = muon_rate(cfg.optim, cfg.train.global_batch, step, STEPS) if group.get("muon") else 1e-3
             group["ema_decay"] = 0.5
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             a.grad = torch.randn_like(a)
