@@ -188,7 +188,8 @@ def run_node(
 ) -> tuple[int | None, str]:
     """Run ``module WORDS`` as ``per_node`` ranks of this node until the run ends; returns (exit status, reason).
 
-    The status is None if this node had no ranks at the end: the statuses of the other nodes are used.
+    The status is None if this node had no ranks at the end: the statuses of the other nodes are used. It is 85 if the run ended
+    before this node took part, and all nodes are needed.
     """
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a fresh store for each round, in its rank 0
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -242,7 +243,7 @@ def _run_agent(agent: Agent, handler: Handler, nodes: Nodes) -> tuple[int | None
         handler.stop_heartbeats()
         raise
     except RendezvousClosedError:
-        return None, ""  # the run ended on the other nodes
+        return _ended_elsewhere(agent, nodes), ""
     except RendezvousStateError as error:
         return (
             RANK_FAILURE,
@@ -255,8 +256,14 @@ def _run_agent(agent: Agent, handler: Handler, nodes: Nodes) -> tuple[int | None
         )
     handler.shutdown()
     if result is None or not agent.has_ranks:  # None: this node was a spare until the end
-        return None, ""
+        return _ended_elsewhere(agent, nodes), ""
     if not result.is_failed():
         return 0, ""
     failure = min(result.failures.values(), key=lambda f: f.timestamp)
     return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode, ""
+
+
+def _ended_elsewhere(agent: Agent, nodes: Nodes) -> int | None:
+    """The exit status if the run ended on the other nodes. A node that took no part in a run that needs each node is of a later
+    start than the others, such as a pod that was replaced before they had ended: it must be started again, as they are."""
+    return PREEMPTED if not agent.nodes and nodes.least == len(nodes.hosts) else None
