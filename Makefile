@@ -1,6 +1,7 @@
 # make install        set up .venv
 # make demo           run the whole pipeline, from images to scores, on this machine
 # make test           run the tests
+# make test-long      run the longest tests, which make test leaves out (minutes)
 # make test-slurm     test the batch scripts on a local SLURM cluster (requires root and Debian)
 # make test-elastic   lose nodes of runs that train, on loopback and on the local SLURM cluster (minutes)
 # make test-fuzz      run all hostile and damaged files through the commands (make test runs a part of them)
@@ -25,7 +26,7 @@ GPU := command -v nvidia-smi >/dev/null
 # DeepSpeed's operators are compiled at first use, not during installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-slurm test-elastic test-fuzz test-trackers test-browser test-pythons test-nullgpu lint clean install
+.PHONY: demo test test-long test-slurm test-elastic test-fuzz test-trackers test-browser test-pythons test-nullgpu lint clean install
 
 install: $(STAMP)
 
@@ -41,7 +42,10 @@ demo: $(STAMP)
 	$(BIN)/megastar demo
 
 test: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS) -m 'not gpu and not nullgpu and not slow and not slurm and not browser and not trackers'
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS) -m 'not gpu and not nullgpu and not slow and not long and not slurm and not browser and not trackers'
+
+test-long: $(STAMP)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m 'long and not slow' tests
 
 test-slurm: $(STAMP)
 	$(BIN)/pytest -m slurm tests/slurm

@@ -19,7 +19,7 @@ from tests.dist.workers import elastic_worker
 from tests.integration.conftest import ROOT, environment
 from tests.slurm.cluster import free_ports
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 PATIENCE = 120
 
 

@@ -20,7 +20,7 @@ from megastar.run_dir.checkpoint_dir import latest
 from tests.checkpoints import full_weights
 from tests.integration.conftest import ROOT, environment
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 STEPS = 40
 
 

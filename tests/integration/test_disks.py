@@ -16,7 +16,7 @@ from megastar.run_dir.status import status_of
 from tests.disks import with_disks
 from tests.integration.test_train import rows
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 
 STEPS, FULL, FREE = 36, 13, 25  # the disk is full from before the step with index FULL to before that with index FREE
 BAD = (45, 46, 47)  # batches without a loss, so that the run goes back, while the disk is full

@@ -19,7 +19,7 @@ from tests.integration.helpers.s3 import client_of
 from tests.integration.test_train import rows
 from tests.unit.data.shards.test_shards import T, V, write_set
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 
 STEPS = 30  # of 8 samples: two epochs and a half
 SHARDS = (12,) * 8

@@ -35,6 +35,7 @@ RANKED = ("checkpoint_save", "guard_cost", "parallel_step", "vocab_parallel")  #
 PEERS = ("llamagen_parity", "pretokenize", "sampling")  # compare with LlamaGen: here with a stand-in
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TINY)
 def test_the_benchmark_runs(name, tmp_path):
     words, last = TINY[name]

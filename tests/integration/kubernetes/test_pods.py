@@ -19,7 +19,7 @@ from tests.kubernetes.manifests import read
 from tests.kubernetes.pods import IndexedJob, edited
 from tests.slurm.cluster import free_ports
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 STEPS = 40
 TRAIN = {"steps": STEPS, "save_every": 1000, "val_every": 0}
 

@@ -142,7 +142,7 @@ def test_mistakes(words, message):
 SLURM = ("slurmctld", "slurmd", "munged", "munge", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 
 
-STAGES = {"test", "test-fuzz", "test-slurm", "test-browser", "lint"}
+STAGES = {"test", "test-long", "test-fuzz", "test-slurm", "test-browser", "lint"}
 
 
 def ci(folder: Path, there: tuple[str, ...], make: str) -> subprocess.CompletedProcess:
@@ -176,7 +176,7 @@ def test_ci_runs_the_stages_beside_slurm_and_names_those_that_fail(tmp_path, fai
     """The output of test-slurm comes whole, behind the others'; where the tests fail, nothing else runs."""
     make = f'echo "$1 a"; echo "$1 b"; [[ " {failing} " != *" $1 "* ]]'
     done = ci(tmp_path, (*SLURM, "chromium"), make)
-    ran = ["test"] if failing == "test" else ["test", "test-fuzz", "test-browser", "lint", "test-slurm"]
+    ran = ["test"] if failing == "test" else ["test", "test-long", "test-fuzz", "test-browser", "lint", "test-slurm"]
     assert done.stdout.splitlines() == [f"{stage} {part}" for stage in ran for part in "ab"]
     assert done.returncode == 1
     if failing != "test":
