@@ -37,7 +37,7 @@ setup(
     cmdclass={"build_py": BuildWithFiles},
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.11,<2.16",  # tested: 2.11 and 2.13 (README.md)
+        "torch>=2.11,<2.16",  # tested: 2.11, 2.13 and 2.14 (README.md)
         "deepspeed>=0.19.8",
         "webdataset>=1.0",
         "boto3>=1.34",
