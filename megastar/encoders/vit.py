@@ -6,6 +6,7 @@ Sources: facebookresearch/dinov2, dinov2/models/vision_transformer.py; facebookr
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ MOST_WIDTH, MOST_BLOCKS, MOST_REGISTERS, MOST_PATCH, MOST_RATIO = 4096, 100, 64,
 
 
 @dataclass(frozen=True)
-class VitShape:
+class VitShape(ABC):
     """An architecture. ``hidden``: width of the feed-forward; ``patch``: pixels of a patch's side."""
 
     dim: int
@@ -34,9 +35,9 @@ class VitShape:
     patch: int
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """As the released files are named."""
-        raise NotImplementedError
 
     @property
     def possible(self) -> bool:
