@@ -108,7 +108,7 @@ class Watchdog:
         self.retry_at = 0.0
         self.read_all = rank == 0  # else only rank 0's heartbeat is read
         self.over, self.wake, self.sent = threading.Event(), threading.Event(), threading.Event()
-        self.ending = threading.Lock()
+        self.ending, self.writing = threading.Lock(), threading.Lock()
         self.threads: list[threading.Thread] = []
         PHASE.reset()
         if rank == 0:
@@ -200,10 +200,10 @@ class Watchdog:
     def _write_file(self) -> None:
         path = self.run / HEARTBEATS / f"rank-{self.rank:05d}.json"
         temporary = path.with_suffix(f".{threading.get_ident()}")
-        now = utc_now()
-        with suppress(OSError):  # a full or read-only disk
+        # One write at a time: a slow one must not replace the last heartbeat with an earlier one.
+        with self.writing, suppress(OSError):  # a full or read-only disk
             path.parent.mkdir(exist_ok=True)
-            temporary.write_text(json.dumps({"time": now, **asdict(self._beat())}) + "\n")
+            temporary.write_text(json.dumps({"time": utc_now(), **asdict(self._beat())}) + "\n")
             temporary.replace(path)
 
     def _diagnose(self) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -149,37 +150,33 @@ def test_every_batch_before_a_broken_shard_comes(tmp_path):
 
 
 # Nothing is left behind ----------------------------------------------------------------------------------------
-def holdings(folder: Path) -> tuple[list[str], list[str], int, list[str]]:
+def holdings(folder: Path) -> Counter[str]:
     """Threads, open files, maps of shards, files: what a loader could leave behind."""
     gc.collect()
-    files = []
+    found = Counter(f"thread {t.name} {t.ident}" for t in threading.enumerate())
     for fd in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
-            files.append(os.readlink(fd))
-    files = [f for f in files if not f.startswith("/dev/shm/megastar")]  # of a store, for as long as it exists
-    maps = Path("/proc/self/maps").read_text().count(str(folder))
-    return sorted(t.name for t in threading.enumerate()), sorted(files), maps, sorted(map(str, folder.rglob("*")))
+            found[f"open file {os.readlink(fd)}"] += 1
+    found["maps"] = Path("/proc/self/maps").read_text().count(str(folder))
+    found.update(map(str, folder.rglob("*")))
+    # Those of a store remain for as long as it exists.
+    return Counter({name: count for name, count in found.items() if "/dev/shm/megastar" not in name})
 
 
-def settled(folder: Path) -> tuple[list[str], list[str], int, list[str]]:
-    """``holdings`` once threads of earlier tests have ended: the same for half a second."""
-    found, since = holdings(folder), time.monotonic()
-    deadline = since + 30
-    while time.monotonic() < min(since + 0.5, deadline):
-        time.sleep(0.05)
-        if (now := holdings(folder)) != found:
-            found, since = now, time.monotonic()
-    return found
+def added(folder: Path, before: Counter[str]) -> Counter[str]:
+    """What exists now and did not before. What earlier tests left may go at any time."""
+    return holdings(folder) - before
 
 
 def test_nothing_is_left_behind_however_the_iteration_ends(folder):
     take(loader(folder), 1)
-    before = settled(folder)
+    before = holdings(folder)
 
     def consume(source: TokenLoader) -> None:
         for n, _ in enumerate(source):
             if n == 2:
-                assert len(threading.enumerate()) == len(before[0]) + 3 and holdings(folder)[2] > before[2]
+                new = added(folder, before)
+                assert sum(name.startswith("thread ") for name in new) == 3 and new["maps"]
                 raise ZeroDivisionError
 
     def leave(source: TokenLoader) -> None:
@@ -188,9 +185,9 @@ def test_nothing_is_left_behind_however_the_iteration_ends(folder):
 
     with pytest.raises(ZeroDivisionError):
         consume(loader(folder))
-    assert holdings(folder) == before
+    assert not added(folder, before)
     leave(loader(folder))
-    assert holdings(folder) == before
+    assert not added(folder, before)
     source = loader(folder)
     batches, other = iter(source), iter(source)  # the second ends the first's reading
     next(batches)
@@ -203,12 +200,12 @@ def test_nothing_is_left_behind_however_the_iteration_ends(folder):
     with pytest.raises(StopIteration):
         next(other)
     del batches, other
-    assert holdings(folder) == before
+    assert not added(folder, before)
     (folder / "shard-00001.tar").rename(folder / "away")
     with pytest.raises(UserError, match="shard-00001.tar is missing"):
         take(loader(folder), 4)
     (folder / "away").rename(folder / "shard-00001.tar")
-    assert holdings(folder) == before
+    assert not added(folder, before)
 
 
 LEAVER = """
