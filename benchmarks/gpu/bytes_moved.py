@@ -30,7 +30,7 @@ from megastar.config.schema import ModelConfig, RunConfig
 from megastar.model import attention, fused
 from megastar.model.rope import rope_table
 from megastar.model.transformer import TransformerBlock
-from megastar.parallel import cost
+from megastar.parallel import cost, gpus
 from megastar.parallel.budget import elements
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,7 +190,7 @@ def passes(cfg: RunConfig) -> tuple[int, int]:
     return backward + cost.teacher_blocks(cfg.model, cfg.self_guided), backward
 
 
-def roofline(cfg: RunConfig, found: tuple[Counts, Counts], gpu: cost.Gpu, efficiency: float, ranks: int) -> float:
+def roofline(cfg: RunConfig, found: tuple[Counts, Counts], gpu: gpus.Gpu, efficiency: float, ranks: int) -> float:
     """MFU of a step of a GPU, with AdamW split over ``ranks`` (ZeRO)."""
     m, images = cfg.model, cfg.train.global_batch
     flops = cost.step_flops(cfg)
@@ -224,7 +224,7 @@ def main() -> None:
             for method, cfg in runs.items():
                 kernels = sum(n * c.kernels for n, c in zip(passes(cfg), found, strict=True))
                 mfu = {
-                    g: [roofline(cfg, found, cost.GPUS[g], e, a.ranks) for e in a.efficiency] for g in ("h100", "h200")
+                    g: [roofline(cfg, found, gpus.GPUS[g], e, a.ranks) for e in a.efficiency] for g in ("h100", "h200")
                 }
                 row[method] = {"kernels": kernels, "mfu": mfu}
             rows.append(row)

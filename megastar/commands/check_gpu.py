@@ -170,7 +170,7 @@ def run_tests(seconds: float) -> int:
 def describe(device: torch.device) -> dict[str, Any]:
     import torch
 
-    from megastar.parallel.cost import peak_tflops
+    from megastar.parallel.gpus import peak_tflops
 
     if device.type != "cuda":
         return {"name": "cpu", "threads": torch.get_num_threads()}

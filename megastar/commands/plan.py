@@ -18,15 +18,25 @@ from megastar.commands._shared.common import (
     terminal_width,
 )
 from megastar.commands._shared.json_output import PlanReport, only_json
+from megastar.commands._shared.plan_text import (
+    evaluation_line,
+    features_line,
+    features_of,
+    gib,
+    kept_line,
+    largest_of,
+    muon_line,
+)
 from megastar.errors import UserError, nearest
 from megastar.utils.printable import one_line, say
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from megastar.config.schema import ParallelConfig, RunConfig
+    from megastar.config.schema import ParallelConfig, RunConfig, TokenizerConfig
     from megastar.parallel.budget import Zero
-    from megastar.parallel.cost import Machine, Plan
+    from megastar.parallel.cost import Plan
+    from megastar.parallel.gpus import Machine
 
 EXAMPLES = """
 megastar plan configs/run/star_xl_300ep.yaml --gpus 8 --gpu h100
@@ -93,9 +103,12 @@ def plan(args: argparse.Namespace, print_json: Callable[[object], None]) -> int:
     sizes = take_local_sizes(cfg)
     if sizes and not cfg.model.unset:
         say(one_line(sizes), sys.stderr)
+    tokenizer, assumed = tokenizer_of(cfg)
+    if assumed:
+        say(assumed, sys.stderr)
     machine = describe_machine(args)
     dtype = "bf16" if cfg.train.dtype == "auto" else cfg.train.dtype
-    plans = make_plans(cfg, machine, zeros_of(cfg.parallel, dtype), args.tensor_parallel, dtype)
+    plans = make_plans(cfg, machine, zeros_of(cfg.parallel, dtype), args.tensor_parallel, dtype, tokenizer)
     plans.sort(key=lambda p: (not p.fits, p.seconds if p.fits else p.need))
     best = recommend(plans)
     if args.json:
@@ -106,7 +119,7 @@ def plan(args: argparse.Namespace, print_json: Callable[[object], None]) -> int:
 
 
 def describe_machine(args: argparse.Namespace) -> Machine:
-    from megastar.parallel.cost import GPUS, Machine
+    from megastar.parallel.gpus import GPUS, Machine
 
     if args.gpu not in GPUS:
         # Of several GPUs of one name, which differ in memory, the larger one first.
@@ -124,6 +137,26 @@ def describe_machine(args: argparse.Namespace) -> Machine:
         )
     name = args.gpu + "".join(f", {k} {v:g}" for k, v in overrides.items())
     return Machine(name, dataclasses.replace(GPUS[args.gpu], **overrides), args.gpus, per_node)
+
+
+def tokenizer_of(cfg: RunConfig) -> tuple[TokenizerConfig | None, str]:
+    """The architecture that decodes the samples of ``eval.every``, and a line about one that is assumed."""
+    from pathlib import Path
+
+    from megastar.config.schema import TokenizerConfig
+    from megastar.tokenizer.io import read_tokenizer_metadata
+
+    if not cfg.eval.every:
+        return None, ""
+    path = cfg.data.tokenizer
+    if path and Path(path).is_file():
+        return read_tokenizer_metadata(path)[0], ""
+    shape = TokenizerConfig()
+    shape.image_size = cfg.model.grid * shape.downsample
+    return (
+        shape,
+        f"{path} is not here: the memory of evaluations is that of LlamaGen's VQ-16 at {shape.image_size} pixels",
+    )
 
 
 def zeros_of(parallel: ParallelConfig, dtype: str) -> list[Zero]:
@@ -159,16 +192,14 @@ def why(plan: Plan, plans: list[Plan]) -> str:
 def hint(plans: list[Plan], machine: Machine, one_pass: bool) -> str:
     """Advice if nothing fits."""
     near = min(plans, key=lambda p: p.need)
+    if near.evaluating > near.total:
+        return (
+            f"no plan fits {machine.gpu.memory:g} GiB: the closest one needs {gib(near.need)} GiB, for the evaluations "
+            f"({largest_of(near.evaluation)}); set eval.batch below {near.eval_batch}, or use GPUs with more memory"
+        )
     more = "use more GPUs" + (f", or set train.micro_batch below {near.micro}" if near.micro > 1 else "")
     note = " (which leaves the contrastive losses fewer negatives)" if near.micro > 1 and one_pass else ""
     return f"no plan fits {machine.gpu.memory:g} GiB: the closest one needs {gib(near.need)} GiB; {more}{note}"
-
-
-def gib(value: float) -> str:
-    from megastar.parallel.budget import GIB
-
-    size = value / GIB
-    return f"{size:.1f}" if size >= 0.05 or size == 0 else "<0.1"
 
 
 def row(plan: Plan, best: Plan | None) -> list[str]:
@@ -241,7 +272,7 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
         console.print(f"{len(shown)} of {len(plans)} plans shown, {len(fitting)} fit; --all shows all\n")
     console.print(
         "GiB per rank at the peak of a step. other: features of L_MIM and REPA, contrastive losses, what accumulated passes share, working memory; buffers: ZeRO-3's gathered "
-        "weights, reduction buckets; needs: the sum with a reserve; plans below the line do not fit. tensor, data: GB that "
+        "weights, reduction buckets; needs: the sum, or what an evaluation needs if that is more, with a reserve; plans below the line do not fit. tensor, data: GB that "
         f"a rank sends per step in tensor groups (NVLink) and between data ranks ({data}). MFU counts student and teacher."
     )
     if best is None:
@@ -258,6 +289,8 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
             console.print(f"  {kept}", soft_wrap=True)
         if cfg.repa.active:
             console.print(f"  {features_line(cfg)}", soft_wrap=True)
+        if best.evaluation:
+            console.print(f"  {evaluation_line(best)}", soft_wrap=True)
         saved = checkpoint_of(cfg, machine, best)
         console.print(f"  a checkpoint: {saved['files']:,} files, {saved['bytes'] / 1e9:.1f} GB")
         if cfg.optim.of_matrices:
@@ -267,69 +300,6 @@ def show(cfg: RunConfig, machine: Machine, dtype: str, plans: list[Plan], best: 
     console.print("\nTimes are estimates, not measurements. Assumptions:")
     for name, text in assumptions(cfg).items():
         console.print(f"  {name}: {text}")
-
-
-def kept_line(cfg: RunConfig, plan: Plan, dtype: str) -> str:
-    """What the teacher, which runs on all micro-batches of a step first, leaves in memory; empty where it does not."""
-    from megastar.parallel.budget import kept_bytes
-
-    sizes = kept_bytes(cfg.model, cfg.self_guided, plan.micro, plan.data, dtype, plan.accumulation)
-    if not sizes["targets"]:
-        return ""
-    kept = cfg.parallel.teacher_features == "keep"
-    text = f"the teacher runs first, on {plan.accumulation} passes: its targets for the step take {sizes['targets'] / 2**20:.1f} MiB"
-    if not cfg.self_guided.alpha:
-        return text
-    size = f"{sizes['teacher features'] / 2**20:.1f} MiB"
-    if kept:
-        return f"{text}, its last features {size} (parallel.teacher_features=recompute: 0, and its first {cfg.self_guided.contrastive_block} blocks run twice)"
-    return f"{text}, its last features are recomputed (parallel.teacher_features=keep: {size}, and no block runs twice)"
-
-
-def features_of(cfg: RunConfig) -> dict[str, int]:
-    """Bytes of the stored features of a crop, and of those that all ranks read in a step; 0 without alignment."""
-    from megastar.parallel.alignment import stored_bytes
-
-    crop = stored_bytes(cfg.repa, cfg.model) if cfg.repa.active and not cfg.repa.online else 0
-    return {"crop": crop, "step": crop * cfg.train.global_batch * cfg.views}
-
-
-def features_line(cfg: RunConfig) -> str:
-    """What the features of representation alignment take on disk, and what is read of them."""
-    from rich.filesize import decimal
-
-    from megastar.parallel.alignment import encoder_width
-
-    size, images = features_of(cfg), 1_281_167
-    if cfg.repa.online:
-        return (
-            f"features of {cfg.model.grid} x {cfg.model.grid} patches, width {encoder_width(cfg.repa)}, are computed in training: each "
-            f"image of a step is read, decoded and encoded {cfg.views} times; the encoder's time and memory are not counted"
-        )
-    return (
-        f"features of {cfg.model.grid} x {cfg.model.grid} patches, width {encoder_width(cfg.repa)}: {decimal(size['crop'])} a "
-        f"stored crop, {decimal(10 * size['crop'] * images)} for 10 crops of the {images:,} images of ImageNet; all ranks "
-        f"read {decimal(size['step'])} of them a step"
-    )
-
-
-def muon_line(cfg: RunConfig, machine: Machine, dtype: str, plan: Plan) -> str:
-    """What Muon costs beside AdamW, and saves."""
-    from megastar.parallel.budget import GIB, parameter_shapes, state_bytes
-    from megastar.parallel.cost import step_flops
-    from megastar.parallel.muon import all_matrices
-
-    place = (plan.zero.stage, plan.tensor, plan.data, dtype)
-    held = [
-        state_bytes(cfg.model, cfg.self_guided, *place, muon=m, repa=cfg.repa)[0]["optimizer"] for m in (False, True)
-    ]
-    count, flops = len(all_matrices(parameter_shapes(cfg.model), cfg.optim.muon.split_qkv)), step_flops(cfg)
-    share = flops["newton_schulz"] / (flops["student"] + flops["teacher"])
-    return (
-        f"Muon: {count} matrices on {min(count, machine.gpus)} owners; one momentum instead of two moments saves "
-        f"{(held[0] - held[1]) / GIB:.2f} GiB per rank; Newton-Schulz {flops['newton_schulz'] / 1e12:.3g} TFLOP per step "
-        f"({share:.2%} of the networks'), {plan.newton_schulz * 1e3:.2g} ms on the most loaded rank"
-    )
 
 
 def checkpoint_of(cfg: RunConfig, machine: Machine, plan: Plan) -> dict[str, int]:

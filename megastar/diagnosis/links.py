@@ -25,7 +25,7 @@ def expected_bandwidth(gpu: str | None, ranks: int, nodes: int, network: float |
 
     With GPUs from the data sheets used by megastar plan; on CPUs between nodes from the network card's ``network``.
     """
-    from megastar.parallel.cost import BANDWIDTH_EFFICIENCY, GPUS, Machine
+    from megastar.parallel.gpus import BANDWIDTH_EFFICIENCY, GPUS, Machine
 
     if gpu is not None:
         return Machine(gpu, GPUS[gpu], ranks, max(1, ranks // nodes)).data_rate(1) if gpu in GPUS else None
@@ -117,7 +117,7 @@ def clock_findings(clocks: dict[str, list[float]]) -> list[Finding]:
 
 def findings(results: dict[int, dict[str, Any]], nodes: list[str], network: float | None) -> list[Finding]:
     """The findings about clocks and bandwidth. ``results``: of ``measure``, by place."""
-    from megastar.parallel.cost import gpu_model
+    from megastar.parallel.gpus import gpu_model
 
     clocks: dict[str, list[float]] = {}
     for i, result in results.items():

@@ -12,36 +12,44 @@ from megastar.config.schema import RunConfig
 from megastar.engine.context import Context
 from megastar.errors import UserError
 from megastar.parallel.budget import GIB, Zero, memory_bytes, state_bytes
+from megastar.parallel.evaluation_memory import evaluation_bytes, held_bytes
+from megastar.tokenizer.io import read_tokenizer_metadata
 
 logger = logging.getLogger(__name__)
 
 
-def planned_bytes(cfg: RunConfig, world: int, dtype: str) -> tuple[int, int]:
-    """(states, peak of a step) of one of ``world`` ranks' devices, as ``megastar plan`` computes them."""
+def planned_bytes(cfg: RunConfig, world: int, dtype: str) -> tuple[int, int, int]:
+    """Of one of ``world`` ranks' devices, as ``megastar plan`` computes them: the states, the peak of a step, and that of
+    an evaluation (0 without ``eval.every``)."""
     p = cfg.parallel
     zero, tensor = Zero.read(read_deepspeed(p.deepspeed), p.deepspeed), p.tensor_parallel
     micro, accumulation = resolve_batch(cfg.train, tensor, world)
-    compiled = cfg.train.compile != "off" and tensor == 1
+    data, compiled = world // tensor, cfg.train.compile != "off" and tensor == 1
     states, _ = state_bytes(
-        cfg.model, cfg.self_guided, zero.stage, tensor, world // tensor, dtype, zero.offload, cfg.optim.name == "muon",
+        cfg.model, cfg.self_guided, zero.stage, tensor, data, dtype, zero.offload, cfg.optim.name == "muon",
         cfg.repa,
     )  # fmt: skip
     memory, _ = memory_bytes(
-        cfg.model, cfg.self_guided, zero, tensor, world // tensor, micro, p.activation_checkpointing, dtype,
+        cfg.model, cfg.self_guided, zero, tensor, data, micro, p.activation_checkpointing, dtype,
         compiled, accumulation, p.teacher_features == "keep", cfg.optim.of_matrices, cfg.repa,
     )  # fmt: skip
-    return sum(states.values()), sum(memory.values())
+    evaluating = 0
+    if cfg.eval.every:
+        tokenizer, _ = read_tokenizer_metadata(cfg.data.tokenizer)
+        found = evaluation_bytes(cfg, tokenizer, dtype)
+        evaluating = held_bytes(memory, zero.stage, data) + sum(found.values())
+    return sum(states.values()), sum(memory.values()), evaluating
 
 
 def check_run(cfg: RunConfig, ctx: Context) -> Context:
     """``ctx``. Raises ``UserError`` if the world size does not divide the batch, or if the states alone exceed the GPU's memory.
 
-    Warns if the planned peak of a step does.
+    Warns if the planned peak of a step or of an evaluation does.
     """
     micro, _ = resolve_batch(cfg.train, ctx.tensor, ctx.world)
     if ctx.device.type != "cuda":
         return ctx
-    states, peak = planned_bytes(cfg, ctx.world, "bf16" if ctx.dtype == torch.bfloat16 else "fp32")
+    states, peak, evaluating = planned_bytes(cfg, ctx.world, "bf16" if ctx.dtype == torch.bfloat16 else "fp32")
     gpu = torch.cuda.get_device_properties(ctx.device)
     plan = f"{cfg.parallel.deepspeed}, {ctx.mesh.data} data x {ctx.tensor} tensor ranks, {micro} images per pass"
     remedy = "megastar plan compares other splits"
@@ -53,4 +61,8 @@ def check_run(cfg: RunConfig, ctx: Context) -> Context:
     if peak > gpu.total_memory and ctx.main:
         message = "a step is planned to need %.1f GiB on each GPU (%s), %s has %.1f GiB: lower train.micro_batch; %s"
         logger.warning(message, peak / GIB, plan, gpu.name, gpu.total_memory / GIB, remedy)
+    if evaluating > gpu.total_memory and ctx.main:
+        images = min(cfg.eval.batch, cfg.eval.samples)
+        message = "an evaluation of %d images at once is planned to need %.1f GiB on each GPU, %s has %.1f GiB: lower eval.batch"
+        logger.warning(message, images, evaluating / GIB, gpu.name, gpu.total_memory / GIB)
     return ctx

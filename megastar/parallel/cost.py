@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megastar.config.load import resolve_batch
 from megastar.config.rules.model import tensor_parallel_degrees
 from megastar.config.rules.problem import words
-from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig
+from megastar.config.schema import ModelConfig, RunConfig, SelfGuidedConfig, TokenizerConfig
 from megastar.config.sections.optim import MuonConfig
 from megastar.config.sections.repa import RepaConfig
 from megastar.errors import UserError
@@ -31,10 +31,8 @@ from megastar.parallel.budget import (
     runs_teacher_first,
     trunk,
 )
-from megastar.parallel.gpus import GPUS as GPUS
-from megastar.parallel.gpus import Gpu as Gpu
-from megastar.parallel.gpus import gpu_model as gpu_model
-from megastar.parallel.gpus import peak_tflops as peak_tflops
+from megastar.parallel.evaluation_memory import evaluation_bytes, held_bytes
+from megastar.parallel.gpus import BANDWIDTH_EFFICIENCY, Machine
 from megastar.parallel.head import OUTPUT, check_tensor, head_products, logits_per_token
 from megastar.parallel.muon import muon_traffic, owner_flops
 
@@ -43,7 +41,6 @@ RESERVED_GIB = 2.0  # driver, CUDA context, NCCL's and cuBLAS's buffers
 FRAGMENTATION = 0.05  # share of the peak that the allocator cannot use
 MATMUL_EFFICIENCY = 0.55  # of the GPU's dense peak, in the matrix products
 MEMORY_EFFICIENCY = 0.8  # of the GPU's memory bandwidth, in norms, rotations, dropouts, activations, losses, AdamW
-BANDWIDTH_EFFICIENCY = 0.7  # of a link's bandwidth, in collectives
 LATENCY = 25e-6  # seconds per collective in addition to its bytes
 OVERLAP = 0.5  # share of the compute time that can overlap with the data ranks' gathers and reductions
 FP32_SLOWDOWN = 16  # bf16 peak over fp32 peak
@@ -84,27 +81,6 @@ ASSUMPTIONS = {
     f"with {OVERLAP:g} of the computation, those of tensor ranks with none",
     "offload": f"{HOST_LINK / 1e9:g} GB/s to host memory, AdamW there at {HOST_MEMORY / 1e9:g} GB/s per rank",
 }
-
-
-@dataclass(frozen=True)
-class Machine:
-    name: str
-    gpu: Gpu
-    gpus: int
-    per_node: int
-
-    @property
-    def nodes(self) -> int:
-        return self.gpus // self.per_node
-
-    def tensor_rate(self) -> float:
-        """Bytes per second and direction inside a node."""
-        return self.gpu.nvlink / 2 * 1e9 * BANDWIDTH_EFFICIENCY
-
-    def data_rate(self, tensor: int) -> float:
-        """Of the data group's ring. Between nodes it uses the network cards of all its ranks on a node."""
-        network = self.gpu.network * (self.per_node // tensor) * 1e9 * BANDWIDTH_EFFICIENCY
-        return self.tensor_rate() if self.nodes == 1 else min(self.tensor_rate(), network)
 
 
 @dataclass(frozen=True)
@@ -155,6 +131,9 @@ class Plan:
     optimizer: float
     mfu: float
     newton_schulz: float = 0.0  # Muon's iterations on the most loaded rank, part of ``optimizer``
+    evaluation: dict[str, int] = field(default_factory=dict)  # memory by cause (evaluation_memory.py), empty without
+    evaluating: int = 0  # bytes at the peak of an evaluation, with what exists between steps
+    eval_batch: int = 0  # images that it samples at once
 
     @property
     def fits(self) -> bool:
@@ -316,8 +295,12 @@ def transfers(
 
 
 # Plans -------------------------------------------------------------------------------------------------------------
-def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpointing: bool, dtype: str) -> Plan:
-    """One plan. Raises ``UserError`` if the data ranks do not divide the batch."""
+def make_plan(
+    cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpointing: bool, dtype: str,
+    tokenizer: TokenizerConfig | None = None,
+) -> Plan:  # fmt: skip
+    """One plan. ``tokenizer`` decodes the samples of evaluations; None: LlamaGen's. Raises ``UserError`` if the data ranks
+    do not divide the batch."""
     data = machine.gpus // tensor
     micro, accumulation = resolve_batch(cfg.train, tensor, machine.gpus)
     compiled = cfg.train.compile != "off" and tensor == 1
@@ -327,7 +310,9 @@ def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpo
         cfg.model, cfg.self_guided, zero, tensor, data, micro, checkpointing, dtype, compiled, accumulation, keep,
         cfg.optim.of_matrices, cfg.repa,
     )  # fmt: skip
-    need = sum(memory.values()) * (1 + FRAGMENTATION) + RESERVED_GIB * GIB
+    evaluation = evaluation_bytes(cfg, tokenizer or TokenizerConfig(), dtype)
+    evaluating = held_bytes(memory, zero.stage, data) + sum(evaluation.values()) if evaluation else 0
+    need = max(sum(memory.values()), evaluating) * (1 + FRAGMENTATION) + RESERVED_GIB * GIB
     muon = cfg.optim.of_matrices
     sent = transfers(
         cfg.model, cfg.self_guided, zero, tensor, data, micro, accumulation, checkpointing, dtype, again, muon,
@@ -359,13 +344,15 @@ def make_plan(cfg: RunConfig, machine: Machine, zero: Zero, tensor: int, checkpo
     mfu = (flops["student"] + flops["teacher"]) / ((compute + communication + optimizer) * peak)
     return Plan(
         tensor, zero, checkpointing, compiled, data, micro, accumulation, memory, host, need, machine.gpu.memory * GIB, sent,
-        compute, communication, optimizer, mfu, newton_schulz,
+        compute, communication, optimizer, mfu, newton_schulz, evaluation, evaluating,
+        min(cfg.eval.batch, cfg.eval.samples),
     )  # fmt: skip
 
 
 def make_plans(
-    cfg: RunConfig, machine: Machine, zeros: Sequence[Zero], tensor: int = 0, dtype: str = "bf16"
-) -> list[Plan]:
+    cfg: RunConfig, machine: Machine, zeros: Sequence[Zero], tensor: int = 0, dtype: str = "bf16",
+    tokenizer: TokenizerConfig | None = None,
+) -> list[Plan]:  # fmt: skip
     """All valid plans, or those of one degree; tensor groups are inside a node. ``UserError`` if there is none."""
     degrees = [d for d in tensor_parallel_degrees(cfg.model) if machine.per_node % d == 0]
     if tensor and tensor not in degrees:
@@ -376,7 +363,7 @@ def make_plans(
     out, errors = [], []
     for degree in [tensor] if tensor else degrees:
         try:
-            out += [make_plan(cfg, machine, z, degree, c, dtype) for z in zeros for c in (False, True)]
+            out += [make_plan(cfg, machine, z, degree, c, dtype, tokenizer) for z in zeros for c in (False, True)]
         except UserError as error:
             errors.append(error)
     if not out:

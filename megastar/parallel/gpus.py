@@ -1,8 +1,10 @@
-"""Data sheets of GPUs: what `megastar plan` and MFU are computed with. No torch."""
+"""Data sheets of GPUs, and machines of them: what `megastar plan` and MFU are computed with. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+BANDWIDTH_EFFICIENCY = 0.7  # of a link's bandwidth, in collectives; assumed
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,27 @@ class Gpu:
     hbm: float
     nvlink: float
     network: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    name: str
+    gpu: Gpu
+    gpus: int
+    per_node: int
+
+    @property
+    def nodes(self) -> int:
+        return self.gpus // self.per_node
+
+    def tensor_rate(self) -> float:
+        """Bytes per second and direction inside a node."""
+        return self.gpu.nvlink / 2 * 1e9 * BANDWIDTH_EFFICIENCY
+
+    def data_rate(self, tensor: int) -> float:
+        """Of the data group's ring. Between nodes it uses the network cards of all its ranks on a node."""
+        network = self.gpu.network * (self.per_node // tensor) * 1e9 * BANDWIDTH_EFFICIENCY
+        return self.tensor_rate() if self.nodes == 1 else min(self.tensor_rate(), network)
 
 
 # NVIDIA's data sheets; peaks without sparsity. Network: DGX A100 8 x 200 Gb/s, DGX H100, H200 and B200 8 x 400 Gb/s.

@@ -14,7 +14,8 @@ from megastar.engine.zero.ema_teacher import PREFIX
 from megastar.engine.zero.engines import Engines, owned
 from megastar.model.kernels.select import chosen
 from megastar.parallel.collectives import gather_rows
-from megastar.parallel.cost import peak_tflops, step_flops
+from megastar.parallel.cost import step_flops
+from megastar.parallel.gpus import peak_tflops
 
 GPU_CHUNK = 1 << 26  # elements whose difference exists at once
 CPU_CHUNK = 1 << 18  # the difference is still in the cache when its norm is taken

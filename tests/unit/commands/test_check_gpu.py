@@ -16,7 +16,7 @@ from megastar.commands import check_gpu
 from megastar.config.schema import ModelConfig, ParallelConfig, RunConfig, SelfGuidedConfig, TrainConfig
 from megastar.model.kernels import check, flex, sdpa, timing
 from megastar.model.masks import PATTERNS, MaskSpec
-from megastar.parallel import cost
+from megastar.parallel import gpus
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def test_peaks_are_the_data_sheets() -> None:
         "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H200": 989,
         "NVIDIA GeForce RTX 4090": 165, "NVIDIA B200": 2250, "Tesla T4": None,
     }  # fmt: skip
-    assert {name: cost.peak_tflops(name) for name in names} == names
+    assert {name: gpus.peak_tflops(name) for name in names} == names
 
 
 def test_the_table_takes_the_fastest_right_backend() -> None:

@@ -19,7 +19,8 @@ from megastar.config.sections.optim import MuonConfig
 from megastar.config.sections.repa import RepaConfig
 from megastar.config.sections.token_order import TokenOrderConfig
 from megastar.parallel.budget import GIB, Zero
-from megastar.parallel.cost import GPUS, Machine, make_plan
+from megastar.parallel.cost import make_plan
+from megastar.parallel.gpus import GPUS, Machine
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = sorted((ROOT / "configs" / "run").glob("*.yaml"))

@@ -21,7 +21,7 @@ from megastar.diagnosis.checks import DoctorOptions, Report, combine
 from megastar.diagnosis.finding import FAILURE, OK, WARNING, Answer, Finding, hung, merge, shortened, with_timeout
 from megastar.diagnosis.rendezvous import master_address, missing_ranks
 from megastar.errors import UserError
-from megastar.parallel import cost
+from megastar.parallel import gpus
 from megastar.utils.hostname import shorten_dns_timeout
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -232,8 +232,8 @@ def test_clocks():
 
 
 def test_expected_bandwidth():
-    assert cost.gpu_model("NVIDIA H100 80GB HBM3") == "h100" and cost.gpu_model("NVIDIA H100 PCIe") == "h100-pcie"
-    assert cost.gpu_model("NVIDIA GeForce RTX 4090") == "rtx4090" and cost.gpu_model("Quadro") is None
+    assert gpus.gpu_model("NVIDIA H100 80GB HBM3") == "h100" and gpus.gpu_model("NVIDIA H100 PCIe") == "h100-pcie"
+    assert gpus.gpu_model("NVIDIA GeForce RTX 4090") == "rtx4090" and gpus.gpu_model("Quadro") is None
     assert links.expected_bandwidth("h100", 8, 1, None) == pytest.approx(450e9 * 0.7)
     assert links.expected_bandwidth("h100", 16, 2, None) == pytest.approx(400e9 * 0.7)
     assert links.expected_bandwidth(None, 4, 2, 12.5e9) == pytest.approx(12.5e9 * 0.7)

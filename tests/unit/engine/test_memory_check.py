@@ -31,7 +31,7 @@ def gpu(monkeypatch):
 def test_a_gpu_that_cannot_hold_the_states_is_refused(gpu, caplog) -> None:
     cfg = load_config("configs/run/star_xl_50ep.yaml", [*WORDS, "train.global_batch=32"])
     ctx = Context(0, 1, GPU, torch.bfloat16)
-    states, peak = (value / 2**30 for value in planned_bytes(cfg, 1, "bf16"))
+    states, peak = (value / 2**30 for value in planned_bytes(cfg, 1, "bf16")[:2])
     assert 10 < states < peak
     gpu(states - 1)
     with pytest.raises(
@@ -48,6 +48,29 @@ def test_a_gpu_that_cannot_hold_the_states_is_refused(gpu, caplog) -> None:
     gpu(peak + 1)
     check_run(cfg, ctx)
     assert caplog.messages == []
+
+
+def test_an_evaluation_that_needs_more_than_the_gpu_has(gpu, caplog) -> None:
+    words = [
+        "data.tokenizer=assets/tokenizer/emoji64-vq.safetensors",
+        "eval.every=10",
+        "eval.samples=2000",
+        "eval.batch=1024",
+    ]
+    cfg = load_config("configs/run/demo.yaml", words)
+    ctx = Context(0, 1, GPU, torch.bfloat16)
+    _, peak, evaluating = (value / 2**30 for value in planned_bytes(cfg, 1, "bf16"))
+    assert evaluating > peak
+    gpu((peak + evaluating) / 2)
+    check_run(cfg, ctx)
+    (message,) = caplog.messages
+    assert f"{evaluating:.1f} GiB" in message and "1024 images" in message and "lower eval.batch" in message
+    caplog.clear()
+    cfg.eval.batch = 4096  # of which 2000 are sampled
+    gpu(2 * evaluating)
+    check_run(cfg, ctx)
+    cfg.eval.every = 0
+    assert caplog.messages == [] and planned_bytes(cfg, 1, "bf16")[2] == 0
 
 
 def test_the_batch_is_checked_on_a_cpu_too() -> None:

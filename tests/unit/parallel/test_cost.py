@@ -17,12 +17,12 @@ from megastar import cli
 from megastar.config.load import load_config
 from megastar.engine.student import Student
 from megastar.model.transformer import Transformer
-from megastar.parallel import budget, cost
+from megastar.parallel import budget, cost, gpus
 from megastar.parallel.cross_entropy import linear_cross_entropy
 from tests.unit.parallel.test_budget import ROOT, here, run_of, tiny, zeros  # noqa: F401
 
 SIZES = ("b", "l", "xl", "xxl", "3b")
-NODE = cost.Machine("h100", cost.GPUS["h100"], 8, 8)
+NODE = gpus.Machine("h100", gpus.GPUS["h100"], 8, 8)
 
 
 # Communication and arithmetic --------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_compiled_blocks_move_less(setting, compiles):
 def test_network_and_nodes():
     two = dataclasses.replace(NODE, gpus=16)
     assert two.nodes == 2 and NODE.data_rate(1) == NODE.tensor_rate()
-    assert two.data_rate(1) > two.data_rate(4) == pytest.approx(2 * 50e9 * cost.BANDWIDTH_EFFICIENCY)
+    assert two.data_rate(1) > two.data_rate(4) == pytest.approx(2 * 50e9 * gpus.BANDWIDTH_EFFICIENCY)
     slow = dataclasses.replace(two, gpu=dataclasses.replace(two.gpu, network=1.0))
     cfg = run_of("3b")
     assert (

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megastar.config.sections.optim import MuonConfig, OptimConfig, rate_warning
 from megastar.parallel import budget, cost, muon
-from megastar.parallel.gpus import GPUS
+from megastar.parallel.gpus import GPUS, Machine
 from megastar.parallel.plan import block_matrix
 from tests.unit.parallel.test_budget import run_of, tiny, zeros
 
@@ -66,7 +66,7 @@ def test_owners_are_balanced(ranks):
 def test_plan_counts_muon():
     base, zero = run_of("xl"), zeros("zero1")
     with_muon = dataclasses.replace(base, optim=dataclasses.replace(base.optim, name="muon"))
-    machine = cost.Machine("h100", GPUS["h100"], 16, 8)
+    machine = Machine("h100", GPUS["h100"], 16, 8)
     for tensor in (1, 2):
         adamw, ours = (cost.make_plan(cfg, machine, zero, tensor, False, "bf16") for cfg in (base, with_muon))
         data = 16 // tensor
@@ -84,7 +84,7 @@ def test_plan_counts_muon():
         muon.newton_schulz_flops(m.rows, m.columns, 5)
         for m in muon.all_matrices(budget.parameter_shapes(base.model), True)
     )
-    alone = cost.make_plan(with_muon, cost.Machine("h100", GPUS["h100"], 1, 1), zero, 1, False, "bf16")
+    alone = cost.make_plan(with_muon, Machine("h100", GPUS["h100"], 1, 1), zero, 1, False, "bf16")
     assert alone.transfers == []
 
 
