@@ -135,6 +135,7 @@ class Model:
         )  # fmt: skip
         batch = min(batch, len(labels))
         if self._sampler is None or (self._sampler.options, self._sampler.batch) != (options, batch):
+            self._sampler = None  # its cache is freed before the new one is allocated
             self._sampler = Sampler(self.transformer, options, batch)
         parts = zip(labels.split(batch), (seeds[i : i + batch] for i in range(0, len(seeds), batch)), strict=True)
         codes = torch.cat([self._sampler.draw(some, theirs) for some, theirs in parts])

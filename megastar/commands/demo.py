@@ -22,7 +22,7 @@ from megastar.utils.npz import NpzFile
 CONFIG = "configs/run/demo.yaml"
 PICTURES = "assets/emoji64/emoji64.tar"
 EXAMPLES = """
-megastar demo                                      about 15 minutes on two CPU cores
+megastar demo                                      12 to 25 minutes on two CPU cores
 megastar demo train.steps=1000 run=runs/long/run   a longer run in another folder
 Repeating an interrupted command resumes it.
 """

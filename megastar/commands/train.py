@@ -44,7 +44,11 @@ def parser() -> Parser:
     )
     p.add_argument("items", nargs="*", metavar="CONFIG | section.field=value", help="a YAML file, fields to override")
     p.add_argument("--nproc", type=processes, default=1, help="local processes (default 1); ignored under a launcher")
-    p.add_argument("--dry-run", action="store_true", help="build everything, run one fake step, print memory and batch")
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, run three steps on random codes, print memory and batch",
+    )
     p.add_argument("--print-config", action="store_true", help="print every field as YAML and exit")
     p.add_argument("--print-run-folder", action="store_true", help="print the run folder's absolute path and exit")
     return p

@@ -21,6 +21,7 @@ from torch import Tensor
 from megastar.encoders.efficientnet import EfficientNetLite0, weights_file
 from megastar.encoders.vit import FrozenVit
 from megastar.errors import UserError
+from megastar.utils.device import exact_convolutions
 from megastar.utils.files import sha256
 
 NAMES = "efflite0, dinov2 or dinov3 with a weights file, or module:function"
@@ -83,7 +84,7 @@ class EffLite0Patches:
 
     def _features(self, pixels: Tensor, grid: int) -> Tensor:
         images = _resized(pixels.to(self.device), STRIDE * grid).div_(127.5).sub_(1)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_convolutions():
             return self.net.taps(images, [BLOCK])[0].flatten(2).transpose(1, 2)  # (B, C, g, g) -> (B, P, C)
 
 
@@ -103,7 +104,7 @@ class DinoPatches:
     @torch.no_grad()
     def __call__(self, pixels: Tensor, grid: int) -> Tensor:
         images = _resized(pixels.to(self.device), self.net.patch * grid).div_(255)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_convolutions():
             patches: Tensor = self.net(images)[1]
             return patches.float()
 

@@ -25,6 +25,7 @@ from megastar.encoders import dinov2 as encoder
 from megastar.encoders.efficientnet import EfficientNetLite0
 from megastar.errors import UserError
 from megastar.evaluation.inception import CLASSES, POOL, SHA256, SPATIAL, load_inception, scale
+from megastar.utils.device import exact_convolutions
 from megastar.utils.files import sha256
 
 M = TypeVar("M", bound=nn.Module)
@@ -112,7 +113,7 @@ class Inception:
     @torch.no_grad()
     def __call__(self, pixels: Tensor, spatial: bool = False) -> tuple[Tensor, Tensor | None]:
         images = scale(pixels.to(self.device)).contiguous(memory_format=torch.channels_last)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the same results as on a CPU
+        with exact_convolutions():  # the same results as on a CPU
             return self.net(images, spatial)
 
     def name(self, metric: str) -> str:
@@ -150,7 +151,7 @@ class EffLite0(_PlainNetwork):
     @torch.no_grad()
     def __call__(self, pixels: Tensor, spatial: bool = False) -> tuple[Tensor, None]:
         images = resize(pixels.to(self.device)).contiguous(memory_format=torch.channels_last)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_convolutions():
             return self.net.features(images), None
 
     def describe(self) -> dict[str, Any]:
@@ -192,7 +193,7 @@ class DinoFeatures(_PlainNetwork):
     @torch.no_grad()
     def __call__(self, pixels: Tensor, spatial: bool = False) -> tuple[Tensor, None]:
         images = resize_pillow(pixels, DINOV2_SIDE).to(self.device)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_convolutions():
             return self.net(images.permute(0, 3, 1, 2).float() / 255)[0].float(), None
 
     def describe(self) -> dict[str, Any]:

@@ -56,15 +56,16 @@ def open_images(
     size: int | None = None,
     limit: int | None = None,
     tokenizer: str | Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> ImageSource:
     """A folder of images, an image tar (or folder of tars), an .npz with ``arr_0`` or ``images``, or token shards.
 
     Images of folders and tars are cropped to a centre square of ``size`` pixels (default: the first image's short side).
-    An .npz and token shards, decoded by ``tokenizer``, must have that size. ``limit`` keeps the first images in order of
+    An .npz and token shards, decoded by ``tokenizer`` on ``device``, must have that size. ``limit`` keeps the first images in order of
     their keys. Unreadable images are skipped with a warning. Raises ``UserError``.
     """
     if is_remote(path) or (Path(path) / MANIFEST).is_file():
-        found: ImageSource = TokenImages(path, tokenizer, limit)
+        found: ImageSource = TokenImages(path, tokenizer, limit, device)
     elif Path(path).suffix == ".npz":
         found = NpzImages(Path(path), limit)
     else:
@@ -209,8 +210,14 @@ class TokenImages:
 
     resized: Mapping[str, int] = {}
 
-    def __init__(self, path: str | Path, tokenizer: str | Path | None, limit: int | None = None):
-        self.path = path
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: str | Path | None,
+        limit: int | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.path, self.device = path, torch.device(device)
         self.shards = ShardSet(path)
         manifest = self.shards.manifest
         if tokenizer is None:
@@ -234,13 +241,12 @@ class TokenImages:
 
     @torch.no_grad()
     def batches(self, batch: int) -> Iterator[np.ndarray]:
-        model = load_tokenizer(self.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
-        device = next(model.parameters()).device
+        model = load_tokenizer(self.tokenizer, self.device)
         centre = self.shards.manifest.centre_view
         for first in range(0, self.count, batch):
             ids = np.arange(first, min(first + batch, self.count))
             codes, _ = self.shards.gather(ids, np.full((len(ids), 1), centre))  # (B, 1, T)
-            yield to_pixels(model.decode_codes(torch.from_numpy(codes[:, 0].astype(np.int64)).to(device)))
+            yield to_pixels(model.decode_codes(torch.from_numpy(codes[:, 0].astype(np.int64)).to(self.device)))
 
     def labels(self) -> np.ndarray:
         return self.shards.gather(np.arange(self.count), np.zeros((self.count, 1), np.int64))[1]

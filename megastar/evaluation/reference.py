@@ -61,7 +61,9 @@ def read_reference(
         raise UserError(f"{real} contains only Inception's statistics: pass --inception FILE, or use images")
     images: ImageSource | None = None
     if not names or set(names) & set(NPZ_NAMES):  # opened even if only mu and sigma are used, to check the resolution
-        images = open_images(real, subset=o.real_subset, size=size, limit=limit, tokenizer=o.real_tokenizer)
+        images = open_images(
+            real, subset=o.real_subset, size=size, limit=limit, tokenizer=o.real_tokenizer, device=network.device
+        )
     elif keep:
         raise UserError(f"{real} contains only statistics: precision, recall and KID also require images (arr_0)")
     digest = images.sha256() if images else sha256(Path(real))

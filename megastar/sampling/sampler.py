@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -89,7 +90,9 @@ class Sampler:
             batch, dtype=torch.long, device=device
         )  # first position with logits that are not finite
         use_graphs = device.type == "cuda" if cuda_graphs is None else cuda_graphs
-        self.graphs = StepGraphs(lambda position: self._step(position, batch), device) if use_graphs else None
+        # Without a reference to self: caches and graphs of a sampler that is no longer used are freed at once.
+        own = weakref.ref(self)
+        self.graphs = StepGraphs(lambda position: _step_of(own, position, batch), device) if use_graphs else None
 
     @torch.inference_mode()
     def draw(
@@ -205,6 +208,12 @@ class Sampler:
         """Logits (B, V), or of a sub-code, -> one number per row (B,), by the noise of ``column``."""
         # One NaN or plus infinity among a row's logits makes all its probabilities NaN.
         return self._draw_all(logits[:, None], position, self.noise[: len(logits), column, None])[:, 0]
+
+
+def _step_of(sampler: weakref.ref[Sampler], number: int, count: int) -> None:
+    found = sampler()
+    assert found is not None, "the graphs of a sampler that no longer exists"
+    found._step(number, count)
 
 
 def check_tokenizer(c: ModelConfig, tokenizer: VQModel) -> None:

@@ -160,18 +160,18 @@ class TokenizerTrainer:
             place = [c.seed, DROPOUT, self.step, self.replicas.rank]
             torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         self.model.train()
+        codes: Tensor | None = None
+        self.batch_uses = None
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             z = self.model.latents(images)
             if self.step < c.continuous_steps:
                 recon = self.model.decode(self.model.quantize.unquantized(z))
                 vq = z.new_zeros((), dtype=torch.float32)
-                self.batch_uses = None
             else:
                 q = self.model.quantize(z, c.entropy_temperature if c.entropy else None)
                 recon = self.model.decode(q.latents)
                 vq = q.codebook_loss + c.commitment * q.commitment_loss + c.entropy * q.entropy_loss
-                self.batch_uses = torch.bincount(q.codes.flatten().cpu(), minlength=len(self.uses))
-                self.uses += self.batch_uses
+                codes = q.codes
             recon = recon.float()
             l2 = (recon - images).square().mean()
             perceptual = self.perceptual(images, recon) if self.perceptual else l2.new_zeros(())
@@ -180,6 +180,9 @@ class TokenizerTrainer:
                 loss = loss - c.adversarial * self.discriminator(recon).float().mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if codes is not None:  # counted once the backward pass is queued: the host waits for the codes
+            self.batch_uses = torch.bincount(codes.flatten().cpu(), minlength=len(self.uses))
+            self.uses += self.batch_uses
         self.replicas.average_gradients(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not torch.isfinite(norm):  # on all ranks alike

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -74,3 +78,42 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if x.device.type == "cpu" and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+class _Tf32:
+    """cuDNN's setting of this process, and how many threads need it off."""
+
+    lock = threading.Lock()
+    users, before = 0, True
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions on a GPU without TF32, as on a CPU. The setting is restored once no thread is in such a block:
+    ``torch.backends.cudnn.flags`` would restore it for all when the first one leaves."""
+    with _Tf32.lock:
+        if _Tf32.users == 0:
+            _Tf32.before = torch.backends.cudnn.allow_tf32
+            torch.backends.cudnn.allow_tf32 = False
+        _Tf32.users += 1
+    try:
+        yield
+    finally:
+        with _Tf32.lock:
+            _Tf32.users -= 1
+            if _Tf32.users == 0:
+                torch.backends.cudnn.allow_tf32 = _Tf32.before
+
+
+def pinned_buffer(elements: int) -> Tensor:
+    """(elements,) fp32 in host memory that a GPU copies into without the host waiting; not initialized.
+
+    ``torch.empty(pin_memory=True)`` would take up to twice as much: it rounds up to a power of two. Where CUDA cannot pin
+    so much, the memory is not pinned: copies are slower, and right.
+    """
+    buffer = torch.empty(elements, dtype=torch.float32)
+    cudart = torch.cuda.cudart()
+    portable = 1  # cudaHostRegisterPortable: for all contexts
+    if elements and int(cudart.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, portable)) == 0:
+        weakref.finalize(buffer, cudart.cudaHostUnregister, buffer.data_ptr()).atexit = False
+    return buffer

@@ -110,6 +110,19 @@ def test_a_run_trains_validates_and_saves(folder: Path, shards: Path, name: str)
         assert warning not in text, text[-3000:]
 
 
+def test_a_deterministic_run_is_scored_while_it_trains(folder: Path, shards: Path) -> None:
+    """Drawing a token uses an operation that torch refuses in such a run."""
+    words = ("parallel.deepspeed=zero1", "train.deterministic=true", "eval.every=3", "eval.samples=8", "eval.batch=4")
+    run_dir, text = train(folder, shards, "deterministic", *words, "eval.against_images=16")
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert sum(e["event"] == "evaluated" for e in events) == 2, text[-3000:]
+
+
+def test_features_are_computed_while_a_run_trains(folder: Path, shards: Path) -> None:
+    words = ("method=configs/method/repa.yaml", "repa.online=true", f"repa.pictures={IMAGES}", "repa.block=1")
+    train(folder, shards, "online", "parallel.deepspeed=zero1", *words)
+
+
 def test_offload_to_the_host(folder: Path, shards: Path) -> None:
     train(folder, shards, "offload", "parallel.deepspeed=zero3_offload")
 

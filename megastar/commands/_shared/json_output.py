@@ -65,7 +65,7 @@ class SetReport:
     first: list[dict[str, Any]]
 
 
-# The keys that ``megastar evaluate --json`` and the file of --out always hold; a metric adds its own details.
+# The keys that ``megastar evaluate --json`` and the file of --out always hold, except with --fdr (evaluation/fd_ratio.py); a metric adds its own details.
 SCORE_KEYS = (
     *("metric", "value", "scores", "warnings", "real", "features", "settings", "versions", "device", "seconds"),
     *("provenance", "not_recorded"),

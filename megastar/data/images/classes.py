@@ -18,7 +18,7 @@ from megastar.data.images.findings import Findings
 from megastar.data.images.listing import CLASS_LIMIT, Listing, key_of
 from megastar.errors import UserError
 
-INNERMOST = -1  # class level: the folder that holds the image, as in versions up to 0.3.0
+INNERMOST = -1  # class level: the folder that holds the image, as in versions up to 0.2.0
 SPLITS = frozenset(
     [
         "train",

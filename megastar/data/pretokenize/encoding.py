@@ -17,6 +17,7 @@ from megastar.data.images.dataset import ImageSet
 from megastar.data.images.image_files import ImageError
 from megastar.data.pretokenize.features import FeatureEncoder
 from megastar.tokenizer.vq import VQModel
+from megastar.utils.device import exact_convolutions
 
 _CPU_BYTES = 5 << 20  # of one full-resolution activation: 20 crops in the demo, 1.4 times as fast as 80
 _GPU_CROPS = 64
@@ -52,8 +53,10 @@ class ViewEncoder:
                 encoded.append(self.features(part))
             # (B, 3, H, W) in channels_last. The arithmetic of ToTensor and Normalize, so that codes equal LlamaGen's.
             images = part.to(self.device).permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.5)
-            exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # no TF32 on a GPU
-            with exact, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            with (
+                exact_convolutions(),
+                torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
+            ):
                 parts.append(self.model.encode(images).cpu())
         return torch.cat(parts).numpy(), np.concatenate(encoded) if encoded else None
 

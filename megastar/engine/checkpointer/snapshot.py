@@ -20,6 +20,7 @@ from megastar.engine.context import Context
 from megastar.engine.zero.engines import Engines, owned, stored_of
 from megastar.parallel.plan import split_of
 from megastar.run_dir.layout import FORMAT
+from megastar.utils.device import pinned_buffer
 from megastar.utils.files import sha256
 
 
@@ -84,7 +85,8 @@ class Snapshots:
         """This rank's states in one host buffer."""
         if self.host is None or self.host.numel() < elements:
             cuda = self.ctx.device.type == "cuda"
-            self.host = torch.empty(elements, dtype=torch.float32, pin_memory=cuda)
+            self.host = None  # freed before its successor is allocated
+            self.host = pinned_buffer(elements) if cuda else torch.empty(elements, dtype=torch.float32)
         offset, pieces = 0, []
         for shard in mine:
             rank = self.ctx.mesh.tensor_rank if split_of(shard.name) else 0

@@ -1,4 +1,4 @@
-"""The random states of this process, kept through work that may draw from them."""
+"""What work beside the training must leave as it was: the random states of this process, the choice of algorithms."""
 
 from __future__ import annotations
 
@@ -23,3 +23,17 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
         random.setstate(before[2])
         if cuda is not None:
             torch.cuda.set_rng_state(cuda, device)
+
+
+@contextmanager
+def any_algorithms() -> Iterator[None]:
+    """Allow operations that ``train.deterministic`` refuses, such as the cumulative sum on a GPU with which tokens are drawn."""
+    refused, warned = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(refused, warn_only=warned)

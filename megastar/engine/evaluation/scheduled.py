@@ -25,7 +25,7 @@ from megastar.config.schema import RunConfig
 from megastar.engine.context import Context
 from megastar.engine.evaluation.agreement import Agreement, EvaluationEnded
 from megastar.engine.evaluation.checks import labels_of_run, open_reference_network, reference_of
-from megastar.engine.evaluation.random_state import kept_random_state
+from megastar.engine.evaluation.random_state import any_algorithms, kept_random_state
 from megastar.engine.evaluation.weights import WholeWeights
 from megastar.engine.input_pipeline.data_checks import RunData
 from megastar.engine.metrics.logger import MetricsLogger
@@ -82,7 +82,7 @@ class ScheduledEvaluation:
         start = time.perf_counter()
         self._line_at, self._progress_at = time.monotonic(), 0.0
         try:
-            with kept_random_state(self.ctx.device), torch.no_grad():
+            with kept_random_state(self.ctx.device), any_algorithms(), torch.no_grad():
                 found, new = self._evaluate(step, start)
         except EvaluationEnded as ended:
             if not ended.signal:

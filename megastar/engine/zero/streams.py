@@ -24,6 +24,7 @@ def order_streams(engine: Any) -> None:
         return
     if stage == 3:
         partition_parameters.NoGatherCoalescedHandle.wait = _wait_for_no_gather
+        partition_parameters.NoGatherHandle.wait = _wait_for_one
         if not zero.offload_optimizer and zero.reduce_and_partition_stream != torch.cuda.default_stream():
             zero.reduce_and_partition_stream = OrderedStream()
     if stage not in (1, 2) or not zero.overlap_comm:
@@ -49,6 +50,13 @@ def _wait_for_no_gather(handle: Any, **_: Any) -> None:
         for p in handle._NoGatherCoalescedHandle__params:
             p.ds_status = ZeroParamStatus.AVAILABLE
         handle._NoGatherCoalescedHandle__complete = True
+
+
+def _wait_for_one(handle: Any, **_: Any) -> None:
+    """The same for a gather of one parameter."""
+    if not handle._NoGatherHandle__complete:
+        handle._NoGatherHandle__param.ds_status = ZeroParamStatus.AVAILABLE
+        handle._NoGatherHandle__complete = True
 
 
 def gather_after_updates(engine: Any) -> None:

@@ -41,11 +41,13 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def _nearest(self, z: Tensor, book: Tensor) -> Tensor:
-        """z (B, h, w, E) -> codes (B, h, w)."""
+        """z (B, h, w, E) fp32 -> codes (B, h, w), found in fp32 also under autocast: bf16 would confuse near codes."""
         squares = book.square().sum(1)
         # |z|^2 is the same for every code, so it cannot change the minimum.
         parts = z.reshape(-1, self.embed_dim).split(rows_at_once(self.codebook_size))  # (rows, E)
-        return torch.cat([(squares - 2 * part @ book.t()).argmin(1) for part in parts]).view(z.shape[:-1])
+        with torch.autocast(z.device.type, enabled=False):
+            codes = [(squares - 2 * part @ book.t()).argmin(1) for part in parts]
+        return torch.cat(codes).view(z.shape[:-1])
 
     def encode(self, z: Tensor) -> Tensor:
         return self._nearest(self.unquantized(z).permute(0, 2, 3, 1), self.codebook())
@@ -54,4 +56,4 @@ class VectorQuantizer(Quantizer):
         return F.embedding(codes, self.codebook())
 
     def unquantized(self, z: Tensor) -> Tensor:
-        return F.normalize(z.float(), dim=1) if self.l2_norm else z
+        return F.normalize(z.float(), dim=1) if self.l2_norm else z.float()

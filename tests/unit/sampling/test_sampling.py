@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import megastar.sampling.sampler
 from megastar.config.schema import ModelConfig, TokenizerConfig
 from megastar.errors import UserError
 from megastar.model.transformer import Transformer
@@ -364,3 +367,22 @@ def test_grid_errors(count, labels, message):
     images = squares(count) if count else np.zeros((0, 8, 8, 3), np.uint8)
     with pytest.raises(UserError, match=message):
         image_grid([Block("one", images, labels)], ["a", "b"])
+
+
+def test_a_sampler_that_is_no_longer_used_is_freed_at_once(model, monkeypatch):
+    """Also one with CUDA graphs: its cache and the graphs' pool take gigabytes, and the collector may not run for long."""
+    steps = []
+    monkeypatch.setattr(megastar.sampling.sampler, "StepGraphs", lambda step, device: steps.append(step))
+    gc.collect()
+    gc.disable()
+    try:
+        sampler = Sampler(model, SamplingOptions(), 2, cuda_graphs=True)
+        sampler.tokens.fill_(-1)
+        with torch.no_grad():
+            steps[0](0)  # position 0 of both images
+        assert (sampler.tokens[:, 0] >= 0).all() and (sampler.tokens[:, 1:] == -1).all()
+        cache = weakref.ref(sampler.decoder.caches[0].buffer)
+        del sampler
+        assert cache() is None
+    finally:
+        gc.enable()

@@ -334,3 +334,14 @@ def test_training_resumes_bit_for_bit(tmp_path, kind):
     assert asdict(whole.c)["tokenizer"]["quantizer"] == kind
     others = resumed.model.state_dict()
     assert all(torch.equal(v, others[k]) for k, v in whole.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_those_of_fp32_under_autocast(kind: str) -> None:
+    torch.manual_seed(0)
+    quantizer = make_quantizer(replace(KINDS[kind], codebook_size=4096) if kind in ("vq", "ibq") else KINDS[kind])
+    z = torch.randn(4, KINDS[kind].codebook_embed_dim, 16, 16)
+    wanted = quantizer.encode(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.encode(z), wanted)
+        assert torch.equal(quantizer(z).codes, wanted)
