@@ -26,7 +26,7 @@ from megastar.data.shards.manifest import Manifest
 from megastar.data.shards.reader import ShardSet
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer
-from megastar.utils.launcher import local_world
+from megastar.utils.launcher import cores_of_rank
 
 _COMPARED = 8  # images whose codes are compared, once
 # Share of their codes that must be equal, by the encoder's type: near ties differ between processors, and more in bf16.
@@ -99,8 +99,7 @@ class OnlineFeatures:
 
     def _pool(self) -> ThreadPoolExecutor:
         if self._threads is None:
-            cores = len(os.sched_getaffinity(0)) // (local_world(os.environ) or 1)
-            self._threads = ThreadPoolExecutor(max(1, min(16, cores)), "pictures")
+            self._threads = ThreadPoolExecutor(min(16, cores_of_rank(os.environ)), "pictures")
         return self._threads
 
     def _of_shard(self, shard: int) -> np.ndarray:

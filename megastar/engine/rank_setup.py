@@ -15,7 +15,7 @@ from megastar.errors import UserError
 from megastar.parallel.rendezvous import join, on_one_node
 from megastar.utils.device import keep_freed_memory
 from megastar.utils.interfaces import loopback_environment
-from megastar.utils.launcher import local_world, place_of
+from megastar.utils.launcher import cores_of_rank, place_of
 
 
 def read_place() -> tuple[int, int, int]:
@@ -51,9 +51,7 @@ def set_device(local: int, threads: int, faults: RankFaultsConfig, *, determinis
         if threads:
             torch.set_num_threads(threads)
         return device
-    cores = len(os.sched_getaffinity(0))
-    ranks = local_world(os.environ) or place_of(os.environ).world
-    torch.set_num_threads(threads or max(1, cores // ranks))
+    torch.set_num_threads(threads or cores_of_rank(os.environ))
     keep_freed_memory()
     return torch.device("cpu")
 

@@ -12,7 +12,7 @@ import math
 import re
 import shlex
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,11 @@ def publish(folder: Path, name: str, content: dict[str, Any], written: Path | No
     return folder / name
 
 
-def retire(train: TrainConfig, folder: Path) -> None:
-    """Remove all but the last ``keep_last`` checkpoints, each ``keep_every``-th step, the best by validation loss, and the
-    one that ``latest`` names."""
+def retire(train: TrainConfig, folder: Path, used: Set[Path] = frozenset()) -> None:
+    """Remove all but the last ``keep_last`` checkpoints, each ``keep_every``-th step, the best by validation loss, the
+    one that ``latest`` names, and those ``used`` by an upload."""
     found = complete(folder)
-    keep = set(found[-max(1, train.keep_last) :]) | {latest(folder)}
+    keep = set(found[-max(1, train.keep_last) :]) | {latest(folder), *used}
     if train.keep_every:
         keep |= {p for p in found if step_in(p) % train.keep_every == 0}
     if train.keep_best:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 from megastar.errors import UserError
 
 LAUNCHED_BY_US = "MEGASTAR_LAUNCHER"  # process id of commands/_shared/launch.py, for the ranks that it starts
+LOCAL_WORLDS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # ranks of a node, by torchrun and deepspeed
 LISTEN_FD = "MEGASTAR_LISTEN_FD"  # on rank 0 of such a launch: its listening socket
 
 
@@ -50,7 +52,7 @@ def slurm_tasks(environ: Mapping[str, str]) -> int:
 def local_world(environ: Mapping[str, str]) -> int:
     """The number of ranks on this node, 0 if the launcher does not provide it."""
     world = place_of(environ).world
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # of torchrun, deepspeed
+    for name in LOCAL_WORLDS:
         if name in environ and world > 1 and "RANK" in environ:
             return _integer(environ, name)
     if world == 1:
@@ -62,6 +64,16 @@ def local_world(environ: Mapping[str, str]) -> int:
         counts += [int(count)] * int(times or 1)
     node = int(environ.get("SLURM_NODEID", "0"))
     return counts[node] if node < len(counts) else 0
+
+
+def cores_of_rank(environ: Mapping[str, str]) -> int:
+    """The CPU cores for this rank: those that SLURM gave to its task, or its share of the cores of the process."""
+    own, by_srun = len(os.sched_getaffinity(0)), "SLURM_STEP_ID" in environ and slurm_tasks(environ) > 1
+    others = (*LOCAL_WORLDS, LAUNCHED_BY_US)  # of launchers inside the step
+    if by_srun and environ.get("SLURM_CPUS_PER_TASK") and not any(name in environ for name in others):
+        # The task may be bound to its own cores, or not: then it sees those of all tasks of the node.
+        return max(1, min(own, _integer(environ, "SLURM_CPUS_PER_TASK")))
+    return max(1, own // (local_world(environ) or place_of(environ).world))
 
 
 def _integer(environ: Mapping[str, str], name: str, default: str = "") -> int:

@@ -48,17 +48,29 @@ class Claims:
             try:
                 fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             except FileExistsError:
-                if not self._is_stale(path):
+                if not self._is_stale(path) or not self._remove_stale(path):
                     return False
-                with suppress(FileNotFoundError):  # under a unique name: another process may do the same
-                    stale = path.with_name(f"{path.name}.{self.token}")
-                    path.rename(stale)
-                    stale.unlink()
                 continue
             with os.fdopen(fd, "w") as f:
                 f.write(json.dumps(self.holder))
             self._held.add(path)
             return True
+
+    def _remove_stale(self, path: Path) -> bool:
+        """Remove a lock that was found stale; False if another process was faster and holds it now."""
+        taken = path.with_name(f"{path.name}.{self.token}")  # a unique name: others may do the same
+        try:
+            path.rename(taken)
+        except FileNotFoundError:
+            return True
+        try:
+            if self._is_stale(taken):
+                return True
+            with suppress(FileExistsError):  # it was renewed: give it back
+                os.link(taken, path)
+            return False
+        finally:
+            taken.unlink(missing_ok=True)
 
     def release(self, name: str) -> None:
         path = self.folder / f"{name}.claim"

@@ -149,6 +149,39 @@ def test_training_goes_on_while_a_save_is_written(tmp_path, monkeypatch):
     assert reader.whole("a", "fp32").tolist() == [0.0, 1.0, 2.0, 3.0]  # of the moment of the save
 
 
+def test_a_checkpoint_is_not_published_before_rank_0_sees_its_files(tmp_path, monkeypatch):
+    """They may be on another node's own disk: older checkpoints must stay."""
+    save, original = saver_for(tmp_path), snapshot.write_pieces
+    save.save(5, {})
+    good = save.finish()
+    hidden = tmp_path / "elsewhere"
+
+    def elsewhere(path, pieces):
+        found = original(path, pieces)
+        path.rename(hidden)
+        return found
+
+    monkeypatch.setattr(snapshot, "write_pieces", elsewhere)
+    monkeypatch.setattr(async_saver, "VISIBLE_WITHIN", 0.5)
+    save.save(6, {})
+    assert save.finish() == good and checkpoint_dir.latest(tmp_path / "checkpoints") == good
+    assert (
+        "state-00000.safetensors of rank 0: data rank 0, tensor rank 0 is missing on the node of rank 0" in save.problem
+    )
+    assert "the run folder must be the same folder on all nodes" in save.problem
+
+    def late(path, pieces):
+        found = original(path, pieces)
+        path.rename(hidden)
+        threading.Timer(1.0, lambda: hidden.rename(path)).start()
+        return found
+
+    monkeypatch.setattr(snapshot, "write_pieces", late)
+    monkeypatch.setattr(async_saver, "VISIBLE_WITHIN", 20.0)
+    save.save(7, {})
+    assert save.finish() == checkpoint_dir.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000007"
+
+
 def test_another_network_is_refused():
     with pytest.raises(UserError, match=r"norm.weight is \[4\] there, \[8\] in this configuration"):
         load._same_network({"norm.weight": [4]}, {"norm.weight": [8]}, Path("runs/x"))

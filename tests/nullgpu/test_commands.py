@@ -119,7 +119,14 @@ def test_a_deterministic_run_is_scored_while_it_trains(folder: Path, shards: Pat
 
 
 def test_features_are_computed_while_a_run_trains(folder: Path, shards: Path) -> None:
-    words = ("method=configs/method/repa.yaml", "repa.online=true", "repa.encoder=efflite0", "data.val_shards=", f"repa.pictures={IMAGES}", "repa.block=1")
+    words = (
+        "method=configs/method/repa.yaml",
+        "repa.online=true",
+        "repa.encoder=efflite0",
+        "data.val_shards=",
+        f"repa.pictures={IMAGES}",
+        "repa.block=1",
+    )
     train(folder, shards, "online", "parallel.deepspeed=zero1", *words)
 
 

@@ -139,8 +139,13 @@ class ImageSet:
                 gone = p.file if p.offset >= 0 else p.file.parent
                 raise UserError(f"{gone} no longer exists: run the same command again once it does") from error
             raise ImageError(f"{p.key}: {error.strerror}") from error
-        except (PermissionError, IsADirectoryError) as error:
+        except IsADirectoryError as error:
             raise ImageError(f"{p.key}: {error.strerror}") from error
+        except PermissionError as error:  # of this user or node: the same image may be readable elsewhere
+            problem = f"{p.file} cannot be read ({error.strerror})"
+            raise UserError(
+                f"{problem}: make it readable here, or remove it, and run the same command again"
+            ) from error
         except OSError as error:
             raise UserError(f"{p.file} cannot be read ({error}): run the same command again once it can be") from error
         if len(data) < p.size:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from megastar.data.images.image_files import ImageError, open_image
+from megastar.errors import UserError
 
 MAX_ASPECT = 100  # a longer strip, resized to the crop's short side, could exhaust the memory
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
@@ -32,6 +33,8 @@ def decode(data: bytes, name: str) -> Image.Image:
         return image.convert("RGB")
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
+    except MemoryError as error:  # of this machine, not of the image
+        raise UserError(f"{name}: no memory is left to decode it: use fewer workers, or a machine with more") from error
     except Exception as error:  # Pillow raises a dozen types for broken files
         raise ImageError(f"{name}: unreadable ({type(error).__name__}: {error})") from error
 

@@ -51,7 +51,7 @@ from megastar.utils.console import PlainConsole
 from megastar.utils.device import DTYPES, pick_device
 from megastar.utils.files import check_space, write_atomic
 from megastar.utils.json_file import ANY, dict_of, read_json, text, validator
-from megastar.utils.launcher import local_world
+from megastar.utils.launcher import cores_of_rank
 from megastar.utils.lockfile import Claims
 from megastar.utils.progress_bar import ProgressBar, progress_bar
 
@@ -151,7 +151,7 @@ def pretokenize(
         )
 
     def pipeline(images: ImageSet) -> Pipeline:
-        threads = workers or max(1, len(os.sched_getaffinity(0)) // (local_world(os.environ) or 1))
+        threads = workers or cores_of_rank(os.environ)
         if images.remote is not None and where.type != "cpu" and not workers:
             threads *= 4  # most of their time is spent waiting for S3
         return Pipeline(images, make, views, ViewEncoder(model, where, DTYPES[dtype], batch, encoder), threads)

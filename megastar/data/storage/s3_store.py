@@ -87,7 +87,8 @@ class S3Store:
                     self.degraded = ""
                     return f
             except CacheFull as full:
-                return self._fetch_to_memory(info, timer, full)
+                # A timer of its own: the failed fetch has cancelled the workers of the other.
+                return self._fetch_to_memory(info, self.s3.timer(info.name, stop), full)
             if (now := self.cache.activity(info)) != activity:  # another process of this node is fetching it
                 activity, checked_at = now, time.monotonic()
                 timer.progress()

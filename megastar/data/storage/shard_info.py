@@ -21,8 +21,8 @@ class ShardInfo:
 
 
 def max_index_bytes(info: ShardInfo) -> int:
-    """Upper bound of the size of a shard's index file."""
-    return 4096 + 16 * info.samples
+    """Upper bound of the size of a shard's index file: at most three offsets or numbers of 8 bytes for each sample."""
+    return 4096 + 24 * info.samples
 
 
 def index_name(shard: str) -> str:

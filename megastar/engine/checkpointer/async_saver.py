@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import secrets
 import shutil
 import signal
@@ -38,11 +39,13 @@ from megastar.run_dir.checkpoint_dir import WRITING, folder_of, name_of
 from megastar.run_dir.events import append_event
 from megastar.run_dir.folder_guard import FolderGuard
 from megastar.run_dir.lease import RunLease
+from megastar.run_dir.manifest import file_problem
 
 UPLOAD_PATIENCE = 86400.0
 AGAIN = "run the same command again to upload the rest"
 RETRY_EVERY = 60.0  # seconds from a failed save to the next attempt, unless a save is due before
 REPORT_EVERY = 600.0  # seconds between reports of saves that keep failing
+VISIBLE_WITHIN = 90.0  # seconds; clients of NFS keep what they know of a folder for up to 60
 SLACK = 1 << 20  # bytes, for headers and the manifest
 USR1_GRACE = 120.0  # seconds; the batch scripts ask for USR1 three minutes before the end
 SHORT_GRACE = 20.0  # seconds; SLURM kills 30 s after TERM
@@ -156,7 +159,7 @@ class Saver:
     def disk_shortfall(self, steps: int) -> str:
         """At the start of a run of ``steps`` steps: a message if the disk is too small for the checkpoints that it keeps."""
         t = self.cfg.train
-        count = t.keep_last + 1 + t.keep_best + (steps // t.keep_every if t.keep_every else 0)
+        count = t.keep_last + 1 + bool(t.upload) + t.keep_best + (steps // t.keep_every if t.keep_every else 0)
         try:
             there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.is_dir())
             held = sum(f.stat().st_size for c in checkpoint_dir.complete(self.folder) for f in c.iterdir())
@@ -222,16 +225,36 @@ class Saver:
         if problems:
             raise OSError(problems[0])
         manifest |= {"files": dict(sorted(files.items()))}
+        self._await_files(manifest)
         if self.lease is not None:
             self.lease.check()
         done = checkpoint_dir.publish(self.folder, name_of(self.step), manifest, self.written)
+        used = self.uploader.pending() if self.uploader else set()
         try:
-            checkpoint_dir.retire(self.cfg.train, self.folder)
+            checkpoint_dir.retire(self.cfg.train, self.folder, used)
         except (OSError, ValueError) as error:  # the checkpoint is complete: no reason to stop
             self._events.append((f"older checkpoints in {self.folder} could not be removed ({error})", {}))
         if self.uploader:
             self.uploader.put(done)
         return done
+
+    def _await_files(self, manifest: dict[str, Any]) -> None:
+        """Rank 0: wait until it sees all files of the manifest, which other nodes wrote: file systems may show them late.
+        Raises ``OSError`` for one that does not appear: then no checkpoint is published and no older one removed."""
+        deadline, missing = time.monotonic() + VISIBLE_WITHIN, list(manifest["files"])
+        while True:
+            os.scandir(self.written).close()  # NFS compares the folder with the server's when it is opened
+            found = {name: file_problem(self.written / name, manifest["files"][name]["bytes"]) for name in missing}
+            missing = [name for name in missing if found[name]]
+            if not missing:
+                return
+            if time.monotonic() > deadline:
+                name = missing[0]
+                raise OSError(
+                    f"{self.written / name} of {manifest['files'][name]['whose']} {found[name]} on the node of rank 0, as "
+                    f"{len(missing)} of {len(found)} files: the run folder must be the same folder on all nodes"
+                )
+            time.sleep(0.2)
 
     def finish(self) -> Path | None:
         """Wait until the save under way is complete or failed, on all ranks alike; the newest complete one of this process."""

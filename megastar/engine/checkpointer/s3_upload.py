@@ -38,6 +38,7 @@ class Uploader:
         self.only_missing, self.sent = only_missing, 0  # objects
         self.bucket, self.prefix = split_url(url)
         self.waiting: Path | None = None
+        self.current: Path | None = None  # under way
         self.thread: threading.Thread | None = None
         self.lock = threading.Lock()
         self.uploaded: list[str] = []
@@ -55,6 +56,11 @@ class Uploader:
             if self.thread is None:
                 self.thread = threading.Thread(target=self._work, daemon=True)
                 self.thread.start()
+
+    def pending(self) -> set[Path]:
+        """The checkpoints that are still read: the one under way, and the next one."""
+        with self.lock:
+            return {c for c in (self.current, self.waiting) if c is not None}
 
     def finish(self) -> str:
         """Wait until all uploads are done or given up; returns the last problem, or the empty string."""
@@ -75,6 +81,7 @@ class Uploader:
         while True:
             with self.lock:
                 checkpoint, self.waiting = self.waiting, None
+                self.current = checkpoint
                 if checkpoint is None:
                     self.thread = None
                     return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from datetime import timedelta
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from megastar.checkpoint.shard_format import KINDS, StateReader
+from megastar.engine import run_folder
 from megastar.engine.checkpointer.async_saver import Saver
 from megastar.engine.fault_tolerance.errors import CorruptReplica
 from megastar.engine.fault_tolerance.replica_checksum import compare
@@ -200,6 +202,22 @@ def an_error_elsewhere_is_of_its_kind(out: Path) -> None:
     assert on_all_ranks(ctx, lambda: 7) == 7
 
 
+def a_run_folder_that_is_not_shared_is_refused(out: Path) -> None:
+    _, ctx, _ = engines_of(out, 1, "zero1")
+    own = out / f"disk-{ctx.rank}"
+    own.mkdir()
+    run_folder.VISIBLE_WITHIN, local = 1.0, os.environ["LOCAL_RANK"]
+    os.environ["LOCAL_RANK"] = "0"  # each rank on a node of its own
+    run_folder.check_shared(out, ctx)
+    with pytest.raises(
+        UserError, match=r"run = .*disk-1 is not the same folder on .* and on .*, where rank 0 runs: name"
+    ):
+        run_folder.check_shared(own, ctx)
+    os.environ["LOCAL_RANK"] = local
+    torch.distributed.barrier()
+    assert not list(out.rglob(".shared-*"))
+
+
 def no_pickles(*_: object) -> None:
     raise AssertionError("ranks exchange a pickle")
 
@@ -214,6 +232,7 @@ if __name__ == "__main__":
     different_batches_are_reported(folder)
     every_group_has_the_timeout(folder)
     an_error_elsewhere_is_of_its_kind(folder)
+    a_run_folder_that_is_not_shared_is_refused(folder)
     corruption_is_named(folder)
     own = "tests/dist/ds/zero{}.json"
     for stage, tensor, accumulation, train in (

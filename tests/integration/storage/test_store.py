@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -239,6 +240,24 @@ def test_an_outage_does_not_hold_up_the_end_of_a_loader(relay, use_s3, url, data
     assert not [t for t in threading.enumerate() if t.name in ("shard-read-ahead", "token-loader")]
     relay.cuts = 0
     assert len(take(source, 2)) == 2  # it can be iterated again
+
+
+def test_a_cache_disk_that_fails_in_a_download_leaves_the_shards_in_memory(s3, use_s3, url, folder, data, monkeypatch):
+    """A disk that fails while it is written, not when the space is reserved."""
+    use_s3(s3)
+    write, failures = os.pwrite, []
+
+    def fail_on_the_disk(fd: int, part: bytes, at: int) -> int:
+        if str(data.cache) in os.readlink(f"/proc/self/fd/{fd}"):
+            failures.append(fd)
+            raise OSError(5, "Input/output error")
+        return write(fd, part, at)
+
+    monkeypatch.setattr(os, "pwrite", fail_on_the_disk)
+    with closing(ShardSet(url, data=data)) as remote, closing(ShardSet(folder)) as local:
+        for i in range(3):
+            assert (remote.read(1, i)[0] == local.read(1, i)[0]).all()
+        assert failures and "buffers its shards in memory" in remote.store.degraded
 
 
 def test_a_slow_server_is_reported_and_waited_for(relay, use_s3, url, folder, data, caplog, monkeypatch):

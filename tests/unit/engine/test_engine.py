@@ -116,6 +116,13 @@ def test_retention_keeps_the_last_and_each_nth_and_the_best(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint_dir.name_of(s) for s in (30, 40, 50)]
 
 
+def test_retention_keeps_what_is_uploaded(tmp_path):
+    cfg = RunConfig(run=str(tmp_path), train=TrainConfig(keep_last=1))
+    used, *_ = [make_checkpoint(tmp_path, step) for step in (10, 20, 30)]
+    checkpoint_dir.retire(cfg.train, tmp_path, {used})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint_dir.name_of(s) for s in (10, 30)]
+
+
 def test_damage_is_found_and_named(tmp_path):
     path = make_checkpoint(tmp_path, 10)
     checkpoint_dir.verify(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -191,3 +192,26 @@ def test_a_failed_upload_says_why_and_so_does_the_end_of_the_run(strict, checkpo
     append_event(run, "finished", 4, f"4 steps are done; {problem}")
     status = status_of(run)
     assert (status.state, status.why) == ("finished", f"all 4 steps are done and saved, but {problem}")
+
+
+def test_checkpoints_that_are_still_read_are_named(strict, checkpoint, monkeypatch):
+    going, gate = threading.Event(), threading.Event()
+    send = Uploader._send
+
+    def slow(self, *arguments):
+        going.set()
+        assert gate.wait(20)
+        return send(self, *arguments)
+
+    monkeypatch.setattr(Uploader, "_send", slow)
+    uploader = Uploader("s3://bucket/run")
+    assert uploader.pending() == set()
+    uploader.put(checkpoint)
+    assert going.wait(20)
+    newer = checkpoint.with_name("step-00000008")
+    shutil.copytree(checkpoint, newer)
+    uploader.put(newer)
+    assert uploader.pending() == {checkpoint, newer}
+    gate.set()
+    assert uploader.finish() == "" and uploader.pending() == set()
+    assert uploader.uploaded == [checkpoint.name, newer.name]

@@ -78,6 +78,25 @@ def test_another_machines_claim_lasts_while_it_is_renewed(tmp_path):
     assert claims.take("a")
 
 
+def test_a_stale_claim_is_taken_over_by_one(tmp_path, monkeypatch):
+    """The others found the same claim stale, but what they move away is the new holder's."""
+    first, second = Claims(tmp_path, limit=50), Claims(tmp_path, limit=50)
+    path = other_machine(tmp_path, age=60)
+    judged = second._is_stale
+
+    def slow(claim: Path) -> bool:
+        stale = judged(claim)
+        if claim == path and stale:
+            assert first.take("a")  # between the judgement and the rename
+        return stale
+
+    monkeypatch.setattr(second, "_is_stale", slow)
+    assert not second.take("a")
+    assert json.loads(path.read_text())["token"] == first.token and [p.name for p in tmp_path.iterdir()] == ["a.claim"]
+    first.release("a")
+    assert second.take("a")
+
+
 def test_the_file_servers_clock_counts(tmp_path, monkeypatch):
     """A machine whose clock is a day off takes nothing over."""
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + 86400)

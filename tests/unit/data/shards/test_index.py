@@ -6,10 +6,13 @@ import tarfile
 import numpy as np
 import pytest
 
+from megastar.data.shards.features import StoredFeatures
 from megastar.data.shards.index import ShardIndex, pack_index
 from megastar.data.shards.reader import ShardSet
 from megastar.data.shards.sample_parser import Expected
 from megastar.data.shards.verify import verify
+from megastar.data.shards.writer import open_writer
+from megastar.data.storage.store import FolderStore
 from tests.unit.data.shards.test_shards import VIEWS, T, layouts, record, sample, write_set
 
 
@@ -50,6 +53,16 @@ def test_every_flipped_byte_of_an_index_is_found(tmp_path, layout):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         read_all(folder)
         assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("features", [None, StoredFeatures("efflite0", "cd" * 32, "block 10", 4, 2)])
+def test_an_index_of_many_samples_is_read(tmp_path, monkeypatch, features):
+    with open_writer(tmp_path / "shard-00000.tar", "packed", features=features) as writer:
+        for i in range(1000):
+            more = () if features is None else (np.zeros((VIEWS, T, 2), np.float16),)
+            writer.add(f"{i:09d}", *sample(i), f"a/picture.{i}", *more)
+    store = FolderStore(tmp_path)
+    assert store.index(writer.info()) == (tmp_path / "shard-00000.idx").read_bytes()
 
 
 def test_an_index_is_used_instead_of_a_walk(tmp_path, monkeypatch):
