@@ -1,7 +1,7 @@
 # make install        set up .venv
 # make demo           run the whole pipeline, from images to scores, on this machine
 # make test           run the tests
-# make test-long      run the longest tests, which make test leaves out (minutes)
+# make test-long      run the longest files of tests, which make test leaves out (about 12 minutes on two cores)
 # make test-slurm     test the batch scripts on a local SLURM cluster (requires root and Debian)
 # make test-elastic   lose nodes of runs that train, on loopback and on the local SLURM cluster (minutes)
 # make test-fuzz      run all hostile and damaged files through the commands (make test runs a part of them)

@@ -12,6 +12,8 @@ from megastar.parallel.budget import state_bytes
 from tests.dist.reference import STEPS, config
 from tests.dist.test_engine import SAVED, case, launch, reference
 
+pytestmark = pytest.mark.long
+
 
 def muon(name: str, stage: str, tensor: int = 1, accumulation: int = 2, fields: dict | None = None, **more) -> dict:
     optim = {"name": "muon", "grad_clip": 0.95, **more.pop("optim", {})}

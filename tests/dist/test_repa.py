@@ -12,6 +12,8 @@ from megastar.parallel.budget import state_bytes
 from tests.dist.reference import config, uncut_step
 from tests.dist.test_engine import SAVED, case, check_case, launch
 
+pytestmark = pytest.mark.long
+
 ALONE = {"self_guided": {"enabled": False}, "repa": {"enabled": True}, "optim": {"grad_clip": 0.05}}
 BOTH = {"repa": {"enabled": True, "weight": 0.7, "match": "input", "block": 2}}
 ONE_VIEW = {**BOTH, "self_guided": {"student_views": 1}}

@@ -17,6 +17,8 @@ from megastar.diagnosis.finding import FAILURE, OK, WARNING, with_timeout
 from tests.integration.conftest import ROOT, environment, megastar
 from tests.integration.helpers.s3 import client_of
 
+pytestmark = pytest.mark.long
+
 
 def free_port() -> int:
     with socket.socket() as s:

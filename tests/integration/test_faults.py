@@ -19,7 +19,7 @@ from tests.checkpoints import full_weights
 from tests.integration.conftest import environment
 from tests.integration.test_train import rows
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 FAULTS = [f"faults.{k}={v}" for k, v in (("spike_window", 8), ("max_skips", 2), ("max_rollbacks", 1))]
 # A skip, a spike, then three bad batches that send it back to step 20: it goes on at batch 23. It is asked to stop while it
 # goes back, and started again.

@@ -22,7 +22,7 @@ from megastar.run_dir.events import read_events
 from tests.integration.conftest import ROOT, environment
 from tests.integration.test_watchdog import Run
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 
 
 class Evil:

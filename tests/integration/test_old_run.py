@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from tests.integration.conftest import ROOT, environment
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 
 OLD = ROOT / "tests/data/run_v0_1_0"
 EXPECTED = json.loads((OLD / "expected.json").read_text())

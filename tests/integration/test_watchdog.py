@@ -18,7 +18,7 @@ from megastar.run_dir.status import status_of
 from tests.integration.conftest import ROOT, environment
 from tests.integration.test_train import rows
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 
 FAULTS = ("faults.hang_timeout=6", "faults.lost_timeout=6")
 SUSPENDED_S = 8.0  # longer than either

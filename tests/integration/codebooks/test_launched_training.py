@@ -16,7 +16,7 @@ from megastar.run_dir.events import read_events
 from tests.dist.test_tokenizer import CONFIG, write_images
 from tests.integration.conftest import ROOT, environment
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 TRAIN = ("-m", "megastar", "train-tokenizer")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *TRAIN)
 

@@ -19,7 +19,7 @@ from megastar.run_dir.events import read_events
 from tests.integration.conftest import ROOT, environment, megastar
 from tests.integration.evaluation.test_scheduled import scores, training
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 WORDS = ["parallel.deepspeed=zero1", "eval.every=6", "eval.samples=64", "eval.batch=4", "train.keep_last=9"]
 
 

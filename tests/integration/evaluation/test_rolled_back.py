@@ -12,7 +12,7 @@ from tests.integration.conftest import megastar
 from tests.integration.evaluation.test_scheduled import EVALUATED, scores
 from tests.integration.test_faults import FAULTS, inject
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 # Step 10 is evaluated; three bad batches send the run back to step 8, and steps 9 and 10 are trained on other data.
 BAD = {"nan": {"10": 1, "11": 1, "12": 1}}
 STEPS, STOP = 14, 13  # the first batch after the rollback

@@ -20,7 +20,7 @@ from tests.checkpoints import full_weights
 from tests.integration.conftest import megastar
 from tests.integration.test_train import rows
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 EVERY, SAMPLES = 5, 20
 MESHES = {
     "one rank": (1, ["parallel.deepspeed=zero1"]),

@@ -21,7 +21,7 @@ from megastar.utils.console import PlainConsole
 from tests.integration.conftest import TOKENIZER, World, megastar
 from tests.integration.test_train import rows
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 OWN = "tests.integration.methods.encoder:same_grid"
 REPA, BOTH = "method=configs/method/repa.yaml", "method=configs/method/star+repa.yaml"
 

@@ -15,6 +15,8 @@ from megastar.data.pretokenize.runner import pretokenize
 from megastar.tokenizer.io import load_tokenizer, save_tokenizer, tokenizer_hash
 from tests.integration.conftest import ROOT, megastar
 
+pytestmark = pytest.mark.long
+
 STEPS = 24  # of the run from random weights; the others have half of them
 CLASSES = ("food-drink", "smileys-emotion", "travel-places")
 DESIGNS = ("noto", "fluent3d", "emojione")

@@ -17,6 +17,8 @@ from megastar.tokenizer.io import save_tokenizer
 from megastar.tokenizer.vq import VQModel
 from tests.integration.conftest import ROOT, TOKENIZER, environment, megastar
 
+pytestmark = pytest.mark.long
+
 
 def test_a_moved_run_resumes_and_records_what_changed(world, tmp_path):
     config = world.write_config(tmp_path / "run.yaml", tmp_path / "run", steps=4)

@@ -17,7 +17,7 @@ from megastar.sampling.npz import read_npz
 from tests.checkpoints import full_weights
 from tests.integration.conftest import ROOT, megastar
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 RANDOM = ["token_order.kind=random", "token_order.anneal_start=0.25", "token_order.anneal_end=0.75"]
 PURE = [f"method={ROOT}/configs/method/random.yaml"]
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megastar.data.images import dataset
 from megastar.data.images.classes import Choice
 from megastar.data.images.dataset import ImageSet, center_crop, random_crop, ten_crop
 from megastar.data.images.decoding import decode
@@ -226,34 +225,6 @@ def test_a_picture_that_vanished(tmp_path):
     (tmp_path / "cat").rmdir()  # as when a disk goes away: all images would be skipped
     with pytest.raises(UserError, match="cat no longer exists: run the same command again once it does"):
         images.read(0)
-
-
-@pytest.mark.parametrize("tar", [False, True])
-def test_what_this_user_may_not_read_is_not_skipped(tmp_path, monkeypatch, tar):
-    """Of a job array, the node that may not open the tar would else skip all images, and be the fastest."""
-    source = make_folder(tmp_path / "tree", {"cat/0.png": png()})
-    if tar:
-        with tarfile.open(tmp_path / "a.tar", "w") as archive:
-            archive.add(source / "cat", "cat")
-        source = tmp_path / "a.tar"
-    images = ImageSet(source)
-
-    def refuse(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(dataset, "open_regular", refuse)
-    name = "a.tar" if tar else "cat/0.png"
-    with pytest.raises(UserError, match=rf"{name} cannot be read \(Permission denied\): make it readable here"):
-        images.read(0)
-
-
-def test_an_image_is_not_skipped_for_lack_of_memory(monkeypatch):
-    def full(*_: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(Image.Image, "convert", full)
-    with pytest.raises(UserError, match="x: no memory is left to decode it"):
-        decode(png(), "x")
 
 
 def test_a_gigantic_file(tmp_path):
