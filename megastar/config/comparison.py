@@ -164,6 +164,11 @@ def rules(cfg: CompareConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
             f"curve.every = {every}: must be a multiple of base.train.save_every {t.save_every}",
             ("curve.every", "base.train.save_every"),
         )
+    if cfg.probe.fit_on == cfg.probe.score_on:
+        yield (
+            f"probe.fit_on and probe.score_on are both {cfg.probe.fit_on}: a probe is scored on other images than it is fitted on",
+            ("probe.fit_on", "probe.score_on"),
+        )
     if cfg.probe.positions > cfg.base.model.image_tokens:
         yield (
             f"probe.positions = {cfg.probe.positions}: must be at most base.model.image_tokens {cfg.base.model.image_tokens}",

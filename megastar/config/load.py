@@ -54,6 +54,11 @@ def load_compare_config(path: str | Path | None, overrides: Sequence[str] = ()) 
     return _load_file(path, overrides, CompareConfig)
 
 
+def compare_config_of(data: dict[str, Any], where: Path) -> CompareConfig:
+    """The configuration that the results of a comparison record. Raises ``UserError``."""
+    return _load(data, (), CompareConfig, where, None)
+
+
 def override_config(cfg: RunConfig, overrides: Sequence[str], where: str) -> RunConfig:
     """``cfg`` with ``a.b=c`` overrides, checked; ``where`` begins the sentence about a problem."""
     made = _load(asdict(cfg), overrides, RunConfig, where, None)

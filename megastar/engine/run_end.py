@@ -54,7 +54,10 @@ class RunEnd:
             self.metrics.event("warning", problem, situation="upload", note=False)
         self.metrics.saved(self.saver.done)
         self.metrics.warn(self.saver.take_events())
-        self.metrics.event("finished", text := f"{self.steps} steps are done{problem and '; '}{problem}", note=False)
+        cpu = {} if self.metrics.step_cpu_s is None else {"step_cpu_s": round(self.metrics.step_cpu_s, 6)}
+        self.metrics.event(
+            "finished", text := f"{self.steps} steps are done{problem and '; '}{problem}", note=False, **cpu
+        )
         if problem:
             self.metrics.note(text, logging.WARNING)
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megastar.checkpoint.rng_state import seed_dropout
@@ -344,7 +345,10 @@ class Trainer(RunEnd):
     def _validate(self, record: StepRecord) -> None:
         if self.validation and (self.step == self.steps or self.step % self.cfg.train.val_every == 0):
             PHASE.at(VALIDATION)
-            value = validation_loss(self.engines, self.ctx, self.validation)
+            if self.ctx.device.type == "cuda":
+                torch.cuda.synchronize()  # the step's own time ends here
+            with self.metrics.paused():
+                value = validation_loss(self.engines, self.ctx, self.validation)
             self.metadata["val_loss_ar"] = value
             self.metrics.write(self.step, {"val_loss_ar": value})
             self.metrics.note(f"step {self.step}: validation next-token loss {value:.4f}")
@@ -356,7 +360,8 @@ class Trainer(RunEnd):
         last = self.step == self.steps
         again = record.save_failed and self.saver.retry_due()
         if last or record.signal or again or self.step % self.cfg.train.save_every == 0:
-            blocked = self.saver.save(self.step, self._checkpoint_metadata())
+            with self.metrics.paused():
+                blocked = self.saver.save(self.step, self._checkpoint_metadata())
             self.metrics.write(self.step, {"save_blocked_s": blocked})
         self.metrics.warn(self.saver.take_events())
         if record.signal and not last:
@@ -365,5 +370,7 @@ class Trainer(RunEnd):
             self._stop_for(record.signal, unsaved or f"saved {self.saver.done}")  # the next start completes uploads
 
     def _remember(self, record: StepRecord) -> None:
-        if (blocked := self.memory.save(self.step, self._checkpoint_metadata())) is not None:
+        with self.metrics.paused():
+            blocked = self.memory.save(self.step, self._checkpoint_metadata())
+        if blocked is not None:
             self.metrics.write(self.step, {"memory_blocked_s": blocked})

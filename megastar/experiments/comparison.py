@@ -151,9 +151,7 @@ class Comparison:
         """Add an attempt to times.json, which sums over all attempts of a run's stage."""
         times = self.times()
         sums = times.setdefault(f"{attempt.job.run} {attempt.job.stage}", {})
-        steps, seconds, cpu_s = attempt.steady
         own = {"seconds": attempt.seconds, "cpu_s": attempt.cpu_s, "attempts": 1}
-        own |= {"steady_steps": steps, "steady_seconds": seconds, "steady_cpu_s": cpu_s}
         for name, value in own.items():
             sums[name] = sums.get(name, 0) + value
         write_atomic(self.out / "times.json", (json.dumps(times, indent=1) + "\n").encode())
@@ -205,11 +203,15 @@ class Comparison:
 
 def redraw(folder: Path, console: Console) -> None:
     """Write tables and figures again from results.json, without the runs and images. Raises ``UserError``."""
-    from megastar.config.load import load_compare_config
+    from megastar.config.load import compare_config_of, load_compare_config
     from megastar.experiments.plan import plan_runs
 
     content = read_json(folder / "results.json", _RESULTS, "name the out folder of a comparison")
-    cfg = load_compare_config(folder / "compare.yaml")
+    # Of the start that wrote the results: compare.yaml may be of a later one, which ended before it wrote any.
+    if isinstance(settings := content.get("config"), dict):
+        cfg = compare_config_of(settings, folder / "results.json")
+    else:
+        cfg = load_compare_config(folder / "compare.yaml")
     results = Results(cfg, plan_runs(cfg, 0), content["runs"], content.get("gpus", 0))
     content |= {"summary": results.summary(), "majority": content.get("majority") or majority(cfg)}
     write_files(folder, content, results)
@@ -220,7 +222,10 @@ def redraw(folder: Path, console: Console) -> None:
 def write_files(folder: Path, content: Mapping[str, Any], results: Results) -> None:
     """results.json first, since the others can be made from it."""
     write_atomic(folder / "results.json", (json.dumps(content, indent=1) + "\n").encode())
-    write_atomic(folder / "table.md", tables.markdown(results, content["summary"], content["command"]).encode())
+    write_atomic(
+        folder / "table.md",
+        tables.markdown(results, content["summary"], content["command"], content.get("failed", {})).encode(),
+    )
     figures.draw_probe(results, folder / "probe.png", content["majority"])
     figures.draw_score(results, folder / "score.png")
 

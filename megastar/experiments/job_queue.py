@@ -50,11 +50,10 @@ class Job:
 
 
 class Steady(NamedTuple):
-    """Progress, wall-clock time and CPU time: at a moment, or between two. As a difference it excludes start-up and exit."""
+    """Progress and wall-clock time: at a moment, or between two. As a difference it excludes start-up and exit."""
 
     done: int = 0
     seconds: float = 0.0
-    cpu_s: float = 0.0
 
 
 @dataclass
@@ -66,7 +65,6 @@ class Attempt:
     seconds: float
     cpu_s: float
     interrupted: bool  # by the signal that stopped the queue
-    steady: Steady
 
 
 @dataclass
@@ -84,13 +82,13 @@ class Running:
     def update(self) -> int:
         done = self.job.done()
         if done > max(self.before, self.last.done):
-            self.last = Steady(done, time.perf_counter(), cpu_seconds(self.process.pid))
+            self.last = Steady(done, time.perf_counter())
             self.first = self.first or self.last
         return done
 
     def steady(self) -> Steady:
-        (done, seconds, cpu_s), last = self.first or self.last, self.last
-        return Steady(last.done - done, last.seconds - seconds, last.cpu_s - cpu_s)
+        (done, seconds), last = self.first or self.last, self.last
+        return Steady(last.done - done, last.seconds - seconds)
 
 
 class QueueStopped(Exception):
@@ -196,7 +194,7 @@ class JobQueue:
         one.process.returncode = code = os.waitstatus_to_exitcode(status)
         del self.running[slot]
         seconds, cpu_s = time.perf_counter() - one.start, usage.ru_utime + usage.ru_stime
-        return Attempt(one.job, code, seconds, cpu_s, bool(self.stop_signal and code), one.steady())
+        return Attempt(one.job, code, seconds, cpu_s, bool(self.stop_signal and code))
 
     def _end_all(self) -> None:
         """No job outlives this command."""
@@ -205,16 +203,6 @@ class JobQueue:
         for one in self.running.values():
             one.process.wait()
         self.running.clear()
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process and its descendants, including the ended ones that were waited for."""
-    total = 0.0
-    with suppress(psutil.Error):
-        process = psutil.Process(pid)
-        for one in [process, *process.children(recursive=True)]:
-            total += sum(one.cpu_times()[:4])  # user, system, and both of its ended children
-    return total
 
 
 def send_signal(process: subprocess.Popen[bytes], number: int) -> None:

@@ -18,7 +18,8 @@ from megastar.experiments.samplers import check_samplers, sampler_of, training_o
 from megastar.run_dir.checkpoint_dir import folder_of, latest, name_of
 from megastar.run_dir.layout import CONFIG
 
-# Fields that do not affect the result: a run may differ in them from its folder, or from another run of its seed.
+# Fields that do not affect the result: a run may differ in them from its folder, or from another run of its seed. Of
+# ``eval``, which is equal for all variants, scores of other settings are left out of the table.
 HOUSEKEEPING = (
     "run",
     "data.shards",
@@ -27,7 +28,14 @@ HOUSEKEEPING = (
     "data.cache_gib",
     "data.patience",
     "eval",
-    "faults",
+    "faults.hang_timeout",
+    "faults.lost_timeout",
+    "faults.join_timeout",
+    "faults.checksum_every",
+    "faults.memory_every",
+    "faults.memory_copies",
+    "faults.slow_ratio",
+    "faults.save_patience",
     "train.log_every",
     "train.keep_last",
     "train.keep_every",
@@ -102,6 +110,11 @@ def plan_runs(cfg: CompareConfig, gpus: int) -> list[PlannedRun]:
             if conflicts := [text for text in own if text.partition("=")[0] in fixed]:
                 raise UserError(
                     f"variants.{name}.overrides contains {conflicts[0]}, which the comparison sets itself: remove it"
+                )
+            if scored := [text for text in own if text.startswith(("eval.", "eval="))]:
+                raise UserError(
+                    f"variants.{name}.overrides contains {scored[0]}: scores while training are compared if all variants are "
+                    "scored alike; set base.eval"
                 )
             overrides = [*own, *(f"{field}={value}" for field, value in fixed.items())]
             runs.append(PlannedRun(label, name, seed, override_config(cfg.base, overrides, f"variant {name}")))

@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 from megastar.config.comparison import CompareConfig
+from megastar.config.sections.evaluation import EvaluationConfig
 from megastar.experiments.evaluation import Evaluation
 from megastar.experiments.plan import PlannedRun, baselines
 from megastar.run_dir.evaluations import epochs_to, read_evaluations
+from megastar.run_dir.events import read_events
 from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import METRICS
 
@@ -38,8 +40,9 @@ def gather(
     speeds = [r["images_per_s"] for r in rows if "images_per_s" in r]
     losses = [r["val_loss_ar"] for r in rows if "val_loss_ar" in r]
     trained = times.get(f"{run.name} train", {})
-    steps, seconds, cpu_s = (trained.get(f"steady_{what}", 0) for what in ("steps", "seconds", "cpu_s"))
-    steady = steps * run.cfg.train.global_batch
+    ended = [e["step_cpu_s"] for e in read_events(run.folder) if isinstance(e.get("step_cpu_s"), float)]
+    ranks, batch = evaluation.cfg.nproc, run.cfg.train.global_batch
+    scored = read_evaluations(run.folder, rows[-1]["step"] if rows else 0)
     out: dict[str, Any] = {
         "variant": run.variant,
         "seed": run.seed,
@@ -50,13 +53,13 @@ def gather(
         "sequences": run.sequences,
         "order_sha256": digest,
         "images_per_s": statistics.median(speeds) if speeds else None,
-        "cpu_ms_per_image": 1000 * cpu_s / steady if steady else None,
+        "step_cpu_ms_per_image": 1000 * ranks * ended[-1] / batch if ended else None,  # of rank 0, times the ranks
         "train_seconds": trained.get("seconds"),
         "train_cpu_s": trained.get("cpu_s"),
         "evaluate_seconds": times.get(f"{run.name} evaluate", {}).get("seconds"),
         "val_loss_ar": losses[-1] if losses else None,
         "last_row": next((r for r in reversed(rows) if "loss" in r), {}),
-        "scored": read_evaluations(run.folder, rows[-1]["step"] if rows else 0),  # while it trained
+        "scored": [r for r in scored if is_of(r, evaluation.cfg.base.eval)],  # while it trained
         "weights": {},
         "curve": {},
     }
@@ -70,6 +73,13 @@ def gather(
         kind, key = ("curve", str(part.step)) if part.curve else ("weights", part.weights)
         out[kind].setdefault(key, {})[part.what] = result
     return out
+
+
+def is_of(scored: Mapping[str, Any], e: EvaluationConfig) -> bool:
+    """Whether a line of evaluations.jsonl was made with these settings: an earlier start may have had others."""
+    name = {"fd": "FD-EffLite0", "fid": "FID", "fd_dinov2": "FD-DINOv2"}[e.metric]
+    wanted = {"samples": e.samples, "cfg_scale": e.cfg_scale, "weights": e.weights}
+    return str(scored.get("metric", "")).startswith(name) and all(scored.get(k) == v for k, v in wanted.items())
 
 
 def score_of(weights: str, split: str, metric: str, row: Mapping[str, Any]) -> Any:
@@ -115,8 +125,8 @@ class Results:
     def cost(self, variant: str) -> dict[str, Any]:
         """Seconds per run, wall-clock and CPU milliseconds per image: medians over the finished runs.
 
-        Milliseconds exclude start-up, except the CPU's of old results, marked ``with_startup``. ``relative``: the
-        milliseconds divided by those of each baseline; CPU time, or wall-clock time with GPUs.
+        Milliseconds are those of the steps alone, except the CPU's of old results: ``includes`` says what they have besides.
+        ``relative``: the milliseconds divided by those of each baseline; CPU time, or wall-clock time with GPUs.
         """
         out = self._cost(variant)
         kind = "ms_per_image" if self.gpus else "cpu_ms_per_image"
@@ -129,14 +139,16 @@ class Results:
             values = self.of(variant, lambda r: value(r) if r["done"] == r["steps"] else None).values()
             return statistics.median(values) if values else None
 
-        cpu, whole = median(lambda r: r["cpu_ms_per_image"]), None
+        cpu, includes = median(lambda r: r.get("step_cpu_ms_per_image")), ""
         if cpu is None:
-            whole = median(lambda r: 1000 * r["train_cpu_s"] / r["images"])
+            cpu, includes = median(lambda r: r.get("cpu_ms_per_image")), "validation and saving"
+        if cpu is None:
+            cpu, includes = median(lambda r: 1000 * r["train_cpu_s"] / r["images"]), "start-up, validation and saving"
         return {
             "seconds": median(lambda r: r["train_seconds"]),
             "ms_per_image": median(lambda r: 1000 / r["images_per_s"]),
-            "cpu_ms_per_image": whole if cpu is None else cpu,
-            "with_startup": whole is not None,
+            "cpu_ms_per_image": cpu,
+            "includes": includes,
         }
 
     def epochs_to(self, variant: str, threshold: float) -> tuple[list[float], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from megastar.experiments.plan import changed_fields
@@ -23,7 +24,7 @@ def quantities_table(results: Results, summary: Mapping[str, Any], weights: str)
     for variant, label in results.labels.items():
         names = [r.name for r in results.runs if r.variant == variant]
         done = [n for n in names if weights in results.rows.get(n, {}).get("weights", {})]
-        cells = [formatted(q[variant], digits(q)) if variant in q else "" for q in table.values()]
+        cells = [formatted(q[variant], digits(q), seeds=len(done)) if variant in q else "" for q in table.values()]
         rows.append([label, f"{len(done)}/{len(names)}", *cells])
     return rows
 
@@ -34,8 +35,8 @@ def differences_table(results: Results, summary: Mapping[str, Any], weights: str
     rows = [["difference", "seeds", *map(heading, table)]]
     for b, a in results.pairs():
         if cells := pairs.get(f"{b} - {a}"):
-            seeds = max(cell["n"] for cell in cells.values())
-            values = [formatted(cells[n], digits(q), "+") if n in cells else "" for n, q in table.items()]
+            seeds = min(cell["n"] for cell in cells.values())
+            values = [formatted(cells[n], digits(q), "+", seeds) if n in cells else "" for n, q in table.items()]
             rows.append([f"{results.labels[b]} − {results.labels[a]}", str(seeds), *values])
     return rows
 
@@ -43,8 +44,8 @@ def differences_table(results: Results, summary: Mapping[str, Any], weights: str
 def cost_table(results: Results, summary: Mapping[str, Any]) -> Rows:
     """One row per variant: images, sequences, and time."""
     cost = summary["cost"]
-    whole = any(c["with_startup"] for c in cost.values())
-    cpu = "CPU ms per image, with start-up" if whole else "CPU ms per image"
+    more = max((c["includes"] for c in cost.values()), key=len, default="")
+    cpu = f"CPU ms per image, with {more}" if more else "CPU ms per image"
     header = ["variant", "images", "sequences", "s per run", "wall ms per image", cpu]
     rows = [header + [f"× {results.labels[b]}" for b in results.baselines]]
     for variant, label in results.labels.items():
@@ -88,10 +89,18 @@ def changes_table(results: Results) -> Rows:
     return [["variant", "fields"], *([label, "; ".join(fields) or "none"] for label, fields in changes.items())]
 
 
-def markdown(results: Results, summary: Mapping[str, Any], command: str) -> str:
-    """table.md."""
+def markdown(
+    results: Results,
+    summary: Mapping[str, Any],
+    command: str,
+    failed: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> str:
+    """table.md. ``failed``: the runs that failed, with the stage."""
     c = results.cfg
     out = [f"`{command}`", description(results)]
+    if failed:
+        stages = ", ".join(f"{name} ({how['stage']})" for name, how in failed.items())
+        out += [f"**Failed, and not part of the tables: {stages}.** The same command tries again."]
     for weights in c.weights:
         out += [f"## {weights} weights", as_markdown(quantities_table(results, summary, weights))]
         if len(pairs := differences_table(results, summary, weights)) > 1:
@@ -162,10 +171,12 @@ def digits(quantity: Mapping[str, Mapping[str, Any]]) -> int:
     return 2 if largest >= 10 else 3 if largest >= 1 else 4
 
 
-def formatted(s: Mapping[str, Any], digits: int, sign: str = "") -> str:
-    """4.31 ± 0.02, or 4.31 (n=1)."""
+def formatted(s: Mapping[str, Any], digits: int, sign: str = "", seeds: int | None = None) -> str:
+    """4.31 ± 0.02, or 4.31 (n=1). ``seeds``: of the row; another number of a cell is told."""
     mean = f"{s['mean']:{sign}.{digits}f}"
-    return f"{mean} (n=1)" if s["std"] is None else f"{mean} ± {s['std']:.{digits}f}"
+    if s["std"] is None:
+        return f"{mean} (n=1)"
+    return f"{mean} ± {s['std']:.{digits}f}" + (f" (n={s['n']})" if seeds not in (None, s["n"]) else "")
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:

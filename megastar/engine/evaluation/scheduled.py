@@ -82,17 +82,18 @@ class ScheduledEvaluation:
         start = time.perf_counter()
         self._line_at, self._progress_at = time.monotonic(), 0.0
         try:
-            with kept_random_state(self.ctx.device), any_algorithms(), torch.no_grad():
-                found, new = self._evaluate(step, start)
+            with metrics.paused():
+                try:
+                    with kept_random_state(self.ctx.device), any_algorithms(), torch.no_grad():
+                        found, new = self._evaluate(step, start)
+                finally:
+                    self._give_back()
         except EvaluationEnded as ended:
             if not ended.signal:
                 text = f"the evaluation of step {step} failed ({ended}): the training continues"
                 metrics.event("warning", text, situation="evaluation")
                 self.failed = True
             return ended.signal
-        finally:
-            self._give_back()
-            metrics.pause(time.perf_counter() - start)
         self._report(step, found, new, metrics)
         return 0
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ class MetricsLogger:
         self.line_every = LOG_EVERY if line_every is None else line_every
         self._line_at, self._text, self._step_s = -math.inf, "", 0.0
         self._saved: Path | None = None
+        self._cpu_of_steps: deque[float] = deque(maxlen=1000)  # seconds of this process per step, of the last rows
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +69,10 @@ class MetricsLogger:
         self.terminal = console.is_terminal
         bar = progress_bar(console if self.terminal else None, "train", total, done=start)
         self.bar = self._stack.enter_context(bar)
-        self.clock, self.images = time.perf_counter(), 0
+        self._restart_clocks()
+
+    def _restart_clocks(self) -> None:
+        self.clock, self.cpu_clock, self.images = time.perf_counter(), time.process_time(), 0
 
     def rewind(self, step: int, checkpoint: Path) -> None:
         """The run was rolled back to ``step`` steps, to ``checkpoint``: later rows are cut, as on a resume."""
@@ -78,7 +84,7 @@ class MetricsLogger:
         except OSError as error:  # the next start cuts them
             self.note(f"{self.rows.path} keeps rows of steps after {step}: {error}", logging.WARNING)
         self.trackers.rewind(step)
-        self.clock, self.images = time.perf_counter(), 0
+        self._restart_clocks()
         self.bar.update(step)
 
     def step(self, step: int, images: int, row: dict[str, Any]) -> None:
@@ -98,7 +104,8 @@ class MetricsLogger:
         row = {**row, "images_per_s": self.images / seconds, "step_s": seconds / max(1, step - before)}
         if self.ideal is not None:
             row["mfu"] = self.ideal / row["step_s"]
-        self.clock, self.images = time.perf_counter(), 0
+        self._cpu_of_steps.append((time.process_time() - self.cpu_clock) / max(1, step - before))
+        self._restart_clocks()
         self.write(step, row)
         self._text = "  ".join(f"{short} {row[name]:.3g}" for name, short in SHOWN.items() if name in row)
         self.bar.update(step, self._text)
@@ -115,10 +122,21 @@ class MetricsLogger:
         left = time_left(self.total - step, 1 / max(1e-9, seconds))
         logger.info("step %d/%d%s  %s", step, self.total, left and f"  {left}", self._text or "no row yet")
 
-    def pause(self, seconds: float) -> None:
-        """``seconds`` were spent on something other than steps: the next row's speed leaves them out."""
-        if self.active:
-            self.clock += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The block is something other than steps: the next row's times leave it out."""
+        start, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            if self.active:
+                self.clock += time.perf_counter() - start
+                self.cpu_clock += time.process_time() - cpu
+
+    @property
+    def step_cpu_s(self) -> float | None:
+        """CPU seconds of this process per step, the median over the rows of this start, without what was ``paused``."""
+        return statistics.median(self._cpu_of_steps) if self._cpu_of_steps else None
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Append one row now: also validation losses and times."""

@@ -71,14 +71,13 @@ class StepProfiler:
         if self._left:
             self._profile.step()
             return
-        start = time.perf_counter()
         PHASE.listener = None
         PHASE.at(SAVING)  # takes seconds for each step
-        try:
-            self._profile.step()  # calls _write
-        finally:
-            self.close()
-        self.metrics.pause(time.perf_counter() - start)
+        with self.metrics.paused():
+            try:
+                self._profile.step()  # calls _write
+            finally:
+                self.close()
 
     def close(self) -> None:
         """Stop recording."""

@@ -189,11 +189,10 @@ class _Run:
                 PHASE.at("step")
                 self._log(trainer.train_step(to_images(images, ctx.device)))
                 PHASE.finish(trainer.step)
-                start = time.perf_counter()
-                if trainer.step == cfg.steps or trainer.step % cfg.save_every == 0:
-                    self._save(PATIENCE if trainer.step == cfg.steps else 0.0)
-                self._validate()
-                self.metrics.pause(time.perf_counter() - start)
+                with self.metrics.paused():
+                    if trainer.step == cfg.steps or trainer.step % cfg.save_every == 0:
+                        self._save(PATIENCE if trainer.step == cfg.steps else 0.0)
+                    self._validate()
             if first < cfg.steps:
                 self.metrics.event("finished", f"{cfg.steps} steps are done", note=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,22 @@ def test_a_resumed_run_holds_each_step_once(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["loss"]) for r in rows] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
     assert all(r["images_per_s"] > 0 for r in rows)
+
+
+def test_validation_and_saves_are_not_part_of_a_steps_time(tmp_path):
+    metrics = MetricsLogger(tmp_path, 0, 10, 1, True)
+    with metrics.paused():
+        end = time.process_time() + 0.3
+        while time.process_time() < end:
+            pass
+    metrics.step(1, 4, {})
+    with metrics.paused():
+        time.sleep(0.3)
+    metrics.step(2, 4, {})
+    metrics.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(r["step_s"] < 0.2 and r["images_per_s"] > 20 for r in rows)
+    assert metrics.step_cpu_s < 0.2 and not any("cpu" in name for r in rows for name in r)
 
 
 def test_dtype_auto_is_one_of_the_two():

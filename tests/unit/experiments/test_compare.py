@@ -25,7 +25,7 @@ from megastar.engine.train_step import hidden_mask, losses
 from megastar.errors import UserError
 from megastar.experiments.comparison import Comparison
 from megastar.experiments.evaluation import Evaluation
-from megastar.experiments.job_queue import Attempt, Job, Steady
+from megastar.experiments.job_queue import Attempt, Job
 from megastar.experiments.plan import check_folder, check_order, encoder_of, is_trained, order_digest, plan_runs
 from megastar.run_dir.checkpoint_dir import MANIFEST, name_of
 from megastar.run_dir.lease import hold
@@ -364,7 +364,7 @@ def test_a_full_disk_stops_no_run(measured):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
-        follows = comparison.job_ended(Attempt(job, 0, 1.0, 1.0, interrupted=False, steady=Steady(4, 0.5, 0.5)))
+        follows = comparison.job_ended(Attempt(job, 0, 1.0, 1.0, interrupted=False))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [f.stage for f in follows] == ["evaluate"] and not comparison.failed
