@@ -21,6 +21,7 @@ from megastar.checkpoint.hub.reader import digest_file, read_folder, tokenizer_i
 from megastar.config.files import find_file
 from megastar.config.schema import DataConfig, ModelConfig
 from megastar.errors import UserError, nearest
+from megastar.utils.json_file import shown
 
 if TYPE_CHECKING:
     import torch
@@ -230,10 +231,10 @@ def class_number(name: str | int, names: list[str]) -> int:
     """The number of a class, given by its name or number. Raises ``UserError`` for an unknown one."""
     if name in names:
         return names.index(str(name))
-    if isinstance(name, int) or name.isdigit():
-        if 0 <= int(name) < len(names):
+    if isinstance(name, int) or (name.isascii() and name.isdigit()):
+        if len(str(name)) < 20 and 0 <= int(name) < len(names):
             return int(name)
-        raise UserError(f"class {name} is outside 0..{len(names) - 1}, the classes of these weights")
+        raise UserError(f"class {shown(name)} is outside 0..{len(names) - 1}, the classes of these weights")
     raise UserError(f"class {name!r} is unknown: {nearest(name, names)}")
 
 
