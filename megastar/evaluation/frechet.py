@@ -89,8 +89,10 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     first, second = a.covariance, b.covariance
     assert first.shape == second.shape, f"features of {len(first)} and of {len(second)} dimensions"
     damaged = "check the feature network, the images and the reference, and remove the cache of features"
-    if bad := [i for i, s in enumerate((a, b), 1) if not (np.isfinite(s.mean).all() and np.isfinite(s.covariance).all())]:
-        raise UserError(f"the statistics of set {bad[0]} of a Frechet distance contain NaN or infinity: {damaged}")
+    for number, mean, covariance in (1, a.mean, first), (2, b.mean, second):
+        if np.isfinite(mean).all() and np.isfinite(covariance).all():
+            continue
+        raise UserError(f"the statistics of set {number} of a Frechet distance contain NaN or infinity: {damaged}")
     with np.errstate(over="ignore", invalid="ignore"):
         try:
             root = _root(first)

@@ -109,9 +109,10 @@ def _stored(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": shape})
     start = head.tell()
     with suppress(OSError), file.open("rb") as f:
-        if f.read(start) == head.getvalue() and os.fstat(f.fileno()).st_size == start + 4 * math.prod(shape):
-            if sha256_of(f).encode() == read_small(_hash_file(file), 64):
-                return np.memmap(f, np.float32, "r", start, shape)
+        size = start + 4 * math.prod(shape)
+        whole = f.read(start) == head.getvalue() and os.fstat(f.fileno()).st_size == size
+        if whole and sha256_of(f).encode() == read_small(_hash_file(file), 64):
+            return np.memmap(f, np.float32, "r", start, shape)
     logger.warning("%s is damaged, or its %s: the features are computed again", file, _hash_file(file).name)
     return None
 

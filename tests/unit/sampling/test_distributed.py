@@ -373,12 +373,11 @@ def test_a_part_of_other_images_than_those_of_the_pipeline_is_refused_before_it_
     np.savez(path, arr_0=images[:1].astype(np.uint32)[:, :, :4], arr_1=np.zeros(3, np.int64))
     with pytest.raises(UserError, match="uint32"):
         next(iterate_images(p, folder=tmp_path))
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:  # 256 MB of zeros, compressed to 256 KB
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (48, 4096, 1365, 1)}
-            np.lib.format.write_array_header_1_0(member, header)
-            for _ in range(48):
-                member.write(bytes(4096 * 1365))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("arr_0.npy", "w") as member:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (48, 4096, 1365, 1)}  # 256 MB, compressed to 256 KB
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(48):
+            member.write(bytes(4096 * 1365))
     tracemalloc.start()
     with pytest.raises(UserError, match=f"at most {3 * 16 * 16 * 3} can be read"):
         next(iterate_images(p, folder=tmp_path))
