@@ -101,10 +101,10 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
         raise UserError(f"{source} is weights without a run, which record no training shards: give --shards")
     found.require_null_class("a probe needs")
     for folder in (shards, a.val_shards):
-        check_codes(found.file, found.identity, folder)
+        check_codes(found.file, found.identity, folder, found.data)
     model = found.load(pick_device(a.device))
     options = {k: getattr(a, k) for k in ("block", "positions", "epochs", "batch", "lr", "optimizer", "seed", "cache")}
-    train, val = load_crops(shards, limit=a.limit), load_crops(a.val_shards, limit=a.limit)
+    train, val = (load_crops(folder, limit=a.limit, data=found.data) for folder in (shards, a.val_shards))
     result = linear_probe(model, *train, *val, console=console, **options)
     weights = {"weights": str(found.file), "weights_sha256": sha256(found.digest_file)}
     return result | weights | {"shards": str(shards), "val_shards": a.val_shards}

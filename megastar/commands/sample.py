@@ -191,7 +191,7 @@ def main(words: list[str]) -> int:
     cfg, provenance = found.config, found.provenance
     tokenizer = found.tokenizer_file(a.tokenizer)
     names = class_names(cfg.num_classes, provenance)
-    like = labels_of(a.like) if a.like else None
+    like = labels_of(a.like, found.data) if a.like else None
     labels = choose_labels(names, a.classes, a.per_class, a.count, like, a.seed, a.plan)
     # Defaults: sharper images to look at, the model's own distribution to score.
     scale, temperature = (1.0, 1.0) if a.count or a.score else (3.0, 0.9)

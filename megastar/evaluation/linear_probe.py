@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from megastar.config.schema import ModelConfig
+from megastar.config.schema import DataConfig, ModelConfig
 from megastar.data.shards.reader import ShardSet
 from megastar.errors import UserError
 from megastar.evaluation.lars import LARS, learning_rate
@@ -39,12 +39,14 @@ def probe_positions(tokens: int, count: int = 8) -> list[int]:
     return [tokens * (i + 1) // count for i in range(count)]
 
 
-def load_crops(shards: str | Path, count: int = 1, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def load_crops(
+    shards: str | Path, count: int = 1, limit: int | None = None, data: DataConfig | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Codes (N * count, T) of ``count`` stored crops per image, the centre crop first, and classes (N * count,).
 
-    ``limit``: only the first images.
+    ``limit``: only the first images. ``data``: cache and patience of shards on S3.
     """
-    tokens = ShardSet(shards)
+    tokens = ShardSet(shards, data=data)
     centre, stored = tokens.manifest.centre_view, tokens.manifest.views
     views = [centre, *(v for v in range(stored) if v != centre)][:count]
     images = np.arange(min(len(tokens), limit or len(tokens)))

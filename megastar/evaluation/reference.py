@@ -66,7 +66,13 @@ def read_reference(
     images: ImageSource | None = None
     if not names or set(names) & set(NPZ_NAMES):  # opened even if only mu and sigma are used, to check the resolution
         images = open_images(
-            real, subset=o.real_subset, size=size, limit=limit, tokenizer=o.real_tokenizer, device=network.device
+            real,
+            subset=o.real_subset,
+            size=size,
+            limit=limit,
+            tokenizer=o.real_tokenizer,
+            device=network.device,
+            data=o.data,
         )
     elif keep:
         raise UserError(f"{real} contains only statistics: precision, recall and KID also require images (arr_0)")

@@ -70,7 +70,9 @@ def check_evaluation(cfg: RunConfig, data: RunData | None) -> None:
         raise UserError(
             f"eval.against = {real} contains only Inception's statistics: use eval.metric=fid, or images as the reference"
         )
-    images = open_images(real, subset=e.against_subset or None, size=size, tokenizer=tokenizer, limit=limit)
+    images = open_images(
+        real, subset=e.against_subset or None, size=size, tokenizer=tokenizer, limit=limit, data=cfg.data
+    )
     if images.count < 2:
         raise UserError(f"eval.against = {real} has {images.count} image(s): a score requires at least 2")
 

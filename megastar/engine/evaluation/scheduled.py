@@ -184,7 +184,10 @@ class ScheduledEvaluation:
     def _read_reference(self, network: Any) -> Reference:
         real, tokenizer, limit = reference_of(self.cfg)
         o = EvaluationOptions(
-            real_subset=self.cfg.eval.against_subset or None, real_tokenizer=tokenizer, on_batch=self.agreement.here
+            real_subset=self.cfg.eval.against_subset or None,
+            real_tokenizer=tokenizer,
+            data=self.cfg.data,
+            on_batch=self.agreement.here,
         )
         size = self.data.train.manifest.image_size or None
         return read_reference(real, size, network, o, keep=False, spatial=False, limit=limit)
