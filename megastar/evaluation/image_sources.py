@@ -240,7 +240,9 @@ class TokenImages:
             )
         self.tokenizer = Path(tokenizer)
         self.count = min(len(self.shards), limit or len(self.shards))
-        self.height = self.width = manifest.image_size
+        self.height = self.width = config.image_size
+        if manifest.centre_note:
+            logger.warning("%s: %s", path, manifest.centre_note)
 
     @torch.no_grad()
     def batches(self, batch: int) -> Iterator[np.ndarray]:
@@ -256,7 +258,10 @@ class TokenImages:
 
     def sha256(self) -> str:
         """Of the shards' hashes in the manifest, and of the tokenizer's file, which includes the decoder."""
-        digest = hashlib.sha256("".join(s.sha256 for s in self.shards.manifest.shards).encode())
+        manifest = self.shards.manifest
+        digest = hashlib.sha256("".join(s.sha256 for s in manifest.shards).encode())
+        if "writer" in manifest.made_by and manifest.centre_view:  # can be indexed again with another centre view
+            digest.update(f"view {manifest.centre_view}".encode())
         _add_file(digest, self.tokenizer)
         return digest.hexdigest()
 

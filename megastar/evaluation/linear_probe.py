@@ -48,6 +48,8 @@ def load_crops(
     """
     tokens = ShardSet(shards, data=data)
     centre, stored = tokens.manifest.centre_view, tokens.manifest.views
+    if tokens.manifest.centre_note:
+        logger.warning("%s: %s", shards, tokens.manifest.centre_note)
     views = [centre, *(v for v in range(stored) if v != centre)][:count]
     images = np.arange(min(len(tokens), limit or len(tokens)))
     codes, labels = tokens.gather(images, np.tile(views, (len(images), 1)))  # (N, count, T)
