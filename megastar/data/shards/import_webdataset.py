@@ -116,6 +116,7 @@ def index_webdataset(
         )
     side = math.isqrt(expected.tokens)
     names = [str(i) for i in range(num_classes or highest + 1)] if not isinstance(classes, list) else classes
+    given: dict[str, object] = {"image_size": "given"} if image_size else {}
     origin = "classes of the samples" + (", names given" if isinstance(classes, list) else ", numbers")
     manifest = Manifest(
         samples=sum(s.samples for s in shards),
@@ -128,7 +129,7 @@ def index_webdataset(
         image_size=image_size or 0,
         tokenizer_sha256=tokenizer_sha256,
         shards=shards,
-        made_by={"writer": WRITER, "class_source": origin} | ({"image_size": "given"} if image_size else {}),
+        made_by={"writer": WRITER, "class_source": origin} | given,
         layout=layout,
         dtype=expected.dtype,
         class_counts=[counts[i] for i in range(len(names))],
