@@ -21,6 +21,7 @@ from megastar.checkpoint.hub.reader import digest_file, read_folder, tokenizer_i
 from megastar.config.files import find_file
 from megastar.config.schema import DataConfig, ModelConfig
 from megastar.errors import UserError, nearest
+from megastar.utils.json_file import shown
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,7 @@ class Weights:
     run: Path | None = None
     places: list[Path | None] = field(default_factory=list)  # where the run had its tokenizer
     chosen: str | None = None  # of several sets in a .pt file
+    data: DataConfig | None = None  # the run's: its cache and patience
 
     @cached_property
     def opened(self) -> WeightsFile:
@@ -200,7 +202,15 @@ def _of_run(path: Path, weights: str) -> Weights:
         convert(checkpoint, "safetensors", file, weights=weights, force=True)  # another process may convert it too
     places: list[Path | None] = [Path(manifest["tokenizer_file"])] if manifest.get("tokenizer_file") else []
     places += [find_file(cfg.data.tokenizer, run / CONFIG)] if cfg.data.tokenizer else []
-    return Weights(file, cfg.data.tokenizer or None, cfg.data.shards or None, recorded_identity(manifest), run, places)
+    return Weights(
+        file,
+        cfg.data.tokenizer or None,
+        cfg.data.shards or None,
+        recorded_identity(manifest),
+        run,
+        places,
+        data=cfg.data,
+    )
 
 
 def _check_name(weights: str | None) -> None:
@@ -230,19 +240,19 @@ def class_number(name: str | int, names: list[str]) -> int:
     """The number of a class, given by its name or number. Raises ``UserError`` for an unknown one."""
     if name in names:
         return names.index(str(name))
-    if isinstance(name, int) or name.isdigit():
-        if 0 <= int(name) < len(names):
+    if isinstance(name, int) or (name.isascii() and name.isdigit()):
+        if len(str(name)) < 20 and 0 <= int(name) < len(names):
             return int(name)
-        raise UserError(f"class {name} is outside 0..{len(names) - 1}, the classes of these weights")
+        raise UserError(f"class {shown(name)} is outside 0..{len(names) - 1}, the classes of these weights")
     raise UserError(f"class {name!r} is unknown: {nearest(name, names)}")
 
 
-def labels_of(shards: str | Path) -> list[int]:
-    """The class of every image in a folder of token shards."""
+def labels_of(shards: str | Path, data: DataConfig | None = None) -> list[int]:
+    """The class of every image in a folder or s3:// URL of token shards. ``data``: cache and patience."""
     import numpy as np
 
     from megastar.data.shards.reader import ShardSet
 
-    tokens = ShardSet(shards)
+    tokens = ShardSet(shards, data=data)
     _, labels = tokens.gather(np.arange(len(tokens)), np.zeros((len(tokens), 1), np.int64))
     return [int(label) for label in labels]

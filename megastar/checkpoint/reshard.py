@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
@@ -138,8 +139,9 @@ def write_random(source: Source, folder: Path, data: int, tensor: int) -> dict[s
             with torch.random.fork_rng(devices=[]):
                 seed_dropout(source.cfg.train.seed, d, source.manifest["step"])
                 seed, state = torch.initial_seed(), torch.get_rng_state()
-            # A CUDA generator's state is its seed and offset, so it can be written without a GPU.
-            torch.save({"torch": state, "cuda": torch.tensor([seed, 0]).view(torch.uint8)}, path)
+            # A CUDA generator's state is its seed and offset, unsigned, so it can be written without a GPU.
+            cuda = torch.from_numpy(np.array([seed, 0], np.uint64).view(np.uint8))
+            torch.save({"torch": state, "cuda": cuda}, path)
         whose = f"rank {d * tensor}: data rank {d}, tensor rank 0"
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "whose": whose}
     return files

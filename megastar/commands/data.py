@@ -57,6 +57,7 @@ megastar data stats s3://codes/imagenet256/train --cache /scratch/codes --json >
     "index": """\
 megastar data index other/shards --tokenizer data/tokenizer/vq16.safetensors
 megastar data index s3://codes/other --codebook-size 16384 --classes names.txt
+megastar data index other/shards --codebook-size 16384 --image-size 256 --centre-view 2
 """,
 }
 
@@ -77,6 +78,13 @@ def parser(action: str) -> Parser:
         p.add_argument("--codebook-size", type=positive, help="instead of --tokenizer: number of codes")
         p.add_argument("--layout", choices=LAYOUTS, default="plain", help="shard layout")
         p.add_argument("--crops", default="foreign", help="crops, if known: ten:1.1, center-flip, ...")
+        p.add_argument(
+            "--centre-view", type=bounded(int, 0, 1023),
+            help="number of the unmirrored centre crop, counted from 0 (default: that of --crops, else 0)",
+        )  # fmt: skip
+        p.add_argument(
+            "--image-size", type=bounded(int, 1, 8192), help="without --tokenizer: side of the images in pixels"
+        )
         p.add_argument("--classes", help="file with one class name per line (default: numbers)")
         return p
     p.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -203,7 +211,7 @@ def index(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
 
     manifest = index_webdataset(
         a.set, tokenizer=a.tokenizer, codebook_size=a.codebook_size, classes=classes, layout=a.layout, crops=a.crops,
-        data=data, console=console,
+        centre_view=a.centre_view, image_size=a.image_size, data=data, console=console,
     )  # fmt: skip
     print_table(
         a.set,

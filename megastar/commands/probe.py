@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from megastar.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = """
 megastar probe runs/demo/run --shards runs/demo/codes/train --val-shards runs/demo/codes/val --block 3 --optimizer sgd
@@ -91,6 +94,8 @@ def main(words: list[str]) -> int:
 def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Probe one run or weights file; returns the result with its provenance."""
     from megastar.checkpoint.find_weights import check_codes, find_weights
+    from megastar.data.shards.class_names import check_same_classes, first_difference
+    from megastar.data.shards.manifest import load_manifest
     from megastar.evaluation.linear_probe import linear_probe, load_crops
     from megastar.utils.device import pick_device
     from megastar.utils.files import sha256
@@ -101,10 +106,17 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
         raise UserError(f"{source} is weights without a run, which record no training shards: give --shards")
     found.require_null_class("a probe needs")
     for folder in (shards, a.val_shards):
-        check_codes(found.file, found.identity, folder)
+        check_codes(found.file, found.identity, folder, found.data)
+    names, others = (load_manifest(folder, found.data).classes for folder in (shards, a.val_shards))
+    check_same_classes(shards, names, a.val_shards, others)
+    if difference := first_difference(found.provenance.get("classes") or [], names):
+        logger.warning(
+            "%s was trained on other classes than %s has, for example class %d, %r instead of %r: its features are probed "
+            "for those of the shards", found.file, shards, *difference,
+        )  # fmt: skip
     model = found.load(pick_device(a.device))
     options = {k: getattr(a, k) for k in ("block", "positions", "epochs", "batch", "lr", "optimizer", "seed", "cache")}
-    train, val = load_crops(shards, limit=a.limit), load_crops(a.val_shards, limit=a.limit)
+    train, val = (load_crops(folder, limit=a.limit, data=found.data) for folder in (shards, a.val_shards))
     result = linear_probe(model, *train, *val, console=console, **options)
     weights = {"weights": str(found.file), "weights_sha256": sha256(found.digest_file)}
     return result | weights | {"shards": str(shards), "val_shards": a.val_shards}

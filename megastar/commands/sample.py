@@ -191,7 +191,12 @@ def main(words: list[str]) -> int:
     cfg, provenance = found.config, found.provenance
     tokenizer = found.tokenizer_file(a.tokenizer)
     names = class_names(cfg.num_classes, provenance)
-    like = labels_of(a.like) if a.like else None
+    if a.like and provenance.get("classes"):
+        from megastar.data.shards.class_names import check_same_classes
+        from megastar.data.shards.manifest import load_manifest
+
+        check_same_classes(found.file, names, a.like, load_manifest(a.like, found.data).classes)
+    like = labels_of(a.like, found.data) if a.like else None
     labels = choose_labels(names, a.classes, a.per_class, a.count, like, a.seed, a.plan)
     # Defaults: sharper images to look at, the model's own distribution to score.
     scale, temperature = (1.0, 1.0) if a.count or a.score else (3.0, 0.9)

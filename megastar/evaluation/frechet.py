@@ -84,19 +84,36 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2)).
 
     With C_a = L L^T, C_a C_b has the eigenvalues of the symmetric L^T C_b L, whose roots sum to the last trace. A small
-    negative distance of equal inputs, due to rounding, is set to 0.
+    negative distance of equal inputs, due to rounding, is set to 0. Raises ``UserError`` if it is not finite.
     """
     first, second = a.covariance, b.covariance
     assert first.shape == second.shape, f"features of {len(first)} and of {len(second)} dimensions"
+    damaged = "check the feature network, the images and the reference, and remove the cache of features"
+    for number, mean, covariance in (1, a.mean, first), (2, b.mean, second):
+        if np.isfinite(mean).all() and np.isfinite(covariance).all():
+            continue
+        raise UserError(f"the statistics of set {number} of a Frechet distance contain NaN or infinity: {damaged}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        try:
+            root = _root(first)
+            product = np.linalg.eigvalsh(root.T @ second @ root).clip(0)
+        except np.linalg.LinAlgError as error:
+            raise UserError(f"a Frechet distance cannot be computed ({error}): {damaged}") from error
+        difference = a.mean - b.mean
+        distance = float(difference @ difference + np.trace(first) + np.trace(second) - 2 * np.sqrt(product).sum())
+    if not np.isfinite(distance):
+        raise UserError(f"a Frechet distance is {distance}, because its features are too large: {damaged}")
+    return max(0.0, distance)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """R (F, F) with R R^T = ``covariance``."""
     try:
-        root = np.linalg.cholesky(first)  # a twentieth of the time of eigenvectors
+        return np.linalg.cholesky(covariance)  # a twentieth of the time of eigenvectors
     except np.linalg.LinAlgError:  # fewer images than features
-        values, vectors = np.linalg.eigh(first)
-        root = vectors * np.sqrt(values.clip(0))  # (F, F)
-    product = np.linalg.eigvalsh(root.T @ second @ root).clip(0)
-    difference = a.mean - b.mean
-    distance = difference @ difference + np.trace(first) + np.trace(second) - 2 * np.sqrt(product).sum()
-    return max(0.0, float(distance))
+        values, vectors = np.linalg.eigh(covariance)
+        root: np.ndarray = vectors * np.sqrt(values.clip(0))
+        return root
 
 
 def finite_sample_floor(features: np.ndarray, seed: int = 0) -> tuple[float, int]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from megastar.config.schema import DataConfig
 from megastar.data.images.dataset import ImageSet, center_crop
 from megastar.data.images.image_files import ImageError
 from megastar.data.shards.reader import ShardSet
@@ -57,15 +58,16 @@ def open_images(
     limit: int | None = None,
     tokenizer: str | Path | None = None,
     device: torch.device | str = "cpu",
+    data: DataConfig | None = None,
 ) -> ImageSource:
     """A folder of images, an image tar (or folder of tars), an .npz with ``arr_0`` or ``images``, or token shards.
 
     Images of folders and tars are cropped to a centre square of ``size`` pixels (default: the first image's short side).
     An .npz and token shards, decoded by ``tokenizer`` on ``device``, must have that size. ``limit`` keeps the first images in order of
-    their keys. Unreadable images are skipped with a warning. Raises ``UserError``.
+    their keys. ``data``: cache and patience of token shards on S3. Unreadable images are skipped with a warning. Raises ``UserError``.
     """
     if is_remote(path) or (Path(path) / MANIFEST).is_file():
-        found: ImageSource = TokenImages(path, tokenizer, limit, device)
+        found: ImageSource = TokenImages(path, tokenizer, limit, device, data)
     elif Path(path).suffix == ".npz":
         found = NpzImages(Path(path), limit)
     else:
@@ -216,9 +218,10 @@ class TokenImages:
         tokenizer: str | Path | None,
         limit: int | None = None,
         device: torch.device | str = "cpu",
+        data: DataConfig | None = None,
     ):
         self.path, self.device = path, torch.device(device)
-        self.shards = ShardSet(path)
+        self.shards = ShardSet(path, data=data)
         manifest = self.shards.manifest
         if tokenizer is None:
             raise UserError(f"{path} contains token shards: name the tokenizer that decodes them with --real-tokenizer")
@@ -237,7 +240,9 @@ class TokenImages:
             )
         self.tokenizer = Path(tokenizer)
         self.count = min(len(self.shards), limit or len(self.shards))
-        self.height = self.width = manifest.image_size
+        self.height = self.width = config.image_size
+        if manifest.centre_note:
+            logger.warning("%s: %s", path, manifest.centre_note)
 
     @torch.no_grad()
     def batches(self, batch: int) -> Iterator[np.ndarray]:
@@ -253,7 +258,10 @@ class TokenImages:
 
     def sha256(self) -> str:
         """Of the shards' hashes in the manifest, and of the tokenizer's file, which includes the decoder."""
-        digest = hashlib.sha256("".join(s.sha256 for s in self.shards.manifest.shards).encode())
+        manifest = self.shards.manifest
+        digest = hashlib.sha256("".join(s.sha256 for s in manifest.shards).encode())
+        if "writer" in manifest.made_by and manifest.centre_view:  # can be indexed again with another centre view
+            digest.update(f"view {manifest.centre_view}".encode())
         _add_file(digest, self.tokenizer)
         return digest.hexdigest()
 

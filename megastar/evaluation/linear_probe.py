@@ -21,12 +21,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from megastar.config.schema import ModelConfig
+from megastar.config.schema import DataConfig, ModelConfig
 from megastar.data.shards.reader import ShardSet
 from megastar.errors import UserError
 from megastar.evaluation.lars import LARS, learning_rate
 from megastar.model.transformer import Transformer
-from megastar.utils.files import atomic_file
+from megastar.utils.files import atomic_file, read_small, sha256, sha256_of, write_atomic
 from megastar.utils.progress_bar import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,17 @@ def probe_positions(tokens: int, count: int = 8) -> list[int]:
     return [tokens * (i + 1) // count for i in range(count)]
 
 
-def load_crops(shards: str | Path, count: int = 1, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def load_crops(
+    shards: str | Path, count: int = 1, limit: int | None = None, data: DataConfig | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Codes (N * count, T) of ``count`` stored crops per image, the centre crop first, and classes (N * count,).
 
-    ``limit``: only the first images.
+    ``limit``: only the first images. ``data``: cache and patience of shards on S3.
     """
-    tokens = ShardSet(shards)
+    tokens = ShardSet(shards, data=data)
     centre, stored = tokens.manifest.centre_view, tokens.manifest.views
+    if tokens.manifest.centre_note:
+        logger.warning("%s: %s", shards, tokens.manifest.centre_note)
     views = [centre, *(v for v in range(stored) if v != centre)][:count]
     images = np.arange(min(len(tokens), limit or len(tokens)))
     codes, labels = tokens.gather(images, np.tile(views, (len(images), 1)))  # (N, count, T)
@@ -67,7 +71,7 @@ def probe_features(
     """Codes (N, T) -> output of ``block`` (counted from 1) with the null class at ``positions``: (N, P, D) fp32.
 
     The input of position p (counted from 1) is the null class and the first p - 1 codes. With a folder ``cache``, the
-    features are stored there, under a hash of the model's weights, the codes and the positions, and reused.
+    features are stored there with their SHA-256, under a hash of the model's weights, the codes and the positions.
     """
     shape = (len(codes), len(positions), model.cfg.dim)
     with ExitStack() as stack:
@@ -94,17 +98,26 @@ def probe_features(
         model.train(was_training)
         if isinstance(out, np.memmap):
             out.flush()
+            write_atomic(_hash_file(file), sha256(temporary).encode())
     return out
 
 
+def _hash_file(file: Path) -> Path:
+    """The file with the SHA-256 of a file of features."""
+    return file.with_name(f"{file.name}.sha256")
+
+
 def _stored(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The array in ``file`` if its header is the one that numpy writes for ``shape``; a damaged file is not parsed."""
+    """The array in ``file`` if its header is the one that numpy writes for ``shape`` and its hash the recorded one."""
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": shape})
     start = head.tell()
     with suppress(OSError), file.open("rb") as f:
-        if f.read(start) == head.getvalue() and os.fstat(f.fileno()).st_size == start + 4 * math.prod(shape):
+        size = start + 4 * math.prod(shape)
+        whole = f.read(start) == head.getvalue() and os.fstat(f.fileno()).st_size == size
+        if whole and sha256_of(f).encode() == read_small(_hash_file(file), 64):
             return np.memmap(f, np.float32, "r", start, shape)
+    logger.warning("%s is damaged, or its %s: the features are computed again", file, _hash_file(file).name)
     return None
 
 

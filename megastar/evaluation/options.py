@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from megastar.config.schema import DataConfig
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,6 +37,7 @@ class EvaluationOptions:
     real_subset: str | None = None
     real_sha256: str | None = None
     real_tokenizer: str | Path | None = None
+    data: DataConfig | None = None  # cache and patience of a reference of token shards on S3; None: the defaults
     settings: Settings = field(default_factory=Settings)
     device: torch.device | str = "cpu"
     batch: int = 32

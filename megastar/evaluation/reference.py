@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ from megastar.evaluation.options import EvaluationOptions
 from megastar.utils.files import atomic_file, sha256
 from megastar.utils.json_file import shown
 from megastar.utils.npz import NpzFile
+from megastar.utils.printable import one_line
 from megastar.utils.weights.safetensors_header import read_header
 
 logger = logging.getLogger(__name__)
+HASH = "sha256"  # of the arrays, in the metadata of a cache
 
 
 @dataclass
@@ -62,7 +66,13 @@ def read_reference(
     images: ImageSource | None = None
     if not names or set(names) & set(NPZ_NAMES):  # opened even if only mu and sigma are used, to check the resolution
         images = open_images(
-            real, subset=o.real_subset, size=size, limit=limit, tokenizer=o.real_tokenizer, device=network.device
+            real,
+            subset=o.real_subset,
+            size=size,
+            limit=limit,
+            tokenizer=o.real_tokenizer,
+            device=network.device,
+            data=o.data,
         )
     elif keep:
         raise UserError(f"{real} contains only statistics: precision, recall and KID also require images (arr_0)")
@@ -114,24 +124,38 @@ def _given(path: Path, mean: str, covariance: str, dim: int) -> Statistics:
 
 
 def _restore(collector: Collector, file: Path) -> int | None:
-    """Restore the cached features; the number of images that were resized (0 if the cache is older), None without a cache."""
+    """Restore the cached features; the number of images that were resized, None without a cache or for a damaged one."""
     if not file.is_file():
         return None
     try:
-        read_header(file)
+        recorded = read_header(file)[0].get(HASH)
         arrays = load_file(file)
+        if recorded != _hash(arrays):
+            raise ValueError("its arrays differ from their hash" if recorded else "it records no hash of its arrays")
         collector.restore(arrays)
-        return int(arrays["resized"].item()) if "resized" in arrays else 0
-    except (UserError, SafetensorError, KeyError, ValueError, OSError):
-        file.unlink(missing_ok=True)  # a damaged cache file is written again
+        return int(arrays["resized"].item())
+    except (UserError, SafetensorError, KeyError, ValueError, OSError) as error:
+        logger.warning("the cached features %s of the real set are computed again: %s", file, one_line(str(error)))
+        with suppress(OSError):  # it is replaced
+            file.unlink()
         return None
+
+
+def _hash(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of the names, types, shapes and bytes of ``arrays``."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write the cache; a failure costs only time, so it is a warning."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
         with atomic_file(file) as temporary:
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary)
+            save_file(arrays, temporary, {HASH: _hash(arrays)})
     except (OSError, SafetensorError) as error:  # the latter for a name that is not UTF-8
         logger.warning("cannot cache the features of the real set in %s: %s", file, error)

@@ -136,6 +136,8 @@ class Evaluation:
 
     def probe(self, part: Part, console: Console) -> dict[str, Any]:
         from megastar.checkpoint.find_weights import check_codes, find_weights
+        from megastar.data.shards.class_names import check_same_classes
+        from megastar.data.shards.manifest import load_manifest
         from megastar.evaluation.linear_probe import linear_probe, load_crops
         from megastar.utils.device import pick_device
 
@@ -143,11 +145,13 @@ class Evaluation:
         found = find_weights(part.checkpoint, part.weights)
         for split in (p.fit_on, p.score_on):
             check_codes(part.run.name, found.identity, codes_folder(self.cfg, split))
+        fitted, scored = (codes_folder(self.cfg, split) for split in (p.fit_on, p.score_on))
+        check_same_classes(fitted, load_manifest(fitted).classes, scored, load_manifest(scored).classes)
         weights, model = found.file, found.load(pick_device("auto"))
         result = linear_probe(
             model,
-            *load_crops(codes_folder(self.cfg, p.fit_on), p.fit_crops),
-            *load_crops(codes_folder(self.cfg, p.score_on), 1),
+            *load_crops(fitted, p.fit_crops),
+            *load_crops(scored, 1),
             block=p.block, positions=p.positions, epochs=p.epochs, batch=p.batch, lr=p.lr, optimizer=p.optimizer,
             seed=p.seed, console=console,
         )  # fmt: skip
@@ -156,6 +160,8 @@ class Evaluation:
     def score(self, part: Part, console: Console) -> dict[str, Any]:
         """Split -> scores of one set of images, whose features are computed once."""
         from megastar.checkpoint.find_weights import find_weights, labels_of
+        from megastar.data.shards.class_names import check_same_classes
+        from megastar.data.shards.manifest import load_manifest
         from megastar.evaluation.feature_statistics import Collector
         from megastar.evaluation.features import open_network
         from megastar.evaluation.options import Settings
@@ -167,8 +173,10 @@ class Evaluation:
 
         c, s = self.cfg, sampler_of(self.cfg, part.run.variant)
         found, device = find_weights(part.checkpoint, part.weights), pick_device("auto")
-        weights = found.file
-        labels = labels_like(labels_of(codes_folder(c, s.like)), part.count, s.seed)
+        weights, like = found.file, codes_folder(c, s.like)
+        if names := found.provenance.get("classes"):
+            check_same_classes(weights, names, like, load_manifest(like).classes)
+        labels = labels_like(labels_of(like), part.count, s.seed)
         pipeline = open_pipeline(
             found, find_tokenizer(c), labels, seed=s.seed, batch=s.batch, **vars(options_of(s))
         )  # fmt: skip

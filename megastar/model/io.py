@@ -123,7 +123,7 @@ def check_fits(path: Path, found: Mapping[str, tuple[int, ...]], cfg: ModelConfi
 def shape_fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """The architecture's fields that follow from the weights' shapes; ``qkv_dim`` is 3 D for multi-head attention."""
     out: dict[str, int] = {}
-    blocks = {int(m.group(1)) for n in shapes if (m := re.match(r"layers\.(\d{1,9})\.", n))}
+    blocks = {int(m.group(1)) for n in shapes if (m := re.match(r"layers\.([0-9]{1,9})\.", n))}
     if blocks:
         out["n_layer"] = max(blocks) + 1
 

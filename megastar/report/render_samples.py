@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-NAME = re.compile(r"step-(\d{8})\.png")
+NAME = re.compile(r"step-([0-9]{8})\.png")
 GRIDS = 24  # maximum of one run
 CLASSES = 12  # maximum rows of a grid
 SAMPLING = {"seed": 0, "cfg_scale": 3.0, "temperature": 0.9}  # as suggested for megastar sample

@@ -25,7 +25,7 @@ from megastar.utils.files import read_small, sha256, sync_folder, write_atomic
 
 WRITING = ".writing"
 OLD = ".old"  # suffix of a checkpoint that a new one of the same step replaces
-NAME = re.compile(r"step-\d{8}(\.old)?")
+NAME = re.compile(r"step-[0-9]{8}(\.old)?")
 
 
 def name_of(step: int) -> str:

@@ -320,7 +320,8 @@ def is_successor(holder: Holder) -> bool:
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
     if not holder.job or holder.job != os.environ.get("SLURM_JOB_ID"):
         return False
-    return holder.restart.isdecimal() and restart.isdecimal() and int(restart) > int(holder.restart)
+    numbers = all(text.isascii() and text.isdigit() and len(text) < 20 for text in (holder.restart, restart))
+    return numbers and int(restart) > int(holder.restart)
 
 
 def in_step_of(holder: Holder) -> bool:

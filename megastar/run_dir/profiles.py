@@ -23,7 +23,7 @@ from megastar.utils.json_file import (
 )
 
 MOST_BYTES = 8 << 20
-_NAME = re.compile(r"rank(\d{1,7})-steps(\d{1,9})-(\d{1,9})\.json")
+_NAME = re.compile(r"rank(\d{1,7})-steps(\d{1,9})-(\d{1,9})\.json", re.ASCII)
 _SECONDS = core.float_schema(ge=0, le=1e9, allow_inf_nan=False)
 _ROW = record(
     {"name": text(100_000), "calls": integer(), "seconds": _SECONDS}, {"phase": text(1000), "device_seconds": _SECONDS}

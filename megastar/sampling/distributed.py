@@ -111,6 +111,10 @@ class SamplingPipeline:
         """Indices of the chunk's images, (n,) int64."""
         return np.arange(chunk * self.batch, min((chunk + 1) * self.batch, len(self.labels)))
 
+    def part_shape(self, chunk: int) -> tuple[int, int, int, int]:
+        """(n, H, W, 3) of the chunk's images."""
+        return len(self.indices(chunk)), *self.shape[1:]
+
     def sample_chunk(self, chunk: int, on_progress: ProgressCallback | None = None) -> np.ndarray:
         """The chunk's images (n, H, W, 3) uint8."""
         rows = slice(chunk * self.batch, (chunk + 1) * self.batch)
@@ -151,7 +155,7 @@ def iterate_images(
         for chunk in chunks:
             indices, done = pipeline.indices(chunk), bar.done
             if folder is not None and (part := part_of(folder, chunk)).is_file():
-                images, _ = read_npz(part)
+                images, _ = read_npz(part, pipeline.part_shape(chunk))
             else:
                 images = pipeline.sample_chunk(chunk, progress_callback(bar, len(indices)))
             bar.update(done + len(indices))
@@ -245,5 +249,5 @@ def remove_leftovers(folder: Path) -> None:
 
 def join_parts(pipeline: SamplingPipeline, folder: Path, out: Path) -> None:
     """Write all parts into one .npz, with one part at a time in memory."""
-    parts = (read_npz(part_of(folder, c))[0] for c in range(pipeline.chunks))
+    parts = (read_npz(part_of(folder, c), pipeline.part_shape(c))[0] for c in range(pipeline.chunks))
     save_npz(out, pipeline.shape, parts, np.asarray(pipeline.labels))

@@ -7,6 +7,7 @@ and classes. Source of the layout: guided-diffusion's evaluations/evaluator.py, 
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 from megastar.errors import UserError
 from megastar.utils.files import atomic_file, write_atomic
 from megastar.utils.npz import NpzFile
+
+MAX_BYTES = 1 << 30  # of the images of a file whose shape is not known
 
 
 def record_of(npz: Path) -> Path:
@@ -48,11 +51,18 @@ def save_npz(path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], la
             np.lib.format.write_array(member, np.asarray(labels, "<i8"), version=(1, 0), allow_pickle=False)
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images and classes of a part. Raises ``UserError`` for a damaged file."""
+def read_npz(path: Path, shape: tuple[int, ...] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Images and classes of a part. Raises ``UserError`` for a damaged file.
+
+    ``shape`` (N, H, W, 3): the images that the file must hold, of any size; without it at most ``MAX_BYTES`` are read.
+    """
     file = NpzFile(path)
+    most = (MAX_BYTES, MAX_BYTES) if shape is None else (math.prod(shape), 8 * shape[0])
     try:
-        return file.read("arr_0", "u", 1 << 30), file.read("arr_1", "iu")
+        images, labels = file.read("arr_0", "u", most[0]), file.read("arr_1", "iu", most[1])
+        if shape is not None and (images.dtype != np.uint8 or (images.shape, labels.shape) != (shape, shape[:1])):
+            raise UserError(f"{images.dtype} images {images.shape} of {labels.shape} classes, expected uint8 {shape}")
+        return images, labels
     except UserError as error:
         raise UserError(
             f"{path} is damaged ({error}): remove it and run again; only this part is sampled again"

@@ -23,6 +23,7 @@ from megastar.utils.json_file import shown
 
 MAX_ARRAYS = 10_000
 MAX_BYTES = 256 << 20  # of an array that is read at once
+_BLOCK = 16 << 20
 _KINDS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes; others are decompressed without a limit
 _ERRORS = (
     OSError, ValueError, EOFError, KeyError, TypeError, RuntimeError, NotImplementedError, OverflowError, SyntaxError,
@@ -76,10 +77,13 @@ class NpzFile:
                 f"{name} is {header.dtype} of shape {shown(str(header.shape))}, {header.bytes} bytes, at most {most} can be read"
             )
         with self.open(name) as member:
-            data = member.read(header.bytes)
-            if len(data) != header.bytes or member.read(1):  # the end is where the checksum is compared
+            data, filled = np.empty(header.bytes, np.uint8), 0
+            while block := member.read(min(_BLOCK, header.bytes - filled)):  # a large array is in memory once
+                data[filled : filled + len(block)] = np.frombuffer(block, np.uint8)
+                filled += len(block)
+            if filled != header.bytes or member.read(1):  # the end is where the checksum is compared
                 raise self._unreadable(f"{name} is truncated")
-        return np.frombuffer(bytearray(data), header.dtype).reshape(header.shape, order="F" if header.fortran else "C")
+        return data.view(header.dtype).reshape(header.shape, order="F" if header.fortran else "C")
 
     @contextmanager
     def _archive(self) -> Iterator[zipfile.ZipFile]:

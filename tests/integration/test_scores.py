@@ -47,6 +47,32 @@ def test_a_run_becomes_pictures_and_scores(world, whole, tmp_path):
     assert len(accuracy) == 8 and all(0 <= a <= 1 for a in accuracy)
 
 
+def test_sets_that_number_their_classes_differently_are_refused(world, whole, tmp_path):
+    """The same images with the folders' names in another order, as a list of names gives it."""
+    names = tmp_path / "names.txt"
+    names.write_text("stroke\ncircle\nsquare\n")
+    source = ("pretokenize", world.pictures, "--tokenizer", world.tokenizer, "--shard-size", 9)
+    turned = {split: tmp_path / split for split in ("train", "val")}
+    for split, out in turned.items():
+        megastar(*source, "--subset", split, "--out", out, "--classes", names)
+    probe = ("--block", 2, "--epochs", 1, "--positions", 2, "--device", "cpu")
+    done = megastar("probe", whole, "--val-shards", turned["val"], *probe, check=False)
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 2 and "number their classes differently: class 0 is 'circle' in the former" in said
+    assert "and 'stroke' in the latter; pretokenize one of them again with --classes" in said
+    assert "Traceback" not in said
+    both = megastar("probe", whole, "--shards", turned["train"], "--val-shards", turned["val"], *probe)
+    assert "was trained on other classes" in " ".join((both.stdout + both.stderr).split())
+    like = ("--count", 4, "--device", "cpu", "--out", tmp_path / "x.png", "--like")
+    done = megastar("sample", whole, *like, turned["val"], check=False)
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 2 and "class 0 is 'circle' in the former and 'stroke' in the latter" in said
+    again = tmp_path / "again"  # the remedy
+    megastar(*source, "--subset", "val", "--out", again, "--classes", world.codes("train"))
+    megastar("probe", whole, "--val-shards", again, *probe)
+    megastar("sample", whole, *like, again)
+
+
 def test_shards_of_another_tokenizer_are_refused_before_training(world, tmp_path):
     torch.manual_seed(1)
     save_tokenizer(VQModel(TOKENIZER), tmp_path / "other.safetensors", {"seed": 1})

@@ -75,7 +75,7 @@ def sample_to_files(
         return {}
     shown: dict[int, np.ndarray] = {}
     for chunk, indices in groupby(shown_images(pipeline.labels, columns), lambda i: i // pipeline.batch):
-        images, _ = read_npz(distributed.part_of(folder, chunk))
+        images, _ = read_npz(distributed.part_of(folder, chunk), pipeline.part_shape(chunk))
         shown |= {i: images[i % pipeline.batch].copy() for i in indices}
     if npz:
         write_record(record_of(npz), identity, provenance)  # before the .npz, which is refused without a record

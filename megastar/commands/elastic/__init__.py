@@ -39,7 +39,8 @@ kubectl apply -f deploy/kubernetes/train.yaml                               pods
 def nodes(text: str) -> tuple[int, int]:
     """An argparse type: MIN:MAX."""
     least, _, most = text.partition(":")
-    if not (least.isdigit() and most.isdigit() and 1 <= int(least) <= int(most)):
+    digits = text.isascii() and len(text) < 20 and least.isdigit() and most.isdigit()
+    if not (digits and 1 <= int(least) <= int(most)):
         raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX, two numbers of nodes with 1 <= MIN <= MAX")
     return int(least), int(most)
 

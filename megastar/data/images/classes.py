@@ -136,10 +136,11 @@ def _labelled(listing: Listing, rows: np.ndarray, where: str, choice: Choice) ->
     source = "list file" if origin == "list" else f"KEY.{origin}" if word.startswith(".") else word
     unread = [f".{s}" for s in sorted(found.companions) if s not in (origin, origin.partition(".")[0])]
     notes = [f"companions {', '.join(unread)} were not read"] if unread else []
-    numbers = [int(v) for v in values] if all(v.isdigit() for v in values) else None
-    if numbers is None and (mixed := [v for v in values if v.isdigit()]):
-        name = next(v for v in values if not v.isdigit())
-        notes.append(f"classes are names, among them {name!r} and the number {mixed[0]!r}")
+    digits = [v.isascii() and v.isdigit() for v in values]  # "²" and the digits of other scripts are names
+    numbers = [int(v) for v in values] if all(digits) else None
+    if numbers is None and any(digits):
+        name, number = values[digits.index(False)], values[digits.index(True)]
+        notes.append(f"classes are names, among them {name!r} and the number {number!r}")
     if numbers is not None:
         highest = max(numbers)
         names = list(choice.names) or [str(i) for i in range(highest + 1)]

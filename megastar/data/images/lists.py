@@ -23,7 +23,7 @@ LISTS = (".txt", ".tsv", ".lst", ".list")
 _MOST_LIST = 256 << 20  # bytes
 _THREADS, _AT_ONCE = 8, 1000  # paths that are looked up at once: on a file server each takes a round trip
 _QUOTED = re.compile(rb"""(["'])(.+?)\1(?:\s+(.*))?""")
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE | re.ASCII)
 Row = tuple[int, bytes, str | None]  # number of the line, path, class
 
 
@@ -93,7 +93,7 @@ def _lines(path: Path) -> list[bytes]:
 def _check_classes(path: Path, seen: dict[bytes, Row]) -> None:
     """Numbers that cannot be classes would become names: -1 of a test list, 0.0 of a spreadsheet."""
     values = {value: number for number, _, value in reversed(seen.values()) if value is not None}
-    odd = [v for v in values if not v.isdigit() and _NUMBER.fullmatch(v)]
+    odd = [v for v in values if not (v.isascii() and v.isdigit()) and _NUMBER.fullmatch(v)]
     if odd and all(_NUMBER.fullmatch(v) for v in values):
         first = min(odd, key=values.__getitem__)
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,12 +10,24 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megastar.data.shards.manifest import Manifest
 from megastar.data.storage.shard_info import MANIFEST, ShardInfo
 from megastar.errors import UserError
 from megastar.utils.files import write_atomic
-from megastar.utils.json_file import FILE_NAME, SHA256, dict_of, integer, list_of, read_json, text, validator
+from megastar.utils.json_file import (
+    ANY,
+    FILE_NAME,
+    SHA256,
+    SchemaValidator,
+    dict_of,
+    integer,
+    list_of,
+    read_json,
+    text,
+    validator,
+)
 from megastar.utils.json_file import record as json_record
 
 PROGRESS = ".progress"
@@ -31,9 +44,39 @@ _RECORD = validator(
 )
 
 
+_PLAN = validator(dict_of(text(1000), ANY))
+
+
+def is_finished(out: Path) -> bool:
+    """Whether all shards of a set were made, and it was not begun again."""
+    return (out / MANIFEST).is_file() and not (out / PROGRESS / "plan.json").is_file()
+
+
+def check_unfinished(out: Path) -> None:
+    """Raise ``FileNotFoundError`` if another process has finished the set, and so removed its plan."""
+    if is_finished(out):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(out / PROGRESS / "plan.json"))
+
+
+def read_plan(path: Path) -> dict[str, object]:
+    """The settings of a set. Raises ``UserError``, and ``FileNotFoundError`` if another process has removed the file."""
+    plan: dict[str, object] = _read(path, _PLAN, "remove it")
+    return plan
+
+
 def read_record(path: Path) -> tuple[ShardInfo, list[dict[str, str]]]:
-    found = read_json(path, _RECORD, "remove it and run the same command again")
+    """A shard and its skipped images. Errors as ``read_plan``."""
+    found = _read(path, _RECORD, "remove it and run the same command again")
     return ShardInfo(*(found[name] for name in ("name", "samples", "bytes", "sha256"))), found["skipped"]
+
+
+def _read(path: Path, schema: SchemaValidator, remedy: str) -> Any:
+    try:
+        return read_json(path, schema, remedy)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from None
+        raise
 
 
 def check_unrelated_files(out: Path) -> None:

@@ -31,9 +31,12 @@ from megastar.data.pretokenize.features import FeatureEncoder, bytes_of_image, s
 from megastar.data.pretokenize.out_folder import (
     PROGRESS,
     check_settings,
+    check_unfinished,
     check_unrelated_files,
     clear,
     is_complete,
+    is_finished,
+    read_plan,
     read_record,
     remove_empty,
     reopen,
@@ -43,21 +46,18 @@ from megastar.data.shards.class_counts import class_summary, count_classes, reas
 from megastar.data.shards.manifest import MAX_CODEBOOK, Manifest, load_manifest, write_manifest
 from megastar.data.shards.sample_parser import check_layout, code_type
 from megastar.data.shards.writer import open_writer
-from megastar.data.storage.shard_info import MANIFEST
 from megastar.data.storage.store import FolderStore
 from megastar.errors import UserError
 from megastar.tokenizer.io import load_tokenizer, tokenizer_hash
 from megastar.utils.console import PlainConsole
 from megastar.utils.device import DTYPES, pick_device
 from megastar.utils.files import check_space, write_atomic
-from megastar.utils.json_file import ANY, dict_of, read_json, text, validator
 from megastar.utils.launcher import cores_of_rank
 from megastar.utils.lockfile import Claims
 from megastar.utils.progress_bar import ProgressBar, progress_bar
 
 SKIPPED = "skipped.jsonl"
 POLL = 0.5  # seconds between checks for shards that other processes finish
-_PLAN = validator(dict_of(text(1000), ANY))
 logger = logging.getLogger(__name__)
 
 
@@ -157,11 +157,16 @@ def pretokenize(
         return Pipeline(images, make, views, ViewEncoder(model, where, DTYPES[dtype], batch, encoder), threads)
 
     try:
-        return _pretokenize(out, partial(ImageSet, source, subset, choice=choice), describe, pipeline, console)
+        list_images = partial(ImageSet, source, subset, choice=choice)
+        make_set = partial(_pretokenize, out, list_images, describe, pipeline, console)
+        try:
+            return make_set()
+        except FileNotFoundError:
+            if not is_finished(out):
+                raise
+            return make_set()  # another process has just finished the set; its settings are compared
     except FileNotFoundError:
-        if (out / PROGRESS).exists() or not (out / MANIFEST).is_file():
-            raise
-        return _complete(out, load_manifest(out))  # another process has just finished the set
+        raise
     except OSError as error:
         raise UserError(
             f"cannot write to {out} ({error}): the finished shards are kept, run the same command again once it can be written"
@@ -174,6 +179,18 @@ def _complete(out: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
+def _take_up(out: Path, template: Manifest) -> Manifest | None:
+    """The manifest of a finished set, if it has these settings and all its shards; otherwise the set is reopened."""
+    done = load_manifest(out)
+    check_settings(out, settings_of(done), settings_of(template), old="class_source" not in done.made_by)
+    if not (missing := [s for s in done.shards if not is_complete(out, s)]):
+        clear(out)
+        return _complete(out, done)
+    logger.info("%s lacks %d of its shards (%s): writing them", out, len(missing), _some(s.name for s in missing))
+    reopen(out, done, missing)
+    return None
+
+
 def _pretokenize(
     out: Path,
     list_images: Callable[..., ImageSet],
@@ -182,17 +199,11 @@ def _pretokenize(
     console: Console,
 ) -> Manifest:
     progress = out / PROGRESS
-    if (out / MANIFEST).is_file() and not (progress / "plan.json").is_file():
+    if is_finished(out):
         with _listing(console) as report:
             images = list_images(report=report)
-        done = load_manifest(out)
-        old = "class_source" not in done.made_by
-        check_settings(out, settings_of(done), settings_of(describe(images)), old)
-        if not (missing := [s for s in done.shards if not is_complete(out, s)]):
-            clear(out)
-            return _complete(out, done)
-        logger.info("%s lacks %d of its shards (%s): writing them", out, len(missing), _some(s.name for s in missing))
-        reopen(out, done, missing)
+        if done := _take_up(out, describe(images)):
+            return done
     made = not out.exists()
     check_unrelated_files(out)
     progress.mkdir(parents=True, exist_ok=True)
@@ -205,6 +216,8 @@ def _pretokenize(
         run = PretokenizeRun(out, describe(images), len(images), claims)
         if stored := run.template.stored_features:
             logger.info("%s", size_of_features(stored, run.template.views, len(images)))
+        if is_finished(out) and (done := _take_up(out, run.template)):  # by another process, since the check above
+            return done
         run.check_space()  # before the plan, which would bind the folder to these settings
         run.join()
         title = f"pretokenize {run.template.made_by['subset']}".strip()
@@ -271,19 +284,26 @@ class PretokenizeRun:
         while not plan.is_file():  # written by one process, so that two settings never share a folder
             if self.claims.take("plan"):
                 with self.claims.holding("plan"):
+                    check_unfinished(self.out)
                     if not plan.is_file():
                         write_atomic(plan, (json.dumps(settings_of(self.template), indent=1) + "\n").encode())
             else:
                 time.sleep(POLL / 5)
-        there = read_json(plan, _PLAN, "remove it")
+        there = read_plan(plan)
         check_settings(self.out, there, settings_of(self.template), old="class_names" not in there)
         for path in self.progress.glob("shard-*.json"):
-            if not is_complete(self.out, read_record(path)[0]):
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # removed by another process, for the same reason or with all others
+                if not is_complete(self.out, read_record(path)[0]):
+                    path.unlink(missing_ok=True)
 
     def check_space(self) -> None:
         """Raise ``UserError`` if the missing shards do not fit on the disk of ``out``; some of their bytes may be there."""
-        done = {path.stem for path in self.progress.glob("shard-*.json") if is_complete(self.out, read_record(path)[0])}
+        done = set[str]()
+        for path in self.progress.glob("shard-*.json"):
+            with suppress(FileNotFoundError):  # removed by another process
+                if is_complete(self.out, read_record(path)[0]):
+                    done.add(path.stem)
+        check_unfinished(self.out)  # after the records were read, which are removed at the end
         images = sum(size for shard, size in enumerate(self.sizes) if self.name(shard) not in done)
         begun = 0
         for path in self.out.glob("shard-*.tmp"):
@@ -302,6 +322,8 @@ class PretokenizeRun:
         with suppress(FileNotFoundError):  # another process has finished the set
             while True:
                 there = set(os.listdir(self.progress))
+                if "plan.json" not in there:  # the set is finished, and a later process has made the folder again
+                    break
                 todo = [s for s in range(len(self.sizes)) if f"{self.name(s)}.json" not in there]
                 bar.update(self.images - sum(self.sizes[s] for s in todo))
                 if not todo:
@@ -343,9 +365,12 @@ class PretokenizeRun:
         try:
             while not self.claims.take("finish"):
                 time.sleep(POLL / 5)
-        except FileNotFoundError:
-            return load_manifest(self.out)
-        records = [read_record(self.progress / f"{self.name(shard)}.json") for shard in range(len(self.sizes))]
+            check_unfinished(self.out)
+            records = [read_record(self.progress / f"{self.name(shard)}.json") for shard in range(len(self.sizes))]
+        except FileNotFoundError as error:
+            if is_finished(self.out):
+                return load_manifest(self.out)
+            raise UserError(f"{error.filename} was removed: run the same command again") from error
         shards, skipped = [info for info, _ in records], [s for _, some in records for s in some]
         samples = sum(s.samples for s in shards)
         if not samples:

@@ -30,6 +30,7 @@ FORMAT = 1
 TABLE_FORMAT = 2  # the shards are listed in a table (shard_table.py)
 MAX_VIEWS = 1024  # drawing among them takes 8 bytes each, for each sample of a batch
 MAX_CODEBOOK = 2**18  # as model.vocab_size
+MAX_SIDE = 2**20  # pixels of an image
 _MAX_BYTES = 2**45  # of a shard
 
 
@@ -44,7 +45,7 @@ class Manifest:
     views: int  # stored crops per image
     codebook_size: int
     crops: str  # how the views were cut, e.g. "ten:1.1"
-    image_size: int
+    image_size: int  # pixels of a side; 0: not known, for a set of another writer
     tokenizer_sha256: str  # empty: unknown, for a set of another writer
     shards: Sequence[ShardInfo]
     skipped: list[dict[str, str]] = field(default_factory=list)  # {"picture": key, "reason": message}
@@ -55,6 +56,7 @@ class Manifest:
     format: int = FORMAT
     class_counts: list[int] = field(default_factory=list)  # samples of each class, by number; empty: not recorded
     features: dict[str, object] = field(default_factory=dict)  # of an encoder, stored with the codes; empty: none
+    centre: int = -1  # index of the centre crop, named by the user; -1: that of ``crops``
 
     @property
     def shard_sizes(self) -> tuple[int, ...] | np.ndarray:
@@ -67,8 +69,21 @@ class Manifest:
 
     @property
     def centre_view(self) -> int:
-        """Index of the unmirrored centre crop: the fifth of ten, else the first."""
+        """Index of the unmirrored centre crop: the named one, the fifth of ten, else the first."""
+        if self.centre >= 0:
+            return self.centre
         return 4 if self.crops.startswith("ten") and self.views > 4 else 0
+
+    @property
+    def centre_note(self) -> str:
+        """A sentence for sets of several views that do not record which is the centre crop; else empty."""
+        known = self.centre >= 0 or self.crops.startswith("center") or self.centre_view > 0
+        if known or self.views == 1:
+            return ""
+        return (
+            f"crops {self.crops!r} of {self.views} views do not determine the centre crop: view 0, the first, is used as the "
+            "centre crop; megastar data index --centre-view names another"
+        )
 
     @property
     def stored_features(self) -> StoredFeatures | None:
@@ -81,9 +96,10 @@ class Manifest:
         return Expected(self.dtype, self.views, self.tokens, features=self.stored_features)
 
     def as_record(self) -> dict[str, object]:
-        """For JSON. A set without features is recorded as by versions that knew none."""
+        """For JSON. A set without features or a named centre crop is recorded as by versions that knew none."""
         record = {"format": self.format, **asdict(self)}
-        return record if self.features else {k: v for k, v in record.items() if k != "features"}
+        left_out = {"features": not self.features, "centre": self.centre < 0}
+        return {k: v for k, v in record.items() if not left_out.get(k)}
 
     def to_json(self) -> str:
         return json.dumps(self.as_record(), indent=1, ensure_ascii=False) + "\n"
@@ -158,6 +174,10 @@ def _problem(m: Manifest) -> str:
         return f"declares {m.tokens} tokens on a grid of {m.grid} x {m.grid}"
     if not 1 <= m.views <= MAX_VIEWS or m.tokens > 2**20:
         return f"declares {m.views} views of {m.tokens} tokens"
+    if not 0 <= m.image_size <= MAX_SIDE:
+        return f"has images of {m.image_size} pixels, not of 0 (not known) to {MAX_SIDE}"
+    if not -1 <= m.centre < m.views:
+        return f"names view {m.centre} of {m.views} as the centre crop"
     if not 1 <= m.codebook_size <= MAX_CODEBOOK:
         return f"has a codebook of {m.codebook_size}, not of 1 to {MAX_CODEBOOK} codes"
     if m.samples != (total := sum(m.shard_sizes) if isinstance(m.shards, list) else int(np.sum(m.shard_sizes))):

@@ -19,6 +19,7 @@ from megastar.evaluation.image_sources import NPZ_NAMES, npz_names, open_images
 from megastar.evaluation.options import Settings
 from megastar.evaluation.scores import check_count
 from megastar.sampling.distributed import labels_like, plan_labels
+from megastar.tokenizer.io import read_tokenizer_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,11 @@ def reference_of(cfg: RunConfig) -> tuple[str, str | None, int | None]:
     if e.against:
         return e.against, None, None
     return cfg.data.shards, cfg.data.tokenizer, e.against_images or None
+
+
+def size_of_samples(cfg: RunConfig) -> int:
+    """The side in pixels of the run's samples, at which they are scored; shards need not record it."""
+    return read_tokenizer_metadata(cfg.data.tokenizer)[0].image_size
 
 
 def labels_of_run(e: EvaluationConfig, manifest: Manifest, seed: int) -> tuple[list[int], str]:
@@ -63,14 +69,16 @@ def check_evaluation(cfg: RunConfig, data: RunData | None) -> None:
             cfg.data.shards,
         )
     real, tokenizer, limit = reference_of(cfg)
-    size, names = manifest.image_size or None, _arrays_of(real)
+    size, names = size_of_samples(cfg), _arrays_of(real)
     if "mu" in names and network.key.startswith("inception") and not set(names) & set(NPZ_NAMES):
         return  # statistics only
     if "mu" in names and not set(names) & set(NPZ_NAMES):
         raise UserError(
             f"eval.against = {real} contains only Inception's statistics: use eval.metric=fid, or images as the reference"
         )
-    images = open_images(real, subset=e.against_subset or None, size=size, tokenizer=tokenizer, limit=limit)
+    images = open_images(
+        real, subset=e.against_subset or None, size=size, tokenizer=tokenizer, limit=limit, data=cfg.data
+    )
     if images.count < 2:
         raise UserError(f"eval.against = {real} has {images.count} image(s): a score requires at least 2")
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megastar.config.schema import RunConfig
 from megastar.engine.context import Context
 from megastar.engine.evaluation.agreement import Agreement, EvaluationEnded
-from megastar.engine.evaluation.checks import labels_of_run, open_reference_network, reference_of
+from megastar.engine.evaluation.checks import labels_of_run, open_reference_network, reference_of, size_of_samples
 from megastar.engine.evaluation.random_state import any_algorithms, kept_random_state
 from megastar.engine.evaluation.weights import WholeWeights
 from megastar.engine.input_pipeline.data_checks import RunData
@@ -185,10 +185,12 @@ class ScheduledEvaluation:
     def _read_reference(self, network: Any) -> Reference:
         real, tokenizer, limit = reference_of(self.cfg)
         o = EvaluationOptions(
-            real_subset=self.cfg.eval.against_subset or None, real_tokenizer=tokenizer, on_batch=self.agreement.here
+            real_subset=self.cfg.eval.against_subset or None,
+            real_tokenizer=tokenizer,
+            data=self.cfg.data,
+            on_batch=self.agreement.here,
         )
-        size = self.data.train.manifest.image_size or None
-        return read_reference(real, size, network, o, keep=False, spatial=False, limit=limit)
+        return read_reference(real, size_of_samples(self.cfg), network, o, keep=False, spatial=False, limit=limit)
 
     def _score(self, made: Collector, step: int, key: str, start: float) -> dict[str, Any]:
         """Rank 0: the distance, recorded."""

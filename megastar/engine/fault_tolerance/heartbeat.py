@@ -128,7 +128,7 @@ class HeartbeatStore:
         """The ranks whose heartbeat was found overwritten by another process at the last ``read``."""
         store = self.store
         keys = [key.removeprefix(self.prefix) for key in store.forged] if store else []
-        return {int(key) for key in keys if key.isdigit()}
+        return {int(key) for key in keys if key.isascii() and key.isdigit()}
 
     def close(self) -> None:
         with suppress(OSError):

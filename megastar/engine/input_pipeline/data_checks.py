@@ -20,6 +20,7 @@ from megastar.data.online_features import OnlineFeatures
 from megastar.data.order import VERSION as ORDER
 from megastar.data.prefetch import Batch
 from megastar.data.shards.features import check_same_features
+from megastar.data.shards.import_webdataset import WRITER
 from megastar.data.shards.manifest import Manifest
 from megastar.data.shards.reader import ShardSet
 from megastar.data.shards.shard_table import digest_of
@@ -106,6 +107,8 @@ def open_data(cfg: RunConfig) -> RunData:
         check_same_features(
             manifest.stored_features, val.manifest.stored_features, cfg.data.shards, cfg.data.val_shards
         )
+    if note := val.manifest.centre_note:
+        told = (*told, f"{cfg.data.val_shards}: {note}")
     hashes = [m.tokenizer_sha256 for m in (manifest, val.manifest)]
     if all(hashes) and hashes[0] != hashes[1]:
         raise UserError(
@@ -116,6 +119,9 @@ def open_data(cfg: RunConfig) -> RunData:
 
 def downsample_of(manifest: Manifest) -> int:
     """Pixels per token and side; 0 where the shards do not record the size of the images."""
+    made_by = manifest.made_by
+    if made_by.get("writer") == WRITER and not manifest.tokenizer_sha256 and "image_size" not in made_by:
+        return 0  # earlier versions recorded 16 times the grid
     return manifest.image_size // manifest.grid
 
 

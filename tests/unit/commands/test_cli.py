@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megastar import cli
-from megastar.commands import sample
+from megastar.commands import elastic, sample
 from megastar.commands._shared import common
 from megastar.commands._shared import launch as launching
 from megastar.commands.demo import ends_of
@@ -276,6 +277,18 @@ def test_classes_by_name_and_number():
         sample.choose_labels(names, "fod", 1, None, None, 0)
     with pytest.raises(UserError, match=r"class 3 is outside 0..2, the classes of these weights"):
         sample.choose_labels(names, "3", 1, None, None, 0)
+    for digit in "²", "١":  # no numbers in ASCII
+        with pytest.raises(UserError, match=f"class '{digit}' is unknown"):
+            sample.choose_labels(names, digit, 1, None, None, 0)
+    with pytest.raises(UserError, match="class 9{80}... is outside 0..2"):
+        sample.choose_labels(names, "9" * 5000, 1, None, None, 0)
+
+
+@pytest.mark.parametrize("text", ["²:3", "١:٢", "3:2", "0:1", "1:" + "9" * 5000, "1"])
+def test_numbers_of_nodes_are_ascii(text):
+    assert elastic.nodes("2:3") == (2, 3)
+    with pytest.raises(argparse.ArgumentTypeError, match="is not MIN:MAX"):
+        elastic.nodes(text)
 
 
 def test_count_follows_the_frequencies_of_like():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
 from megastar.config.schema import TokenizerConfig
 from megastar.data.pretokenize.runner import pretokenize
@@ -27,6 +28,7 @@ from megastar.tokenizer.io import load_tokenizer, save_tokenizer
 from megastar.tokenizer.scores import score
 from megastar.tokenizer.vq import VQModel
 from megastar.utils.logs import ROOT
+from megastar.utils.weights.safetensors_header import read_header
 
 
 @pytest.fixture(autouse=True)
@@ -220,6 +222,32 @@ def test_evaluate_writes_a_reproducible_result(tmp_path, monkeypatch, caplog, fe
 
     same = evaluate(real, real, cache=tmp_path / "cache")
     assert same["value"] < 1e-3 < same["floor"]
+
+
+@pytest.mark.parametrize("damage", ["NaN", "a bit of the mean", "a bit of the features", "the count", "no hash"])
+def test_a_cache_whose_arrays_differ_from_their_hash_is_computed_again(tmp_path, fewer_features, caplog, damage):
+    np.savez(tmp_path / "made.npz", random_images(9))
+    np.savez(tmp_path / "real.npz", random_images(14, seed=5))
+    known = {"cache": tmp_path / "c", "metrics": ["fd", "kid"], "settings": Settings(kid_subsets=3, kid_size=5)}
+    first = evaluate(tmp_path / "made.npz", tmp_path / "real.npz", **known)
+    (file,) = (tmp_path / "c").iterdir()
+    caplog.clear()
+    again = evaluate(tmp_path / "made.npz", tmp_path / "real.npz", **known)
+    assert again["scores"] == first["scores"] and "computed again" not in caplog.text
+    whole, arrays = file.read_bytes(), load_file(file)
+    metadata = {} if damage == "no hash" else read_header(file)[0]
+    assert metadata or damage == "no hash"
+    if damage == "NaN":
+        arrays["scatter"][0, 0] = np.nan
+    elif damage != "no hash":
+        name = {"a bit of the mean": "mean", "a bit of the features": "features", "the count": "count"}[damage]
+        arrays[name].view(np.uint8).flat[6 if name == "mean" else 2 if name == "features" else 0] ^= 4
+    save_file(arrays, file, metadata)
+    assert file.read_bytes() != whole
+    again = evaluate(tmp_path / "made.npz", tmp_path / "real.npz", **known)
+    assert again["scores"] == first["scores"] and file.read_bytes() == whole
+    reason = "records no hash of its arrays" if damage == "no hash" else "its arrays differ from their hash"
+    assert f"the cached features {file} of the real set are computed again: it" in caplog.text and reason in caplog.text
 
 
 def test_the_samplers_record_is_part_of_the_provenance(tmp_path, fewer_features):

@@ -57,7 +57,7 @@ def test_features_in_a_file_are_those_in_memory_and_follow_what_made_them(tmp_pa
         model.tok_embeddings.weight.mul_(2)
     assert not np.array_equal(probe_features(model, codes, **places, cache=tmp_path), plain)
     other = probe_features(model, codes[:, ::-1], **places, cache=tmp_path)
-    assert not np.array_equal(other, plain) and len(list(tmp_path.iterdir())) == 3
+    assert not np.array_equal(other, plain) and len(list(tmp_path.glob("*.npy"))) == 3
 
 
 def test_probe_learns_where_the_class_is_and_nothing_where_it_is_not():
@@ -227,7 +227,9 @@ def test_a_damaged_file_of_features_is_computed_again(tmp_path):
         return np.array(probe_features(model, codes, block=2, positions=[4, 16], cache=tmp_path))
 
     plain = features()
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.npy")
+    digest = file.with_name(file.name + ".sha256")
+    recorded = digest.read_bytes()
     whole, archive = file.read_bytes(), io.BytesIO()
     np.savez(archive, plain)
     start = len(whole) - plain.nbytes
@@ -235,4 +237,12 @@ def test_a_damaged_file_of_features_is_computed_again(tmp_path):
     for data in [*variants, b"", whole[:-1], whole + b"x", archive.getvalue(), whole[:10] + b"(" * 9000]:
         file.write_bytes(data)
         assert np.array_equal(features(), plain)
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == whole and digest.read_bytes() == recorded
+    for at in (start, start + 7, len(whole) - 1):  # a bit of the values
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+        assert np.array_equal(features(), plain) and file.read_bytes() == whole
+    for other in (b"", b"0" * 64, b"0" * 65, b"\xff" * 64):  # of an earlier version, which recorded none, or damaged
+        digest.write_bytes(other)
+        if not other:
+            digest.unlink()
+        assert np.array_equal(features(), plain) and digest.read_bytes() == recorded

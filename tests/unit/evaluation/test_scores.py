@@ -48,6 +48,24 @@ def test_distance_against_a_matrix_square_root():
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", ["mean", "covariance"])
+def test_a_distance_that_is_not_finite_is_refused(value, place):
+    rng = np.random.default_rng(4)
+    good = random_statistics(rng, 6, 50)
+    mean, covariance = good.mean.copy(), good.covariance.copy()
+    {"mean": mean, "covariance": covariance}[place].flat[0] = value
+    bad = Statistics.given(mean, covariance)
+    for pair in (good, bad), (bad, good), (bad, bad):
+        with pytest.raises(UserError, match=r"set [12] of a Frechet distance contain NaN or infinity: check"):
+            frechet_distance(*pair)
+    large = Statistics.given(good.mean * 1e200, good.covariance)
+    with pytest.raises(UserError, match="is inf, because its features are too large"):
+        frechet_distance(good, large)
+    with pytest.raises(UserError, match="a Frechet distance"):
+        frechet_distance(good, Statistics.given(good.mean, good.covariance * 1e307))
+
+
 def test_identical_sets_score_zero_and_statistics_are_numpys():
     x = np.random.default_rng(3).normal(size=(50, 9)).astype(np.float32)
     s = Statistics().update(x)

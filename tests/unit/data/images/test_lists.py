@@ -51,6 +51,14 @@ def test_ways_to_write_a_list(folder, data):
     assert look(folder, data) == AS_READ
 
 
+@pytest.mark.parametrize("digit", ["²", "٣", "３", "৪"])
+def test_digits_of_other_scripts_are_names(folder, digit):
+    assert look(folder, f"a.png {digit}\nb c.png\t{digit}\n") == [("a", digit), ("b c", digit)]
+    assert look(folder, f"a.png {digit}\nb c.png\t7\n") == [("a", digit), ("b c", "7")]
+    assert look(folder, f"a.png {digit}.5\nb c.png\t{digit}\n") == [("a", f"{digit}.5"), ("b c", digit)]
+    assert ImageSet(folder / "l.txt").classes.source == "list file, in string order"
+
+
 def test_where_its_classes_are_from(folder):
     (folder / "n.LST").write_text("a.png 3\nb c.png 10\n")
     found = ImageSet(folder / "n.LST")

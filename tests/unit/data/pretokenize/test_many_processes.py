@@ -2,24 +2,29 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from megastar.cli import main
+from megastar.data.pretokenize import runner
+from megastar.data.pretokenize.out_folder import clear, reopen
 from megastar.data.pretokenize.runner import PROGRESS, PretokenizeRun
 from megastar.data.shards.manifest import Manifest, load_manifest
 from megastar.data.shards.reader import ShardSet
 from megastar.errors import UserError
 from megastar.utils.lockfile import Claims
+from megastar.utils.progress_bar import progress_bar
 from tests.unit.data.images.test_sources import write_source
-from tests.unit.data.pretokenize.test_runner import contents, images, notes, run, tokenizer  # noqa: F401
+from tests.unit.data.pretokenize.test_runner import QUIET, contents, images, notes, run, tokenizer  # noqa: F401
 
 # One process of several; "slow" leaves its first shard unfinished for long.
 CHILD = """
@@ -206,3 +211,101 @@ def test_two_settings_at_once_share_no_folder(tmp_path):
         with ThreadPoolExecutor(2) as pool:
             errors = list(pool.map(join, (0, 1)))
         assert "" in errors and any("holds token shards of other settings: seed" in text for text in errors)
+
+
+# A task that starts late, when others finish the set ---------------------------------------------------------------
+@pytest.mark.parametrize("moment", ["before the folder", "while it lists", "before the space", "before the plan"])
+def test_a_late_process_finds_the_set_complete(images, tokenizer, tmp_path, monkeypatch, moment):  # noqa: F811
+    """The last shard of others is finished, and .progress renamed, between two steps of this process. The disk has no
+    space for the whole set."""
+    out, done = tmp_path / "out", tmp_path / "done"
+    run(images, tokenizer, done)
+    before = contents(done)
+    begin_again(done, out)
+    late = threading.get_ident()
+
+    def finish(original):
+        def step(*a, **k):
+            if threading.get_ident() == late and not (out / "manifest.json").exists():
+                shutil.copyfile(done / "manifest.json", out / "manifest.json")
+                clear(out)
+                monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+            return original(*a, **k)
+
+        return step
+
+    where, name = {
+        "before the folder": (runner, "check_unrelated_files"),
+        "while it lists": (runner, "ImageSet"),
+        "before the space": (PretokenizeRun, "check_space"),
+        "before the plan": (PretokenizeRun, "join"),
+    }[moment]
+    monkeypatch.setattr(PretokenizeRun, "write", lambda *_: pytest.fail("a shard was made again"))
+    monkeypatch.setattr(where, name, finish(getattr(where, name)))
+    assert run(images, tokenizer, out) == load_manifest(done)
+    assert contents(out) == before
+
+
+def test_settings_of_a_late_process_are_compared(images, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    out, done, real = tmp_path / "out", tmp_path / "done", runner.ImageSet
+    run(images, tokenizer, done)
+    begin_again(done, out)
+
+    def listing(*a, **k):
+        if not (out / "manifest.json").exists():
+            shutil.copyfile(done / "manifest.json", out / "manifest.json")
+            clear(out)
+        return real(*a, **k)
+
+    monkeypatch.setattr(runner, "ImageSet", listing)
+    with pytest.raises(UserError, match="holds token shards of other settings: seed"):
+        run(images, tokenizer, out, seed=1)
+    assert load_manifest(out) == load_manifest(done)
+
+
+def test_a_waiting_process_makes_nothing_when_a_late_one_makes_the_folder_again(images, tokenizer, tmp_path):  # noqa: F811
+    done = tmp_path / "done"
+    manifest = run(images, tokenizer, done)
+    (done / PROGRESS).mkdir()
+    with Claims(done / PROGRESS) as claims, progress_bar(QUIET, "x", 23) as bar:
+        waiting = PretokenizeRun(done, manifest, 23, claims)
+        assert waiting.next(bar) is None
+        assert waiting.finish() == load_manifest(done) == manifest
+        with pytest.raises(FileNotFoundError):
+            waiting.join()
+
+
+def test_two_starts_drop_the_same_incomplete_record(images, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    out, done = tmp_path / "out", tmp_path / "done"
+    run(images, tokenizer, done)
+    begin_again(done, out)
+    (out / "shard-00002.tar").unlink()
+    real = runner.read_record
+
+    def slow(path):
+        if path.name == "shard-00002.json" and not (out / "shard-00002.tar").is_file():
+            path.unlink(missing_ok=True)  # the other start was faster
+        return real(path)
+
+    monkeypatch.setattr(runner, "read_record", slow)
+    manifest = run(images, tokenizer, out)
+    assert manifest == load_manifest(done) and contents(out) == contents(done)
+
+
+def test_a_record_that_was_removed_is_named(images, tokenizer, tmp_path):  # noqa: F811
+    out, done = tmp_path / "out", tmp_path / "done"
+    manifest = run(images, tokenizer, done)
+    begin_again(done, out)
+    (out / PROGRESS / "shard-00003.json").unlink()
+    with (
+        Claims(out / PROGRESS) as claims,
+        pytest.raises(UserError, match=r"shard-00003.json was removed: run the same"),
+    ):
+        PretokenizeRun(out, manifest, 23, claims).finish()
+
+
+def begin_again(done: Path, out: Path) -> None:
+    """``out``: the finished set without its manifest, as just before the last step."""
+    shutil.copytree(done, out)
+    reopen(out, load_manifest(done), [])
+    (out / "manifest.json").unlink()

@@ -2,19 +2,25 @@
 
 import io
 import json
+import logging
 import shutil
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from megastar import cli
 from megastar.config.schema import TokenizerConfig
 from megastar.data.loader import validation_batches
 from megastar.data.shards.import_webdataset import index_webdataset
 from megastar.data.shards.manifest import load_manifest
 from megastar.data.shards.reader import ShardSet
 from megastar.data.shards.verify import verify
+from megastar.engine.input_pipeline.data_checks import downsample_of
 from megastar.errors import UserError
+from megastar.evaluation.image_sources import open_images
+from megastar.evaluation.linear_probe import load_crops
 from megastar.tokenizer.io import save_tokenizer, tokenizer_hash
 from megastar.tokenizer.vq import VQModel
 from tests.loaders import make_loader
@@ -44,6 +50,11 @@ def foreign(folder, sizes=(7, 5), dtype="uint16", name="npy", shape=(VIEWS, T), 
                 writer.write(sample)
                 i += 1
     return folder
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    monkeypatch.setattr(logging.getLogger("megastar"), "propagate", True)  # for caplog
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "int32", "int64", "uint8", "uint32", "uint64"])
@@ -124,6 +135,90 @@ def test_own_shards_that_lost_their_manifest(tmp_path, layout):
     assert load_manifest(folder) == made and verify(folder) == []
 
 
+def test_a_size_that_is_not_known_is_recorded_as_such(tmp_path, caplog, logged):
+    folder = foreign(tmp_path / "f")
+    manifest = index_webdataset(folder, codebook_size=V)
+    assert manifest.image_size == 0 == downsample_of(manifest) and load_manifest(folder) == manifest
+    assert f"{folder}: the size of the images is not known and recorded as 0: give it with --image-size" in caplog.text
+    caplog.clear()
+    manifest = index_webdataset(folder, codebook_size=V, image_size=32)
+    assert manifest.image_size == 32 and downsample_of(manifest) == 8 and "size of the images" not in caplog.text
+    with pytest.raises(
+        UserError, match="image size 30 is not a multiple of the 4 codes of a side in token shard .*train-000"
+    ):
+        index_webdataset(folder, codebook_size=V, image_size=30)
+    old = replace(
+        manifest, image_size=64, made_by={"writer": manifest.made_by["writer"]}
+    )  # the guess of earlier versions
+    assert downsample_of(old) == 0
+
+
+def test_the_centre_view_is_named_or_told(tmp_path, caplog, logged):
+    folder = foreign(tmp_path / "f")
+    manifest = index_webdataset(folder, codebook_size=V)
+    note = "crops 'foreign' of 3 views do not determine the centre crop: view 0, the first, is used as the centre crop"
+    assert f"{folder}: {note}" in caplog.text and manifest.centre_view == 0
+    assert "centre" not in json.loads((folder / "manifest.json").read_text())  # as earlier versions wrote it
+    caplog.clear()
+    codes, _ = load_crops(folder)
+    assert (codes == [codes_of(i)[0] for i in range(12)]).all() and f"{folder}: {note}" in caplog.text
+    caplog.clear()
+    manifest = index_webdataset(folder, codebook_size=V, centre_view=2)
+    assert manifest.centre_view == 2 == load_manifest(folder).centre_view and not manifest.centre_note
+    codes, _ = load_crops(folder)
+    assert (codes == [codes_of(i)[2] for i in range(12)]).all()
+    batches = validation_batches(ShardSet(folder), 12, 12)
+    assert (batches[0]["codes"][:, 0].numpy() == codes).all() and "centre crop" not in caplog.text
+    for crops in "center-flip", "center+ten:1.1":
+        assert not index_webdataset(folder, codebook_size=V, crops=crops).centre_note
+    single = foreign(tmp_path / "one", shape=(1, T))
+    assert not index_webdataset(single, codebook_size=V).centre_note and "centre crop" not in caplog.text
+    before = (folder / "manifest.json").read_bytes()
+    for view in (3, -1, 5000):
+        with pytest.raises(UserError, match=f"centre view {view} (is not one of the 3 views|must be 0 to 1023)"):
+            index_webdataset(folder, codebook_size=V, centre_view=view)
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("field", "value"), [("centre", 3), ("centre", -2), ("image_size", -1), ("image_size", 2**40)])
+def test_impossible_numbers_of_a_manifest(tmp_path, field, value):
+    folder = foreign(tmp_path / "f")
+    index_webdataset(folder, codebook_size=V)
+    content = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(content | {field: value}))
+    with pytest.raises(
+        UserError, match=r"manifest.json (names view -?\d of 3 as the centre crop|has images of -?\d+ pixels)"
+    ):
+        load_manifest(folder)
+
+
+def test_the_options_of_the_command(tmp_path, capsys):
+    folder = foreign(tmp_path / "f")
+    words = ["data", "index", str(folder), "--codebook-size", str(V)]
+    assert cli.main([*words, "--centre-view", "1", "--image-size", "64"]) == 0
+    manifest = load_manifest(folder)
+    assert (manifest.centre_view, manifest.image_size) == (1, 64)
+    assert (
+        cli.main([*words, "--centre-view", "7"]) != 0 and "centre view 7 is not one of the 3" in capsys.readouterr().err
+    )
+
+
+def test_a_reference_of_a_set_that_records_no_size_has_that_of_its_tokenizer(tmp_path):
+    tokenizer = tmp_path / "t.safetensors"
+    config = TokenizerConfig(16, 4, [1, 2, 2], 1, 8, V, 4, norm_groups=2)
+    save_tokenizer(VQModel(config), tokenizer, {})
+    folder = foreign(tmp_path / "f")
+    views, hashes = [], []
+    for view in (None, 1, 0):
+        index_webdataset(folder, codebook_size=V, centre_view=view)
+        images = open_images(folder, tokenizer=tokenizer, size=16)
+        assert (images.height, images.width) == (16, 16)
+        views.append(np.concatenate(list(images.batches(12))))
+        hashes.append(images.sha256())
+    assert views[0].shape == (12, 16, 16, 3) and (views[0] == views[2]).all() and (views[0] != views[1]).any()
+    assert hashes[0] == hashes[2] != hashes[1]  # else a cached reference would be that of another view
+
+
 def test_a_tokenizer_gives_hash_and_code_book(tmp_path):
     tiny = TokenizerConfig(
         image_size=16,
@@ -144,6 +239,8 @@ def test_a_tokenizer_gives_hash_and_code_book(tmp_path):
     manifest = index_webdataset(folder, tokenizer=path)
     assert (manifest.tokenizer_sha256, manifest.codebook_size) == (tokenizer_hash(path), size)
     assert (manifest.grid, manifest.image_size) == (side, model.config.image_size)
+    with pytest.raises(UserError, match="image size 8 differs from the 16 of tokenizer"):
+        index_webdataset(folder, tokenizer=path, image_size=8)
     with pytest.raises(UserError, match="codebook_size 7 differs from the"):
         index_webdataset(folder, tokenizer=path, codebook_size=7)
     with wds.TarWriter(str(folder / "a.tar")) as writer:
