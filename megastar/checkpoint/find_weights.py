@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from megastar.checkpoint.llamagen_reader import NeedsOption
     from megastar.model.transformer import Transformer
 
+logger = logging.getLogger(__name__)
 SHIPPED_WEIGHTS = "assets/weights/demo-nano.safetensors"
 
 
@@ -209,8 +212,17 @@ def _of_run(path: Path, weights: str) -> Weights:
         recorded_identity(manifest),
         run,
         places,
-        data=cfg.data,
+        data=_readable(cfg.data),
     )
+
+
+def _readable(data: DataConfig) -> DataConfig:
+    """The run's section, without a cache folder that this machine cannot have: it may not be the one of the training."""
+    folder = Path(data.cache).absolute()
+    if data.cache and not os.access(next(p for p in (folder, *folder.parents) if p.is_dir()), os.W_OK):
+        logger.info("data.cache = %s cannot be written here: the default cache is used", data.cache)
+        return replace(data, cache="")
+    return data
 
 
 def _check_name(weights: str | None) -> None:
