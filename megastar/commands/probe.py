@@ -107,8 +107,14 @@ def probe(source: str, a: argparse.Namespace, console: Console) -> dict[str, Any
     found.require_null_class("a probe needs")
     for folder in (shards, a.val_shards):
         check_codes(found.file, found.identity, folder, found.data)
-    names, others = (load_manifest(folder, found.data).classes for folder in (shards, a.val_shards))
+    sets = [load_manifest(folder, found.data) for folder in (shards, a.val_shards)]
+    names, others = (m.classes for m in sets)
     check_same_classes(shards, names, a.val_shards, others)
+    if {s.sha256 for s in sets[0].shards} & {s.sha256 for s in sets[1].shards}:
+        logger.warning(
+            "%s has shards of %s: the probe is scored on images that it is fitted on, which says little about the features",
+            a.val_shards, shards,
+        )  # fmt: skip
     if difference := first_difference(found.provenance.get("classes") or [], names):
         logger.warning(
             "%s was trained on other classes than %s has, for example class %d, %r instead of %r: its features are probed "

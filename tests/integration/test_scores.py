@@ -69,7 +69,10 @@ def test_sets_that_number_their_classes_differently_are_refused(world, whole, tm
     assert done.returncode == 2 and "class 0 is 'circle' in the former and 'stroke' in the latter" in said
     again = tmp_path / "again"  # the remedy
     megastar(*source, "--subset", "val", "--out", again, "--classes", world.codes("train"))
-    megastar("probe", whole, "--val-shards", again, *probe)
+    done = megastar("probe", whole, "--val-shards", again, *probe)
+    assert "images that it is fitted on" not in " ".join((done.stdout + done.stderr).split())
+    done = megastar("probe", whole, "--val-shards", world.codes("train"), *probe)
+    assert "the probe is scored on images that it is fitted on" in " ".join((done.stdout + done.stderr).split())
     megastar("sample", whole, *like, again)
 
 
