@@ -58,6 +58,7 @@ class Source:
             "seed": self.cfg.train.seed,
             "self_guided": self.cfg.self_guided.enabled,
             **self._token_order(),
+            **({} if self.cfg.model.class_dropout_prob else {"null_class": False}),
             "classes": self.manifest.get("classes"),
             "command": self.manifest.get("command"),
         }

@@ -141,6 +141,7 @@ class Evaluation:
 
         p = self.cfg.probe
         found = find_weights(part.checkpoint, part.weights)
+        found.require_null_class("a probe needs")
         for split in (p.fit_on, p.score_on):
             check_codes(part.run.name, found.identity, codes_folder(self.cfg, split))
         weights, model = found.file, found.load(pick_device("auto"))
