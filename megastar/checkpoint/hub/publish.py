@@ -8,7 +8,7 @@ from pathlib import Path
 from megastar.checkpoint.find_tokenizer import SHORT, identity_of
 from megastar.checkpoint.hub import layout
 from megastar.checkpoint.hub.download import REPOSITORY, REVISION, library
-from megastar.checkpoint.hub.reader import damaged_files, read_folder, tokenizer_in
+from megastar.checkpoint.hub.reader import check_undamaged, read_folder, tokenizer_in
 from megastar.errors import UserError
 
 
@@ -37,10 +37,7 @@ def prepare(folder: Path) -> Publication:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name one that megastar convert --to hf wrote")
     _, provenance, _ = read_folder(folder)
-    if damaged := damaged_files(folder):
-        raise UserError(
-            f"{folder / damaged[0]} is damaged: its SHA-256 differs from {layout.CONFIG}'s; convert it again"
-        )
+    check_undamaged(folder, "convert it again")
     tokenizer = tokenizer_in(folder)
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: write it again with megastar convert --to hf")
