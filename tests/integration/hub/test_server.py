@@ -101,6 +101,41 @@ def test_push_publishes_what_can_be_fetched_again(folder, hub, client, tmp_path)
     assert done.returncode == 0 and "next" in hub.branches["owner/new"], done.stderr
 
 
+def test_a_public_repository_is_not_taken_for_a_private_one(folder, hub, client):
+    """huggingface_hub ignores ``private`` for a repository that exists."""
+    before = hub.commit("owner/open", {"README.md": b"mine"})
+    done = client("push", folder, "owner/open", "--yes", "--private", "--revision", "next", HF_TOKEN="hf_tester")
+    assert done.returncode == 2 and "owner/open is not private" in done.stderr, done.stderr
+    assert hub.branches["owner/open"] == {"main": before} and not hub.blobs
+    hub.commit("owner/closed", {"README.md": b"mine"})
+    hub.private.add("owner/closed")
+    done = client("push", folder, "owner/closed", "--yes", "--private", HF_TOKEN="hf_tester")
+    assert done.returncode == 0 and "model.safetensors" in hub.commits[hub.branches["owner/closed"]["main"]], (
+        done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("open", [], "an existing public repository: everyone can download it"),
+        ("closed", [], "an existing private repository"),
+        ("closed", ["--private"], "an existing private repository"),
+        ("new", [], "a new public repository: everyone can download it"),
+        ("new", ["--private"], "a new private repository"),
+    ],
+)
+def test_the_question_tells_who_can_download(folder, hub, client, name, options, said):
+    for existing in ("open", "closed"):
+        hub.commit(f"owner/{existing}", {})
+    hub.private.add("owner/closed")
+    done = client("push", folder, f"owner/{name}", *options, HF_TOKEN="hf_tester", answer="n")
+    assert done.returncode == 1 and f"{hub.url}, {said} publish?" in " ".join(done.stdout.split()), done.stdout
+    assert "nothing was published" in done.stdout and not hub.blobs
+    done = client("push", folder, "owner/open", "--private", HF_TOKEN="hf_tester", answer="y")
+    assert done.returncode == 2 and "owner/open is not private" in done.stderr and not hub.blobs
+
+
 def test_a_damaged_folder_is_not_published(folder, hub, client, tmp_path):
     def said(change) -> str:
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
