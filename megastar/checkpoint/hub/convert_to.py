@@ -68,7 +68,7 @@ def _of_run(path: Path, weights: str, tokenizer: Path | None, facts: CardFacts, 
     )  # fmt: skip
     found.__dict__["opened"] = opened
     facts.data, facts.config = str(cfg.data.shards), flatten(recorded(asdict(cfg)))
-    facts.scores = facts.scores or scores_of_run(run, int(provenance["step"]))
+    facts.scores = facts.scores or scores_of_run(run, int(provenance["step"]), weights)
     file = _tokenizer(found, provenance, tokenizer, path)
     return HubContent(cfg.model, provenance, opened.shapes, opened.read, file, facts, source.verify)
 
