@@ -123,10 +123,17 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _method(provenance: Mapping[str, Any]) -> str:
-    guided = provenance.get("self_guided")
-    if not isinstance(guided, bool):
+    """In words, from ``method`` (``RunConfig.method_name``), or of older weights from ``self_guided``; else empty."""
+    guided, method = provenance.get("self_guided"), provenance.get("method")
+    if method is None and isinstance(guided, bool):
+        method = "star" if guided else "ar"
+    parts = set(method.split("+")) if isinstance(method, str) else {""}
+    if parts == {"ar"}:
+        return "next-token prediction (AR baseline)"
+    if parts - {"star", "repa", "random"}:
         return ""
-    return "ST-AR (self-guided training)" if guided else "next-token prediction (AR baseline)"
+    words = "ST-AR (self-guided training)" if "star" in parts else "next-token prediction"
+    return words + (" with REPA" if "repa" in parts else "") + (" in random token order" if "random" in parts else "")
 
 
 def _training(provenance: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
