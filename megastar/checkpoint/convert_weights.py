@@ -50,13 +50,21 @@ USED = 65536  # size of the buffer in which LlamaGen's tokenizer keeps the last 
 
 @dataclass
 class WeightsFile:
-    """The weights of a network or a tokenizer; ``read`` returns one tensor."""
+    """The weights of a network or a tokenizer; ``read`` returns one tensor.
+
+    Of a network that was trained without dropping labels ``provenance["null_class"]`` is False, also if the file was
+    written before that was recorded: its architecture has ``class_dropout_prob`` 0.
+    """
 
     path: Path
     cfg: ModelConfig | TokenizerConfig
     shapes: Shapes
     read: Callable[[str], Tensor]
     provenance: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.cfg, ModelConfig) and not self.cfg.class_dropout_prob:
+            self.provenance = {**self.provenance, "null_class": False}
 
 
 def open_weights(

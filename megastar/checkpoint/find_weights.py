@@ -112,6 +112,7 @@ class Weights:
 
 
 def has_null_class(provenance: dict[str, Any]) -> bool:
+    """Whether the null class was trained. ``provenance``: as ``WeightsFile`` has it."""
     return provenance.get("null_class") is not False
 
 

@@ -56,8 +56,10 @@ class Source:
             "of_steps": self.manifest.get("steps"),
             "images_seen": self.manifest["step"] * self.cfg.train.global_batch,
             "seed": self.cfg.train.seed,
+            "method": self.cfg.method_name,
             "self_guided": self.cfg.self_guided.enabled,
             **self._token_order(),
+            **({} if self.cfg.model.class_dropout_prob else {"null_class": False}),
             "classes": self.manifest.get("classes"),
             "command": self.manifest.get("command"),
         }

@@ -135,7 +135,7 @@ class Demo:
         import numpy as np
 
         from megastar.checkpoint.find_tokenizer import identity_of
-        from megastar.checkpoint.find_weights import class_names, find_weights, labels_of
+        from megastar.checkpoint.find_weights import class_names, find_weights, has_null_class, labels_of
         from megastar.sampling.grid import Block, image_grid, save_grid
         from megastar.sampling.npz import record_of, save_npz, write_record
         from megastar.sampling.pipeline import sample_images
@@ -153,15 +153,14 @@ class Demo:
         blocks, made = [], []
         for name, found in sources.items():
             weights, provenance = found.file, found.provenance
+            own = options if has_null_class(provenance) else options | {"cfg_scale": 1.0}
             file = self.folder / layout.SAMPLES / f"{weights.stem}-{fingerprint(weights)}-{self.samples}.npz"
             if not file.is_file():
                 self.console.print(f"{name}: {weights}", highlight=False)
-                images = sample_images(
-                    found, self.cfg.data.tokenizer, labels, seed=seed, console=self.console, **options
-                )
+                images = sample_images(found, self.cfg.data.tokenizer, labels, seed=seed, console=self.console, **own)
                 origin = {"weights": str(weights), "tokenizer": self.cfg.data.tokenizer, "trained": provenance}
                 origin["label_plan"] = f"like {self.cfg.data.shards}"
-                write_record(record_of(file), options | {"dtype": "fp32", "seed": seed}, origin)
+                write_record(record_of(file), own | {"dtype": "fp32", "seed": seed}, origin)
                 save_npz(file, images.shape, [images], np.asarray(labels))
             archive = NpzFile(file)
             caption = f"{name}: {provenance['step']:,} steps"

@@ -304,6 +304,16 @@ class RunConfig:
         return self.self_guided.sequences
 
     @property
+    def method_name(self) -> str:
+        """ar, or the parts of the method joined by +: star (self-guided), repa, random (token order)."""
+        parts = {
+            "star": self.self_guided.enabled,
+            "repa": self.repa.active,
+            "random": self.token_order.kind == "random",
+        }
+        return "+".join(name for name, used in parts.items() if used) or "ar"
+
+    @property
     def objective(self) -> str:
         """The method in words."""
         if not self.repa.active:

@@ -104,8 +104,8 @@ class Measured:
 
 
 def measured_of(result: Mapping[str, Any]) -> Measured | None:
-    """From a result of ``evaluation.runner``; None for images whose provenance names no network of a published size, or that
-    was not trained on ImageNet's 1000 classes."""
+    """From a result of ``evaluation.runner``; None for images whose provenance names no network of a published size, or one
+    that was not trained on ImageNet's 1000 classes, or by another method than those of ``METHODS``."""
     made, provenance = result.get("generated"), result.get("provenance")
     if not isinstance(made, Mapping) or not isinstance(provenance, Mapping):
         return None
@@ -116,15 +116,14 @@ def measured_of(result: Mapping[str, Any]) -> Measured | None:
     size = SIZES.get((sizes[0], sizes[1]))  # type: ignore[arg-type]
     if size is None:
         return None
-    seen, method = _number(trained.get("images_seen")), trained.get("method")
+    method = trained.get("method", "star" if trained.get("self_guided") else "ar")  # older weights do not record it
+    if not isinstance(method, str) or method not in METHODS:
+        return None
+    seen = _number(trained.get("images_seen"))
     real = result.get("real", {})
     published = real.get("statistics") is not None and "VIRTUAL_imagenet256" in str(real.get("source"))
     return Measured(
-        method=method
-        if isinstance(method, str) and method in METHODS
-        else "star"
-        if trained.get("self_guided")
-        else "ar",
+        method=method,
         size=size,
         tokens=None if sizes[2] is None else int(sizes[2]),
         epochs=None if seen is None else seen / IMAGENET,

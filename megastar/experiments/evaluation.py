@@ -143,6 +143,7 @@ class Evaluation:
 
         p = self.cfg.probe
         found = find_weights(part.checkpoint, part.weights)
+        found.require_null_class("a probe needs")
         for split in (p.fit_on, p.score_on):
             check_codes(part.run.name, found.identity, codes_folder(self.cfg, split))
         fitted, scored = (codes_folder(self.cfg, split) for split in (p.fit_on, p.score_on))

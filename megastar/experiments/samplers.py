@@ -57,9 +57,15 @@ def options_of(s: SampleConfig) -> SamplingOptions:
 
 
 def check_samplers(cfg: CompareConfig, models: Iterable[tuple[str, ModelConfig]]) -> None:
-    """Raise ``UserError`` if the networks (variant, model) cannot be sampled as the configuration says."""
+    """Raise ``UserError`` if the networks (variant, model) cannot be probed and sampled as the configuration says."""
     for variant, model in models:
         sample = sampler_of(cfg, variant)
+        if not model.class_dropout_prob:
+            scale = f", and guidance (sample.cfg_scale = {sample.cfg_scale:g})" if sample.cfg_scale != 1 else ""
+            raise UserError(
+                f"variant {variant}: model.class_dropout_prob = 0 does not train the null class, which the probe of each run"
+                f"{scale} needs: set model.class_dropout_prob above 0, as 0.1"
+            )
         if not decoding_fields(sample):
             continue
         # The number of tokens may be unknown until the codes are made.

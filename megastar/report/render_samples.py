@@ -47,7 +47,7 @@ def add_grids(
     """Add the grids of RUN/samples to ``run``; with ``draw`` missing grids of checkpoints are sampled first."""
     if draw and cfg is not None:
         try:
-            draw_missing(cfg.data, cfg.model.num_classes, folder, options, console, run.name)
+            draw_missing(cfg, folder, options, console, run.name)
         except UserError as error:
             run.notes.append(f"samples: {' '.join(str(error).split())}")
     from megastar.data.images.image_files import open_image
@@ -80,17 +80,19 @@ def evenly_spaced(items: list[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def draw_missing(
-    data: DataConfig, classes: int, folder: Path, options: RenderOptions, console: Console, name: str
-) -> None:
+def draw_missing(cfg: RunConfig, folder: Path, options: RenderOptions, console: Console, name: str) -> None:
     """Sample RUN/samples/step-*.png for the kept checkpoints, with the same classes and random numbers for each. PNGs
-    without our metadata are kept."""
+    without our metadata are kept. A run that trains no null class is sampled without guidance."""
     checkpoints = evenly_spaced(complete(folder / CHECKPOINTS), GRIDS)
     if not checkpoints:
         return
-    tokenizer = find_tokenizer(data, folder, options)
-    common = SAMPLING | {"weights": options.weights, "per_class": options.per_class}
-    common |= {"classes": evenly_spaced(list(range(classes)), CLASSES), "tokenizer_sha256": sha256(tokenizer)}
+    tokenizer = find_tokenizer(cfg.data, folder, options)
+    sampling = SAMPLING if cfg.model.class_dropout_prob else SAMPLING | {"cfg_scale": 1.0}
+    common = sampling | {"weights": options.weights, "per_class": options.per_class}
+    common |= {
+        "classes": evenly_spaced(list(range(cfg.model.num_classes)), CLASSES),
+        "tokenizer_sha256": sha256(tokenizer),
+    }
     for checkpoint in checkpoints:
         out = folder / SAMPLES / f"{name_of(step_in(checkpoint))}.png"
         provenance = common | {"checkpoint": sha256(checkpoint / MANIFEST)}
@@ -109,7 +111,9 @@ def draw_grid(
 
     weights, columns = find_weights(checkpoint, provenance["weights"]), provenance["per_class"]
     labels = [c for c in provenance["classes"] for _ in range(columns)]
-    images = sample_images(weights, tokenizer, labels, device=device, console=console, **SAMPLING)
+    images = sample_images(
+        weights, tokenizer, labels, device=device, console=console, **{k: provenance[k] for k in SAMPLING}
+    )
     names = class_names(weights.config.num_classes, weights.provenance)
     save_grid(image_grid([Block("", images, labels)], names, columns=columns), out, provenance)
 

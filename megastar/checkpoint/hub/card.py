@@ -23,6 +23,10 @@ _SCORES = validator(
         {"real": dict_of(text(1000), ANY), "features": ANY, "generated": dict_of(text(1000), ANY), "settings": ANY},
     )
 )
+ALWAYS = ("cfg_scale", "temperature", "top_k", "top_p", "seed", "dtype", "label_plan")  # of a score's protocol
+USUAL = {  # further fields of sampling/options.py, told where they differ from its defaults
+    "cfg_schedule": "constant", "cfg_interval": -1, "parallel_steps": 0, "schedule": "cosine", "token_order": "auto",
+}  # fmt: skip
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # the Hub's identifiers, as apache-2.0
 
 
@@ -54,8 +58,8 @@ def read_scores(path: Path) -> dict[str, Any]:
     return found
 
 
-def scores_of_run(run: Path, step: int) -> dict[str, dict[str, Any]]:
-    """The results in RUN/scores*.json whose samples are of the weights after ``step`` steps."""
+def scores_of_run(run: Path, step: int, weights: str) -> dict[str, dict[str, Any]]:
+    """The results in RUN/scores*.json whose samples are of the ``weights`` (ema or student) after ``step`` steps."""
     found = {}
     for path in sorted(run.glob("scores*.json"))[:20]:
         try:
@@ -63,7 +67,7 @@ def scores_of_run(run: Path, step: int) -> dict[str, dict[str, Any]]:
         except (UserError, OSError):
             continue
         trained = result["provenance"].get("trained")
-        if isinstance(trained, dict) and trained.get("step") == step:
+        if isinstance(trained, dict) and (trained.get("step"), trained.get("weights")) == (step, weights):
             found[path.name] = result
     return found
 
@@ -109,7 +113,7 @@ def model_card(
         )
         lines += ["", f"Classes: {named}."]
     lines += ["", "## Training", "", *_table(_training(provenance, facts)), ""]
-    lines += ["## Scores", "", *_scores(facts.scores), "", "## Licence", ""]
+    lines += ["## Scores", "", *_scores(facts.scores, provenance), "", "## Licence", ""]
     lines += [f"{facts.license}." if facts.license else "Not stated: ask the publisher before use."]
     return "\n".join(lines) + "\n"
 
@@ -119,10 +123,17 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _method(provenance: Mapping[str, Any]) -> str:
-    guided = provenance.get("self_guided")
-    if not isinstance(guided, bool):
+    """In words, from ``method`` (``RunConfig.method_name``), or of older weights from ``self_guided``; else empty."""
+    guided, method = provenance.get("self_guided"), provenance.get("method")
+    if method is None and isinstance(guided, bool):
+        method = "star" if guided else "ar"
+    parts = set(method.split("+")) if isinstance(method, str) else {""}
+    if parts == {"ar"}:
+        return "next-token prediction (AR baseline)"
+    if parts - {"star", "repa", "random"}:
         return ""
-    return "ST-AR (self-guided training)" if guided else "next-token prediction (AR baseline)"
+    words = "ST-AR (self-guided training)" if "star" in parts else "next-token prediction"
+    return words + (" with REPA" if "repa" in parts else "") + (" in random token order" if "random" in parts else "")
 
 
 def _training(provenance: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
@@ -143,14 +154,20 @@ def _training(provenance: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]
     return out
 
 
-def _scores(results: Mapping[str, dict[str, Any]]) -> list[str]:
+def _scores(results: Mapping[str, dict[str, Any]], provenance: Mapping[str, Any]) -> list[str]:
+    """A row per score, with its protocol: fields of the sampler that are defaults are left out, except those in ``ALWAYS``."""
     if not results:
         return ["None are recorded."]
     lines = ["| score | value | images | real images | protocol |", "|---|---|---|---|---|"]
     for result in results.values():
         made, real, by = (_mapping(result.get(k)) for k in ("generated", "real", "provenance"))
-        names = ("cfg_scale", "temperature", "top_k", "top_p", "seed", "dtype", "label_plan")
-        protocol = ", ".join(f"{n} {shown(str(by[n]))}" for n in names if by.get(n) is not None)
+        told = {n: by.get(n) for n in ALWAYS} | {n: by.get(n) for n, usual in USUAL.items() if by.get(n) != usual}
+        trained = _mapping(by.get("trained"))
+        if trained.get("weights") != "ema" or trained.get("weights") != provenance.get("weights"):
+            told["weights"] = trained.get("weights")
+        if trained.get("step") != provenance.get("step"):
+            told["step"] = trained.get("step")
+        protocol = ", ".join(f"{n} {shown(str(value))}" for n, value in told.items() if value is not None)
         features = result.get("features")
         network = features.get("name", "") if isinstance(features, dict) else features or ""
         protocol = "; ".join(filter(None, (str(network) and f"features {network}", protocol)))

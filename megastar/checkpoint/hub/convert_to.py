@@ -15,6 +15,7 @@ from megastar.checkpoint.convert_weights import WeightsFile, open_weights
 from megastar.checkpoint.find_weights import Weights, find_weights
 from megastar.checkpoint.hub.card import CardFacts, scores_of_run
 from megastar.checkpoint.hub.layout import SHARD_BYTES, is_hub_folder
+from megastar.checkpoint.hub.reader import check_undamaged
 from megastar.checkpoint.hub.writer import HubContent, write_folder
 from megastar.checkpoint.source import open_source
 from megastar.config.env_text import recorded
@@ -67,7 +68,7 @@ def _of_run(path: Path, weights: str, tokenizer: Path | None, facts: CardFacts, 
     )  # fmt: skip
     found.__dict__["opened"] = opened
     facts.data, facts.config = str(cfg.data.shards), flatten(recorded(asdict(cfg)))
-    facts.scores = facts.scores or scores_of_run(run, int(provenance["step"]))
+    facts.scores = facts.scores or scores_of_run(run, int(provenance["step"]), weights)
     file = _tokenizer(found, provenance, tokenizer, path)
     return HubContent(cfg.model, provenance, opened.shapes, opened.read, file, facts, source.verify)
 
@@ -81,7 +82,10 @@ def _of_file(
     found = find_weights(path) if path.is_dir() or path.suffix == ".safetensors" else Weights(path)
     found.__dict__["opened"] = opened
     file = _tokenizer(found, opened.provenance, tokenizer, path)
-    return HubContent(opened.cfg, opened.provenance, opened.shapes, opened.read, file, facts)
+    content = HubContent(opened.cfg, opened.provenance, opened.shapes, opened.read, file, facts)
+    if path.is_dir():  # damaged files would be recorded with hashes of their own
+        content.verify = lambda: check_undamaged(path, "copy or download the folder again", tokenizer=tokenizer is None)
+    return content
 
 
 def _tokenizer(found: Weights, provenance: Mapping[str, Any], given: Path | None, path: Path) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 
 from megastar.checkpoint.hub.layout import CONFIG, INDEX, TOKENIZER, TOKENIZER_FILE, read_config
 from megastar.errors import UserError
+from megastar.utils.files import sha256
 
 SCHEME = "hf://"
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -67,7 +68,12 @@ def fetch_folder(source: str) -> Path:
     for name in [*([INDEX] if len(names) > 1 else []), *names]:
         get(name, commit)
     if content.get("tokenizer"):
-        get(f"{TOKENIZER}/{TOKENIZER_FILE}", commit)
+        file = get(f"{TOKENIZER}/{TOKENIZER_FILE}", commit)
+        if content["tokenizer"].get("file_sha256", whole := sha256(Path(file))) != whole:
+            raise UserError(
+                f"{source}: {file} is damaged: its SHA-256 differs from {CONFIG}'s; remove it to fetch it again, and if it "
+                "stays so, name another revision"
+            )
     logger.info("%s: %s", source, folder)
     return folder
 

@@ -1,6 +1,7 @@
 """The files of a folder in the Hub's layout, and the schemas of those that another program may have written. No torch.
 
-config.json                      architecture, provenance, names and hashes of the weights files, identity of the tokenizer
+config.json                      architecture, provenance, names and hashes of the weights files; of the tokenizer sha256, its
+                                 identity (encoder and codebook), and file_sha256, of its whole file (older folders lack it)
 model.safetensors                the weights; above 5 GB model-00001-of-00002.safetensors, ... and model.safetensors.index.json
 tokenizer/config.json            architecture and provenance of the tokenizer
 tokenizer/tokenizer.safetensors
@@ -46,7 +47,7 @@ _CONFIG = validator(
     record(
         {"model_type": one_of(MODEL_TYPE), "megastar_format": integer(1), "model": dict_of(text(200), ANY),
          "provenance": PROVENANCE, "weights": dict_of(FILE_NAME, _FILE)},
-        {"tokenizer": record({"sha256": SHA256})},
+        {"tokenizer": record({"sha256": SHA256}, {"file_sha256": SHA256})},
     )
 )  # fmt: skip
 _INDEX = validator(record({"weight_map": dict_of(WEIGHT_NAME, FILE_NAME)}, {"metadata": dict_of(text(200), ANY)}))

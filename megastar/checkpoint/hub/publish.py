@@ -8,7 +8,7 @@ from pathlib import Path
 from megastar.checkpoint.find_tokenizer import SHORT, identity_of
 from megastar.checkpoint.hub import layout
 from megastar.checkpoint.hub.download import REPOSITORY, REVISION, library
-from megastar.checkpoint.hub.reader import damaged_files, read_folder, tokenizer_in
+from megastar.checkpoint.hub.reader import check_undamaged, read_folder, tokenizer_in
 from megastar.errors import UserError
 
 
@@ -37,10 +37,7 @@ def prepare(folder: Path) -> Publication:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name one that megastar convert --to hf wrote")
     _, provenance, _ = read_folder(folder)
-    if damaged := damaged_files(folder):
-        raise UserError(
-            f"{folder / damaged[0]} is damaged: its SHA-256 differs from {layout.CONFIG}'s; convert it again"
-        )
+    check_undamaged(folder, "convert it again")
     tokenizer = tokenizer_in(folder)
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: write it again with megastar convert --to hf")
@@ -54,12 +51,35 @@ def prepare(folder: Path) -> Publication:
     return Publication(folder, {n: (folder / n).stat().st_size for n in names if (folder / n).is_file()})
 
 
+def is_private(repository: str) -> bool | None:
+    """Whether the existing ``repository`` is private; None if there is none that the token may see. Raises ``UserError``."""
+    hub = library()
+    try:
+        return bool(hub.HfApi(library_name="megastar").repo_info(repository, repo_type="model").private)
+    except hub.errors.RepositoryNotFoundError:
+        return None
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        raise _failed(repository, error) from error
+
+
+def check_private(repository: str, found: bool | None) -> None:
+    """Raise ``UserError`` unless ``found``, of ``is_private``, is True."""
+    if not found:
+        raise UserError(
+            f"{repository} is not private, and --private applies only to a repository that is created: nothing was published; make it "
+            "private in its settings on the Hub, name another repository, or leave out --private"
+        )
+
+
 def publish(what: Publication, repository: str, *, private: bool = False, revision: str | None = None) -> str:
-    """Create ``repository`` where it does not exist, and commit the files; the address. Raises ``UserError``."""
+    """Create ``repository`` where it does not exist, and commit the files; the address. Raises ``UserError``, before any
+    commit if it has to be ``private`` and is not."""
     hub = library()
     api = hub.HfApi(library_name="megastar")
     try:
         api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
+        if private:  # which the Hub ignores for a repository that exists
+            check_private(repository, is_private(repository))
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         files = [
@@ -68,9 +88,13 @@ def publish(what: Publication, repository: str, *, private: bool = False, revisi
         message = "Weights written by megastar convert --to hf"
         done = api.create_commit(repository, files, commit_message=message, revision=revision)
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{repository} could not be published ({reason}): check HF_TOKEN (it needs write access) and the network, and "
-            "run the same command again"
-        ) from error
+        raise _failed(repository, error) from error
     return str(getattr(done, "commit_url", "") or repository)
+
+
+def _failed(repository: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300]
+    return UserError(
+        f"{repository} could not be published ({reason}): check HF_TOKEN (it needs write access) and the network, and run the "
+        "same command again"
+    )

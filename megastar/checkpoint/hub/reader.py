@@ -100,6 +100,19 @@ def digest_file(path: Path) -> Path:
     return path / (names[0] if len(names) == 1 else CONFIG)
 
 
+def check_undamaged(path: Path, remedy: str, tokenizer: bool = True) -> None:
+    """Raise ``UserError`` for a file whose SHA-256 differs from config.json's. ``tokenizer``: compare its file too."""
+    damaged = damaged_files(path) + ([f"{TOKENIZER}/{TOKENIZER_FILE}"] if tokenizer and damaged_tokenizer(path) else [])
+    if damaged:
+        raise UserError(f"{path / damaged[0]} is damaged: its SHA-256 differs from {CONFIG}'s; {remedy}")
+
+
+def damaged_tokenizer(path: Path) -> bool:
+    """Whether the tokenizer's file has another SHA-256 than config.json records. Its identity does not cover the decoder."""
+    file, recorded = tokenizer_in(path), read_config(path).get("tokenizer", {}).get("file_sha256")
+    return file is not None and recorded is not None and sha256(file) != recorded
+
+
 def damaged_files(path: Path) -> list[str]:
     """The weights files whose size or SHA-256 differs from config.json's. Reads all of them."""
     out = []

@@ -86,13 +86,13 @@ def write_folder(
         if len(files) > 1:
             index = {"metadata": {"total_size": size}, "weight_map": {w: n for n, ws in files.items() for w in ws}}
             write_json(folder / layout.INDEX, index)
-        _write_tokenizer(folder, content.tokenizer, identity)
+        whole = _write_tokenizer(folder, content.tokenizer, identity)
         write_json(
             folder / layout.CONFIG,
             {
                 "model_type": layout.MODEL_TYPE, "megastar_format": layout.FORMAT, "megastar_version": __version__,
                 "torch_dtype": NAMES[dtype], "model": recorded(asdict(content.cfg)), "provenance": provenance,
-                "weights": hashes, "tokenizer": {"folder": layout.TOKENIZER, "sha256": identity},
+                "weights": hashes, "tokenizer": {"folder": layout.TOKENIZER, "sha256": identity, "file_sha256": whole},
             },
         )  # fmt: skip
         config, _ = read_tokenizer_metadata(content.tokenizer)
@@ -136,11 +136,14 @@ def _cast(whole: Tensor, kind: torch.dtype, name: str) -> Tensor:
     return whole.to(kind)
 
 
-def _write_tokenizer(folder: Path, tokenizer: Path, identity: str) -> None:
+def _write_tokenizer(folder: Path, tokenizer: Path, identity: str) -> str:
+    """Copy it; the SHA-256 of the whole file, whose decoder ``identity`` does not cover."""
+    whole = sha256(tokenizer)
     target = folder / layout.TOKENIZER / layout.TOKENIZER_FILE
     target.parent.mkdir()
     shutil.copyfile(tokenizer, target)
-    if tokenizer_hash(target) != identity:
+    settle(target)
+    if sha256(target) != whole or tokenizer_hash(target) != identity:
         raise UserError(f"{target} {READS_BACK}")
     config, provenance = read_tokenizer_metadata(target)
     write_json(
@@ -150,3 +153,4 @@ def _write_tokenizer(folder: Path, tokenizer: Path, identity: str) -> None:
             "tokenizer": recorded(asdict(config)), "provenance": provenance,
         },
     )  # fmt: skip
+    return whole

@@ -25,7 +25,9 @@ def parser() -> Parser:
     )
     p.add_argument("folder", type=Path, metavar="DIR", help="folder of megastar convert --to hf")
     p.add_argument("repository", metavar="OWNER/NAME", help="repository; created if it does not exist")
-    p.add_argument("--private", action="store_true", help="create a private repository")
+    p.add_argument(
+        "--private", action="store_true", help="create a private repository; a public one that exists is refused"
+    )
     p.add_argument("--revision", help="branch to commit to, created if it does not exist (default: main)")
     p.add_argument("--yes", action="store_true", help="publish without asking")
     return p
@@ -34,7 +36,7 @@ def parser() -> Parser:
 def main(words: list[str]) -> int:
     a = parser().parse(words)
     from megastar.checkpoint.hub.download import library
-    from megastar.checkpoint.hub.publish import check_repository, prepare, publish
+    from megastar.checkpoint.hub.publish import check_private, check_repository, is_private, prepare, publish
     from megastar.utils.logs import shared_console
 
     check_repository(a.repository, a.revision)
@@ -45,9 +47,16 @@ def main(words: list[str]) -> int:
     console = shared_console()
     for name, size in what.files.items():
         console.print(f"{size / 1e6:10.2f} MB  {name}", markup=False, highlight=False)
-    visible = "a private repository" if a.private else "a repository; unless it is private, everyone can download it"
-    where = f"{a.repository} at {hub.constants.ENDPOINT}"
     if not a.yes:
+        found = is_private(a.repository)
+        if a.private and found is not None:
+            check_private(a.repository, found)
+        kind = "an existing" if found is not None else "a new"
+        private = a.private if found is None else found
+        visible = (
+            f"{kind} {'private' if private else 'public'} repository{'' if private else ': everyone can download it'}"
+        )
+        where = f"{a.repository} at {hub.constants.ENDPOINT}"
         console.print(f"{what.total / 1e6:.1f} MB to {where}, {visible}", markup=False, highlight=False)
         if input("publish? [y/N] ").strip().lower() not in ("y", "yes"):
             console.print("nothing was published")

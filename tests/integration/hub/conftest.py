@@ -38,22 +38,24 @@ class Client:
         self.env = environment() | {"HF_ENDPOINT": server.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
         self.env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
 
-    def __call__(self, *words: object, **env: str) -> subprocess.CompletedProcess:
+    def __call__(self, *words: object, answer: str = "", **env: str) -> subprocess.CompletedProcess:
+        """``answer``: what is typed in a terminal; empty: there is none."""
         command = [sys.executable, "-m", "megastar", *map(str, words)]
         if words[0] != "train" and set(env) <= {"HF_TOKEN"}:  # what huggingface_hub does not read at its import only
-            return self._here(command, env)
+            return self._here(command, env, answer)
         return subprocess.run(
             command, cwd=ROOT, env=self.env | env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
         )
 
-    def _here(self, command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
+    def _here(self, command: list[str], env: dict[str, str], answer: str) -> subprocess.CompletedProcess:
         """In this process, which has imported torch."""
         from huggingface_hub import constants
 
         fetch_folder.cache_clear()
         self.capsys.readouterr()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.stdin", io.StringIO())
+            patch.setattr("sys.stdin", terminal := io.StringIO(answer + "\n" if answer else ""))
+            patch.setattr(terminal, "isatty", lambda: bool(answer))
             patch.setattr(constants, "ENDPOINT", self.env["HF_ENDPOINT"])
             template = self.env["HF_ENDPOINT"] + "/{repo_id}/resolve/{revision}/{filename}"
             patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -81,6 +81,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, hub = unquote(self.path.partition("?")[0]), self.hub
         hub.requests.append(f"{self.command} {path}")
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
+            private = found[1] in hub.private
+            if found[1] not in hub.branches or (private and not self.headers.get("Authorization")):
+                return self.refuse(404, "RepoNotFound")
+            return self.json({"id": found[1], "private": private})
         if not (found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)):
             return self.refuse(404, "NotHere")
         repository, revision, name = found.groups()

@@ -116,7 +116,7 @@ def test_the_card_has_the_scores_of_these_weights_with_their_protocol(whole, tmp
     for step, value in ((12, 123.4), (8, 567.8)):
         result = {
             "scores": {"fd_efflite0": value}, "generated": {"pictures": 30}, "real": {"pictures": 27, "source": "a|b\n# x"},
-            "features": {"name": "efflite0"}, "provenance": {"trained": {"step": step}, "cfg_scale": 1.5, "seed": 7},
+            "features": {"name": "efflite0"}, "provenance": {"trained": {"step": step, "weights": "ema"}, "cfg_scale": 1.5, "seed": 7},
         }  # fmt: skip
         (run / f"scores-{step}.json").write_text(json.dumps(result))
     megastar("convert", run, "--to", "hf", "--out", tmp_path / "out")
@@ -126,6 +126,33 @@ def test_the_card_has_the_scores_of_these_weights_with_their_protocol(whole, tmp
         in card.replace("; cfg", ", cfg")
     )
     assert "567.8" not in card and "Not stated" in card and "license" not in card.split("---")[1]
+
+
+def test_the_card_has_the_scores_of_the_same_weights_only(whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    plain = {"cfg_schedule": "constant", "cfg_interval": -1}
+    other = {
+        "cfg_schedule": "linear",
+        "cfg_interval": 4,
+        "parallel_steps": 8,
+        "schedule": "uniform",
+        "token_order": "random",
+    }
+    for weights, value, sampler in (("ema", 11.5, plain), ("student", 22.5, other), (None, 33.5, plain)):
+        trained = {"step": 12} | ({"weights": weights} if weights else {})
+        result = {"scores": {"FID": value}, "provenance": {"trained": trained, "cfg_scale": 1.5, **sampler}}
+        (run / f"scores-{weights}.json").write_text(json.dumps(result))
+
+    def card(*words: object) -> str:
+        megastar("convert", run, "--to", "hf", "--out", tmp_path / "out", "--force", *words)
+        return (tmp_path / "out/README.md").read_text().replace("\\", "")
+
+    ema, student = card(), card("--weights", "student")
+    assert "| FID | 11.5 |  |  of ? | cfg_scale 1.5 |" in ema and "22.5" not in ema and "33.5" not in ema
+    protocol = ", ".join(f"{k} {v}" for k, v in {"cfg_scale": 1.5, **other, "weights": "student"}.items())
+    assert f"| FID | 22.5 |  |  of ? | {protocol} |" in student and "11.5" not in student
+    named = card("--weights", "student", "--scores", run / "scores-ema.json")
+    assert "cfg_scale 1.5, weights ema |" in named  # named by the user, so the card tells whose they are
 
 
 def refusal(*words: object, capsys) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+from megastar.tokenizer.io import tokenizer_hash
+from megastar.utils.files import sha256
 from tests.integration.hub.conftest import files_of
 
 pytestmark = pytest.mark.dist
@@ -98,6 +101,41 @@ def test_push_publishes_what_can_be_fetched_again(folder, hub, client, tmp_path)
     assert done.returncode == 0 and "next" in hub.branches["owner/new"], done.stderr
 
 
+def test_a_public_repository_is_not_taken_for_a_private_one(folder, hub, client):
+    """huggingface_hub ignores ``private`` for a repository that exists."""
+    before = hub.commit("owner/open", {"README.md": b"mine"})
+    done = client("push", folder, "owner/open", "--yes", "--private", "--revision", "next", HF_TOKEN="hf_tester")
+    assert done.returncode == 2 and "owner/open is not private" in done.stderr, done.stderr
+    assert hub.branches["owner/open"] == {"main": before} and not hub.blobs
+    hub.commit("owner/closed", {"README.md": b"mine"})
+    hub.private.add("owner/closed")
+    done = client("push", folder, "owner/closed", "--yes", "--private", HF_TOKEN="hf_tester")
+    assert done.returncode == 0 and "model.safetensors" in hub.commits[hub.branches["owner/closed"]["main"]], (
+        done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("open", [], "an existing public repository: everyone can download it"),
+        ("closed", [], "an existing private repository"),
+        ("closed", ["--private"], "an existing private repository"),
+        ("new", [], "a new public repository: everyone can download it"),
+        ("new", ["--private"], "a new private repository"),
+    ],
+)
+def test_the_question_tells_who_can_download(folder, hub, client, name, options, said):
+    for existing in ("open", "closed"):
+        hub.commit(f"owner/{existing}", {})
+    hub.private.add("owner/closed")
+    done = client("push", folder, f"owner/{name}", *options, HF_TOKEN="hf_tester", answer="n")
+    assert done.returncode == 1 and f"{hub.url}, {said} publish?" in " ".join(done.stdout.split()), done.stdout
+    assert "nothing was published" in done.stdout and not hub.blobs
+    done = client("push", folder, "owner/open", "--private", HF_TOKEN="hf_tester", answer="y")
+    assert done.returncode == 2 and "owner/open is not private" in done.stderr and not hub.blobs
+
+
 def test_a_damaged_folder_is_not_published(folder, hub, client, tmp_path):
     def said(change) -> str:
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
@@ -113,5 +151,50 @@ def test_a_damaged_folder_is_not_published(folder, hub, client, tmp_path):
         (path / "model.safetensors").write_bytes(data)
 
     assert "its SHA-256 differs from config.json's" in said(flip)
+    text = said(flip_decoder)
+    assert "tokenizer/tokenizer.safetensors is damaged: its SHA-256 differs from config.json's" in text
     assert "has no tokenizer" in said(lambda path: shutil.rmtree(path / "tokenizer"))
     assert "is not the name of a repository" in client("push", folder, "owner", "--yes").stderr
+
+
+def flip_decoder(path: Path) -> None:
+    """Change one bit of the decoder, which the tokenizer's identity does not cover."""
+    file = path / "tokenizer/tokenizer.safetensors"
+    identity, data = tokenizer_hash(file), bytearray(file.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    name, entry = next((n, e) for n, e in json.loads(data[8 : 8 + size]).items() if n.startswith("decoder."))
+    data[8 + size + entry["data_offsets"][0]] ^= 1
+    file.write_bytes(data)
+    assert tokenizer_hash(file) == identity, name
+
+
+def test_a_damaged_decoder_is_found_wherever_the_folder_goes(folder, hub, client, tmp_path):
+    bad = shutil.copytree(folder, tmp_path / "bad")
+    flip_decoder(bad)
+    hub.commit("owner/bad", files_of(bad))
+    for source in (bad, "hf://owner/bad"):
+        done = client("convert", source, "--to", "hf", "--out", tmp_path / "out")
+        assert done.returncode == 2 and "tokenizer.safetensors is damaged" in done.stderr, done.stderr
+        assert not (tmp_path / "out").exists()
+    good = folder / "tokenizer/tokenizer.safetensors"
+    done = client("convert", bad, "--to", "hf", "--out", tmp_path / "out", "--tokenizer", good)
+    assert done.returncode == 0, done.stderr
+    data = bytearray((bad / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (bad / "model.safetensors").write_bytes(data)
+    done = client("convert", bad, "--to", "hf", "--out", tmp_path / "more", "--tokenizer", good)
+    assert done.returncode == 2 and "model.safetensors is damaged" in done.stderr, done.stderr
+
+
+def test_folders_without_the_hash_of_the_tokenizers_file(folder, hub, client, tmp_path):
+    """As older versions wrote them."""
+    old = shutil.copytree(folder, tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    assert config["tokenizer"].pop("file_sha256") == sha256(old / "tokenizer/tokenizer.safetensors")
+    (old / "config.json").write_text(json.dumps(config))
+    flip_decoder(old)  # not noticed, as before
+    assert client("push", old, "owner/old", "--yes", HF_TOKEN="hf_tester").returncode == 0
+    done = client("convert", "hf://owner/old", "--to", "hf", "--out", tmp_path / "new")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "new/config.json").read_text())
+    assert config["tokenizer"]["file_sha256"] == sha256(old / "tokenizer/tokenizer.safetensors")

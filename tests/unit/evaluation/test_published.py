@@ -64,6 +64,21 @@ def test_other_networks_epochs_guidance_and_scores_have_none(changes):
     assert beside(result(**changes)) == []
 
 
+@pytest.mark.parametrize(
+    ("method", "fids"),
+    [
+        ("ar", [26.26]),
+        ("star", [18.44]),
+        ("repa", [20.16]),
+        *((name, []) for name in ("random", "star+repa", "repa+random", "star+random", "tomorrow's")),
+    ],
+)
+def test_the_recorded_method_decides(method, fids):
+    found = result(epochs=300, guided=method.startswith("star"))
+    found["provenance"]["trained"]["method"] = method
+    assert [figure["scores"]["FID"] for figure in beside(found)] == fids
+
+
 def test_a_network_of_other_data_has_none():
     found = result()
     found["provenance"]["model"]["num_classes"] = 9
