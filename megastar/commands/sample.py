@@ -174,6 +174,12 @@ def main(words: list[str]) -> int:
         raise UserError("several processes need a shared output: give --npz, --folder or --score")
     if bool(a.score) != bool(a.real):
         raise UserError("--score (the output file) and --real (the reference images) must be given together")
+    of_score = ("real_subset", "real_sha256", "real_tokenizer", "inception", "inception_sha256", "dinov2", "metrics")
+    if not a.score and (given := [name for name in of_score if getattr(a, name) is not None]):
+        option = f"--{given[0].replace('_', '-')}"
+        raise UserError(
+            f"{option} {getattr(a, given[0])} belongs to a score: give --score and --real too, or leave it out"
+        )
     if a.score and (a.npz or a.out):
         raise UserError("--score keeps no images: leave out --npz and --out, or score an .npz with megastar evaluate")
     grid = None if a.score else a.out or Path("samples.png")

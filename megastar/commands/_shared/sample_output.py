@@ -120,12 +120,14 @@ def sample_and_score(
     import torch.distributed as dist
 
     from megastar.commands._shared.common import score_options_of
+    from megastar.evaluation.image_sources import check_applicable
     from megastar.evaluation.runner import sample_and_evaluate
     from megastar.sampling import distributed
 
     rank, world = place
     identity, provenance = record(pipeline, origin)
     main_console = console if rank == 0 else None
+    check_applicable(a.real, a.real_subset, a.real_tokenizer)  # --folder is filled before the reference is opened
     group = join(rank, world)
     if a.folder:
         if rank == 0:

@@ -15,7 +15,7 @@ from megastar.engine.evaluation.random_state import kept_random_state
 from megastar.engine.input_pipeline.data_checks import RunData
 from megastar.errors import UserError
 from megastar.evaluation.features import Network, open_network
-from megastar.evaluation.image_sources import NPZ_NAMES, npz_names, open_images
+from megastar.evaluation.image_sources import NPZ_NAMES, check_applicable, npz_names, open_images
 from megastar.evaluation.options import Settings
 from megastar.evaluation.scores import check_count
 from megastar.sampling.distributed import labels_like, plan_labels
@@ -69,6 +69,7 @@ def check_evaluation(cfg: RunConfig, data: RunData | None) -> None:
             cfg.data.shards,
         )
     real, tokenizer, limit = reference_of(cfg)
+    check_applicable(real, e.against_subset or None, tokenizer)  # files of statistics alone are not opened below
     size, names = size_of_samples(cfg), _arrays_of(real)
     if "mu" in names and network.key.startswith("inception") and not set(names) & set(NPZ_NAMES):
         return  # statistics only
