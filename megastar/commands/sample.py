@@ -21,7 +21,7 @@ from megastar.commands._shared.common import (
     seed,
 )
 from megastar.commands._shared.outputs import check_outputs
-from megastar.commands._shared.sample_output import SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
+from megastar.commands._shared.sample_output import GRID, SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
 from megastar.errors import UserError
 from megastar.sampling.pipeline import open_pipeline
 from megastar.sampling.step_schedules import PART_SCHEDULES, STEP_SCHEDULES
@@ -182,7 +182,7 @@ def main(words: list[str]) -> int:
         )
     if a.score and (a.npz or a.out):
         raise UserError("--score keeps no images: leave out --npz and --out, or score an .npz with megastar evaluate")
-    grid = None if a.score else a.out or Path("samples.png")
+    grid = None if a.score else a.out or GRID
     source = a.source if a.source and Path(a.source).is_file() else None
     files = {"--out": grid, "--npz": a.npz, "--score": a.score}
     check_outputs(files, source, a.tokenizer, a.real, folders={"--folder": a.folder})
@@ -246,7 +246,7 @@ def main(words: list[str]) -> int:
     from megastar.sampling.grid import Block, image_grid, save_grid
 
     block = Block("", np.stack(list(shown.values())), [labels[i] for i in shown])
-    out = a.out or Path("samples.png")
+    out = a.out or GRID
     save_grid(image_grid([block], names, columns=columns), out, settings | pipeline.options.recorded() | origin)
     written = " and ".join(str(p) for p in (out, a.npz, a.folder) if p)
     console.print(f"{len(labels)} images of {len(set(labels))} classes: {written}", markup=False, highlight=False)
