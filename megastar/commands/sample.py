@@ -80,7 +80,7 @@ def parser() -> Parser:
     p.add_argument(
         "--cfg-scale",
         type=bounded(float, 0, 10**6),
-        help="guidance scale; 1: none (default 3; with --count, or without a null class, 1)",
+        help="guidance scale; 1: none (default 3; with --count or --score, or without a null class, 1)",
     )
     p.add_argument(
         "--cfg-schedule",
@@ -93,7 +93,9 @@ def parser() -> Parser:
         "--cfg-interval", type=bounded(int, -1, MOST), default=-1, help="last token with guidance; -1: all tokens"
     )
     p.add_argument(
-        "--temperature", type=bounded(float, 0, 10**6), help="softmax temperature (default 0.9, with --count 1)"
+        "--temperature",
+        type=bounded(float, 0, 10**6),
+        help="softmax temperature (default 0.9; with --count or --score, 1)",
     )
     p.add_argument("--top-k", type=natural, default=0, help="sample from the k most likely codes; 0: all")
     p.add_argument(
