@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megastar.config.rules.evaluation import unused_thresholds
 from megastar.config.schema import RunConfig
 from megastar.config.sections.evaluation import EvaluationConfig
 from megastar.data.shards.manifest import Manifest
@@ -18,6 +19,7 @@ from megastar.evaluation.features import Network, open_network
 from megastar.evaluation.image_sources import NPZ_NAMES, check_applicable, npz_names, open_images
 from megastar.evaluation.options import Settings
 from megastar.evaluation.scores import check_count
+from megastar.run_dir.evaluations import read_evaluations
 from megastar.sampling.distributed import labels_like, plan_labels
 from megastar.tokenizer.io import read_tokenizer_metadata
 
@@ -53,9 +55,12 @@ def labels_of_run(e: EvaluationConfig, manifest: Manifest, seed: int) -> tuple[l
 
 
 def check_evaluation(cfg: RunConfig, data: RunData | None) -> None:
-    """Raise ``UserError`` for what would make every evaluation of the run fail: missing files, another picture size."""
+    """Raise ``UserError`` for what would make every evaluation of the run fail: missing files, another picture size; also
+    for thresholds without evaluations."""
     e = cfg.eval
     if not e.every:
+        if e.thresholds and not read_evaluations(Path(cfg.run)):  # those of an earlier start are still compared
+            raise UserError(unused_thresholds(cfg))
         return
     with kept_random_state(torch.device("cpu")):  # a network may be initialised before its weights are read
         network = open_reference_network(e)

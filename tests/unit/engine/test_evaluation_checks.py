@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from megastar.config.schema import RunConfig, TokenizerConfig
 from megastar.engine.evaluation.checks import check_evaluation
 from megastar.engine.input_pipeline.data_checks import open_data
 from megastar.errors import UserError
+from megastar.run_dir.evaluations import append_evaluation
 from megastar.tokenizer.io import save_tokenizer, tokenizer_hash
 from megastar.tokenizer.vq import VQModel
 from tests.unit.data.shards.test_shards import T, V, write_set
@@ -44,3 +47,32 @@ def test_a_subset_of_an_npz_is_refused(run, tmp_path):
         check_evaluation(cfg, open_data(cfg))
     cfg = run("eval.every=2")  # the training shards, decoded
     check_evaluation(cfg, open_data(cfg))
+
+
+def test_thresholds_without_evaluations_are_refused(run):
+    never = run("eval.thresholds=[50.0,20.0]")  # loads, as configurations of old runs do
+    sentence = (
+        r"eval.thresholds = \[50.0, 20.0\]: no score is compared with them, since eval.every is 0: set eval.every, or"
+    )
+    for data in (None, open_data(never)):
+        with pytest.raises(UserError, match=sentence):
+            check_evaluation(never, data)
+    check_evaluation(run(), None)
+    check_evaluation(run("eval.thresholds=[50.0]", "eval.every=2"), None)
+    inert = run(
+        "eval.metric=fid", "eval.inception=x.pth", "eval.against=x.npz"
+    )  # for `eval.every=0` in front of a debugger
+    check_evaluation(inert, None)
+    score = {
+        "step": 2,
+        "epoch": 0.5,
+        "metric": "FD-EffLite0",
+        "value": 60.0,
+        "samples": 4,
+        "cfg_scale": 1.0,
+        "weights": "ema",
+    }
+    score |= {"against": "train", "key": "ab", "rollbacks": 0, "seconds": 1.0, "time": "2026-01-01T00:00:00+00:00"}
+    Path(never.run).mkdir()
+    append_evaluation(Path(never.run), score)  # switched off after a score, which `megastar status` still compares
+    check_evaluation(never, None)
