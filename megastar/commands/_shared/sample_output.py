@@ -61,10 +61,10 @@ def sample_to_files(
         console.print(f"{npz} is already complete", markup=False, highlight=False)
         if rank or (a.out is None and GRID.exists()):
             return {}
-        images = read_some(npz, pipeline.shape, shown_images(pipeline.labels, columns))
+        grid = read_some(npz, pipeline.shape, shown_images(pipeline.labels, columns))
         if not a.folder:
             remove_parts(folder)  # of a command that was killed after it had joined them
-        return images
+        return grid
     if rank == 0:
         check_free_space(pipeline, folder, 1 + bool(npz))
     distributed.open_folder(folder, identity, provenance)
