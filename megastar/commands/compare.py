@@ -70,7 +70,7 @@ def main(words: list[str]) -> int:
 
     from megastar.experiments.comparison import Comparison, redraw
     from megastar.experiments.evaluation import Evaluation
-    from megastar.experiments.plan import plan_runs, take_sizes_of_codes
+    from megastar.experiments.plan import check_thresholds, plan_runs, take_sizes_of_codes
     from megastar.utils.logs import shared_console
 
     console = shared_console()
@@ -79,6 +79,7 @@ def main(words: list[str]) -> int:
         return 0
     gpus = torch.cuda.device_count()
     runs = plan_runs(cfg, gpus)
+    check_thresholds(cfg, runs)
     if text := take_sizes_of_codes(cfg, runs):  # of an earlier start, or of codes=
         console.print(text, highlight=False, markup=False)
     if a.dry_run:

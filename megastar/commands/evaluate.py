@@ -54,6 +54,11 @@ def main(words: list[str]) -> int:
         raise UserError("--fdr and --held-out belong together: give both, or neither")
     if a.fdr and (a.tokenizer or a.metrics or a.features != "efflite0"):
         raise UserError("--fdr scores images with its own networks: leave out --tokenizer, --metrics and --features")
+    if a.subset and a.tokenizer:
+        raise UserError(
+            f"--subset {a.subset} chooses among images to score, but --tokenizer reconstructs those of --real: use "
+            f"--real-subset {a.subset}"
+        )
     check_outputs({"--out": a.out}, a.generated, a.tokenizer, a.real, a.inception, a.dinov2, a.provenance, a.held_out)
     from megastar.evaluation.runner import evaluate, evaluate_reconstruction, read_provenance
     from megastar.utils.device import pick_device

@@ -21,7 +21,7 @@ from megastar.commands._shared.common import (
     seed,
 )
 from megastar.commands._shared.outputs import check_outputs
-from megastar.commands._shared.sample_output import SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
+from megastar.commands._shared.sample_output import GRID, SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
 from megastar.errors import UserError
 from megastar.sampling.pipeline import open_pipeline
 from megastar.sampling.step_schedules import PART_SCHEDULES, STEP_SCHEDULES
@@ -80,7 +80,7 @@ def parser() -> Parser:
     p.add_argument(
         "--cfg-scale",
         type=bounded(float, 0, 10**6),
-        help="guidance scale; 1: none (default 3; with --count, or without a null class, 1)",
+        help="guidance scale; 1: none (default 3; with --count or --score, or without a null class, 1)",
     )
     p.add_argument(
         "--cfg-schedule",
@@ -93,7 +93,9 @@ def parser() -> Parser:
         "--cfg-interval", type=bounded(int, -1, MOST), default=-1, help="last token with guidance; -1: all tokens"
     )
     p.add_argument(
-        "--temperature", type=bounded(float, 0, 10**6), help="softmax temperature (default 0.9, with --count 1)"
+        "--temperature",
+        type=bounded(float, 0, 10**6),
+        help="softmax temperature (default 0.9; with --count or --score, 1)",
     )
     p.add_argument("--top-k", type=natural, default=0, help="sample from the k most likely codes; 0: all")
     p.add_argument(
@@ -174,9 +176,15 @@ def main(words: list[str]) -> int:
         raise UserError("several processes need a shared output: give --npz, --folder or --score")
     if bool(a.score) != bool(a.real):
         raise UserError("--score (the output file) and --real (the reference images) must be given together")
+    of_score = ("real_subset", "real_sha256", "real_tokenizer", "inception", "inception_sha256", "dinov2", "metrics")
+    if not a.score and (given := [name for name in of_score if getattr(a, name) is not None]):
+        option = f"--{given[0].replace('_', '-')}"
+        raise UserError(
+            f"{option} {getattr(a, given[0])} belongs to a score: give --score and --real too, or leave it out"
+        )
     if a.score and (a.npz or a.out):
         raise UserError("--score keeps no images: leave out --npz and --out, or score an .npz with megastar evaluate")
-    grid = None if a.score else a.out or Path("samples.png")
+    grid = None if a.score else a.out or GRID
     source = a.source if a.source and Path(a.source).is_file() else None
     files = {"--out": grid, "--npz": a.npz, "--score": a.score}
     check_outputs(files, source, a.tokenizer, a.real, folders={"--folder": a.folder})
@@ -240,7 +248,7 @@ def main(words: list[str]) -> int:
     from megastar.sampling.grid import Block, image_grid, save_grid
 
     block = Block("", np.stack(list(shown.values())), [labels[i] for i in shown])
-    out = a.out or Path("samples.png")
+    out = a.out or GRID
     save_grid(image_grid([block], names, columns=columns), out, settings | pipeline.options.recorded() | origin)
     written = " and ".join(str(p) for p in (out, a.npz, a.folder) if p)
     console.print(f"{len(labels)} images of {len(set(labels))} classes: {written}", markup=False, highlight=False)

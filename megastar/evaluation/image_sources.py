@@ -64,9 +64,11 @@ def open_images(
 
     Images of folders and tars are cropped to a centre square of ``size`` pixels (default: the first image's short side).
     An .npz and token shards, decoded by ``tokenizer`` on ``device``, must have that size. ``limit`` keeps the first images in order of
-    their keys. ``data``: cache and patience of token shards on S3. Unreadable images are skipped with a warning. Raises ``UserError``.
+    their keys. ``data``: cache and patience of token shards on S3. Unreadable images are skipped with a warning. Raises ``UserError``,
+    also for a ``subset`` or ``tokenizer`` that images of this kind do not use.
     """
-    if is_remote(path) or (Path(path) / MANIFEST).is_file():
+    check_applicable(path, subset, tokenizer)
+    if holds_shards(path):
         found: ImageSource = TokenImages(path, tokenizer, limit, device, data)
     elif Path(path).suffix == ".npz":
         found = NpzImages(Path(path), limit)
@@ -75,6 +77,26 @@ def open_images(
     if size is not None and (found.height, found.width) != (size, size):
         raise UserError(f"{path}: images of {found.width} x {found.height} pixels, but {size} x {size} are required")
     return found
+
+
+def holds_shards(path: str | Path) -> bool:
+    return is_remote(path) or (Path(path) / MANIFEST).is_file()
+
+
+def check_applicable(path: str | Path, subset: str | None, tokenizer: str | Path | None) -> None:
+    """Raise ``UserError`` for a choice that the images at ``path`` do not have, and that would be ignored."""
+    shards = holds_shards(path)
+    if subset and (shards or Path(path).suffix == ".npz"):
+        kind = "token shards have" if shards else "an .npz has"
+        raise UserError(
+            f"{path}: {kind} no top-level folders, so the subset {shown(subset)} cannot be chosen: leave the subset out, or name a "
+            "folder or tar of images"
+        )
+    if tokenizer is not None and not shards:
+        raise UserError(
+            f"{path} holds no token shards, so the tokenizer {tokenizer} would decode nothing: leave --real-tokenizer out, or "
+            "name token shards"
+        )
 
 
 def load_images(path: str | Path, **options: Any) -> np.ndarray:

@@ -18,7 +18,7 @@ from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector, collect
 from megastar.evaluation.features import Network
 from megastar.evaluation.frechet import Statistics
-from megastar.evaluation.image_sources import NPZ_NAMES, ImageSource, npz_names, open_images
+from megastar.evaluation.image_sources import NPZ_NAMES, ImageSource, check_applicable, npz_names, open_images
 from megastar.evaluation.inception import POOL, SPATIAL
 from megastar.evaluation.options import EvaluationOptions
 from megastar.utils.files import atomic_file, sha256
@@ -59,6 +59,7 @@ def read_reference(
     are then read only for precision, recall and KID. Otherwise the results are cached in ``o.cache`` (default
     ``$MEGASTAR_CACHE`` or ~/.cache/megastar) under the hash of their source. Raises ``UserError``.
     """
+    check_applicable(real, o.real_subset, o.real_tokenizer)
     names = npz_names(Path(real)) if Path(real).suffix == ".npz" else []
     published = "mu" in names and network.key.startswith("inception")
     if "mu" in names and not published and not set(names) & set(NPZ_NAMES):

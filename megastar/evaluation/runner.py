@@ -128,7 +128,15 @@ def evaluate_reconstruction(
     """
     o, start = EvaluationOptions(**options), time.perf_counter()
     config, _ = read_tokenizer_metadata(tokenizer)
-    images = open_images(real, subset=o.real_subset, size=config.image_size, limit=limit)
+    images = open_images(
+        real,
+        subset=o.real_subset,
+        size=config.image_size,
+        limit=limit,
+        tokenizer=o.real_tokenizer,
+        device=o.device,
+        data=o.data,
+    )
     metrics, made = _prepare(o, images.count, real)
     reference = _reference(real, config.image_size, metrics, made.network, o, limit)
     reconstructions = Reconstructions(tokenizer, images, o.device)

@@ -11,6 +11,7 @@ from pathlib import Path
 from megastar.config.comparison import CompareConfig
 from megastar.config.load import diff_configs, load_compare_config, load_config, override_config
 from megastar.config.model_sizes import set_sizes, take_sizes
+from megastar.config.rules.evaluation import unused_thresholds
 from megastar.config.schema import RunConfig
 from megastar.config.validate import find_problems
 from megastar.errors import UserError
@@ -117,11 +118,20 @@ def plan_runs(cfg: CompareConfig, gpus: int) -> list[PlannedRun]:
                     "scored alike; set base.eval"
                 )
             overrides = [*own, *(f"{field}={value}" for field, value in fixed.items())]
-            runs.append(PlannedRun(label, name, seed, override_config(cfg.base, overrides, f"variant {name}")))
+            made = override_config(cfg.base, overrides, f"variant {name}")
+            if not made.eval.every:  # the tables read those of the base
+                made.eval.thresholds = []
+            runs.append(PlannedRun(label, name, seed, made))
     check_fair(runs, cfg.curve.every)
     encoder_of(runs)
     check_samplers(cfg, ((run.variant, run.cfg.model) for run in runs))
     return runs
+
+
+def check_thresholds(cfg: CompareConfig, runs: Iterable[PlannedRun]) -> None:
+    """Raise ``UserError`` for thresholds of a comparison in which no run is scored while it trains."""
+    if cfg.base.eval.thresholds and not any(run.cfg.eval.every for run in runs):
+        raise UserError(unused_thresholds(cfg.base, "base."))
 
 
 def encoder_of(runs: Iterable[PlannedRun]) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from megastar.errors import UserError
 from megastar.utils.files import atomic_file, write_atomic
+from megastar.utils.json_file import shown
 from megastar.utils.npz import NpzFile
 
 MAX_BYTES = 1 << 30  # of the images of a file whose shape is not known
@@ -67,3 +68,24 @@ def read_npz(path: Path, shape: tuple[int, ...] | None = None) -> tuple[np.ndarr
         raise UserError(
             f"{path} is damaged ({error}): remove it and run again; only this part is sampled again"
         ) from error
+
+
+def read_some(path: Path, shape: tuple[int, ...], indices: Sequence[int]) -> dict[int, np.ndarray]:
+    """The images ``indices``, ascending, of a file that holds images of ``shape`` (N, H, W, 3): index -> (H, W, 3) uint8.
+
+    Only these are in memory. Raises ``UserError`` for a file that is damaged or holds images of another shape.
+    """
+    file, size, found = NpzFile(path), math.prod(shape[1:]), dict[int, np.ndarray]()
+    header = file.header("arr_0")
+    if header.dtype != np.uint8 or header.shape != shape or header.fortran:
+        raise UserError(
+            f"{path}: arr_0 is {header.dtype} {shown(str(header.shape))}, expected uint8 {shape}: remove it and run again"
+        )
+    with file.open("arr_0") as member:
+        for i in indices:
+            member.seek(header.start + i * size)
+            data = member.read(size)
+            if len(data) < size:
+                raise UserError(f"{path}: arr_0 is truncated: remove it and run again")
+            found[i] = np.frombuffer(data, np.uint8).reshape(shape[1:])
+    return found

@@ -289,7 +289,7 @@ class TokenizerTrainer:
 
     def load(self, path: Path, content: bytes | None = None) -> None:
         """Continue from a state that ``save`` wrote, on any number of ranks. ``content``: that of the file, if it is read
-        elsewhere. Raises ``UserError``, also if its configuration differs.
+        elsewhere. Raises ``UserError``, also if its configuration differs or it has more than ``steps`` steps.
         """
         try:
             file = path if content is None else io.BytesIO(content)
@@ -304,6 +304,10 @@ class TokenizerTrainer:
         if differing:
             raise UserError(
                 f"{path} has another configuration ({'; '.join(differing)}): choose another out=... or remove it"
+            )
+        if self.step > self.c.steps:  # a result of ``steps`` steps cannot be made from it
+            raise UserError(
+                f"{path} has {self.step} steps, steps is {self.c.steps}: set steps to at least {self.step}, or choose another out=..."
             )
 
     def _differences(self, old: dict[str, Any]) -> list[str]:

@@ -213,7 +213,7 @@ def add_score_options(p: Any, *, required: bool) -> None:
     p.add_argument(
         "--real", required=required, help="reference: VIRTUAL_*.npz of ADM; folder, tar or .npz of images; token shards"
     )
-    p.add_argument("--real-subset", help="use only real images in this top-level folder")
+    p.add_argument("--real-subset", help="use only real images in this top-level folder of a folder or tar")
     p.add_argument("--real-sha256", help="fail unless the reference has this SHA-256")
     p.add_argument("--real-tokenizer", help="tokenizer that decodes the token shards of --real")
     p.add_argument("--inception", help="file with FID's Inception weights; never downloaded")

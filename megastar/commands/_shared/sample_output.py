@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 JOIN_TIMEOUT = 3600.0  # seconds that ranks wait for each other before they generate
 SHOWN_CLASSES = 16  # in the grid
+GRID = Path("samples.png")  # its default file
 
 
 def shown_images(labels: list[int], columns: int) -> list[int]:
@@ -43,23 +44,27 @@ def sample_to_files(
 ) -> dict[int, np.ndarray]:
     """Generate this rank's share of --npz and --folder; rank 0 joins the parts and returns the images of the grid.
 
-    A record beside the .npz identifies the command that wrote it: repeating it does nothing, another command fails.
+    A record beside the .npz identifies the command that wrote it: repeating it samples nothing and returns images only for a
+    grid that is missing or named, another command fails.
     """
-    import shutil
-
     from megastar.sampling import distributed
-    from megastar.sampling.npz import read_npz, record_of, write_record
+    from megastar.sampling.npz import read_npz, read_some, record_of, write_record
 
     rank, world = place
     npz: Path | None = a.npz
     identity, provenance = record(pipeline, origin)
+    folder: Path = a.folder or a.npz.with_name(a.npz.name + ".parts")
     if npz and npz.exists():
         if not record_of(npz).is_file():
             raise UserError(f"{npz} exists, but its record {record_of(npz)} does not: name another file, or remove it")
         distributed.check_plan(record_of(npz), identity)
         console.print(f"{npz} is already complete", markup=False, highlight=False)
-        return {}
-    folder: Path = a.folder or a.npz.with_name(a.npz.name + ".parts")
+        if rank or (a.out is None and GRID.exists()):
+            return {}
+        grid = read_some(npz, pipeline.shape, shown_images(pipeline.labels, columns))
+        if not a.folder:
+            remove_parts(folder)  # of a command that was killed after it had joined them
+        return grid
     if rank == 0:
         check_free_space(pipeline, folder, 1 + bool(npz))
     distributed.open_folder(folder, identity, provenance)
@@ -81,10 +86,20 @@ def sample_to_files(
         write_record(record_of(npz), identity, provenance)  # before the .npz, which is refused without a record
         distributed.join_parts(pipeline, folder, npz)
         if not a.folder:
-            gone = folder.with_name(folder.name + ".joined")  # at once, so that no rank finds only some of the parts
-            folder.rename(gone)
-            shutil.rmtree(gone)
+            remove_parts(folder)
     return shown
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the folder of parts that were joined, and what is left of an earlier removal."""
+    import shutil
+
+    gone = folder.with_name(folder.name + ".joined")
+    if gone.is_dir():
+        shutil.rmtree(gone)
+    if folder.is_dir():
+        folder.rename(gone)  # at once, so that no rank finds only some of the parts
+        shutil.rmtree(gone)
 
 
 def record(pipeline: SamplingPipeline, origin: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -120,12 +135,14 @@ def sample_and_score(
     import torch.distributed as dist
 
     from megastar.commands._shared.common import score_options_of
+    from megastar.evaluation.image_sources import check_applicable
     from megastar.evaluation.runner import sample_and_evaluate
     from megastar.sampling import distributed
 
     rank, world = place
     identity, provenance = record(pipeline, origin)
     main_console = console if rank == 0 else None
+    check_applicable(a.real, a.real_subset, a.real_tokenizer)  # --folder is filled before the reference is opened
     group = join(rank, world)
     if a.folder:
         if rank == 0:

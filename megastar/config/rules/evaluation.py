@@ -11,6 +11,14 @@ from megastar.config.sections.evaluation import LEAST_FID
 FILES = {"fid": "inception", "fd_dinov2": "dinov2"}  # metric -> the field of its weights
 
 
+def unused_thresholds(cfg: RunConfig, prefix: str = "") -> str:
+    """The sentence about thresholds of a run that is never scored. No rule: configurations of old runs have to load."""
+    return (
+        f"{prefix}eval.thresholds = {cfg.eval.thresholds}: no score is compared with them, since {prefix}eval.every is 0: set "
+        f"{prefix}eval.every, or {prefix}eval.thresholds=[]"
+    )
+
+
 def evaluation_rules(cfg: RunConfig) -> Iterator[Problem]:
     e = cfg.eval
     if not e.every:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megastar.config.rules.evaluation import unused_thresholds
 from megastar.config.schema import RunConfig
 from megastar.config.sections.evaluation import EvaluationConfig
 from megastar.data.shards.manifest import Manifest
@@ -15,9 +16,10 @@ from megastar.engine.evaluation.random_state import kept_random_state
 from megastar.engine.input_pipeline.data_checks import RunData
 from megastar.errors import UserError
 from megastar.evaluation.features import Network, open_network
-from megastar.evaluation.image_sources import NPZ_NAMES, npz_names, open_images
+from megastar.evaluation.image_sources import NPZ_NAMES, check_applicable, npz_names, open_images
 from megastar.evaluation.options import Settings
 from megastar.evaluation.scores import check_count
+from megastar.run_dir.evaluations import read_evaluations
 from megastar.sampling.distributed import labels_like, plan_labels
 from megastar.tokenizer.io import read_tokenizer_metadata
 
@@ -53,9 +55,12 @@ def labels_of_run(e: EvaluationConfig, manifest: Manifest, seed: int) -> tuple[l
 
 
 def check_evaluation(cfg: RunConfig, data: RunData | None) -> None:
-    """Raise ``UserError`` for what would make every evaluation of the run fail: missing files, another picture size."""
+    """Raise ``UserError`` for what would make every evaluation of the run fail: missing files, another picture size; also
+    for thresholds without evaluations."""
     e = cfg.eval
     if not e.every:
+        if e.thresholds and not read_evaluations(Path(cfg.run)):  # those of an earlier start are still compared
+            raise UserError(unused_thresholds(cfg))
         return
     with kept_random_state(torch.device("cpu")):  # a network may be initialised before its weights are read
         network = open_reference_network(e)
@@ -69,6 +74,7 @@ def check_evaluation(cfg: RunConfig, data: RunData | None) -> None:
             cfg.data.shards,
         )
     real, tokenizer, limit = reference_of(cfg)
+    check_applicable(real, e.against_subset or None, tokenizer)  # files of statistics alone are not opened below
     size, names = size_of_samples(cfg), _arrays_of(real)
     if "mu" in names and network.key.startswith("inception") and not set(names) & set(NPZ_NAMES):
         return  # statistics only

@@ -342,7 +342,12 @@ class _Run:
         broken = self._broken(batches)
         if broken and ctx.main:
             logger.warning("%d unreadable images were replaced by the next one: %s", len(broken), ", ".join(broken[:3]))
-        provenance: dict[str, Any] = {"command": self.command, "seed": cfg.seed, "steps": cfg.steps, "ranks": ctx.world}
+        provenance: dict[str, Any] = {
+            "command": self.command,
+            "seed": cfg.seed,
+            "steps": trainer.step,
+            "ranks": ctx.world,
+        }
         provenance |= {"pictures": len(self.pictures), "scores": scores}
         if cfg.init:
             provenance["init"] = read_tokenizer_metadata(cfg.init)[1]  # provenance of the initial weights

@@ -245,9 +245,14 @@ def test_scores_while_sampling_are_those_of_the_file_and_of_two_processes(files,
             "the request: 26 images, but kid requires 1000",
         ),
         (["--real", tmp_path / "no.npz", "--score", tmp_path / "x.json"], "no.npz does not exist"),
+        (
+            [*how, "--real-subset", "val", "--score", tmp_path / "x.json", "--folder", tmp_path / "new_parts"],
+            "real.npz: an .npz has no top-level folders, so the subset val cannot be chosen",
+        ),
     ]:
         monkeypatch.setattr(SamplingPipeline, "sample_chunk", None)  # reported before the first image is sampled
         assert cli.main(words(files, *draw, *more)) == 2 and sentence in capsys.readouterr().err
+    assert not (tmp_path / "new_parts").exists()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(words(files, *draw, *how, "--score", tmp_path / "x.json")) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -189,9 +190,22 @@ def test_a_repeated_command_trains_no_step_and_writes_the_same(images, whole):
     assert [e["event"] for e in read_events(out)].count("finished") == 1
 
 
+def test_fewer_steps_than_the_state_has_are_refused(images, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    out = tmp_path / "run"
+    files = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(
+        UserError, match=r"last.pt has 12 steps, steps is 8: set steps to at least 12, or choose another out"
+    ):
+        train_tokenizer(config(images, out, steps=8))
+    assert {p: p.read_bytes() for p in files} == files
+    train_tokenizer(config(images, out, steps=13))
+    assert read_tokenizer_metadata(out / "tokenizer.safetensors")[1]["steps"] == 13
+    assert json.loads((out / "scores.json").read_text())["steps"] == 13
+
+
 def test_other_images_or_another_run_are_refused(images, whole, tmp_path):
     out = tmp_path / "copy"
-    import shutil
 
     shutil.copytree(whole[0], out)
     state = (out / "last.pt").read_bytes()
