@@ -77,8 +77,8 @@ def test_safetensors_hold_the_weights(runs, tmp_path, mesh, weights, dtype):
     model, about = load_model(out, dtype=kind)
     assert equal(model.state_dict(), weights_of("ema" if weights == "ema" else "fp32", kind))
     assert about == {
-        "weights": weights, "step": 3, "of_steps": 8, "images_seen": 24, "seed": 0, "self_guided": True,
-        "classes": list("abcde"), "command": "megastar train",
+        "weights": weights, "step": 3, "of_steps": 8, "images_seen": 24, "seed": 0, "method": "star",
+        "self_guided": True, "classes": list("abcde"), "command": "megastar train",
     }  # fmt: skip
     assert f"{weights} weights, {dtype}, step 3" in told and "read back as written" in told
     assert sorted(p.name for p in out.parent.iterdir()) == ["w.json", "w.safetensors"]
