@@ -79,7 +79,7 @@ def main(words: list[str]) -> int:
         return 0
     gpus = torch.cuda.device_count()
     runs = plan_runs(cfg, gpus)
-    check_thresholds(cfg, runs)
+    check_thresholds(cfg)
     if text := take_sizes_of_codes(cfg, runs):  # of an earlier start, or of codes=
         console.print(text, highlight=False, markup=False)
     if a.dry_run:

@@ -118,19 +118,16 @@ def plan_runs(cfg: CompareConfig, gpus: int) -> list[PlannedRun]:
                     "scored alike; set base.eval"
                 )
             overrides = [*own, *(f"{field}={value}" for field, value in fixed.items())]
-            made = override_config(cfg.base, overrides, f"variant {name}")
-            if not made.eval.every:  # the tables read those of the base
-                made.eval.thresholds = []
-            runs.append(PlannedRun(label, name, seed, made))
+            runs.append(PlannedRun(label, name, seed, override_config(cfg.base, overrides, f"variant {name}")))
     check_fair(runs, cfg.curve.every)
     encoder_of(runs)
     check_samplers(cfg, ((run.variant, run.cfg.model) for run in runs))
     return runs
 
 
-def check_thresholds(cfg: CompareConfig, runs: Iterable[PlannedRun]) -> None:
-    """Raise ``UserError`` for thresholds of a comparison in which no run is scored while it trains."""
-    if cfg.base.eval.thresholds and not any(run.cfg.eval.every for run in runs):
+def check_thresholds(cfg: CompareConfig) -> None:
+    """Raise ``UserError`` for thresholds of a comparison whose runs are not scored while they train."""
+    if cfg.base.eval.thresholds and not cfg.base.eval.every:
         raise UserError(unused_thresholds(cfg.base, "base."))
 
 
