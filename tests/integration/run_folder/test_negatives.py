@@ -11,7 +11,7 @@ import yaml
 
 from tests.integration.conftest import megastar
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 STILL = [f"model.{name}_dropout_p=0" for name in ("token", "resid", "ffn")]
 ONE_PASS = "self_guided.negatives=micro_batch"
 

@@ -26,6 +26,8 @@ from megastar.utils.progress_bar import progress_bar
 from tests.unit.data.images.test_sources import write_source
 from tests.unit.data.pretokenize.test_runner import QUIET, contents, images, notes, run, tokenizer  # noqa: F401
 
+pytestmark = pytest.mark.long
+
 # One process of several; "slow" leaves its first shard unfinished for long.
 CHILD = """
 import sys, time
