@@ -16,18 +16,18 @@ from megastar.engine.rank_sync import from_main, on_all_ranks, run_on_main
 from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.events import append_event
+from megastar.run_dir.layout import VISIBLE_WITHIN
 from megastar.run_dir.lease import RunLease
 from megastar.utils.files import check_output
 from megastar.utils.launcher import place_of
 from megastar.utils.signals import StopFlag
 
-VISIBLE_WITHIN = 90.0  # seconds; clients of NFS keep what they know of a folder for up to 60
-
 
 @contextmanager
 def hold_run_folder(cfg: RunConfig, ctx: Context, stop: StopFlag) -> Iterator[RunLease]:
     """Hold the run folder's lease on rank 0 in the block. Raises ``UserError`` on all ranks if another process holds it,
-    the folder cannot be created or written, or it is not the same folder on all nodes. A stop signal ends the wait for a holder that may have ended."""
+    the folder cannot be created or written, or it is not the same folder on all nodes. A stop signal ends the wait for a
+    holder that may have ended."""
     run = Path(cfg.run)
     lease = RunLease(run, "megastar train", "run")
     try:

@@ -14,3 +14,4 @@ ROLLBACKS = "rollbacks.jsonl"
 EVALUATIONS, EVALUATING = "evaluations.jsonl", "evaluating.json"  # scores while training; the one under way
 MANIFEST = "megastar.json"  # of a checkpoint
 FORMAT = 2  # of a checkpoint
+VISIBLE_WITHIN = 90.0  # seconds that another node's file may take to appear; clients of NFS keep what they know of a folder for up to 60

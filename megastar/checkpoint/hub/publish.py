@@ -52,7 +52,7 @@ def prepare(folder: Path) -> Publication:
 
 
 def is_private(repository: str) -> bool | None:
-    """Whether the existing ``repository`` is private; None if there is none that the token may see. Raises ``UserError``."""
+    """Whether ``repository`` is private; None if it does not exist or the token may not see it. Raises ``UserError``."""
     hub = library()
     try:
         return bool(hub.HfApi(library_name="megastar").repo_info(repository, repo_type="model").private)

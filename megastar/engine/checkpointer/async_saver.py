@@ -38,6 +38,7 @@ from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.checkpoint_dir import WRITING, folder_of, name_of
 from megastar.run_dir.events import append_event
 from megastar.run_dir.folder_guard import FolderGuard
+from megastar.run_dir.layout import VISIBLE_WITHIN
 from megastar.run_dir.lease import RunLease
 from megastar.run_dir.manifest import file_problem
 
@@ -45,7 +46,6 @@ UPLOAD_PATIENCE = 86400.0
 AGAIN = "run the same command again to upload the rest"
 RETRY_EVERY = 60.0  # seconds from a failed save to the next attempt, unless a save is due before
 REPORT_EVERY = 600.0  # seconds between reports of saves that keep failing
-VISIBLE_WITHIN = 90.0  # seconds; clients of NFS keep what they know of a folder for up to 60
 SLACK = 1 << 20  # bytes, for headers and the manifest
 USR1_GRACE = 120.0  # seconds; the batch scripts ask for USR1 three minutes before the end
 SHORT_GRACE = 20.0  # seconds; SLURM kills 30 s after TERM

@@ -39,7 +39,7 @@ class Client:
         self.env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
 
     def __call__(self, *words: object, answer: str = "", **env: str) -> subprocess.CompletedProcess:
-        """``answer``: what is typed in a terminal; empty: there is none."""
+        """``answer``: what is typed in a terminal; empty: without a terminal."""
         command = [sys.executable, "-m", "megastar", *map(str, words)]
         if words[0] != "train" and set(env) <= {"HF_TOKEN"}:  # what huggingface_hub does not read at its import only
             return self._here(command, env, answer)
