@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megastar.commands._shared.common import Parser, add_score_options, positive, score_options_of, seed
+from megastar.commands._shared.common import (
+    Parser,
+    add_score_options,
+    given_score_options,
+    positive,
+    score_options_of,
+    seed,
+)
 from megastar.commands._shared.json_output import only_json
 from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
@@ -52,8 +59,10 @@ def main(words: list[str]) -> int:
         raise UserError("give either images to score or --tokenizer; see megastar evaluate --help")
     if (a.fdr is None) != (a.held_out is None) or (a.held_out_subset and not a.held_out):
         raise UserError("--fdr and --held-out belong together: give both, or neither")
-    if a.fdr and (a.tokenizer or a.metrics or a.features != "efflite0"):
+    if a.fdr and (a.tokenizer or a.metrics or a.features):
         raise UserError("--fdr scores images with its own networks: leave out --tokenizer, --metrics and --features")
+    if a.fdr and (given := given_score_options(a, ("is_split", "kid_subsets", "kid_size"))):
+        raise UserError(f"--fdr computes Frechet distances only: leave out {given[0]}")
     if a.subset and a.tokenizer:
         raise UserError(
             f"--subset {a.subset} chooses among images to score, but --tokenizer reconstructs those of --real: use "

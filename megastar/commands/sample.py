@@ -9,9 +9,11 @@ from pathlib import Path
 from megastar.checkpoint.find_weights import class_names, class_number, find_weights, has_null_class, labels_of
 from megastar.commands._shared.common import (
     MOST,
+    SETTINGS,
     Parser,
     add_score_options,
     bounded,
+    given_score_options,
     main_console,
     natural,
     own_device,
@@ -176,12 +178,18 @@ def main(words: list[str]) -> int:
         raise UserError("several processes need a shared output: give --npz, --folder or --score")
     if bool(a.score) != bool(a.real):
         raise UserError("--score (the output file) and --real (the reference images) must be given together")
-    of_score = ("real_subset", "real_sha256", "real_tokenizer", "inception", "inception_sha256", "dinov2", "metrics")
-    if not a.score and (given := [name for name in of_score if getattr(a, name) is not None]):
-        option = f"--{given[0].replace('_', '-')}"
-        raise UserError(
-            f"{option} {getattr(a, given[0])} belongs to a score: give --score and --real too, or leave it out"
-        )
+    of_score = (
+        "real_subset",
+        "real_sha256",
+        "real_tokenizer",
+        "inception",
+        "inception_sha256",
+        "dinov2",
+        "metrics",
+        "features",
+    )
+    if not a.score and (given := given_score_options(a, (*of_score, *SETTINGS))):
+        raise UserError(f"{given[0]} belongs to a score: give --score and --real too, or leave it out")
     if a.score and (a.npz or a.out):
         raise UserError("--score keeps no images: leave out --npz and --out, or score an .npz with megastar evaluate")
     grid = None if a.score else a.out or GRID

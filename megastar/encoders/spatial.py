@@ -23,6 +23,7 @@ from megastar.encoders.vit import FrozenVit
 from megastar.errors import UserError
 from megastar.utils.device import exact_convolutions
 from megastar.utils.files import sha256
+from megastar.utils.weights.weight_parts import weights_sha256
 
 NAMES = "efflite0, dinov2 or dinov3 with a weights file, or module:function"
 DINO = {
@@ -99,7 +100,7 @@ class DinoPatches:
         self.name, self.device = name, torch.device(device)
         net: FrozenVit = (dinov2 if name == "dinov2" else dinov3).load(weights)
         self.net = net.to(self.device)
-        self.weights_sha256 = sha256(Path(weights))
+        self.weights_sha256 = weights_sha256(weights)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, grid: int) -> Tensor:
@@ -126,7 +127,7 @@ class CustomPatches:
         finally:
             sys.path.remove("")
         source = weights or getattr(sys.modules[module], "__file__", None)
-        self.weights_sha256 = sha256(Path(source)) if source else hashlib.sha256(path.encode()).hexdigest()
+        self.weights_sha256 = weights_sha256(source) if source else hashlib.sha256(path.encode()).hexdigest()
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, grid: int) -> Tensor:

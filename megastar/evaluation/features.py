@@ -27,6 +27,7 @@ from megastar.errors import UserError
 from megastar.evaluation.inception import CLASSES, POOL, SHA256, SPATIAL, load_inception, scale
 from megastar.utils.device import exact_convolutions
 from megastar.utils.files import sha256
+from megastar.utils.weights.weight_parts import weights_sha256
 
 M = TypeVar("M", bound=nn.Module)
 SIDE = 128  # EfficientNet's input in pixels; it was trained at 224, from which 64-pixel images do not benefit
@@ -182,7 +183,7 @@ class DinoFeatures(_PlainNetwork):
             raise UserError(f"{problem}: download {encoder.WANTED}; SHA-256 of the ViT-L/14: {DINOV2_SHA256}")
         self.device = torch.device(device)
         net = encoder.load(path)
-        self.net, self.dim, self.digest = net.to(self.device), net.dim, sha256(Path(path))
+        self.net, self.dim, self.digest = net.to(self.device), net.dim, weights_sha256(path)
         self.key = f"dinov2-{RECIPE}-{self.digest[:12]}"
         short = net.shape.name.replace("dinov2_", "DINOv2-")
         self.suffix = "DINOv2" if self.digest == DINOV2_SHA256 else f"{short}@{self.digest[:8]}"

@@ -22,6 +22,7 @@ from megastar.evaluation.reference import Reference
 METRICS = ("fid", "sfid", "is", "pr", "kid", "fd", "fd_dinov2")
 FRECHET = ("fd", "fd_dinov2")  # with a floor: the distance between halves of the real set
 REPORTABLE = 5000  # with fewer, FD of 1280 features is too noisy to compare with runs of another count
+SETTING_OF = {"is_split": "is", "kid_subsets": "kid", "kid_size": "kid"}  # the metric that it belongs to
 USUAL = 50_000  # in papers
 FLOOR_SEED = 0
 
@@ -126,6 +127,9 @@ def _warnings(made: Collector, real: Reference, metrics: Sequence[str], s: Setti
         for n, what in ((made.count, "generated"), (real.count, "real"))
         if n < REPORTABLE and not (what == "real" and real.published)
     ]
+    for name, metric in SETTING_OF.items():
+        if metric not in metrics and (value := getattr(s, name)) != getattr(Settings(), name):
+            out.append(f"{name} = {value} has no effect: {metric} is not among the metrics {', '.join(metrics)}")
     for metric in metrics:
         required = min_images(metric, made.network, replace(s, allow_few=False))
         if min(made.count, made.count if metric == "is" or real.published else real.count) < required:

@@ -21,7 +21,6 @@ from megastar.utils.json_file import (
     ANY,
     FILE_NAME,
     SHA256,
-    WEIGHT_NAME,
     check,
     dict_of,
     integer,
@@ -32,6 +31,7 @@ from megastar.utils.json_file import (
     text,
     validator,
 )
+from megastar.utils.weights import weight_parts
 
 FORMAT, MODEL_TYPE = 1, "megastar"
 CONFIG, WEIGHTS, INDEX, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
@@ -50,7 +50,6 @@ _CONFIG = validator(
         {"tokenizer": record({"sha256": SHA256}, {"file_sha256": SHA256})},
     )
 )  # fmt: skip
-_INDEX = validator(record({"weight_map": dict_of(WEIGHT_NAME, FILE_NAME)}, {"metadata": dict_of(text(200), ANY)}))
 
 
 def is_hub_folder(path: Path) -> bool:
@@ -109,6 +108,4 @@ def _foreign(what: object, library: str) -> UserError:
 
 def read_index(path: Path) -> dict[str, str]:
     """Weight -> file of a folder with several weights files. Raises ``UserError``; a name is never a path."""
-    content = read_json(path / INDEX, _INDEX, "copy or convert it again", MOST_BYTES)
-    found: dict[str, str] = content["weight_map"]
-    return found
+    return weight_parts.read_index(path / INDEX, "copy or convert it again")

@@ -11,7 +11,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T", int, float)
+SETTINGS = ("is_split", "kid_subsets", "kid_size", "allow_few")  # of a score
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -219,17 +220,15 @@ def add_score_options(p: Any, *, required: bool) -> None:
     p.add_argument("--inception", help="file with FID's Inception weights; never downloaded")
     p.add_argument("--inception-sha256", help="SHA-256 of a custom Inception file")
     p.add_argument("--dinov2", help="file with DINOv2's weights, for FD-DINOv2 (ViT-L/14); never downloaded")
-    p.add_argument(
-        "--features", default="efflite0", help="without --inception and --dinov2: efflite0 or module:function"
-    )
+    p.add_argument("--features", help="without --inception and --dinov2: efflite0 (default) or module:function")
     p.add_argument(
         "--metrics",
         help="comma-separated: with --inception fid,sfid,is,pr,kid (default fid,sfid,is,pr), with --dinov2 "
         "fd_dinov2,pr,kid (default fd_dinov2), else fd,pr,kid (default fd)",
     )
-    p.add_argument("--is-split", type=positive, default=5000, help="images per split for IS (default 5000, as in ADM)")
-    p.add_argument("--kid-subsets", type=positive, default=100, help="random subsets for KID")
-    p.add_argument("--kid-size", type=positive, default=1000, help="images per subset for KID")
+    p.add_argument("--is-split", type=positive, help="images per split for IS (default 5000, as in ADM)")
+    p.add_argument("--kid-subsets", type=positive, help="random subsets for KID (default 100)")
+    p.add_argument("--kid-size", type=positive, help="images per subset for KID (default 1000)")
     p.add_argument("--allow-few", action="store_true", help="score fewer images than a metric requires, for testing")
 
 
@@ -237,17 +236,29 @@ def score_options_of(a: argparse.Namespace, seed: int = 0) -> dict[str, Any]:
     """Keyword arguments of ``evaluation.runner``; ``seed`` selects KID's subsets. Raises ``UserError``."""
     from megastar.evaluation.options import Settings
 
+    if a.inception_sha256 and a.inception is None:
+        raise UserError(
+            f"--inception-sha256 {a.inception_sha256} is the hash of a file: name the file with --inception"
+        )
     for option in ("inception", "dinov2"):
-        if getattr(a, option) is not None and a.features not in ("efflite0", option):
+        if getattr(a, option) is not None and a.features not in (None, "efflite0", option):
             raise UserError(f"--{option} and --features {a.features} select different networks: give one")
     if a.inception is not None and a.dinov2 is not None and not getattr(a, "fdr", None):
         raise UserError("--inception and --dinov2 select different networks: give one, and score twice")
     metrics = [m.strip().lower() for m in a.metrics.split(",") if m.strip()] if a.metrics else None
-    features = a.features
+    features = a.features or "efflite0"
     if features == "efflite0" and a.dinov2 is None and metrics:  # reports that a file is missing
         features = "inception" if set(metrics) & {"fid", "sfid", "is"} else features
         features = "dinov2" if set(metrics) == {"fd_dinov2"} else features
-    settings = {k: getattr(a, k) for k in ("is_split", "kid_subsets", "kid_size", "allow_few")}
+    settings = {k: v for k in SETTINGS if (v := getattr(a, k)) is not None}
     names = ("inception", "inception_sha256", "dinov2", "real_subset", "real_sha256", "real_tokenizer")
     kwargs = {name: getattr(a, name) for name in names}
     return kwargs | {"metrics": metrics, "features": features, "settings": Settings(**settings, seed=seed)}
+
+
+def given_score_options(a: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that were given, as typed: ``--kid-size 50``."""
+    given = [
+        (f"--{name.replace('_', '-')}", value) for name in names if (value := getattr(a, name)) not in (None, False)
+    ]
+    return [option if value is True else f"{option} {value}" for option, value in given]

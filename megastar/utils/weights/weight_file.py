@@ -19,17 +19,22 @@ from megastar.errors import UserError
 from megastar.utils.files import open_regular
 from megastar.utils.json_file import shown
 from megastar.utils.weights.safetensors_header import open_tensors, read_header
+from megastar.utils.weights.weight_parts import check_whole, is_index, read_parts
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a .safetensors file, or of a torch.save file, also below ``state_dict`` or ``model``.
+    """The named tensors of a .safetensors file, of the files of a .safetensors.index.json, or of a torch.save file, also below
+    ``state_dict`` or ``model``.
 
     On the CPU, memory-mapped where possible, in the file's types. Raises ``UserError``.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist or is not a file: name a .pth or .safetensors file of weights")
+    if is_index(path):
+        return read_parts(path)
     if path.suffix == ".safetensors":
+        check_whole(path)
         _, entries = read_header(path)
         with open_tensors(path) as f:
             return {name: f.get_tensor(name) for name in entries}

@@ -54,6 +54,12 @@ def test_a_subset_or_tokenizer_that_images_do_not_use_is_refused(tmp_path, monke
         (["evaluate", "--tokenizer", file, "--real", npz, "--real-subset", "test"], f"{npz}: an .npz has no top-level"),
         (["evaluate", "--tokenizer", file, "--real", folder, "--subset", "class0"], "--real: use --real-subset class0"),
         (["sample", "--real-subset", "test"], "--real-subset test belongs to a score: give --score and --real too"),
+        (["sample"], f"--features {quick} belongs to a score: give --score and --real too"),
+        ([*ours, "--inception-sha256", "ab"], "--inception-sha256 ab is the hash of a file: name the file with --inc"),
+        (
+            [*ours, "--fdr", quick, "--held-out", npz, "--kid-size", "50"],
+            "--fdr computes Frechet distances only: leave out --kid-size 50",
+        ),
     ):
         features = [] if "--fdr" in words else ["--features", quick]
         assert main([*map(str, words), *features, "--device", "cpu"]) == 2
@@ -75,3 +81,29 @@ def test_a_subset_or_tokenizer_that_images_do_not_use_is_refused(tmp_path, monke
     assert json.loads(out.read_text())["real"]["pictures"] == 4  # what the refusal of --subset advises
     shown = evaluate_reconstruction(file, codes, real_tokenizer=file, features=quick, cache=tmp_path / "cache")
     assert shown["real"]["pictures"] == 8 and shown["real"]["tokenizer"] == str(file)
+
+
+@pytest.mark.parametrize(
+    "words", [["--kid-size", "50"], ["--kid-subsets", "100"], ["--is-split", "9"], ["--allow-few"]]
+)
+def test_settings_of_a_score_are_refused_without_one(words, capsys):
+    assert main(["sample", *words]) == 2
+    option = " ".join(words)
+    assert f"{option} belongs to a score: give --score and --real too, or leave it out" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_settings_of_metrics_that_are_not_computed_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MEGASTAR_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "pixel_sums.py").write_text("def mean(x):\n    return x.float().mean((1, 2))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    np.savez(tmp_path / "a.npz", np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8))
+    a, out = str(tmp_path / "a.npz"), tmp_path / "r.json"
+    score = ["evaluate", a, "--real", a, "--features", "pixel_sums:mean", "--device", "cpu", "--out", str(out)]
+    assert main([*score, "--kid-size", "6", "--is-split", "7"]) == 0
+    told = json.loads(out.read_text())["warnings"]
+    assert "kid_size = 6 has no effect: kid is not among the metrics fd" in told
+    assert "is_split = 7 has no effect: is is not among the metrics fd" in told
+    assert main([*score, "--kid-size", "6", "--metrics", "fd,kid"]) == 0
+    assert not any("no effect" in line for line in json.loads(out.read_text())["warnings"])
