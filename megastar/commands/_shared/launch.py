@@ -21,6 +21,8 @@ from megastar.utils.signals import STOP_SIGNALS, is_ignored
 
 # Seconds that ranks may take to save after a stop signal, or to end after another rank's failure.
 SHUTDOWN_TIMEOUT = 600.0
+# Seconds from a rank's failure to SIGTERM for the others: ranks that fail for the same reason end by themselves.
+FAILURE_GRACE = 2.0
 POLL = 0.05
 OF_OTHER_LAUNCHERS = ("TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_", "CROSS_", "LOCAL_SIZE")
 
@@ -98,6 +100,7 @@ class _Launcher:
     def _wait(self) -> int | None:
         """Wait until all ranks have ended; returns the one that failed first."""
         failed: int | None = None
+        terminate_at = float("inf")
         while True:
             statuses = [rank.poll() for rank in self.ranks]
             if failed is None and any(statuses):
@@ -105,9 +108,14 @@ class _Launcher:
                 bad = [i for i, status in enumerate(statuses) if status]
                 failed = next((i for i in bad if self._error_of(self.errors[i])), bad[0])
                 self._end_within(SHUTDOWN_TIMEOUT)
-                self._send(signal.SIGTERM)
+                terminate_at = time.monotonic() + (
+                    0 if self.signal else FAILURE_GRACE
+                )  # a signal has reached them already
             if None not in statuses:
                 return failed
+            if time.monotonic() > terminate_at:
+                terminate_at = float("inf")
+                self._send(signal.SIGTERM)
             if time.monotonic() > self.deadline:
                 self._send(signal.SIGKILL)
             time.sleep(POLL)

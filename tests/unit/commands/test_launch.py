@@ -28,6 +28,7 @@ def ranks(tmp_path, monkeypatch):
         script.chmod(0o755)
         monkeypatch.setattr(_launch.sys, "executable", str(script))
 
+    monkeypatch.setattr(_launch, "FAILURE_GRACE", 0.1)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(_launch.tempfile, "tempdir", None)
@@ -77,6 +78,15 @@ def test_the_failure_of_a_rank_reaches_the_user(ranks, capsys):
     assert capsys.readouterr().err == "megastar: error: rank 1 was killed by SIGKILL\n"
 
 
+def test_ranks_that_fail_one_after_the_other_get_no_signal(ranks, tmp_path, monkeypatch):
+    """Each ends with its own message, and the user reads one of them, nothing about SIGTERM."""
+    monkeypatch.setattr(_launch, "FAILURE_GRACE", 60.0)
+    ranks(f"trap 'echo TERM > {tmp_path}/got' TERM; [ $RANK = 0 ] && sleep 0.5; exit 3")
+    begin = time.monotonic()
+    assert _launch.launch(2, ["train"]) == 3
+    assert time.monotonic() - begin < 30 and not (tmp_path / "got").exists()
+
+
 def test_ranks_that_do_not_end_after_a_failure_are_killed(ranks, monkeypatch):
     monkeypatch.setattr(_launch, "SHUTDOWN_TIMEOUT", 0.5)
     ranks("[ $RANK = 1 ] && exit 3; trap '' TERM; while :; do sleep 0.05; done")
@@ -97,7 +107,7 @@ def launcher(tmp_path, *before: str) -> subprocess.Popen:
 
 
 TRAPS = 'for s in TERM INT HUP QUIT USR1; do trap "echo $s > {0}/got$RANK; exit 85" $s; done'
-LOOP = "echo $$ > {0}/pid$RANK; while :; do sleep 0.05; done"
+LOOP = "echo $$ > {0}/new$RANK; mv {0}/new$RANK {0}/pid$RANK; while :; do sleep 0.05; done"
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "QUIT", "USR1"])
