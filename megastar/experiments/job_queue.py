@@ -127,9 +127,7 @@ class JobQueue:
                     while waiting and len(self.running) < len(self.environments) and not self.stop_signal:
                         self._start(waiting.popleft(), bar)
                     time.sleep(POLL)
-                    if self.message:
-                        self.console.print(self.message, highlight=False)
-                        self.message = ""
+                    self._print_message()
                     if hidden and time.perf_counter() - logged >= LOG_EVERY:
                         logged = time.perf_counter()
                         logger.info(self._progress(len(waiting)))
@@ -140,11 +138,17 @@ class JobQueue:
                             bar.remove_task(one.task)
                             waiting.extendleft(reversed(after(attempt)))
                     if self.stop_signal and not self.running:
+                        self._print_message()  # of a signal that arrived since
                         raise QueueStopped(self.stop_signal)
         finally:
             self._end_all()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _print_message(self) -> None:
+        if self.message:
+            message, self.message = self.message, ""
+            self.console.print(message, highlight=False)
 
     def _progress(self, waiting: int) -> str:
         """What the running jobs have done, with the time that each still needs."""
