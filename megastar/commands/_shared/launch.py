@@ -108,12 +108,11 @@ class _Launcher:
                 bad = [i for i, status in enumerate(statuses) if status]
                 failed = next((i for i in bad if self._error_of(self.errors[i])), bad[0])
                 self._end_within(SHUTDOWN_TIMEOUT)
-                terminate_at = time.monotonic() + (
-                    0 if self.signal else FAILURE_GRACE
-                )  # a signal has reached them already
+                # At once if a stop signal has reached the ranks: later it would count as a second one.
+                terminate_at = time.monotonic() + (0 if self.signal else FAILURE_GRACE)
             if None not in statuses:
                 return failed
-            if time.monotonic() > terminate_at:
+            if time.monotonic() >= terminate_at:
                 terminate_at = float("inf")
                 self._send(signal.SIGTERM)
             if time.monotonic() > self.deadline:

@@ -257,6 +257,7 @@ def test_two_processes_say_a_mistake_once():
         "import sys, megastar.cli\n"
         "from megastar.commands import train\n"
         "from megastar.commands._shared import launch as _launch\n"
+        "_launch.FAILURE_GRACE = 60\n"  # however far apart the ranks end
         "train.main = lambda words: _launch.launch(2, ['probe', 'weights'])\n"
         "sys.exit(megastar.cli.main(['train']))"
     )
