@@ -22,6 +22,8 @@ STAMP := $(VENV)/.installed
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 WORKERS ?= 2
 TESTS ?=
+# Their examples are always the same in make test, and random in make test-fuzz.
+RANDOM_TESTS := tests/unit/data/test_fuzz.py tests/unit/data/test_exactly_once.py tests/unit/model/test_masks.py
 GPU := command -v nvidia-smi >/dev/null
 # DeepSpeed's operators are compiled at first use, not during installation.
 export DS_BUILD_OPS := 0
@@ -55,7 +57,7 @@ test-elastic: $(STAMP)
 	$(BIN)/pytest -s -m slurm tests/slurm/test_elastic.py
 
 test-fuzz: $(STAMP)
-	MEGASTAR_FUZZ=all $(BIN)/pytest -n 2 -rP tests/integration/fuzz
+	MEGASTAR_FUZZ=all $(BIN)/pytest -n 2 -rP tests/integration/fuzz $(RANDOM_TESTS)
 
 # The trackers' packages in an environment of their own, on top of .venv's: trackio needs another Pillow.
 TRACKERS := .venv-trackers

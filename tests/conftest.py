@@ -3,7 +3,9 @@
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,13 @@ from megastar.utils.signals import RANK_SIGNALS
 
 if not os.environ.get("MEGASTAR_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+with suppress(ImportError):  # some environments run no test that needs it
+    from hypothesis import settings
+
+    # The same examples each time; `make test-fuzz` draws others.
+    settings.register_profile("same", derandomize=True)
+    settings.load_profile("default" if os.environ.get("MEGASTAR_FUZZ") == "all" else "same")
 
 HERE = Path(__file__).parent
 # Files that take more than 20 s, longest first. `make test` runs them in this order before all others: a worker that starts
@@ -62,6 +71,21 @@ assert all(path.is_file() for path in PLACES), f"{[str(p) for p in PLACES if not
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: PLACES.get(item.path, len(PLACES)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Neither read nor fill the user's cache, also in the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGASTAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """What a test draws from torch's generator does not depend on the tests before it."""
+    if (torch := sys.modules.get("torch")) is not None:  # tests without torch do not import it
+        torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

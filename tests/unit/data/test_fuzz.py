@@ -22,7 +22,7 @@ from tests.unit.data.shards.test_shards import V, sample, write_set
 
 SIZES = (3, 2)
 PLACES = ("shard-00000.tar", "shard-00000.idx", "manifest.json")
-few = settings(max_examples=35, deadline=30_000, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=35, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
