@@ -38,10 +38,11 @@ def test_a_program_ends_as_python_would(ending, rank):
         f"process_exit.is_rank = lambda: {rank}\n"
         "process_exit.PATIENCE = 1000\n"
         "atexit.register(lambda: print('hook', end=''))\n"
-        "threading.Thread(target=lambda: (time.sleep(0.2), print('thread', end=''))).start()\n"
         "import concurrent.futures\n"
         "concurrent.futures.ThreadPoolExecutor(1).submit(int)\n"  # its worker waits for more until it is told
-        f"def main():\n    {ending}\n"
+        "ended = threading.Event()\n"
+        f"def main():\n    try:\n        {ending}\n    finally:\n        ended.set()\n"
+        "threading.Thread(target=lambda: (ended.wait(), time.sleep(0.2), print('thread', end=''))).start()\n"
         "process_exit.run_and_leave(main)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

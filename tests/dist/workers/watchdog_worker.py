@@ -25,10 +25,12 @@ from megastar.config.schema import RunConfig
 from megastar.engine.fault_tolerance.watchdog import watch
 from megastar.engine.phase import DATA, PHASE
 from megastar.errors import UserError
+from megastar.parallel.rendezvous import host_store, open_client
 from megastar.utils.hostname import shorten_dns_timeout
+from megastar.utils.launcher import LISTEN_FD
 
 WORLD, AT = 3, 20
-STEP_S = 0.02
+STEP_S = 0.1  # all scenarios share the cores: ranks that never sleep would seem silent
 
 
 def config(folder: Path, hang: float, lost: float) -> RunConfig:
@@ -41,8 +43,9 @@ def stuck_in_the_disk() -> None:
     time.sleep(1000)
 
 
-def loop(cfg: RunConfig, rank: int, scenario: Scenario) -> None:
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+def loop(cfg: RunConfig, rank: int, scenario: Scenario, listening: socket.socket) -> None:
+    store = store_at(listening, rank)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     with watch(cfg, rank, WORLD):
         x = torch.ones(8)
         for step in range(scenario.steps):
@@ -89,14 +92,19 @@ SCENARIOS = {
     "hung": Scenario(1, stuck_in_the_disk, hang=3, lost=30),
     "failed": Scenario(1, fail),
     "failed-0": Scenario(0, fail),
-    "paused": Scenario(-1, None, hang=3, steps=120),
+    "paused": Scenario(-1, None, hang=3, steps=40),
 }
 
 
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+def store_at(listening: socket.socket, rank: int) -> dist.TCPStore:
+    """The store of a group of forked ranks. ``listening``: rank 0's socket, opened before the forks, so that no other
+    process can take its port; nothing on the other ranks keeps it open."""
+    host, port = listening.getsockname()
+    fd = listening.detach()
+    if rank == 0:
+        return host_store(host, port, {LISTEN_FD: str(fd)})
+    os.close(fd)
+    return open_client(host, port, 300)
 
 
 def fork(folder: Path, name: str) -> dict[int, int]:
@@ -104,7 +112,7 @@ def fork(folder: Path, name: str) -> dict[int, int]:
     scenario = SCENARIOS[name]
     run = folder / name
     run.mkdir()
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    listening = socket.create_server(("127.0.0.1", 0))
     pids = {}
     for rank in range(WORLD):
         if pid := os.fork():
@@ -115,7 +123,7 @@ def fork(folder: Path, name: str) -> dict[int, int]:
         os.dup2(out, 2)
         status = 0
         try:
-            loop(config(run, scenario.hang, scenario.lost), rank, scenario)
+            loop(config(run, scenario.hang, scenario.lost), rank, scenario, listening)
         except UserError as error:
             os.write(2, f"error: {error}\n".encode())
             status = 2
@@ -123,6 +131,7 @@ def fork(folder: Path, name: str) -> dict[int, int]:
             os.write(2, f"raised: {error!r}\n".encode())
             status = 1
         os._exit(status)
+    listening.close()
     return pids
 
 

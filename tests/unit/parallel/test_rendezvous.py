@@ -4,6 +4,8 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -20,19 +22,29 @@ def quick(monkeypatch):
     monkeypatch.setattr(rendezvous, "STOP_GRACE", 1.0)
 
 
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return str(s.getsockname()[1])
+@contextmanager
+def closed_port() -> Iterator[str]:
+    """A port that nobody listens on, and that no other process can take meanwhile."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        yield str(s.getsockname()[1])
 
 
 def ranks(ranks_here, world, timeout=30.0, stopped=None, port="", worlds=None, **more):
-    """What ``join`` returned or raised, by rank. ``worlds``: of ranks that were told another number of ranks."""
-    stopped, port = stopped or {}, port or free_port()
-    results = {}
+    """What ``join`` returned or raised, by rank. ``worlds``: of ranks that were told another number of ranks.
+
+    Without ``port``, rank 0 gets a socket that listens already, as from our launcher: no rank is refused at first.
+    """
+    stopped, results, of_rank_0 = stopped or {}, {}, {}
+    if not port:
+        listening = socket.create_server(("127.0.0.1", 0))
+        port = str(listening.getsockname()[1])
+        of_rank_0 = {LISTEN_FD: str(listening.detach())}
 
     def start(rank):
         size = (worlds or {}).get(rank, world)
         place = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **more}
+        place |= of_rank_0 if rank == 0 else {}
         try:
             results[rank] = join(timeout, lambda: stopped.get(rank, 0), place)
         except BaseException as error:
@@ -97,20 +109,26 @@ def test_a_port_that_another_program_uses_now_does_not_hold_an_attempt(monkeypat
         assert results[1].port == results[0].port != silent.getsockname()[1]
 
 
-def test_missing_ranks_are_reported_and_named(caplog):
+def test_missing_ranks_are_reported_and_named(monkeypatch, caplog):
+    monkeypatch.setattr(rendezvous, "REPORT_EVERY", 0.05)
     found = ranks([0, 1], 4, timeout=2.0)
     assert type(found[0]) is type(found[1]) is MissingRanks
     assert "rank 0 waited 2 s (faults.join_timeout) for ranks 2, 3 of 4: check that" in str(found[0])
     assert str(found[1]) == ""  # reported once
     said = [r.getMessage() for r in caplog.records]
-    assert len(said) > 2 and all("rank 0 has waited" in s and "for ranks 2, 3 of 4" in s for s in said)
+    missing = [s for s in said if "for ranks 2, 3 of 4" in s]
+    assert len(missing) > 2 and all("rank 0 has waited" in s for s in missing)
+    # Before they have met, rank 0 may report rank 1 too, and rank 1 rank 0.
+    assert all(s in missing or "for ranks 1, 2, 3 of 4" in s or "rank 1 has waited" in s for s in said)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
 def test_a_missing_rank_0_is_named(monkeypatch, caplog, host):
-    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": free_port()}
-    with pytest.raises(MissingRanks, match=f"rank 1 waited 1 s .* for rank 0 at {host}:.*: check that"):
-        join(1.0, environ=place)
+    monkeypatch.setattr(rendezvous, "REPORT_EVERY", 0.0)  # the first report does not wait for an answer
+    with closed_port() as port:
+        place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": port}
+        with pytest.raises(MissingRanks, match=f"rank 1 waited 1 s .* for rank 0 at {host}:.*: check that"):
+            join(1.0, environ=place)
     assert any(f"has waited 0 s for rank 0 at {host}" in r.getMessage() for r in caplog.records)
 
 
@@ -126,17 +144,21 @@ def test_a_missing_rank_0_of_torchrun_is_named():
     assert "for rank 0 at 127.0.0.1" in str(found[1]) and isinstance(found[1], MissingRanks)
 
 
-def test_a_signal_ends_the_wait_on_all_ranks(caplog):
+def test_a_signal_ends_the_wait_on_all_ranks(monkeypatch, caplog):
+    monkeypatch.setattr(rendezvous, "STOP_GRACE", 3.0)  # rank 1 counts it from before it is connected
     begin = time.monotonic()
     found = ranks([0, 1], 3, stopped={1: signal.SIGINT})
     assert [type(found[r]) for r in (0, 1)] == [Preempted] * 2 and time.monotonic() - begin < 20
     assert found[1].signal == signal.SIGINT and found[0].code == 85
     assert "while rank 0 waits for rank 2 of 3: leaving" in caplog.text
-    found = ranks([1], 2, stopped={1: signal.SIGTERM})  # rank 0 does not listen
+    monkeypatch.setattr(rendezvous, "STOP_GRACE", 0.5)
+    with closed_port() as port:
+        found = ranks([1], 2, stopped={1: signal.SIGTERM}, port=port)
     assert isinstance(found[1], Preempted)
 
 
-def test_ranks_with_a_signal_that_all_meet_leave_later_together():
+def test_ranks_with_a_signal_that_all_meet_leave_later_together(monkeypatch):
+    monkeypatch.setattr(rendezvous, "STOP_GRACE", 30.0)
     assert not any(isinstance(f, BaseException) for f in ranks([0, 1], 2, stopped={1: signal.SIGTERM}).values())
 
 
