@@ -51,8 +51,8 @@ class Nodes:
                 len(now) == count
                 and not old & {r["pid"] for r in now}
                 and {r["WORLD_SIZE"] for r in now} == {str(count)}
+                and [r["RANK"] for r in now] == [str(n) for n in range(count)]
             ):
-                assert [r["RANK"] for r in now] == [str(n) for n in range(count)]
                 return now
             assert time.monotonic() < deadline, f"{now}\n{self.log()}"
             time.sleep(0.05)

@@ -118,19 +118,20 @@ def test_a_field_that_this_nvidia_smi_lacks_is_left_out(smi):
 
 
 @pytest.mark.parametrize(
-    ("script", "sentence"),
+    ("script", "seconds", "sentence"),
     [
         (
             "echo 'NVIDIA-SMI has failed because it could not communicate'; exit 9",
+            60,
             "nvidia-smi failed with status 9 (NVIDIA-SMI has",
         ),
-        ("exec sleep 60", r"nvidia-smi failed \(TimeoutExpired\)"),
+        ("exec sleep 60", 0.5, r"nvidia-smi failed \(TimeoutExpired\)"),
     ],
 )
-def test_a_driver_that_is_broken(smi, script, sentence):
+def test_a_driver_that_is_broken(smi, script, seconds, sentence):
     smi(script)
     with pytest.raises(gpus.NvidiaSmiError, match=sentence.replace("9 (", r"9 \(")) as error:
-        gpus.query(0.5)
+        gpus.query(seconds)
     (found,) = gpus.findings([], {}, str(error.value))
     assert (found.name, found.level) == ("driver", FAILURE) and found.remedy
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,20 +177,26 @@ def test_a_resumed_run_holds_each_step_once(tmp_path):
     assert all(r["images_per_s"] > 0 for r in rows)
 
 
-def test_validation_and_saves_are_not_part_of_a_steps_time(tmp_path):
+def test_validation_and_saves_are_not_part_of_a_steps_time(tmp_path, monkeypatch):
+    wall, cpu = [100.0], [10.0]
+
+    def work(seconds: float, busy: float) -> None:
+        wall[0] += seconds
+        cpu[0] += busy
+
+    clocks = SimpleNamespace(perf_counter=lambda: wall[0], process_time=lambda: cpu[0])
+    monkeypatch.setattr("megastar.engine.metrics.logger.time", clocks)
     metrics = MetricsLogger(tmp_path, 0, 10, 1, True)
-    with metrics.paused():
-        end = time.process_time() + 0.3
-        while time.process_time() < end:
-            pass
-    metrics.step(1, 4, {})
-    with metrics.paused():
-        time.sleep(0.3)
-    metrics.step(2, 4, {})
+    for step, (pause, pause_cpu, seconds, busy) in enumerate([(3, 2, 0.1, 0.05), (7, 0, 0.2, 0.15)], 1):
+        with metrics.paused():
+            work(pause, pause_cpu)
+        work(seconds, busy)
+        metrics.step(step, 4, {})
     metrics.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert all(r["step_s"] < 0.2 and r["images_per_s"] > 20 for r in rows)
-    assert metrics.step_cpu_s < 0.2 and not any("cpu" in name for r in rows for name in r)
+    assert [r["step_s"] for r in rows] == pytest.approx([0.1, 0.2])
+    assert [r["images_per_s"] for r in rows] == pytest.approx([40, 20])
+    assert metrics.step_cpu_s == pytest.approx(0.1) and not any("cpu" in name for r in rows for name in r)
 
 
 def test_dtype_auto_is_one_of_the_two():

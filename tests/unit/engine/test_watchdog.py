@@ -319,15 +319,17 @@ def test_an_error_of_the_rank_is_one_event(tmp_path):
     assert len(read_events(tmp_path)) == 2
 
 
-def held_up(gate: threading.Event) -> None:
+def held_up(here: threading.Event, gate: threading.Event) -> None:
+    here.set()
     gate.wait()
 
 
 def test_stacks_of_all_threads(tmp_path):
-    gate = threading.Event()
-    thread = threading.Thread(target=held_up, args=(gate,), name="patient")
+    here, gate = threading.Event(), threading.Event()
+    thread = threading.Thread(target=held_up, args=(here, gate), name="patient")
     thread.start()
     try:
+        assert here.wait(60)
         error = ValueError("what broke")
         path = write_stacks(tmp_path, 3, "the reason", error)
     finally:

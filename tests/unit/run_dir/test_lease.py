@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,8 +29,8 @@ time.sleep(600)
 """
 
 
-def lease(folder: Path, limit: float = 1.0) -> RunLease:
-    return RunLease(folder, "megastar train", "run", renew_every=0.1, limit=limit)
+def lease(folder: Path, limit: float = 1.0, renew_every: float = 0.1) -> RunLease:
+    return RunLease(folder, "megastar train", "run", renew_every=renew_every, limit=limit)
 
 
 @pytest.fixture
@@ -92,8 +91,9 @@ def test_a_stopped_process_still_holds_the_folder(tmp_path, other):
 
 
 def test_a_silent_holder_on_another_host_is_succeeded_after_the_limit(tmp_path):
+    start = time.monotonic()
     on_another_host(tmp_path)
-    mine, start = lease(tmp_path, limit=0.5), time.monotonic()
+    mine = lease(tmp_path, limit=0.5)
     assert mine.acquire() and 0.4 < time.monotonic() - start < 10
     assert "process 4711 on n7, job 417" in mine.taken_over and "no heartbeat" in mine.taken_over
     mine.release()
@@ -116,16 +116,19 @@ def set_all(monkeypatch, environment: dict[str, str]) -> None:
         monkeypatch.setenv(name, value)
 
 
-def renew(path: Path, until: threading.Event) -> threading.Thread:
-    """The holder on another machine is alive."""
+def renew(monkeypatch, path: Path, times: float = float("inf")) -> list[float]:
+    """The holder of ``path`` on another machine is alive: it renews its record within the pauses of who waits for it,
+    so many ``times``. Returns when it did, which goes on."""
+    renewed, sleep = [], time.sleep
 
-    def work() -> None:
-        while not until.wait(0.05):
+    def pause(seconds: float) -> None:
+        sleep(seconds)
+        if len(renewed) < times:
             os.utime(path)
+            renewed.append(time.monotonic())
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
+    monkeypatch.setattr("megastar.run_dir.lease.time.sleep", pause)
+    return renewed
 
 
 @pytest.mark.parametrize("environment", [REQUEUED, SAME_STEP, SAME_LAUNCH])
@@ -160,27 +163,20 @@ def test_another_job_waits_for_the_limit(tmp_path, monkeypatch, environment):
 def test_a_renewed_lease_of_the_same_launch_is_not_taken_over(tmp_path, monkeypatch, environment):
     path = on_another_host(tmp_path, launch="night-run")
     set_all(monkeypatch, environment)
-    over = threading.Event()
-    holder = renew(path, over)
-    try:
-        with pytest.raises(UserError, match="in use by megastar train .process 4711 on n7, job 417"):
-            lease(tmp_path, limit=2).acquire()
-        assert json.loads(path.read_text())["token"] == "token"
-    finally:
-        over.set()
-        holder.join()
+    renew(monkeypatch, path)
+    with pytest.raises(UserError, match="in use by megastar train .process 4711 on n7, job 417"):
+        lease(tmp_path, limit=2, renew_every=0.5).acquire()
+    assert json.loads(path.read_text())["token"] == "token"
 
 
 def test_a_holder_of_the_same_launch_that_ends_during_the_wait_is_succeeded(tmp_path, monkeypatch):
     """It was on a node that the agents had lost, and its own watchdog ends it a little later."""
     path = on_another_host(tmp_path, launch="night-run")
     set_all(monkeypatch, SAME_LAUNCH)
-    over = threading.Event()
-    holder = renew(path, over)
-    threading.Timer(1.0, over.set).start()
-    mine, start = lease(tmp_path, limit=60), time.monotonic()
-    assert mine.acquire() and 1.0 < time.monotonic() - start < 20 and "no heartbeat" in mine.taken_over
-    holder.join()
+    renewed = renew(monkeypatch, path, times=10)
+    mine = lease(tmp_path, limit=60, renew_every=0.5)
+    assert mine.acquire() and 1.4 < time.monotonic() - renewed[-1] < 20 and "no heartbeat" in mine.taken_over
+    assert len(renewed) == 10
     mine.release()
 
 
@@ -208,40 +204,30 @@ def test_removing_the_lock_file_does_not_release_the_folder(tmp_path, other):
     assert read_holder(tmp_path)[0].pid == other.pid
 
 
-def test_removing_the_lock_file_does_not_release_the_folder_of_a_container(tmp_path):
+def test_removing_the_lock_file_does_not_release_the_folder_of_a_container(tmp_path, monkeypatch):
     """Its processes cannot be seen from here."""
     boot = machine().split(" ")[1]
     path = on_another_host(
         tmp_path, machine=f"n7 {boot} pid:[1]", folder=f"{tmp_path.stat().st_dev}:{tmp_path.stat().st_ino}"
     )
     (tmp_path / LOCK).rename(tmp_path / "removed")  # keeps its inode: the new file has another one
-    over = threading.Event()
-    holder = renew(path, over)
-    try:
-        with pytest.raises(UserError, match="in use by megastar train .process 4711 on n7"):
-            lease(tmp_path, limit=60).acquire()
-    finally:
-        over.set()
-        holder.join()
+    renew(monkeypatch, path)
+    with pytest.raises(UserError, match="in use by megastar train .process 4711 on n7"):
+        lease(tmp_path, limit=60).acquire()
 
 
-def test_a_folder_with_two_mounts_is_held_in_both(tmp_path, other):
+def test_a_folder_with_two_mounts_is_held_in_both(tmp_path, other, monkeypatch):
     """Its device, and with some file systems its inode, differ: the record is renewed all the same."""
     record = json.loads((tmp_path / LEASE).read_text())
     (tmp_path / LEASE).write_text(json.dumps(record | {"folder": "1:1"}))
     (tmp_path / LOCK).unlink()
-    over = threading.Event()
-    holder = renew(tmp_path / LEASE, over)
-    try:
-        with pytest.raises(UserError, match=f"in use by megastar train .process {other.pid} on"):
-            lease(tmp_path).acquire()
-    finally:
-        over.set()
-        holder.join()
+    renew(monkeypatch, tmp_path / LEASE)
+    with pytest.raises(UserError, match=f"in use by megastar train .process {other.pid} on"):
+        lease(tmp_path, renew_every=1).acquire()
 
 
 def test_a_lock_file_that_is_replaced_during_the_wait_is_locked_anew(tmp_path, monkeypatch):
-    path, mine = on_another_host(tmp_path), lease(tmp_path, limit=0.5)
+    path, mine = on_another_host(tmp_path), lease(tmp_path, limit=60)
     first = (tmp_path / LOCK).stat().st_ino
     (tmp_path / LOCK).rename(tmp_path / "kept")
     calls = iter([False, True])

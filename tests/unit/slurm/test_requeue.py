@@ -362,12 +362,12 @@ def test_lines_of_a_prefix_around_the_run_folder_are_ignored(play):
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
-    [("true", "did not print the run folder"), ("sleep 60", "status 124; 124: no answer within 1 s")],
+    ("text", "seconds", "sentence"),
+    [("true", "60", "did not print the run folder"), ("sleep 60", "1", "status 124; 124: no answer within 1 s")],
 )
-def test_no_answer_about_the_run_folder_is_an_error(play, text, sentence):
+def test_no_answer_about_the_run_folder_is_an_error(play, text, seconds, sentence):
     answer(play, text)
-    assert sentence in play.start(1, 0, MEGASTAR_ASK_TIMEOUT="1") and play.status != 0
+    assert sentence in play.start(1, 0, MEGASTAR_ASK_TIMEOUT=seconds) and play.status != 0
 
 
 def test_the_lead_of_the_signal_is_that_of_the_submission(play):

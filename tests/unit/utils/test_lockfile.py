@@ -58,7 +58,7 @@ def test_a_killed_holder_is_seen_at_once(tmp_path):
     claims = Claims(tmp_path)
     assert not claims.take("a")
     child.kill()
-    time.sleep(0.2)  # a zombie, for nobody has waited for it
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and remains a zombie
     assert claims.take("a")
     child.wait()
 

@@ -36,7 +36,7 @@ from megastar.data.pretokenize import encoding, runner as p
 from megastar.utils.logs import configure_logging
 _, source, tokenizer, out, speed = sys.argv
 if speed == "slow":
-    encoding.ViewEncoder.__call__ = lambda self, crops: time.sleep(600)
+    encoding.ViewEncoder.encode = lambda self, crops: time.sleep(600)
 p.POLL = 0.05
 configure_logging()
 p.pretokenize(source, "train", tokenizer, out, shard_size=5, workers=1, device="cpu", batch=20)

@@ -121,10 +121,15 @@ def test_killed_and_run_again(images, tokenizer, tmp_path):
     run(images, tokenizer, tmp_path / "straight")
     out = tmp_path / "killed"
     script = f"""
-import time, torch
+import time
+from pathlib import Path
 from megastar.data.pretokenize import encoding as e, runner as p
-call = e.ViewEncoder.__call__
-e.ViewEncoder.__call__ = lambda self, crops: (time.sleep(0.3), call(self, crops))[1]
+encode, out = e.ViewEncoder.encode, Path({str(out)!r})
+def encode_two_shards(self, crops):
+    if list(out.glob("shard-00002*.tmp")):
+        time.sleep(600)
+    return encode(self, crops)
+e.ViewEncoder.encode = encode_two_shards
 p.pretokenize({str(images)!r}, "train", {str(tokenizer)!r}, {str(out)!r}, shard_size=5, workers=1, device="cpu", batch=20)
 """
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)

@@ -21,6 +21,7 @@ def wait_for(condition):
 def test_threads_without_work_end_and_come_back(monkeypatch):
     monkeypatch.setattr("megastar.data.storage.shard_queue._IDLE", 0.2)
     done: list[str] = []
+    before = set(threading.enumerate())  # of earlier tests
 
     def prepare(info, closed):
         done.append(info.name)
@@ -35,7 +36,7 @@ def test_threads_without_work_end_and_come_back(monkeypatch):
         wait_for(lambda: not queue._threads)
     queue.replace([shard(3)])
     queue.close()
-    assert not queue._threads and not any(t.name == "shard-read-ahead" for t in threading.enumerate())
+    assert not queue._threads and not any(t.name == "shard-read-ahead" for t in set(threading.enumerate()) - before)
 
 
 def test_a_shard_that_another_process_prepares_is_tried_again_after_a_close():
