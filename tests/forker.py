@@ -10,6 +10,7 @@ of a process matter, a test starts real processes instead.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import runpy
@@ -28,6 +29,7 @@ from megastar.utils.process_exit import leave
 ROOT = Path(__file__).parents[1]
 LAST_WORDS = 0.5  # seconds from a rank's failure to TERM: the others may end by themselves
 GRACE = 30.0  # and from there to KILL
+NUMBERS = itertools.count()  # of the requests
 
 
 def run(words: list[str], environment: dict[str, str], ranks: int = 0, timeout: float = 300) -> Any:
@@ -36,12 +38,15 @@ def run(words: list[str], environment: dict[str, str], ranks: int = 0, timeout: 
     server = _server()
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder) / name) for name in ("out", "err")]
-        request = request_of(words, ranks, environment, files, timeout)
+        request = request_of(words, ranks, environment, files, timeout) | {"number": next(NUMBERS)}
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        answer = server.stdout.readline()
-        assert answer, "the forker ended"
-        status, out, err = json.loads(answer), *(Path(file).read_text(errors="replace") for file in files)
+        number = -1
+        while number != request["number"]:  # the answer to a test that was interrupted may come first
+            answer = server.stdout.readline()
+            assert answer, "the forker ended"
+            number, status = json.loads(answer)
+        out, err = (Path(file).read_text(errors="replace") for file in files)
     if status is None:
         raise subprocess.TimeoutExpired(words, timeout, out[-4000:], err[-4000:])
     return subprocess.CompletedProcess(words, status, out, err)
@@ -92,7 +97,8 @@ def load() -> None:
 
 def serve() -> None:
     for line in sys.stdin:
-        print(json.dumps(launch(json.loads(line))), flush=True)
+        request = json.loads(line)
+        print(json.dumps([request["number"], launch(request)]), flush=True)
 
 
 def launch(request: dict[str, Any]) -> int | None:

@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
-TIMEOUT = 60.0  # seconds of a case; processor seconds are limited too
+TIMEOUT = 300.0  # seconds of a case, on a machine that other tests keep busy; processor seconds are limited too
 CPU_SECONDS = 20
 EVERY = (
     1 if os.environ.get("MEGASTAR_FUZZ") == "all" else 4

@@ -361,6 +361,7 @@ class Trainer(RunEnd):
         again = record.save_failed and self.saver.retry_due()
         if last or record.signal or again or self.step % self.cfg.train.save_every == 0:
             with self.metrics.paused():
+                self.metrics.saved(self.saver.finish())  # else the next save's result would take its place
                 blocked = self.saver.save(self.step, self._checkpoint_metadata())
             self.metrics.write(self.step, {"save_blocked_s": blocked})
         self.metrics.warn(self.saver.take_events())

@@ -61,6 +61,7 @@ model: {{name: tiny, n_layer: 2, n_head: 2, dim: 32, multiple_of: 16, vocab_size
 data: {{shards: {self.codes("train")}, val_shards: {self.codes("val")}, tokenizer: {self.tokenizer}, window: 2}}
 self_guided: {{contrastive_block: 1, projector_dim: 16, teacher_decay: 0.9}}
 optim: {{lr: 0.003, scale_lr: false, warmup_steps: 2}}
+faults: {{slow_ratio: 0}}
 train:
 {lines}
 """)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -16,21 +15,16 @@ from megastar.diagnosis import node
 from megastar.diagnosis.finding import FAILURE, OK, WARNING, with_timeout
 from tests.integration.conftest import ROOT, environment, megastar
 from tests.integration.helpers.s3 import client_of
+from tests.slurm.cluster import free_ports
 
 pytestmark = pytest.mark.long
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Ranks:
     """Processes of one launch, each with its own node name; killed at the end of the block."""
 
     def __init__(self, world: int):
-        self.port, self.world, self.processes = free_port(), world, []
+        self.port, self.world, self.processes = free_ports(1), world, []
 
     def start(self, rank: int, *command: str, **environ: str) -> subprocess.Popen:
         place = {"RANK": rank, "WORLD_SIZE": self.world, "LOCAL_RANK": 0, "SLURMD_NODENAME": f"node{rank}"}
@@ -165,6 +159,6 @@ def test_s3_rights(s3, use_s3):
 
 
 def test_no_s3_server(use_s3):
-    use_s3(f"http://127.0.0.1:{free_port()}")
+    use_s3(f"http://127.0.0.1:{free_ports(1)}")
     (found,) = with_timeout("S3", lambda: node.s3_read("s3://codes/x"), 60)
     assert (found.level, found.remedy) == (FAILURE, "check that it is up") and "Could not connect" in found.finding

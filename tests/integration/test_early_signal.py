@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import ROOT, environment
+from tests.slurm.cluster import free_ports
 
 
 def listens(pid: int, number: signal.Signals) -> bool:
@@ -23,8 +23,7 @@ def listens(pid: int, number: signal.Signals) -> bool:
 @pytest.mark.dist
 def test_a_signal_during_the_imports_stops_all_ranks_before_the_first_step(world, tmp_path):
     config = world.write_config(tmp_path / "run.yaml", tmp_path / "run")
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port = s.getsockname()[1]
+    port = free_ports(1)
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(

@@ -21,6 +21,7 @@ from megastar.run_dir import checkpoint_dir
 from megastar.run_dir.events import read_events
 from tests.integration.conftest import ROOT, environment
 from tests.integration.test_watchdog import Run
+from tests.slurm.cluster import free_ports
 
 pytestmark = [pytest.mark.dist, pytest.mark.long]
 
@@ -110,14 +111,15 @@ def test_a_local_launch_is_closed_to_others_and_saves_when_its_terminal_closes(t
 
 
 LAUNCHERS = {  # the deepspeed command's child starts the ranks and goes on without it
-    "deepspeed": ["deepspeed.launcher.runner", "--num_gpus=2", "--master_port=29617", "--module", "megastar"],
+    "deepspeed": ["deepspeed.launcher.runner", "--num_gpus=2", "PORT", "--module", "megastar"],
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "megastar"],
 }
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_ranks_save_when_their_launcher_is_killed(training, launcher):
-    run = training(*LAUNCHERS[launcher], "train", "CONFIG", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    words = [f"--master_port={free_ports(1)}" if w == "PORT" else w for w in LAUNCHERS[launcher]]
+    run = training(*words, "train", "CONFIG", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     processes = family(run.process.pid)
     if launcher == "deepspeed":
         assert {host for host, _ in listening(run.process.pid)} <= {"127.0.0.1"}

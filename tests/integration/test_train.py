@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -31,7 +33,9 @@ TIMES += ("memory_gib", "slowest_rank", "slowest_ratio")  # they differ as times
 def rows(run: Path) -> dict[int, dict]:
     """Step -> all that was written for it, timings aside."""
     out: dict[int, dict] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):  # being written
+            break
         row = json.loads(line)
         out.setdefault(row.pop("step"), {}).update({k: v for k, v in row.items() if k not in TIMES})
     return out
@@ -60,7 +64,8 @@ def test_a_run_leaves_what_the_documentation_promises(whole):
 
 
 def start_and_stop(config: Path, run: Path, at_step: int, how: signal.Signals) -> int:
-    """Start two ranks in a session of their own, signal them once ``at_step`` is logged; the launcher's status."""
+    """Start two ranks in a session of their own, signal them once ``at_step`` is logged; the launcher's status. SIGKILL ends
+    the ranks as well, once there is a checkpoint."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "megastar"]
     process = subprocess.Popen(
         [*command, "train", str(config)], cwd=ROOT, env=environment(), start_new_session=True,
@@ -71,11 +76,27 @@ def start_and_stop(config: Path, run: Path, at_step: int, how: signal.Signals) -
         while not (run / "metrics.jsonl").is_file() or max(rows(run), default=0) < at_step:
             assert time.monotonic() < deadline and process.poll() is None, process.poll()
             time.sleep(0.02)
-        os.killpg(process.pid, how)
+        if how != signal.SIGKILL:
+            os.killpg(process.pid, how)
+            return process.wait(timeout=100)
+        while checkpoint_dir.latest(run / "checkpoints") is None:  # it is written in the background
+            assert time.monotonic() < deadline and process.poll() is None, process.poll()
+            time.sleep(0.01)
+        kill_all(process.pid)
         return process.wait(timeout=100)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_all(process.pid)
+
+
+def kill_all(launcher: int) -> None:
+    """SIGKILL to a launcher and its ranks, which are in sessions of their own."""
+    process = psutil.Process(launcher)
+    victims = [process, *process.children(recursive=True)]
+    for victim in victims:
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+    psutil.wait_procs(victims[1:], timeout=100)
 
 
 def test_an_interrupted_run_repeats_every_number(world, tmp_path):

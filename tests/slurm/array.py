@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -30,7 +31,10 @@ def holder(claim: Path, tasks: list[Task]) -> Task | None:
     except (OSError, ValueError):  # just made, or just released
         return None
     for task in tasks:
-        numbers = Path(f"/proc/{task.pid}/status").read_text().split("NSpid:")[1].splitlines()[0].split()
+        try:
+            numbers = Path(f"/proc/{task.pid}/status").read_text().split("NSpid:")[1].splitlines()[0].split()
+        except OSError:  # it has ended
+            continue
         if said["machine"].split()[0] == task.node and said["pid"] == int(numbers[-1]):
             return task
     return None
@@ -44,14 +48,16 @@ def kill_one_at_work(cluster: Cluster, job: str, count: int, out: Path, told) ->
     while time.monotonic() < deadline:
         if claims := list(out.glob("**/*.claim")):
             for task in tasks:
-                os.kill(task.pid, signal.SIGSTOP)
+                with suppress(ProcessLookupError):  # it has ended: then there is no claim of it
+                    os.kill(task.pid, signal.SIGSTOP)
             try:
                 if victim := next(filter(None, (holder(c, tasks) for c in claims)), None):
                     os.kill(victim.pid, signal.SIGKILL)
                     return victim
             finally:
                 for task in tasks:
-                    os.kill(task.pid, signal.SIGCONT)
+                    with suppress(ProcessLookupError):  # the victim
+                        os.kill(task.pid, signal.SIGCONT)
     raise TimeoutError(told())
 
 

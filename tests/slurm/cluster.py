@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import re
 import shutil
 import signal
@@ -46,8 +47,8 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=10
-SlurmctldTimeout=10
+SlurmdTimeout=20
+SlurmctldTimeout=20
 KillWait=60
 EnforcePartLimits=ALL
 JobRequeue=1
@@ -79,8 +80,9 @@ def wait_for(
 
 
 def free_ports(count: int) -> int:
-    """The first of ``count`` free ports in a row, below those that the kernel hands out."""
-    for first in range(10000 + os.getpid() % 5000, 19000, count):
+    """The first of ``count`` free ports in a row, below those that the kernel hands out; drawn, so that tests that run at the
+    same time find others."""
+    for first in random.SystemRandom().sample(range(10000, 19000), 1000):
         held = []
         try:
             for port in range(first, first + count):
@@ -146,14 +148,14 @@ class Cluster:
         self._start(
             "munged", ["munged", "--foreground", "--force", f"--socket={socket_file}", f"--key-file={key}", *own]
         )
-        wait_for("munged", 10, socket_file.exists, lambda: self.log("munged"))
+        wait_for("munged", 120, socket_file.exists, lambda: self.log("munged"))
         self._start("slurmctld", ["slurmctld", "-D", "-f", str(self.folder / "slurm.conf")])
         wait_for(
-            "slurmctld", 20, lambda: "UP" in self.run("scontrol", "ping", check=False), lambda: self.log("slurmctld")
+            "slurmctld", 120, lambda: "UP" in self.run("scontrol", "ping", check=False), lambda: self.log("slurmctld")
         )
         for i in range(1, self.nodes + 1):
             self.start_node(i)
-        wait_for("nodes", 30, lambda: self.idle() == self.nodes, lambda: self.log("slurmctld") + self.log("n1"))
+        wait_for("nodes", 120, lambda: self.idle() == self.nodes, lambda: self.log("slurmctld") + self.log("n1"))
 
     def __exit__(self, *_: object) -> None:
         for name in sorted(self.daemons, key=lambda n: n[0] != "n"):  # the nodes first, with all that runs there
@@ -190,21 +192,34 @@ class Cluster:
 
     # Jobs --------------------------------------------------------------------------------------------------------
     def run(self, *words: object, check: bool = True, cwd: Path | None = None, **env: str) -> str:
-        """A client's output. Clients may hang where a daemon is gone: bounded."""
-        done = subprocess.run(
-            [str(w) for w in words], env=self.env | env, cwd=cwd, capture_output=True, text=True, timeout=30
-        )
+        """A client's output."""
+        done = self.client(*words, cwd=cwd, **env)
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def client(self, *words: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+        """Clients may hang where a daemon is gone: bounded."""
+        command = [str(w) for w in words]
+        try:
+            return subprocess.run(command, env=self.env | env, cwd=cwd, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired as error:
+            return subprocess.CompletedProcess(command, 124, "", str(error))
 
     def sbatch(self, *words: object, cwd: Path | None = None, **env: str) -> str:
         """The id of a new job."""
         return self.run("sbatch", "--parsable", *words, cwd=cwd, **env).strip().split(";")[0]
 
     def job(self, job: str) -> dict[str, str]:
-        """The fields of ``scontrol show job``; of an array, its first task's."""
-        text = self.run("scontrol", "-o", "show", "job", job, check=False)
-        return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0])) if text.strip() else {"JobState": "GONE"}
+        """The fields of ``scontrol show job``; of an array, its first task's. A controller that is busy is asked again."""
+        deadline = time.monotonic() + 120
+        while True:
+            done = self.client("scontrol", "-o", "show", "job", job)
+            if done.returncode == 0 and done.stdout.strip():
+                return dict(re.findall(r"(\S+?)=(\S*)", done.stdout.splitlines()[0]))
+            if "Invalid job id" in done.stderr:
+                return {"JobState": "GONE"}
+            assert time.monotonic() < deadline, done.stdout + done.stderr
+            time.sleep(0.5)
 
     def hosts(self, job: str, name: str) -> list[str]:
         """The field ``name`` of a job, NodeList or ExcNodeList, host by host; n[1,3] and n1,n3 are the same."""

@@ -37,7 +37,8 @@ def test_lost_nodes_are_replaced_within_the_job(cluster, world, tmp_path):
         return [e for e in read_events(run) if e["event"] in kinds]
 
     def lose(victim: str, most: int) -> float:
-        """Seconds from the loss of a node to the next new step; at most so many steps are lost."""
+        """Seconds from the loss of a node to the next new step; at most so many steps are lost: the copy of the newest
+        generation may still be on its way, and then the one before it counts."""
         first = step()
         wait_for("more steps", PATIENCE, lambda: step() >= first + EVERY, told)
         at, start = step(), time.monotonic()
@@ -51,8 +52,8 @@ def test_lost_nodes_are_replaced_within_the_job(cluster, world, tmp_path):
         wait_for("the first steps", PATIENCE, lambda: step() > EVERY, told)
         batch = cluster.job(job)["BatchHost"]
         other = next(host for host in hosts() if host != batch)
-        took = [lose(other, EVERY)]  # a spare node takes its place, with its copy in the other one's memory
-        took.append(lose(batch, EVERY))  # the node of the batch script
+        took = [lose(other, 2 * EVERY - 1)]  # a spare node takes its place, with its copy in the other one's memory
+        took.append(lose(batch, 2 * EVERY - 1))  # the node of the batch script
         print("seconds from the loss of a node to the next new step:", [round(t, 1) for t in took], flush=True)
         wait_for("the end", PATIENCE, lambda: events("finished"), told)
         # The batch script is gone: an agent hands the job back to SLURM, whose next start finds the run finished.

@@ -129,7 +129,7 @@ class Saver:
             self._settle(problem)
             return time.perf_counter() - start
         snapshot = self.snapshots.take(step, metadata)
-        self.thread = threading.Thread(target=self._write, args=(snapshot,), daemon=True)
+        self.thread = threading.Thread(target=self._write, args=(snapshot,), name="save", daemon=True)
         self.thread.start()
         return time.perf_counter() - start
 

@@ -65,11 +65,11 @@ class StepProfiler:
             return
         self._left -= 1
         self._close_range()
-        if self._left == self.cfg.steps:
-            self._since = time.perf_counter()  # the warm-up is over
         self._seconds = time.perf_counter() - self._since
         if self._left:
             self._profile.step()
+            if self._left == self.cfg.steps:  # the warm-up is over, and the recording has started
+                self._since = time.perf_counter()
             return
         PHASE.listener = None
         PHASE.at(SAVING)  # takes seconds for each step

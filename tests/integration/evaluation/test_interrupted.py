@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -38,7 +39,10 @@ def stop_in_evaluation(config: Path, run: Path, ranks: int, how: signal.Signals)
         while not (run / "evaluating.json").exists():
             assert time.monotonic() < deadline and process.poll() is None, process.stderr.read().decode()[-3000:]
             time.sleep(0.005)
-        os.killpg(process.pid, how)
+        for one in (
+            psutil.Process(process.pid).children() if ranks > 1 else [process]
+        ):  # torchrun would kill them after 30 s
+            os.kill(one.pid, how)
         return process.wait(timeout=100)
     finally:
         process.stderr.close()

@@ -6,6 +6,7 @@ DISK and OTHER are disks of their own; what the runs leave is copied to OUT.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -65,11 +66,16 @@ def run(name: str, what: dict[str, Any], at_step: Any) -> None:
         (out / name / "raised.json").write_text(json.dumps(raised))
 
 
+def wait_for_save() -> None:
+    """In the background the last checkpoint is written, and then an older one removed."""
+    for thread in threading.enumerate():
+        if thread.name == "save":
+            thread.join(60)
+
+
 def fills_and_is_freed(step: int) -> None:
     if MAIN and step == FULL:
-        latest, until = disk / "run/checkpoints/latest", time.monotonic() + 60
-        while latest.read_text() != "step-00000012\n" and time.monotonic() < until:  # it is written in the background
-            time.sleep(0.01)
+        wait_for_save()
         fillers.append(fill(disk))
     elif MAIN and step == FREE:
         free()
@@ -86,10 +92,20 @@ def stays_full_and_a_signal_comes(step: int) -> None:
         threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
 
 
+class Frees(logging.StreamHandler):
+    """Room again once the run has said that it retries."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        if "; retrying for" in record.getMessage():
+            free()
+
+
 def is_full_when_it_goes_back(step: int) -> None:
     if MAIN and step == BAD[-1]:
+        wait_for_save()
         fillers.append(fill(disk))
-        threading.Timer(2.0, free).start()
+        logging.getLogger("megastar.engine.rank_sync").addHandler(Frees())
 
 
 if __name__ == "__main__":

@@ -60,7 +60,10 @@ class Server:
         ]
         (folder / "s3.json").write_text(json.dumps({"identities": identities}))
         (folder / "data").mkdir()
-        self.ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
+        names, ports = ("master", "volume", "filer", "s3"), set[int]()
+        while len({*ports, *(port + 10000 for port in ports)}) < 2 * len(names):
+            ports = {free_port() for _ in names}
+        self.ports = dict(zip(names, ports, strict=True))
         self.port = self.ports["s3"]
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None

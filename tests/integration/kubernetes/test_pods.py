@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_pretokenize_pods_one_of_which_is_killed_write_the_shards_of_one_process
 
 
 def test_sampling_pods_one_of_which_is_evicted_write_the_images_of_one_process(world, straight, tmp_path):
-    options = ["--count=12", "--batch=2"]
+    options = ["--count=80", "--batch=2"]
     npz = tmp_path / "samples/star_xl_50ep.npz"  # as in the manifest
     (tmp_path / "samples").mkdir()
     alone = tmp_path / "alone.npz"
@@ -123,7 +124,10 @@ def test_sampling_pods_one_of_which_is_evicted_write_the_images_of_one_process(w
     manifest = edited(read("sample.yaml"), arguments, {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}, pods=2)
     with IndexedJob(manifest, tmp_path, environment(), tmp_path / "log") as job:
         job.run(lambda: os.path.isdir(f"{npz}.parts"))
+        job.pods[0].process.send_signal(signal.SIGSTOP)  # else it may make the images of both, and end first
         job.pods[1].delete(disrupted=True)
+        job.run(lambda: job.ends)
+        job.pods[0].process.send_signal(signal.SIGCONT)
         job.run()
     assert job.ends[0] == (1, 143, "Ignore") and job.succeeded == {0, 1} and not job.counted, job.text()
     assert npz.read_bytes() == alone.read_bytes()

@@ -73,9 +73,11 @@ def test_a_run_folder_that_is_gone_ends_the_run(world, tmp_path, ranks, replace)
         while not ((run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").stat().st_size):
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.1)
-        run.rename(tmp_path / "elsewhere") if replace else shutil.rmtree(run, ignore_errors=True)
+        run.rename(tmp_path / "elsewhere")  # at once: the run would write again what is removed file by file
         if replace:
             run.mkdir()
+        else:
+            shutil.rmtree(tmp_path / "elsewhere", ignore_errors=True)
         _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
