@@ -64,6 +64,7 @@ class Agent(LocalElasticAgent):
         self.cfg, self.timeouts, self.words = cfg, timeouts, spec.args
         self.planned = most * spec.local_world_size  # number of ranks if no node is missing
         self.nodes: set[Any] = set()  # of the current round
+        self.round = 0
         self.handler = handler
         self.use = 0  # number of ranks of the current round
         self.lost_at = 0.0
@@ -82,7 +83,7 @@ class Agent(LocalElasticAgent):
             except DistNetworkError as error:
                 raise RendezvousConnectionError(str(error)) from error
         self.timeouts.started = True
-        self.nodes = self.handler.participants()
+        self.nodes, self.round = self.handler.participants(), self.handler.round
         per_node = worker_group.spec.local_world_size
         group: Any = worker_group
         group.group_world_size = -(-self.use // per_node)  # nodes with ranks, which end together
@@ -141,10 +142,13 @@ class Agent(LocalElasticAgent):
         return missing if time.monotonic() - self.missing_since > LEAVING else set()
 
     def _report_lost(self, addresses: list[str]) -> None:
-        text = f"node {', '.join(addresses)} sends no heartbeat: it or its network is down"
-        logger.warning(text)
-        if self.handler.is_first():
-            append_event(Path(self.cfg.run), "lost", 0, text)
+        def text(lost: list[str]) -> str:
+            return f"node {', '.join(lost)} sends no heartbeat: it or its network is down"
+
+        logger.warning(text(addresses))
+        # One event, although each node notices the loss, at a time of its own: the first may have left the round by then.
+        if new := [address for address in addresses if self.handler.is_first_to(f"lost/{self.round}/{address}")]:
+            append_event(Path(self.cfg.run), "lost", 0, text(new))
 
     def _shutdown(self, death_sig: signal.Signals = JOINING, timeout: int = SAVE_TIME) -> None:
         """End the ranks; by default they save and exit, as long as no node of the round is lost."""

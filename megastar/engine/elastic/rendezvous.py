@@ -86,9 +86,18 @@ class Handler(DynamicRendezvousHandler):
         """This node leaves the rendezvous: the others must not take it for running."""
         self._stop_heartbeats()
 
-    def is_first(self) -> bool:
-        """Whether this node is the first of its round."""
-        return bool(min(self.participants(), default=None) == self._this_node)
+    @property
+    def round(self) -> int:
+        """The number of the current round, as of the last exchange."""
+        return int(self._state_holder.state.round)
+
+    def is_first_to(self, what: str) -> bool:
+        """Whether no other node has asked this for ``what`` before; also if the store does not answer."""
+        try:
+            count: int = answer_within(REPLY, lambda: self._store.add(f"megastar/{what}", 1))
+        except (TimeoutError, RuntimeError, ValueError):
+            return True
+        return count == 1
 
 
 class SignedBackend(C10dRendezvousBackend):
