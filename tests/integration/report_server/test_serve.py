@@ -247,7 +247,7 @@ def test_bad_input_is_one_sentence(run, capsys):
 
 
 # In a browser ------------------------------------------------------------------------------------------------------
-def until(what: Callable[[], object], seconds: float = 30) -> None:
+def until(what: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, what
