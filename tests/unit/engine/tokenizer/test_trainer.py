@@ -161,7 +161,8 @@ def test_the_folder_is_that_of_a_run(whole):
         assert "originals above their reconstructions" in json.loads(grid.text["megastar"])["caption"]
     status = status_of(out)
     assert (status.state, status.step, status.steps, status.checkpoint_step) == ("finished", 12, 12, 12)
-    assert status.validation.startswith("PSNR ") and status.validation.endswith("at step 12") and not status.health
+    assert status.validation.startswith("PSNR ") and status.validation.endswith("at step 12")
+    assert not [line for line in status.health if not line.startswith("throughput fell")]  # of a machine that is busy
 
 
 def test_the_report_shows_scores_and_reconstructions(whole, tmp_path):
