@@ -4,7 +4,7 @@
 # make test-long      run the longest files of tests, which make test leaves out (about 12 minutes on two cores)
 # make test-slurm     test the batch scripts on a local SLURM cluster (requires root and Debian)
 # make test-elastic   lose nodes of runs that train, on loopback and on the local SLURM cluster (minutes)
-# make test-fuzz      run all hostile and damaged files through the commands (make test runs a part of them)
+# make test-fuzz      run all hostile and damaged files through the commands (make test runs a part), and random property tests
 # make test-trackers  test runs with wandb, trackio and mlflow and their local stores (installed in .venv-trackers)
 # make test-browser   test the page of megastar report in a headless chromium
 # make test-pythons   run the tests that need no torch on the other supported interpreters of this machine

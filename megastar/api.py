@@ -6,6 +6,7 @@ tensors and sequences of them, PIL images among these, go in.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,11 @@ from megastar.errors import UserError
 from megastar.evaluation.linear_probe import probe_features
 from megastar.model.transformer import Transformer
 from megastar.sampling.options import SamplingOptions
-from megastar.sampling.pipeline import check_guidance, load_networks
+from megastar.sampling.pipeline import annealed, check_guidance, load_networks
 from megastar.sampling.sampler import Sampler, decode_images, sample_seeds
 from megastar.tokenizer.vq import VQModel
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -56,7 +59,13 @@ def load(
     """
     found = find_weights(source, weights)
     transformer, vq, provenance = load_networks(found, found.tokenizer_file(tokenizer), device, dtype, any_tokenizer)
-    return Model(transformer, vq, class_names(transformer.cfg.num_classes, provenance), has_null_class(provenance))
+    return Model(
+        transformer,
+        vq,
+        class_names(transformer.cfg.num_classes, provenance),
+        has_null_class(provenance),
+        annealed(provenance),
+    )
 
 
 class Model:
@@ -66,8 +75,16 @@ class Model:
     names of its classes (their numbers as texts where the weights name none).
     """
 
-    def __init__(self, transformer: Transformer, tokenizer: VQModel, classes: Sequence[str], null_class: bool = True):
+    def __init__(
+        self,
+        transformer: Transformer,
+        tokenizer: VQModel,
+        classes: Sequence[str],
+        null_class: bool = True,
+        note: str = "",
+    ):
         self._provenance = {"null_class": null_class}
+        self._note = note  # why not to sample in random order
         self.transformer, self.tokenizer, self.classes = transformer, tokenizer, list(classes)
         self.config: ModelConfig = transformer.cfg
         self.device: torch.device = next(transformer.parameters()).device
@@ -133,6 +150,8 @@ class Model:
             cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p,
             parallel_steps=parallel_steps, schedule=schedule, token_order=token_order,
         )  # fmt: skip
+        if options.permutes and self._note:
+            logger.warning(self._note)
         batch = min(batch, len(labels))
         if self._sampler is None or (self._sampler.options, self._sampler.batch) != (options, batch):
             self._sampler = None  # its cache is freed before the new one is allocated

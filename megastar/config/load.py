@@ -192,6 +192,8 @@ class _Includes:
         found: list[str] = []
         data: dict[str, Any] = {}
         if isinstance(path, str):
+            bare = is_method and not {"/", "."} & set(path) and find_file(path, self.near) is None
+            path = f"configs/method/{path}.yaml" if bare else path  # as star
             try:
                 data = read_yaml(require_file(path, f"{label}:", self.near))
             except UserError as error:

@@ -26,6 +26,28 @@ def validates_permuted(cfg: RunConfig, samples: int) -> bool:
     return cfg.token_order.kind == "random" and not cfg.token_order.anneals(epochs)
 
 
+def schedule_change(cfg: RunConfig, samples: int, step: int, planned: int) -> str:
+    """What another length of the run changes in the orders at ``step``; ``planned``: its steps when the checkpoint was saved.
+    Empty if nothing changes."""
+    order, steps, per_step = cfg.token_order, cfg.train.total_steps(samples), cfg.train.global_batch / samples
+    if order.kind != "random" or planned == steps:
+        return ""
+    before, now = (order.random_share(step * per_step, total * per_step) for total in (planned, steps))
+    flips = order.anneals(planned * per_step) != order.anneals(steps * per_step)
+    parts = []
+    if abs(before - now) > 1e-9:
+        parts.append(
+            f"the share of permuted images at step {step} changes from {before:.0%} to {now:.0%}, because token_order.anneal_start "
+            "and anneal_end are fractions of the run (anneal_unit=epochs does not depend on its length)"
+        )
+    if flips:
+        kinds = ("random", "raster") if order.anneals(steps * per_step) else ("raster", "random")
+        parts.append(
+            "val_loss_ar was measured in {} order and is now measured in {} order, which do not compare".format(*kinds)
+        )
+    return f"the run has {steps} steps instead of {planned}: {'; '.join(parts)}" if parts else ""
+
+
 def draw_orders(
     seed: int, epochs: np.ndarray, ids: np.ndarray, views: int, tokens: int, share: float | np.ndarray = 1.0
 ) -> np.ndarray:

@@ -42,7 +42,7 @@ SIZES = {
 }  # (width, SwiGLU)
 WANTED = (
     "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth or another ViT of github.com/facebookresearch/dinov3, "
-    "or the model.safetensors of facebook/dinov3-vit* on the Hugging Face Hub (of the 7B model.safetensors.index.json, with its files)"
+    "or the model.safetensors of facebook/dinov3-vit* on the Hugging Face Hub; for the 7B, model.safetensors.index.json with its files beside it"
 )
 # Names of Hugging Face's files, as patterns, and the released ones
 _RENAMED = (

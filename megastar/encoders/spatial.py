@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -23,7 +24,10 @@ from megastar.encoders.vit import FrozenVit
 from megastar.errors import UserError
 from megastar.utils.device import exact_convolutions
 from megastar.utils.files import sha256
+from megastar.utils.printable import one_line
 from megastar.utils.weights.weight_parts import weights_sha256
+
+logger = logging.getLogger(__name__)
 
 NAMES = "efflite0, dinov2 or dinov3 with a weights file, or module:function"
 DINO = {
@@ -110,6 +114,21 @@ class DinoPatches:
             return patches.float()
 
 
+def call_users(name: str, function: Callable[..., Tensor], pixels: Tensor, *words: str) -> Tensor:
+    """A user's function of images (B, H, W, 3). Raises ``UserError`` for an exception in it; -v logs its traceback."""
+    try:
+        return function(pixels, *words)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        logger.debug("%s failed", name, exc_info=True)
+        B, H, W, _ = pixels.shape
+        reason = one_line(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+        raise UserError(
+            f"{name} failed on {B} images of {H} x {W} pixels ({reason}): it takes uint8 images (B, H, W, 3); -v shows where"
+        ) from error
+
+
 class CustomPatches:
     """A user's function: uint8 (B, H, W, 3) on the device, and the path of the weights where a file is named -> features
     (B, P, C), P = h * h patches in raster order. It is called by several threads at once on a CPU."""
@@ -127,12 +146,13 @@ class CustomPatches:
         finally:
             sys.path.remove("")
         source = weights or getattr(sys.modules[module], "__file__", None)
-        self.weights_sha256 = weights_sha256(source) if source else hashlib.sha256(path.encode()).hexdigest()
+        self.weights_sha256 = sha256(Path(source)) if source else hashlib.sha256(path.encode()).hexdigest()
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, grid: int) -> Tensor:
         pixels = pixels.to(self.device)
-        out = self.function(pixels) if self.weights is None else self.function(pixels, str(self.weights))
+        words = () if self.weights is None else (str(self.weights),)
+        out = call_users(f"encoder {self.name}", self.function, pixels, *words)
         if not isinstance(out, Tensor) or out.ndim != 3 or len(out) != len(pixels) or 0 in out.shape:
             actual = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise UserError(

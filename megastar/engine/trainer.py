@@ -17,6 +17,7 @@ from megastar.config.schema import RunConfig
 from megastar.data.loader import TokenLoader
 from megastar.data.order import VERSION as ORDER
 from megastar.data.storage.store import is_remote
+from megastar.data.token_order import schedule_change
 from megastar.engine.checkpointer.async_saver import Saver, grace_period
 from megastar.engine.checkpointer.initial_weights import check_initial, load_initial, open_initial
 from megastar.engine.checkpointer.load import load_checkpoint
@@ -163,6 +164,9 @@ class Trainer(RunEnd):
             self.step, origin = 0, load_initial(self.initial, cfg.train.init, ctx, self.engines)
             seed_dropout(cfg.train.seed, ctx.mesh.data_rank, 0)
         self.steps = total_steps(cfg.train, manifest.samples)
+        planned = restored.get("steps", self.steps) if found else self.steps
+        if ctx.main and (sentence := schedule_change(cfg, manifest.samples, self.step, planned)):
+            logger.warning(sentence)
         self.found, self.first = found, self.step  # first: steps done at the start, or at the last rollback
         self.metadata: dict[str, Any] = {  # of each checkpoint
             "steps": self.steps,

@@ -23,6 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from megastar.encoders import dinov2 as encoder
 from megastar.encoders.efficientnet import EfficientNetLite0
+from megastar.encoders.spatial import call_users
 from megastar.errors import UserError
 from megastar.evaluation.inception import CLASSES, POOL, SHA256, SPATIAL, load_inception, scale
 from megastar.utils.device import exact_convolutions
@@ -225,7 +226,7 @@ class CustomFeatures(_PlainNetwork):
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, spatial: bool = False) -> tuple[Tensor, None]:
-        out = self.function(pixels.to(self.device))
+        out = call_users(f"--features {self.path}", self.function, pixels.to(self.device))
         if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(pixels):
             actual = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise UserError(

@@ -129,7 +129,9 @@ def _warnings(made: Collector, real: Reference, metrics: Sequence[str], s: Setti
     ]
     for name, metric in SETTING_OF.items():
         if metric not in metrics and (value := getattr(s, name)) != getattr(Settings(), name):
-            out.append(f"{name} = {value} has no effect: {metric} is not among the metrics {', '.join(metrics)}")
+            out.append(
+                f"{name} = {value} has no effect: the metric '{metric}' is not computed (metrics: {', '.join(metrics)})"
+            )
     for metric in metrics:
         required = min_images(metric, made.network, replace(s, allow_few=False))
         if min(made.count, made.count if metric == "is" or real.published else real.count) < required:

@@ -138,12 +138,14 @@ class JobQueue:
                             bar.remove_task(one.task)
                             waiting.extendleft(reversed(after(attempt)))
                     if self.stop_signal and not self.running:
-                        self._print_message()  # of a signal that arrived since
-                        raise QueueStopped(self.stop_signal)
+                        break
         finally:
             self._end_all()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        if self.stop_signal:  # it may have arrived when the last job had ended
+            self._print_message()
+            raise QueueStopped(self.stop_signal)
 
     def _print_message(self) -> None:
         if self.message:

@@ -158,10 +158,12 @@ class Sampler:
 
     def _step(self, number: int, count: int) -> None:
         """Draw the tokens of step ``number`` of the first ``count`` images. Does not synchronize a GPU."""
-        if self.permuted or self.steps[number].drawn > 1:
-            self._parallel_step(self.steps[number], count)
+        step = self.steps[number]
+        # A start before the first token: the cache still holds queries of the last step, whose places are to be written again.
+        if self.permuted or step.drawn > 1 or step.start != step.first:
+            self._parallel_step(step, count)
             return
-        position = self.steps[number].first
+        position = step.first
         tokens, scale, with_null = self.tokens[:count], self.scales[position], position < self.null_until
         if not self.factors:
             logits = self.decoder.logits(self.classes[:count], tokens, position, scale, with_null)

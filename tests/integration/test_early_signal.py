@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.conftest import ROOT, environment
@@ -26,24 +26,29 @@ def test_a_signal_during_the_imports_stops_all_ranks_before_the_first_step(world
     config = world.write_config(tmp_path / "run.yaml", tmp_path / "run")
     port = free_ports(1)
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "megastar", "train", str(config)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, env=environment() | place | {"RANK": str(r), "LOCAL_RANK": str(r)},
-        )
-        for r in range(2)
-    ]  # fmt: skip
+    ranks: list[subprocess.Popen] = []
+
+    def start() -> None:
+        rank = str(len(ranks))
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "megastar", "train", str(config)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, env=environment() | place | {"RANK": rank, "LOCAL_RANK": rank},
+            )
+        )  # fmt: skip
+
     try:
         deadline = time.monotonic() + 300
+        start()  # rank 1 waits 10 s only for a rank 0 whose imports take longer
+        while not psutil.Process(ranks[0].pid).net_connections("inet"):
+            assert ranks[0].poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        start()
         while not listens(ranks[1].pid, signal.SIGUSR1):
             assert ranks[1].poll() is None and time.monotonic() < deadline
         assert "libtorch" not in Path(f"/proc/{ranks[1].pid}/maps").read_text(), "it listens too late"
         ranks[1].send_signal(signal.SIGUSR1)  # and not the other
-        said = ["", ranks[1].communicate(timeout=300)[0]]
-        with suppress(subprocess.TimeoutExpired):  # rank 1 waits 10 s for a rank 0 whose imports take longer
-            ranks[0].wait(timeout=30)
-        ranks[0].terminate()  # as a launcher does then
-        said[0] = ranks[0].communicate(timeout=300)[0]
+        said = [r.communicate(timeout=250)[0] for r in ranks]
     finally:
         for r in ranks:
             r.kill()

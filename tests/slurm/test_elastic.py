@@ -25,7 +25,7 @@ def test_lost_nodes_are_replaced_within_the_job(cluster, world, tmp_path):
     )  # fmt: skip
 
     def told() -> str:
-        return f"{cluster.job(job)}\n{out.read_text(errors='replace')[-6000:]}"
+        return f"{cluster.run('scontrol', 'show', 'job', job, check=False)}\n{out.read_text(errors='replace')[-6000:]}"
 
     def step() -> int:
         return max(losses(run), default=0)

@@ -42,7 +42,7 @@ def test_what_is_not_started_again(cluster, world, tmp_path):
     mistake = cluster.sbatch(*common, tmp_path / "nothing.yaml", cwd=ROOT)
     crash = cluster.sbatch(*common, config, cwd=ROOT, MEGASTAR_ENV=str(broken), MEGASTAR_MAX_CRASHES="1")
     for job in (mistake, crash):
-        wait_for("the end", 600, lambda job=job: cluster.state(job) in OVER, lambda: logs(tmp_path))
+        wait_for("the end", 400, lambda job=job: cluster.state(job) in OVER, lambda: logs(tmp_path))
         assert cluster.state(job) == "FAILED"
     assert cluster.job(mistake)["Restarts"] == "0" and cluster.job(mistake)["ExitCode"] == "2:0"
     assert "nothing.yaml cannot be read" in (tmp_path / f"{mistake}.log").read_text()

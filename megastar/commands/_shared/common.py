@@ -241,7 +241,7 @@ def score_options_of(a: argparse.Namespace, seed: int = 0) -> dict[str, Any]:
             f"--inception-sha256 {a.inception_sha256} is the hash of a file: name the file with --inception"
         )
     for option in ("inception", "dinov2"):
-        if getattr(a, option) is not None and a.features not in (None, "efflite0", option):
+        if getattr(a, option) is not None and a.features not in (None, option):
             raise UserError(f"--{option} and --features {a.features} select different networks: give one")
     if a.inception is not None and a.dinov2 is not None and not getattr(a, "fdr", None):
         raise UserError("--inception and --dinov2 select different networks: give one, and score twice")

@@ -108,13 +108,13 @@ class _Launcher:
                 bad = [i for i, status in enumerate(statuses) if status]
                 failed = next((i for i in bad if self._error_of(self.errors[i])), bad[0])
                 self._end_within(SHUTDOWN_TIMEOUT)
-                # At once if a stop signal has reached the ranks: later it would count as a second one.
-                terminate_at = time.monotonic() + (0 if self.signal else FAILURE_GRACE)
+                terminate_at = time.monotonic() + FAILURE_GRACE
             if None not in statuses:
                 return failed
             if time.monotonic() >= terminate_at:
                 terminate_at = float("inf")
-                self._send(signal.SIGTERM)
+                if not self.signal:  # after a stop signal, this one would count as a second one
+                    self._send(signal.SIGTERM)
             if time.monotonic() > self.deadline:
                 self._send(signal.SIGKILL)
             time.sleep(POLL)

@@ -119,7 +119,7 @@ class Agent(LocalElasticAgent):
         else:  # this node waits until it is needed or the run ends
             result = RunResult(WorkerState.SUCCEEDED if self.handler.is_closed() else WorkerState.HEALTHY)
         if result.state == WorkerState.HEALTHY and (lost := self._lost()):
-            self._report_lost(sorted(node.addr for node in lost))
+            self._report_lost(sorted(lost))
             self._shutdown(signal.SIGKILL, 5)  # they wait for the lost ranks
             self._remaining_restarts += 1  # torch's agent subtracts one: not counted
             return RunResult(WorkerState.UNHEALTHY)
@@ -141,13 +141,16 @@ class Agent(LocalElasticAgent):
             self.missing_since = time.monotonic()
         return missing if time.monotonic() - self.missing_since > LEAVING else set()
 
-    def _report_lost(self, addresses: list[str]) -> None:
-        def text(lost: list[str]) -> str:
-            return f"node {', '.join(lost)} sends no heartbeat: it or its network is down"
+    def _report_lost(self, nodes: list[Any]) -> None:
+        def text(lost: list[Any]) -> str:
+            return f"node {', '.join(node.addr for node in lost)} sends no heartbeat: it or its network is down"
 
-        logger.warning(text(addresses))
+        def name(node: Any) -> str:
+            return f"lost/{self.round}/{node.addr}/{node.pid}/{node.local_id}"
+
+        logger.warning(text(nodes))
         # One event, although each node notices the loss, at a time of its own: the first may have left the round by then.
-        if new := [address for address in addresses if self.handler.is_first_to(f"lost/{self.round}/{address}")]:
+        if new := [node for node in nodes if self.handler.is_first_to(name(node))]:
             append_event(Path(self.cfg.run), "lost", 0, text(new))
 
     def _shutdown(self, death_sig: signal.Signals = JOINING, timeout: int = SAVE_TIME) -> None:

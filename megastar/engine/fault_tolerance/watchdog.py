@@ -216,7 +216,8 @@ class Watchdog:
 
     # The end ------------------------------------------------------------------------------------------------------
     def investigate(self) -> Diagnosis | None:
-        """Which rank's end broke this rank's connection, found within seconds; None where no rank has ended."""
+        """Which rank's end broke this rank's connection, found within seconds of the detector's clock, 60 s at most;
+        None where no rank has ended."""
         if self.store is None or not self.threads:
             return None
         detector, start = self.detector, self.detector.clock
@@ -224,7 +225,7 @@ class Watchdog:
         self.stage = INVESTIGATING
         limit = max(INVESTIGATION_TIME, 2 * detector.silence)
         latest = time.monotonic() + 6 * limit
-        # Its own clock is slow while this process waits for a processor; the exchange with the store is slow then, too.
+        # The detector's clock and the exchange with the store are both slow while this process waits for a processor.
         while detector.clock - start < limit and time.monotonic() < latest:
             self.wake.set()
             time.sleep(self.tick)

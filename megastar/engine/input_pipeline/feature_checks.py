@@ -12,6 +12,7 @@ from megastar.data.shards.features import stored_features
 from megastar.data.shards.manifest import Manifest
 from megastar.data.shards.reader import ShardSet
 from megastar.errors import UserError
+from megastar.utils.files import sha256
 from megastar.utils.weights.weight_parts import weights_sha256
 
 
@@ -36,7 +37,9 @@ def check_features(repa: RepaConfig, manifest: Manifest, shards: str) -> None:
     if repa.encoder_weights:
         if not Path(repa.encoder_weights).is_file():
             raise UserError(f"repa.encoder_weights = {repa.encoder_weights} does not exist: name the encoder's weights")
-        if (digest := weights_sha256(repa.encoder_weights)) != stored.weights_sha256:
+        custom = ":" in stored.encoder  # whose function reads what it likes
+        digest = sha256(Path(repa.encoder_weights)) if custom else weights_sha256(repa.encoder_weights)
+        if digest != stored.weights_sha256:
             raise UserError(
                 f"repa.encoder_weights = {repa.encoder_weights} has SHA-256 {digest[:12]}..., but data.shards = {shards} has "
                 f"features of {stored}: name the file that they were made with, or pretokenize again"

@@ -55,7 +55,7 @@ def agent(folder: Path, index: str, nodes: str, hosts: str, port: str, ranks: st
     there = Nodes(least, most, ("127.0.0.1",) * int(hosts), int(port), int(index), "127.0.0.1", "job", float(join))
     status, why = run_node(cfg, [str(folder)], int(ranks), there, 3, module="tests.dist.workers.elastic_worker")
     (folder / f"end-{index}.tmp").write_text(json.dumps([status, why]))
-    (folder / f"end-{index}.tmp").rename(folder / f"node-{index}")  # whoever finds the file finds all of it
+    (folder / f"end-{index}.tmp").rename(folder / f"node-{index}")  # the file is complete when it exists
 
 
 def serve() -> None:

@@ -39,9 +39,8 @@ def stop_in_evaluation(config: Path, run: Path, ranks: int, how: signal.Signals)
         while not (run / "evaluating.json").exists():
             assert time.monotonic() < deadline and process.poll() is None, process.stderr.read().decode()[-3000:]
             time.sleep(0.005)
-        for one in (
-            psutil.Process(process.pid).children() if ranks > 1 else [process]
-        ):  # torchrun would kill them after 30 s
+        # To the ranks themselves: torchrun would kill them after 30 s.
+        for one in psutil.Process(process.pid).children() if ranks > 1 else [process]:
             os.kill(one.pid, how)
         return process.wait(timeout=100)
     finally:

@@ -237,3 +237,44 @@ def test_dino(box: Box, name: str) -> None:
         torch.save(content, box.path / "w.pth")
         box.run(tally, label, *command, "w.pth")
     tally.check()
+
+
+def test_dinov3_in_two_files(box: Box) -> None:
+    """The index and a part: bytes, values, names of other files, and objects of other kinds."""
+    tally, rng = Tally("index of weights"), random.Random("index of weights")
+    command = [
+        *("pretokenize", "photos", "--tokenizer", "tokenizer.safetensors", "--out", "new", "--crops", "center"),
+        *("--device", "cpu", "--features", "dinov3", "--feature-weights", "w.safetensors.index.json"),
+    ]
+    state, parts = dinov3_state(dim=64, blocks=1), ("w-00001-of-00002.safetensors", "w-00002-of-00002.safetensors")
+    names = sorted(state)
+    held = {parts[0]: names[::2], parts[1]: names[1::2]}
+    contents = {part: {name: state[name].contiguous() for name in of_part} for part, of_part in held.items()}
+    index = {"metadata": {"total_size": 1}, "weight_map": {name: part for part in parts for name in held[part]}}
+
+    def case(label: str, file: str = "", data: bytes = b"") -> None:
+        box.fresh()
+        for part, tensors in contents.items():
+            save_file(tensors, box.path / part)
+        (box.path / command[-1]).write_text(json.dumps(index))
+        if file:
+            (box.path / file).write_bytes(data)
+        outcomes.append(box.run(tally, label, *command).kind)
+
+    outcomes: list[str] = []
+    case("whole")
+    assert outcomes == ["tolerated"]
+    part = (box.path / parts[0]).read_bytes()
+    for label, data in [*json_variants(index, rng, 60), *byte_variants(json.dumps(index).encode(), rng, 24)]:
+        case(label, command[-1], data)
+    for label, data in byte_variants(part, rng, 24):
+        case(label, parts[0], data)
+    for other in ("../w-00001-of-00002.safetensors", "/etc/passwd", "real.npz", "w.safetensors.index.json", "photos"):
+        changed = {"weight_map": index["weight_map"] | {"norm.weight": other}}
+        case(f"norm.weight in {other}", command[-1], json.dumps(changed).encode())
+        assert outcomes[-1] == "sentence"
+    for kind, make in odd_files().items():
+        box.fresh()
+        make(box.path / command[-1])
+        box.run(tally, f"a {kind}", *command)
+    tally.check()

@@ -93,7 +93,7 @@ def stays_full_and_a_signal_comes(step: int) -> None:
 
 
 class Frees(logging.StreamHandler):
-    """Room again once the run has said that it retries."""
+    """Frees the disk when the run logs that it retries."""
 
     def emit(self, record: logging.LogRecord) -> None:
         super().emit(record)

@@ -115,6 +115,7 @@ def test_sampling_pods_one_of_which_is_evicted_write_the_images_of_one_process(w
     (tmp_path / "samples").mkdir()
     alone = tmp_path / "alone.npz"
     words = ["sample", str(straight), f"--tokenizer={world.tokenizer}", *options, "--cfg-scale=1", f"--npz={alone}"]
+    words.append(f"--out={tmp_path}/alone.png")
     assert forker.run(["-m", "megastar", *words], environment()).returncode == 0
     arguments = {
         "runs/": [str(straight)],

@@ -122,7 +122,7 @@ def test_initial_weights_of_another_order_must_be_asked_for(world, folder, tmp_p
     assert table.abs().max() < 1e-9  # from zeros, at that rate
 
 
-def test_samples_in_several_steps(world, folder, tmp_path):
+def test_samples_in_several_steps(world, folder, tmp_path, caplog):
     common = [
         "--tokenizer",
         world.tokenizer,
@@ -174,6 +174,9 @@ def test_samples_in_several_steps(world, folder, tmp_path):
         assert done.returncode == 2 and sentence in done.stderr, done.stderr
     done = megastar("sample", folder / "star", *common, *parallel)
     assert "0% of the images were permuted" in done.stdout + done.stderr
+    caplog.clear()
+    package.load(folder / "star", tokenizer=world.tokenizer, device="cpu").sample(0, parallel_steps=4)
+    assert "0% of the images were permuted" in caplog.text
 
 
 def test_weights_files_tell_their_order(world, folder, tmp_path):

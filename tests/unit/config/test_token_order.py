@@ -78,6 +78,22 @@ def test_what_does_not_fit_is_one_sentence(fields, sentence):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["ar", "star", "repa", "star+repa", "random"])
+def test_a_method_may_be_a_bare_word(name):
+    path = load_config(None, [*FIELDS, f"method=configs/method/{name}.yaml"])
+    assert load_config(None, [*FIELDS, f"method={name}"]) == path
+
+
+def test_a_bare_word_that_is_no_method_or_a_file(tmp_path, monkeypatch):
+    with pytest.raises(
+        UserError, match="method: configs/method/rpa.yaml does not exist: did you mean configs/method/repa"
+    ):
+        load_config(None, [*FIELDS, "method=rpa"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "repa").write_text("optim: {lr: 0.5}")
+    assert load_config(None, [*FIELDS, "method=repa"]).optim.lr == 0.5  # an existing file is a file
+
+
 def test_epochs_may_be_any_number():
     cfg = load_config(
         None,

@@ -11,7 +11,7 @@ import torch
 from megastar.config.schema import DataConfig, ModelConfig, RunConfig, SelfGuidedConfig, TrainConfig
 from megastar.config.sections.token_order import TokenOrderConfig
 from megastar.data.loader import TokenLoader, open_shards, validation_batches
-from megastar.data.token_order import draw_orders, random_shares, validates_permuted, validation_orders
+from megastar.data.token_order import draw_orders, random_shares, schedule_change, validates_permuted, validation_orders
 from tests.unit.data.shards.test_shards import T, V, write_set
 
 IDS, EPOCHS = np.arange(400), np.arange(400) // 150
@@ -132,3 +132,32 @@ def test_validation_permutes_only_for_a_run_that_never_reads_rows(folder):
     assert validates_permuted(late, 26)
     cfg.token_order.kind = "raster"
     assert not validates_permuted(cfg, 26)
+
+
+@pytest.mark.parametrize(
+    ("order", "steps", "sentences"),
+    [
+        (
+            {"anneal_start": 0.5, "anneal_end": 0.75},
+            200,
+            ["at step 80 changes from 0% to 100%", "fractions of the run"],
+        ),
+        ({"anneal_start": 0.5, "anneal_end": 0.75}, 110, ["at step 80 changes from 0% to 9%"]),
+        ({"anneal_start": 0.5, "anneal_end": 0.75}, 100, []),
+        (
+            {"anneal_start": 10.0, "anneal_end": 12.0, "anneal_unit": "epochs"},
+            200,
+            ["in random order and is now measured in raster"],
+        ),
+        ({"anneal_start": 2.0, "anneal_end": 4.0, "anneal_unit": "epochs"}, 200, []),
+        ({}, 200, []),
+    ],
+)
+def test_another_length_of_the_run_that_changes_the_orders_is_told(order, steps, sentences):
+    """100 planned steps are ten passes over 80 images."""
+    cfg = RunConfig(
+        token_order=TokenOrderConfig(kind="random", **order), train=TrainConfig(global_batch=8, steps=steps)
+    )
+    told = schedule_change(cfg, 80, 80, 100)
+    assert all(sentence in told for sentence in sentences) and bool(told) == bool(sentences)
+    assert not told or told.startswith(f"the run has {steps} steps instead of 100: ")

@@ -31,6 +31,10 @@ def flat(pixels: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(pixels), 64)
 
 
+def fails(pixels: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("it takes 224 pixels\nand more")
+
+
 def huge(pixels: torch.Tensor) -> torch.Tensor:
     return torch.full((len(pixels), 16, 2), 7e4 if pixels.any() else 1.0)
 
@@ -97,6 +101,10 @@ def test_other_grids_are_refused(patches):
         (f"{HERE}:nothing", "has no attribute 'nothing'; name an importable"),
         (f"{HERE}:odd", "49 patches"),
         (f"{HERE}:flat", r"returned torch.float32 \(1, 64\) for 1 images: return a tensor \(B, P, C\)"),
+        (
+            f"{HERE}:fails",
+            r"fails failed on 1 images of 16 x 16 pixels \(RuntimeError: it takes 224 pixels\): it takes uint8 images",
+        ),
         ("dinov2", "dinov2 needs a weights file"),
         ("dinov3", "dinov3 needs a weights file, as dinov3_vitb16"),
     ],

@@ -38,7 +38,7 @@ def test_a_long_wait_is_told_once_while_it_lasts_and_when_it_is_over(tmp_path, m
         waits.begin()
         next(batches)
         waits.end()
-        monkeypatch.setattr(waits_module, "REPORT_AFTER", 600.0)  # the later batches come, be it slowly
+        monkeypatch.setattr(waits_module, "REPORT_AFTER", 600.0)  # later batches may be slow without a report
     source.close()
     first, over = read_events(tmp_path)
     assert len(during) >= 4 and all(found == first for found in during)

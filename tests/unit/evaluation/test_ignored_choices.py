@@ -103,7 +103,7 @@ def test_settings_of_metrics_that_are_not_computed_are_named(tmp_path, capsys, m
     score = ["evaluate", a, "--real", a, "--features", "pixel_sums:mean", "--device", "cpu", "--out", str(out)]
     assert main([*score, "--kid-size", "6", "--is-split", "7"]) == 0
     told = json.loads(out.read_text())["warnings"]
-    assert "kid_size = 6 has no effect: kid is not among the metrics fd" in told
-    assert "is_split = 7 has no effect: is is not among the metrics fd" in told
+    assert "kid_size = 6 has no effect: the metric 'kid' is not computed (metrics: fd)" in told
+    assert "is_split = 7 has no effect: the metric 'is' is not computed (metrics: fd)" in told
     assert main([*score, "--kid-size", "6", "--metrics", "fd,kid"]) == 0
     assert not any("no effect" in line for line in json.loads(out.read_text())["warnings"])

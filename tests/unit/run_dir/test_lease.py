@@ -117,8 +117,8 @@ def set_all(monkeypatch, environment: dict[str, str]) -> None:
 
 
 def renew(monkeypatch, path: Path, times: float = float("inf")) -> list[float]:
-    """The holder of ``path`` on another machine is alive: it renews its record within the pauses of who waits for it,
-    so many ``times``. Returns when it did, which goes on."""
+    """The holder of ``path`` on another machine is alive: it renews its record whenever the waiting process sleeps, at most
+    ``times`` times. Returns the list of the times of renewal, which grows."""
     renewed, sleep = [], time.sleep
 
     def pause(seconds: float) -> None:

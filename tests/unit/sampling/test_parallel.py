@@ -139,8 +139,10 @@ def test_queries_see_what_precedes_them_and_themselves(start, kept, queries, dty
 # The sampler -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["embedding", "rotary"])
 @pytest.mark.parametrize(
-    ("steps", "schedule"), [(1, "cosine"), (3, "cosine"), (7, "cosine"), (5, "uniform"), (8, "uniform"), (T, "cosine")]
-)
+    ("steps", "schedule"),
+    [(1, "cosine"), (3, "cosine"), (7, "cosine"), (T - 1, "cosine"), (T, "cosine"), (5, "uniform"), (8, "uniform"),
+     (3 * T // 4, "uniform")],
+)  # fmt: skip
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_tokens_are_those_of_the_recomputed_sequences(kind, steps, schedule, scale):
     model, labels, seeds = network(kind), torch.tensor([0, 1, 3, 2, 1]), sample_seeds(11, 5)
