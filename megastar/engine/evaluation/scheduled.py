@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -31,6 +32,7 @@ from megastar.engine.input_pipeline.data_checks import RunData
 from megastar.engine.metrics.logger import MetricsLogger
 from megastar.engine.rank_sync import from_main
 from megastar.engine.zero.engines import Engines
+from megastar.errors import UserError
 from megastar.evaluation.feature_statistics import Collector
 from megastar.evaluation.frechet import frechet_distance
 from megastar.evaluation.options import EvaluationOptions
@@ -38,9 +40,10 @@ from megastar.evaluation.reference import Reference, read_reference
 from megastar.model.transformer import Transformer
 from megastar.run_dir.evaluations import append_evaluation, describe_epochs, find_evaluation, read_evaluations
 from megastar.run_dir.jsonl import iter_jsonl
-from megastar.run_dir.layout import EVALUATING, METRICS
+from megastar.run_dir.layout import EVALUATING, METRICS, SAMPLES
 from megastar.run_dir.rollbacks import read_rollbacks
 from megastar.sampling.distributed import SamplingPipeline
+from megastar.sampling.grid import Block, image_grid, save_grid
 from megastar.sampling.options import SamplingOptions
 from megastar.tokenizer.io import load_tokenizer
 from megastar.utils.clock import utc_now
@@ -49,6 +52,7 @@ from megastar.utils.files import write_atomic
 
 logger = logging.getLogger(__name__)
 LINE_EVERY = 30.0  # seconds between log lines of an evaluation
+SHOWN = 32  # images of a grid
 PROGRESS_EVERY = 5.0  # and between updates of the progress file, which `megastar status` reads
 INPUTS = (
     "samples",
@@ -70,6 +74,7 @@ class ScheduledEvaluation:
         self.run, self.agreement = Path(cfg.run), Agreement(ctx, stop)
         self.reference: Reference | None = None  # on rank 0, after the first evaluation
         self.failed = False
+        self.shown: tuple[Any, list[int]] | None = None  # the first images of the last evaluation and their classes
         self._line_at = self._progress_at = 0.0
 
     def due(self, step: int, steps: int) -> bool:
@@ -108,6 +113,8 @@ class ScheduledEvaluation:
             return
         row = {f"eval_{e.metric}": found["value"], "eval_epoch": found["epoch"], "eval_samples": found["samples"]}
         metrics.write(step, row | {"eval_cfg_scale": found["cfg_scale"], "eval_weights": found["weights"]})
+        if new:
+            self._draw(step, found, metrics)
         text = (
             f"step {step}, epoch {found['epoch']:.4g}: {found['metric']} {found['value']:.4g} of {found['samples']} samples of "
             f"the {found['weights']} weights, cfg_scale {found['cfg_scale']:g}, against {found['against']}"
@@ -117,6 +124,23 @@ class ScheduledEvaluation:
         more: dict[str, Any] = {"situation": "evaluation", "over": True} if self.failed else {}
         metrics.event("evaluated", text + ("" if new else " (recorded by an earlier start)"), **more)
         self.failed = False
+
+    def _draw(self, step: int, found: dict[str, Any], metrics: MetricsLogger) -> None:
+        """A grid of the first samples, for RUN/samples and the trackers."""
+        if self.shown is None:
+            return
+        (images, labels), self.shown = self.shown, None
+        text = f"{len(labels)} samples of the {found['weights']} weights, step {step}, cfg_scale {found['cfg_scale']:g}"
+        path = self.run / SAMPLES / f"eval-{step:08d}.png"
+        try:
+            names = self.data.train.manifest.classes
+            grid = image_grid([Block(text, images, labels)], names, columns=max(Counter(labels).values()))
+            save_grid(
+                grid, path, {"caption": text} | {k: found[k] for k in ("step", "weights", "cfg_scale", "seed", "dtype")}
+            )
+            metrics.image("samples", path, text)
+        except (OSError, UserError) as error:  # a full disk
+            metrics.event("warning", f"the samples of step {step} are not written ({error})")
 
     def _has_row(self, step: int) -> bool:
         """Whether metrics.jsonl still has the row of the evaluation of ``step``."""
@@ -180,6 +204,8 @@ class ScheduledEvaluation:
             self._progress(step, min(done, len(pipeline.labels)), len(pipeline.labels))
 
         pixels = pipeline.sample_chunk(chunk, progress)
+        if chunk == 0:  # of rank 0
+            self.shown = pixels[:SHOWN].copy(), [pipeline.labels[i] for i in list(ids)[:SHOWN]]
         made.update(pixels, ids)
 
     def _read_reference(self, network: Any) -> Reference:

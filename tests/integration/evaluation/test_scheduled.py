@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megastar.checkpoint.find_weights import find_weights
 from megastar.checkpoint.rng_state import random_file
@@ -15,6 +18,7 @@ from megastar.evaluation.runner import sample_and_evaluate
 from megastar.run_dir.evaluations import read_evaluations
 from megastar.run_dir.events import read_events
 from megastar.sampling.distributed import labels_like
+from megastar.sampling.grid import Block, image_grid
 from megastar.sampling.pipeline import open_pipeline
 from tests.checkpoints import full_weights
 from tests.integration.conftest import megastar
@@ -88,6 +92,14 @@ def test_scores_are_those_of_the_checkpoint(runs, world):
     options = {"real_tokenizer": world.tokenizer, "settings": Settings(), "metrics": ["fd"]}
     result = sample_and_evaluate(pipeline, world.codes("train"), **options)
     assert result["value"] == pytest.approx(found[12]["eval_fd"], rel=1e-6)
+    assert sorted(p.name for p in (run / "samples").iterdir()) == [f"eval-{step:08d}.png" for step in (5, 10, 12)]
+    images = pipeline.sample_chunk(0)  # as large as a batch
+    caption = "4 samples of the ema weights, step 12, cfg_scale 1"
+    names, columns = ["circle", "square", "stroke"], max(Counter(labels[:4]).values())
+    wanted = image_grid([Block(caption, images, labels[:4])], names, columns=columns)
+    with Image.open(run / "samples/eval-00000012.png") as grid:
+        assert np.array_equal(np.asarray(grid), np.asarray(wanted))
+        assert json.loads(grid.text["megastar"])["caption"] == caption
 
 
 def test_events_and_status_report_them(runs):

@@ -163,6 +163,17 @@ log_every: 1
     assert len(list((tmp_path / "vq/trackio/media").rglob("*.png"))) == 2
 
 
+def test_a_run_sends_the_samples_of_its_evaluations(world, tmp_path):
+    config = world.write_config(tmp_path / "run.yaml", tmp_path / "run", steps=4, trackers="[mlflow, trackio, wandb]")
+    done = train(config, "eval.every=2", "eval.samples=8", "eval.batch=4")
+    assert done.returncode == 0, done.stderr
+    grids = {p.name: p.read_bytes() for p in (tmp_path / "run/samples").iterdir()}
+    assert sorted(grids) == ["eval-00000002.png", "eval-00000004.png"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run/mlflow/artifacts").rglob("*.png")} == grids
+    assert len(list((tmp_path / "run/trackio/media").rglob("*.png"))) == 2
+    assert len(list((tmp_path / "run/wandb").rglob("*.png"))) == 2
+
+
 def losses(run: Path) -> list[float]:
     return [value for (_, name), value in sorted(recorded(run).items()) if name == "loss"]
 
