@@ -60,12 +60,23 @@ def test_the_lines_for_slurm_are_those_of_its_settings():
 
 @pytest.mark.parametrize(
     ("words", "problem"),
-    [(["gpu", "x"], "gpu is neither cpu nor cuda"), (["cpu", "x"], "set TORCH_INDEX to a package index of CPU builds")],
+    [
+        (["gpu", "x"], "gpu is neither cpu nor cuda"),
+        (["cpu", "x"], "set TORCH_INDEX to a package index of CPU builds"),
+        (["cuda", "x"], "EXTRAS=eval,hubb: setup.py has no extra hubb"),
+    ],
 )
 def test_bad_arguments_of_the_installation(words, problem):
     environ = {k: v for k, v in os.environ.items() if k not in ("TORCH_INDEX", "PIP_FIND_LINKS")}
+    environ["EXTRAS"] = "eval,hubb"
     done = subprocess.run(["sh", INSTALL, *words], cwd=ROOT, env=environ, capture_output=True, text=True)
     assert done.returncode == 2 and problem in done.stderr and not (ROOT / "x").exists()
+
+
+def test_both_definitions_install_the_same_extras():
+    extras = re.search(r"(?m)^extras=\$\{EXTRAS:-(.*)\}$", (ROOT / INSTALL).read_text())[1]
+    assert f"ARG EXTRAS={extras}\n" in DOCKERFILE and f"    extras={extras}\n" in APPTAINER
+    assert "hub" in extras.split(",")  # the error of hf:// without it names a command that cannot be run in the image
 
 
 @pytest.mark.slow
@@ -85,6 +96,7 @@ def test_the_installation_in_an_empty_environment(tmp_path):
     words = [venv / "bin" / "megastar", "sample", "--per-class", "1", "--classes", "0", "--out", work / "a.png"]
     subprocess.run(words, cwd=work, env=environ, check=True, capture_output=True, timeout=300)
     assert (work / "a.png").is_file()
+    subprocess.run([venv / "bin" / "python", "-c", "import huggingface_hub, argcomplete"], check=True)
     doctor = subprocess.run(
         [venv / "bin" / "megastar", "doctor", "-q"], cwd=work, env=environ, capture_output=True, text=True
     )
