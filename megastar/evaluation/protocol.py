@@ -6,7 +6,7 @@ The protocol: temperature 1, all codes, guidance that is equal for all tokens, a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from megastar.config.sections.repa import RepaConfig
 from megastar.config.sections.self_guided import SelfGuidedConfig
@@ -98,7 +98,7 @@ def _usual_objective(method: str, size: str) -> dict[str, Any]:
     return {"views": 1} if method == "ar" else {}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -36,7 +36,7 @@ def wanted_scores(cfg: CompareConfig) -> dict[str, Any]:
     out |= {"weights": e.weights, "against": e.against or shards}
     try:
         counts = load_manifest(shards, data).class_counts
-        out["labels"] = LABELS["data" if e.labels == "data" and sum(counts) else "balanced"]
+        out["labels"] = LABELS["data" if e.labels == "data" and any(counts) else "balanced"]
         subset = e.against_subset or None
         if e.against:
             out["reference"] = {"sha256": source_hash(e.against, subset=subset), "subset": subset}
