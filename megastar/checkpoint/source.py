@@ -18,6 +18,11 @@ from megastar.run_dir import manifest as manifests
 from megastar.run_dir.checkpoint_dir import find_checkpoint, read_manifest, verify
 from megastar.utils.progress_bar import progress_bar
 
+SELF_GUIDED = (  # fields that weights record
+    *("student_views", "mask_ratio", "alpha", "beta", "contrastive_block", "positions", "step_loss", "view_loss"),
+    "teacher_decay",
+)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -58,11 +63,23 @@ class Source:
             "seed": self.cfg.train.seed,
             "method": self.cfg.method_name,
             "self_guided": self.cfg.self_guided.enabled,
+            "objective": self._objective(),
             **self._token_order(),
             **({} if self.cfg.model.class_dropout_prob else {"null_class": False}),
             "classes": self.manifest.get("classes"),
             "command": self.manifest.get("command"),
         }
+
+    def _objective(self) -> dict[str, Any]:
+        """The crops of an image, and the settings of the losses besides next-token prediction."""
+        guided, repa = self.cfg.self_guided, self.cfg.repa
+        out: dict[str, Any] = {"views": self.cfg.views}
+        if guided.enabled:
+            out |= {name: getattr(guided, name) for name in SELF_GUIDED}
+        if repa.active:
+            out |= {"repa_encoder": repa.encoder, "repa_weight": repa.weight}
+            out["repa_block"] = repa.block_of(self.cfg.model.n_layer)
+        return out
 
     def _token_order(self) -> dict[str, Any]:
         """Of a random order: the share of permuted images in the last step."""

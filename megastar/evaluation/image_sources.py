@@ -106,7 +106,10 @@ def load_images(path: str | Path, **options: Any) -> np.ndarray:
 
 def source_hash(path: str | Path, *, subset: str | None = None) -> str:
     """SHA-256 of what ``open_images`` reads from a folder, tars or an .npz."""
-    return open_images(path, subset=subset, size=None if Path(path).suffix == ".npz" else 1).sha256()
+    if Path(path).suffix == ".npz":
+        npz_names(Path(path))  # raises for a file that is missing or no .npz
+        return sha256(Path(path))  # also of one with statistics only
+    return open_images(path, subset=subset, size=1).sha256()
 
 
 class FolderImages:

@@ -12,6 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megastar.evaluation.protocol import (
+    label_difference,
+    not_recorded,
+    sampling_differences,
+    shape_of_guidance,
+    training_differences,
+)
 from megastar.utils.json_file import (
     FLOAT,
     dict_of,
@@ -101,6 +108,9 @@ class Measured:
     samples: int
     image_size: int
     reference: str  # empty: the published moments of ADM's file
+    shape: str  # of guidance along the tokens; empty: the same for all
+    provenance: Mapping[str, Any]
+    trained: Mapping[str, Any]
 
 
 def measured_of(result: Mapping[str, Any]) -> Measured | None:
@@ -122,15 +132,19 @@ def measured_of(result: Mapping[str, Any]) -> Measured | None:
     seen = _number(trained.get("images_seen"))
     real = result.get("real", {})
     published = real.get("statistics") is not None and "VIRTUAL_imagenet256" in str(real.get("source"))
+    tokens = None if sizes[2] is None else int(sizes[2])
     return Measured(
         method=method,
         size=size,
-        tokens=None if sizes[2] is None else int(sizes[2]),
+        tokens=tokens,
         epochs=None if seen is None else seen / IMAGENET,
         cfg_scale=_number(provenance.get("cfg_scale")),
         samples=int(made.get("pictures") or 0),
         image_size=int(made.get("size") or 0),
         reference="" if published else str(real.get("source", "unknown")),
+        shape=shape_of_guidance(provenance, tokens),
+        provenance=provenance,
+        trained=trained,
     )
 
 
@@ -144,7 +158,7 @@ def _number(value: Any) -> float | None:
 def beside(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The published figures of the same method, size, epochs and guidance as a result with FID, and what differs otherwise.
 
-    A figure whose epochs or guidance are not stated, or not recorded for the result, is listed with that as a difference.
+    Guidance that changes along the tokens (``cfg_schedule``, ``cfg_interval``) is another one than that of a figure. A figure whose epochs or guidance are not stated, or not recorded for the result, is listed with that as a difference.
     """
     measured = measured_of(result)
     if measured is None or "FID" not in result.get("scores", {}):
@@ -169,7 +183,8 @@ def _another(figure: Figure, m: Measured) -> bool:
     """Whether epochs, guidance or tokens are known on both sides and differ."""
     epochs = figure.epochs is not None and m.epochs is not None and abs(m.epochs / figure.epochs - 1) > 0.01
     scale = figure.cfg_scale is not None and m.cfg_scale is not None and not math.isclose(figure.cfg_scale, m.cfg_scale)
-    return epochs or scale or (m.tokens is not None and m.tokens != figure.tokens)
+    shape = figure.cfg_scale not in (None, 1) and bool(m.shape)
+    return epochs or scale or shape or (m.tokens is not None and m.tokens != figure.tokens)
 
 
 def _differences(figure: Figure, m: Measured, reference: str, side: int) -> Iterator[str]:
@@ -184,11 +199,17 @@ def _differences(figure: Figure, m: Measured, reference: str, side: int) -> Iter
     if m.cfg_scale is None:
         yield f"the guidance of these samples is not recorded, the paper has {guidance(figure.cfg_scale)}"
     elif figure.cfg_scale is None:
-        yield f"{guidance(m.cfg_scale)}, the source does not state its own"
+        shape = f", {m.shape}" if m.shape and m.cfg_scale != 1 else ""
+        yield f"{guidance(m.cfg_scale)}{shape}, the source does not state its own"
     if m.image_size != side:
         yield f"pictures of {m.image_size} x {m.image_size} instead of {side} x {side} pixels"
     if m.reference:
         yield f"the reference is {m.reference} instead of {reference}"
+    yield from sampling_differences(m.provenance)
+    yield from label_difference(m.provenance, figure.paper)
+    yield from training_differences(m.trained, m.method, m.size)
+    if missing := not_recorded(m.provenance, m.method, m.size):
+        yield f"not recorded: {', '.join(missing)}"
     if figure.note:
         yield f"the paper: {figure.note}"
 

@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -53,22 +53,34 @@ def evaluate(
     that a sampler wrote beside an .npz (NAME.npz.json) becomes part of the provenance. Raises ``UserError``.
     """
     o, start = EvaluationOptions(**options), time.perf_counter()
-    images = open_images(generated, subset=generated_subset)
-    if images.height != images.width:
-        raise UserError(f"{generated}: images of {images.width} x {images.height} pixels; crop them to squares first")
-    provenance = _read_record(Path(generated))
-    if provenance.get("count", images.count) != images.count:
-        raise UserError(
-            f"{record_of(Path(generated))} records {shown(provenance['count'])} images, but {generated} contains {images.count}: "
-            "remove the wrong file"
-        )
+    images, provenance = open_generated(generated, generated_subset)
     metrics, made = _prepare(o, images.count, generated)
     reference = _reference(real, images.height, metrics, made.network, o)
     collect(made, images.batches(o.batch), images.count, "generated", o.console)
-    summary: dict[str, Any] = {"source": str(generated), "subset": generated_subset, "pictures": made.count}
-    summary |= {"size": images.height, "sha256": images.sha256(), "classes": _class_counts(images.labels())}
-    summary |= {"resized": dict(images.resized)} if images.resized else {}
-    return _score(made, reference, metrics, o, {"generated": summary}, provenance | dict(o.provenance), start)
+    summary = {"generated": describe_images(generated, generated_subset, images, made.count)}
+    return _score(made, reference, metrics, o, summary, provenance | dict(o.provenance), start)
+
+
+def open_generated(path: str | Path, subset: str | None) -> tuple[ImageSource, dict[str, Any]]:
+    """Generated images, and the record that a sampler wrote beside them. Raises ``UserError`` for images that are not square,
+    and for a record of another number of images."""
+    images = open_images(path, subset=subset)
+    if images.height != images.width:
+        raise UserError(f"{path}: images of {images.width} x {images.height} pixels; crop them to squares first")
+    provenance = _read_record(Path(path))
+    if provenance.get("count", images.count) != images.count:
+        raise UserError(
+            f"{record_of(Path(path))} records {shown(provenance['count'])} images, but {path} contains {images.count}: "
+            "remove the wrong file"
+        )
+    return images, provenance
+
+
+def describe_images(source: str | Path, subset: str | None, images: ImageSource, count: int) -> dict[str, Any]:
+    """What a result records of images of which ``count`` were read."""
+    out: dict[str, Any] = {"source": str(source), "subset": subset, "pictures": count, "size": images.height}
+    out |= {"sha256": images.sha256(), "classes": _class_counts(images.labels())}
+    return out | ({"resized": dict(images.resized)} if images.resized else {})
 
 
 def evaluate_collected(made: Collector, real: str | Path, **options: Any) -> dict[str, Any]:
@@ -201,9 +213,9 @@ def _score(
     check_count(metrics, made.network, o.settings, made.count, summary.get("generated", {}).get("source", "images"))
     with o.console.status(f"computing {', '.join(metrics)}") if o.console is not None else nullcontext():
         scores, details, warnings = compute(made, reference, metrics, o.settings)
-    warnings += list(_resized(summary.get("generated", {}), reference.metadata))
+    warnings += list(resized_warnings(summary.get("generated", {}), reference.metadata))
     first = next(iter(scores))
-    missing = [] if "tokenizer" in summary else [name for name in EXPECTED if provenance.get(name) is None]
+    missing = [] if "tokenizer" in summary else not_recorded(provenance)
     result = {
         "metric": first,
         "value": scores[first],
@@ -222,30 +234,40 @@ def _score(
     }
     if found := beside(result):
         result["published"] = found
-    for warning in warnings:
-        logger.warning(warning)
-    if missing:
-        logger.warning("provenance of the images is incomplete: %s (pass --provenance FILE)", ", ".join(missing))
-    if o.console is not None:
-        _show(result, o.console)
-    if o.out is not None:
-        Path(o.out).parent.mkdir(parents=True, exist_ok=True)
-        write_output(Path(o.out), (json.dumps(result, indent=2) + "\n").encode())
+    report(result, o, _show)
     return result
 
 
-def _resized(made: Mapping[str, Any], real: Mapping[str, Any]) -> Iterator[str]:
-    """Images that were not scored at their own size."""
+def not_recorded(provenance: Mapping[str, Any]) -> list[str]:
+    """The fields of ``EXPECTED`` that the provenance of images lacks."""
+    return [name for name in EXPECTED if provenance.get(name) is None]
+
+
+def report(result: Mapping[str, Any], o: EvaluationOptions, show: Callable[[Mapping[str, Any], Console], None]) -> None:
+    """Log a result's warnings, ``show`` it on the console, and write it to ``o.out``."""
+    for warning in result["warnings"]:
+        logger.warning(warning)
+    if missing := result["not_recorded"]:
+        logger.warning("provenance of the images is incomplete: %s (pass --provenance FILE)", ", ".join(missing))
+    if o.console is not None:
+        show(result, o.console)
+    if o.out is not None:
+        Path(o.out).parent.mkdir(parents=True, exist_ok=True)
+        write_output(Path(o.out), (json.dumps(result, indent=2) + "\n").encode())
+
+
+def resized_warnings(made: Mapping[str, Any], real: Mapping[str, Any], what: str = "generated") -> Iterator[str]:
+    """Images that were not scored at their own size. ``what``: the kind of images that ``made`` describes."""
     if sizes := made.get("resized"):
         yield (
-            f"{sum(sizes.values())} of {made['pictures']} generated images were cropped and resized to {made['size']} x "
+            f"{sum(sizes.values())} of {made['pictures']} {what} images were cropped and resized to {made['size']} x "
             f"{made['size']} pixels ({sizes_of(sizes)}): score images of one size"
         )
     if count := real.get("resized"):
         yield f"{count} of {real['pictures']} real images were cropped and resized to {real['size']} x {real['size']} pixels"
 
 
-def _show(result: dict[str, Any], console: Console) -> None:
+def _show(result: Mapping[str, Any], console: Console) -> None:
     table = Table("score", "value", "")
     if "psnr" in result:
         table.add_row("PSNR", f"{result['psnr']:.2f} dB", "mean over images")

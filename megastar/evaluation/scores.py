@@ -118,14 +118,20 @@ def compute(
             "floor_meaning": f"{name(found[0])} between two disjoint halves of the real set, {half} images each",
             "floor_seed": FLOOR_SEED,
         }
-    return scores, details, _warnings(made, real, metrics, s)
+    return scores, details, warnings_of(made, real, metrics, s)
 
 
-def _warnings(made: Collector, real: Reference, metrics: Sequence[str], s: Settings) -> list[str]:
+def warnings_of(
+    made: Collector, real: Reference, metrics: Sequence[str], s: Settings, what: str = "generated"
+) -> list[str]:
+    """What limits the scores of ``made`` against ``real``: too few images, settings without effect, another Inception file.
+
+    ``what``: the kind of images that ``made`` holds, for the sentences.
+    """
     out = [
-        f"only {n} {what} images: below {REPORTABLE} the distance is biased upward; compare equal counts only"
-        for n, what in ((made.count, "generated"), (real.count, "real"))
-        if n < REPORTABLE and not (what == "real" and real.published)
+        f"only {n} {kind} images: below {REPORTABLE} the distance is biased upward; compare equal counts only"
+        for n, kind in ((made.count, what), (real.count, "real"))
+        if n < REPORTABLE and not (kind == "real" and real.published)
     ]
     for name, metric in SETTING_OF.items():
         if metric not in metrics and (value := getattr(s, name)) != getattr(Settings(), name):

@@ -14,6 +14,7 @@ from megastar.config.files import require_file
 from megastar.errors import UserError
 from megastar.experiments.plan import PlannedRun, codes_folder
 from megastar.experiments.samplers import options_of, recorded_sampler, sampler_of
+from megastar.experiments.training_scores import wanted_scores
 from megastar.run_dir.checkpoint_dir import name_of
 from megastar.run_dir.layout import CHECKPOINTS, MANIFEST
 from megastar.utils.files import sha256, write_atomic
@@ -90,6 +91,11 @@ class Evaluation:
         real = {s: source_hash(c.pictures, subset=s) for s in c.score.against}
         inception = sha256(Path(c.score.inception)) if c.score.inception else ""
         return {"codes": codes, "real": real, "inception": inception, "tokenizer": sha256(Path(find_tokenizer(c)))}
+
+    @cached_property
+    def wanted(self) -> dict[str, Any]:
+        """The settings of scores while training (``training_scores.wanted_scores``); hashes their reference."""
+        return wanted_scores(self.cfg)
 
     def file(self, part: Part) -> Path | None:
         """The file of the result of ``part``; None without its checkpoint."""

@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 from megastar.config.comparison import CompareConfig
-from megastar.config.sections.evaluation import EvaluationConfig
 from megastar.experiments.evaluation import Evaluation
 from megastar.experiments.plan import PlannedRun, baselines
-from megastar.run_dir.evaluations import epochs_to, read_evaluations
+from megastar.experiments.training_scores import is_of
+from megastar.run_dir.evaluations import describe_reference, epochs_to, read_evaluations
 from megastar.run_dir.events import read_events
 from megastar.run_dir.jsonl import read_jsonl
 from megastar.run_dir.layout import METRICS
@@ -59,7 +59,7 @@ def gather(
         "evaluate_seconds": times.get(f"{run.name} evaluate", {}).get("seconds"),
         "val_loss_ar": losses[-1] if losses else None,
         "last_row": next((r for r in reversed(rows) if "loss" in r), {}),
-        "scored": [r for r in scored if is_of(r, evaluation.cfg.base.eval)],  # while it trained
+        "scored": [r for r in scored if is_of(r, evaluation.wanted)],  # while it trained
         "weights": {},
         "curve": {},
     }
@@ -73,13 +73,6 @@ def gather(
         kind, key = ("curve", str(part.step)) if part.curve else ("weights", part.weights)
         out[kind].setdefault(key, {})[part.what] = result
     return out
-
-
-def is_of(scored: Mapping[str, Any], e: EvaluationConfig) -> bool:
-    """Whether a line of evaluations.jsonl was made with these settings: an earlier start may have had others."""
-    name = {"fd": "FD-EffLite0", "fid": "FID", "fd_dinov2": "FD-DINOv2"}[e.metric]
-    wanted = {"samples": e.samples, "cfg_scale": e.cfg_scale, "weights": e.weights}
-    return str(scored.get("metric", "")).startswith(name) and all(scored.get(k) == v for k, v in wanted.items())
 
 
 def score_of(weights: str, split: str, metric: str, row: Mapping[str, Any]) -> Any:
@@ -161,6 +154,11 @@ class Results:
     def scored_metric(self) -> str:
         """The name of the score of the evaluations while training; empty where no run has one."""
         return next((str(r["scored"][-1]["metric"]) for r in self.rows.values() if r.get("scored")), "")
+
+    def scored_against(self) -> list[str]:
+        """The references of these evaluations, one unless results.json is of an older version."""
+        found = [describe_reference(r["scored"][-1]) for r in self.rows.values() if r.get("scored")]
+        return list(dict.fromkeys(found))
 
     def pairs(self) -> list[tuple[str, str]]:
         """(variant, baseline), each pair once."""

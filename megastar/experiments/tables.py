@@ -78,8 +78,8 @@ def epochs_note(results: Results) -> str:
     e = results.cfg.base.eval
     return (
         f"The first evaluated epoch with {results.scored_metric()} at or below the threshold, not interpolated: evaluations every "
-        f"{e.every} steps of {e.samples} samples of the {e.weights} weights, cfg_scale {e.cfg_scale:g}. (reached/scored) counts "
-        "runs; mean and deviation are over those that reached it."
+        f"{e.every} steps of {e.samples} samples of the {e.weights} weights, cfg_scale {e.cfg_scale:g}, against "
+        f"{' and '.join(results.scored_against())}. (reached/scored) counts runs; mean and deviation are over those that reached it."
     )
 
 

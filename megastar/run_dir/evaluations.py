@@ -5,7 +5,8 @@
 
 The file is append-only: a step that is repeated, after a resume or a rollback, gets a new line if its weights differ. A line's
 ``rollbacks`` counts the rollbacks before it: one that a later rollback discarded the weights of is not read.
-``key`` is a hash of everything that a score depends on, the weights included.
+``key`` is a hash of everything that a score depends on, the weights included. ``reference`` has the hash, the subset and the number of
+the real images, ``labels`` how the classes of the samples were chosen: scores that differ in them are not one curve.
 """
 
 from __future__ import annotations
@@ -35,7 +36,14 @@ _RECORD = validator(
     )
 )  # fmt: skip
 _PROGRESS = validator(record({"step": integer(0, 10**9), "done": integer(0, 10**9), "samples": integer(1, 10**9)}))
-PROTOCOL = ("metric", "samples", "cfg_scale", "weights", "against")  # scores that differ in one are not one curve
+PROTOCOL = (
+    "metric",
+    "samples",
+    "cfg_scale",
+    "weights",
+)  # with labels and reference: scores that differ in one are not one curve
+REFERENCE = ("sha256", "subset", "pictures")  # of ``reference``: what was compared with, wherever it lies
+LABELS = {"data": "like the training shards", "balanced": "balanced"}  # eval.labels -> ``labels``
 
 
 def append_evaluation(run: Path, found: Mapping[str, Any]) -> None:
@@ -57,8 +65,7 @@ def read_evaluations(run: Path, until: int | None = None) -> list[Record]:
     lines = [r for r in lines if until is None or r["step"] <= until]
     if not lines:
         return []
-    protocol = protocol_of(lines[-1])
-    newest = {r["step"]: r for r in lines if protocol_of(r) == protocol}
+    newest = {r["step"]: r for r in lines if same_protocol(r, lines[-1])}
     return [newest[step] for step in sorted(newest)]
 
 
@@ -67,8 +74,32 @@ def is_discarded(found: Mapping[str, Any], targets: Sequence[float]) -> bool:
     return "rollbacks" in found and any(step < found["step"] for step in targets[found["rollbacks"] :])
 
 
-def protocol_of(found: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(found[name] for name in PROTOCOL)
+def same_protocol(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two lines are scores of one curve. What one of them does not record is not compared; references without a hash
+    are compared by ``against``."""
+    if any(a.get(name) != b.get(name) for name in PROTOCOL):
+        return False
+    if "labels" in a and "labels" in b and a["labels"] != b["labels"]:
+        return False
+    first, second = _reference(a), _reference(b)
+    if not (first and second):
+        return bool(a.get("against") == b.get("against"))
+    return all(first[name] == second[name] for name in REFERENCE if name in first and name in second)
+
+
+def _reference(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``reference`` of a line; empty if it records no hash."""
+    reference = found.get("reference")
+    return reference if isinstance(reference, Mapping) and isinstance(reference.get("sha256"), str) else {}
+
+
+def describe_reference(found: Mapping[str, Any]) -> str:
+    """``VIRTUAL_imagenet256_labeled.npz``; ``data/codes/train, 50000 images``; ``photos, subset test, 900 images``"""
+    reference = _reference(found)
+    subset, pictures = reference.get("subset"), reference.get("pictures")
+    parts = [str(found.get("against", "a reference that is not recorded"))]
+    parts += [f"subset {subset}"] if isinstance(subset, str) else []
+    return ", ".join(parts + ([f"{pictures} images"] if isinstance(pictures, int) else []))
 
 
 def find_evaluation(run: Path, step: int, key: str) -> Record | None:

@@ -19,7 +19,7 @@ from megastar.evaluation.features import Network, open_network
 from megastar.evaluation.image_sources import NPZ_NAMES, check_applicable, npz_names, open_images
 from megastar.evaluation.options import Settings
 from megastar.evaluation.scores import check_count
-from megastar.run_dir.evaluations import read_evaluations
+from megastar.run_dir.evaluations import LABELS, read_evaluations
 from megastar.sampling.distributed import labels_like, plan_labels
 from megastar.tokenizer.io import read_tokenizer_metadata
 
@@ -50,8 +50,8 @@ def labels_of_run(e: EvaluationConfig, manifest: Manifest, seed: int) -> tuple[l
     classes, counts = list(range(len(manifest.classes))), manifest.class_counts
     if e.labels == "data" and counts and sum(counts):
         pool = [c for c, n in enumerate(counts) for _ in range(n)]
-        return labels_like(pool, e.samples, seed), "like the training shards"
-    return plan_labels("balanced", e.samples, classes, seed), "balanced"
+        return labels_like(pool, e.samples, seed), LABELS["data"]
+    return plan_labels("balanced", e.samples, classes, seed), LABELS["balanced"]
 
 
 def check_evaluation(cfg: RunConfig, data: RunData | None) -> None:

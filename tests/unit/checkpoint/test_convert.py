@@ -28,6 +28,10 @@ from tests.dist.reference import config
 
 ROOT = Path(__file__).resolve().parents[3]
 CFG = config(data={"shards": "codes"})
+OBJECTIVE = {
+    "views": 2, "student_views": 2, "mask_ratio": 0.25, "alpha": 1.0, "beta": 0.5, "contrastive_block": 2, "positions": 4,
+    "step_loss": True, "view_loss": True, "teacher_decay": 0.9,
+}  # fmt: skip
 WHOLE = whole_of(CFG)
 LLAMAGEN = {  # autoregressive/models/gpt.py: what its Transformer's state_dict holds
     "cls_embedding.embedding_table.weight", "tok_embeddings.weight", "norm.weight", "output.weight",
@@ -78,7 +82,7 @@ def test_safetensors_hold_the_weights(runs, tmp_path, mesh, weights, dtype):
     assert equal(model.state_dict(), weights_of("ema" if weights == "ema" else "fp32", kind))
     assert about == {
         "weights": weights, "step": 3, "of_steps": 8, "images_seen": 24, "seed": 0, "method": "star",
-        "self_guided": True, "classes": list("abcde"), "command": "megastar train",
+        "self_guided": True, "objective": OBJECTIVE, "classes": list("abcde"), "command": "megastar train",
     }  # fmt: skip
     assert f"{weights} weights, {dtype}, step 3" in told and "read back as written" in told
     assert sorted(p.name for p in out.parent.iterdir()) == ["w.json", "w.safetensors"]

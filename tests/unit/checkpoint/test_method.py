@@ -56,3 +56,20 @@ def test_older_and_foreign_provenance(provenance, words):
     assert (
         f"| method | {words} |" in text if words else "| method |" not in text and "trained with megastar. It" in text
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "objective"),
+    [
+        ({"self_guided": ALONE}, {"views": 1}),
+        ({"self_guided": ALONE | {"baseline_views": 2}}, {"views": 2}),
+        (
+            {"self_guided": ALONE, "repa": REPA | {"encoder": "efflite0"}},
+            {"views": 1, "repa_encoder": "efflite0", "repa_weight": 0.5, "repa_block": 1},
+        ),
+    ],
+)
+def test_weights_of_a_run_record_its_crops_and_losses(tmp_path, changes, objective):
+    write_checkpoint(tmp_path / "run", config(data={"shards": "codes"}, **changes), 1, 1)
+    convert(tmp_path / "run", "safetensors", tmp_path / "w.safetensors")
+    assert open_weights(tmp_path / "w.safetensors").provenance["objective"] == objective

@@ -109,10 +109,20 @@ def test_fd_ratio_is_the_mean_over_networks(weights, tmp_path, monkeypatch, caps
         assert main(["evaluate", name, *words[2:], "--allow-few"]) == 0
         assert json.loads((tmp_path / "r.json").read_text())["value"] == pytest.approx(lite[key], rel=1e-6)
     assert result["metric"] == "FDr^2" and result["value"] == pytest.approx((dino["ratio"] + lite["ratio"]) / 2)
+    few = str(tmp_path / "few.npz")
+    np.savez(few, arr_0=sets["held"][:5])
+    assert main([*words, "--fdr", "dinov2", "--held-out", few, "--dinov2", str(weights), "--allow-few"]) == 0
+    told = json.loads((tmp_path / "r.json").read_text())["warnings"]
+    least = features["held"].shape[1] + 1
+    assert told.count(f"fd_dinov2 is meaningful only with {least} or more images") == 1
     capsys.readouterr()
     for more, sentence in (
         (["--fdr", "efflite0"], "--fdr and --held-out belong together"),
         (["--fdr", "efflite0,efflite0", "--held-out", held], "each once"),
+        (
+            ["--fdr", "efflite0", "--held-out", held, "--dinov2", str(weights)],
+            "would not be used: --fdr efflite0 does not",
+        ),
         (["--fdr", "inception", "--held-out", held], "FID requires --inception FILE"),
         (
             ["--fdr", "efflite0", "--held-out", held, "--metrics", "fd"],
