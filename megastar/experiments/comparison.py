@@ -15,6 +15,7 @@ from megastar.config.env_text import recorded
 from megastar.config.load import save_config
 from megastar.errors import UserError
 from megastar.experiments import figures, tables
+from megastar.experiments.codes import check_codes, check_stored_features, features_to_make
 from megastar.experiments.evaluation import Evaluation, find_tokenizer
 from megastar.experiments.job_queue import Attempt, Job, JobQueue, QueueStopped, last_step, tail
 from megastar.experiments.plan import (
@@ -22,7 +23,6 @@ from megastar.experiments.plan import (
     check_folder,
     check_order,
     codes_folder,
-    encoder_of,
     is_trained,
     needed_splits,
     take_sizes_of_codes,
@@ -56,11 +56,13 @@ class Comparison:
         """Returns the exit status: 0, 1 if a run failed, 128 + the signal that stopped it. Raises ``UserError``."""
         with hold(self.out, "megastar compare", "out"):
             check_folder(self.cfg, self.runs)
+            check_stored_features(self.cfg, self.runs)
             save_config(self.cfg, self.out / "compare.yaml")
             self.pretokenize()
             if text := take_sizes_of_codes(self.cfg, self.runs):
                 self.console.print(text, highlight=False, markup=False)
                 save_config(self.cfg, self.out / "compare.yaml")
+            check_codes(self.cfg, self.runs)
             self.evaluation.check()
             self.digests = check_order(self.runs)
             for run in self.runs:
@@ -85,14 +87,13 @@ class Comparison:
         from megastar.data.pretokenize.runner import pretokenize
         from megastar.data.storage.shard_info import MANIFEST
 
-        encoder, weights = encoder_of(self.runs)
         for split in needed_splits(self.cfg):
             out = codes_folder(self.cfg, split)
             if not (Path(out) / MANIFEST).is_file():
-                which = encoder if split != "test" else ""  # no run trains or validates on it
+                encoder, weights = features_to_make(self.cfg, self.runs, split)
                 pretokenize(
                     self.cfg.pictures, split, find_tokenizer(self.cfg), out, console=self.console,
-                    features=which, feature_weights=weights if which and weights else None,
+                    features=encoder, feature_weights=weights or None,
                 )  # fmt: skip
 
     # Jobs ------------------------------------------------------------------------------------------------------
