@@ -33,7 +33,8 @@ def check_stored_features(cfg: CompareConfig, runs: Sequence[PlannedRun]) -> Non
     aligned = {run.variant: run.cfg.repa for run in reading if not is_trained(run)}
     if not aligned:
         return
-    made = {split: existing_codes(cfg, split) for split in ("train", "val") if split in needed_splits(cfg)}
+    splits = [split for split in needed_splits(cfg) if split != "test"]  # no run trains or validates on test
+    made = {split: existing_codes(cfg, split) for split in splits}
     known = {split: m.stored_features for split, m in made.items() if m is not None}
     another = "choose another out=..." + (" and codes=..." if cfg.codes else "")
     encoder, _ = encoder_of(runs)
@@ -62,7 +63,7 @@ def check_stored_features(cfg: CompareConfig, runs: Sequence[PlannedRun]) -> Non
 def features_to_make(cfg: CompareConfig, runs: Sequence[PlannedRun], split: str) -> tuple[str, str]:
     """The encoder of the features that new codes of ``split`` store, and its weights file; ("", "") for none."""
     encoder, weights = encoder_of(runs)
-    if split == "test":  # no run trains or validates on it
+    if split == "test":
         return "", ""
     train = existing_codes(cfg, "train") if split == "val" else None
     if train is not None and (train.stored_features is None or train.stored_features.encoder != encoder):
