@@ -75,7 +75,7 @@ class RunEnd:
         self.metrics.note(f"no batch for step {self.step + 1}: {kept}", logging.WARNING)
         raise error
 
-    def _cpu(self) -> dict[str, float]:
+    def _cpu(self) -> dict[str, Any]:
         """CPU seconds per step, for the event of the run's end; empty where this start has no row of steps."""
         return {} if self.metrics.step_cpu_s is None else {"step_cpu_s": round(self.metrics.step_cpu_s, 6)}
 
