@@ -33,6 +33,7 @@ LONG = (
     "integration/fuzz/test_run_folder.py",
     "dist/test_repa.py",
     "integration/evaluation/test_interrupted.py",
+    "integration/evaluation/test_compared.py",
     "integration/test_outage.py",
     "integration/test_watchdog.py",
     "integration/run_folder/test_token_order.py",

@@ -96,12 +96,14 @@ def main(words: list[str]) -> int:
 
 def show_plan(cfg: CompareConfig, runs: list[PlannedRun], console: Console) -> None:
     """Print the runs, their size and progress, and how the variants differ."""
+    from megastar.experiments.codes import check_stored_features
     from megastar.experiments.job_queue import last_step
     from megastar.experiments.plan import changed_fields, check_folder
     from megastar.experiments.tables import print_rows
     from megastar.run_dir.layout import METRICS
 
     check_folder(cfg, runs)
+    check_stored_features(cfg, runs)
     rows = [["run", "steps", "done", "images", "sequences"]]
     for run in runs:
         done = last_step(run.folder / METRICS)

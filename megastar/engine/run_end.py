@@ -54,10 +54,8 @@ class RunEnd:
             self.metrics.event("warning", problem, situation="upload", note=False)
         self.metrics.saved(self.saver.done)
         self.metrics.warn(self.saver.take_events())
-        cpu = {} if self.metrics.step_cpu_s is None else {"step_cpu_s": round(self.metrics.step_cpu_s, 6)}
-        self.metrics.event(
-            "finished", text := f"{self.steps} steps are done{problem and '; '}{problem}", note=False, **cpu
-        )
+        text = f"{self.steps} steps are done{problem and '; '}{problem}"
+        self.metrics.event("finished", text, note=False, **self._cpu())
         if problem:
             self.metrics.note(text, logging.WARNING)
 
@@ -77,8 +75,13 @@ class RunEnd:
         self.metrics.note(f"no batch for step {self.step + 1}: {kept}", logging.WARNING)
         raise error
 
+    def _cpu(self) -> dict[str, Any]:
+        """CPU seconds per step, for the event of the run's end; empty where this start has no row of steps."""
+        return {} if self.metrics.step_cpu_s is None else {"step_cpu_s": round(self.metrics.step_cpu_s, 6)}
+
     def _stop_for(self, signal_number: int, kept: str, when: str = "") -> None:
-        self.metrics.event("signal", f"signal {signal_number}{when}: {kept}; the same command resumes")
+        cpu = self._cpu() if self.step == self.steps else {}  # no later start has steps to measure
+        self.metrics.event("signal", f"signal {signal_number}{when}: {kept}; the same command resumes", **cpu)
         raise Preempted(signal_number)
 
     def _evaluate(self, record: StepRecord) -> None:

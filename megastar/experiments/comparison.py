@@ -15,6 +15,7 @@ from megastar.config.env_text import recorded
 from megastar.config.load import save_config
 from megastar.errors import UserError
 from megastar.experiments import figures, tables
+from megastar.experiments.codes import check_codes, check_stored_features, features_to_make
 from megastar.experiments.evaluation import Evaluation, find_tokenizer
 from megastar.experiments.job_queue import Attempt, Job, JobQueue, QueueStopped, last_step, tail
 from megastar.experiments.plan import (
@@ -22,12 +23,11 @@ from megastar.experiments.plan import (
     check_folder,
     check_order,
     codes_folder,
-    encoder_of,
     is_trained,
     needed_splits,
     take_sizes_of_codes,
 )
-from megastar.experiments.results import Results, gather
+from megastar.experiments.results import Results, gather, scored_while_training
 from megastar.run_dir.layout import METRICS
 from megastar.run_dir.lease import hold
 from megastar.utils.files import write_atomic
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _TIMES = validator(dict_of(text(1000), dict_of(text(1000), FLOAT)))
 _RESULTS = validator(record({"runs": ANY, "command": text()}, {"gpus": integer()}))
+LAST_SCORE = "last score"  # the stage of a job
 OUTPUTS = ("table.md", "results.json", "probe.png", "score.png")
 
 
@@ -50,17 +51,20 @@ class Comparison:
         self.by_name = {run.name: run for run in runs}
         self.evaluation = Evaluation(cfg)
         self.failed: dict[str, Attempt] = {}
+        self.tried: set[str] = set()  # runs whose training, and the score of its last step, this call has begun
         self.digests: dict[str, str] = {}  # of the order of images
 
     def run(self) -> int:
         """Returns the exit status: 0, 1 if a run failed, 128 + the signal that stopped it. Raises ``UserError``."""
         with hold(self.out, "megastar compare", "out"):
             check_folder(self.cfg, self.runs)
+            check_stored_features(self.cfg, self.runs)
             save_config(self.cfg, self.out / "compare.yaml")
             self.pretokenize()
             if text := take_sizes_of_codes(self.cfg, self.runs):
                 self.console.print(text, highlight=False, markup=False)
                 save_config(self.cfg, self.out / "compare.yaml")
+            check_codes(self.cfg, self.runs)
             self.evaluation.check()
             self.digests = check_order(self.runs)
             for run in self.runs:
@@ -85,14 +89,13 @@ class Comparison:
         from megastar.data.pretokenize.runner import pretokenize
         from megastar.data.storage.shard_info import MANIFEST
 
-        encoder, weights = encoder_of(self.runs)
         for split in needed_splits(self.cfg):
             out = codes_folder(self.cfg, split)
             if not (Path(out) / MANIFEST).is_file():
-                which = encoder if split != "test" else ""  # no run trains or validates on it
+                encoder, weights = features_to_make(self.cfg, self.runs, split)
                 pretokenize(
                     self.cfg.pictures, split, find_tokenizer(self.cfg), out, console=self.console,
-                    features=which, feature_weights=weights if which and weights else None,
+                    features=encoder, feature_weights=weights or None,
                 )  # fmt: skip
 
     # Jobs ------------------------------------------------------------------------------------------------------
@@ -100,12 +103,17 @@ class Comparison:
         return self.out / "plan" / f"{run.name}.yaml"
 
     def next_job(self, run: PlannedRun) -> Job | None:
-        """The next job of ``run``: train, then evaluate, then None."""
+        """The next job of ``run``: train, then evaluate, then None.
+
+        Before it is evaluated, a trained run whose last step has no score of ``base.eval`` catches it up, once.
+        """
         logs = self.out / "logs"
+        nproc = ["--nproc", str(self.cfg.nproc)] if self.cfg.nproc > 1 else []
+        args, log = ["train", str(self.plan_file(run)), *nproc], logs / f"{run.name}-train.log"
         if not is_trained(run):
-            nproc = ["--nproc", str(self.cfg.nproc)] if self.cfg.nproc > 1 else []
-            args, log = ["train", str(self.plan_file(run)), *nproc], logs / f"{run.name}-train.log"
             return Job(run.name, "train", args, log, run.steps, lambda: last_step(run.folder / METRICS))
+        if run.name not in self.tried and not self.is_scored(run):
+            return Job(run.name, LAST_SCORE, args, log, 1, lambda: int(self.is_scored(run)))
         if missing := self.evaluation.missing(run):
             args = ["compare", str(self.out / "compare.yaml"), "--evaluate", run.name]
             files = [self.evaluation.file(part) for part in missing]
@@ -115,6 +123,13 @@ class Comparison:
 
             return Job(run.name, "evaluate", args, logs / f"{run.name}-evaluate.log", len(files), done)
         return None
+
+    def is_scored(self, run: PlannedRun) -> bool:
+        """Whether the last step of ``run`` was scored while it trained, if ``base.eval`` asks for that."""
+        last = run.steps
+        if not self.cfg.base.eval.due(last, last):
+            return True
+        return any(r["step"] == last for r in scored_while_training(run, self.evaluation, last))
 
     def job_ended(self, attempt: Attempt) -> list[Job]:
         """Record the times and results of an attempt. Returns the job that follows it."""
@@ -129,10 +144,17 @@ class Comparison:
             )
         if attempt.interrupted:
             return []
-        if attempt.status:
+        run = self.by_name[job.run]
+        if attempt.status and job.stage != LAST_SCORE:
             return self.fail(attempt, f"ended with status {attempt.status}")
-        self.console.print(f"{job.title} done in {attempt.seconds / 60:.1f} min", highlight=False)
-        following = self.next_job(self.by_name[job.run])
+        if not attempt.status:
+            self.console.print(f"{job.title} done in {attempt.seconds / 60:.1f} min", highlight=False)
+        if job.stage != "evaluate":
+            self.tried.add(run.name)
+            if is_trained(run) and not self.is_scored(run):  # a score of samples stops no run, as in `megastar train`
+                text = f"{run.name}: its last step was not scored (base.eval), see {job.log}; the next call tries again"
+                self.console.print(text, style="yellow", markup=False, highlight=False)
+        following = self.next_job(run)
         if following and following.stage == job.stage:
             return self.fail(attempt, "ended with status 0 but wrote no result")
         return [following] if following else []

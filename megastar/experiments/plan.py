@@ -179,10 +179,14 @@ def changed_fields(cfg: CompareConfig, run: PlannedRun) -> list[str]:
 
 
 def baselines(cfg: CompareConfig, runs: Iterable[PlannedRun]) -> list[str]:
-    """The variants that others are compared with: the main ones without self-guidance and alignment, else the first main one."""
+    """The variants that others are compared with: the main ones without self-guidance and alignment, of them those of raster
+    order if there are any; else the first main one."""
+    runs = list(runs)
     guided = {run.variant: run.cfg.self_guided.enabled or run.cfg.repa.active for run in runs}
+    raster = {run.variant: run.cfg.token_order.kind == "raster" for run in runs}
     main = [name for name, v in cfg.variants.items() if v.kind == "main"]
-    return [name for name in main if not guided[name]] or main[:1]
+    plain = [name for name in main if not guided[name]]
+    return [name for name in plain if raster[name]] or plain or main[:1]
 
 
 def check_fair(runs: Iterable[PlannedRun], every: int) -> None:

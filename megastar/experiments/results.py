@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -9,6 +10,9 @@ from functools import partial
 from typing import Any
 
 from megastar.config.comparison import CompareConfig
+from megastar.data.shards.manifest import load_manifest
+from megastar.data.token_order import validates_permuted
+from megastar.errors import UserError
 from megastar.experiments.evaluation import Evaluation
 from megastar.experiments.plan import PlannedRun, baselines
 from megastar.experiments.training_scores import is_of
@@ -42,7 +46,6 @@ def gather(
     trained = times.get(f"{run.name} train", {})
     ended = [e["step_cpu_s"] for e in read_events(run.folder) if isinstance(e.get("step_cpu_s"), float)]
     ranks, batch = evaluation.cfg.nproc, run.cfg.train.global_batch
-    scored = read_evaluations(run.folder, rows[-1]["step"] if rows else 0)
     out: dict[str, Any] = {
         "variant": run.variant,
         "seed": run.seed,
@@ -59,7 +62,8 @@ def gather(
         "evaluate_seconds": times.get(f"{run.name} evaluate", {}).get("seconds"),
         "val_loss_ar": losses[-1] if losses else None,
         "last_row": next((r for r in reversed(rows) if "loss" in r), {}),
-        "scored": [r for r in scored if is_of(r, evaluation.wanted)],  # while it trained
+        "scored": scored_while_training(run, evaluation, rows[-1]["step"] if rows else 0),
+        "validation_order": validation_order(run),
         "weights": {},
         "curve": {},
     }
@@ -75,6 +79,27 @@ def gather(
     return out
 
 
+def scored_while_training(run: PlannedRun, evaluation: Evaluation, until: int) -> list[dict[str, Any]]:
+    """The scores of a run's weights up to step ``until`` that were made with the settings ``base.eval``."""
+    return [r for r in read_evaluations(run.folder, until) if is_of(r, evaluation.wanted)]
+
+
+def validation_order(run: PlannedRun) -> str:
+    """The order of the tokens in which a run is validated, raster or random: losses of the two are not comparable.
+
+    Without the codes, whose number of images is needed for an annealing that counts epochs, such a run counts as one that
+    is not annealed.
+    """
+    order = run.cfg.token_order
+    if order.kind == "random" and order.anneal_unit == "epochs":
+        try:
+            samples = load_manifest(run.cfg.data.shards).samples
+        except (UserError, OSError):
+            return "random"
+        return "random" if validates_permuted(run.cfg, samples) else "raster"
+    return "random" if validates_permuted(run.cfg, 1) else "raster"
+
+
 def score_of(weights: str, split: str, metric: str, row: Mapping[str, Any]) -> Any:
     return row["weights"][weights]["score"][split]["scores"][metric]
 
@@ -88,6 +113,11 @@ class Results:
         self.cfg, self.runs, self.rows, self.gpus = cfg, runs, rows, gpus
         self.labels = {name: v.label or name for name, v in cfg.variants.items()}
         self.baselines = baselines(cfg, runs)
+        self.validated: dict[str, str] = {}  # variant -> the order of the tokens in its validation
+        for run in runs:
+            recorded = rows.get(run.name, {}).get("validation_order")
+            if recorded or run.variant not in self.validated:
+                self.validated[run.variant] = recorded or validation_order(run)
 
     def of(self, variant: str, value: Callable[[Mapping[str, Any]], Any]) -> dict[int, Any]:
         """Seed -> value, for the runs that have it."""
@@ -146,10 +176,29 @@ class Results:
 
     def epochs_to(self, variant: str, threshold: float) -> tuple[list[float], int]:
         """The first evaluated epoch at or below ``threshold`` of each run that reached it, and the number of runs that were
-        scored while they trained."""
-        scored = [found for found in self.of(variant, lambda r: r.get("scored")).values() if found]
-        reached = [epochs_to(found, [threshold])[threshold] for found in scored]
-        return [epoch for epoch in reached if epoch is not None], len(scored)
+        scored while they trained. A run counts if all steps that are due before it reached the threshold were scored, or all
+        steps so far: otherwise the first epoch is unknown."""
+        known = []
+        for row in self.of(variant, lambda r: r if r.get("scored") else None).values():
+            found = self.due_scores(row)
+            epoch, unscored = epochs_to(found, [threshold])[threshold], self.unscored(row)
+            until = next((r["step"] for r in found if r["value"] <= threshold), math.inf)
+            if found and not any(step < until for step in unscored):
+                known.append(epoch)
+        return [epoch for epoch in known if epoch is not None], len(known)
+
+    def due_scores(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The scores of a run at the steps of ``base.eval.every``: an earlier start may have scored others besides."""
+        e = self.cfg.base.eval
+        return [r for r in row["scored"] if not e.every or e.due(r["step"], row["steps"])]
+
+    def unscored(self, row: Mapping[str, Any]) -> list[int]:
+        """The steps of ``base.eval.every`` that a run has done and that have no score of the settings ``base.eval``. Of a run
+        that has steps left, those before its last score: the newest one may be under way."""
+        e, steps, scored = self.cfg.base.eval, row["steps"], {r["step"] for r in row.get("scored", [])}
+        done = steps if row["done"] == steps else max(scored, default=0)
+        due = {*range(e.every, done + 1, e.every), *([steps] if done == steps else [])} if e.every else set()
+        return sorted(due - scored)
 
     def scored_metric(self) -> str:
         """The name of the score of the evaluations while training; empty where no run has one."""
@@ -185,6 +234,8 @@ class Results:
                 found = {v: self.of(v, value) for v in self.cfg.variants}
                 table[name] = {v: spread(list(x.values())) for v, x in found.items() if x}
                 for b, a in self.pairs():
+                    if name == LOSS and self.validated[a] != self.validated[b]:
+                        continue
                     if common := [s for s in found[a] if s in found[b]]:
                         pairs.setdefault(f"{b} - {a}", {})[name] = spread([found[b][s] - found[a][s] for s in common])
             out["weights"][weights], out["differences"][weights] = table, pairs

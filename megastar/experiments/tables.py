@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from megastar.experiments.plan import changed_fields
-from megastar.experiments.results import HIGHER, Results, spread
+from megastar.experiments.results import HIGHER, LOSS, Results, spread
 from megastar.experiments.samplers import decoding_words, sampler_of
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def quantities_table(results: Results, summary: Mapping[str, Any], weights: str)
         names = [r.name for r in results.runs if r.variant == variant]
         done = [n for n in names if weights in results.rows.get(n, {}).get("weights", {})]
         cells = [formatted(q[variant], digits(q), seeds=len(done)) if variant in q else "" for q in table.values()]
+        if LOSS in table and variant in table[LOSS] and variant in permuted(results):
+            cells[list(table).index(LOSS)] += " (random order)"
         rows.append([label, f"{len(done)}/{len(names)}", *cells])
     return rows
 
@@ -83,6 +85,36 @@ def epochs_note(results: Results) -> str:
     )
 
 
+def unscored_note(results: Results) -> str:
+    """The runs of which not all due steps were scored; empty where there are none."""
+    texts = []
+    for run in results.runs:
+        row = results.rows.get(run.name, {})
+        if row and (steps := results.unscored(row)):
+            more = f" and {len(steps) - 4} more" if len(steps) > 4 else ""
+            texts.append(f"{run.name}: {', '.join(map(str, steps[:4])) + more if row.get('scored') else 'all'}")
+    if not texts:
+        return ""
+    return (
+        f"Steps that have no score of these settings: {'; '.join(texts)}. Such a run counts for a threshold only if all steps "
+        "that are due before it reached it were scored."
+    )
+
+
+def permuted(results: Results) -> list[str]:
+    """The variants that are validated in random order, where others are validated in raster order."""
+    found = [variant for variant, order in results.validated.items() if order == "random"]
+    return found if len(found) < len(results.validated) else []
+
+
+def validation_note(results: Results) -> str:
+    """The order of the tokens of the validation loss, where it is not that of the raster for all variants."""
+    if found := permuted(results):
+        labels = " and ".join(results.labels[variant] for variant in found)
+        return f", tokens in raster order; in random order for {labels}, not comparable with the other losses"
+    return ", tokens in random order" if "random" in results.validated.values() else ""
+
+
 def changes_table(results: Results) -> Rows:
     """One row per variant: the fields in which it differs from the base run."""
     changes = {results.labels[r.variant]: changed_fields(results.cfg, r) for r in results.runs}
@@ -106,7 +138,12 @@ def markdown(
         if len(pairs := differences_table(results, summary, weights)) > 1:
             out += ["Differences within a seed, mean ± standard deviation over seeds:", as_markdown(pairs)]
     if len(epochs := epochs_table(results)) > 1:
-        out += ["## Epochs to a score", epochs_note(results), as_markdown(epochs)]
+        out += [
+            "## Epochs to a score",
+            epochs_note(results),
+            as_markdown(epochs),
+            *filter(None, [unscored_note(results)]),
+        ]
     out += ["## Cost", cost_note(results), as_markdown(cost_table(results, summary))]
     out += ["## Differences from the base run", as_markdown(changes_table(results))]
     return "\n\n".join(out) + "\n"
@@ -124,7 +161,8 @@ def show(results: Results, summary: Mapping[str, Any], console: Console) -> None
     if len(epochs := epochs_table(results)) > 1:
         console.print(Text("\nepochs to a score", "bold"))
         print_rows(epochs, console)
-        console.print(epochs_note(results), highlight=False, markup=False)
+        for note in filter(None, [epochs_note(results), unscored_note(results)]):
+            console.print(note, highlight=False, markup=False)
     console.print(Text("\ncost", "bold"))
     print_rows(cost_table(results, summary), console)
     console.print(description(results), cost_note(results), sep="\n", highlight=False, markup=False)
@@ -138,7 +176,7 @@ def description(results: Results) -> str:
         f"{c.probe.block}, null class, fitted on {c.probe.fit_on}, scored on {c.probe.score_on}; the best position is "
         f"chosen per run. Scores: {c.sample.count} images, cfg_scale {c.sample.cfg_scale:g}, temperature "
         f"{c.sample.temperature:g}{decoding_note(results)}, against {' and '.join(c.score.against)}. Validation loss: next token, one crop, no "
-        f"mask, student weights. ↑ higher is better, ↓ lower is better."
+        f"mask, student weights{validation_note(results)}. ↑ higher is better, ↓ lower is better."
     )
 
 

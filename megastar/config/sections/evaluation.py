@@ -47,3 +47,7 @@ class EvaluationConfig:
         above=0,
         high=LARGE,
     )
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether the weights after ``step`` of ``steps`` steps are scored."""
+        return bool(self.every and step and (step == steps or step % self.every == 0))

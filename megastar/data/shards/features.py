@@ -9,11 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megastar.config.sections.repa import RepaConfig
 from megastar.errors import UserError
+from megastar.utils.files import sha256
+from megastar.utils.weights.weight_parts import weights_sha256
 
 DTYPE, NUMPY = "float16", np.dtype("<f2")
 MOST_WIDTH, MOST_GRID = 65536, 1024
@@ -81,3 +85,42 @@ def check_same_features(one: StoredFeatures | None, other: StoredFeatures | None
         raise UserError(
             f"{here} has features of {one}, {there} of {other}: make both with the same encoder, weights and grid"
         )
+
+
+def check_usable(
+    repa: RepaConfig, stored: StoredFeatures | None, where: str, other_codes: str = "", again: str = "pretokenize again"
+) -> StoredFeatures:
+    """The features ``stored`` of a set of shards, if the run of ``repa`` can read them.
+
+    Args:
+        where: the set, for errors: its field and folder.
+        other_codes: what to do about a set without features; empty: make it again.
+        again: what to do about a set with features of another encoder.
+
+    Raises ``UserError`` for none, and for those of another encoder, other weights or another width.
+    """
+    if stored is None:
+        other_codes = other_codes or "make the set again with megastar pretokenize --features"
+        raise UserError(
+            f"{where} stores no features, which repa.enabled needs: {other_codes}, compute them in training (repa.online), or "
+            "set repa.enabled=false"
+        )
+    if repa.encoder and repa.encoder != stored.encoder:
+        raise UserError(
+            f"repa.encoder = {repa.encoder}, but {where} has features of {stored}: name that encoder, or {again}"
+        )
+    if repa.encoder_weights:
+        if not Path(repa.encoder_weights).is_file():
+            raise UserError(f"repa.encoder_weights = {repa.encoder_weights} does not exist: name the encoder's weights")
+        custom = ":" in stored.encoder  # whose function reads what it likes
+        digest = sha256(Path(repa.encoder_weights)) if custom else weights_sha256(repa.encoder_weights)
+        if digest != stored.weights_sha256:
+            raise UserError(
+                f"repa.encoder_weights = {repa.encoder_weights} has SHA-256 {digest[:12]}..., but {where} has features of "
+                f"{stored}: name the file that they were made with, or {again}"
+            )
+    if repa.width and repa.width != stored.width:
+        raise UserError(
+            f"repa.width = {repa.width}, but {where} has features of {stored}: set it to {stored.width}, or to 0"
+        )
+    return stored

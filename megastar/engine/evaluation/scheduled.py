@@ -78,8 +78,7 @@ class ScheduledEvaluation:
         self._line_at = self._progress_at = 0.0
 
     def due(self, step: int, steps: int) -> bool:
-        every = self.cfg.eval.every
-        return bool(every and step and (step == steps or step % every == 0))
+        return self.cfg.eval.due(step, steps)
 
     def evaluate(self, step: int, metrics: MetricsLogger) -> int:
         """Score the weights after ``step`` steps: a row of metrics.jsonl, a line of evaluations.jsonl and an event, or a

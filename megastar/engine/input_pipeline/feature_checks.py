@@ -8,12 +8,10 @@ from typing import Any
 from megastar.config.schema import RunConfig
 from megastar.config.sections.repa import RepaConfig
 from megastar.data.online_features import OnlineFeatures
-from megastar.data.shards.features import stored_features
+from megastar.data.shards.features import check_usable, stored_features
 from megastar.data.shards.manifest import Manifest
 from megastar.data.shards.reader import ShardSet
 from megastar.errors import UserError
-from megastar.utils.files import sha256
-from megastar.utils.weights.weight_parts import weights_sha256
 
 
 def check_features(repa: RepaConfig, manifest: Manifest, shards: str) -> None:
@@ -23,32 +21,7 @@ def check_features(repa: RepaConfig, manifest: Manifest, shards: str) -> None:
     """
     if not repa.active:
         return
-    stored = manifest.stored_features
-    if stored is None:
-        raise UserError(
-            f"data.shards = {shards} stores no features, which repa.enabled needs: make the set again with megastar pretokenize "
-            "--features, compute them in training (repa.online), or set repa.enabled=false"
-        )
-    if repa.encoder and repa.encoder != stored.encoder:
-        raise UserError(
-            f"repa.encoder = {repa.encoder}, but data.shards = {shards} has features of {stored}: name that encoder, or "
-            "pretokenize again"
-        )
-    if repa.encoder_weights:
-        if not Path(repa.encoder_weights).is_file():
-            raise UserError(f"repa.encoder_weights = {repa.encoder_weights} does not exist: name the encoder's weights")
-        custom = ":" in stored.encoder  # whose function reads what it likes
-        digest = sha256(Path(repa.encoder_weights)) if custom else weights_sha256(repa.encoder_weights)
-        if digest != stored.weights_sha256:
-            raise UserError(
-                f"repa.encoder_weights = {repa.encoder_weights} has SHA-256 {digest[:12]}..., but data.shards = {shards} has "
-                f"features of {stored}: name the file that they were made with, or pretokenize again"
-            )
-    if repa.width and repa.width != stored.width:
-        raise UserError(
-            f"repa.width = {repa.width}, but data.shards = {shards} has features of {stored}: set it to {stored.width}, or to 0"
-        )
-    repa.width = stored.width
+    repa.width = check_usable(repa, manifest.stored_features, f"data.shards = {shards}").width
 
 
 def open_online(cfg: RunConfig, shards: ShardSet) -> OnlineFeatures | None:

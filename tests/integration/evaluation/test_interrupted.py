@@ -120,6 +120,17 @@ def test_the_last_evaluation_of_a_finished_run_is_caught_up(world, tmp_path, str
     assert len(lines(run)) == 2 and scores(run) == scores(straight)
 
 
+def test_a_stop_signal_in_the_last_evaluation_keeps_the_time_per_step(world, tmp_path):
+    """The next start has no steps to measure; `megastar compare` reads the costs of a run from its events."""
+    config, run = world.write_config(tmp_path / "run.yaml", tmp_path / "run", steps=6), tmp_path / "run"
+    assert stop_in_evaluation(config, run, 1, signal.SIGTERM) == 85
+    last = read_events(run)[-1]
+    assert (last["event"], last["step"]) == ("signal", 6) and last["step_cpu_s"] > 0
+    megastar("train", config, *WORDS)
+    assert [r["step"] for r in lines(run)] == [6] and sorted(scores(run)) == [6]
+    assert [e["step_cpu_s"] for e in read_events(run) if "step_cpu_s" in e] == [last["step_cpu_s"]]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_failing_evaluation_is_a_warning(world, tmp_path, straight, ranks):
     """A reference whose pictures turn out to be damaged."""

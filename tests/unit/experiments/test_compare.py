@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
 from megastar.cli import main
@@ -278,20 +277,6 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path):
             pass
     with hold(tmp_path, "megastar compare", "out"):  # it is free again
         pass
-
-
-@pytest.fixture
-def measured(tmp_path, monkeypatch):
-    """A comparison whose evaluation has all input files."""
-    monkeypatch.chdir(tmp_path)
-    for split in ("train", "val", "test"):
-        (tmp_path / "out/codes" / split).mkdir(parents=True)
-        (tmp_path / "out/codes" / split / "manifest.json").write_text(split)
-    evaluation = Evaluation(small(tmp_path, "score.against=[test]", "base.data.tokenizer=tokenizer.bin"))
-    (tmp_path / "tokenizer.bin").write_bytes(b"t")
-    (tmp_path / "pictures/test/a").mkdir(parents=True)
-    Image.new("RGB", (4, 4), "red").save(tmp_path / "pictures/test/a/1.png")
-    return evaluation
 
 
 def test_results_are_kept_under_what_they_depend_on(measured, tmp_path):

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from copy import deepcopy
 from dataclasses import asdict
 
 import numpy as np
@@ -32,43 +31,10 @@ from megastar.experiments.job_queue import (
     tail,
 )
 from megastar.experiments.plan import baselines, changed_fields, plan_runs
-from megastar.experiments.results import BEST, LAST, LOSS, Results, spread
+from megastar.experiments.results import BEST, LAST, LOSS, spread
 from megastar.utils.files import write_atomic
 
 FD = "FD-EffLite0 (test)"
-
-
-@pytest.fixture(scope="module")
-def planned():
-    cfg = load_compare_config("configs/run/compare_emoji.yaml", ["weights=[ema]", "score.against=[test,train]"])
-    return cfg, plan_runs(cfg, 0)
-
-
-@pytest.fixture
-def results(planned):
-    """The shipped comparison's rows, drawn at random; one run is half done."""
-    rng = np.random.default_rng(0)
-    cfg, runs = deepcopy(planned)
-    rows = {}
-    for run in runs:
-        scores = {
-            s: {
-                "metric": "FD-EffLite0",
-                "value": 90.0,
-                "scores": {"FD-EffLite0": float(rng.uniform(80, 90)), "KD-EffLite0": 0.0123},
-            }
-            for s in ("test", "train")
-        }
-        curve = {str(step): {"score": scores} for step in range(125, run.steps + 1, 125)}
-        probe = {"accuracy": rng.uniform(0.2, 0.4, 8).tolist(), "positions": list(range(8, 65, 8))}
-        rows[run.name] = {
-            "variant": run.variant, "seed": run.seed, "steps": run.steps, "done": run.steps, "images": run.images,
-            "sequences": run.sequences, "images_per_s": 100.0 / run.cfg.student_views, "val_loss_ar": float(rng.uniform(5, 6)),
-            "step_cpu_ms_per_image": 10.0 * run.cfg.student_views, "train_seconds": 300.0, "train_cpu_s": 600.0,
-            "weights": {"ema": {"probe": probe, "score": scores}}, "curve": curve,
-        }  # fmt: skip
-    rows["star-seed2"] |= {"done": 400, "weights": {}, "curve": {}}
-    return Results(cfg, runs, rows, 0)
 
 
 def test_means_and_spreads_are_numpys(results):
@@ -282,35 +248,6 @@ def test_a_signal_does_not_take_the_status_of_a_job_that_has_ended():
     _, status, _ = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 7
-
-
-def test_epochs_to_a_score(results):
-    """Over the seeds that reached it, with the number of those that did; nothing where no run was scored."""
-    assert len(tables.epochs_table(results)) == 1 and results.summary()["epochs_to"]["ar"] == {}
-    results.cfg.base.eval.thresholds, results.cfg.base.eval.every = [50.0, 20.0], 100
-    base = {"metric": "FD-EffLite0", "samples": 1000, "cfg_scale": 1.0, "weights": "ema", "against": "codes/train"}
-    curves = {0: (60, 40, 19), 1: (70, 55, 45), 2: (60, 50, 30)}
-    for run in results.runs:
-        if run.variant == "ar":
-            values = enumerate(curves[run.seed])
-            results.rows[run.name]["scored"] = [
-                base | {"step": i, "epoch": 10.0 * (i + 1), "value": v} for i, v in values
-            ]
-    header, *rows = tables.epochs_table(results)
-    assert header == ["variant", "epochs to FD-EffLite0 ≤ 50", "epochs to FD-EffLite0 ≤ 20"]
-    cells = {r[0]: r[1:] for r in rows}
-    assert cells[results.labels["ar"]] == [
-        "23.3 ± 5.8 (3/3)",
-        "30.0 (1/3)",
-    ]
-    assert all(c == ["", ""] for label, c in cells.items() if label != results.labels["ar"])
-    assert results.summary()["epochs_to"]["ar"]["20"] == {"epochs": [30.0], "runs": 3}
-    text = tables.markdown(results, results.summary(), "megastar compare x.yaml")
-    assert "## Epochs to a score" in text and "not interpolated: evaluations every 100 steps" in text
-    assert "cfg_scale 1, against codes/train. (reached/scored) counts runs" in text
-    for line in results.rows["ar-seed0"]["scored"]:  # results.json of a version that did not look at the reference
-        line["reference"] = {"sha256": "ab", "subset": "test", "pictures": 9}
-    assert "against codes/train, subset test, 9 images and codes/train. (" in tables.epochs_note(results)
 
 
 def test_a_cell_of_fewer_seeds_than_its_row_and_failed_runs_are_told(results):
