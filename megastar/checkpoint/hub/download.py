@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_hub_source(source: object) -> bool:
-    """Also for hf:/owner/name, which pathlib makes of it."""
+    """Whether ``source`` is an address hf://..., well formed or not."""
     return isinstance(source, str) and source.lower().startswith(SCHEME)
 
 
@@ -97,7 +97,7 @@ def _fetch(hub: Any, source: str, repository: str, name: str, revision: str | No
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"{source}: {name} is not in the local cache and the Hub cannot be reached (offline, or HF_HUB_OFFLINE is set): "
+            f"{source}: {name} is not in the local cache and the Hub cannot be reached ({reason_of(error.__cause__ or error)}): "
             "fetch it once on a machine with access, or name a local folder"
         ) from error
     except errors.EntryNotFoundError as error:
@@ -105,12 +105,14 @@ def _fetch(hub: Any, source: str, repository: str, name: str, revision: str | No
             f"{source}: {at} has no {name}: it is not a folder that megastar convert --to hf wrote"
         ) from error
     except (errors.HFValidationError, ValueError) as error:
-        raise UserError(f"{source}: {_reason(error)}: correct the name") from error
-    except OSError as error:  # HTTP errors and those of the disk
+        raise UserError(f"{source}: {reason_of(error)}: correct the name") from error
+    except Exception as error:  # those of httpx, of its Xet client and of the disk have no common base
         raise UserError(
-            f"{source}: {name} could not be fetched ({_reason(error)}): try again, or name a local folder"
+            f"{source}: {name} could not be fetched ({reason_of(error)}): check the network, the proxy and HF_ENDPOINT if "
+            "they are set, and try again, or name a local folder"
         ) from error
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """The message of ``error`` in one line, or its type where it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

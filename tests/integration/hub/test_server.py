@@ -59,7 +59,8 @@ def test_sources_that_are_refused(folder, hub, client, tmp_path):
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         return " ".join(done.stderr.split())
 
-    assert "owner/tiny has no revision v9: name a branch, a tag or a commit" in said("hf://owner/tiny@v9")
+    whole = "error: hf://owner/tiny@v9: owner/tiny has no revision v9: name a branch, a tag or a commit of it"
+    assert whole in said("hf://owner/tiny@v9")
     assert "the Hub has no public model owner/none" in said("hf://owner/none")
     assert "owner/gated is gated" in said("hf://owner/gated")
     assert "owner/empty has no config.json" in said("hf://owner/empty")
@@ -79,6 +80,60 @@ def test_sources_that_are_refused(folder, hub, client, tmp_path):
         or "cannot be reached" in text
     )
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_a_connection_that_breaks_while_files_are_fetched(folder, hub, client, tmp_path):
+    hub.commit("owner/tiny", files_of(folder))
+
+    def said(**env: str) -> str:
+        done = client("sample", "hf://owner/tiny", "--out", tmp_path / "grid.png", **env)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "grid.png").exists()
+        return " ".join(done.stderr.split())
+
+    for name, how, env in (
+        (
+            "config.json",
+            "close",
+            {"HF_HUB_DOWNLOAD_TIMEOUT": "20"},
+        ),  # a process of its own, whose stderr the library logs to
+        ("model.safetensors", "reset", {}),
+    ):
+        hub.broken = {f"GET /{name}": how}
+        text = said(**env)
+        assert f"hf://owner/tiny: {name} could not be fetched (" in text and "try again, or name a local" in text
+        assert any(r.startswith("GET") and r.endswith(f"/{name}") for r in hub.requests)
+    proxy = {"HF_ENDPOINT": "https://127.0.0.1:9", "HTTPS_PROXY": hub.url, "NO_PROXY": "", "no_proxy": ""}
+    assert (
+        "config.json could not be fetched (501 Unsupported method ('CONNECT')): check the network, the proxy"
+        in said(**proxy)
+    )
+    hub.broken = {}
+    client.env["HF_ENDPOINT"] = hub.url.removeprefix("http://")
+    assert "hf://owner/tiny: config.json could not be fetched (" in (text := said()) and "HF_ENDPOINT" in text
+    client.env["HF_ENDPOINT"] = hub.url
+    assert client("sample", "hf://owner/tiny", "--out", tmp_path / "grid.png").returncode == 0  # the same cache
+
+
+def test_a_connection_that_breaks_while_a_folder_is_published(folder, hub, client, tmp_path):
+    def said(*words: str, answer: str = "") -> str:
+        done = client("push", folder, "owner/new", *words, HF_TOKEN="hf_tester", answer=answer)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        return " ".join(done.stderr.split())
+
+    for request, words, answer in (
+        ("POST /api/repos/create", ["--yes"], ""),
+        ("GET /api/models/owner/new", [], "y"),
+        ("POST /commit/main", ["--yes"], ""),
+    ):
+        for how in ("close", "reset"):
+            hub.broken = {request: how}
+            text = said(*words, answer=answer)
+            assert "owner/new could not be published (" in text and "run the same command again" in text, request
+    client.env["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    assert "owner/new could not be published ([Errno 111] Connection refused): check" in said("--yes")
+    client.env["HF_ENDPOINT"], hub.broken = hub.url, {}
+    assert client("push", folder, "owner/new", "--yes", HF_TOKEN="hf_tester").returncode == 0
+    assert hub.commits[hub.branches["owner/new"]["main"]] == files_of(folder)
 
 
 def test_push_publishes_what_can_be_fetched_again(folder, hub, client, tmp_path):
