@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megastar.tokenizer.io import tokenizer_hash
 from megastar.utils.files import sha256
+from tests.integration.conftest import ROOT
 from tests.integration.hub.conftest import files_of
 
 pytestmark = pytest.mark.dist
@@ -191,6 +196,25 @@ def test_the_question_tells_who_can_download(folder, hub, client, name, options,
     assert done.returncode == 2 and "owner/open is not private" in done.stderr and not hub.blobs
 
 
+@pytest.mark.parametrize("end", ["Ctrl-D", "closed"])
+def test_no_answer_to_the_question_is_no(folder, hub, client, end):
+    command = [sys.executable, "-m", "megastar", "push", folder, "owner/new"]
+    options = {"cwd": ROOT, "env": client.env | {"HF_TOKEN": "hf_tester"}, "capture_output": True, "timeout": 120}
+    if end == "closed":
+        done = subprocess.run(["bash", "-c", 'exec "$@" <&-', "bash", *command], **options)
+        assert done.returncode == 2 and b"there is no terminal: pass --yes" in done.stderr, done.stderr
+    else:
+        ours, its = pty.openpty()
+        os.write(ours, b"\x04")
+        try:
+            done = subprocess.run(command, stdin=its, **options)
+        finally:
+            os.close(ours)
+            os.close(its)
+        assert done.returncode == 1 and b"publish? [y/N] \nnothing was published\n" in done.stdout, done
+    assert not done.stderr.count(b"Traceback") and not hub.branches
+
+
 def test_a_damaged_folder_is_not_published(folder, hub, client, tmp_path):
     def said(change) -> str:
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
@@ -253,3 +277,57 @@ def test_folders_without_the_hash_of_the_tokenizers_file(folder, hub, client, tm
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "new/config.json").read_text())
     assert config["tokenizer"]["file_sha256"] == sha256(old / "tokenizer/tokenizer.safetensors")
+
+
+def test_what_needs_no_weights_is_checked_before_they_are_fetched(folder, hub, client, tmp_path):
+    hub.commit("owner/tiny", files_of(folder))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("x")
+    (tmp_path / "bad.json").write_text("{}")
+    hf = ("--to", "hf", "--out", tmp_path / "new")
+    for words, said in (
+        (("--to", "safetensors", "--out", "/etc/passwd/x"), "/etc/passwd is not a folder"),
+        (("--to", "safetensors", "--out", tmp_path / "bad.json"), "exists: choose another path, or pass --force"),
+        (("--to", "hf", "--out", tmp_path / "full"), "pass --force"),
+        (("--to", "checkpoint", "--data", "2", "--out", tmp_path / "c"), "hf://owner/tiny@main has weights only"),
+        ((*hf, "--license", "no licence"), "identifier of the Hub"),
+        ((*hf, "--scores", tmp_path / "bad.json"), "scores is missing"),
+        ((*hf, "--weights", "student"), "hf://owner/tiny@main has only one set of weights"),
+        ((*hf, "--tokenizer", tmp_path / "none.safetensors"), "does not exist"),
+        ((*hf, "--image-size", "16"), "leave it out for hf://owner/tiny@main"),
+        (("--to", "hf"), "--out is missing"),
+    ):
+        done = client("convert", "hf://owner/tiny@main", *words)
+        assert done.returncode == 2 and said in " ".join(done.stderr.split()), done.stderr
+    assert not hub.requests and sorted(p.name for p in tmp_path.iterdir()) == ["bad.json", "full"]
+
+
+def test_verify_compares_the_hashes_of_a_folder(folder, hub, client, tmp_path):
+    """Where it is, and as it was fetched."""
+
+    def verified(source: object) -> tuple[int, str]:
+        done = client("convert", "--inspect", "--verify", source)
+        return done.returncode, " ".join(done.stdout.split())
+
+    hub.commit("owner/good", files_of(folder))
+    for source in (folder, "hf://owner/good"):
+        status, text = verified(source)
+        assert status == 0 and "complete: SHA-256 matches (weights and tokenizer)" in text
+    bad = shutil.copytree(folder, tmp_path / "bad")
+    data = bytearray((bad / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (bad / "model.safetensors").write_bytes(data)
+    hub.commit("owner/bad", files_of(bad))
+    for source in (bad, "hf://owner/bad"):
+        status, text = verified(source)
+        assert status == 1 and "model.safetensors is damaged: its size or SHA-256" in text and "complete" not in text
+        assert client("convert", "--inspect", source).returncode == 0
+        done = client("convert", source, "--to", "safetensors", "--out", tmp_path / "w.safetensors")
+        assert done.returncode == 2 and "model.safetensors is damaged" in done.stderr
+        assert not (tmp_path / "w.safetensors").exists()
+    flip_decoder(bad)
+    status, text = verified(bad)
+    assert status == 1 and text.count(" is damaged") == 2 and "tokenizer/tokenizer.safetensors is damaged" in text
+    (bad / "tokenizer/tokenizer.safetensors").unlink()
+    status, text = verified(bad)
+    assert status == 1 and "tokenizer/tokenizer.safetensors does not exist, although config.json names" in text
