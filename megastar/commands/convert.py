@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megastar.checkpoint.atomic_output import check_free
 from megastar.checkpoint.hub.card import check_license, read_scores
-from megastar.checkpoint.hub.download import is_hub_source, local_source
+from megastar.checkpoint.hub.download import is_hub_source, local_source, local_tokenizer
 from megastar.checkpoint.hub.layout import HOLDS, is_hub_folder
 from megastar.commands._shared.common import Parser, bounded, processes
 from megastar.commands._shared.outputs import check_outputs
@@ -83,7 +83,6 @@ def parser() -> Parser:
     p.add_argument("--image-size", type=bounded(int, 1, 4096), help="for a .pt tokenizer: image size (default 256)")
     p.add_argument(
         "--tokenizer",
-        type=Path,
         help="tokenizer of the codes: for a weights file, to record its hash; for --to hf (default: the recorded one)",
     )
     p.add_argument("--license", help="for --to hf: licence of the weights, an identifier of the Hub as apache-2.0")
@@ -99,8 +98,8 @@ def parser() -> Parser:
 
 
 def check(a: argparse.Namespace, name: str) -> None:
-    """Raise ``UserError`` for options that contradict each other, an output that cannot be written, and a tokenizer that
-    cannot be read. ``name``: the source as given; of hf:// it is called before the weights are fetched, and after."""
+    """Raise ``UserError`` for options that contradict each other, and an output that cannot be written.
+    ``name``: the source as given; of hf:// it is called before the weights are fetched, and after."""
     if a.inspect and (a.to or a.out):
         raise UserError("--inspect writes nothing: give either --inspect, or --to and --out")
     if not a.inspect and (not a.to or not a.out):
@@ -140,8 +139,6 @@ def check(a: argparse.Namespace, name: str) -> None:
         raise UserError("--to checkpoint needs --data, the number of data ranks (and --tensor, default 1)")
     if a.to in ("safetensors", "llamagen", "hf"):
         check_free(a.out, 0, a.force, HOLDS if a.to == "hf" else ())
-    if a.tokenizer:
-        read_tokenizer_metadata(a.tokenizer)
 
 
 def pickle_options(a: argparse.Namespace) -> dict[str, Any]:
@@ -166,6 +163,9 @@ def main(words: list[str]) -> int:
     a.source = Path(name)
     check(a, name)
     scores = {str(path.resolve()): read_scores(path) for path in a.scores or ()}
+    if a.tokenizer:
+        a.tokenizer = Path(local_tokenizer(a.tokenizer))
+        read_tokenizer_metadata(a.tokenizer)
     if is_hub_source(name):
         a.source = local_source(name)
         check(a, name)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megastar.checkpoint.hub.layout import CONFIG, INDEX, TOKENIZER, TOKENIZER_FILE, read_config
+from megastar.checkpoint.hub.layout import CONFIG, INDEX, TOKENIZER, TOKENIZER_FILE, is_hub_folder, read_config
 from megastar.errors import UserError
 from megastar.utils.files import sha256
 
@@ -68,14 +69,53 @@ def fetch_folder(source: str) -> Path:
     for name in [*([INDEX] if len(names) > 1 else []), *names]:
         get(name, commit)
     if content.get("tokenizer"):
-        file = get(f"{TOKENIZER}/{TOKENIZER_FILE}", commit)
-        if content["tokenizer"].get("file_sha256", whole := sha256(Path(file))) != whole:
-            raise UserError(
-                f"{source}: {file} is damaged: its SHA-256 differs from {CONFIG}'s; remove it to fetch it again, and if it "
-                "stays so, name another revision"
-            )
+        _fetch_tokenizer(get, source, commit, content)
     logger.info("%s: %s", source, folder)
     return folder
+
+
+@lru_cache(maxsize=64)
+def fetch_tokenizer(source: str) -> Path:
+    """The tokenizer's file of a hf:// source, without the weights. Raises ``UserError``."""
+    repository, revision = parse_source(source)
+    get = partial(_fetch, library(), source, repository)
+    config = Path(get(CONFIG, revision or None))
+    content = read_config(config.parent, source)
+    if not content.get("tokenizer"):
+        raise _no_tokenizer(source)
+    return _fetch_tokenizer(get, source, config.parent.name, content)
+
+
+def _fetch_tokenizer(get: Callable[[str, str], str], source: str, commit: str, content: dict[str, Any]) -> Path:
+    file = Path(get(f"{TOKENIZER}/{TOKENIZER_FILE}", commit))
+    if content["tokenizer"].get("file_sha256", whole := sha256(file)) != whole:
+        raise UserError(
+            f"{source}: {file} is damaged: its SHA-256 differs from {CONFIG}'s; remove it to fetch it again, and if it "
+            "stays so, name another revision"
+        )
+    return file
+
+
+def local_tokenizer(source: str | Path) -> str:
+    """The path of the tokenizer's file that an argument names: of hf://owner/name the one that is fetched, of a folder in
+    the Hub's layout the one in it; any other path is returned as it is. Raises ``UserError``."""
+    if isinstance(source, str) and is_hub_source(source):
+        return str(fetch_tokenizer(source))
+    if not is_hub_folder(Path(source)):
+        return str(source)
+    file = Path(source) / TOKENIZER / TOKENIZER_FILE
+    recorded = read_config(Path(source)).get("tokenizer", {}).get("file_sha256")
+    if not file.is_file():
+        raise _no_tokenizer(source)
+    if recorded is not None and sha256(file) != recorded:
+        raise UserError(f"{file} is damaged: its SHA-256 differs from {CONFIG}'s; copy or download the folder again")
+    return str(file)
+
+
+def _no_tokenizer(source: object) -> UserError:
+    return UserError(
+        f"{source} has no tokenizer: name the file of one, or a folder that megastar convert --to hf wrote"
+    )
 
 
 def _fetch(hub: Any, source: str, repository: str, name: str, revision: str | None) -> str:

@@ -331,3 +331,44 @@ def test_verify_compares_the_hashes_of_a_folder(folder, hub, client, tmp_path):
     (bad / "tokenizer/tokenizer.safetensors").unlink()
     status, text = verified(bad)
     assert status == 1 and "tokenizer/tokenizer.safetensors does not exist, although config.json names" in text
+
+
+def test_tokenizer_arguments_take_the_folder_and_the_repository(folder, hub, client, world, tmp_path):
+    hub.commit("owner/tiny", files_of(folder))
+    source, file = "hf://owner/tiny@main", folder / "tokenizer/tokenizer.safetensors"
+    made = []
+    for name, tokenizer in (("a", source), ("b", folder), ("c", file)):
+        words = ["pretokenize", world.pictures, "--subset", "train", "--tokenizer", tokenizer, "--out", tmp_path / name]
+        done = client(*words, "--shard-size", "64")
+        assert done.returncode == 0, done.stderr
+        made.append(json.loads((tmp_path / name / "manifest.json").read_text())["tokenizer_sha256"])
+    assert set(made) == {tokenizer_hash(world.tokenizer)}
+    assert hub.fetched() == {"config.json", "tokenizer/tokenizer.safetensors"}  # no weights
+    weights, out = folder / "model.safetensors", tmp_path / "w.safetensors"
+    done = client("convert", weights, "--to", "safetensors", "--out", out, "--tokenizer", source)
+    assert done.returncode == 0, done.stderr
+    assert client("sample", out, "--tokenizer", folder, "--per-class", "1", "--out", tmp_path / "g.png").returncode == 0
+    words = ["evaluate", "--tokenizer", source, "--real", world.pictures, "--real-subset", "val"]
+    done = client(*words, "--out", tmp_path / "scores.json", "--kid-size", "2")
+    assert done.returncode == 0, done.stderr
+
+
+def test_where_only_a_file_is_taken_the_message_names_it(folder, hub, client, world, tmp_path):
+    file = folder / "tokenizer/tokenizer.safetensors"
+    for tokenizer, said in (
+        (folder, f"data.tokenizer={folder} is a folder: name {file}"),
+        (tmp_path, f"data.tokenizer={tmp_path} is a folder: name a tokenizer .safetensors file"),
+        ("hf://owner/tiny@v1", "data.tokenizer=hf://owner/tiny@v1 is not a file: run megastar convert"),
+    ):
+        config = world.write_config(tmp_path / "run.yaml", tmp_path / "run", steps=1, val_every=0)
+        done = client("train", config, f"data.tokenizer={tokenizer}")
+        assert done.returncode == 2 and said in " ".join(done.stderr.split()), done.stderr
+    done = client(
+        "train-tokenizer",
+        f"init={folder}",
+        f"pictures={world.pictures}",
+        "subset=train",
+        "continuous_steps=0",
+        f"out={tmp_path / 't'}",
+    )
+    assert done.returncode == 2 and f"is a folder: name {file}" in " ".join(done.stderr.split()), done.stderr
