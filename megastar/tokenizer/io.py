@@ -88,8 +88,8 @@ def no_tokenizer_file(path: str | Path) -> str:
 
 def read_tokenizer_header(path: str | Path) -> tuple[TokenizerConfig, dict[str, Any], dict[str, tuple[int, ...]]]:
     """Architecture, provenance and shapes; ``check_tokenizer_fits`` compares them. Raises ``UserError``."""
-    if problem := no_tokenizer_file(path):
-        raise UserError(f"tokenizer {problem}")
+    if reason := no_tokenizer_file(path):
+        raise UserError(f"tokenizer {reason}")
     path = Path(path)
     if not path.exists():
         raise UserError(f"tokenizer {path} does not exist: name another file, or run `megastar train-tokenizer`")

@@ -369,6 +369,7 @@ def test_where_only_a_file_is_taken_the_message_names_it(folder, hub, client, wo
         f"pictures={world.pictures}",
         "subset=train",
         "continuous_steps=0",
+        "batch=4",
         f"out={tmp_path / 't'}",
     )
     assert done.returncode == 2 and f"is a folder: name {file}" in " ".join(done.stderr.split()), done.stderr
