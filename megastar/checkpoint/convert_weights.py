@@ -16,7 +16,7 @@ from torch import Tensor
 from megastar.checkpoint.atomic_output import READS_BACK, settle, staged
 from megastar.checkpoint.find_tokenizer import recorded_identity
 from megastar.checkpoint.hub.layout import is_hub_folder
-from megastar.checkpoint.hub.reader import folder_tensors, read_folder
+from megastar.checkpoint.hub.reader import check_undamaged, folder_tensors, read_folder
 from megastar.checkpoint.inspect import Shapes, read_weights_header, require_weights
 from megastar.checkpoint.llamagen_reader import CLASS_TABLE, model_config, tokenizer_config
 from megastar.checkpoint.llamagen_sets import (
@@ -160,6 +160,8 @@ def convert_file(
     provenance = dict(source.provenance)
     if tokenizer is not None:
         provenance |= {"tokenizer": tokenizer_of_codes(source, tokenizer)}
+    if is_hub_folder(source.path):  # damaged weights would get a hash of their own
+        check_undamaged(source.path, "copy or download the folder again", tokenizer=False)
     checked = write_weights(
         out, to, source.cfg, provenance, source.shapes, source.read,
         dtype=dtype, force=force, console=console,

@@ -17,7 +17,7 @@ from megastar.checkpoint.find_tokenizer import (
     recorded_identity,
     search_tokenizer,
 )
-from megastar.checkpoint.hub.download import local_source
+from megastar.checkpoint.hub.download import is_hub_source, local_source, local_tokenizer
 from megastar.checkpoint.hub.layout import TOKENIZER, is_hub_folder
 from megastar.checkpoint.hub.reader import digest_file, read_folder, tokenizer_in
 from megastar.config.files import find_file
@@ -77,10 +77,10 @@ class Weights:
         return identity_of(shipped) if not found and shipped and is_shipped(self.file) else found
 
     def tokenizer_file(self, given: str | Path | None = None) -> str:
-        """The tokenizer to use: the given one, or a file with the recorded hash: the run's, one beside its shards or the
+        """The tokenizer to use: the given one (of ``local_tokenizer``), or a file with the recorded hash: the run's, one beside its shards or the
         weights, or the shipped one. Raises ``UserError`` if there is none, or if no hash is recorded and none is given."""
         if given:
-            return str(find_file(given) or given)
+            return local_tokenizer(given if is_hub_source(given) else find_file(given) or given)
         if self.identity:
             folders = [
                 self.file.parent,

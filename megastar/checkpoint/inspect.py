@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megastar.checkpoint.hub.layout import CONFIG, TOKENIZER, TOKENIZER_FILE, is_hub_folder, read_config
+from megastar.checkpoint.hub.reader import damaged_files, damaged_tokenizer, read_folder, tokenizer_in
 from megastar.checkpoint.shard_format import PREFIX, STATES, StateReader, check_parameters
 from megastar.config.env_text import recorded
 from megastar.config.schema import ModelConfig, RunConfig, TokenizerConfig
@@ -123,8 +125,16 @@ def read_weights_header(path: Path) -> WeightsHeader:
     return read_model_header(path)
 
 
+def read_any_header(path: Path) -> WeightsHeader:
+    """``read_weights_header`` of a file, or the same of a folder in the Hub's layout. Raises ``UserError``."""
+    return read_folder(path) if is_hub_folder(path) else read_weights_header(path)
+
+
 def inspect_weights(path: Path, header: WeightsHeader, verify: bool, console: Console) -> bool:
-    """Print what a weights file holds; with ``verify`` compare its hash with that in its .json. False if damaged."""
+    """Print what a weights file, or a folder in the Hub's layout, holds; False if it is damaged.
+
+    ``verify``: compare the hash of a file with that in its .json, and those of a folder's files with those in config.json.
+    """
     cfg, provenance, shapes = header
     count = sum(map(math.prod, shapes.values()))
     console.print_json(
@@ -133,6 +143,8 @@ def inspect_weights(path: Path, header: WeightsHeader, verify: bool, console: Co
     )
     if not verify:
         return True
+    if path.is_dir():
+        return _verify_folder(path, console)
     beside = path.with_suffix(".json")
     if not beside.is_file():
         raise UserError(f"{beside} does not exist: it records the hash of {path}; restore it, or leave out --verify")
@@ -144,3 +156,24 @@ def inspect_weights(path: Path, header: WeightsHeader, verify: bool, console: Co
             f"{path} is damaged: its SHA-256 differs from the one in {beside.name}; copy it again", markup=False
         )
     return same
+
+
+def _verify_folder(path: Path, console: Console) -> bool:
+    """Of the Hub's layout; prints the outcome."""
+    tokenizer, recorded_of = f"{TOKENIZER}/{TOKENIZER_FILE}", read_config(path).get("tokenizer", {})
+    differ = f"its size or SHA-256 differs from the one in {CONFIG}"
+    problems = [f"{path / name} is damaged: {differ}" for name in damaged_files(path)]
+    if damaged_tokenizer(path):
+        problems.append(f"{path / tokenizer} is damaged: {differ}")
+    elif recorded_of and tokenizer_in(path) is None:
+        problems.append(f"{path / tokenizer} does not exist, although {CONFIG} names a tokenizer")
+    for problem in problems:
+        console.print(f"{problem}; copy or download it again", markup=False, highlight=False, soft_wrap=True)
+    if not problems:
+        checked = (
+            "weights and tokenizer"
+            if "file_sha256" in recorded_of
+            else f"weights; {CONFIG} has no hash of a tokenizer's file"
+        )
+        console.print(f"complete: SHA-256 matches ({checked})", markup=False, highlight=False, soft_wrap=True)
+    return not problems

@@ -6,12 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megastar.checkpoint.atomic_output import check_free
 from megastar.checkpoint.hub.card import check_license, read_scores
-from megastar.checkpoint.hub.download import local_source
-from megastar.checkpoint.hub.layout import is_hub_folder
+from megastar.checkpoint.hub.download import is_hub_source, local_source, local_tokenizer
+from megastar.checkpoint.hub.layout import HOLDS, is_hub_folder
 from megastar.commands._shared.common import Parser, bounded, processes
 from megastar.commands._shared.outputs import check_outputs
 from megastar.errors import UserError
+from megastar.tokenizer.io import read_tokenizer_metadata
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +83,6 @@ def parser() -> Parser:
     p.add_argument("--image-size", type=bounded(int, 1, 4096), help="for a .pt tokenizer: image size (default 256)")
     p.add_argument(
         "--tokenizer",
-        type=Path,
         help="tokenizer of the codes: for a weights file, to record its hash; for --to hf (default: the recorded one)",
     )
     p.add_argument("--license", help="for --to hf: licence of the weights, an identifier of the Hub as apache-2.0")
@@ -96,8 +97,9 @@ def parser() -> Parser:
     return p
 
 
-def check(a: argparse.Namespace) -> None:
-    """Raise ``UserError`` for options that contradict each other."""
+def check(a: argparse.Namespace, name: str) -> None:
+    """Raise ``UserError`` for options that contradict each other, and an output that cannot be written.
+    ``name``: the source as given; of hf:// it is called before the weights are fetched, and after."""
     if a.inspect and (a.to or a.out):
         raise UserError("--inspect writes nothing: give either --inspect, or --to and --out")
     if not a.inspect and (not a.to or not a.out):
@@ -105,7 +107,7 @@ def check(a: argparse.Namespace) -> None:
         raise UserError(f"{missing} is missing: give --to FORMAT and --out, or --inspect; see megastar convert --help")
     if a.verify and not a.inspect:
         raise UserError("--verify requires --inspect: a conversion always compares hashes")
-    is_hub = is_hub_folder(a.source)
+    is_hub = is_hub_source(name) or is_hub_folder(a.source)
     is_file, pickled = a.source.is_file(), a.source.is_file() and a.source.suffix != ".safetensors"
     for option, formats in ONLY.items():
         if getattr(a, option) is not None and a.to not in formats:
@@ -121,13 +123,11 @@ def check(a: argparse.Namespace) -> None:
         ("tokenizer", is_file or a.to == "hf", "a weights file or --to hf"),
     ):
         if getattr(a, option.replace("-", "_")) is not None and not holds:
-            raise UserError(f"--{option} applies only to {what}: leave it out for {a.source}")
+            raise UserError(f"--{option} applies only to {what}: leave it out for {name}")
     if (is_file or is_hub) and a.to in ("universal", "checkpoint"):
-        raise UserError(f"--to {a.to} needs a run's checkpoint: {a.source} has weights only")
+        raise UserError(f"--to {a.to} needs a run's checkpoint: {name} has weights only")
     if a.weights and (is_hub or is_file and not pickled):
-        raise UserError(
-            f"--weights applies to a run or a .pt file: {a.source} has only one set of weights, leave it out"
-        )
+        raise UserError(f"--weights applies to a run or a .pt file: {name} has only one set of weights, leave it out")
     if a.weights and a.source.is_dir() and not is_hub and a.weights not in ("ema", "student"):
         raise UserError(f"--weights {a.weights}: a run has the weights ema and student: give one of them")
     if a.out:
@@ -137,6 +137,8 @@ def check(a: argparse.Namespace) -> None:
         check_license(a.license)
     if a.to == "checkpoint" and a.data is None:
         raise UserError("--to checkpoint needs --data, the number of data ranks (and --tensor, default 1)")
+    if a.to in ("safetensors", "llamagen", "hf"):
+        check_free(a.out, 0, a.force, HOLDS if a.to == "hf" else ())
 
 
 def pickle_options(a: argparse.Namespace) -> dict[str, Any]:
@@ -145,11 +147,10 @@ def pickle_options(a: argparse.Namespace) -> dict[str, Any]:
     return options | {"weights": a.weights, "num_classes": a.num_classes}
 
 
-def write_hub_folder(a: argparse.Namespace, name: str, console: Console) -> str:
-    """--to hf; ``name``: the source as given. Returns one sentence about the folder."""
+def write_hub_folder(a: argparse.Namespace, name: str, scores: dict[str, dict[str, Any]], console: Console) -> str:
+    """--to hf; ``name``: the source as given; ``scores``: results by file. Returns one sentence about the folder."""
     from megastar.checkpoint.hub.convert_to import to_hub_folder
 
-    scores = {path.name: read_scores(path) for path in a.scores or ()}
     return to_hub_folder(
         a.source, a.out, name, dtype=a.dtype or "fp32", tokenizer=a.tokenizer, force=a.force,
         license=check_license(a.license), scores=scores, console=console, **pickle_options(a),
@@ -159,19 +160,26 @@ def write_hub_folder(a: argparse.Namespace, name: str, console: Console) -> str:
 def main(words: list[str]) -> int:
     a = parser().parse(words)
     name = a.source
-    a.source = local_source(name)
-    check(a)
-    from megastar.checkpoint.inspect import inspect, inspect_weights, read_weights_header
+    a.source = Path(name)
+    check(a, name)
+    scores = {str(path.resolve()): read_scores(path) for path in a.scores or ()}
+    if a.tokenizer:
+        a.tokenizer = Path(local_tokenizer(a.tokenizer))
+        read_tokenizer_metadata(a.tokenizer)
+    if is_hub_source(name):
+        a.source = local_source(name)
+        check(a, name)
+    from megastar.checkpoint.inspect import inspect, inspect_weights, read_any_header
     from megastar.utils.logs import shared_console
 
     console = shared_console()
     dtype = a.dtype or "fp32"
     if a.to == "hf":
-        result = write_hub_folder(a, name, console)
+        result = write_hub_folder(a, name, scores, console)
     elif a.source.is_file() or is_hub_folder(a.source) or a.source.suffix in (".safetensors", ".pt", ".pth"):
         options = pickle_options(a)
-        if a.inspect and a.source.suffix == ".safetensors":  # without torch
-            header = read_weights_header(a.source)
+        if a.inspect and (a.source.suffix == ".safetensors" or is_hub_folder(a.source)):  # without torch
+            header = read_any_header(a.source)
             return 0 if inspect_weights(a.source, header, a.verify, console) else 1
         from megastar.checkpoint.convert_weights import convert_file, open_weights
 

@@ -207,10 +207,12 @@ def index(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
     classes = None if a.classes is None else read_class_names(a.classes)
     if "://" not in a.set and Path(a.set).is_dir():
         check_outputs({}, folders={"SET": a.set})
+    from megastar.checkpoint.hub.download import local_tokenizer
     from megastar.data.shards.import_webdataset import index_webdataset
 
+    tokenizer = local_tokenizer(a.tokenizer) if a.tokenizer else None
     manifest = index_webdataset(
-        a.set, tokenizer=a.tokenizer, codebook_size=a.codebook_size, classes=classes, layout=a.layout, crops=a.crops,
+        a.set, tokenizer=tokenizer, codebook_size=a.codebook_size, classes=classes, layout=a.layout, crops=a.crops,
         centre_view=a.centre_view, image_size=a.image_size, data=data, console=console,
     )  # fmt: skip
     print_table(

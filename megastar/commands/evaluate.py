@@ -69,6 +69,7 @@ def main(words: list[str]) -> int:
             f"--real-subset {a.subset}"
         )
     check_outputs({"--out": a.out}, a.generated, a.tokenizer, a.real, a.inception, a.dinov2, a.provenance, a.held_out)
+    from megastar.checkpoint.hub.download import local_tokenizer
     from megastar.evaluation.runner import evaluate, evaluate_reconstruction, read_provenance
     from megastar.utils.device import pick_device
     from megastar.utils.logs import shared_console
@@ -89,7 +90,7 @@ def main(words: list[str]) -> int:
             sets = {"generated_subset": a.subset, "held_out_subset": a.held_out_subset}
             result = fd_ratio(a.generated, a.real, a.held_out, names, **sets, **options)
         elif a.tokenizer:
-            result = evaluate_reconstruction(a.tokenizer, a.real, **options)
+            result = evaluate_reconstruction(local_tokenizer(a.tokenizer), a.real, **options)
         else:
             result = evaluate(a.generated, a.real, generated_subset=a.subset, **options)
         if a.json:

@@ -49,7 +49,7 @@ machines. Each takes the next unfinished shard; the output is byte-identical. Re
 def parser() -> Parser:
     p = Parser("pretokenize", "Encode all crops of each image into token shards with a manifest.", EXAMPLES)
     p.add_argument("source", nargs="?", help="folder of images, tars or a list; see below")
-    p.add_argument("--tokenizer", help="tokenizer .safetensors")
+    p.add_argument("--tokenizer", help="tokenizer .safetensors, folder of convert --to hf, or hf://owner/name")
     p.add_argument("--out", required=True, help="output folder for the shards and manifest.json")
     p.add_argument("--subset", help="use only images in this top-level folder, for example train; classes are below it")
     levels = (
@@ -95,6 +95,7 @@ def main(words: list[str]) -> int:
         from megastar.commands._shared.launch import launch
 
         return launch(a.nproc, ["pretokenize", *words])
+    from megastar.checkpoint.hub.download import local_tokenizer
     from megastar.data.pretokenize import runner
 
     if place_of(os.environ)[0]:  # rank 0 reports the result
@@ -103,5 +104,5 @@ def main(words: list[str]) -> int:
     options |= {name: getattr(a, name) for name in ("features", "feature_weights", "feature_pool")}
     options["choice"] = choice
     options |= {"device": own_device(a.device), "console": main_console()}
-    runner.pretokenize(a.source, a.subset, a.tokenizer, a.out, **options)
+    runner.pretokenize(a.source, a.subset, local_tokenizer(a.tokenizer), a.out, **options)
     return 0

@@ -122,6 +122,7 @@ def find_tokenizer(data: DataConfig, folder: Path, options: RenderOptions) -> Pa
     """The tokenizer of the run in ``folder``. Raises ``UserError`` if it is missing, or has another hash than the run's."""
     from megastar.checkpoint.find_tokenizer import check_identity
     from megastar.checkpoint.find_weights import find_weights
+    from megastar.checkpoint.hub.download import local_tokenizer
 
     found = find_weights(folder, options.weights)
     named = find_file(data.tokenizer, folder / CONFIG) if data.tokenizer else None
@@ -130,7 +131,7 @@ def find_tokenizer(data: DataConfig, folder: Path, options: RenderOptions) -> Pa
         tokenizer = Path(found.tokenizer_file(options.tokenizer))
         check_identity(folder, found.identity, tokenizer)
         return tokenizer
-    given = options.tokenizer or data.tokenizer
+    given = local_tokenizer(options.tokenizer) if options.tokenizer else data.tokenizer
     if not given:
         raise UserError("the run has no tokenizer: give one with --tokenizer")
     if (path := find_file(given, folder / CONFIG)) is None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from megastar.tokenizer.vq import VQModel
 
 FORMAT = "megastar-tokenizer"
+IN_FOLDER = "tokenizer/tokenizer.safetensors"  # of a folder in the Hub's layout
 _PROVENANCE = validator(dict_of(text(1000), ANY))
 
 
@@ -75,8 +76,20 @@ def read_tokenizer_metadata(path: str | Path) -> tuple[TokenizerConfig, dict[str
     return config, provenance
 
 
+def no_tokenizer_file(path: str | Path) -> str:
+    """Why ``path`` is no file, and which to name, where a folder or a hf:// source is given in place of one; else empty."""
+    if str(path).lower().startswith("hf:/"):
+        return f"{path} is not a file: run megastar convert hf://... --to hf --out DIR, and name DIR/{IN_FOLDER}"
+    if Path(path).is_dir():
+        inside = Path(path) / IN_FOLDER
+        return f"{path} is a folder: name {inside if inside.is_file() else 'a tokenizer .safetensors file'}"
+    return ""
+
+
 def read_tokenizer_header(path: str | Path) -> tuple[TokenizerConfig, dict[str, Any], dict[str, tuple[int, ...]]]:
     """Architecture, provenance and shapes; ``check_tokenizer_fits`` compares them. Raises ``UserError``."""
+    if reason := no_tokenizer_file(path):
+        raise UserError(f"tokenizer {reason}")
     path = Path(path)
     if not path.exists():
         raise UserError(f"tokenizer {path} does not exist: name another file, or run `megastar train-tokenizer`")

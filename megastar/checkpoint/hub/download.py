@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megastar.checkpoint.hub.layout import CONFIG, INDEX, TOKENIZER, TOKENIZER_FILE, read_config
+from megastar.checkpoint.hub.layout import CONFIG, INDEX, TOKENIZER, TOKENIZER_FILE, is_hub_folder, read_config
 from megastar.errors import UserError
 from megastar.utils.files import sha256
 
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_hub_source(source: object) -> bool:
-    """Also for hf:/owner/name, which pathlib makes of it."""
+    """Whether ``source`` is an address hf://..., well formed or not."""
     return isinstance(source, str) and source.lower().startswith(SCHEME)
 
 
@@ -68,14 +69,53 @@ def fetch_folder(source: str) -> Path:
     for name in [*([INDEX] if len(names) > 1 else []), *names]:
         get(name, commit)
     if content.get("tokenizer"):
-        file = get(f"{TOKENIZER}/{TOKENIZER_FILE}", commit)
-        if content["tokenizer"].get("file_sha256", whole := sha256(Path(file))) != whole:
-            raise UserError(
-                f"{source}: {file} is damaged: its SHA-256 differs from {CONFIG}'s; remove it to fetch it again, and if it "
-                "stays so, name another revision"
-            )
+        _fetch_tokenizer(get, source, commit, content)
     logger.info("%s: %s", source, folder)
     return folder
+
+
+@lru_cache(maxsize=64)
+def fetch_tokenizer(source: str) -> Path:
+    """The tokenizer's file of a hf:// source, without the weights. Raises ``UserError``."""
+    repository, revision = parse_source(source)
+    get = partial(_fetch, library(), source, repository)
+    config = Path(get(CONFIG, revision or None))
+    content = read_config(config.parent, source)
+    if not content.get("tokenizer"):
+        raise _no_tokenizer(source)
+    return _fetch_tokenizer(get, source, config.parent.name, content)
+
+
+def _fetch_tokenizer(get: Callable[[str, str], str], source: str, commit: str, content: dict[str, Any]) -> Path:
+    file = Path(get(f"{TOKENIZER}/{TOKENIZER_FILE}", commit))
+    if content["tokenizer"].get("file_sha256", whole := sha256(file)) != whole:
+        raise UserError(
+            f"{source}: {file} is damaged: its SHA-256 differs from {CONFIG}'s; remove it to fetch it again, and if it "
+            "stays so, name another revision"
+        )
+    return file
+
+
+def local_tokenizer(source: str | Path) -> str:
+    """The path of the tokenizer's file that an argument names: of hf://owner/name the one that is fetched, of a folder in
+    the Hub's layout the one in it; any other path is returned as it is. Raises ``UserError``."""
+    if isinstance(source, str) and is_hub_source(source):
+        return str(fetch_tokenizer(source))
+    if not is_hub_folder(Path(source)):
+        return str(source)
+    file = Path(source) / TOKENIZER / TOKENIZER_FILE
+    recorded = read_config(Path(source)).get("tokenizer", {}).get("file_sha256")
+    if not file.is_file():
+        raise _no_tokenizer(source)
+    if recorded is not None and sha256(file) != recorded:
+        raise UserError(f"{file} is damaged: its SHA-256 differs from {CONFIG}'s; copy or download the folder again")
+    return str(file)
+
+
+def _no_tokenizer(source: object) -> UserError:
+    return UserError(
+        f"{source} has no tokenizer: name the file of one, or a folder that megastar convert --to hf wrote"
+    )
 
 
 def _fetch(hub: Any, source: str, repository: str, name: str, revision: str | None) -> str:
@@ -97,7 +137,7 @@ def _fetch(hub: Any, source: str, repository: str, name: str, revision: str | No
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"{source}: {name} is not in the local cache and the Hub cannot be reached (offline, or HF_HUB_OFFLINE is set): "
+            f"{source}: {name} is not in the local cache and the Hub cannot be reached ({reason_of(error.__cause__ or error)}): "
             "fetch it once on a machine with access, or name a local folder"
         ) from error
     except errors.EntryNotFoundError as error:
@@ -105,12 +145,14 @@ def _fetch(hub: Any, source: str, repository: str, name: str, revision: str | No
             f"{source}: {at} has no {name}: it is not a folder that megastar convert --to hf wrote"
         ) from error
     except (errors.HFValidationError, ValueError) as error:
-        raise UserError(f"{source}: {_reason(error)}: correct the name") from error
-    except OSError as error:  # HTTP errors and those of the disk
+        raise UserError(f"{source}: {reason_of(error)}: correct the name") from error
+    except Exception as error:  # those of httpx, of its Xet client and of the disk have no common base
         raise UserError(
-            f"{source}: {name} could not be fetched ({_reason(error)}): try again, or name a local folder"
+            f"{source}: {name} could not be fetched ({reason_of(error)}): check the network, the proxy and HF_ENDPOINT if "
+            "they are set, and try again, or name a local folder"
         ) from error
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """The message of ``error`` in one line, or its type where it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megastar.checkpoint.find_tokenizer import SHORT, identity_of
 from megastar.checkpoint.hub import layout
-from megastar.checkpoint.hub.download import REPOSITORY, REVISION, library
+from megastar.checkpoint.hub.download import REPOSITORY, REVISION, library, reason_of
 from megastar.checkpoint.hub.reader import check_undamaged, read_folder, tokenizer_in
 from megastar.errors import UserError
 
@@ -58,7 +58,7 @@ def is_private(repository: str) -> bool | None:
         return bool(hub.HfApi(library_name="megastar").repo_info(repository, repo_type="model").private)
     except hub.errors.RepositoryNotFoundError:
         return None
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # those of httpx, of its Xet client and of the disk have no common base
         raise _failed(repository, error) from error
 
 
@@ -87,14 +87,15 @@ def publish(what: Publication, repository: str, *, private: bool = False, revisi
         ]
         message = "Weights written by megastar convert --to hf"
         done = api.create_commit(repository, files, commit_message=message, revision=revision)
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # as in is_private
         raise _failed(repository, error) from error
     return str(getattr(done, "commit_url", "") or repository)
 
 
 def _failed(repository: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:300]
     return UserError(
-        f"{repository} could not be published ({reason}): check HF_TOKEN (it needs write access) and the network, and run the "
-        "same command again"
+        f"{repository} could not be published ({reason_of(error)}): check HF_TOKEN (it needs write access), the network and "
+        "HF_ENDPOINT if it is set, and run the same command again"
     )

@@ -253,6 +253,10 @@ def score_options_of(a: argparse.Namespace, seed: int = 0) -> dict[str, Any]:
     settings = {k: v for k in SETTINGS if (v := getattr(a, k)) is not None}
     names = ("inception", "inception_sha256", "dinov2", "real_subset", "real_sha256", "real_tokenizer")
     kwargs = {name: getattr(a, name) for name in names}
+    if a.real_tokenizer:
+        from megastar.checkpoint.hub.download import local_tokenizer
+
+        kwargs["real_tokenizer"] = local_tokenizer(a.real_tokenizer)
     return kwargs | {"metrics": metrics, "features": features, "settings": Settings(**settings, seed=seed)}
 
 

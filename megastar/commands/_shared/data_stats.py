@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 def stats(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
+    from megastar.checkpoint.hub.download import local_tokenizer
     from megastar.data.shards.manifest import load_manifest
     from megastar.data.shards.stats import count
 
@@ -30,6 +31,7 @@ def stats(a: argparse.Namespace, data: DataConfig, console: Console) -> int:
     check_outputs({"--sheet": a.sheet}, a.tokenizer)
     manifest = load_manifest(a.set, data)
     if a.tokenizer:
+        a.tokenizer = local_tokenizer(a.tokenizer)
         check_tokenizer(manifest, a.tokenizer, a.set)
     counts = count(a.set, data, console)
     if a.sheet:

@@ -33,6 +33,15 @@ def parser() -> Parser:
     return p
 
 
+def agreed(question: str) -> bool:
+    """Whether the answer that is typed is yes; the end of the input (Ctrl-D) is no."""
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False
+
+
 def main(words: list[str]) -> int:
     a = parser().parse(words)
     from megastar.checkpoint.hub.download import library
@@ -41,7 +50,7 @@ def main(words: list[str]) -> int:
 
     check_repository(a.repository, a.revision)
     hub = library()
-    if not a.yes and not sys.stdin.isatty():
+    if not a.yes and not (sys.stdin and sys.stdin.isatty()):  # None where it is closed
         raise UserError("megastar push asks before it publishes, and there is no terminal: pass --yes")
     what = prepare(a.folder)
     console = shared_console()
@@ -58,7 +67,7 @@ def main(words: list[str]) -> int:
         )
         where = f"{a.repository} at {hub.constants.ENDPOINT}"
         console.print(f"{what.total / 1e6:.1f} MB to {where}, {visible}", markup=False, highlight=False)
-        if input("publish? [y/N] ").strip().lower() not in ("y", "yes"):
+        if not agreed("publish? [y/N] "):
             console.print("nothing was published")
             return 1
     address = publish(what, a.repository, private=a.private, revision=a.revision)

@@ -29,7 +29,7 @@ from megastar.engine.context import Context
 from megastar.engine.input_pipeline.feature_checks import check_features, check_same_encoder, open_online
 from megastar.errors import UserError
 from megastar.run_dir.config_file import sizes_of_run
-from megastar.tokenizer.io import read_tokenizer_metadata, tokenizer_hash
+from megastar.tokenizer.io import no_tokenizer_file, read_tokenizer_metadata, tokenizer_hash
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ def open_data(cfg: RunConfig) -> RunData:
     name = cfg.data.tokenizer
     expected = tokenizer_hash(cfg.data.tokenizer) if cfg.data.tokenizer and Path(cfg.data.tokenizer).is_file() else None
     if cfg.data.tokenizer and expected is None:
+        if problem := no_tokenizer_file(name):
+            raise UserError(f"data.tokenizer={problem}")
         raise UserError(f"data.tokenizer={cfg.data.tokenizer} does not exist: name the tokenizer that made the shards")
     train = open_shards(cfg.data.shards, cfg.data)
     manifest = train.manifest

@@ -13,7 +13,7 @@ from tests.integration.fuzz.conftest import Box
 from tests.integration.fuzz.test_weights import pairs, try_all
 
 COMMANDS = [
-    ["convert", "--inspect", "hub"],
+    ["convert", "--inspect", "--verify", "hub"],
     ["sample", "hub", "--count", "1", "--device", "cpu"],
     ["convert", "hub", "--to", "safetensors", "--out", "o.safetensors"],
     ["convert", "hub", "--to", "hf", "--out", "again"],

@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,9 @@ from urllib.parse import unquote
 
 
 class HubServer:
-    """Repositories: name -> branch or tag -> commit; commit -> file name -> bytes. ``requests``: what was asked for."""
+    """Repositories: name -> branch or tag -> commit; commit -> file name -> bytes. ``requests``: what was asked for.
+    ``broken``: end of a request as "GET .../name" -> what becomes of its connection: "close" before an answer, "reset" in it.
+    """
 
     def __init__(self) -> None:
         self.commits: dict[str, dict[str, bytes]] = {}
@@ -24,6 +28,7 @@ class HubServer:
         self.gated: set[str] = set()
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.broken: dict[str, str] = {}
         self.url = ""
 
     def commit(self, repository: str, files: dict[str, bytes], branch: str = "main") -> str:
@@ -48,6 +53,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+    def parse_request(self) -> bool:
+        how = ""
+        if parsed := super().parse_request():
+            asked = f"{self.command} {unquote(self.path.partition('?')[0])}"
+            command, _, end = next((k for k in self.hub.broken if k.startswith(self.command)), "").partition(" ")
+            if command and asked.endswith(end):
+                how = self.hub.broken[f"{command} {end}"]
+                self.hub.requests.append(asked)
+        if how == "reset":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\nhalf")
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if how:
+            self.close_connection = True
+            self.rfile.close()
+            self.connection.close()
+        return parsed and not how
 
     def answer(self, status: int, body: bytes = b"", kind: str = "application/json", **headers: str) -> None:
         self.send_response(status)

@@ -155,6 +155,19 @@ def test_the_card_has_the_scores_of_the_same_weights_only(whole, tmp_path):
     assert "cfg_scale 1.5, weights ema |" in named  # named by the user, so the card tells whose they are
 
 
+def test_files_of_scores_with_equal_names_are_all_in_the_card(folder, tmp_path):
+    words = []
+    for name, value in (("a", 11.5), ("b", 22.5)):
+        (tmp_path / name).mkdir()
+        result = {"scores": {"FID": value}, "provenance": {"trained": {"step": 12, "weights": "ema"}}}
+        (tmp_path / name / "scores.json").write_text(json.dumps(result))
+        words += ["--scores", tmp_path / name / "scores.json"]
+    again = ["--scores", tmp_path / "b/../a/scores.json"]  # the same file has one row
+    megastar("convert", folder, "--to", "hf", "--out", tmp_path / "out", *words, *again)
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.count("| FID | 11.5 |") == 1 and card.count("| FID | 22.5 |") == 1
+
+
 def refusal(*words: object, capsys) -> str:
     capsys.readouterr()
     assert cli.main([str(w) for w in words]) == 2

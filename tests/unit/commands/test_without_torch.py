@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megastar.checkpoint.hub.convert_to import to_hub_folder
 from megastar.config.load import save_config
 from tests.checkpoints import write_checkpoint
 from tests.dist.reference import config
@@ -57,6 +58,14 @@ def test_convert_inspect(run):
     text = output("convert", "--inspect", run, "--verify")
     assert "3 blocks, 2 heads, width 16" in text and "2 data x 2 tensor ranks" in text
     assert "complete: names and sizes match, SHA-256 too" in text
+
+
+def test_convert_inspect_of_a_folder_in_the_hubs_layout(tmp_path):
+    assets = ROOT / "assets"
+    tokenizer = assets / "tokenizer/emoji64-vq.safetensors"
+    to_hub_folder(assets / "weights/demo-nano.safetensors", tmp_path / "hf", "nano", tokenizer=tokenizer)
+    text = output("convert", "--inspect", tmp_path / "hf", "--verify")
+    assert '"n_layer": 6' in text and "complete: SHA-256 matches (weights and tokenizer)" in text
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,9 @@ def test_secrets_are_not_shown(monkeypatch, tmp_path):
         ("s3://bucket/a:b@c", "s3://bucket/a:b@c"), ("file:///a/b@c", "file:///a/b@c"),
         ("http://h:9000/a, by me@here", "http://h:9000/a, by me@here"), ("http://h:9, me@here", "http://h:9, me@here"),
         ("http://[::1]:9 me@here", "http://[::1]:9 me@here"), ("http://HOST:PORT; @ is %40", "http://HOST:PORT; @ is %40"),
+        ("megastar sample hf://owner/name@v9: no", "megastar sample hf://owner/name@v9: no"),
+        ("hf://us:p4ss@owner/name@v9 and HF://p4ss@owner", "hf://***@owner/name@v9 and HF://***@owner"),
+        ("hf://a/b@v1,https://us:p4ss@h and hf://a/b@c/d", "hf://a/b@v1,https://***@h and hf://a/b@c/d"),
         # In these an @ in the path may end a password with a slash.
         ("http://h/a@b", "http://***@b"), ("http://h:9000/a@b", "http://***@b"),
         ("at https://u:12/3@h:9 now", "at https://***@h:9 now"), ("https://u:1?2#3@h/x", "https://***@h/x"),
