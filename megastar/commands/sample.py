@@ -23,8 +23,16 @@ from megastar.commands._shared.common import (
     seed,
 )
 from megastar.commands._shared.outputs import check_outputs
-from megastar.commands._shared.sample_output import GRID, SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
+from megastar.commands._shared.sample_output import (
+    GRID,
+    SHOWN_CLASSES,
+    parts_of,
+    sample_and_score,
+    sample_to_files,
+    shown_images,
+)
 from megastar.errors import UserError
+from megastar.sampling.npz import record_of
 from megastar.sampling.pipeline import open_pipeline
 from megastar.sampling.step_schedules import PART_SCHEDULES, STEP_SCHEDULES
 from megastar.utils.files import check_regular
@@ -193,9 +201,12 @@ def main(words: list[str]) -> int:
     if a.score and (a.npz or a.out):
         raise UserError("--score keeps no images: leave out --npz and --out, or score an .npz with megastar evaluate")
     grid = None if a.score else a.out or GRID
-    source = a.source if a.source and Path(a.source).is_file() else None
-    files = {"--out": grid, "--npz": a.npz, "--score": a.score}
-    check_outputs(files, source, a.tokenizer, a.real, folders={"--folder": a.folder})
+    inputs = (a.source, a.tokenizer, a.like, a.real, a.real_tokenizer, a.inception, a.dinov2)
+    files, folders = {"--out": grid, "--npz": a.npz, "--score": a.score}, {"--folder": a.folder}
+    if a.npz and a.npz.name and not rank:  # rank 0 writes them
+        files["the record of --npz"] = record_of(a.npz)
+        folders["the parts of --npz"] = None if a.folder else parts_of(a.npz)
+    check_outputs(files, *inputs, folders=folders)
     for path in filter(None, (grid, a.npz)):
         check_regular(path)  # they are renamed into place
     if a.nproc > 1 and world == 1:

@@ -21,7 +21,7 @@ from megastar.commands._shared.common import (
     print_error,
     processes,
 )
-from megastar.commands._shared.outputs import check_outputs
+from megastar.commands._shared.outputs import check_outputs, run_folders
 from megastar.errors import UserError
 from megastar.utils.files import write_output
 from megastar.utils.hostname import expand_hosts, host_name
@@ -87,7 +87,7 @@ def main(words: list[str]) -> int:
     path, overrides = config_and_overrides(args.items)
     check_outputs({"--status-file": args.status_file}, path)
     cfg = load_config(path, overrides)
-    check_outputs({}, folders={"run =": cfg.run})
+    check_outputs({}, folders=run_folders(cfg))
     hosts = expand_hosts(args.hosts)
     index = args.index if args.index is not None else hosts.index(host_name()) if host_name() in hosts else -1
     if not hosts or index >= len(hosts):
