@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -36,6 +37,7 @@ from megastar.sampling.npz import record_of
 from megastar.sampling.pipeline import open_pipeline
 from megastar.sampling.step_schedules import PART_SCHEDULES, STEP_SCHEDULES
 from megastar.utils.files import check_regular
+from megastar.utils.launcher import LAUNCHED_BY_US
 
 EXAMPLES = """
 megastar sample                                                 the shipped weights, all classes -> samples.png
@@ -214,6 +216,8 @@ def main(words: list[str]) -> int:
 
         find_weights(a.source, a.weights)  # converts a run once, not in each process
         return launch(a.nproc, ["sample", *words])
+    if LAUNCHED_BY_US in os.environ and not a.verbose:  # the launcher has reported what it found, two lines above
+        logging.getLogger("megastar.checkpoint").setLevel(logging.WARNING)
     found = find_weights(a.source, a.weights)
     cfg, provenance = found.config, found.provenance
     tokenizer = found.tokenizer_file(a.tokenizer)

@@ -83,7 +83,7 @@ def parser() -> Parser:
 def main(words: list[str]) -> int:
     from megastar.config.load import load_config
 
-    args = parser().parse(words)
+    args = parser().parse(words, every_rank=True)  # below srun each node has its own log, and passes the level on
     path, overrides = config_and_overrides(args.items)
     check_outputs({"--status-file": args.status_file}, path)
     cfg = load_config(path, overrides)

@@ -10,6 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
+from megastar.commands._shared.common import Parser
 from megastar.errors import UserError
 from megastar.utils import progress_bar
 from megastar.utils.logs import configure_logging, shared_console
@@ -44,6 +45,26 @@ def test_the_level_comes_from_the_option_then_the_variable(console, level, envir
     for name in ("debug", "info", "warning"):
         getattr(logging.getLogger("megastar.data"), name)("text")
     assert [line.split()[2] for line in console.file.getvalue().splitlines()] == shown
+
+
+@pytest.mark.parametrize(
+    ("rank", "words", "environ", "level"),
+    [
+        ("0", [], {}, "INFO"),
+        ("1", [], {}, "WARNING"),
+        ("1", ["--verbose"], {}, "DEBUG"),
+        ("1", [], {"MEGASTAR_LOG_LEVEL": "info"}, "INFO"),
+        ("", [], {}, "INFO"),
+    ],
+)
+def test_ranks_other_than_0_report_problems_only(monkeypatch, rank, words, environ, level):
+    monkeypatch.delenv("MEGASTAR_LOG_LEVEL", raising=False)
+    for name, value in environ.items() | ({"RANK": rank, "WORLD_SIZE": "2"}.items() if rank else set()):
+        monkeypatch.setenv(name, value)
+    Parser("sample", "", "").parse(words)
+    assert logging.getLevelName(logging.getLogger("megastar").level) == level
+    Parser("elastic", "", "").parse(words, every_rank=True)  # an agent on each node, started by srun
+    assert logging.getLevelName(logging.getLogger("megastar").level) == (level if words else "INFO")
 
 
 def test_an_unknown_level_is_refused():
