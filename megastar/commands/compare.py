@@ -85,7 +85,7 @@ def main(words: list[str]) -> int:
     runs = plan_runs(cfg, gpus)
     for run in runs:  # what would end each of them after the images are encoded
         check_installed(run.cfg.train.trackers, f"{run.name}: train.trackers")
-        check_ranks(run.cfg.train.profile, cfg.nproc)
+        check_ranks(run.cfg.train.profile, cfg.nproc, run.folder)
     check_thresholds(cfg)
     if text := take_sizes_of_codes(cfg, runs):  # of an earlier start, or of codes=
         console.print(text, highlight=False, markup=False)

@@ -98,6 +98,7 @@ def main(words: list[str]) -> int:
     from megastar.engine.elastic.agent import run_node
     from megastar.engine.elastic.batch import fit_batch
     from megastar.engine.elastic.rendezvous import Nodes
+    from megastar.engine.profiling.settings import check_ranks
     from megastar.run_dir.config_file import negatives_of_run
 
     for name in level:
@@ -105,6 +106,7 @@ def main(words: list[str]) -> int:
     least, most = args.nodes
     cfg.self_guided.negatives = negatives_of_run(cfg)
     fit_batch(cfg, least * args.nproc, most * args.nproc)  # raises before anything is started
+    check_ranks(cfg.train.profile, most * args.nproc, cfg.run)
     job = args.job or os.environ.get("SLURM_JOB_ID") or str(Path(cfg.run).resolve())
     address = hosts[index] if index >= 0 else host_name()
     there = Nodes(least, most, hosts, args.port, index, address, job, args.join_timeout)

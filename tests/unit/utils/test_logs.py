@@ -115,3 +115,25 @@ def test_a_narrow_terminal_shows_the_step_and_the_time_left(width, monkeypatch):
     seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last)
     assert re.match(r"train 200000/500000 0:00:3[01] ", seen) and len(seen) <= width, seen
     assert "loss 6.1" in seen, seen
+
+
+def test_a_count_is_shown_on_a_terminal_and_logged_elsewhere(console, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress_bar.time, "perf_counter", lambda: now[0])
+    configure_logging(console=console, environ={})
+    with progress_bar.progress_count(console, "listing images") as report:
+        for number in range(1, 31):
+            now[0] += 1
+            report(1000 * number)
+    lines = [line.split("INFO ")[1] for line in console.file.getvalue().splitlines()]
+    assert [line.strip() for line in lines] == [f"listing images: {n}000" for n in (10, 20, 30)]
+    terminal = Console(file=io.StringIO(), width=60, force_terminal=True)
+    configure_logging(console=terminal, environ={})
+    with progress_bar.progress_count(terminal, "listing images") as report:
+        report(7)
+    assert "listing images" in terminal.file.getvalue() and "INFO" not in terminal.file.getvalue()
+    before = terminal.file.getvalue()
+    configure_logging("WARNING", console=terminal)
+    with progress_bar.progress_count(terminal, "listing images") as report:
+        report(7)
+    assert terminal.file.getvalue() == before
