@@ -51,17 +51,18 @@ def check_identity(what: object, identity: str, tokenizer: str | Path, any_token
 
     Where no hash is recorded, or the difference is allowed, a warning says so.
     """
+    main = place_of(os.environ).rank == 0  # it reports for all
     if not identity:
-        if place_of(os.environ).rank:  # rank 0 reports it
-            return
-        logger.warning("%s records no tokenizer hash: that %s made its codes cannot be checked", what, tokenizer)
+        if main:
+            logger.warning("%s records no tokenizer hash: that %s made its codes cannot be checked", what, tokenizer)
     elif (found := identity_of(tokenizer)) != identity:
         sentence = f"{what} was trained on codes of the tokenizer {identity[:SHORT]}, but {tokenizer} has the hash {found[:SHORT]}"
         if not any_tokenizer:
             raise UserError(
                 f"{sentence}: name the tokenizer of the training with --tokenizer, or allow another one with --any-tokenizer"
             )
-        logger.warning("%s: decoded with it nevertheless", sentence)
+        if main:
+            logger.warning("%s: decoded with it nevertheless", sentence)
 
 
 def search_tokenizer(what: object, identity: str, named: Iterable[Path | None], folders: Iterable[Path]) -> Path:

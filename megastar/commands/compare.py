@@ -68,17 +68,24 @@ def main(words: list[str]) -> int:
         check_outputs({}, folders={"--redraw": a.redraw})
     import torch
 
+    from megastar.engine.metrics.trackers.packages import check_installed
+    from megastar.engine.profiling.settings import check_ranks
     from megastar.experiments.comparison import Comparison, redraw
     from megastar.experiments.evaluation import Evaluation
     from megastar.experiments.plan import check_thresholds, plan_runs, take_sizes_of_codes
     from megastar.utils.logs import shared_console
 
     console = shared_console()
+    if not a.dry_run and a.evaluate is None:
+        check_results(Path(cfg.out if cfg else a.redraw), "out =" if cfg else "--redraw")
     if cfg is None:
         redraw(Path(a.redraw), console)
         return 0
     gpus = torch.cuda.device_count()
     runs = plan_runs(cfg, gpus)
+    for run in runs:  # what would end each of them after the images are encoded
+        check_installed(run.cfg.train.trackers, f"{run.name}: train.trackers")
+        check_ranks(run.cfg.train.profile, cfg.nproc, run.folder)
     check_thresholds(cfg)
     if text := take_sizes_of_codes(cfg, runs):  # of an earlier start, or of codes=
         console.print(text, highlight=False, markup=False)
@@ -92,6 +99,23 @@ def main(words: list[str]) -> int:
         Evaluation(cfg).run(named[a.evaluate], console)
         return 0
     return Comparison(cfg, runs, gpus, shlex.join(["megastar", "compare", *a.items]), console).run()
+
+
+def check_results(out: Path, name: str) -> None:
+    """Raise ``UserError`` for what would end the command when its results are written, hours later.
+
+    ``out``: the folder that the option or field ``name`` names.
+    """
+    from megastar.evaluation.figure import require_matplotlib
+    from megastar.experiments.comparison import OUTPUTS
+
+    require_matplotlib()
+    if out.is_dir():
+        folders = ("runs", "logs", "evaluation")
+        check_outputs(
+            {f"the {file} of {name}": out / file for file in OUTPUTS},
+            folders={f"the folder {folder} of {name}": out / folder for folder in folders},
+        )
 
 
 def show_plan(cfg: CompareConfig, runs: list[PlannedRun], console: Console) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megastar.checkpoint.find_weights import SHIPPED_WEIGHTS
 from megastar.commands._shared.common import Parser, config_and_overrides, positive, processes
-from megastar.commands._shared.outputs import check_outputs
+from megastar.commands._shared.outputs import check_outputs, run_folders
 from megastar.config.files import REPOSITORY, find_file
 from megastar.config.load import diff_configs, load_config
 from megastar.config.schema import RunConfig
@@ -72,8 +72,10 @@ class Demo:
         scores = self.finished()
         if scores is None:
             data = self.cfg.data
-            written = {"run =": self.cfg.run, "data.shards =": data.shards, "data.val_shards =": data.val_shards}
+            written = run_folders(self.cfg) | {"data.shards =": data.shards, "data.val_shards =": data.val_shards}
             check_outputs({}, folders=written)
+            own = {f"the demo's {name}": self.folder / name for name in (layout.SAMPLES, "cache")}
+            check_outputs({"the demo's scores": self.scores_file, "the demo's grid": self.grid}, folders=own)
             self.heading("1/4  tokenizing")
             self.pretokenize()
             self.heading("2/4  training")

@@ -68,7 +68,10 @@ def main(words: list[str]) -> int:
             f"--subset {a.subset} chooses among images to score, but --tokenizer reconstructs those of --real: use "
             f"--real-subset {a.subset}"
         )
-    check_outputs({"--out": a.out}, a.generated, a.tokenizer, a.real, a.inception, a.dinov2, a.provenance, a.held_out)
+    from megastar.sampling.npz import record_of
+
+    images = (a.generated, record_of(Path(a.generated)) if Path(a.generated or "").name else None, a.real, a.held_out)
+    check_outputs({"--out": a.out}, *images, a.tokenizer, a.real_tokenizer, a.inception, a.dinov2, a.provenance)
     from megastar.checkpoint.hub.download import local_tokenizer
     from megastar.evaluation.runner import evaluate, evaluate_reconstruction, read_provenance
     from megastar.utils.device import pick_device

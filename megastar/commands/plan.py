@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,7 @@ def plan(args: argparse.Namespace, print_json: Callable[[object], None]) -> int:
     run, overrides = config_and_overrides(args.items)
     if run is None:
         raise UserError(f"name a run configuration or a size, {', '.join(SIZES)}; see megastar plan --help")
-    if run not in SIZES and "." not in run and "/" not in run:
+    if run not in SIZES and "." not in run and "/" not in run and not os.path.isfile(run):
         raise UserError(f"size {run!r} is unknown: {nearest(run, SIZES)}")
     cfg = load_config(SIZES.get(run, run), overrides)
     sizes = take_local_sizes(cfg)

@@ -74,10 +74,12 @@ def main(words: list[str]) -> int:
     if a.figure and a.figure.suffix.lower() != ".png":
         raise UserError(f"--figure {a.figure} must end in .png")
     check_outputs({"--out": a.out, "--figure": a.figure}, *a.source, folders={"--cache": a.cache})
-    from megastar.evaluation.figure import draw_probes
+    from megastar.evaluation.figure import draw_probes, require_matplotlib
     from megastar.utils.files import write_json
     from megastar.utils.logs import shared_console
 
+    if a.figure:
+        require_matplotlib()
     console = shared_console()
     results: dict[str, dict[str, Any]] = {}
     for name, source in zip(names, a.source, strict=True):

@@ -73,15 +73,15 @@ def main(words: list[str]) -> int:
         raise UserError("--serve writes no file: leave out --out, or --serve")
     if not a.serve and (a.port is not None or a.host is not None):
         raise UserError("--port and --host belong to --serve: give --serve too")
-    check_outputs({"--out": a.out}, a.tokenizer)
+    inputs = (*a.runs, a.tokenizer, a.baseline, a.shards)
+    check_outputs({"--out": a.out}, *inputs)
     if a.serve:
         from megastar.report.live import VERSION
 
         serve(a, words, lambda: build(a, words, VERSION)[0])
         return 0
     out = a.out or Path(a.runs[0]) / "report.html"
-    find_folders(a)
-    check_outputs({"--out": out}, a.tokenizer)
+    check_outputs({"--out": out}, *find_folders(a), *inputs)
     from megastar.utils.files import write_output
     from megastar.utils.logs import shared_console
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -23,11 +24,20 @@ from megastar.commands._shared.common import (
     seed,
 )
 from megastar.commands._shared.outputs import check_outputs
-from megastar.commands._shared.sample_output import GRID, SHOWN_CLASSES, sample_and_score, sample_to_files, shown_images
+from megastar.commands._shared.sample_output import (
+    GRID,
+    SHOWN_CLASSES,
+    parts_of,
+    sample_and_score,
+    sample_to_files,
+    shown_images,
+)
 from megastar.errors import UserError
+from megastar.sampling.npz import record_of
 from megastar.sampling.pipeline import open_pipeline
 from megastar.sampling.step_schedules import PART_SCHEDULES, STEP_SCHEDULES
 from megastar.utils.files import check_regular
+from megastar.utils.launcher import LAUNCHED_BY_US
 
 EXAMPLES = """
 megastar sample                                                 the shipped weights, all classes -> samples.png
@@ -193,9 +203,12 @@ def main(words: list[str]) -> int:
     if a.score and (a.npz or a.out):
         raise UserError("--score keeps no images: leave out --npz and --out, or score an .npz with megastar evaluate")
     grid = None if a.score else a.out or GRID
-    source = a.source if a.source and Path(a.source).is_file() else None
-    files = {"--out": grid, "--npz": a.npz, "--score": a.score}
-    check_outputs(files, source, a.tokenizer, a.real, folders={"--folder": a.folder})
+    inputs = (a.source, a.tokenizer, a.like, a.real, a.real_tokenizer, a.inception, a.dinov2)
+    files, folders = {"--out": grid, "--npz": a.npz, "--score": a.score}, {"--folder": a.folder}
+    if a.npz and a.npz.name and not rank:  # rank 0 writes them
+        files["the record of --npz"] = record_of(a.npz)
+        folders["the parts of --npz"] = None if a.folder else parts_of(a.npz)
+    check_outputs(files, *inputs, folders=folders)
     for path in filter(None, (grid, a.npz)):
         check_regular(path)  # they are renamed into place
     if a.nproc > 1 and world == 1:
@@ -203,6 +216,8 @@ def main(words: list[str]) -> int:
 
         find_weights(a.source, a.weights)  # converts a run once, not in each process
         return launch(a.nproc, ["sample", *words])
+    if LAUNCHED_BY_US in os.environ and not a.verbose:  # the launcher has reported what it found, two lines above
+        logging.getLogger("megastar.checkpoint").setLevel(logging.WARNING)
     found = find_weights(a.source, a.weights)
     cfg, provenance = found.config, found.provenance
     tokenizer = found.tokenizer_file(a.tokenizer)

@@ -15,7 +15,7 @@ from megastar.commands._shared.common import (
     processes,
     terminal_width,
 )
-from megastar.commands._shared.outputs import check_outputs
+from megastar.commands._shared.outputs import check_outputs, run_folders
 from megastar.utils.printable import one_line, say
 from megastar.utils.process_exit import die_with_agent
 from megastar.utils.signals import StopFlag
@@ -74,7 +74,7 @@ def main(words: list[str]) -> int:
         print_run_folder(cfg.run, "run")
         return 0
     if not args.dry_run and not is_launched(os.environ):  # launched ranks let rank 0 check: engine/run_folder.py
-        check_outputs({}, folders={"run =": cfg.run})
+        check_outputs({}, folders=run_folders(cfg))
     if args.nproc > 1 and not is_launched(os.environ):
         from megastar.commands._shared.launch import launch
 

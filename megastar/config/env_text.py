@@ -141,7 +141,7 @@ def _expanded(text: str) -> str:
 def _env(*words: Any) -> Any:
     """The resolver ``oc.env``; marks contain the whole expression."""
     if not _marks.get():
-        return oc.env(*words)
+        return yaml_text.hidden(oc.env(*words))
     plain = ["null" if word is None else str(word) for word in words]
     quoted = [w if _SIMPLE.fullmatch(w) else "'" + w.replace("'", "\\'") + "'" for w in plain]
     return _mark_of(f"${{{ENV}{_expanded(','.join(quoted))}}}")

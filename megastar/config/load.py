@@ -23,7 +23,7 @@ from megastar.config.rules.problem import Problem, divisors, words
 from megastar.config.rules.token_order import set_target_position
 from megastar.config.schema import RunConfig, TokenizerTrainConfig, TrainConfig
 from megastar.config.validate import find_problems
-from megastar.config.yaml_text import YamlError
+from megastar.config.yaml_text import YamlError, hidden, map_values, seen
 from megastar.errors import UserError
 from megastar.utils.files import write_atomic
 
@@ -132,6 +132,7 @@ def _load(
         field, sentence = getattr(error, "full_key", None) or "a field", str(error).splitlines() or ["it is endless"]
         problems.append(Problem(f"{field}: its ${{...}} cannot be resolved ({sentence[0]})", ()))
         raise UserError(_report(str(where or "command line"), [p.text for p in problems])) from error
+    _show(cfg)
     keep_expressions(cfg, config, data)
     run = cfg.base if isinstance(cfg, CompareConfig) else cfg
     if isinstance(run, RunConfig):
@@ -270,9 +271,21 @@ def _fill(
                 value = _choice(value, choices[key])
             try:
                 plain = str(value).replace("${", "\\${") if isinstance(value, EnvText) else value  # already resolved
-                OmegaConf.update(config, name, convert(plain, hint))
+                OmegaConf.update(config, name, map_values(hidden, convert(plain, hint)))
             except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
                 problems.append(Problem(f"{name} = {shown(value)}: must be {type_name(hint, value)}", (name,)))
+
+
+def _show(section: Any) -> None:
+    """Undo ``hidden`` in the texts of ``section``, which OmegaConf made."""
+    fields_of = section if isinstance(section, dict) else vars(section)
+    for name, value in list(fields_of.items()):
+        if is_dataclass(value) or isinstance(value, dict):
+            _show(value)
+        elif isinstance(section, dict):
+            section[name] = map_values(seen, value)
+        elif isinstance(value, (str, list)):
+            setattr(section, name, map_values(seen, value))
 
 
 def _choice(value: Any, choices: Sequence[str]) -> Any:

@@ -20,6 +20,7 @@ LONGEST_NUMBER = 400  # characters
 PLAIN = {
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq", "merge", "value")
 }
+_HIDDEN = "\ue000" * 3  # of no meaning in Unicode
 REFERENCE = re.compile(r"\$\{(?:[\w.]+:)?([^${}]*)\}")
 
 
@@ -210,7 +211,8 @@ def resolve(tree: Any) -> Any:
     if sum(_cost(path, texts, costs) for path in texts) > MOST_VALUES:
         raise YamlError("its ${...} refer to themselves or to too many values")
     try:
-        return _keep_numbers(tree, OmegaConf.to_container(OmegaConf.create(map_values(_plain, tree)), resolve=True))
+        made = OmegaConf.create(map_values(_plain, tree))
+        return _keep_numbers(tree, map_values(seen, OmegaConf.to_container(made, resolve=True)))
     except (OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
         raise YamlError(one_line((str(error).splitlines() or [type(error).__name__])[0])) from error
 
@@ -250,7 +252,17 @@ def map_values(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """OmegaConf does not accept subclasses of numbers."""
+    value = hidden(value)
     return int(value) if isinstance(value, WrittenInt) else float(value) if isinstance(value, WrittenFloat) else value
+
+
+def hidden(value: Any) -> Any:
+    """The text ``???``, which means a missing value in OmegaConf, as another one; ``seen`` is the inverse."""
+    return _HIDDEN if value == "???" else value
+
+
+def seen(value: Any) -> Any:
+    return value.replace(_HIDDEN, "???") if isinstance(value, str) and _HIDDEN in value else value
 
 
 def _keep_numbers(tree: Any, resolved: Any) -> Any:

@@ -22,6 +22,7 @@ from megastar.errors import UserError
 from megastar.run_dir import checkpoint_dir, config_file
 from megastar.run_dir.training_checks import uses_contrastive
 from megastar.utils.launcher import place_of
+from megastar.utils.process_exit import AGENT
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def first_checks(cfg: RunConfig) -> RunConfig:
     """``cfg``. Raises ``UserError``, before the data is opened, if ``train.init`` is read and does not exist, for an S3
     endpoint that ``train.upload`` cannot use, a tracker that is not installed, or a profiled rank that does not exist."""
     check_installed(cfg.train.trackers, "train.trackers")
-    check_ranks(cfg.train.profile, place_of(os.environ).world)
+    check_ranks(cfg.train.profile, place_of(os.environ).world, cfg.run, elastic=AGENT in os.environ)
     check_upload(cfg.train.upload)
     init = cfg.train.init
     if (

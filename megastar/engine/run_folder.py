@@ -32,6 +32,8 @@ def hold_run_folder(cfg: RunConfig, ctx: Context, stop: StopFlag) -> Iterator[Ru
     lease = RunLease(run, "megastar train", "run")
     try:
         run_on_main(ctx, lambda: check_output(run, "run =", folder=True))
+        saved = checkpoint_dir.folder_of(run)
+        run_on_main(ctx, lambda: check_output(saved, "the checkpoints of run =", folder=True))
         run_on_main(ctx, lambda: lease.acquire(lambda: bool(stop.signal)))
         if lease.taken_over:
             found = checkpoint_dir.latest(checkpoint_dir.folder_of(run))

@@ -43,14 +43,19 @@ class ConsoleHandler(logging.Handler):
 
 
 def configure_logging(
-    level: str = "", *, console: Console | None = None, rank: int | None = None, environ: Mapping[str, str] = os.environ
+    level: str = "",
+    *,
+    console: Console | None = None,
+    rank: int | None = None,
+    default: str = "INFO",
+    environ: Mapping[str, str] = os.environ,
 ) -> None:
-    """Print the package's log records of at least ``level`` (default: $MEGASTAR_LOG_LEVEL, else INFO).
+    """Print the package's log records of at least ``level`` (default: $MEGASTAR_LOG_LEVEL, else ``default``).
 
     ``rank`` is shown on each line; None for a process that is not a rank. A further call replaces the handler. Raises
     ``UserError`` for an unknown level.
     """
-    name = (level or environ.get(VARIABLE, "") or "INFO").upper()
+    name = (level or environ.get(VARIABLE, "") or default).upper()
     if name not in LEVELS:
         raise UserError(f"{VARIABLE}={name}: unknown log level; choose one of {', '.join(LEVELS)}")
     for handler in [h for h in ROOT.handlers if isinstance(h, ConsoleHandler)]:

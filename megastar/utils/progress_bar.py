@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -58,6 +59,28 @@ class ProgressBar:
             shown = [decimal(int(n)) if self.bytes else f"{n:.0f}" for n in (done, self.total)]
             parts = [f"{self.title}: {' of '.join(shown)}", time_left(self.total - done, self.rate), text]
             logger.info(", ".join(filter(None, parts)))
+
+
+@contextmanager
+def progress_count(console: Console, title: str) -> Iterator[Callable[[int], None]]:
+    """Yields a function that shows ``title`` and a number whose total is unknown: on a terminal while the block lasts,
+    otherwise in log lines; nothing below log level INFO. It may be called by several threads."""
+    if console.quiet or ROOT.level > logging.INFO:
+        yield lambda number: None
+    elif console.is_terminal:
+        with console.status(title) as status:
+            yield lambda number: status.update(f"{title}: {number}")
+    else:
+        logged, lock = [time.perf_counter()], threading.Lock()
+
+        def log(number: int) -> None:
+            with lock:
+                if time.perf_counter() - logged[0] < LOG_EVERY:
+                    return
+                logged[0] = time.perf_counter()
+            logger.info("%s: %d", title, number)
+
+        yield log
 
 
 def time_left(units: float, rate: float) -> str:

@@ -21,6 +21,7 @@ from tests.integration.conftest import ROOT, environment
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 EVERY, PATIENCE = 3, 600
+PROFILE = "train.profile={start: 90000, steps: 1, ranks: [0, 2]}"  # of a rank that the loss of a node takes away
 TRAIN = {"steps": 100_000, "global_batch": 12}  # longer than any test: it is ended by a signal
 
 
@@ -30,7 +31,7 @@ class Faults:
     def __init__(self, world, folder, save_every: int, hosts: int):
         self.world, self.folder, self.run = world, folder, folder / "run"
         config = write_config(world, folder / "run.yaml", self.run, save_every=save_every, **TRAIN)
-        self.job = Job(config, self.run, "1:3", hosts, 1, f"faults.memory_every={EVERY}")
+        self.job = Job(config, self.run, "1:3", hosts, 1, f"faults.memory_every={EVERY}", PROFILE)
         self.computed: list[tuple[int, float]] = []
         self.job.start(0, 1, 2)
 
@@ -58,6 +59,7 @@ class Faults:
         for agent in self.job.agents.values():
             agent.terminate()
         assert set(self.job.end(PATIENCE).values()) == {85}, self.job.text()[-4000:]
+        assert "rank 2 is not profiled, this start has the ranks 0 to 1" in self.job.text()
         found = losses(self.run)
         assert sorted(found) == list(range(1, max(found) + 1))
         folder = self.folder / "straight"

@@ -57,19 +57,24 @@ class Parser(argparse.ArgumentParser):
         level.add_argument("-v", "--verbose", action="store_true", help="log debug messages too (level DEBUG)")
         quiet = (
             "log warnings and errors only, show no progress bars (level WARNING); without -v and -q the level is "
-            "$MEGASTAR_LOG_LEVEL, one of DEBUG, INFO, WARNING, ERROR (default INFO)"
+            "$MEGASTAR_LOG_LEVEL, one of DEBUG, INFO, WARNING, ERROR (default INFO, on ranks other than 0 WARNING)"
         )
         level.add_argument("-q", "--quiet", action="store_true", help=quiet)
 
-    def parse(self, words: list[str], console: Console | None = None) -> argparse.Namespace:
-        """Parse ``words`` and configure logging to ``console`` (default: standard output, with --json standard error)."""
+    def parse(self, words: list[str], console: Console | None = None, every_rank: bool = False) -> argparse.Namespace:
+        """Parse ``words`` and configure logging to ``console`` (default: standard output, with --json standard error).
+
+        ``every_rank``: ranks other than 0 log at level INFO too, not only warnings.
+        """
         from megastar.utils.console import PlainConsole
         from megastar.utils.logs import configure_logging
 
         args = self.parse_intermixed_args(words)
         rank = place_of(os.environ)[0] if is_launched(os.environ) else None
         level = "DEBUG" if args.verbose else "WARNING" if args.quiet else ""
-        configure_logging(level, console=console or PlainConsole(stderr="json" in args and args.json), rank=rank)
+        default = "WARNING" if rank and not every_rank else "INFO"
+        console = console or PlainConsole(stderr="json" in args and args.json)
+        configure_logging(level, console=console, rank=rank, default=default)
         return args
 
     def error(self, message: str) -> NoReturn:

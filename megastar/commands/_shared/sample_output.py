@@ -34,6 +34,11 @@ def shown_images(labels: list[int], columns: int) -> list[int]:
     return out
 
 
+def parts_of(npz: Path) -> Path:
+    """The folder of the finished parts of ``npz`` where --folder names none."""
+    return npz.with_name(npz.name + ".parts")
+
+
 def sample_to_files(
     pipeline: SamplingPipeline,
     a: argparse.Namespace,
@@ -53,7 +58,7 @@ def sample_to_files(
     rank, world = place
     npz: Path | None = a.npz
     identity, provenance = record(pipeline, origin)
-    folder: Path = a.folder or a.npz.with_name(a.npz.name + ".parts")
+    folder: Path = a.folder or parts_of(a.npz)
     if npz and npz.exists():
         if not record_of(npz).is_file():
             raise UserError(f"{npz} exists, but its record {record_of(npz)} does not: name another file, or remove it")

@@ -21,7 +21,7 @@ from megastar.commands._shared.common import (
     print_error,
     processes,
 )
-from megastar.commands._shared.outputs import check_outputs
+from megastar.commands._shared.outputs import check_outputs, run_folders
 from megastar.errors import UserError
 from megastar.utils.files import write_output
 from megastar.utils.hostname import expand_hosts, host_name
@@ -83,11 +83,11 @@ def parser() -> Parser:
 def main(words: list[str]) -> int:
     from megastar.config.load import load_config
 
-    args = parser().parse(words)
+    args = parser().parse(words, every_rank=True)  # below srun each node has its own log, and passes the level on
     path, overrides = config_and_overrides(args.items)
     check_outputs({"--status-file": args.status_file}, path)
     cfg = load_config(path, overrides)
-    check_outputs({}, folders={"run =": cfg.run})
+    check_outputs({}, folders=run_folders(cfg))
     hosts = expand_hosts(args.hosts)
     index = args.index if args.index is not None else hosts.index(host_name()) if host_name() in hosts else -1
     if not hosts or index >= len(hosts):
@@ -98,6 +98,7 @@ def main(words: list[str]) -> int:
     from megastar.engine.elastic.agent import run_node
     from megastar.engine.elastic.batch import fit_batch
     from megastar.engine.elastic.rendezvous import Nodes
+    from megastar.engine.profiling.settings import check_ranks
     from megastar.run_dir.config_file import negatives_of_run
 
     for name in level:
@@ -105,6 +106,7 @@ def main(words: list[str]) -> int:
     least, most = args.nodes
     cfg.self_guided.negatives = negatives_of_run(cfg)
     fit_batch(cfg, least * args.nproc, most * args.nproc)  # raises before anything is started
+    check_ranks(cfg.train.profile, most * args.nproc, cfg.run)
     job = args.job or os.environ.get("SLURM_JOB_ID") or str(Path(cfg.run).resolve())
     address = hosts[index] if index >= 0 else host_name()
     there = Nodes(least, most, hosts, args.port, index, address, job, args.join_timeout)

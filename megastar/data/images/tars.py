@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,11 @@ from megastar.utils.json_file import shown
 
 _AHEAD = 8 << 20  # bytes of one read from S3 while listing
 _MOST_AT_ONCE = 8 << 20  # bytes of an extended header
+_COUNTED = 1000  # images between reports
 _THREADS = 8  # tars that are listed at once
 
 Report = Callable[[int], None]  # called with the number of images found so far
+Count = Callable[[str, int], None]  # called with a tar and the number of images found in it so far
 Read = Callable[[int, int], bytes]
 Member = tuple[bytes, int, int, str | None]  # name, offset, size, class from a companion
 
@@ -111,19 +114,29 @@ class _Part:
 def add_tars(found: ListingBuilder, tars: Sequence[LocalTar | RemoteTar], report: Report) -> None:
     found.files.extend(tar.name for tar in tars)
     label_field = found.findings.label_field
-    pool = ThreadPoolExecutor(_THREADS)
+    pool, lock = ThreadPoolExecutor(_THREADS), threading.Lock()
+    scanned: dict[str, int] = {}  # images of the tars that are being listed
+
+    def count(where: str, images: int) -> None:
+        with lock:
+            scanned[where] = images
+            total = len(found.keys) + sum(scanned.values())
+        report(total)
 
     def add(part: _Found, number: int) -> None:
+        with lock:
+            del scanned[part.where]
         for name, offset, size, value in part.members:
             found.add(name, number, offset, size, value)
         found.findings.add(part.findings)
         report(len(found.keys))
 
     try:
-        scan = partial(_whole, label_field=label_field)
+        scan = partial(_whole, label_field=label_field, count=count)
         for number, (tar, part) in enumerate(zip(tars, pool.map(scan, tars), strict=True)):
             add(part, number)
-            for inner in pool.map(partial(_within, tar, label_field=label_field), part.inner):  # a tar of tars
+            within = partial(_within, tar, label_field=label_field, count=count)
+            for inner in pool.map(within, part.inner):  # a tar of tars
                 add(inner, number)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -133,30 +146,34 @@ def add_tars(found: ListingBuilder, tars: Sequence[LocalTar | RemoteTar], report
 class _Found:
     """Images and tars in a tar."""
 
+    where: str
     members: Iterable[Member]
     inner: list[tuple[bytes, int, int]]  # name, offset, size
     findings: Findings
 
 
-def _whole(tar: LocalTar | RemoteTar, label_field: str) -> _Found:
+def _whole(tar: LocalTar | RemoteTar, label_field: str, count: Count) -> _Found:
     stem = os.fsencode(str(PurePosixPath(tar.name).with_suffix("")))
-    return _scan(tar, tar.where, 0, tar.size, stem, label_field)
+    return _scan(tar, tar.where, 0, tar.size, stem, label_field, count)
 
 
-def _within(tar: LocalTar | RemoteTar, inner: tuple[bytes, int, int], label_field: str) -> _Found:
+def _within(tar: LocalTar | RemoteTar, inner: tuple[bytes, int, int], label_field: str, count: Count) -> _Found:
     name, offset, size = inner
-    return _scan(tar, f"{tar.where}:{text(name)}", offset, size, name[: -len(b".tar")], label_field)
+    return _scan(tar, f"{tar.where}:{text(name)}", offset, size, name[: -len(b".tar")], label_field, count)
 
 
 def _first_bytes(read: Read, at: int, n: int) -> bytes:
     return read(at, at + n)
 
 
-def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: bytes, label_field: str) -> _Found:
+def _scan(
+    tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: bytes, label_field: str, count: Count
+) -> _Found:
     """List the tar at byte ``start``. ``stem`` is the folder of images in its root if none has a folder or companion."""
     found: dict[bytes, tuple[int, int]] = {}  # a member replaces an earlier one of its name, as when tar extracts it
     inner: dict[bytes, tuple[int, int]] = {}
     companions, notes = Companions(label_field), Findings()
+    count(where, 0)
     try:
         # typeshed requires more methods of the file than tarfile uses
         with tar.reader() as read, tarfile.open(fileobj=_Part(read, start, size), mode="r:") as archive:  # type: ignore[call-overload]
@@ -182,6 +199,8 @@ def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: by
                 if name in kind:
                     notes.count("replaced", f"{text(name)}")
                 kind[name] = (data_at, member.size)
+                if kind is found and len(found) % _COUNTED == 0:
+                    count(where, len(found))
             end = archive.offset
             # tarfile ends silently at a broken header or a truncation
             if end + 512 > size or read(start + end, start + end + 512) != bytes(512):
@@ -199,4 +218,4 @@ def _scan(tar: LocalTar | RemoteTar, where: str, start: int, size: int, stem: by
         notes.tar_names.append(text(stem))
     prefix = stem + b"/" if bare else b""
     members = ((prefix + name, offset, size, value_of(keys[name])) for name, (offset, size) in found.items())
-    return _Found(members, [(name, *place) for name, place in inner.items()], notes)
+    return _Found(where, members, [(name, *place) for name, place in inner.items()], notes)

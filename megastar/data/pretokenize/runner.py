@@ -13,8 +13,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ from megastar.utils.device import DTYPES, pick_device
 from megastar.utils.files import check_space, write_atomic
 from megastar.utils.launcher import cores_of_rank
 from megastar.utils.lockfile import Claims
-from megastar.utils.progress_bar import ProgressBar, progress_bar
+from megastar.utils.progress_bar import ProgressBar, progress_bar, progress_count
 
 SKIPPED = "skipped.jsonl"
 POLL = 0.5  # seconds between checks for shards that other processes finish
@@ -200,7 +200,7 @@ def _pretokenize(
 ) -> Manifest:
     progress = out / PROGRESS
     if is_finished(out):
-        with _listing(console) as report:
+        with progress_count(console, "listing images") as report:
             images = list_images(report=report)
         if done := _take_up(out, describe(images)):
             return done
@@ -211,7 +211,7 @@ def _pretokenize(
         if made:
             stack.callback(remove_empty, out)
         claims = stack.enter_context(Claims(progress))
-        with _listing(console) as report:
+        with progress_count(console, "listing images") as report:
             images = _list_once(progress, claims, partial(list_images, report=report))
         run = PretokenizeRun(out, describe(images), len(images), claims)
         if stored := run.template.stored_features:
@@ -238,13 +238,6 @@ def _pretokenize(
     )  # fmt: skip
     logger.info("%s", class_summary(FolderStore(out), manifest))
     return manifest
-
-
-@contextmanager
-def _listing(console: Console) -> Iterator[Callable[[int], None]]:
-    """Show the number of images listed so far, which the block reports."""
-    with console.status("listing images") as status:
-        yield lambda images: status.update(f"listing images: {images}")
 
 
 def _some(names: Iterable[str]) -> str:

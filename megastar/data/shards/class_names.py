@@ -12,6 +12,7 @@ from megastar.config.files import read_text
 from megastar.data.shards.manifest import load_manifest
 from megastar.errors import UserError
 from megastar.utils.json_file import shown
+from megastar.utils.launcher import place_of
 
 logger = logging.getLogger(__name__)
 MOST_BYTES = 64 << 20  # of a file of class names
@@ -40,11 +41,12 @@ def check_same_classes(first: object, names: Sequence[str], second: object, othe
         plain = [all(name == str(i) for i, name in enumerate(found)) for found in (names, others)]
         if plain[0] != plain[1]:
             numbered, named = (first, second) if plain[0] else (second, first)
-            logger.warning(
-                "%s has numbers instead of class names: they are taken as the numbers of the classes of %s",
-                numbered,
-                named,
-            )
+            if place_of(os.environ).rank == 0:
+                logger.warning(
+                    "%s has numbers instead of class names: they are taken as the numbers of the classes of %s",
+                    numbered,
+                    named,
+                )
             return
         raise UserError(
             f"{first} and {second} number their classes differently: class {number} is {shown(one)!r} in the former and "

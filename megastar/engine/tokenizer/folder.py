@@ -15,6 +15,7 @@ from megastar.run_dir.layout import CHECKPOINTS, CONFIG
 from megastar.run_dir.lease import RunLease
 from megastar.run_dir.tokenizer_run import STATE as STATE
 from megastar.run_dir.tokenizer_run import is_tokenizer_run
+from megastar.utils.files import check_output
 from megastar.utils.signals import StopFlag
 
 RESULT, SCORES = "tokenizer.safetensors", "scores.json"
@@ -36,9 +37,12 @@ def hold_out_folder(out: Path, ctx: Context, stop: StopFlag) -> Iterator[RunLeas
 
 
 def check_kind(out: Path) -> None:
-    """Raises ``UserError`` if ``out`` holds another kind of run: `megastar train` would not resume it afterwards."""
+    """Raises ``UserError`` if ``out`` holds another kind of run, which `megastar train` would not resume afterwards, or if a
+    result cannot be written."""
     if (out / CHECKPOINTS).exists():
         raise UserError(f"out = {out} holds the checkpoints of a `megastar train` run: choose another out=...")
+    for name in (STATE, RESULT, SCORES):  # written at the end, or after hours
+        check_output(out / name, f"the {name} of out =")
     path = out / CONFIG
     if path.is_file() and not is_tokenizer_run(read_yaml(path, lenient=True)):
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from megastar.tokenizer.losses import psnr
 from megastar.tokenizer.quantizers.base import code_statistics
 from megastar.tokenizer.scores import BATCH, ssim
 from megastar.tokenizer.vq import VQModel, to_images, to_pixels
+from megastar.utils.launcher import place_of
 
 logger = logging.getLogger(__name__)
 GAP = 2  # pixels between the images of a grid
@@ -125,7 +127,8 @@ def open_networks(device: torch.device, inception: str | None) -> list[tuple[str
     try:
         return [("fd", open_network("efflite0", device)), *found]
     except UserError as error:
-        logger.warning("validation without rFD-EffLite0: %s", error)
+        if place_of(os.environ).rank == 0:
+            logger.warning("validation without rFD-EffLite0: %s", error)
         return found
 
 

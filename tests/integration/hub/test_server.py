@@ -42,6 +42,20 @@ def test_a_repository_is_a_source_of_every_command(folder, hub, client, world, t
     assert done.returncode == 2 and "holds a model of another library" in " ".join(done.stderr.split())
 
 
+def test_one_process_reports_the_source(folder, hub, client, world, tmp_path):
+    hub.commit("owner/tiny", files_of(folder))
+    source = "hf://owner/tiny"
+    config = world.write_config(tmp_path / "run.yaml", tmp_path / "run", steps=1, val_every=0, init=source)
+    done = client("train", config, "--nproc", "2")
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count(f" {source}: ") == 1
+    own_process = {"HF_HUB_OFFLINE": "1"}
+    words = (source, "--per-class", "1", "--npz", tmp_path / "a.npz", "--out", tmp_path / "a.png", "--nproc", "2")
+    done = client("sample", *words, **own_process)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count(f" {source}: ") == 1
+
+
 def test_weights_in_several_files(folder, whole, hub, client, tmp_path):
     from megastar.checkpoint.hub.convert_to import to_hub_folder
 

@@ -52,6 +52,13 @@ def test_another_tokenizer_is_refused_everywhere(files, tmp_path, capsys):
     words = ["sample", str(weights), "--tokenizer", str(second), "--out", str(tmp_path / "g.png"), "--device", "cpu"]
     assert cli.main(words) == 2 and sentence in capsys.readouterr().err and not (tmp_path / "g.png").exists()
     assert cli.main([*words, "--any-tokenizer", "--per-class", "1"]) == 0 and (tmp_path / "g.png").exists()
+    assert "decoded with it nevertheless" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:  # rank 0 reports it
+        patch.setenv("RANK", "1")
+        patch.setenv("WORLD_SIZE", "2")
+        npz = str(tmp_path / "x.npz")
+        assert cli.main([*words[:4], "--any-tokenizer", "--npz", npz, "--per-class", "1", "--device", "cpu"]) == 0
+        assert "nevertheless" not in "".join(capsys.readouterr())
     assert megastar.load(weights, tokenizer=second, device="cpu", any_tokenizer=True).num_classes == 4
     with pytest.raises(UserError, match=f"of the tokenizer {mine}, but --tokenizer .* has the hash {other}"):
         convert_file(open_weights(weights), "safetensors", tmp_path / "c.safetensors", tokenizer=second)

@@ -12,6 +12,7 @@ import pytest
 from megastar import cli
 from megastar.commands import data
 from megastar.commands.elastic import write_status
+from megastar.engine.metrics.trackers import packages
 from tests.disks import with_disks
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -180,6 +181,111 @@ def test_the_two_files_of_one_name_and_an_input(tmp_path, capsys, monkeypatch):
     (tmp_path / "run.yaml").write_text("run: x\n")
     words = (*ELASTIC, str(tmp_path / "run.yaml"), "--status-file")
     assert "would overwrite the input" in sentence(capsys, words, tmp_path / "run.yaml")
+
+
+def unchanged(capsys, words: tuple[str, ...], path: Path) -> None:
+    """The command refuses ``path``, which is one of its inputs, and leaves it as it is."""
+    before = path.read_bytes()
+    assert f"{path} would overwrite the input {path}: name another file" in sentence(capsys, words, path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "events.jsonl"])
+def test_the_files_of_a_run_are_not_replaced(tmp_path, capsys, name):
+    run = tmp_path / "out" / "runs" / "a"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (run / name).touch()
+    unchanged(capsys, ("report", str(run), "--out"), run / name)
+    unchanged(capsys, ("report", str(tmp_path / "out"), "--out"), run / name)  # of a comparison
+    unchanged(capsys, ("sample", str(run), "--out"), run / name)
+    unchanged(capsys, ("probe", str(run), "--val-shards", "x", "--out"), run / name)
+
+
+def test_a_report_does_not_replace_its_baseline_or_a_comparisons_results(tmp_path, capsys):
+    run, baseline = tmp_path / "out" / "runs" / "a", tmp_path / "mine.yaml"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    baseline.write_text("run: x\n")
+    (tmp_path / "out" / "results.json").write_text("{}")
+    unchanged(capsys, ("report", str(run), "--baseline", str(baseline), "--out"), baseline)
+    unchanged(capsys, ("report", str(tmp_path / "out"), "--out"), tmp_path / "out" / "results.json")
+    words = ["report", str(run), "--no-samples", "--no-attention"]
+    assert cli.main(words) == cli.main(words) == 0  # an earlier page is replaced
+
+
+def test_scores_do_not_replace_what_they_are_made_from(tmp_path, capsys):
+    record, file, codes = tmp_path / "x.npz.json", tmp_path / "file", tmp_path / "codes"
+    record.write_text("{}")
+    file.touch()
+    codes.mkdir()
+    (codes / "manifest.json").write_text("{}")
+    scored = ("evaluate", str(tmp_path / "x.npz"), "--real", str(codes))
+    unchanged(capsys, (*scored, "--out"), record)
+    unchanged(capsys, (*scored, "--out"), codes / "manifest.json")
+    unchanged(capsys, (*scored, "--real-tokenizer", str(file), "--out"), file)
+    for option in ("--inception", "--dinov2", "--real-tokenizer"):
+        unchanged(capsys, ("sample", "no.safetensors", "--real", str(codes), option, str(file), "--score"), file)
+    unchanged(
+        capsys, ("sample", "no.safetensors", "--like", str(codes), "--count", "4", "--npz"), codes / "manifest.json"
+    )
+
+
+LATE = {  # what is written last -> words before it, whose folder is given, and what is in its way: a folder or a file
+    "the record of --npz": (("sample", "no.safetensors", "--npz"), "x.npz", "x.npz.json", True),
+    "the parts of --npz": (("sample", "no.safetensors", "--npz"), "x.npz", "x.npz.parts", False),
+    "the checkpoints of run =": (("train", "configs/run/demo.yaml", "run="), "", "checkpoints", False),
+    "elastic: the checkpoints of run =": ((*ELASTIC, "configs/run/demo.yaml", "run="), "", "checkpoints", False),
+    "demo: the checkpoints of run =": (("demo", "run="), "run", "run/checkpoints", False),
+    "the demo's scores": (("demo", "run="), "run", "scores.json", True),
+    "the demo's grid": (("demo", "run="), "run", "grid.png", True),
+    "the demo's samples": (("demo", "run="), "run", "samples", False),
+    "the table.md of out =": (("compare", "configs/run/compare_emoji.yaml", "out="), "", "table.md", True),
+    "the folder logs of out =": (("compare", "configs/run/compare_emoji.yaml", "out="), "", "logs", False),
+    "the probe.png of --redraw": (("compare", "--redraw"), "", "probe.png", True),
+    "the last.pt of out =": (("train-tokenizer", "configs/tokenizer/emoji64.yaml", "out="), "", "last.pt", True),
+    "the scores.json of out =": (
+        ("train-tokenizer", "configs/tokenizer/emoji64.yaml", "out="),
+        "",
+        "scores.json",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_what_is_written_last_is_checked_first(tmp_path, capsys, monkeypatch, case):
+    monkeypatch.chdir(ROOT)
+    words, place, blocked, folder = LATE[case]
+    path = tmp_path / blocked
+    path.mkdir(parents=True) if folder else (path.parent.mkdir(exist_ok=True), path.touch())
+    what = f"{case.rpartition(': ')[2]} {path} is " + (
+        "a folder: name" if folder else "not a folder: name another place"
+    )
+    assert what in sentence(capsys, words, tmp_path / place)
+    assert path.is_dir() is folder
+
+
+def test_a_figure_needs_matplotlib_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    probe = ("probe", "no.safetensors", "--val-shards", "nowhere", "--figure")
+    assert "a figure needs matplotlib" in sentence(capsys, probe, tmp_path / "x.png")
+    compare = ("compare", "configs/run/compare_emoji.yaml", "pictures=nowhere", "out=")
+    assert "a figure needs matplotlib" in sentence(capsys, compare, tmp_path)
+
+
+@pytest.mark.parametrize("how", [(), ("--dry-run",)])
+def test_a_comparison_checks_what_would_end_each_of_its_runs(tmp_path, capsys, monkeypatch, how):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(packages, "MODULES", {"wandb": ("no_module_of_this_name",)})
+    compare = ("compare", "configs/run/compare_emoji.yaml", *how, "seeds=[0]")
+    told = sentence(capsys, (*compare, "base.train.trackers=[wandb]", "out="), tmp_path)
+    assert "-seed0: train.trackers names wandb, whose package no_module_of_this_name is not installed" in told
+    ranks = ("base.train.profile.steps=1", "base.train.profile.ranks=[3]")
+    told = sentence(capsys, (*compare, *ranks, "nproc=2", "out="), tmp_path)
+    assert "train.profile.ranks = [3]: rank 3 does not exist, this run has the ranks 0 to 1" in told
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

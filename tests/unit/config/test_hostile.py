@@ -6,14 +6,21 @@ import os
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
 from megastar.config.comparison import CompareConfig
-from megastar.config.load import config_yaml, load_compare_config, load_config, load_tokenizer_config, save_config
+from megastar.config.load import (
+    config_from_dict,
+    config_yaml,
+    load_compare_config,
+    load_config,
+    load_tokenizer_config,
+    save_config,
+)
 from megastar.config.override import parse_as
 from megastar.config.schema import RunConfig, TokenizerTrainConfig
 from megastar.errors import UserError
@@ -78,20 +85,34 @@ def test_only_regular_files_are_read(tmp_path):
             load_config(path)
 
 
-@pytest.mark.parametrize("written", ["2024_01_01", "007", "1e-4", "on", "12:30:00", "0x10", "3.10", "run #2", "a/{b}", "12", "runs/lr=1e-4"])  # fmt: skip
+@pytest.mark.parametrize("written", ["2024_01_01", "007", "1e-4", "on", "12:30:00", "0x10", "3.10", "run #2", "a/{b}", "12", "runs/lr=1e-4", "???"])  # fmt: skip
 def test_a_string_is_what_was_written(tmp_path, written):
     assert load_config(None, ["data.shards=x", "train.steps=5", f"run={written}"]).run == written
     (tmp_path / "run.yaml").write_text(BASE + (f'run: "{written}"' if "#" in written else f"run: {written}"))
     assert load_config(tmp_path / "run.yaml").run == written
 
 
-@pytest.mark.parametrize("typed", ["null", "~", "yes", "no", "True", "FALSE", "#2", "a: b", "a:", "{a: 1}", "[a]", "[1", "- a", "*a", "&a", "@a", "%a", "`a", "| a", "? a", ", a", "---", "...", "'a' b", "a 'b'", "'x", "!!str 3", "a\tb", "'", '"', "=", "<<"])  # fmt: skip
+@pytest.mark.parametrize("typed", ["null", "~", "yes", "no", "True", "FALSE", "#2", "a: b", "a:", "{a: 1}", "[a]", "[1", "- a", "*a", "&a", "@a", "%a", "`a", "| a", "? a", ", a", "---", "...", "'a' b", "a 'b'", "'x", "!!str 3", "a\tb", "'", '"', "=", "<<", "???"])  # fmt: skip
 def test_text_of_an_override_is_taken_as_typed(tmp_path, typed):
     """Also where a file would need quotes, and the saved configuration loads as the same text."""
     cfg = load_config(None, ["data.shards=x", "train.steps=5", f"run={typed}", f"train.init= {typed} "])
     assert (cfg.run, cfg.train.init) == (typed, typed)
     save_config(cfg, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml").run == typed
+
+
+def test_text_that_means_a_missing_value_in_omegaconf_is_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", "???")
+    (tmp_path / "run.yaml").write_text("run: ???\ndata: {shards: '${run}/a', val_shards: '${oc.env:PLACE}'}\n")
+    for cfg in (
+        load_config(tmp_path / "run.yaml", ["train.init=${data.val_shards}/b"]),
+        load_config(None, ["run=???", "data.shards=${run}/a", "data.val_shards=${oc.env:PLACE}", "train.init=???/b"]),
+    ):
+        assert (cfg.run, cfg.data.shards, cfg.data.val_shards, cfg.train.init) == ("???", "???/a", "???", "???/b")
+        assert "val_shards: ${oc.env:PLACE}" in config_yaml(cfg)
+        assert config_from_dict(asdict(cfg)) == cfg
+    with pytest.raises(UserError, match=r"train.steps = '\?\?\?': must be an integer"):
+        load_config(None, ["data.shards=x", "train.steps=???"])
 
 
 @pytest.mark.parametrize(("typed", "text"), [('"a b"', "a b"), ("'it''s'", "it's"), ('"007"', "007"), ("''", ""), ("", ""), ("  ", "")])  # fmt: skip
@@ -105,6 +126,8 @@ def test_lists_of_text_and_files_are_taken_as_typed(tmp_path, monkeypatch):
     overrides = ["pictures=p", "variants.a.label=007", "variants.a.overrides=[train.init=007]"]
     cfg = load_compare_config("configs/run/compare_emoji.yaml", overrides)
     assert cfg.variants["a"].label == "007" and cfg.variants["a"].overrides == ["train.init=007"]
+    listed = load_compare_config("configs/run/compare_emoji.yaml", ['variants.a.overrides=["???"]'])
+    assert listed.variants["a"].overrides == ["???"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "1e3").write_text("n_layer: 7\n")
     assert load_config(None, ["data.shards=x", "train.steps=5", "model=1e3"]).model.n_layer == 7

@@ -210,6 +210,16 @@ def test_table(capsys):
     )
 
 
+def test_a_file_in_the_working_directory_is_a_run(capsys, tmp_path, monkeypatch):
+    """Whatever its name, as for `megastar train`; a name of a size is the size."""
+    (tmp_path / "mine").write_text("data: {shards: x}\ntrain: {global_batch: 96}\n")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", "mine"]) == 0 and "96" in capsys.readouterr().out
+    (tmp_path / "mine").rename("a=b")
+    assert cli.main(["plan", "a=b"]) == 0 and "96" in capsys.readouterr().out
+    assert cli.main(["plan", "mine"]) == 2 and "size 'mine' is unknown" in capsys.readouterr().err
+
+
 def test_nothing_fits(capsys):
     assert cli.main(["plan", "3b", "--gpus", "1", "--memory", "24"]) == 1
     assert "no plan fits 24 GiB: the closest one needs" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
+from megastar.commands._shared.common import Parser
 from megastar.errors import UserError
 from megastar.utils import progress_bar
 from megastar.utils.logs import configure_logging, shared_console
@@ -44,6 +45,26 @@ def test_the_level_comes_from_the_option_then_the_variable(console, level, envir
     for name in ("debug", "info", "warning"):
         getattr(logging.getLogger("megastar.data"), name)("text")
     assert [line.split()[2] for line in console.file.getvalue().splitlines()] == shown
+
+
+@pytest.mark.parametrize(
+    ("rank", "words", "environ", "level"),
+    [
+        ("0", [], {}, "INFO"),
+        ("1", [], {}, "WARNING"),
+        ("1", ["--verbose"], {}, "DEBUG"),
+        ("1", [], {"MEGASTAR_LOG_LEVEL": "info"}, "INFO"),
+        ("", [], {}, "INFO"),
+    ],
+)
+def test_ranks_other_than_0_report_problems_only(monkeypatch, rank, words, environ, level):
+    monkeypatch.delenv("MEGASTAR_LOG_LEVEL", raising=False)
+    for name, value in environ.items() | ({"RANK": rank, "WORLD_SIZE": "2"}.items() if rank else set()):
+        monkeypatch.setenv(name, value)
+    Parser("sample", "", "").parse(words)
+    assert logging.getLevelName(logging.getLogger("megastar").level) == level
+    Parser("elastic", "", "").parse(words, every_rank=True)  # an agent on each node, started by srun
+    assert logging.getLevelName(logging.getLogger("megastar").level) == (level if words else "INFO")
 
 
 def test_an_unknown_level_is_refused():
@@ -94,3 +115,25 @@ def test_a_narrow_terminal_shows_the_step_and_the_time_left(width, monkeypatch):
     seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last)
     assert re.match(r"train 200000/500000 0:00:3[01] ", seen) and len(seen) <= width, seen
     assert "loss 6.1" in seen, seen
+
+
+def test_a_count_is_shown_on_a_terminal_and_logged_elsewhere(console, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress_bar.time, "perf_counter", lambda: now[0])
+    configure_logging(console=console, environ={})
+    with progress_bar.progress_count(console, "listing images") as report:
+        for number in range(1, 31):
+            now[0] += 1
+            report(1000 * number)
+    lines = [line.split("INFO ")[1] for line in console.file.getvalue().splitlines()]
+    assert [line.strip() for line in lines] == [f"listing images: {n}000" for n in (10, 20, 30)]
+    terminal = Console(file=io.StringIO(), width=60, force_terminal=True)
+    configure_logging(console=terminal, environ={})
+    with progress_bar.progress_count(terminal, "listing images") as report:
+        report(7)
+    assert "listing images" in terminal.file.getvalue() and "INFO" not in terminal.file.getvalue()
+    before = terminal.file.getvalue()
+    configure_logging("WARNING", console=terminal)
+    with progress_bar.progress_count(terminal, "listing images") as report:
+        report(7)
+    assert terminal.file.getvalue() == before

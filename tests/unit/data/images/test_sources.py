@@ -175,6 +175,19 @@ def test_a_listing_is_used_while_the_source_is_the_same(tmp_path, kind, monkeypa
     assert Listing.load(cache) is None and look(source, cache=cache) == first
 
 
+def test_images_are_counted_while_a_tar_is_listed(tmp_path, monkeypatch):
+    """Also in one large tar, and of several at once in total."""
+    monkeypatch.setattr("megastar.data.images.tars._COUNTED", 2)
+    told: list[int] = []
+    source = write_source("tar", tmp_path)
+    ImageSet(source, report=told.append)
+    assert told[0] == 0 and set(range(2, 13, 2)) <= set(told) and told[-1] == 12
+    told.clear()
+    (tmp_path / "more").mkdir()
+    ImageSet(write_source("class tars", tmp_path / "more"), report=told.append)
+    assert max(told) == told[-1] == 12 and len(set(told)) > 3
+
+
 def test_names_that_are_no_text(tmp_path):
     folder = os.fsencode(tmp_path / "cat")
     os.mkdir(folder)

@@ -39,3 +39,8 @@ def test_numbers_instead_of_names_are_told(caplog, monkeypatch):
         caplog.clear()
         check_same_classes(*pair)
         assert "x has numbers instead of class names: they are taken as the numbers of the classes of y" in caplog.text
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    caplog.clear()
+    check_same_classes("x", NUMBERS, "y", list("abc"))
+    assert not caplog.text  # rank 0 has reported it
