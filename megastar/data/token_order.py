@@ -43,7 +43,9 @@ def schedule_change(cfg: RunConfig, samples: int, step: int, planned: int) -> st
     if flips:
         kinds = ("random", "raster") if order.anneals(steps * per_step) else ("raster", "random")
         parts.append(
-            "val_loss_ar was measured in {} order and is now measured in {} order, which do not compare".format(*kinds)
+            "val_loss_ar was measured in {} order and is now measured in {} order; the values are not comparable".format(
+                *kinds
+            )
         )
     return f"the run has {steps} steps instead of {planned}: {'; '.join(parts)}" if parts else ""
 

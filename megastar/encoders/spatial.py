@@ -125,7 +125,7 @@ def call_users(name: str, function: Callable[..., Tensor], pixels: Tensor, *word
         B, H, W, _ = pixels.shape
         reason = one_line(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
         raise UserError(
-            f"{name} failed on {B} images of {H} x {W} pixels ({reason}): it takes uint8 images (B, H, W, 3); -v shows where"
+            f"{name} failed on {B} images of {H} x {W} pixels ({reason}): it must accept uint8 images (B, H, W, 3); -v logs the traceback"
         ) from error
 
 

@@ -129,7 +129,7 @@ def _check_held_out(held: ImageSource, held_out: str | Path, real: str | Path, o
     """Raise ``UserError`` if the held-out images are the files of the real ones, before any image is read."""
     arrays = Path(real).suffix == ".npz"
     if holds_shards(real) or arrays != (Path(held_out).suffix == ".npz"):
-        return  # their hashes are of other things: the distance tells
+        return  # the hashes are not comparable; the distance is checked later
     if not arrays and open_images(real, subset=o.real_subset, size=held.height).count != held.count:
         return
     if held.sha256() == source_hash(real, subset=o.real_subset):

@@ -72,7 +72,7 @@ def training_differences(trained: Mapping[str, Any], method: str, size: str) -> 
             yield f"{name} {shown(value)} instead of {usual}"
     if init := trained.get("init"):
         file = init.get("file") if isinstance(init, Mapping) else init
-        yield f"the training started from {shown(file)} (train.init), whose own epochs are not counted"
+        yield f"the training started from {shown(file)} (train.init); the epochs of these weights are not counted"
 
 
 def not_recorded(provenance: Mapping[str, Any], method: str, size: str) -> list[str]:

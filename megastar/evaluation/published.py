@@ -158,7 +158,7 @@ def _number(value: Any) -> float | None:
 def beside(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The published figures of the same method, size, epochs and guidance as a result with FID, and what differs otherwise.
 
-    Guidance that changes along the tokens (``cfg_schedule``, ``cfg_interval``) is another one than that of a figure. A figure whose epochs or guidance are not stated, or not recorded for the result, is listed with that as a difference.
+    A result whose guidance changes along the tokens (``cfg_schedule``, ``cfg_interval``) does not match figures with constant guidance. A figure whose epochs or guidance are not stated, or not recorded for the result, is listed with that as a difference.
     """
     measured = measured_of(result)
     if measured is None or "FID" not in result.get("scores", {}):

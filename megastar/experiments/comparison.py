@@ -105,7 +105,7 @@ class Comparison:
     def next_job(self, run: PlannedRun) -> Job | None:
         """The next job of ``run``: train, then evaluate, then None.
 
-        Before it is evaluated, a trained run whose last step has no score of ``base.eval`` catches it up, once.
+        If the last step of a trained run has no score of ``base.eval``, one job computes it before the evaluation.
         """
         logs = self.out / "logs"
         nproc = ["--nproc", str(self.cfg.nproc)] if self.cfg.nproc > 1 else []

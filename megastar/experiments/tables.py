@@ -97,7 +97,7 @@ def unscored_note(results: Results) -> str:
         return ""
     return (
         f"Steps that have no score of these settings: {'; '.join(texts)}. Such a run counts for a threshold only if all steps "
-        "that are due before it reached it were scored."
+        "due before the run reached the threshold have a score."
     )
 
 

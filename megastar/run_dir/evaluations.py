@@ -42,7 +42,7 @@ PROTOCOL = (
     "cfg_scale",
     "weights",
 )  # with labels and reference: scores that differ in one are not one curve
-REFERENCE = ("sha256", "subset", "pictures")  # of ``reference``: what was compared with, wherever it lies
+REFERENCE = ("sha256", "subset", "pictures")  # fields of ``reference`` that identify it; its path is not one of them
 LABELS = {"data": "like the training shards", "balanced": "balanced"}  # eval.labels -> ``labels``
 
 

@@ -90,8 +90,8 @@ def _fetch_tokenizer(get: Callable[[str, str], str], source: str, commit: str, c
     file = Path(get(f"{TOKENIZER}/{TOKENIZER_FILE}", commit))
     if content["tokenizer"].get("file_sha256", whole := sha256(file)) != whole:
         raise UserError(
-            f"{source}: {file} is damaged: its SHA-256 differs from {CONFIG}'s; remove it to fetch it again, and if it "
-            "stays so, name another revision"
+            f"{source}: {file} is damaged: its SHA-256 differs from {CONFIG}'s; remove it to fetch it again; if it "
+            "is still damaged, name another revision"
         )
     return file
 

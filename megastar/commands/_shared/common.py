@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         level.add_argument("-v", "--verbose", action="store_true", help="log debug messages too (level DEBUG)")
         quiet = (
             "log warnings and errors only, show no progress bars (level WARNING); without -v and -q the level is "
-            "$MEGASTAR_LOG_LEVEL, one of DEBUG, INFO, WARNING, ERROR (default INFO, on ranks other than 0 WARNING)"
+            "$MEGASTAR_LOG_LEVEL, one of DEBUG, INFO, WARNING, ERROR (default INFO; WARNING on ranks other than 0)"
         )
         level.add_argument("-q", "--quiet", action="store_true", help=quiet)
 

@@ -112,7 +112,7 @@ def check_usable(
     if repa.encoder_weights:
         if not Path(repa.encoder_weights).is_file():
             raise UserError(f"repa.encoder_weights = {repa.encoder_weights} does not exist: name the encoder's weights")
-        custom = ":" in stored.encoder  # whose function reads what it likes
+        custom = ":" in stored.encoder  # a user's function may read a file of any format
         digest = sha256(Path(repa.encoder_weights)) if custom else weights_sha256(repa.encoder_weights)
         if digest != stored.weights_sha256:
             raise UserError(

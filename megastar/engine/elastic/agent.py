@@ -149,7 +149,7 @@ class Agent(LocalElasticAgent):
             return f"lost/{self.round}/{node.addr}/{node.pid}/{node.local_id}"
 
         logger.warning(text(nodes))
-        # One event, although each node notices the loss, at a time of its own: the first may have left the round by then.
+        # The nodes detect the loss at different times, and the first node may have left the round; only one event is written.
         if new := [node for node in nodes if self.handler.is_first_to(name(node))]:
             append_event(Path(self.cfg.run), "lost", 0, text(new))
 

@@ -18,7 +18,7 @@ def check_ranks(profile: ProfileConfig, world: int, run: str | Path, *, elastic:
     """Raise ``UserError`` for a rank that this launch does not have, unless the folder ``run`` has a checkpoint after the
     profiled steps.
 
-    ``elastic``: ranks come and go with their nodes, so that a missing one is a warning, on rank 0.
+    ``elastic``: the number of ranks changes with the nodes, so a missing rank only logs a warning, on rank 0.
     """
     unknown = [rank for rank in profile.ranks if rank >= world]
     if not profile.steps or not unknown:

@@ -103,7 +103,7 @@ def test_other_grids_are_refused(patches):
         (f"{HERE}:flat", r"returned torch.float32 \(1, 64\) for 1 images: return a tensor \(B, P, C\)"),
         (
             f"{HERE}:fails",
-            r"fails failed on 1 images of 16 x 16 pixels \(RuntimeError: it takes 224 pixels\): it takes uint8 images",
+            r"fails failed on 1 images of 16 x 16 pixels \(RuntimeError: it takes 224 pixels\): it must accept uint8 images",
         ),
         ("dinov2", "dinov2 needs a weights file"),
         ("dinov3", "dinov3 needs a weights file, as dinov3_vitb16"),

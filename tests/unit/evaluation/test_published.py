@@ -187,7 +187,7 @@ def test_other_training_is_named():
     found["provenance"]["trained"] |= {"weights": "student", "init": {"file": "base.pt", "step": 5}}
     assert beside(found)[0]["differs"] == [
         "student weights instead of ema",
-        "the training started from base.pt (train.init), whose own epochs are not counted",
+        "the training started from base.pt (train.init); the epochs of these weights are not counted",
     ]
 
 
