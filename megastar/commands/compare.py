@@ -72,7 +72,7 @@ def main(words: list[str]) -> int:
     from megastar.engine.profiling.settings import check_ranks
     from megastar.experiments.comparison import Comparison, redraw
     from megastar.experiments.evaluation import Evaluation
-    from megastar.experiments.plan import check_thresholds, plan_runs, take_sizes_of_codes
+    from megastar.experiments.plan import check_thresholds, is_trained, plan_runs, take_sizes_of_codes
     from megastar.utils.logs import shared_console
 
     console = shared_console()
@@ -84,8 +84,9 @@ def main(words: list[str]) -> int:
     gpus = torch.cuda.device_count()
     runs = plan_runs(cfg, gpus)
     for run in runs:  # what would end each of them after the images are encoded
-        check_installed(run.cfg.train.trackers, f"{run.name}: train.trackers")
-        check_ranks(run.cfg.train.profile, cfg.nproc, run.folder)
+        if not is_trained(run):
+            check_installed(run.cfg.train.trackers, f"{run.name}: train.trackers")
+            check_ranks(run.cfg.train.profile, cfg.nproc, run.folder)
     check_thresholds(cfg)
     if text := take_sizes_of_codes(cfg, runs):  # of an earlier start, or of codes=
         console.print(text, highlight=False, markup=False)
@@ -111,7 +112,7 @@ def check_results(out: Path, name: str) -> None:
 
     require_matplotlib()
     if out.is_dir():
-        folders = ("runs", "logs", "evaluation")
+        folders = ("runs", "logs", "evaluation") if name == "out =" else ()  # --redraw writes files only
         check_outputs(
             {f"the {file} of {name}": out / file for file in OUTPUTS},
             folders={f"the folder {folder} of {name}": out / folder for folder in folders},

@@ -12,6 +12,7 @@ from megastar.checkpoint.hub.download import is_hub_source, local_source, local_
 from megastar.checkpoint.hub.layout import HOLDS, is_hub_folder
 from megastar.commands._shared.common import Parser, bounded, processes
 from megastar.commands._shared.outputs import check_outputs
+from megastar.config.files import find_file
 from megastar.errors import UserError
 from megastar.tokenizer.io import read_tokenizer_metadata
 
@@ -164,7 +165,8 @@ def main(words: list[str]) -> int:
     check(a, name)
     scores = {str(path.resolve()): read_scores(path) for path in a.scores or ()}
     if a.tokenizer:
-        a.tokenizer = Path(local_tokenizer(a.tokenizer))
+        given = a.tokenizer
+        a.tokenizer = Path(local_tokenizer(given if is_hub_source(given) else find_file(given) or given))
         read_tokenizer_metadata(a.tokenizer)
     if is_hub_source(name):
         a.source = local_source(name)

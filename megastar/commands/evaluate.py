@@ -70,7 +70,8 @@ def main(words: list[str]) -> int:
         )
     from megastar.sampling.npz import record_of
 
-    images = (a.generated, record_of(Path(a.generated)) if Path(a.generated or "").name else None, a.real, a.held_out)
+    recorded = Path(a.generated or "").suffix in (".npz", ".tar")
+    images = (a.generated, record_of(Path(a.generated)) if recorded else None, a.real, a.held_out)
     check_outputs({"--out": a.out}, *images, a.tokenizer, a.real_tokenizer, a.inception, a.dinov2, a.provenance)
     from megastar.checkpoint.hub.download import local_tokenizer
     from megastar.evaluation.runner import evaluate, evaluate_reconstruction, read_provenance

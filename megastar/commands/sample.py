@@ -216,8 +216,8 @@ def main(words: list[str]) -> int:
 
         find_weights(a.source, a.weights)  # converts a run once, not in each process
         return launch(a.nproc, ["sample", *words])
-    if LAUNCHED_BY_US in os.environ and not a.verbose:  # the launcher has reported what it found, two lines above
-        logging.getLogger("megastar.checkpoint").setLevel(logging.WARNING)
+    if LAUNCHED_BY_US in os.environ and logging.getLogger("megastar").level == logging.INFO:
+        logging.getLogger("megastar.checkpoint").setLevel(logging.WARNING)  # the launcher has reported what it found
     found = find_weights(a.source, a.weights)
     cfg, provenance = found.config, found.provenance
     tokenizer = found.tokenizer_file(a.tokenizer)

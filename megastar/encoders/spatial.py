@@ -118,7 +118,7 @@ def call_users(name: str, function: Callable[..., Tensor], pixels: Tensor, *word
     """A user's function of images (B, H, W, 3). Raises ``UserError`` for an exception in it; -v logs its traceback."""
     try:
         return function(pixels, *words)
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, torch.OutOfMemoryError, torch.AcceleratorError, OSError):  # of the machine: the job is requeued
         raise
     except Exception as error:
         logger.debug("%s failed", name, exc_info=True)

@@ -23,6 +23,13 @@ from megastar.utils.launcher import place_of
 from megastar.utils.signals import StopFlag
 
 
+def _check_first_save(run: Path) -> None:
+    """Raise ``UserError`` if the first checkpoint of a run cannot be saved. Later starts retry their saves."""
+    saved = checkpoint_dir.folder_of(run)
+    if checkpoint_dir.latest(saved) is None:
+        check_output(saved, "the checkpoints of run =", folder=True)
+
+
 @contextmanager
 def hold_run_folder(cfg: RunConfig, ctx: Context, stop: StopFlag) -> Iterator[RunLease]:
     """Hold the run folder's lease on rank 0 in the block. Raises ``UserError`` on all ranks if another process holds it,
@@ -32,8 +39,7 @@ def hold_run_folder(cfg: RunConfig, ctx: Context, stop: StopFlag) -> Iterator[Ru
     lease = RunLease(run, "megastar train", "run")
     try:
         run_on_main(ctx, lambda: check_output(run, "run =", folder=True))
-        saved = checkpoint_dir.folder_of(run)
-        run_on_main(ctx, lambda: check_output(saved, "the checkpoints of run =", folder=True))
+        run_on_main(ctx, lambda: _check_first_save(run))
         run_on_main(ctx, lambda: lease.acquire(lambda: bool(stop.signal)))
         if lease.taken_over:
             found = checkpoint_dir.latest(checkpoint_dir.folder_of(run))

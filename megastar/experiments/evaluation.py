@@ -78,6 +78,8 @@ class Evaluation:
                 f"probe.fit_crops = {c.probe.fit_crops}: the codes contain {stored} crops per image; reduce it"
             )
         assert self.sources  # raises if images or tokenizer are missing
+        if c.base.eval.every:
+            assert self.wanted  # hashes the reference, which may take long: not between jobs
 
     @cached_property
     def sources(self) -> dict[str, Any]:

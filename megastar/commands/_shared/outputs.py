@@ -13,14 +13,19 @@ from megastar.utils.files import check_output
 if TYPE_CHECKING:
     from megastar.config.schema import RunConfig
 
+COMPARISON = "compare.yaml"  # in the folder of a comparison
 Outputs = Mapping[str, str | Path | None]  # option, or "field =" of a configuration -> path, if it is given
 
 
 def run_folders(cfg: RunConfig) -> dict[str, str | Path | None]:
-    """The folders that a training writes: the run's, and that of its checkpoints, which may be on another disk."""
-    from megastar.run_dir.checkpoint_dir import folder_of
+    """The folders that a training writes: the run's, and that of its checkpoints, which may be on another disk.
 
-    return {"run =": cfg.run, "the checkpoints of run =": folder_of(cfg.run)}
+    Checkpoints of an earlier start are not checked: a resumed run retries its saves, and a finished one writes none.
+    """
+    from megastar.run_dir.checkpoint_dir import folder_of, latest
+
+    saved = folder_of(cfg.run)
+    return {"run =": cfg.run, "the checkpoints of run =": None if latest(saved) else saved}
 
 
 def check_outputs(files: Outputs, *inputs: str | Path | None, folders: Outputs | None = None) -> None:
@@ -30,7 +35,7 @@ def check_outputs(files: Outputs, *inputs: str | Path | None, folders: Outputs |
     Raises ``UserError`` for the first that cannot be written: what is wrong, its path and what to do. Leaves no file.
     """
     seen: dict[str, str] = {}
-    read = [*inputs, *(Path(i) / name for i in inputs if i and os.path.isdir(i) for name in _records())]
+    read = [*inputs, *(Path(i) / name for i in inputs if i and os.path.isdir(i) for name in _records(Path(i)))]
     for folder, outputs in ((False, files), (True, folders or {})):
         for name, path in outputs.items():
             if path is None or (folder and not str(path)):
@@ -41,13 +46,11 @@ def check_outputs(files: Outputs, *inputs: str | Path | None, folders: Outputs |
                 raise UserError(f"{other} and {name} both name {path}: give two {what}")
 
 
-def _records() -> tuple[str, ...]:
-    """Names of the files that folders are read from, besides weights and shards."""
+def _records(folder: Path) -> tuple[str, ...]:
+    """Names of the files that a folder is read from, besides weights and shards."""
     from megastar.data.storage.shard_info import MANIFEST
     from megastar.run_dir import events, layout, tokenizer_run
 
     of_run = layout.CONFIG, layout.METRICS, events.NAME, layout.EVALUATIONS, layout.ROLLBACKS, layout.LOST
-    return (*of_run, layout.TRACKERS, layout.LEASE, tokenizer_run.STATE, layout.MANIFEST, MANIFEST, *_OF_A_COMPARISON)
-
-
-_OF_A_COMPARISON = ("compare.yaml", "results.json")
+    names = (*of_run, layout.TRACKERS, layout.LEASE, tokenizer_run.STATE, layout.MANIFEST, MANIFEST, COMPARISON)
+    return (*names, "results.json") if (folder / COMPARISON).is_file() else names

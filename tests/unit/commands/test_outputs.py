@@ -208,6 +208,7 @@ def test_a_report_does_not_replace_its_baseline_or_a_comparisons_results(tmp_pat
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     baseline.write_text("run: x\n")
     (tmp_path / "out" / "results.json").write_text("{}")
+    (tmp_path / "out" / "compare.yaml").write_text("{}")
     unchanged(capsys, ("report", str(run), "--baseline", str(baseline), "--out"), baseline)
     unchanged(capsys, ("report", str(tmp_path / "out"), "--out"), tmp_path / "out" / "results.json")
     words = ["report", str(run), "--no-samples", "--no-attention"]

@@ -107,3 +107,16 @@ def test_settings_of_metrics_that_are_not_computed_are_named(tmp_path, capsys, m
     assert "is_split = 7 has no effect: the metric 'is' is not computed (metrics: fd)" in told
     assert main([*score, "--kid-size", "6", "--metrics", "fd,kid"]) == 0
     assert not any("no effect" in line for line in json.loads(out.read_text())["warnings"])
+
+
+@pytest.mark.parametrize("place", ["made.json", "made/results.json"])
+def test_a_repeated_command_replaces_its_result(tmp_path, monkeypatch, place):
+    """Beside or in a folder of images, whose files it does not read."""
+    monkeypatch.setenv("MEGASTAR_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "pixel_rows.py").write_text("def mean(x):\n    return x.float().mean((1, 2))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = folder_of(tmp_path, random_images(8), "made")
+    words = ["evaluate", str(folder), "--real", str(folder), "--features", "pixel_rows:mean", "--device", "cpu"]
+    for _ in range(2):
+        assert main([*words, "--out", str(tmp_path / place)]) == 0
+    assert json.loads((tmp_path / place).read_text())["generated"]["pictures"] == 8
