@@ -138,7 +138,7 @@ def check(a: argparse.Namespace, name: str) -> None:
         check_license(a.license)
     if a.to == "checkpoint" and a.data is None:
         raise UserError("--to checkpoint needs --data, the number of data ranks (and --tensor, default 1)")
-    if a.to in ("safetensors", "llamagen", "hf"):
+    if a.to in ("safetensors", "llamagen", "hf") and (is_hub or a.source.exists()):
         check_free(a.out, 0, a.force, HOLDS if a.to == "hf" else ())
 
 

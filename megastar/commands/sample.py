@@ -33,7 +33,6 @@ from megastar.commands._shared.sample_output import (
     shown_images,
 )
 from megastar.errors import UserError
-from megastar.sampling.npz import record_of
 from megastar.sampling.pipeline import open_pipeline
 from megastar.sampling.step_schedules import PART_SCHEDULES, STEP_SCHEDULES
 from megastar.utils.files import check_regular
@@ -206,6 +205,8 @@ def main(words: list[str]) -> int:
     inputs = (a.source, a.tokenizer, a.like, a.real, a.real_tokenizer, a.inception, a.dinov2)
     files, folders = {"--out": grid, "--npz": a.npz, "--score": a.score}, {"--folder": a.folder}
     if a.npz and a.npz.name and not rank:  # rank 0 writes them
+        from megastar.sampling.npz import record_of
+
         files["the record of --npz"] = record_of(a.npz)
         folders["the parts of --npz"] = None if a.folder else parts_of(a.npz)
     check_outputs(files, *inputs, folders=folders)

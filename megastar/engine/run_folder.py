@@ -26,7 +26,7 @@ from megastar.utils.signals import StopFlag
 def _check_first_save(run: Path) -> None:
     """Raise ``UserError`` if the first checkpoint of a run cannot be saved. Later starts retry their saves."""
     saved = checkpoint_dir.folder_of(run)
-    if checkpoint_dir.latest(saved) is None:
+    if not (saved.is_dir() and checkpoint_dir.latest(saved)):
         check_output(saved, "the checkpoints of run =", folder=True)
 
 

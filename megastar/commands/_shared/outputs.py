@@ -25,7 +25,8 @@ def run_folders(cfg: RunConfig) -> dict[str, str | Path | None]:
     from megastar.run_dir.checkpoint_dir import folder_of, latest
 
     saved = folder_of(cfg.run)
-    return {"run =": cfg.run, "the checkpoints of run =": None if latest(saved) else saved}
+    begun = os.path.isdir(saved) and latest(saved) is not None
+    return {"run =": cfg.run, "the checkpoints of run =": None if begun else saved}
 
 
 def check_outputs(files: Outputs, *inputs: str | Path | None, folders: Outputs | None = None) -> None:
