@@ -17,7 +17,7 @@ from megastar.utils.files import sha256
 from tests.integration.conftest import ROOT
 from tests.integration.hub.conftest import files_of
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 
 
 def test_a_repository_is_a_source_of_every_command(folder, hub, client, world, tmp_path):
